@@ -1,0 +1,62 @@
+"""Score a checkpoint on a split of the data set it was trained on.
+
+    python scripts/evaluate.py CHECKPOINT [--split val] [--out DIR] [--masks DIR] [key=value ...]
+
+The checkpoint is enough; dataset.root=DIR says where the data lies if it has moved. Every stored pixel that is not
+ignored counts, at the mask's own size. Prints a table and writes DIR/report.json.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+
+from segdeconv.errors import ArgumentParser, run_command
+
+
+def main() -> None:
+    """Parse, restore, evaluate, report."""
+    parser = ArgumentParser("evaluate.py", description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoint", help="a .ckpt that train.py wrote")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example dataset.root=DIR")
+    parser.add_argument("--split", default="val", help="train, val (default) or test")
+    parser.add_argument("--out", type=Path, help="folder for report.json (default: evaluation/ beside the checkpoint)")
+    parser.add_argument("--masks", type=Path, help="folder for the predicted masks, exactly as counted")
+    parser.add_argument("--flip", action="store_true", help="average over each image and its mirror image")
+    parser.add_argument("--precision", default="auto", help="auto (default), 32-true, bf16-mixed or 16-mixed")
+    parser.add_argument("--trust", action="append", default=[], help="a class of your own that the recipe names")
+    arguments = parser.parse_intermixed_args()
+
+    import numpy as np
+
+    from segdeconv import checkpoint, draw, report
+    from segdeconv.inference import best_device
+
+    read = checkpoint.read(arguments.checkpoint, trust=arguments.trust, overrides=arguments.overrides)
+
+    def save(name: str, mask: np.ndarray) -> None:
+        draw.save_mask(mask, read.classes, arguments.masks / f"{name}.png")
+
+    confusion, num_images = report.evaluate(
+        read,
+        read.config,
+        arguments.split,
+        device=best_device(),
+        precision=arguments.precision,
+        flip=arguments.flip,
+        on_prediction=save if arguments.masks else None,
+    )
+    out = arguments.out or read.path.parent / "evaluation"
+    command = shlex.join(["python", "scripts/evaluate.py", *sys.argv[1:]])
+    facts = {"command": command, "checkpoint": str(read.path), "split": arguments.split}
+    report.write_json(report.report(confusion, num_images, read.classes, **facts), out / "report.json")
+    print(f"{num_images} images of {arguments.split}\n")
+    print(report.table(confusion, read.classes))
+    print(f"\nreport: {out / 'report.json'}")
+    if arguments.masks:
+        print(f"masks:  {arguments.masks}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,188 @@
+"""Checkpoints: whole or not at all, verified before they are read, plain data that runs no code.
+
+A file holds `hyper_parameters = {"config": ..., "facts": ...}` beside the weights: *config* is the recipe the user chose,
+*facts* what the data is (classes, preprocessing, class weights). Both are plain, so a checkpoint alone, in an empty
+directory, is enough to evaluate and predict.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from segdeconv.classes import Classes
+from segdeconv.config import build, check, locate, override, targets
+from segdeconv.data.download import hash_file
+from segdeconv.errors import CheckpointError, UsageError
+
+FORMAT = 1
+
+# What a recipe in a checkpoint may name. Exact names: a prefix such as `torch.` would let torch.load through.
+ADMITTED = frozenset(
+    {
+        "segdeconv.data.CamVid",
+        "segdeconv.data.Folder",
+        "segdeconv.data.Shapes",
+        "segdeconv.losses.CrossEntropy",
+        "segdeconv.models.SegNet",
+        "segdeconv.models.SegNetBasic",
+        "segdeconv.optimization.Constant",
+        "segdeconv.optimization.Cosine",
+        "segdeconv.optimization.Poly",
+        "segdeconv.optimization.Step",
+        "segdeconv.optimization.adamw",
+        "segdeconv.optimization.sgd",
+    }
+    | {
+        f"albumentations.{name}"
+        for name in (
+            "Affine", "Blur", "CLAHE", "ChannelShuffle", "CoarseDropout", "ColorJitter", "ElasticTransform",
+            "Equalize", "GaussNoise", "GaussianBlur", "GridDistortion", "HorizontalFlip", "HueSaturationValue",
+            "ImageCompression", "MedianBlur", "MotionBlur", "OpticalDistortion", "Perspective", "PlanckianJitter",
+            "RGBShift", "RandomBrightnessContrast", "RandomCrop", "RandomGamma", "RandomResizedCrop", "RandomRotate90",
+            "RandomScale", "RandomShadow", "RandomToneCurve", "Rotate", "Sharpen", "ShiftScaleRotate", "ToGray",
+            "Transpose", "VerticalFlip",
+        )
+    }
+)  # fmt: skip
+
+HASH_LINE = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was read: the recipe, the facts of its data, and the whole of its plain content."""
+
+    path: Path
+    config: dict[str, Any]
+    facts: dict[str, Any]
+    content: dict[str, Any]
+
+    @property
+    def classes(self) -> Classes:
+        """The classes that the network was trained for."""
+        return Classes.restore(self.facts["classes"])
+
+    def model(self) -> nn.Module:
+        """The network, built from the recipe, with its weights, in evaluation mode."""
+        node = {**self.config["model"], "pretrained": "none"} if "pretrained" in self.config["model"] else self.config["model"]
+        checked = check(node, "model", [locate(node, "model")], supplied=["num_classes"])
+        model: nn.Module = build(checked, "model", num_classes=len(self.classes))
+        weights = {
+            name.removeprefix("model."): value
+            for name, value in self.content["state_dict"].items()
+            if name.startswith("model.")
+        }
+        try:
+            model.load_state_dict(weights)
+        except RuntimeError as error:
+            first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+            raise CheckpointError(
+                f"{self.path} does not hold the weights its recipe names ({first}) - it was changed after training"
+            ) from error
+        return model.eval()
+
+
+def write(content: Mapping[str, Any], path: Path) -> None:
+    """Write a checkpoint under its final name only when it is whole and on the disk.
+
+    A temporary file beside it is written and synced. The sidecar `<name>.sha256` is renewed before the rename and names
+    the new hash first and the old one second, so that whichever file a cut leaves is one that the sidecar knows.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    try:
+        with partial.open("wb") as file:
+            torch.save(dict(content), file)
+            file.flush()
+            os.fsync(file.fileno())
+        sidecar = _sidecar(path)
+        old = HASH_LINE.findall(sidecar.read_text())[:1] if sidecar.is_file() and path.is_file() else []
+        _write_synced(sidecar, "".join(f"{digest}  {path.name}\n" for digest in [hash_file(partial), *old]))
+        partial.replace(path)
+        _sync_folder(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _sidecar(path: Path) -> Path:
+    return path.with_name(path.name + ".sha256")
+
+
+def _write_synced(path: Path, text: str) -> None:
+    partial = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    with partial.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def verify(path: Path) -> None:
+    """Raise CheckpointError unless the file is the one its sidecar names; a missing sidecar is only a warning."""
+    if "://" in str(path):
+        raise UsageError(f"{path} is an address - download the file and check it first")
+    if not path.is_file():
+        raise UsageError(f"there is no checkpoint {path} - give a file such as runs/<dataset>-<model>/<time>/best.ckpt")
+    sidecar = _sidecar(path)
+    if not sidecar.is_file():
+        print(f"segdeconv: warning: {sidecar.name} is missing, so {path} cannot be verified", file=sys.stderr)
+        return
+    if hash_file(path) not in HASH_LINE.findall(sidecar.read_text(errors="replace")):
+        raise CheckpointError(f"{path} is damaged: its sha256 is not the one in {sidecar.name} - use another checkpoint")
+
+
+def load_plain(path: Path) -> dict[str, Any]:
+    """Verify and read a file of tensors and plain data. Never unpickles a class."""
+    verify(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many types for a damaged, foreign or hostile file
+        raise CheckpointError(
+            f"{path} is not a checkpoint that can be read safely ({type(error).__name__}) - give one that "
+            "scripts/train.py wrote"
+        ) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a checkpoint - give one of scripts/train.py")
+    return content
+
+
+def read(path: str | Path, *, trust: Collection[str] = (), overrides: Iterable[str] = ()) -> Checkpoint:
+    """Verify, read and admit a checkpoint.
+
+    trust: names of classes beyond ADMITTED that its recipe may use (`--trust package.module.Class`).
+    overrides: `key=value` arguments of a command line, set in the recipe after it was admitted.
+    Raises CheckpointError for a file that is damaged, foreign, newer than this version, or names anything else.
+    """
+    path = Path(path)
+    content = load_plain(path)
+    remembered = content.get("hyper_parameters")
+    if not isinstance(remembered, dict) or not {"config", "facts"} <= set(remembered) or "state_dict" not in content:
+        raise CheckpointError(f"{path} is not a checkpoint of segdeconv - give one that scripts/train.py wrote")
+    version = content.get("segdeconv", {}).get("format")
+    if version != FORMAT:
+        raise CheckpointError(f"{path} has format {version} and this version reads {FORMAT} - upgrade segdeconv")
+    config, facts = remembered["config"], remembered["facts"]
+    for name in targets([config, facts]):
+        if name not in ADMITTED and name not in trust:
+            raise CheckpointError(
+                f"{path} names {name}, which is not of segdeconv - if you know its author, add --trust {name}"
+            )
+    return Checkpoint(path, override(config, overrides), facts, content)

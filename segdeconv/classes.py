@@ -1,0 +1,170 @@
+"""The classes of a data set: their names, their colours, and how mask files write them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from segdeconv.errors import UsageError
+
+Colour = tuple[int, int, int]
+
+
+def voc_colours(count: int) -> tuple[Colour, ...]:
+    """The first `count` colours of PASCAL VOC's palette: bit-interleaved, far apart, never repeating.
+
+    >>> voc_colours(3)
+    ((0, 0, 0), (128, 0, 0), (0, 128, 0))
+    """
+    colours = []
+    for index in range(count):
+        channels = [0, 0, 0]
+        for bit in range(8):
+            for channel in range(3):
+                channels[channel] |= ((index >> (3 * bit + channel)) & 1) << (7 - bit)
+        colours.append((channels[0], channels[1], channels[2]))
+    return tuple(colours)
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Names and colours by class index, and how a mask file stands for them.
+
+    names: one per class, class index 0 first.
+    colours: RGB, 0..255, one per class; also the colour table of RGB-coloured mask files.
+    ignore_index: the mask value of pixels that count neither in the loss nor in the scores.
+    labels: the value that stands for each class in a label mask file; 0, 1, 2, ... if not given.
+    ignore_colour: the colour of ignored pixels in RGB-coloured mask files, if there is one.
+    """
+
+    names: tuple[str, ...]
+    colours: tuple[Colour, ...]
+    ignore_index: int = 255
+    labels: tuple[int, ...] = ()
+    ignore_colour: Colour | None = None
+
+    def __post_init__(self) -> None:
+        if not self.labels:
+            object.__setattr__(self, "labels", tuple(range(len(self.names))))
+        if len(self.names) < 2:
+            raise UsageError(
+                f"{len(self.names)} class(es) {list(self.names)}: a network needs at least two to tell apart "
+                "- name the background as a class of its own"
+            )
+        if not len(self.names) == len(self.colours) == len(self.labels):
+            raise UsageError(
+                f"{len(self.names)} class names, {len(self.colours)} colours and {len(self.labels)} labels: "
+                "there must be one of each per class"
+            )
+        if self.ignore_index in range(len(self.names)):
+            raise UsageError(f"ignore_index {self.ignore_index} is also a class ('{self.names[self.ignore_index]}')")
+        for what, values in (("name", self.names), ("label", self.labels)):
+            if len(set(values)) != len(values):
+                raise UsageError(f"the class {what}s {list(values)} are not all different")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @cached_property
+    def table(self) -> np.ndarray:
+        """(256, 3) uint8: the colour of every mask value; black where there is no class."""
+        table = np.zeros((256, 3), dtype=np.uint8)
+        if self.ignore_colour is not None:
+            table[self.ignore_index] = self.ignore_colour
+        table[: len(self)] = self.colours
+        return table
+
+    @cached_property
+    def _indices(self) -> np.ndarray:
+        """(65536,) int32: class index or ignore_index of every label value; -1 where there is none."""
+        indices = np.full(65536, -1, dtype=np.int32)
+        indices[self.ignore_index] = self.ignore_index
+        # After the ignored label, so that a class whose label is 255 (0/255 masks) stays a class.
+        for index, label in enumerate(self.labels):
+            indices[label] = index
+        return indices
+
+    def from_labels(self, labels: np.ndarray) -> np.ndarray:
+        """(H, W) integer labels as a mask file holds them -> (H, W) uint8 class indices.
+
+        Raises UsageError naming the first label that stands for no class.
+        """
+        outside = (labels < 0) | (labels > 65535) if labels.dtype.itemsize > 2 else None
+        if outside is not None and outside.any():
+            raise UsageError(f"has label {int(labels[outside][0])}; {self.rule}")
+        indices = self._indices[labels]
+        if (indices < 0).any():
+            unknown = np.unique(labels[indices < 0])
+            more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
+            raise UsageError(f"has label {int(unknown[0])}{more}; {self.rule}")
+        return indices.astype(np.uint8)
+
+    def from_colours(self, image: np.ndarray) -> np.ndarray:
+        """(H, W, 3) uint8 colours of an RGB-coloured mask -> (H, W) uint8 class indices, exactly.
+
+        Raises UsageError naming the first colour that is in no row of the colour table.
+        """
+        packed = pack_colours(image)
+        mask = np.full(packed.shape, -1, dtype=np.int32)
+        if self.ignore_colour is not None:
+            mask[packed == pack_colours(np.array(self.ignore_colour))] = self.ignore_index
+        for index, colour in enumerate(self.colours):
+            mask[packed == pack_colours(np.array(colour))] = index
+        if (mask < 0).any():
+            y, x = np.argwhere(mask < 0)[0]
+            raise UsageError(
+                f"has colour {tuple(int(v) for v in image[y, x, :3])} at row {y}, column {x}, which is no class's "
+                f"colour; the colour table is {self.colour_table}"
+            )
+        return mask.astype(np.uint8)
+
+    @property
+    def rule(self) -> str:
+        """Which labels a mask file may hold, in words."""
+        first, last = self.labels[0], self.labels[-1]
+        run = self.labels == tuple(range(first, first + len(self)))
+        shown = f"{first}..{last}" if run else ", ".join(map(str, self.labels))
+        void = "" if self.ignore_index in self.labels else f" and {self.ignore_index} for ignored pixels"
+        return f"the classes have labels {shown}{void}"
+
+    @property
+    def colour_table(self) -> str:
+        """The colours of the classes in words."""
+        rows = [f"{name} {colour}" for name, colour in zip(self.names, self.colours, strict=True)]
+        return ", ".join(rows + ([f"ignored {self.ignore_colour}"] if self.ignore_colour else []))
+
+    def plain(self) -> dict[str, Any]:
+        """As plain data, for a checkpoint."""
+        return {
+            "names": list(self.names),
+            "colours": [list(colour) for colour in self.colours],
+            "ignore_index": self.ignore_index,
+            "labels": list(self.labels),
+            "ignore_colour": list(self.ignore_colour) if self.ignore_colour else None,
+        }
+
+    @classmethod
+    def restore(cls, data: Mapping[str, Any]) -> Classes:
+        """The inverse of `plain`."""
+        return cls(
+            names=tuple(data["names"]),
+            colours=tuple(_colour(colour) for colour in data["colours"]),
+            ignore_index=data["ignore_index"],
+            labels=tuple(data["labels"]),
+            ignore_colour=_colour(data["ignore_colour"]) if data["ignore_colour"] else None,
+        )
+
+
+def pack_colours(image: np.ndarray) -> np.ndarray:
+    """(..., 3) RGB -> (...,) int32, one number per colour."""
+    image = image.astype(np.int32)
+    return (image[..., 0] << 16) | (image[..., 1] << 8) | image[..., 2]
+
+
+def _colour(values: Sequence[int]) -> Colour:
+    red, green, blue = (int(value) for value in values)
+    return red, green, blue

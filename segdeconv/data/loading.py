@@ -1,0 +1,146 @@
+"""Data sets -> batches of tensors, for training and for evaluation."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from segdeconv.data.dataset import SegmentationDataset
+from segdeconv.data.sampler import StatelessBatches
+from segdeconv.data.transforms import Augmentation, Preprocessing, resize_image, resize_mask
+from segdeconv.errors import UsageError
+
+
+class TrainingBatches(Dataset[dict[str, Any]]):
+    """Augmented samples, by (epoch, index)."""
+
+    def __init__(
+        self, dataset: SegmentationDataset, preprocessing: Preprocessing, augmentation: Augmentation
+    ) -> None:
+        self.dataset, self.preprocessing, self.augmentation = dataset, preprocessing, augmentation
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, place: tuple[int, int]) -> dict[str, Any]:
+        epoch, index = place
+        image, mask, name = self.dataset[index]
+        size = self.preprocessing.size
+        if size is not None:
+            image, mask = resize_image(image, size), resize_mask(mask, size)
+        image, mask = self.augmentation(image, mask, epoch, index)
+        return {
+            "image": self.preprocessing.normalise(image),
+            "mask": torch.from_numpy(mask.astype(np.int64)),
+            "name": name,
+        }
+
+
+class EvaluationSample(NamedTuple):
+    """image: (3, h, w) float32 as the network sees it; mask: (H, W) uint8 as stored; name."""
+
+    image: Tensor
+    mask: Tensor
+    name: str
+
+
+class EvaluationSamples(Dataset[EvaluationSample]):
+    """Images as the network sees them, masks as they are stored: scores count stored pixels."""
+
+    def __init__(self, dataset: SegmentationDataset, preprocessing: Preprocessing) -> None:
+        self.dataset, self.preprocessing = dataset, preprocessing
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> EvaluationSample:
+        image, mask, name = self.dataset[index]
+        return EvaluationSample(self.preprocessing(image), torch.from_numpy(np.array(mask)), name)
+
+
+def collate_training(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """-> image (N, 3, H, W) float32, channels last; mask (N, H, W) int64; name: list."""
+    images = _stack([sample["image"] for sample in samples], [sample["name"] for sample in samples])
+    return {
+        "image": images,
+        "mask": torch.stack([sample["mask"] for sample in samples]),
+        "name": [sample["name"] for sample in samples],
+    }
+
+
+def collate_evaluation(samples: Sequence[EvaluationSample]) -> dict[str, Any]:
+    """-> image (N, 3, h, w) float32, channels last; mask: list of (H, W) uint8, each of its own size; name: list."""
+    names = [sample.name for sample in samples]
+    return {
+        "image": _stack([sample.image for sample in samples], names),
+        "mask": [sample.mask for sample in samples],
+        "name": names,
+    }
+
+
+def _stack(images: Sequence[Tensor], names: Sequence[str]) -> Tensor:
+    for image, name in zip(images, names, strict=True):
+        if image.shape != images[0].shape:
+            raise UsageError(
+                f"{names[0]} is {tuple(images[0].shape[1:])} and {name} {tuple(image.shape[1:])} (HxW), which make no "
+                "batch - set dataset.size=[H,W] (all images) or dataset.crop=[H,W] (training), or dataset.batch_size=1"
+            )
+    return torch.stack(list(images)).contiguous(memory_format=torch.channels_last)
+
+
+def training_loader(
+    samples: TrainingBatches,
+    *,
+    batch_size: int,
+    seed: int,
+    position: Callable[[], tuple[int, int]],
+    rank: int = 0,
+    world_size: int = 1,
+    **workers: Any,
+) -> DataLoader[Any]:
+    """Endless epochs of shuffled, augmented batches; see StatelessBatches for `position`."""
+    batches = StatelessBatches(
+        len(samples), batch_size, seed=seed, position=position, rank=rank, world_size=world_size
+    )
+    if len(batches) == 0:
+        raise UsageError(
+            f"the train split has {len(samples)} images, fewer than one batch of {batch_size} x {world_size} - set "
+            f"dataset.batch_size={max(1, len(samples) // world_size)} or less"
+        )
+    return DataLoader(samples, batch_sampler=batches, collate_fn=collate_training, **worker_settings(**workers))
+
+
+def evaluation_loader(samples: EvaluationSamples, *, batch_size: int, **workers: Any) -> DataLoader[Any]:
+    """Every image once, in order. Without a common size, one at a time."""
+    if samples.preprocessing.size is None:
+        batch_size = 1
+    return DataLoader(samples, batch_size=batch_size, collate_fn=collate_evaluation, **worker_settings(**workers))
+
+
+def worker_settings(*, num_workers: int | None, timeout: float) -> dict[str, Any]:
+    """num_workers: None for as many as suit this machine. timeout: seconds a batch may take before we give up."""
+    cores = os.cpu_count() or 1
+    if num_workers is None:
+        # With an accelerator the cores have only the data to do; without one they also train.
+        num_workers = min(16, cores) if torch.cuda.is_available() else min(2, cores)
+    return {
+        "num_workers": num_workers,
+        "persistent_workers": num_workers > 0,
+        "timeout": timeout if num_workers else 0,
+        "worker_init_fn": prepare_worker,
+        "pin_memory": torch.cuda.is_available(),
+    }
+
+
+def prepare_worker(_: int) -> None:
+    """One thread per worker; signals are the main process's to answer."""
+    cv2.setNumThreads(0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,0 +1,134 @@
+"""Image and mask files -> arrays. The only place that decodes pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from segdeconv.classes import Classes
+from segdeconv.errors import UsageError
+
+# What the rest of Pillow can open (EPS, PSD, FITS, ...) are more parsers for hostile files, not more data sets.
+FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"})
+MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs
+ORIENTATION = 0x0112  # EXIF tag; 1 is upright
+
+Exif = Literal["refuse", "apply", "ignore"]
+
+Image.MAX_IMAGE_PIXELS = None  # ours is checked from the header, with a message of ours
+
+
+def _open(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Open and decode; raises UsageError naming the file whatever is wrong with it."""
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "is missing" if not path.is_symlink() else "is a dangling link"
+        raise UsageError(f"{path} {what} - restore the file or take it off the list")
+    try:
+        image = Image.open(path, formats=FORMATS)
+        if image.width * image.height > max_pixels:
+            raise UsageError(
+                f"{path} has {image.width}x{image.height} pixels, more than {max_pixels} - shrink it or raise "
+                "dataset.max_pixels"
+            )
+        if getattr(image, "n_frames", 1) > 1:
+            raise UsageError(f"{path} is an animation of {image.n_frames} frames - extract the frame that is meant")
+        image.load()
+    except UnidentifiedImageError:
+        raise UsageError(
+            f"{path} is not a picture that can be read (empty, cut or another format) - formats are {', '.join(FORMATS)}"
+        ) from None
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(f"{path} cannot be decoded ({error}) - it is damaged; restore or remove it") from error
+    return image
+
+
+def read_image(path: Path, *, exif: Exif = "refuse", max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """(H, W, 3) uint8 RGB of a picture in any colour mode; transparency is laid on black, 16 bit scaled to 8.
+
+    exif: a camera's turn of the picture. `apply` it, `ignore` it, or `refuse` such a file, since masks drawn in a
+        viewer that turns and masks drawn in one that does not both exist.
+    """
+    image = _open(path, max_pixels)
+    if image.getexif().get(ORIENTATION, 1) != 1:
+        if exif == "refuse":
+            raise UsageError(
+                f"{path} is stored turned (EXIF orientation {image.getexif()[ORIENTATION]}) and its mask may or may "
+                "not be - say dataset.exif=apply or dataset.exif=ignore"
+            )
+        if exif == "apply":
+            image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise UsageError(f"{path} is a float image - convert it to 8 or 16 bit")
+    if image.mode in ("I;16", "I;16B", "I;16L", "I"):
+        # Pillow's own conversion clips 16 bit at 255 instead of scaling it.
+        grey = (np.asarray(image).astype(np.int64) // 257).clip(0, 255).astype(np.uint8)
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, (0, 0, 0, 255)), rgba)
+    return np.asarray(image.convert("RGB"))
+
+
+# What turns an upright picture back into the orientation its file is stored in.
+_TURN_BACK = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+
+
+def orientation(path: Path) -> int:
+    """The EXIF orientation of a picture file, 1 (upright) to 8."""
+    with Image.open(path, formats=FORMATS) as image:
+        return int(image.getexif().get(ORIENTATION, 1))
+
+
+def turn_back(mask: np.ndarray, stored: int) -> np.ndarray:
+    """A mask of the upright picture -> the mask of the picture as its file stores it."""
+    if stored not in _TURN_BACK:
+        return mask
+    return np.asarray(Image.fromarray(mask).transpose(_TURN_BACK[stored]))
+
+
+def read_labels(path: Path) -> np.ndarray:
+    """A mask file as it is: (H, W) integer labels, or (H, W, 3) uint8 if it is coloured. Never grey values.
+
+    Palette images give their indices: `convert("L")` would turn VOC's {0, 1, 15, 255} into {0, 38, 147, 220}.
+    """
+    image = _open(path)
+    if image.format in ("JPEG", "WEBP"):
+        raise UsageError(f"mask {path} is {image.format}, which changes labels - save masks as PNG")
+    if image.mode in ("RGB", "RGBA"):
+        return np.asarray(image)[:, :, :3]
+    if image.mode in ("1", "L", "P", "I", "I;16", "I;16B", "I;16L"):
+        return np.asarray(image).astype(np.uint8) if image.mode == "1" else np.asarray(image)
+    raise UsageError(f"mask {path} has colour mode {image.mode} - save masks as one channel of labels or as RGB colours")
+
+
+def read_mask(path: Path, classes: Classes) -> np.ndarray:
+    """(H, W) uint8 class indices or ignore_index of a label or RGB-coloured mask file."""
+    labels = read_labels(path)
+    try:
+        return classes.from_labels(labels) if labels.ndim == 2 else classes.from_colours(labels)
+    except UsageError as error:
+        raise UsageError(f"mask {path} {error} - is it a mask of this data set?") from None
+
+
+def palette(path: Path) -> list[tuple[int, int, int]] | None:
+    """The 256 colours of a palette picture, or None for another picture."""
+    image = _open(path)
+    if image.mode != "P":
+        return None
+    flat = image.getpalette("RGB") or []
+    flat = flat + [0] * (768 - len(flat))
+    return [(flat[i], flat[i + 1], flat[i + 2]) for i in range(0, 768, 3)]

@@ -1,0 +1,117 @@
+"""A synthetic data set that needs no files: shapes and textures in random colours, occluding one another."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import numpy as np
+from pydantic import Field
+
+from segdeconv.classes import Classes
+from segdeconv.data.dataset import Sample, SegmentationDataset, require_split
+from segdeconv.errors import UsageError
+from segdeconv.seeding import key
+
+CLASSES = Classes(
+    names=("background", "disc", "square", "triangle", "cross", "stripes", "checker"),
+    colours=((0, 0, 0), (230, 80, 60), (60, 160, 230), (240, 190, 40), (90, 190, 90), (170, 90, 200), (240, 130, 180)),
+)
+NUM_OBJECTS = (2, 5)  # per image, inclusive
+
+
+class Shapes(SegmentationDataset):
+    """Images of two to five objects on a textured ground.
+
+    **What**: disc, square, triangle and cross, each filled with noise of a random colour, are told apart by outline;
+    stripes and checker are blobs of any outline told apart by texture. Colours are drawn anew for every object, so
+    colour tells nothing and neither does any single pixel. Later objects hide earlier ones; a border one to two
+    pixels wide around every object is void, as in PASCAL VOC.
+
+    **Layout**: none. Image i of a split is a function of (seed, split, i) alone, the same on every machine.
+
+    **Classes**: seven with the background; 255 is void.
+
+    **Cite**: made for this project.
+    """
+
+    classes = CLASSES
+    split_names = ("train", "val", "test")
+
+    def __init__(
+        self,
+        split: str,
+        *,
+        num_train: Annotated[int, Field(ge=1)] = 512,
+        num_val: Annotated[int, Field(ge=1)] = 128,
+        side: Annotated[int, Field(ge=32, le=4096)] = 64,
+        data_seed: int = 0,
+    ) -> None:
+        require_split(split, self.split_names)
+        self.split, self.side, self.data_seed = split, side, data_seed
+        self.names = [f"{split}_{index:05d}" for index in range(num_train if split == "train" else num_val)]
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < len(self):
+            raise UsageError(f"shapes has {len(self)} images in '{self.split}', there is no index {index}")
+        random = np.random.Generator(np.random.Philox(key=key(self.data_seed, "shapes", self.split, index)))
+        side = self.side
+        image = _noise(random, side)
+        mask = np.zeros((side, side), dtype=np.uint8)
+        for _ in range(random.integers(NUM_OBJECTS[0], NUM_OBJECTS[1] + 1)):
+            label = int(random.integers(1, len(CLASSES)))
+            inside, texture = _draw(random, side, CLASSES.names[label])
+            image = np.where(inside[:, :, None], texture, image)
+            mask[inside] = label
+            mask[_border(inside)] = CLASSES.ignore_index
+        return Sample(image.clip(0, 255).astype(np.uint8), mask, self.names[index])
+
+    @property
+    def fingerprint(self) -> str:
+        return f"shapes 1 {self.split} {len(self)} {self.side} {self.data_seed}"
+
+
+def _noise(random: np.random.Generator, side: int) -> np.ndarray:
+    """(side, side, 3) float: one random colour with grain."""
+    return random.uniform(40, 215, size=3) + random.normal(0, 18, size=(side, side, 3))
+
+
+def _draw(random: np.random.Generator, side: int, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Where an object is, (side, side) bool, and what it looks like there, (side, side, 3) float."""
+    radius = random.uniform(0.14, 0.27) * side
+    centre = random.uniform(0.1, 0.9, size=2) * side
+    angle = random.uniform(0, 2 * np.pi)
+    rows, columns = np.mgrid[0:side, 0:side] + 0.5
+    y, x = rows - centre[0], columns - centre[1]
+    u, v = np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x  # the object's own axes
+    texture = _noise(random, side)
+    outline = name
+    if name in ("stripes", "checker"):
+        period = random.uniform(5, 8)
+        wave = np.sin(2 * np.pi * u / period)
+        if name == "checker":
+            wave = wave * np.sin(2 * np.pi * v / period)
+        texture = np.where((wave > 0)[:, :, None], texture, _noise(random, side))
+        outline = ("disc", "square", "triangle", "cross")[random.integers(4)]
+    if outline == "disc":
+        inside = u**2 + v**2 < (0.95 * radius) ** 2
+    elif outline == "square":
+        inside = np.maximum(abs(u), abs(v)) < 0.84 * radius
+    elif outline == "triangle":  # three sides, each 0.6 radius from the centre
+        sides = [np.cos(turn) * u + np.sin(turn) * v for turn in (0, 2 * np.pi / 3, 4 * np.pi / 3)]
+        inside = np.max(sides, axis=0) < 0.6 * radius
+    else:
+        inside = (np.maximum(abs(u), abs(v)) < 1.1 * radius) & (np.minimum(abs(u), abs(v)) < 0.32 * radius)
+    return inside, texture
+
+
+def _border(inside: np.ndarray) -> np.ndarray:
+    """Pixels next to one of the other kind: one pixel on each side of the outline."""
+    border = np.zeros_like(inside)
+    for axis in (0, 1):
+        change = np.diff(inside, axis=axis)
+        before = [slice(None), slice(None)]
+        after = [slice(None), slice(None)]
+        before[axis], after[axis] = slice(None, -1), slice(1, None)
+        border[tuple(before)] |= change
+        border[tuple(after)] |= change
+    return border

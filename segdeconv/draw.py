@@ -1,0 +1,126 @@
+"""Pictures of masks: arrays in, arrays out."""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from segdeconv.classes import Classes
+
+RIGHT, WRONG = (70, 160, 90), (220, 50, 47)
+GAP = 4  # pixels between the tiles of a grid
+
+
+def save_mask(mask: np.ndarray, classes: Classes, path: Path) -> None:
+    """(H, W) uint8 class indices -> a palette PNG: its pixels are the indices, its palette the class colours."""
+    image = Image.fromarray(mask)
+    image.putpalette(classes.table.tobytes())  # makes it mode P
+    _save(image, path)
+
+
+def save_image(image: np.ndarray, path: Path) -> None:
+    """(H, W, 3) uint8 -> PNG."""
+    _save(Image.fromarray(image), path)
+
+
+def _save(image: Image.Image, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".tmp-{path.name}")
+    image.save(partial, format="PNG")
+    partial.replace(path)
+
+
+def colourise(mask: np.ndarray, classes: Classes) -> np.ndarray:
+    """(H, W) class indices -> (H, W, 3) uint8 class colours."""
+    return classes.table[mask]
+
+
+def overlay(image: np.ndarray, mask: np.ndarray, classes: Classes, *, strength: float = 0.55) -> np.ndarray:
+    """The class colours laid over the image, with outlines between classes; ignored pixels show the image."""
+    shown = mask != classes.ignore_index
+    blend = image * (1 - strength) + colourise(mask, classes) * strength
+    result = np.where(shown[:, :, None], blend, image)
+    edge = np.zeros(mask.shape, dtype=bool)
+    edge[:, 1:] |= mask[:, 1:] != mask[:, :-1]
+    edge[1:] |= mask[1:] != mask[:-1]
+    result[edge] = 0.5 * result[edge] + 127
+    return result.clip(0, 255).astype(np.uint8)
+
+
+def error(mask: np.ndarray, prediction: np.ndarray, ignore_index: int) -> np.ndarray:
+    """(H, W, 3) uint8: green where the prediction is right, red where it is wrong, dark where the truth is ignored."""
+    picture = np.where((mask == prediction)[:, :, None], np.uint8(RIGHT), np.uint8(WRONG))
+    picture[mask == ignore_index] = 30
+    return picture
+
+
+def legend(classes: Classes, present: Sequence[int], width: int) -> np.ndarray:
+    """A strip of the given width with a colour patch and a name for each class present, in as many rows as it takes."""
+    font = _font(12)
+    rows: list[list[tuple[int, int]]] = [[]]  # (x, class index) per row
+    x = 6
+    for index in present:
+        length = 20 + int(font.getlength(classes.names[index])) + 12
+        if x + length > width and rows[-1]:
+            rows.append([])
+            x = 6
+        rows[-1].append((x, index))
+        x += length
+    strip = Image.new("RGB", (width, 20 * len(rows) + 4), (255, 255, 255))
+    draw = ImageDraw.Draw(strip)
+    for row, entries in enumerate(rows):
+        for x, index in entries:
+            y = 20 * row + 4
+            draw.rectangle((x, y, x + 14, y + 14), fill=classes.colours[index], outline=(90, 90, 90))
+            draw.text((x + 20, y), classes.names[index], fill=(20, 20, 20), font=font)
+    return np.asarray(strip)
+
+
+def overlay_with_legend(image: np.ndarray, mask: np.ndarray, classes: Classes) -> np.ndarray:
+    """The overlay with a legend below; small images are enlarged by a whole factor so that the legend is legible."""
+    factor = max(1, -(-256 // image.shape[1]))
+    picture = np.kron(overlay(image, mask, classes), np.ones((factor, factor, 1), dtype=np.uint8))
+    present = [int(index) for index in np.unique(mask) if index < len(classes)]
+    return np.concatenate([picture, legend(classes, present, picture.shape[1])])
+
+
+def row(tiles: Sequence[np.ndarray]) -> np.ndarray:
+    """(H, W, 3) tiles of one height, side by side."""
+    gap = np.full((tiles[0].shape[0], GAP, 3), 255, dtype=np.uint8)
+    parts: list[np.ndarray] = []
+    for tile in tiles:
+        parts += [tile, gap]
+    return np.concatenate(parts[:-1], axis=1)
+
+
+def confusion_picture(confusion: np.ndarray, classes: Classes) -> np.ndarray:
+    """The confusion matrix as a picture: rows are the truth, each row's shares of the predictions as shades."""
+    cell, font = 34, _font(11)
+    margin = 10 + int(max(font.getlength(name) for name in classes.names))
+    side = margin + cell * len(classes) + 8
+    picture = Image.new("RGB", (side, side), (255, 255, 255))
+    draw = ImageDraw.Draw(picture)
+    shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+    for truth, name in enumerate(classes.names):
+        start = margin + truth * cell
+        draw.text((margin - 6 - font.getlength(name), start + 10), name, fill=(20, 20, 20), font=font)
+        turned = Image.new("RGB", (margin, 16), (255, 255, 255))
+        ImageDraw.Draw(turned).text((6, 2), name, fill=(20, 20, 20), font=font)
+        picture.paste(turned.rotate(90, expand=True), (start + 8, 0))
+        for prediction in range(len(classes)):
+            share = float(shares[truth, prediction])
+            shade = colorsys.hls_to_rgb(0.38 if truth == prediction else 0.02, 1 - 0.55 * share**0.5, 0.6)
+            x = margin + prediction * cell
+            fill = tuple(int(255 * channel) for channel in shade)
+            draw.rectangle((x, start, x + cell - 2, start + cell - 2), fill=fill)
+            if share >= 0.005:
+                draw.text((x + 6, start + 10), f"{100 * share:.0f}", fill=(20, 20, 20), font=font)
+    return np.asarray(picture)
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size)

@@ -1,0 +1,185 @@
+"""Encoders: convolutions and max-pools that remember their switches. VGG is a table.
+
+Simonyan & Zisserman 2015, table 1, https://arxiv.org/abs/1409.1556.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from segdeconv.errors import CheckpointError, UsageError
+from segdeconv.layers import ConvBlock, init_he
+from segdeconv.switches import Pooling, max_pool
+
+Stages = tuple[tuple[int, ...], ...]
+SwitchSource = Literal["pre_relu", "post_relu"]
+
+# Output channels of every convolution, stage by stage; a 2x2 max-pool ends each stage.
+VGG_STAGES: dict[int, Stages] = {
+    11: ((64,), (128,), (256, 256), (512, 512), (512, 512)),
+    13: ((64, 64), (128, 128), (256, 256), (512, 512), (512, 512)),
+    16: ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512)),
+    19: ((64, 64), (128, 128), (256, 256, 256, 256), (512, 512, 512, 512), (512, 512, 512, 512)),
+}
+
+
+class Encoding(NamedTuple):
+    """What the decoder gets.
+
+    features: (N, C, ceil(H/2^n), ceil(W/2^n)), the last pooled map of n stages.
+    pooled: one Pooling per stage, the first stage first.
+    """
+
+    features: Tensor
+    pooled: tuple[Pooling, ...]
+
+
+class Encoder(nn.Module):
+    """Stages of ConvBlocks, each ended by a max-pool that keeps its switches.
+
+    stages: output channels of every convolution, stage by stage.
+    switch_source: where the maxima are looked for. `post_relu` as in the originals; `pre_relu` pools first and
+        rectifies the maxima: the same pooled values and gradients, ReLU on a quarter of the data, and no window of
+        four zeros whose tie goes to the top-left cell (8 to 38 % of the windows of a fresh VGG16).
+    """
+
+    def __init__(
+        self,
+        stages: Stages,
+        *,
+        kernel: int = 3,
+        norm: bool = True,
+        bias: bool = True,
+        switch_source: SwitchSource = "pre_relu",
+    ) -> None:
+        super().__init__()
+        self.channels = stages
+        self.switch_source = switch_source
+        self.stages = nn.ModuleList()
+        in_channels = 3
+        for stage in stages:
+            blocks = []
+            for position, channels in enumerate(stage):
+                before_pool = position == len(stage) - 1
+                activation = not (before_pool and switch_source == "pre_relu")
+                blocks.append(
+                    ConvBlock(in_channels, channels, kernel=kernel, norm=norm, activation=activation, bias=bias)
+                )
+                in_channels = channels
+            self.stages.append(nn.Sequential(*blocks))
+        init_he(self)
+
+    def forward(self, x: Tensor) -> Encoding:  # (N, 3, H, W)
+        pooled = []
+        for stage in self.stages:
+            pooling = max_pool(stage(x))
+            if self.switch_source == "pre_relu":
+                pooling = pooling._replace(features=torch.relu(pooling.features))
+            pooled.append(pooling)
+            x = pooling.features
+        return Encoding(x, tuple(pooled))
+
+
+def vgg_encoder(
+    depth: Literal[11, 13, 16, 19],
+    *,
+    norm: bool = True,
+    width: float = 1.0,
+    pretrained: str = "none",
+    switch_source: SwitchSource = "pre_relu",
+) -> Encoder:
+    """The convolutional part of VGG.
+
+    depth: weight layers of the classification network: 13 of VGG16's 16 are convolutions and stay.
+    width: factor on every channel count; below 1 a slim network that has no ImageNet weights.
+    pretrained: `none`; `imagenet` (torchvision's weights of the same form, downloaded and checked by hash);
+        `imagenet_plain` (the weights of the VGG without batch norm, also into an encoder with it: new norm layers
+        after trained convolutions, as SegNet and DeconvNet started); or the path of a torchvision VGG file.
+    """
+    stages = tuple(tuple(max(1, round(channels * width)) for channels in stage) for stage in VGG_STAGES[depth])
+    encoder = Encoder(stages, norm=norm, switch_source=switch_source)
+    if pretrained == "none":
+        return encoder
+    if width != 1.0:
+        raise UsageError(
+            f"model.pretrained={pretrained} with model.width={width}: trained VGG weights have full width "
+            "- use model.width=1.0 or model.pretrained=none"
+        )
+    if pretrained in ("imagenet", "imagenet_plain"):
+        name = f"VGG{depth}_BN_Weights" if norm and pretrained == "imagenet" else f"VGG{depth}_Weights"
+        state = _download(name)
+    else:
+        state = _read(Path(pretrained))
+    load_vgg(encoder, state, source=pretrained)
+    return encoder
+
+
+def load_vgg(encoder: Encoder, state: Mapping[str, Tensor], *, source: str) -> None:
+    """Copy torchvision VGG weights into an encoder, by order of the layers.
+
+    state: torchvision's state dict; of its `features.*` entries, 4-D weights are convolutions and entries with
+    running statistics batch norms. Weights without batch norm load into an encoder with it (its norms stay new).
+    Raises CheckpointError if the layers do not match one to one.
+    """
+    layers: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
+    for key, value in state.items():
+        part, _, rest = key.partition(".")
+        if part == "features":
+            index, _, name = rest.partition(".")
+            layers.setdefault(index, {})[name] = value
+    convs = [layer for layer in layers.values() if layer.get("weight", torch.empty(0)).ndim == 4]
+    norms = [layer for layer in layers.values() if "running_mean" in layer]
+    blocks = [block for block in encoder.modules() if isinstance(block, ConvBlock)]
+    shapes = [tuple(layer["weight"].shape) for layer in convs]
+    expected = [tuple(block.conv.weight.shape) for block in blocks]
+    if shapes != expected:
+        raise CheckpointError(
+            f"{source} holds {len(shapes)} convolutions and the encoder has {len(expected)}, or their shapes differ: "
+            "it is not a torchvision VGG of this depth - choose the file or model.depth to match"
+        )
+    has_norm = isinstance(blocks[0].norm, nn.BatchNorm2d)
+    if norms and not has_norm:
+        raise CheckpointError(
+            f"{source} was trained with batch norm and the encoder has none - use model.norm=true or plain VGG weights"
+        )
+    for position, block in enumerate(blocks):
+        block.conv.load_state_dict(convs[position])
+        if norms:
+            block.norm.load_state_dict(norms[position])
+
+
+def _download(name: str) -> Mapping[str, Tensor]:
+    from torchvision.models import get_weight  # late: torchvision takes 1.7 s to import
+
+    weights = get_weight(f"{name}.IMAGENET1K_V1")
+    try:
+        return weights.get_state_dict(progress=True, check_hash=True)
+    except (OSError, RuntimeError) as error:  # no network, or a hash that differs
+        raise UsageError(
+            f"could not download {weights.url}: {error} - fetch that file elsewhere and give its path as "
+            "model.pretrained=PATH, or train from scratch with model.pretrained=none"
+        ) from error
+
+
+def _read(path: Path) -> Mapping[str, Tensor]:
+    if not path.is_file():
+        raise UsageError(
+            f"model.pretrained={path} is not a file; it takes none, imagenet, imagenet_plain or the path of a "
+            "torchvision VGG file"
+        )
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many types for a damaged or foreign file
+        raise CheckpointError(
+            f"{path} is not a weights file that can be read safely ({type(error).__name__}) - give a torchvision VGG "
+            "state dict"
+        ) from error
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"{path} holds no state dict of tensors - give a torchvision VGG state dict")
+    return state

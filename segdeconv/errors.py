@@ -1,0 +1,99 @@
+"""What a user meets when something is wrong: one sentence and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import errno
+import os
+import sys
+from collections.abc import Callable, Iterable
+from typing import NoReturn
+
+
+class SegdeconvError(Exception):
+    """A fault that its message explains in full: what, which file or key, and the way out."""
+
+    exit_code = 1
+
+
+class UsageError(SegdeconvError, ValueError):
+    """A wrong command line, configuration or data set."""
+
+    exit_code = 2
+
+
+class DivergedError(SegdeconvError):
+    """Training produced a loss that is not finite."""
+
+    exit_code = 3
+
+
+class CheckpointError(SegdeconvError):
+    """A checkpoint that is damaged, foreign, or names code it may not name."""
+
+    exit_code = 4
+
+
+class DiskError(SegdeconvError):
+    """The disk is full or cannot be written."""
+
+    exit_code = 5
+
+
+class Interrupted(SegdeconvError):
+    """Training was asked to stop by a signal and has saved its state."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def did_you_mean(name: str, options: Iterable[str]) -> str:
+    """The way out for a misspelt name.
+
+    >>> did_you_mean("vco", ["voc", "camvid"])
+    "did you mean 'voc'? Available: camvid, voc"
+    """
+    choices = sorted(options)
+    close = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
+    hint = f"did you mean '{close[0]}'? " if close else ""
+    return f"{hint}Available: {', '.join(choices)}"
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse, with its errors as one sentence of ours."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} - see python scripts/{self.prog} --help")
+
+
+def run_command(main: Callable[[], int | None]) -> NoReturn:
+    """Run a script's `main` and leave with the exit code of the contract.
+
+    0 done; 1 a bug of ours, with its traceback; 2 user, config or data; 3 diverged; 4 checkpoint;
+    5 disk; 130 interrupted; 143 terminated.
+    """
+    try:
+        code = main() or 0
+    except SegdeconvError as error:
+        code = _report(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        code = _report("interrupted - run the same command again", 130)
+    except BrokenPipeError:
+        # The reader of our output (`| head`) went away; point stdout elsewhere so that the
+        # interpreter's last flush does not raise again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES):
+            raise
+        code = _report(f"cannot write {error.filename}: {error.strerror} - free some space or choose another folder", 5)
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def _report(message: str, code: int) -> int:
+    sys.stdout.flush()
+    print(f"segdeconv: error: {' '.join(message.split())}", file=sys.stderr)
+    return code

@@ -1,0 +1,98 @@
+"""Scores over a whole data set, from one confusion matrix."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Fractions in 0..1 over all pixels of a data set that are not ignored; NaN where there is nothing to score.
+
+    miou: mean over classes of intersection / union; a class absent from truth and prediction is left out.
+    pixel_accuracy: right pixels / all pixels (the papers' G).
+    mean_accuracy: mean over the classes in the truth of right pixels / their pixels (the papers' C).
+    frequency_weighted: mean of the IoUs, each weighted with its class's share of the pixels.
+    iou, accuracy, precision: (C,) by class. pixels: (C,) int64, in the truth.
+    """
+
+    miou: float
+    pixel_accuracy: float
+    mean_accuracy: float
+    frequency_weighted: float
+    iou: np.ndarray
+    accuracy: np.ndarray
+    precision: np.ndarray
+    pixels: np.ndarray
+
+    @property
+    def absent(self) -> list[int]:
+        """Classes in neither truth nor prediction."""
+        return [int(index) for index in np.flatnonzero(np.isnan(self.iou))]
+
+
+def scores(confusion: np.ndarray) -> Scores:
+    """confusion: (C, C) pixel counts, rows = truth, columns = prediction.
+
+    >>> scores(np.array([[3, 1], [0, 4]])).miou  # IoU 3/4 and 4/5
+    0.775
+    """
+    right = np.diag(confusion).astype(np.float64)
+    truth, predicted = confusion.sum(axis=1), confusion.sum(axis=0)
+    with np.errstate(invalid="ignore"):  # 0 / 0 is NaN: nothing to score
+        iou = right / (truth + predicted - right)
+        accuracy, precision = right / truth, right / predicted
+    total = truth.sum()
+    seen = truth > 0
+    return Scores(
+        miou=_mean(iou[~np.isnan(iou)]),
+        pixel_accuracy=float(right.sum() / total) if total else float("nan"),
+        mean_accuracy=_mean(accuracy[seen]),
+        frequency_weighted=float((truth[seen] * iou[seen]).sum() / total) if total else float("nan"),
+        iou=iou,
+        accuracy=accuracy,
+        precision=precision,
+        pixels=truth,
+    )
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean()) if values.size else float("nan")
+
+
+class ConfusionMatrix(nn.Module):
+    """Counts of (truth, prediction) over a data set: exact, in int64, whatever the batches were.
+
+    Dataset-level scores need this: a mean of per-image or per-batch IoUs is another, batch-dependent number.
+    """
+
+    counts: Tensor
+
+    def __init__(self, num_classes: int, ignore_index: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.ignore_index = ignore_index
+        self.register_buffer("counts", torch.zeros(num_classes, num_classes, dtype=torch.int64), persistent=False)
+
+    def update(self, prediction: Tensor, mask: Tensor) -> None:
+        """prediction: class indices; mask: class indices or ignore_index; integers of one shape."""
+        counted = mask != self.ignore_index
+        pairs = mask[counted].long() * self.num_classes + prediction[counted].long()
+        counts = torch.bincount(pairs, minlength=self.num_classes**2)
+        self.counts += counts.view(self.num_classes, self.num_classes)
+
+    def compute(self) -> np.ndarray:
+        """(C, C) int64, rows = truth, columns = prediction, summed over all processes."""
+        counts = self.counts.clone()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(counts)
+        return counts.cpu().numpy()
+
+    def reset(self) -> None:
+        """Forget everything counted."""
+        self.counts.zero_()
