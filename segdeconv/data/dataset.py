@@ -70,7 +70,7 @@ class FileDataset(SegmentationDataset):
     def __getitem__(self, index: int) -> Sample:
         pair = self.pairs[index]
         image = read_image(pair.image, exif=self.exif, max_pixels=self.max_pixels)
-        mask = read_mask(pair.mask, self.classes)
+        mask = read_mask(pair.mask, self.classes, max_pixels=self.max_pixels)
         if image.shape[:2] != mask.shape:
             raise UsageError(
                 f"mask {pair.mask} is {mask.shape[0]}x{mask.shape[1]} and its image {pair.image} "

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import shutil
 import stat
 import urllib.error
 import urllib.parse
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -54,7 +56,7 @@ def fetch(
         try:
             _fetch(url, part, timeout)
             break
-        except (OSError, urllib.error.URLError, EOFError) as error:
+        except (OSError, http.client.HTTPException, EOFError) as error:
             said.append(f"{url}: {error}")
     else:
         raise UsageError(f"could not download {target.name} ({'; '.join(said)}) - {way_out}")
@@ -107,18 +109,21 @@ def unpack_zip(archive: Path, folder: Path, *, strip: int = 0, only: str = "") -
     No links, no devices, no path that leaves the folder, no more than MAX_FILES files and MAX_BYTES bytes, and no file
     packed more than MAX_RATIO times: each raises UsageError and nothing is left behind.
     """
+    folder.mkdir(parents=True)
     try:
         with zipfile.ZipFile(archive) as file:
             members = _members(archive, file.infolist(), strip, only)
-            folder.mkdir(parents=True)
             for member, path in members:
                 target = folder / path
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with file.open(member) as source, target.open("xb") as sink:
                     shutil.copyfileobj(source, sink, CHUNK)
-    except (zipfile.BadZipFile, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, RuntimeError, FileExistsError, NotADirectoryError, EOFError) as error:
         shutil.rmtree(folder, ignore_errors=True)
         raise UsageError(f"{archive} is not a whole zip file ({error}) - delete it and try again") from error
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _members(

@@ -46,8 +46,9 @@ def inspect(dataset: SegmentationDataset, *, remember: bool = True) -> Inspectio
     memory = _cache() / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
     if remember and memory.is_file():
         try:
-            return Inspection(**json.loads(memory.read_text()))
-        except (ValueError, TypeError):
+            content = json.loads(memory.read_text())
+            return Inspection(**{**content, "sizes": [tuple(size) for size in content["sizes"]]})
+        except (ValueError, TypeError, KeyError):
             memory.unlink(missing_ok=True)  # cut short by a crash of the machine: look again
     inspection = _inspect(dataset)
     if remember and not inspection.problems:

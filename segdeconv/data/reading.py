@@ -22,7 +22,7 @@ Exif = Literal["refuse", "apply", "ignore"]
 Image.MAX_IMAGE_PIXELS = None  # ours is checked from the header, with a message of ours
 
 
-def _open(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def _open(path: Path, max_pixels: int = MAX_PIXELS) -> tuple[Image.Image, int]:
     """Open and decode; raises UsageError naming the file whatever is wrong with it."""
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "is missing" if not path.is_symlink() else "is a dangling link"
@@ -34,18 +34,22 @@ def _open(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
                 f"{path} has {image.width}x{image.height} pixels, more than {max_pixels} - shrink it or raise "
                 "dataset.max_pixels"
             )
-        if getattr(image, "n_frames", 1) > 1:
+        if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
             raise UsageError(f"{path} is an animation of {image.n_frames} frames - extract the frame that is meant")
+        stored = int(image.getexif().get(ORIENTATION, 1))
+        stored = stored if stored in _TURN_BACK else 1  # 0 and 9.. mean nothing
+        if stored != 1:
+            image.getexif()[ORIENTATION] = 1  # or Pillow turns TIFFs, and only them, while it loads them
         image.load()
     except UnidentifiedImageError:
         raise UsageError(
             f"{path} is not a picture that can be read (empty, cut or another format) - formats are {', '.join(FORMATS)}"
         ) from None
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        if isinstance(error, UsageError):
-            raise
+    except UsageError:
+        raise
+    except Exception as error:  # Pillow raises many types for a damaged file
         raise UsageError(f"{path} cannot be decoded ({error}) - it is damaged; restore or remove it") from error
-    return image
+    return image, stored
 
 
 def read_image(path: Path, *, exif: Exif = "refuse", max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -54,15 +58,15 @@ def read_image(path: Path, *, exif: Exif = "refuse", max_pixels: int = MAX_PIXEL
     exif: a camera's turn of the picture. `apply` it, `ignore` it, or `refuse` such a file, since masks drawn in a
         viewer that turns and masks drawn in one that does not both exist.
     """
-    image = _open(path, max_pixels)
-    if image.getexif().get(ORIENTATION, 1) != 1:
+    image, stored = _open(path, max_pixels)
+    if stored != 1:
         if exif == "refuse":
             raise UsageError(
-                f"{path} is stored turned (EXIF orientation {image.getexif()[ORIENTATION]}) and its mask may or may "
+                f"{path} is stored turned (EXIF orientation {stored}) and its mask may or may "
                 "not be - say dataset.exif=apply or dataset.exif=ignore"
             )
         if exif == "apply":
-            image = ImageOps.exif_transpose(image)
+            image = image.transpose(_TURN_UPRIGHT[stored])
     if image.mode == "F":
         raise UsageError(f"{path} is a float image - convert it to 8 or 16 bit")
     if image.mode in ("I;16", "I;16B", "I;16L", "I"):
@@ -87,6 +91,9 @@ _TURN_BACK = {
 }
 
 
+_TURN_UPRIGHT = {**_TURN_BACK, 6: Image.Transpose.ROTATE_270, 8: Image.Transpose.ROTATE_90}
+
+
 def orientation(path: Path) -> int:
     """The EXIF orientation of a picture file, 1 (upright) to 8."""
     with Image.open(path, formats=FORMATS) as image:
@@ -100,13 +107,13 @@ def turn_back(mask: np.ndarray, stored: int) -> np.ndarray:
     return np.asarray(Image.fromarray(mask).transpose(_TURN_BACK[stored]))
 
 
-def read_labels(path: Path) -> np.ndarray:
+def read_labels(path: Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """A mask file as it is: (H, W) integer labels, or (H, W, 3) uint8 if it is coloured. Never grey values.
 
     Palette images give their indices: `convert("L")` would turn VOC's {0, 1, 15, 255} into {0, 38, 147, 220}.
     """
-    image = _open(path)
-    if image.format in ("JPEG", "WEBP"):
+    image, _ = _open(path, max_pixels)
+    if image.format in ("JPEG", "MPO", "WEBP"):
         raise UsageError(f"mask {path} is {image.format}, which changes labels - save masks as PNG")
     if image.mode in ("RGB", "RGBA"):
         return np.asarray(image)[:, :, :3]
@@ -115,9 +122,9 @@ def read_labels(path: Path) -> np.ndarray:
     raise UsageError(f"mask {path} has colour mode {image.mode} - save masks as one channel of labels or as RGB colours")
 
 
-def read_mask(path: Path, classes: Classes) -> np.ndarray:
+def read_mask(path: Path, classes: Classes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """(H, W) uint8 class indices or ignore_index of a label or RGB-coloured mask file."""
-    labels = read_labels(path)
+    labels = read_labels(path, max_pixels=max_pixels)
     try:
         return classes.from_labels(labels) if labels.ndim == 2 else classes.from_colours(labels)
     except UsageError as error:
@@ -126,7 +133,7 @@ def read_mask(path: Path, classes: Classes) -> np.ndarray:
 
 def palette(path: Path) -> list[tuple[int, int, int]] | None:
     """The 256 colours of a palette picture, or None for another picture."""
-    image = _open(path)
+    image, _ = _open(path)
     if image.mode != "P":
         return None
     flat = image.getpalette("RGB") or []

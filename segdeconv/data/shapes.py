@@ -13,18 +13,19 @@ from segdeconv.errors import UsageError
 from segdeconv.seeding import key
 
 CLASSES = Classes(
-    names=("background", "disc", "square", "triangle", "cross", "stripes", "checker"),
+    names=("background", "disc", "ring", "cross", "triangle", "stripes", "checker"),
     colours=((0, 0, 0), (230, 80, 60), (60, 160, 230), (240, 190, 40), (90, 190, 90), (170, 90, 200), (240, 130, 180)),
 )
-NUM_OBJECTS = (2, 5)  # per image, inclusive
+NUM_OBJECTS = (1, 4)  # per image, inclusive
 
 
 class Shapes(SegmentationDataset):
-    """Images of two to five objects on a textured ground.
+    """Images of one to four objects on a mottled ground.
 
-    **What**: disc, square, triangle and cross, each filled with noise of a random colour, are told apart by outline;
-    stripes and checker are blobs of any outline told apart by texture. Colours are drawn anew for every object, so
-    colour tells nothing and neither does any single pixel. Later objects hide earlier ones; a border one to two
+    **What**: disc, ring, cross and triangle, each filled with fine grain of a random colour, are told apart by
+    outline; stripes and checker are blobs of any outline told apart by texture; the ground is mottled in two random
+    colours. Colours are drawn anew for every object and ground, so colour tells nothing and neither does any single
+    pixel. Later objects hide earlier ones; a border one to two
     pixels wide around every object is void, as in PASCAL VOC.
 
     **Layout**: none. Image i of a split is a function of (seed, split, i) alone, the same on every machine.
@@ -55,7 +56,7 @@ class Shapes(SegmentationDataset):
             raise UsageError(f"shapes has {len(self)} images in '{self.split}', there is no index {index}")
         random = np.random.Generator(np.random.Philox(key=key(self.data_seed, "shapes", self.split, index)))
         side = self.side
-        image = _noise(random, side)
+        image = _ground(random, side)
         mask = np.zeros((side, side), dtype=np.uint8)
         for _ in range(random.integers(NUM_OBJECTS[0], NUM_OBJECTS[1] + 1)):
             label = int(random.integers(1, len(CLASSES)))
@@ -67,7 +68,7 @@ class Shapes(SegmentationDataset):
 
     @property
     def fingerprint(self) -> str:
-        return f"shapes 1 {self.split} {len(self)} {self.side} {self.data_seed}"
+        return f"shapes 2 {self.split} {len(self)} {self.side} {self.data_seed}"
 
 
 def _noise(random: np.random.Generator, side: int) -> np.ndarray:
@@ -75,9 +76,21 @@ def _noise(random: np.random.Generator, side: int) -> np.ndarray:
     return random.uniform(40, 215, size=3) + random.normal(0, 18, size=(side, side, 3))
 
 
+def _ground(random: np.random.Generator, side: int) -> np.ndarray:
+    """(side, side, 3) float: patches about 4 pixels wide, between two random colours."""
+    coarse = random.uniform(0, 1, size=(side // 4 + 2, side // 4 + 2))
+    place = np.arange(side) / 4
+    lower = place.astype(int)
+    share = place - lower
+    rows = coarse[lower] * (1 - share)[:, None] + coarse[lower + 1] * share[:, None]
+    patches = rows[:, lower] * (1 - share) + rows[:, lower + 1] * share
+    mix = (3 * patches - 1).clip(0, 1)[:, :, None]
+    return _noise(random, side) * mix + _noise(random, side) * (1 - mix)
+
+
 def _draw(random: np.random.Generator, side: int, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Where an object is, (side, side) bool, and what it looks like there, (side, side, 3) float."""
-    radius = random.uniform(0.14, 0.27) * side
+    radius = random.uniform(0.17, 0.3) * side
     centre = random.uniform(0.1, 0.9, size=2) * side
     angle = random.uniform(0, 2 * np.pi)
     rows, columns = np.mgrid[0:side, 0:side] + 0.5
@@ -86,14 +99,16 @@ def _draw(random: np.random.Generator, side: int, name: str) -> tuple[np.ndarray
     texture = _noise(random, side)
     outline = name
     if name in ("stripes", "checker"):
-        period = random.uniform(5, 8)
+        period = random.uniform(5, 7)
         wave = np.sin(2 * np.pi * u / period)
         if name == "checker":
             wave = wave * np.sin(2 * np.pi * v / period)
         texture = np.where((wave > 0)[:, :, None], texture, _noise(random, side))
         outline = ("disc", "square", "triangle", "cross")[random.integers(4)]
-    if outline == "disc":
+    if outline in ("disc", "ring"):
         inside = u**2 + v**2 < (0.95 * radius) ** 2
+        if outline == "ring":
+            inside &= u**2 + v**2 > (0.5 * radius) ** 2
     elif outline == "square":
         inside = np.maximum(abs(u), abs(v)) < 0.84 * radius
     elif outline == "triangle":  # three sides, each 0.6 radius from the centre

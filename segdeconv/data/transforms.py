@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -99,7 +100,9 @@ class Augmentation:
 
     def __call__(self, image: np.ndarray, mask: np.ndarray, epoch: int, index: int) -> tuple[np.ndarray, np.ndarray]:
         """image: (H, W, 3) uint8; mask: (H, W) uint8 -> the same, augmented as (seed, epoch, index) says."""
-        self.compose.set_random_seed(key(self.seed, "augment", epoch, index) % 2**32)
+        seed = key(self.seed, "augment", epoch, index)
+        # One generator for all: set_random_seed would give each its own, seeded alike, so that they draw alike.
+        self.compose.set_random_state(np.random.default_rng(seed), random.Random(seed))
         result = self.compose(image=image, mask=mask)
         return result["image"], result["mask"]
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from segdeconv.encoders import Encoder, Encoding, Stages, SwitchSource, vgg_encoder
@@ -29,6 +29,9 @@ class SegNet(SegmentationModel):
     Differences from the paper, both choices of ours: switches are taken before the ReLU unless
     `switch_source=post_relu`, and batch norm keeps running averages instead of a second pass over the training set.
 
+    depth, width, pretrained: see `vgg_encoder`. stages: a table of your own in place of VGG's, the output channels of
+    every convolution, stage by stage; depth, width and pretrained then say nothing.
+
     >>> SegNet(num_classes=11, width=0.25)(torch.zeros(1, 3, 37, 50)).shape
     torch.Size([1, 11, 37, 50])
     """
@@ -42,9 +45,14 @@ class SegNet(SegmentationModel):
         width: Annotated[float, Field(gt=0, le=4)] = 1.0,
         pretrained: str = "none",
         switch_source: SwitchSource = "pre_relu",
+        stages: tuple[tuple[PositiveInt, ...], ...] | None = None,
     ) -> None:
         super().__init__(num_classes)
-        self.encoder = vgg_encoder(depth, norm=norm, width=width, pretrained=pretrained, switch_source=switch_source)
+        self.encoder = (
+            Encoder(tuple(map(tuple, stages)), norm=norm, switch_source=switch_source)
+            if stages
+            else vgg_encoder(depth, norm=norm, width=width, pretrained=pretrained, switch_source=switch_source)
+        )
         self.decoder = SegNetDecoder(self.encoder.channels, num_classes, norm=norm)
 
     def forward(self, image: Tensor) -> Tensor:

@@ -1,0 +1,112 @@
+"""Scorers that wrap scorers, against the same computed directly."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from segdeconv.inference import autocast, flipped, labels, padded, resolve_precision
+from segdeconv.models import SegNet
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def scorer_of_size(seen):
+    """A scorer that notes the sizes it is called with; its scores are the image's channels."""
+
+    def score(image):
+        seen.append(tuple(image.shape[-2:]))
+        return image
+
+    return score
+
+
+@pytest.mark.parametrize(
+    ("size", "called_with"),
+    [((1, 1), (32, 32)), ((20, 50), (32, 50)), ((50, 20), (50, 32)), ((32, 32), (32, 32)), ((37, 41), (37, 41))],
+)
+def test_padding_goes_below_and_right_up_to_the_minimum_and_is_cut_off(size, called_with):
+    seen = []
+    image = torch.randn(2, 3, *size)
+    assert torch.equal(padded(scorer_of_size(seen), 32)(image), image)
+    assert seen == [called_with]
+
+
+def test_padded_network_sees_zeros_around_the_image():
+    model = SegNet(3, width=0.0625).eval()
+    image = torch.randn(1, 3, 9, 40)
+    by_hand = torch.zeros(1, 3, 32, 40)
+    by_hand[:, :, :9] = image
+    with torch.no_grad():
+        assert torch.equal(padded(model, model.minimum_size)(image), model(by_hand)[:, :, :9])
+
+
+def test_flipped_is_the_mean_softmax_of_both_views():
+    model = SegNet(3, width=0.0625).eval()
+    image = torch.randn(2, 3, 33, 47)
+    with torch.no_grad():
+        result = flipped(model)(image)
+        mirror = torch.stack([image[..., 46 - column] for column in range(47)], dim=-1)
+        mirrored = model(mirror).softmax(1)
+        back = torch.stack([mirrored[..., 46 - column] for column in range(47)], dim=-1)
+        expected = (model(image).softmax(1) + back) / 2
+    torch.testing.assert_close(result, expected)
+    torch.testing.assert_close(result.sum(dim=1), torch.ones(2, 33, 47))
+
+
+def test_flipped_result_is_the_same_for_the_mirror_image():
+    model = SegNet(3, width=0.0625).eval()
+    image = torch.randn(1, 3, 32, 34)
+    with torch.no_grad():
+        torch.testing.assert_close(flipped(model)(image.flip(-1)).flip(-1), flipped(model)(image))
+
+
+def test_labels_are_the_largest_channel():
+    scores = torch.tensor([[0.1, 3.0, -1.0], [2.0, 1.0, -2.0]]).T.reshape(1, 3, 1, 2)
+    result = labels(scores, (1, 2))
+    assert result.tolist() == [[[1, 0]]]
+    assert result.dtype == torch.uint8
+
+
+def test_labels_resize_scores_and_not_labels():
+    scores = torch.randn(1, 4, 6, 8)
+    direct = F.interpolate(scores, size=(13, 17), mode="bilinear", align_corners=False).argmax(1)
+    assert torch.equal(labels(scores, (13, 17)).long(), direct)
+    # Halfway between class 0 (4, 0, 3) and class 1 (0, 4, 3) the third class is largest.
+    between = torch.tensor([[[[4.0, 0.0]], [[0.0, 4.0]], [[3.0, 3.0]]]])
+    assert 2 in labels(between, (1, 6))
+    assert 2 not in labels(between, (1, 2))
+
+
+def test_labels_resize_bfloat16_scores_in_float32():
+    scores = torch.randn(1, 4, 6, 8).bfloat16()
+    direct = F.interpolate(scores.float(), size=(13, 17), mode="bilinear", align_corners=False).argmax(1)
+    assert torch.equal(labels(scores, (13, 17)).long(), direct)
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("32-true", torch.float32), ("bf16-mixed", torch.bfloat16), ("16-mixed", torch.float16)]
+)
+def test_autocast_runs_convolutions_in_the_precision(precision, dtype):
+    with autocast(precision, torch.device("cpu")):
+        assert torch.nn.Conv2d(3, 4, 3)(torch.randn(1, 3, 8, 8)).dtype == dtype
+
+
+def test_a_precision_that_is_asked_for_is_taken(monkeypatch):
+    monkeypatch.setattr("segdeconv.inference.fast_precision", lambda: "bf16-mixed")
+    assert resolve_precision("16-mixed", trained="bf16-mixed") == "16-mixed"
+    assert resolve_precision("auto") == "bf16-mixed"
+    assert resolve_precision("auto", trained="bf16-mixed") == "bf16-mixed"
+    assert resolve_precision("auto", trained="32-true") == "32-true"
+
+
+def test_a_precision_that_is_slow_here_is_not_chosen(monkeypatch):
+    monkeypatch.setattr("segdeconv.inference.fast_precision", lambda: "32-true")
+    assert resolve_precision("auto", trained="bf16-mixed") == "32-true"
+
+
+def test_unknown_precision_is_refused():
+    with pytest.raises(ValueError, match=r"precision=fp16 is unknown - it is auto, 32-true, bf16-mixed, 16-mixed"):
+        resolve_precision("fp16")

@@ -1,0 +1,248 @@
+"""An inspection counts what a brute-force look counts, lists every problem, and is remembered until a file changes."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from pathlib import Path
+
+import fakes
+import numpy as np
+import pytest
+from PIL import Image
+
+from segdeconv.classes import Classes
+from segdeconv.data import CamVid, Folder, SegmentationDataset, Shapes, inspection
+from segdeconv.data.inspection import inspect, inspect_all, overlaps, table
+from segdeconv.errors import UsageError
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "segdeconv" / "inspections"
+
+
+@pytest.fixture
+def camvid(tmp_path: Path) -> CamVid:
+    root = fakes.camvid(tmp_path / "camvid")
+    for index in (0, 1):  # a class is missing from two images, and one image is smaller
+        path = root / "trainannot" / f"train_{index:03d}.png"
+        mask = np.array(Image.open(path))
+        mask[mask == 4] = 3
+        Image.fromarray(mask).save(path)
+    Image.fromarray(np.zeros((16, 32, 3), dtype=np.uint8)).save(root / "train" / "train_003.png")
+    Image.fromarray(np.full((16, 32), 2, dtype=np.uint8)).save(root / "trainannot" / "train_003.png")
+    return CamVid("train", str(root))
+
+
+def looked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Records the split of every real look from here on."""
+    splits = []
+    real = inspection._inspect
+
+    def record(dataset: SegmentationDataset) -> inspection.Inspection:
+        splits.append(dataset.split)
+        return real(dataset)
+
+    monkeypatch.setattr(inspection, "_inspect", record)
+    return splits
+
+
+# Counts
+
+
+def test_counts_are_those_of_a_brute_force_look(camvid: CamVid) -> None:
+    pixels, image_pixels, images, sizes = [0] * 12, [0] * 12, [0] * 12, Counter()
+    for pair in camvid.pairs:
+        values = list(Image.open(pair.mask).tobytes())
+        for label in range(12):
+            pixels[label] += values.count(label)
+            if label in values:
+                image_pixels[label] += len(values)
+                images[label] += 1
+        sizes[Image.open(pair.mask).size[::-1]] += 1
+    seen = inspect(camvid)
+    assert seen.split == "train"
+    assert seen.num_images == 4
+    assert (seen.pixels, seen.image_pixels, seen.images) == (pixels, image_pixels, images)
+    assert seen.images[4] == 1
+    assert seen.sizes == [(48, 64, 3), (16, 32, 1)] == [(*size, count) for size, count in sizes.most_common()]
+    assert seen.problems == []
+
+
+def test_ignored_pixels_are_counted_last() -> None:
+    shapes = Shapes("val", num_val=5)
+    masks = np.stack([shapes[index].mask for index in range(5)])
+    assert inspect(shapes).pixels == [int((masks == label).sum()) for label in (*range(7), 255)]
+
+
+def test_a_class_whose_label_is_255_is_no_ignored_pixel(tmp_path: Path) -> None:
+    seen = inspect(Folder("train", str(fakes.folder(tmp_path / "data", "binary"))))
+    assert seen.pixels[2] == 0
+    assert min(seen.pixels[:2]) > 0
+
+
+# Problems
+
+
+def spoil(root: Path) -> list[str]:
+    """Spoil every one of the four train images, each in its own way; returns what should be said, in order."""
+    image = root / "train" / "train_000.png"
+    image.write_bytes(image.read_bytes()[:200])
+    mask = Image.open(root / "trainannot" / "train_001.png")
+    mask.putpixel((3, 4), 77)
+    mask.save(root / "trainannot" / "train_001.png")
+    Image.new("L", (64, 47)).save(root / "trainannot" / "train_002.png")
+    (root / "train" / "train_003.png").unlink()
+    return [
+        r"train/train_000\.png cannot be decoded",
+        r"trainannot/train_001\.png has label 77; the classes have labels 0\.\.10 and 11",
+        r"trainannot/train_002\.png is 47x64 and its image .*train_002\.png 48x64",
+        r"train/train_003\.png is missing",
+    ]
+
+
+def test_every_problem_is_listed_in_one_sentence_that_names_the_file(tmp_path: Path) -> None:
+    expected = spoil(fakes.camvid(tmp_path / "camvid"))
+    seen = inspect(CamVid("train", str(tmp_path / "camvid")))
+    for problem, words in zip(seen.problems, expected, strict=True):
+        assert re.search(words, problem)
+        assert "\n" not in problem
+    assert sum(seen.pixels) == 0
+
+
+def test_the_first_problem_is_raised_with_how_many_more_there_are(tmp_path: Path) -> None:
+    root = fakes.camvid(tmp_path / "camvid")
+    first = spoil(root)[0]
+    datasets = [CamVid(split, str(root)) for split in ("train", "val")]
+    with pytest.raises(UsageError, match=rf"{first}.* \(and 3 more: python scripts/inspect_data\.py lists them\)"):
+        inspect_all(datasets)
+
+
+def test_problems_are_not_remembered(tmp_path: Path, cache: Path) -> None:
+    root = fakes.camvid(tmp_path / "camvid")
+    spoil(root)
+    inspect(CamVid("train", str(root)))
+    assert not cache.exists()
+
+
+def test_an_image_in_two_splits_is_named(tmp_path: Path) -> None:
+    root = fakes.folder(tmp_path / "data", layout="lists")
+    (root / "val.txt").write_text("val_0\ntrain_2\n")
+    datasets = [Folder(split, str(root)) for split in ("train", "val")]
+    words = r"images/train_2\.png is in train and in val: its score would mean nothing - list it once"
+    assert len(overlaps(datasets)) == 1
+    assert re.search(words, overlaps(datasets)[0])
+    with pytest.raises(UsageError, match=words):
+        inspect_all(datasets)
+
+
+def test_a_link_to_an_image_of_another_split_is_an_overlap(tmp_path: Path) -> None:
+    root = fakes.folder(tmp_path / "data", layout="subfolders")
+    (root / "val/images/val_0.png").unlink()
+    (root / "val/images/val_0.png").symlink_to(root / "train/images/train_1.png")
+    assert len(overlaps(Folder(split, str(root)) for split in ("train", "val"))) == 1
+
+
+def test_splits_that_share_nothing_pass(tmp_path: Path) -> None:
+    root = str(fakes.camvid(tmp_path / "camvid"))
+    train, val = inspect_all([CamVid("train", root), CamVid("val", root)])
+    assert (train.split, val.split) == ("train", "val")
+
+
+# Memory
+
+
+def test_a_remembered_inspection_is_the_same_and_read_once(camvid: CamVid, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = looked(monkeypatch)
+    first = inspect(camvid)
+    assert inspect(CamVid("train", str(camvid.pairs[0].image.parents[1]))) == first
+    assert looks == ["train"]
+
+
+def test_remember_false_looks_again_and_writes_nothing(
+    camvid: CamVid, monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    looks = looked(monkeypatch)
+    inspect(camvid, remember=False)
+    assert not cache.exists()
+    inspect(camvid)
+    inspect(camvid, remember=False)
+    assert len(looks) == 3
+
+
+@pytest.mark.parametrize("change", ["content", "time", "list"])
+def test_an_inspection_is_forgotten_when_a_file_changes(
+    camvid: CamVid, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    looks = looked(monkeypatch)
+    inspect(camvid)
+    mask = camvid.pairs[2].mask
+    root = mask.parents[1]
+    if change == "content":
+        Image.fromarray(np.full((48, 64), 9, dtype=np.uint8)).save(mask)
+    elif change == "time":
+        os.utime(mask, ns=(0, 1))
+    else:
+        (root / "train.txt").write_text("".join((root / "train.txt").read_text().splitlines(keepends=True)[:3]))
+    again = inspect(CamVid("train", str(root)))
+    assert looks == ["train", "train"]
+    if change == "content":
+        assert again.pixels[9] >= 48 * 64
+    assert again.num_images == (3 if change == "list" else 4)
+
+
+def test_splits_seeds_and_classes_are_remembered_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = looked(monkeypatch)
+    root = str(fakes.folder(tmp_path / "data", layout="lists"))
+    swapped = {"a": 2, "b": 1, "c": 0}
+    datasets = [Shapes("train", num_train=2), Shapes("val", num_val=2), Shapes("train", num_train=2, data_seed=1)]
+    datasets += [Folder("train", root), Folder("train", root, classes=swapped)]
+    seen = [inspect(dataset) for dataset in datasets]
+    assert len(looks) == 5
+    assert seen[3].pixels[0] == seen[4].pixels[2]
+
+
+@pytest.mark.parametrize("content", ["", '{"split": "tr', "[]", "{}"])
+def test_a_memory_that_was_cut_short_is_looked_up_again(
+    camvid: CamVid, monkeypatch: pytest.MonkeyPatch, cache: Path, content: str
+) -> None:
+    first = inspect(camvid)
+    (memory,) = cache.iterdir()
+    memory.write_text(content)
+    looks = looked(monkeypatch)
+    assert inspect(camvid) == first
+    assert looks == ["train"]
+    assert memory.read_text() != content
+
+
+def test_a_cache_that_cannot_be_written_is_no_hindrance(camvid: CamVid, cache: Path) -> None:
+    cache.parent.mkdir(parents=True)
+    cache.write_text("a file where the folder should be")
+    assert inspect(camvid).num_images == 4
+
+
+# Text
+
+
+def test_the_table_shows_classes_labels_colours_counts_and_weights() -> None:
+    seen = inspection.Inspection(
+        "val", 2, [75, 0, 25], [100, 0, 100], [2, 0, 1], [(5, 10, 1), (5, 9, 1), (5, 8, 1), (5, 7, 1)], []
+    )
+    classes = Classes(("sky", "pavement"), ((128, 0, 255), (1, 2, 3)), labels=(3, 40))
+    assert table(seen, classes, [1.5, 0.25]).splitlines() == [
+        "val: 2 images (1 of 5x10, 1 of 5x9, 1 of 5x8 and 1 other sizes)",
+        "  class     label  colour       images        pixels   share  weight",
+        "  sky           3  #8000ff           2            75  75.00%  1.5000",
+        "  pavement     40  #010203           0             0   0.00%  0.2500   <- no pixel in this split",
+        "  (ignored)   255  -                 1            25  25.00%       -",
+    ]
+
+
+def test_a_table_without_weights_has_none(camvid: CamVid) -> None:
+    lines = table(inspect(camvid), camvid.classes, None).splitlines()
+    assert lines[0] == "train: 4 images (3 of 48x64, 1 of 16x32)"
+    assert len(lines) == 2 + 12
+    assert all(line.endswith("-") for line in lines[2:])

@@ -1,0 +1,120 @@
+"""Schedules against numbers worked by hand and torch's schedulers; parameter groups."""
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import lr_scheduler
+
+from segdeconv.models import SegNetBasic
+from segdeconv.optimization import Constant, Cosine, Poly, Step, adamw, parameter_groups, sgd
+
+TOTAL = 40
+
+
+def torch_factors(make):
+    """The learning rates that a torch scheduler gives from 1.0."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = make(optimizer)
+    factors = []
+    for _ in range(TOTAL):
+        factors.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return factors
+
+
+@pytest.mark.parametrize(
+    ("schedule", "make"),
+    [
+        (Constant(), lambda optimizer: lr_scheduler.ConstantLR(optimizer, factor=1.0)),
+        (Poly(power=0.9), lambda optimizer: lr_scheduler.PolynomialLR(optimizer, TOTAL, power=0.9)),
+        (Cosine(floor=0.1), lambda optimizer: lr_scheduler.CosineAnnealingLR(optimizer, TOTAL, eta_min=0.1)),
+        (Step(every=9, gamma=0.5), lambda optimizer: lr_scheduler.StepLR(optimizer, 9, gamma=0.5)),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_schedule_is_torchs(schedule, make):
+    assert [schedule(step, TOTAL) for step in range(TOTAL)] == pytest.approx(torch_factors(make), abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "by_hand"),
+    [
+        (Constant(), {0: 1, 50: 1, 99: 1}),
+        (Poly(power=2), {0: 1, 50: 0.25, 90: 0.01}),
+        (Poly(power=1), {0: 1, 25: 0.75, 99: 0.01}),
+        (Cosine(), {0: 1, 25: (1 + 0.5**0.5) / 2, 50: 0.5, 75: (1 - 0.5**0.5) / 2}),
+        (Cosine(floor=0.2), {0: 1, 50: 0.6}),
+        (Step(every=30), {0: 1, 29: 1, 30: 0.1, 60: 0.01, 99: 0.001}),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_schedule_at_steps_worked_by_hand(schedule, by_hand):
+    assert {step: schedule(step, 100) for step in by_hand} == pytest.approx(by_hand)
+
+
+@pytest.mark.parametrize("schedule", [Constant, Poly, Cosine])
+def test_warmup_rises_in_a_straight_line_and_hands_over_at_one(schedule):
+    factors = [schedule(warmup_steps=4)(step, 100) for step in range(5)]
+    assert factors == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+
+
+def test_after_warmup_the_schedule_spans_the_rest():
+    # 20 of 100 steps warm up; step 60 is half of the other 80.
+    assert Poly(power=1, warmup_steps=20)(60, 100) == pytest.approx(0.5)
+    assert Cosine(warmup_steps=20)(60, 100) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("schedule", [Constant, Poly, Cosine, Step])
+def test_factor_stays_in_0_to_1_at_the_ends_and_beyond(schedule):
+    for warmup in (0, 1, 5):
+        for total in (1, 5, 6):
+            for step in range(total + 3):
+                factor = schedule(warmup_steps=warmup)(step, total)
+                assert isinstance(factor, float)
+                assert 0 <= factor <= 1
+
+
+def test_every_parameter_is_in_one_group_and_only_weights_decay():
+    model = SegNetBasic(3)
+    weights, others = parameter_groups(model, lr=0.1, weight_decay=5e-4, bias_lr=2.0)
+    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert {id(p) for p in weights["params"]} == {id(module.weight) for module in convolutions}
+    expected = [module.bias for module in convolutions + norms] + [module.weight for module in norms]
+    assert {id(p) for p in others["params"]} == {id(parameter) for parameter in expected}
+    assert (weights["weight_decay"], others["weight_decay"]) == (5e-4, 0.0)
+    assert (weights["base_lr"], others["base_lr"]) == pytest.approx((0.1, 0.2))
+
+
+def test_frozen_parameters_are_left_out():
+    model = nn.Conv2d(3, 4, 3)
+    model.weight.requires_grad_(False)
+    weights, others = parameter_groups(model, lr=0.1, weight_decay=0.0)
+    assert weights["params"] == []
+    assert [id(parameter) for parameter in others["params"]] == [id(model.bias)]
+
+
+@pytest.mark.parametrize("make", [sgd, adamw])
+def test_without_gradient_weights_shrink_and_biases_and_norms_stay(make):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer = make(model, lr=0.1, weight_decay=0.01)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        kept = 1 - 0.1 * 0.01 if parameter.ndim > 1 else 1.0
+        torch.testing.assert_close(parameter.detach(), before[name] * kept, rtol=1e-6, atol=0)
+
+
+def test_sgd_step_with_momentum_by_hand():
+    # weight 1, gradient 1, lr 0.1, momentum 0.9, decay 0.5:
+    # v1 = 1 + 0.5 = 1.5, w1 = 0.85;  v2 = 0.9 * 1.5 + 1 + 0.5 * 0.85 = 2.775, w2 = 0.85 - 0.2775
+    layer = nn.Linear(1, 1, bias=False)
+    nn.init.ones_(layer.weight)
+    optimizer = sgd(layer, lr=0.1, momentum=0.9, weight_decay=0.5)
+    for expected in (0.85, 0.5725):
+        layer.weight.grad = torch.ones_like(layer.weight)
+        optimizer.step()
+        assert layer.weight.item() == pytest.approx(expected)
