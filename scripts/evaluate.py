@@ -1,6 +1,6 @@
 """Score a checkpoint on a split of the data set it was trained on.
 
-    python scripts/evaluate.py CHECKPOINT [--split val] [--out DIR] [--masks DIR] [key=value ...]
+    python scripts/evaluate.py CHECKPOINT [--split val] [--out DIR] [--masks DIR] [--pictures DIR] [key=value ...]
 
 The checkpoint is enough; dataset.root=DIR says where the data lies if it has moved. Every stored pixel that is not
 ignored counts, at the mask's own size. Prints a table and writes DIR/report.json.
@@ -23,6 +23,7 @@ def main() -> None:
     parser.add_argument("--split", default="val", help="train, val (default) or test")
     parser.add_argument("--out", type=Path, help="folder for report.json (default: evaluation/ beside the checkpoint)")
     parser.add_argument("--masks", type=Path, help="folder for the predicted masks, exactly as counted")
+    parser.add_argument("--pictures", type=Path, help="folder for image, truth, prediction and error of 12 images")
     parser.add_argument("--flip", action="store_true", help="average over each image and its mirror image")
     parser.add_argument("--precision", default="auto", help="auto (default), 32-true, bf16-mixed or 16-mixed")
     parser.add_argument("--trust", action="append", default=[], help="a class of your own that the recipe names")
@@ -31,12 +32,19 @@ def main() -> None:
     import numpy as np
 
     from segdeconv import checkpoint, draw, report
+    from segdeconv.data.dataset import SegmentationDataset
     from segdeconv.inference import best_device
 
     read = checkpoint.read(arguments.checkpoint, trust=arguments.trust, overrides=arguments.overrides)
 
-    def save(name: str, mask: np.ndarray) -> None:
-        draw.save_mask(mask, read.classes, arguments.masks / f"{name}.png")
+    def save(dataset: SegmentationDataset, index: int, prediction: np.ndarray) -> None:
+        if arguments.masks:
+            draw.save_mask(prediction, read.classes, arguments.masks / f"{dataset.names[index]}.png")
+        if arguments.pictures and index in {int(chosen) for chosen in np.linspace(0, len(dataset) - 1, 12)}:
+            image, mask, name = dataset[index]
+            picture = draw.enlarged(draw.comparison(image, mask, prediction, read.classes), 128)
+            strip = draw.legend(read.classes, range(len(read.classes)), picture.shape[1])
+            draw.save_image(np.concatenate([picture, strip]), arguments.pictures / f"{name}.png")
 
     confusion, num_images = report.evaluate(
         read,
@@ -45,7 +53,7 @@ def main() -> None:
         device=best_device(),
         precision=arguments.precision,
         flip=arguments.flip,
-        on_prediction=save if arguments.masks else None,
+        on_prediction=save if arguments.masks or arguments.pictures else None,
     )
     out = arguments.out or read.path.parent / "evaluation"
     command = shlex.join(["python", "scripts/evaluate.py", *sys.argv[1:]])
@@ -53,9 +61,10 @@ def main() -> None:
     report.write_json(report.report(confusion, num_images, read.classes, **facts), out / "report.json")
     print(f"{num_images} images of {arguments.split}\n")
     print(report.table(confusion, read.classes))
-    print(f"\nreport: {out / 'report.json'}")
-    if arguments.masks:
-        print(f"masks:  {arguments.masks}")
+    print(f"\nreport:   {out / 'report.json'}")
+    for what in ("masks", "pictures"):
+        if getattr(arguments, what):
+            print(f"{what + ':':<10}{getattr(arguments, what)}")
 
 
 if __name__ == "__main__":

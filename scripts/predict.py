@@ -21,7 +21,7 @@ def main() -> int:
     parser = ArgumentParser("predict.py", description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", help="a .ckpt that train.py wrote")
     parser.add_argument("paths", nargs="+", metavar="PATH", help="pictures, folders, patterns; then key=value")
-    parser.add_argument("--out", type=Path, default=Path("predictions"), help="folder to write to (default: predictions)")
+    parser.add_argument("--out", type=Path, default=Path("predictions"), help="folder (default: predictions)")
     parser.add_argument("--flip", action="store_true", help="average over each image and its mirror image")
     parser.add_argument("--precision", default="auto", help="auto (default), 32-true, bf16-mixed or 16-mixed")
     parser.add_argument("--trust", action="append", default=[], help="a class of your own that the recipe names")
@@ -79,7 +79,7 @@ def find_images(paths: list[str], out: Path) -> dict[str, Path]:
         for written in (name, f"{name}_overlay"):
             if written in images and images[written] != path:
                 raise UsageError(
-                    f"{path} and {images[written]} would both become {out / written}.png - predict them into two folders"
+                    f"{path} and {images[written]} would both become {out / written}.png - use two folders"
                 )
         images[name] = path
 

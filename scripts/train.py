@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from segdeconv.errors import UsageError, run_command
+from segdeconv.errors import run_command
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -93,9 +93,7 @@ def train(recipe: dict[str, Any], run: Path, command: str) -> None:
     weights = balancing.class_weights(seen.pixels[:-1], seen.image_pixels[:-1], **loss_settings)
     print(table(seen, classes, weights), end="\n\n")
 
-    transforms = build_transforms(
-        recipe["augment"], ignore_index=classes.ignore_index, mean=settings["mean"]
-    )
+    transforms = build_transforms(recipe["augment"], ignore_index=classes.ignore_index, mean=settings["mean"])
     data = DataModule(train_split, val_split, transforms, recipe["seed"], **settings)
     torch.manual_seed(recipe["seed"])
     fresh = {"pretrained": "none"} if resumed and "pretrained" in recipe["model"] else {}

@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from pytorch_lightning import Callback, Trainer
@@ -130,18 +130,12 @@ class Pictures(Callback):
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        for prediction in outputs:
+        for prediction in outputs["predictions"]:
             if self._seen in self.chosen and trainer.is_global_zero:
                 image, mask, name = self.dataset[self._seen]
-                classes = self.dataset.classes
-                tiles = [
-                    image,
-                    draw.overlay(image, mask, classes),
-                    draw.overlay(image, prediction, classes),
-                    draw.error(mask, prediction, classes.ignore_index),
-                ]
+                picture = draw.comparison(image, mask, prediction, self.dataset.classes)
                 for logger in trainer.loggers:
-                    _picture(logger, f"image, truth, prediction, error/{name}", draw.row(tiles), trainer.global_step)
+                    _picture(logger, f"image, truth, prediction, error/{name}", picture, trainer.global_step)
             self._seen += 1
 
 
@@ -177,12 +171,14 @@ class Progress(Callback):
             return
         train_loss, _, _ = pl_module.results("train")
         val_loss, val_scores, _ = pl_module.results("val")
+        validated = pl_module.loss_counts["val"] > 0
         done = trainer.global_step - self._begun
         left = (pl_module.total_steps - trainer.global_step) * (time.monotonic() - self._start) / max(1, done)
         print(
             f"epoch {trainer.current_epoch + 1}  step {trainer.global_step}/{pl_module.total_steps}  "
-            f"train loss {train_loss:.3f}  val loss {val_loss:.3f}  val miou {val_scores.miou:.4f}  "
-            f"left {left / 60:.1f} min",
+            f"train loss {train_loss:.3f}  "
+            + (f"val loss {val_loss:.3f}  val miou {val_scores.miou:.4f}  " if validated else "")
+            + f"left {left / 60:.1f} min",
             flush=True,
         )
 
@@ -201,7 +197,7 @@ class Progress(Callback):
 class Stopping(Callback):
     """Signals set a flag; the step boundary saves and leaves. A second interrupt leaves at once."""
 
-    CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 143}
+    CODES: ClassVar[dict[signal.Signals, int]] = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 143}
 
     def __init__(self, checkpoints: Checkpoints) -> None:
         self.checkpoints = checkpoints

@@ -1,8 +1,8 @@
 """Checkpoints: whole or not at all, verified before they are read, plain data that runs no code.
 
-A file holds `hyper_parameters = {"config": ..., "facts": ...}` beside the weights: *config* is the recipe the user chose,
-*facts* what the data is (classes, preprocessing, class weights). Both are plain, so a checkpoint alone, in an empty
-directory, is enough to evaluate and predict.
+A file holds `hyper_parameters = {"config": ..., "facts": ...}` beside the weights: *config* is the recipe that was
+chosen, *facts* what the data is (classes, preprocessing, class weights). Both are plain, so a checkpoint alone, in an
+empty directory, is enough to evaluate and predict.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from segdeconv.classes import Classes
 from segdeconv.config import build, check, locate, override, targets
 from segdeconv.data.download import hash_file
 from segdeconv.errors import CheckpointError, UsageError
+from segdeconv.models import SegmentationModel
 
 FORMAT = 1
 
@@ -71,11 +71,15 @@ class Checkpoint:
         """The classes that the network was trained for."""
         return Classes.restore(self.facts["classes"])
 
-    def model(self) -> nn.Module:
+    def model(self) -> SegmentationModel:
         """The network, built from the recipe, with its weights, in evaluation mode."""
-        node = {**self.config["model"], "pretrained": "none"} if "pretrained" in self.config["model"] else self.config["model"]
+        node = (
+            {**self.config["model"], "pretrained": "none"}
+            if "pretrained" in self.config["model"]
+            else self.config["model"]
+        )
         checked = check(node, "model", [locate(node, "model")], supplied=["num_classes"])
-        model: nn.Module = build(checked, "model", num_classes=len(self.classes))
+        model: SegmentationModel = build(checked, "model", num_classes=len(self.classes))
         weights = {
             name.removeprefix("model."): value
             for name, value in self.content["state_dict"].items()
@@ -137,8 +141,6 @@ def _sync_folder(folder: Path) -> None:
 
 def verify(path: Path) -> None:
     """Raise CheckpointError unless the file is the one its sidecar names; a missing sidecar is only a warning."""
-    if "://" in str(path):
-        raise UsageError(f"{path} is an address - download the file and check it first")
     if not path.is_file():
         raise UsageError(f"there is no checkpoint {path} - give a file such as runs/<dataset>-<model>/<time>/best.ckpt")
     sidecar = _sidecar(path)
@@ -146,7 +148,9 @@ def verify(path: Path) -> None:
         print(f"segdeconv: warning: {sidecar.name} is missing, so {path} cannot be verified", file=sys.stderr)
         return
     if hash_file(path) not in HASH_LINE.findall(sidecar.read_text(errors="replace")):
-        raise CheckpointError(f"{path} is damaged: its sha256 is not the one in {sidecar.name} - use another checkpoint")
+        raise CheckpointError(
+            f"{path} is damaged: its sha256 is not the one in {sidecar.name} - use another checkpoint"
+        )
 
 
 def load_plain(path: Path) -> dict[str, Any]:
@@ -160,7 +164,9 @@ def load_plain(path: Path) -> dict[str, Any]:
             "scripts/train.py wrote"
         ) from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a checkpoint - give one of scripts/train.py")
+        raise CheckpointError(
+            f"{path} holds a {type(content).__name__}, not a checkpoint - give one of scripts/train.py"
+        )
     return content
 
 
@@ -171,6 +177,8 @@ def read(path: str | Path, *, trust: Collection[str] = (), overrides: Iterable[s
     overrides: `key=value` arguments of a command line, set in the recipe after it was admitted.
     Raises CheckpointError for a file that is damaged, foreign, newer than this version, or names anything else.
     """
+    if "://" in str(path):
+        raise UsageError(f"{path} is an address - download the file and check it first")
     path = Path(path)
     content = load_plain(path)
     remembered = content.get("hyper_parameters")

@@ -62,7 +62,7 @@ class Classes:
             )
         if self.ignore_index in range(len(self.names)):
             raise UsageError(f"ignore_index {self.ignore_index} is also a class ('{self.names[self.ignore_index]}')")
-        for what, values in (("name", self.names), ("label", self.labels)):
+        for what, values in (("name", self.names), ("label", self.labels), ("colour", self.colours)):
             if len(set(values)) != len(values):
                 raise UsageError(f"the class {what}s {list(values)} are not all different")
 

@@ -1,7 +1,7 @@
 """Recipes: plain data naming a class and its arguments. The constructor's signature is the schema.
 
-A recipe node is a mapping with `_target_`, the dotted name of a class or function, and arguments for it. `check` holds it
-against the signature (names, types, ranges) and writes the defaults in; `build` calls it. Nothing here imports
+A recipe node is a mapping with `_target_`, the dotted name of a class or function, and arguments for it. `check` holds
+it against the signature (names, types, ranges) and writes the defaults in; `build` calls it. Nothing here imports
 segdeconv's own classes by name, and what may be named in a checkpoint is checkpoint.py's to say.
 """
 
@@ -69,7 +69,7 @@ def check(
             for name, parameter in signature.parameters.items()
             if name not in given and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
         }
-        function = schema.__init__ if inspect.isclass(schema) else schema  # type: ignore[misc]
+        function = schema.__init__ if inspect.isclass(schema) else schema
         hints |= typing.get_type_hints(function, include_extras=True)
     checked: Node = {TARGET: node[TARGET]} if TARGET in node else {}
     for name in node:
@@ -201,7 +201,9 @@ def front_door(arguments: Sequence[str], folder: Path) -> list[str]:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
-    groups = {path.name: sorted(file.stem for file in path.glob("*.yaml")) for path in folder.iterdir() if path.is_dir()}
+    groups = {
+        path.name: sorted(file.stem for file in path.glob("*.yaml")) for path in folder.iterdir() if path.is_dir()
+    }
     ready, seen = [], set()
     for argument in arguments:
         if argument.startswith("-"):
@@ -210,18 +212,20 @@ def front_door(arguments: Sequence[str], folder: Path) -> list[str]:
         try:
             override = OverridesParser.create().parse_override(argument)
         except HydraException:
-            raise UsageError(f"'{argument}' is not key=value - write for example dataset=camvid model.depth=13") from None
+            raise UsageError(
+                f"'{argument}' is not key=value - write for example dataset=camvid model.depth=13"
+            ) from None
         key = override.key_or_group
         if key in seen:
             raise UsageError(f"{key} is given twice - give it once")
         seen.add(key)
         if key in groups:
-            choices = [str(choice) for choice in override.choices_as_strings()] if override.is_choice_sweep() else None
-            for choice in choices or [str(override.value())]:
+            sweep = override.is_sweep_override()
+            for choice in override.sweep_string_iterator() if sweep else [str(override.value())]:
                 if choice not in groups[key] and choice != "None":
                     raise UsageError(f"there is no {key} '{choice}' - {did_you_mean(choice, groups[key])}")
             ready.append(argument)
-        elif key.startswith("hydra") or not override.is_add() and argument[0] in "+~":
+        elif key.startswith("hydra") or argument[0] == "~":
             ready.append(argument)
         else:
             ready.append("++" + argument.lstrip("+"))

@@ -53,7 +53,7 @@ def overlay(image: np.ndarray, mask: np.ndarray, classes: Classes, *, strength: 
 
 def error(mask: np.ndarray, prediction: np.ndarray, ignore_index: int) -> np.ndarray:
     """(H, W, 3) uint8: green where the prediction is right, red where it is wrong, dark where the truth is ignored."""
-    picture = np.where((mask == prediction)[:, :, None], np.uint8(RIGHT), np.uint8(WRONG))
+    picture = np.where((mask == prediction)[:, :, None], RIGHT, WRONG).astype(np.uint8)
     picture[mask == ignore_index] = 30
     return picture
 
@@ -83,7 +83,7 @@ def legend(classes: Classes, present: Sequence[int], width: int) -> np.ndarray:
 def overlay_with_legend(image: np.ndarray, mask: np.ndarray, classes: Classes) -> np.ndarray:
     """The overlay with a legend below; small images are enlarged by a whole factor so that the legend is legible."""
     factor = max(1, -(-256 // image.shape[1]))
-    picture = np.kron(overlay(image, mask, classes), np.ones((factor, factor, 1), dtype=np.uint8))
+    picture = enlarged(overlay(image, mask, classes), factor * image.shape[0])
     present = [int(index) for index in np.unique(mask) if index < len(classes)]
     return np.concatenate([picture, legend(classes, present, picture.shape[1])])
 
@@ -95,6 +95,18 @@ def row(tiles: Sequence[np.ndarray]) -> np.ndarray:
     for tile in tiles:
         parts += [tile, gap]
     return np.concatenate(parts[:-1], axis=1)
+
+
+def comparison(image: np.ndarray, mask: np.ndarray, prediction: np.ndarray, classes: Classes) -> np.ndarray:
+    """Image, truth, prediction and error, side by side."""
+    truth, found = overlay(image, mask, classes), overlay(image, prediction, classes)
+    return row([image, truth, found, error(mask, prediction, classes.ignore_index)])
+
+
+def enlarged(picture: np.ndarray, least: int) -> np.ndarray:
+    """A small picture by the whole factor that makes it at least `least` pixels high."""
+    factor = max(1, -(-least // picture.shape[0]))
+    return np.kron(picture, np.ones((factor, factor, 1), dtype=np.uint8))
 
 
 def confusion_picture(confusion: np.ndarray, classes: Classes) -> np.ndarray:

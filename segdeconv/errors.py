@@ -16,6 +16,12 @@ class SegdeconvError(Exception):
 
     exit_code = 1
 
+    def __init__(self, message: str) -> None:
+        # What a DataLoader worker raises arrives as the text of its traceback, with our sentence as the last line.
+        if "Original Traceback" in message:
+            message = message.rstrip().splitlines()[-1].partition(": ")[2]
+        super().__init__(message)
+
 
 class UsageError(SegdeconvError, ValueError):
     """A wrong command line, configuration or data set."""

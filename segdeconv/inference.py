@@ -60,9 +60,7 @@ def fast_precision() -> str:
     """`bf16-mixed` where this machine multiplies bfloat16 faster than float32, else `32-true`."""
     if torch.cuda.is_available():
         return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
-    fast = any(
-        getattr(torch.cpu, probe, bool)() for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    )
+    fast = any(getattr(torch.cpu, probe, bool)() for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     return "bf16-mixed" if fast else "32-true"
 
 

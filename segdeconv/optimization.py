@@ -125,7 +125,9 @@ class Step(Schedule):
     0.01
     """
 
-    def __init__(self, *, every: Annotated[int, Field(ge=1)] = 9000, gamma: Rate = 0.1, warmup_steps: Count = 0) -> None:
+    def __init__(
+        self, *, every: Annotated[int, Field(ge=1)] = 9000, gamma: Rate = 0.1, warmup_steps: Count = 0
+    ) -> None:
         super().__init__(warmup_steps=warmup_steps)
         self.every, self.gamma = every, gamma
 

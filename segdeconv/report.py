@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from segdeconv.checkpoint import Checkpoint
@@ -22,17 +21,18 @@ from segdeconv.data.transforms import Preprocessing
 from segdeconv.errors import UsageError
 from segdeconv.inference import Scorer, autocast, flipped, labels, padded, resolve_precision
 from segdeconv.metrics import ConfusionMatrix, Scores, scores
+from segdeconv.models import SegmentationModel
 
 
-def scorer_of(model: nn.Module, device: torch.device, precision: str, *, flip: bool = False) -> Scorer:
+def scorer_of(model: SegmentationModel, device: torch.device, precision: str, *, flip: bool = False) -> Scorer:
     """A trained network as a function from normalised images of any size to class scores."""
-    network = model.to(device=device, memory_format=torch.channels_last)
+    network = model.to(device).to(memory_format=torch.channels_last)
 
     def score(image: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode(), autocast(precision, device):
             return network(image.to(device).contiguous(memory_format=torch.channels_last))
 
-    whole = padded(score, network.minimum_size)
+    whole = padded(score, model.minimum_size)
     return flipped(whole) if flip else whole
 
 
@@ -46,7 +46,7 @@ def restore_dataset(checkpoint: Checkpoint, config: dict[str, Any], split_name: 
     if dataset.classes.names != checkpoint.classes.names:
         raise UsageError(
             f"{checkpoint.path} was trained for {len(checkpoint.classes)} classes ({_some(checkpoint.classes)}) and "
-            f"{node[TARGET]} has {len(dataset.classes)} ({_some(dataset.classes)}) - evaluate on the data set it was trained on"
+            f"{node[TARGET]} has {len(dataset.classes)} ({_some(dataset.classes)}) - use its own data set"
         )
     return dataset
 
@@ -63,17 +63,19 @@ def evaluate(
     device: torch.device,
     precision: str = "auto",
     flip: bool = False,
-    on_prediction: Callable[[str, np.ndarray], None] | None = None,
+    on_prediction: Callable[[SegmentationDataset, int, np.ndarray], None] | None = None,
 ) -> tuple[np.ndarray, int]:
     """Predict every image of a split and count against its mask at the mask's own size.
 
-    on_prediction: called with each image's name and (H, W) uint8 mask, exactly as counted.
+    on_prediction: called with the data set, each image's index and its (H, W) uint8 mask, exactly as counted.
     Returns the (C, C) int64 confusion matrix, rows = truth, and the number of images.
     """
     dataset = restore_dataset(checkpoint, config, split_name)
     settings = config["dataset"]
     loader = evaluation_loader(
-        EvaluationSamples(dataset, Preprocessing.restore({**checkpoint.facts["preprocessing"], "size": settings["size"]})),
+        EvaluationSamples(
+            dataset, Preprocessing.restore({**checkpoint.facts["preprocessing"], "size": settings["size"]})
+        ),
         batch_size=settings["batch_size"],
         num_workers=settings["num_workers"],
         timeout=settings["timeout"],
@@ -81,14 +83,16 @@ def evaluate(
     precision = resolve_precision(precision, checkpoint.facts["precision"])
     score = scorer_of(checkpoint.model(), device, precision, flip=flip)
     matrix = ConfusionMatrix(len(dataset.classes), dataset.classes.ignore_index).to(device)
+    index = 0
     with tqdm(total=len(dataset), desc=f"evaluating {split_name}", unit="image", disable=None) as bar:
         for batch in loader:
             logits = score(batch["image"])
-            for position, (mask, name) in enumerate(zip(batch["mask"], batch["name"], strict=True)):
+            for position, mask in enumerate(batch["mask"]):
                 prediction = labels(logits[position : position + 1], (mask.shape[0], mask.shape[1]))[0]
                 matrix.update(prediction, mask.to(device))
                 if on_prediction is not None:
-                    on_prediction(name, prediction.cpu().numpy())
+                    on_prediction(dataset, index, prediction.cpu().numpy())
+                index += 1
                 bar.update()
     return matrix.compute(), len(dataset)
 

@@ -91,7 +91,8 @@ class _MaxPool(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> Tensor:
         (switches,) = ctx.saved_tensors
-        return _Unpool.apply(gradient, switches, *ctx.size)
+        # torch adds gradients into zeros, so that of -0.0 becomes 0.0; adding 0 does the same.
+        return _Unpool.apply(gradient + 0.0, switches, *ctx.size)
 
 
 class _Unpool(torch.autograd.Function):

@@ -66,15 +66,15 @@ class SegmentationTask(LightningModule):
         if not torch.isfinite(loss):
             raise DivergedError(
                 f"the loss is {loss.item()} at step {self.global_step} with learning rate "
-                f"{self.optimizer.param_groups[0]['lr']:.3g} on {', '.join(batch['name'][:4])} - lower optimizer.lr, add "
-                "schedule.warmup_steps or clip with trainer.gradient_clip"
+                f"{self.optimizer.param_groups[0]['lr']:.3g} on {', '.join(batch['name'][:4])} - lower optimizer.lr, "
+                "add schedule.warmup_steps or clip with trainer.gradient_clip"
             )
         self.train_matrix.update(logits.detach().argmax(dim=1), batch["mask"])
         self._count_loss("train", loss)
         return loss
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> list[np.ndarray]:
-        """Scores stored pixels, as scripts/evaluate.py does. Returns the predicted masks, for pictures."""
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, list[np.ndarray]]:
+        """Scores stored pixels, as scripts/evaluate.py does; the predicted masks are for pictures."""
         logits = self.scorer(batch["image"])
         predictions = []
         for position, mask in enumerate(batch["mask"]):
@@ -85,7 +85,7 @@ class SegmentationTask(LightningModule):
             prediction = labels(one, (mask.shape[0], mask.shape[1]))[0]
             self.val_matrix.update(prediction, mask)
             predictions.append(prediction.cpu().numpy())
-        return predictions
+        return {"predictions": predictions}
 
     @property
     def scorer(self) -> Scorer:

@@ -232,8 +232,12 @@ def check_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
         "dataset": check_dataset(recipe["dataset"]),
         "augment": check_augment(recipe["augment"]),
         "model": check(recipe["model"], "model", [locate(recipe["model"], "model")], supplied=["num_classes"]),
-        "loss": check(recipe["loss"], "loss", loss, supplied=["class_weights", "ignore_index", "pixels", "image_pixels"]),
-        "optimizer": check(recipe["optimizer"], "optimizer", [locate(recipe["optimizer"], "optimizer")], supplied=["model"]),
+        "loss": check(
+            recipe["loss"], "loss", loss, supplied=["class_weights", "ignore_index", "pixels", "image_pixels"]
+        ),
+        "optimizer": check(
+            recipe["optimizer"], "optimizer", [locate(recipe["optimizer"], "optimizer")], supplied=["model"]
+        ),
         "schedule": check(recipe["schedule"], "schedule", [locate(recipe["schedule"], "schedule")]),
         "trainer": check(recipe["trainer"], "trainer", [make_trainer], supplied=["run", "callbacks", "logger"]),
     }
@@ -263,9 +267,9 @@ def find_run(resume: str, recipe: Mapping[str, Any], named: Path | None, runs: P
         return named
     for folder in sorted(runs.glob("*/"), reverse=True):
         config = folder / "config.yaml"
-        if config.is_file() and any(folder.glob("*.ckpt")) and not (folder / "report.json").is_file():
-            if not differing_keys(yaml.safe_load(config.read_text()), recipe):
-                return folder
+        unfinished = config.is_file() and any(folder.glob("*.ckpt")) and not (folder / "report.json").is_file()
+        if unfinished and not differing_keys(yaml.safe_load(config.read_text()), recipe):
+            return folder
     return None
 
 
@@ -282,7 +286,7 @@ def open_run(run: Path, recipe: Mapping[str, Any]) -> Path | None:
         differing = differing_keys(yaml.safe_load(config.read_text()), recipe)
         if differing and not recipe["resume_force"]:
             raise UsageError(
-                f"{run} was started with other values of {', '.join(differing)} - give those again, or resume_force=true"
+                f"{run} was started with other values of {', '.join(differing)} - give those, or resume_force=true"
             )
         resumed = usable_checkpoint(run)
     run.mkdir(parents=True, exist_ok=True)
@@ -301,7 +305,12 @@ def count_steps(data: DataModule, trainer: Trainer) -> int:
 
 
 def header(
-    recipe: Mapping[str, Any], data: DataModule, task: SegmentationTask, trainer: Trainer, run: Path, resumed: Path | None
+    recipe: Mapping[str, Any],
+    data: DataModule,
+    task: SegmentationTask,
+    trainer: Trainer,
+    run: Path,
+    resumed: Path | None,
 ) -> str:
     """What is about to be trained, on what, and where it goes."""
     size, crop = data.preprocessing.size, recipe["dataset"]["crop"]
@@ -314,8 +323,8 @@ def header(
         "network": f"{type(task.model).__name__}, {parameters:,} parameters",
         "optimizer": f"{recipe['optimizer'][TARGET].rpartition('.')[2]}, learning rate {recipe['optimizer']['lr']:g}, "
         f"{recipe['schedule'][TARGET].rpartition('.')[2].lower()}",
-        "training": f"{trainer.max_epochs} epochs, {task.total_steps} steps of {data.batch_size} x {trainer.world_size} "
-        f"images on {trainer.strategy.root_device}, precision {trainer.precision}",
+        "training": f"{trainer.max_epochs} epochs, {task.total_steps} steps of {data.batch_size} x "
+        f"{trainer.world_size} images on {trainer.strategy.root_device}, precision {trainer.precision}",
         "run": f"{run}" + (f", going on from {resumed.name}" if resumed else ""),
     }
     return "\n".join(f"{name + ':':<11}{text}" for name, text in rows.items())

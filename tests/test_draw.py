@@ -66,10 +66,11 @@ def test_overlay_blends_inside_and_shows_the_image_where_ignored(image, mask):
 
 
 def test_overlay_outlines_where_classes_meet(image, mask):
-    plain, outlined = np.zeros_like(mask), np.zeros_like(mask)
+    outlined = np.zeros_like(mask)
     outlined[:, 10:] = 1
-    same = Classes(names=("a", "b"), colours=((9, 9, 9), (9, 9, 9)))  # so that only outlines can differ
-    changed = (draw.overlay(image, plain, same) != draw.overlay(image, outlined, same)).any(axis=2)
+    two = Classes(names=("a", "b"), colours=((9, 9, 9), (200, 9, 9)))
+    blend = (image * (1 - 0.55) + 0.55 * np.array(two.colours)[outlined]).astype(np.uint8)
+    changed = (draw.overlay(image, outlined, two) != blend).any(axis=2)
     assert changed[:, 10].all()
     assert not np.delete(changed, 10, axis=1).any()
 

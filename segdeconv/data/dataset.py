@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -36,7 +36,7 @@ class SegmentationDataset(ABC):
     its classes, and a YAML file in configs/dataset names it.
     """
 
-    split_names: ClassVar[tuple[str, ...]] = ("train", "val", "test")
+    split_names: tuple[str, ...] = ("train", "val", "test")
     classes: Classes
     split: str
     names: list[str]

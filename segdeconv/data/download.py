@@ -39,9 +39,7 @@ def _require_secure(url: str) -> None:
         raise UsageError(f"will not download from {url}: only https is - check the address for a redirect")
 
 
-def fetch(
-    urls: Sequence[str], target: Path, *, way_out: str, sha256: str | None = None, timeout: float = 30
-) -> Path:
+def fetch(urls: Sequence[str], target: Path, *, way_out: str, sha256: str | None = None, timeout: float = 30) -> Path:
     """Download from the first address that answers; continue a `.part` that an earlier try left.
 
     timeout: seconds without a byte before the next address is tried. Raises UsageError with what each address said
@@ -146,5 +144,7 @@ def _members(
             raise UsageError(f"{archive} holds '{entry.filename}', packed over {MAX_RATIO} times - it may be a bomb")
         members.append((entry, path))
         if len(members) > MAX_FILES or total > MAX_BYTES:
-            raise UsageError(f"{archive} unpacks to more than {MAX_FILES} files or {MAX_BYTES} bytes - it may be a bomb")
+            raise UsageError(
+                f"{archive} unpacks to more than {MAX_FILES} files or {MAX_BYTES} bytes - it may be a bomb"
+            )
     return members

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from pydantic import Field
 
 from segdeconv.classes import Classes, Colour, pack_colours, voc_colours
 from segdeconv.data.dataset import FileDataset, Pair, require_root, require_split
-from segdeconv.data.reading import MAX_PIXELS, SUFFIXES, Exif, palette, read_labels
+from segdeconv.data.reading import MAX_PIXELS, SUFFIXES, Exif, palette, read_labels, read_list
 from segdeconv.errors import UsageError
 from segdeconv.seeding import key
 
@@ -73,14 +73,18 @@ def _find_splits(folder: Path, val_share: float, split_seed: int) -> dict[str, l
         splits = {name: _pairs(folder / name) for name in own}
         for name in ("train", "val"):
             if name not in splits:
-                raise UsageError(f"{folder} has {', '.join(own)} but no {name}/images - add {folder / name}/images and masks")
+                raise UsageError(
+                    f"{folder} has {', '.join(own)} but no {name}/images - add {folder / name}/images and masks"
+                )
         return splits
     pairs = _pairs(folder)
     listings = [folder / f"{name}.txt" for name in SPLITS if (folder / f"{name}.txt").is_file()]
     if listings:
         return {listing.stem: _listed(listing, pairs) for listing in listings}
     if len(pairs) < 2:
-        raise UsageError(f"{folder}/images holds {len(pairs)} image with a mask - at least two make a train and a val split")
+        raise UsageError(
+            f"{folder}/images holds {len(pairs)} image with a mask - train and val need one each, at least"
+        )
     order = sorted(pairs, key=lambda pair: key(split_seed, "split", pair.name))
     num_val = min(len(pairs) - 1, max(1, round(val_share * len(pairs))))
     val = {pair.name for pair in order[:num_val]}
@@ -93,12 +97,18 @@ def _find_splits(folder: Path, val_share: float, split_seed: int) -> dict[str, l
 def _pairs(folder: Path) -> list[Pair]:
     """The pairs in folder/images and folder/masks, by name; sub-folders are part of the name."""
     images, masks = _files(folder / "images"), _files(folder / "masks")
-    bare = {MASK_ENDINGS.sub("", name): path for name, path in masks.items()}
+    bare: dict[str, Path] = {}
+    for name, path in masks.items():
+        stem = MASK_ENDINGS.sub("", name)
+        if stem in bare:
+            raise UsageError(f"{bare[stem]} and {path} are both masks of '{stem}' - keep one")
+        bare[stem] = path
     missing = [name for name in images if name not in masks and name not in bare]
     if missing:
+        others = f" (and {len(missing) - 1} more have none)" if missing[1:] else ""
         raise UsageError(
-            f"{images[missing[0]]} has no mask{f' (and {len(missing) - 1} more have none)' if len(missing) > 1 else ''}; "
-            f"a mask has its image's name in {folder / 'masks'} - add it or take the image away"
+            f"{images[missing[0]]} has no mask{others}; a mask has its image's name in {folder / 'masks'} - add it or "
+            "take the image away"
         )
     return [Pair(path, masks.get(name) or bare[name], name) for name, path in sorted(images.items())]
 
@@ -108,7 +118,7 @@ def _files(folder: Path) -> dict[str, Path]:
         raise UsageError(f"{folder} is not a folder; dataset.root should hold images/ and masks/ - rename or move them")
     files: dict[str, Path] = {}
     for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() not in SUFFIXES:
+        if path.suffix.lower() not in SUFFIXES or path.name.startswith("."):  # ._x.jpg: macOS's notes on x.jpg
             continue
         name = path.relative_to(folder).with_suffix("").as_posix()
         if name in files:
@@ -122,13 +132,13 @@ def _files(folder: Path) -> dict[str, Path]:
 def _listed(listing: Path, pairs: list[Pair]) -> list[Pair]:
     by_name = {pair.name: pair for pair in pairs}
     chosen: dict[str, Pair] = {}
-    for number, line in enumerate(listing.read_text(encoding="utf-8-sig").splitlines(), start=1):
-        entry = line.strip()
-        if not entry:
-            continue
-        name = entry if entry in by_name else str(Path(entry).with_suffix("").as_posix())
+    for number, entry in read_list(listing):
+        path = PurePosixPath(entry)
+        name = entry if entry in by_name or not path.name else path.with_suffix("").as_posix()
         if name not in by_name:
-            raise UsageError(f"{listing}, line {number}: there is no image '{entry}' - it should be in images/ with its mask")
+            raise UsageError(
+                f"{listing}, line {number}: there is no image '{entry}' - it should be in images/ with its mask"
+            )
         if name in chosen:
             raise UsageError(f"{listing}, line {number}: '{entry}' is listed twice - an image counts once")
         chosen[name] = by_name[name]
@@ -161,6 +171,8 @@ def _read_classes(folder: Path, given: str | Mapping[str, Any] | list[str] | Non
 def _parse_classes(content: Any, source: str) -> Classes:
     """A list of names, or a mapping from names to labels, [r, g, b] or '#rrggbb'."""
     if isinstance(content, list):
+        if len({str(name) for name in content}) != len(content):
+            raise UsageError(f"{source}: the class names {content} are not all different - rename one")
         content = {name: label for label, name in enumerate(content)}
     if not isinstance(content, Mapping) or not content:
         raise UsageError(f"{source} holds no classes - write one a line: 'name: label' or 'name: [red, green, blue]'")
@@ -170,6 +182,8 @@ def _parse_classes(content: Any, source: str) -> Classes:
     if len(kinds) > 1:
         raise UsageError(f"{source} mixes labels and colours - give every class a label, or every class a colour")
     names = tuple(entries)
+    if ignored is not None and ignored in entries.values():
+        raise UsageError(f"{source}: {ignored} stands for a class and for ignore - give it one meaning")
     if kinds == {tuple}:
         colours = tuple(entry for entry in entries.values() if isinstance(entry, tuple))
         return Classes(names, colours, IGNORE, ignore_colour=ignored if isinstance(ignored, tuple) else None)
@@ -215,8 +229,8 @@ def find_classes(masks: Iterable[Path]) -> Classes:
         if len(values) > MOST_FOUND or max(len(labels), len(colours)) > MAX_CLASSES:
             kind = "labels" if mask.ndim == 2 else "colours"
             raise UsageError(
-                f"mask {path} has {len(values)} different {kind}, too many to be classes - it looks like a photograph or "
-                "a mask that was resized with smoothing; name the classes in classes.yaml or save labels"
+                f"mask {path} has {len(values)} different {kind}, too many to be classes - it looks like a photograph "
+                "or a mask that was resized with smoothing; name the classes in classes.yaml or save labels"
             )
     if labels and colours:
         raise UsageError(f"mask {example[2]} holds labels and mask {example[3]} colours - save all masks one way")

@@ -150,7 +150,8 @@ def table(inspection: Inspection, classes: Classes, weights: list[float] | None)
     labels: list[object] = [*classes.labels, classes.ignore_index]
     colours = [*classes.colours, classes.ignore_colour]
     for index, name in enumerate((*classes.names, "(ignored)")):
-        colour = "#%02x%02x%02x" % colours[index] if colours[index] else "-"
+        shown = colours[index]
+        colour = f"#{shown[0]:02x}{shown[1]:02x}{shown[2]:02x}" if shown else "-"
         weight = f"{weights[index]:7.4f}" if weights is not None and index < len(weights) else "      -"
         absent = "   <- no pixel in this split" if index < len(classes) and not inspection.pixels[index] else ""
         lines.append(

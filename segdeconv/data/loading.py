@@ -22,9 +22,7 @@ from segdeconv.errors import UsageError
 class TrainingBatches(Dataset[dict[str, Any]]):
     """Augmented samples, by (epoch, index)."""
 
-    def __init__(
-        self, dataset: SegmentationDataset, preprocessing: Preprocessing, augmentation: Augmentation
-    ) -> None:
+    def __init__(self, dataset: SegmentationDataset, preprocessing: Preprocessing, augmentation: Augmentation) -> None:
         self.dataset, self.preprocessing, self.augmentation = dataset, preprocessing, augmentation
 
     def __len__(self) -> int:
@@ -107,9 +105,7 @@ def training_loader(
     **workers: Any,
 ) -> DataLoader[Any]:
     """Endless epochs of shuffled, augmented batches; see StatelessBatches for `position`."""
-    batches = StatelessBatches(
-        len(samples), batch_size, seed=seed, position=position, rank=rank, world_size=world_size
-    )
+    batches = StatelessBatches(len(samples), batch_size, seed=seed, position=position, rank=rank, world_size=world_size)
     if len(batches) == 0:
         raise UsageError(
             f"the train split has {len(samples)} images, fewer than one batch of {batch_size} x {world_size} - set "

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 from pydantic import Field
-from pytorch_lightning import LightningDataModule
+from pytorch_lightning import LightningDataModule, Trainer
 from torch.utils.data import DataLoader
 
 from segdeconv.config import TARGET, build, check, locate
@@ -68,18 +68,23 @@ class DataModule(LightningDataModule):
         self.workers = {"num_workers": num_workers, "timeout": timeout}
 
     @property
+    def _run(self) -> Trainer:
+        assert self.trainer is not None, "the data module belongs to a trainer before it makes batches"
+        return self.trainer
+
+    @property
     def batches_per_epoch(self) -> int:
         """Training batches of one epoch in one process."""
         return len(self.train) // (self.batch_size * self._world_size)
 
     @property
     def _world_size(self) -> int:
-        return self.trainer.world_size if self.trainer else 1
+        return self._run.world_size
 
     def _position(self) -> tuple[int, int]:
         """(epoch, batches of it done): global_step is the only truth."""
-        accumulate = self.trainer.accumulate_grad_batches
-        epoch, steps = divmod(self.trainer.global_step, math.ceil(self.batches_per_epoch / accumulate))
+        accumulate = self._run.accumulate_grad_batches
+        epoch, steps = divmod(self._run.global_step, math.ceil(self.batches_per_epoch / accumulate))
         return epoch, steps * accumulate
 
     def train_dataloader(self) -> DataLoader[Any]:
@@ -88,7 +93,7 @@ class DataModule(LightningDataModule):
             batch_size=self.batch_size,
             seed=self.seed,
             position=self._position,
-            rank=self.trainer.global_rank,
+            rank=self._run.global_rank,
             world_size=self._world_size,
             **self.workers,
         )

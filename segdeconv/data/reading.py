@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from segdeconv.classes import Classes
 from segdeconv.errors import UsageError
@@ -23,27 +23,29 @@ Image.MAX_IMAGE_PIXELS = None  # ours is checked from the header, with a message
 
 
 def _open(path: Path, max_pixels: int = MAX_PIXELS) -> tuple[Image.Image, int]:
-    """Open and decode; raises UsageError naming the file whatever is wrong with it."""
+    """(the picture decoded as stored, its EXIF orientation); raises UsageError naming the file whatever is wrong."""
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "is missing" if not path.is_symlink() else "is a dangling link"
         raise UsageError(f"{path} {what} - restore the file or take it off the list")
     try:
-        image = Image.open(path, formats=FORMATS)
-        if image.width * image.height > max_pixels:
-            raise UsageError(
-                f"{path} has {image.width}x{image.height} pixels, more than {max_pixels} - shrink it or raise "
-                "dataset.max_pixels"
-            )
-        if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
-            raise UsageError(f"{path} is an animation of {image.n_frames} frames - extract the frame that is meant")
-        stored = int(image.getexif().get(ORIENTATION, 1))
-        stored = stored if stored in _TURN_BACK else 1  # 0 and 9.. mean nothing
-        if stored != 1:
-            image.getexif()[ORIENTATION] = 1  # or Pillow turns TIFFs, and only them, while it loads them
-        image.load()
+        with path.open("rb") as file:
+            image = Image.open(file, formats=FORMATS)
+            if image.width * image.height > max_pixels:
+                raise UsageError(
+                    f"{path} has {image.width}x{image.height} pixels, more than {max_pixels} - shrink it or raise "
+                    "dataset.max_pixels"
+                )
+            frames = getattr(image, "n_frames", 1)
+            if frames > 1 and image.format != "MPO":  # a telephone's photo with its depth map is one
+                raise UsageError(f"{path} is an animation of {frames} frames - extract the frame that is meant")
+            stored = int(image.getexif().get(ORIENTATION, 1))
+            stored = stored if stored in _TURN_BACK else 1  # 0 and 9.. mean nothing
+            if stored != 1:
+                image.getexif()[ORIENTATION] = 1  # or Pillow turns TIFFs, and only them, while it loads them
+            image.load()
     except UnidentifiedImageError:
         raise UsageError(
-            f"{path} is not a picture that can be read (empty, cut or another format) - formats are {', '.join(FORMATS)}"
+            f"{path} is not a picture (empty, cut or another format) - formats are {', '.join(FORMATS)}"
         ) from None
     except UsageError:
         raise
@@ -96,8 +98,7 @@ _TURN_UPRIGHT = {**_TURN_BACK, 6: Image.Transpose.ROTATE_270, 8: Image.Transpose
 
 def orientation(path: Path) -> int:
     """The EXIF orientation of a picture file, 1 (upright) to 8."""
-    with Image.open(path, formats=FORMATS) as image:
-        return int(image.getexif().get(ORIENTATION, 1))
+    return _open(path)[1]
 
 
 def turn_back(mask: np.ndarray, stored: int) -> np.ndarray:
@@ -119,7 +120,9 @@ def read_labels(path: Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         return np.asarray(image)[:, :, :3]
     if image.mode in ("1", "L", "P", "I", "I;16", "I;16B", "I;16L"):
         return np.asarray(image).astype(np.uint8) if image.mode == "1" else np.asarray(image)
-    raise UsageError(f"mask {path} has colour mode {image.mode} - save masks as one channel of labels or as RGB colours")
+    raise UsageError(
+        f"mask {path} has colour mode {image.mode} - save masks as one channel of labels or as RGB colours"
+    )
 
 
 def read_mask(path: Path, classes: Classes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -129,6 +132,15 @@ def read_mask(path: Path, classes: Classes, *, max_pixels: int = MAX_PIXELS) -> 
         return classes.from_labels(labels) if labels.ndim == 2 else classes.from_colours(labels)
     except UsageError as error:
         raise UsageError(f"mask {path} {error} - is it a mask of this data set?") from None
+
+
+def read_list(path: Path) -> list[tuple[int, str]]:
+    """(line number, text) of the lines of a list file that are not blank."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise UsageError(f"{path} is not UTF-8 text - save the list as UTF-8") from None
+    return [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
 
 
 def palette(path: Path) -> list[tuple[int, int, int]] | None:

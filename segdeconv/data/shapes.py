@@ -13,17 +13,17 @@ from segdeconv.errors import UsageError
 from segdeconv.seeding import key
 
 CLASSES = Classes(
-    names=("background", "disc", "ring", "cross", "triangle", "stripes", "checker"),
+    names=("background", "disc", "ring", "cross", "stripes", "checker", "speckle"),
     colours=((0, 0, 0), (230, 80, 60), (60, 160, 230), (240, 190, 40), (90, 190, 90), (170, 90, 200), (240, 130, 180)),
 )
-NUM_OBJECTS = (1, 4)  # per image, inclusive
+NUM_OBJECTS = (1, 3)  # per image, inclusive
 
 
 class Shapes(SegmentationDataset):
-    """Images of one to four objects on a mottled ground.
+    """Images of one to three objects on a mottled ground.
 
-    **What**: disc, ring, cross and triangle, each filled with fine grain of a random colour, are told apart by
-    outline; stripes and checker are blobs of any outline told apart by texture; the ground is mottled in two random
+    **What**: disc, ring and cross, each filled with fine grain of a random colour, are told apart by outline; stripes,
+    checker and speckle are blobs of any outline told apart by texture; the ground is mottled in two random
     colours. Colours are drawn anew for every object and ground, so colour tells nothing and neither does any single
     pixel. Later objects hide earlier ones; a border one to two
     pixels wide around every object is void, as in PASCAL VOC.
@@ -68,12 +68,12 @@ class Shapes(SegmentationDataset):
 
     @property
     def fingerprint(self) -> str:
-        return f"shapes 2 {self.split} {len(self)} {self.side} {self.data_seed}"
+        return f"shapes 3 {self.split} {len(self)} {self.side} {self.data_seed}"
 
 
 def _noise(random: np.random.Generator, side: int) -> np.ndarray:
     """(side, side, 3) float: one random colour with grain."""
-    return random.uniform(40, 215, size=3) + random.normal(0, 18, size=(side, side, 3))
+    return random.uniform(30, 225, size=3) + random.normal(0, 14, size=(side, side, 3))
 
 
 def _ground(random: np.random.Generator, side: int) -> np.ndarray:
@@ -90,32 +90,32 @@ def _ground(random: np.random.Generator, side: int) -> np.ndarray:
 
 def _draw(random: np.random.Generator, side: int, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Where an object is, (side, side) bool, and what it looks like there, (side, side, 3) float."""
-    radius = random.uniform(0.17, 0.3) * side
-    centre = random.uniform(0.1, 0.9, size=2) * side
+    radius = random.uniform(0.18, 0.3) * side
+    centre = random.uniform(0.2, 0.8, size=2) * side
     angle = random.uniform(0, 2 * np.pi)
     rows, columns = np.mgrid[0:side, 0:side] + 0.5
     y, x = rows - centre[0], columns - centre[1]
     u, v = np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x  # the object's own axes
     texture = _noise(random, side)
     outline = name
-    if name in ("stripes", "checker"):
-        period = random.uniform(5, 7)
-        wave = np.sin(2 * np.pi * u / period)
-        if name == "checker":
-            wave = wave * np.sin(2 * np.pi * v / period)
-        texture = np.where((wave > 0)[:, :, None], texture, _noise(random, side))
+    if name in ("stripes", "checker", "speckle"):
+        turn = 2 * np.pi / random.uniform(5, 7)  # period in pixels
+        across, along = np.cos(turn * u), np.cos(turn * v)
+        speckle = random.uniform(-1, 1, size=(side, side))
+        wave = {"stripes": across, "checker": across * along, "speckle": speckle}[name]
+        texture = np.where((wave > 0)[:, :, None], texture, 255 - texture)
         outline = ("disc", "square", "triangle", "cross")[random.integers(4)]
-    if outline in ("disc", "ring"):
+    if outline == "disc":
         inside = u**2 + v**2 < (0.95 * radius) ** 2
-        if outline == "ring":
-            inside &= u**2 + v**2 > (0.5 * radius) ** 2
+    elif outline == "ring":
+        inside = (u**2 + v**2 < radius**2) & (u**2 + v**2 > (0.5 * radius) ** 2)
     elif outline == "square":
         inside = np.maximum(abs(u), abs(v)) < 0.84 * radius
     elif outline == "triangle":  # three sides, each 0.6 radius from the centre
         sides = [np.cos(turn) * u + np.sin(turn) * v for turn in (0, 2 * np.pi / 3, 4 * np.pi / 3)]
         inside = np.max(sides, axis=0) < 0.6 * radius
     else:
-        inside = (np.maximum(abs(u), abs(v)) < 1.1 * radius) & (np.minimum(abs(u), abs(v)) < 0.32 * radius)
+        inside = (np.maximum(abs(u), abs(v)) < 1.15 * radius) & (np.minimum(abs(u), abs(v)) < 0.32 * radius)
     return inside, texture
 
 

@@ -55,7 +55,7 @@ class Preprocessing:
 
     def normalise(self, image: np.ndarray) -> Tensor:
         """(H, W, 3) uint8 RGB -> (3, H, W) float32, in channels-last memory."""
-        mean, std = np.float32(self.mean), np.float32(self.std)
+        mean, std = np.array(self.mean, dtype=np.float32), np.array(self.std, dtype=np.float32)
         return torch.from_numpy((image - mean) / std).permute(2, 0, 1)
 
     def plain(self) -> dict[str, Any]:
@@ -107,7 +107,9 @@ class Augmentation:
         return result["image"], result["mask"]
 
 
-def border_arguments(transform: Any, node: Mapping[str, Any], *, ignore_index: int, fill: Sequence[float]) -> dict[str, Any]:
+def border_arguments(
+    transform: Any, node: Mapping[str, Any], *, ignore_index: int, fill: Sequence[float]
+) -> dict[str, Any]:
     """What a transform must be told beside what its recipe says, so that its border is no class.
 
     albumentations fills masks with 0, which is class 0, unless told otherwise.
@@ -124,5 +126,7 @@ def border_arguments(transform: Any, node: Mapping[str, Any], *, ignore_index: i
         if "fill" in parameters and "fill" not in node:
             told["fill"] = tuple(float(round(value)) for value in fill)
     if node.get("mask_interpolation", cv2.INTER_NEAREST) not in NEAREST:
-        raise UsageError(f"augment: {node['_target_']} interpolates masks; labels have no in-between - leave mask_interpolation out")
+        raise UsageError(
+            f"augment: {node['_target_']} interpolates masks; labels have no in-between - leave mask_interpolation out"
+        )
     return told

@@ -10,6 +10,7 @@ authors' training files.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
@@ -32,6 +33,7 @@ class SegNet(SegmentationModel):
     depth, width, pretrained: see `vgg_encoder`. stages: a table of your own in place of VGG's, the output channels of
     every convolution, stage by stage; depth, width and pretrained then say nothing.
 
+    >>> import torch
     >>> SegNet(num_classes=11, width=0.25)(torch.zeros(1, 3, 37, 50)).shape
     torch.Size([1, 11, 37, 50])
     """
@@ -71,9 +73,7 @@ class SegNetDecoder(nn.Module):
         self.stages = nn.ModuleList()
         for position in reversed(range(len(stages))):
             channels = stages[position][::-1]
-            blocks = [
-                ConvBlock(before, after, norm=norm) for before, after in zip(channels[:-1], channels[1:], strict=True)
-            ]
+            blocks = [ConvBlock(before, after, norm=norm) for before, after in pairwise(channels)]
             if position > 0:
                 blocks.append(ConvBlock(channels[-1], stages[position - 1][-1], norm=norm))
             self.stages.append(nn.Sequential(*blocks))
@@ -94,6 +94,7 @@ class SegNetBasic(SegmentationModel):
     normalisation of the input (meant for raw pixels 0..255: `dataset.mean=[0,0,0] dataset.std=[1,1,1]`), biases in
     the convolutions (the text says none: `bias=false`), no ReLU in the decoder, and a 1x1 classifier.
 
+    >>> import torch
     >>> SegNetBasic(num_classes=11)(torch.zeros(1, 3, 45, 60)).shape
     torch.Size([1, 11, 45, 60])
     """

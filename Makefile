@@ -1,0 +1,34 @@
+# make demo   set everything up, train on the built-in shapes, evaluate, write pictures
+# make test   set everything up and pass the tests
+# make slow   the tests that take minutes;   make lint   ruff and mypy
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(VENV)/bin/python
+
+.PHONY: demo test slow lint clean
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+demo: $(VENV)/.installed
+	rm -rf demo
+	$(RUN) scripts/train.py experiment=demo hydra.run.dir=demo
+	$(RUN) scripts/evaluate.py demo/best.ckpt --out demo --masks demo/masks --pictures demo/pictures
+	@echo
+	@echo "Look at demo/pictures: image, truth, prediction, error. Scores: demo/report.json, demo/metrics.csv."
+
+test: $(VENV)/.installed
+	$(RUN) -m pytest -q
+
+slow: $(VENV)/.installed
+	$(RUN) -m pytest -q -m slow
+
+lint: $(VENV)/.installed
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+clean:
+	rm -rf $(VENV) demo build *.egg-info

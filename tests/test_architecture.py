@@ -1,0 +1,85 @@
+"""The house: who may import whom, and what every shipped file must be."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "segdeconv"
+
+# Arrows go up only: a module imports modules of its own layer or below.
+LAYERS = [
+    {"errors", "seeding"},
+    {"classes", "switches", "layers", "config"},
+    {"encoders", "losses", "balancing", "metrics", "draw", "data.reading", "data.download", "data.sampler"},
+    {"inference", "optimization", "models", "models.base", "models.segnet", "data.dataset", "data.transforms"},
+    {"data", "data.camvid", "data.folder", "data.shapes", "data.loading", "data.inspection", "checkpoint"},
+    {"data.module", "task", "report"},
+    {"training"},
+    {"callbacks"},
+]
+ONLY = {
+    "hydra": {"config"},
+    "omegaconf": {"config"},
+    "pytorch_lightning": {"task", "training", "callbacks", "data.module"},
+    "lightning_fabric": {"training"},
+    "albumentations": {"data.transforms"},
+    "torchvision": {"encoders"},
+    "lightning": set(),
+}
+
+
+def modules() -> dict[str, Path]:
+    names = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        names[".".join(part for part in parts if part != "__init__")] = path
+    return names
+
+
+def imported(path: Path, *, late: bool) -> set[str]:
+    """Dotted names imported by a file; `late` counts those inside functions too."""
+    tree = ast.parse(path.read_text())
+    nodes = ast.walk(tree) if late else tree.body
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def test_every_module_has_a_layer():
+    placed = set().union(*LAYERS)
+    assert set(modules()) - {""} == placed
+
+
+@pytest.mark.parametrize("name", sorted(set(modules()) - {""}))
+def test_imports_go_up_only(name):
+    layer = next(index for index, names in enumerate(LAYERS) if name in names)
+    allowed = set().union(*LAYERS[: layer + 1])
+    for found in imported(modules()[name], late=False):
+        if found.startswith("segdeconv."):
+            inner = found.removeprefix("segdeconv.")
+            if inner in modules():
+                assert inner in allowed, f"{name} imports {inner}, which lies above it"
+
+
+@pytest.mark.parametrize("library", sorted(ONLY))
+def test_a_library_is_imported_only_where_it_belongs(library):
+    users = {
+        name
+        for name, path in modules().items()
+        if any(found == library or found.startswith(f"{library}.") for found in imported(path, late=True))
+    }
+    assert users <= ONLY[library]
+
+
+def test_no_file_name_says_nothing():
+    assert not [path for path in PACKAGE.rglob("*.py") if path.stem in ("utils", "helpers", "common", "misc")]
+
+
+def test_num_classes_stands_in_no_config():
+    assert not [path for path in (ROOT / "configs").rglob("*.yaml") if "num_classes" in path.read_text()]

@@ -1,0 +1,171 @@
+"""Checkpoint files: whole or not at all, verified, and unable to run code."""
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from segdeconv import checkpoint
+from segdeconv.classes import Classes, voc_colours
+from segdeconv.errors import CheckpointError, UsageError
+from segdeconv.models import SegNet
+
+CLASSES = Classes(("ground", "thing"), voc_colours(2))
+
+
+def content(**changes):
+    model = SegNet(2, stages=((4,), (4,)))
+    config = {"model": {"_target_": "segdeconv.models.SegNet", "stages": [[4], [4]]}, "seed": 0}
+    made = {
+        "state_dict": {f"model.{name}": value for name, value in model.state_dict().items()},
+        "hyper_parameters": {"config": config, "facts": {"classes": CLASSES.plain()}},
+        "segdeconv": {"format": 1},
+    }
+    return made | changes
+
+
+def written(tmp_path, **changes):
+    path = tmp_path / "best.ckpt"
+    checkpoint.write(content(**changes), path)
+    return path
+
+
+def test_what_is_written_is_read_back_and_builds_the_same_network(tmp_path):
+    made = content()
+    path = tmp_path / "best.ckpt"
+    checkpoint.write(made, path)
+    read = checkpoint.read(path)
+    assert read.classes == CLASSES
+    weights = read.model().state_dict()
+    assert all(torch.equal(value, weights[name.removeprefix("model.")]) for name, value in made["state_dict"].items())
+    assert not torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    assert sorted(os.listdir(tmp_path)) == ["best.ckpt", "best.ckpt.sha256"]
+
+
+def test_the_sidecar_is_what_sha256sum_checks(tmp_path):
+    path = written(tmp_path)
+    done = subprocess.run(["sha256sum", "-c", "best.ckpt.sha256"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + str(path)
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "html"])
+def test_a_damaged_file_is_refused_before_it_is_read(tmp_path, damage):
+    path = written(tmp_path)
+    data = bytearray(path.read_bytes())
+    if damage == "flip":
+        data[len(data) // 2] ^= 1
+    path.write_bytes({"flip": bytes(data), "cut": bytes(data[:1000]), "empty": b"", "html": b"<html>"}[damage])
+    with pytest.raises(CheckpointError, match=r"best.ckpt is damaged: its sha256 is not the one in best.ckpt.sha256"):
+        checkpoint.read(path)
+
+
+def test_a_missing_sidecar_is_a_warning(tmp_path, capsys):
+    path = written(tmp_path)
+    path.with_name("best.ckpt.sha256").unlink()
+    checkpoint.read(path)
+    assert "best.ckpt.sha256 is missing" in capsys.readouterr().err
+
+
+class Touch:
+    """Unpickled without care, it creates its marker."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.marker}",)
+
+
+def test_a_pickled_command_is_refused_and_does_not_run(tmp_path, monkeypatch):
+    marker = tmp_path / "marker"
+    path = tmp_path / "evil.ckpt"
+    torch.save(content(payload=Touch(marker)), path)
+    torch.load(path, weights_only=False)
+    assert marker.exists(), "the payload must fire under a careless load, or this test shows nothing"
+    marker.unlink()
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    with pytest.raises(CheckpointError, match=r"evil.ckpt is not a checkpoint that can be read safely"):
+        checkpoint.read(path)
+    path.write_bytes(pickle.dumps(Touch(marker)))
+    with pytest.raises(CheckpointError, match=r"can be read safely"):
+        checkpoint.read(path)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("target", ["os.system", "torch.load", "segdeconv.models.base.Thing", "builtins.eval"])
+@pytest.mark.parametrize("place", ["model", "augment", "facts"])
+def test_a_recipe_that_names_foreign_code_is_refused_wherever_it_stands(tmp_path, target, place):
+    made = content()
+    remembered = made["hyper_parameters"]
+    (remembered if place == "facts" else remembered["config"])[place] = {"x": {"_target_": target}}
+    if place == "facts":
+        remembered["facts"]["classes"] = CLASSES.plain()
+    path = tmp_path / "evil.ckpt"
+    checkpoint.write(made, path)
+    with pytest.raises(CheckpointError, match=f"names {target}, which is not of segdeconv"):
+        checkpoint.read(path)
+    if place != "facts":
+        checkpoint.read(path, trust=[target])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hyper_parameters": {}}, "is not a checkpoint of segdeconv"),
+        ({"segdeconv": {"format": 999}}, "has format 999 and this version reads 1 - upgrade"),
+        ({"segdeconv": {}}, "has format None"),
+    ],
+)
+def test_a_foreign_or_newer_file_is_refused(tmp_path, changes, message):
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.read(written(tmp_path, **changes))
+
+
+def test_weights_that_are_not_the_recipes_are_refused(tmp_path):
+    made = content()
+    made["state_dict"].popitem()
+    checkpoint.write(made, tmp_path / "best.ckpt")
+    with pytest.raises(CheckpointError, match="does not hold the weights its recipe names"):
+        checkpoint.read(tmp_path / "best.ckpt").model()
+
+
+def test_an_address_and_a_missing_file_are_refused():
+    with pytest.raises(UsageError, match="is an address - download"):
+        checkpoint.read("https://example.org/best.ckpt")
+    with pytest.raises(UsageError, match=r"there is no checkpoint nowhere.ckpt"):
+        checkpoint.read("nowhere.ckpt")
+
+
+def test_a_writer_that_is_killed_leaves_a_whole_checkpoint(tmp_path):
+    path = tmp_path / "last.ckpt"
+    checkpoint.write(content(), path)
+    writer = (
+        "import torch, itertools\n"
+        "from pathlib import Path\n"
+        "from segdeconv import checkpoint\n"
+        f"path = Path({str(path)!r})\n"
+        "made = checkpoint.load_plain(path)\n"
+        "made['ballast'] = torch.zeros(400_000)\n"
+        "print('ready', flush=True)\n"
+        "for count in itertools.count():\n"
+        "    made['count'] = count\n"
+        "    checkpoint.write(made, path)\n"
+    )
+    counts = []
+    for delay in (0.03, 0.11, 0.2):
+        process = subprocess.Popen(
+            [sys.executable, "-c", writer], stdout=subprocess.PIPE, cwd=Path(__file__).parents[1]
+        )
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        counts.append(checkpoint.load_plain(path).get("count", -1))
+    assert max(counts) > 0, "the writer must have written at least once"

@@ -1,0 +1,106 @@
+"""Recipes: every shipped one composes and builds, and every mistake in one gets its sentence."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from segdeconv import checkpoint, config
+from segdeconv.errors import UsageError
+from segdeconv.training import check_recipe, differing_keys
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+GROUPS = {
+    folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in CONFIGS.iterdir() if folder.is_dir()
+}
+
+
+def compose(*arguments):
+    return check_recipe(config.compose(arguments, CONFIGS)[0])
+
+
+@pytest.mark.parametrize("choice", [f"{group}={name}" for group, names in GROUPS.items() for name in names])
+def test_every_shipped_file_composes_and_names_only_admitted_classes(choice):
+    root = ["dataset.root=somewhere"] if choice == "dataset=folder" else []
+    recipe = compose(choice, *root)
+    assert set(config.targets(recipe)) <= checkpoint.ADMITTED
+
+
+@pytest.mark.parametrize("name", GROUPS["model"])
+def test_every_model_builds_from_its_file(name):
+    node = compose(f"model={name}")["model"]
+    model = config.build(node, "model", num_classes=3)
+    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 3, 32, 32)
+
+
+def test_defaults_of_constructors_are_written_into_the_recipe():
+    recipe = compose()
+    assert recipe["model"]["depth"] == 16
+    assert recipe["dataset"]["timeout"] == 120.0
+    assert recipe["trainer"]["precision"] == "auto"
+
+
+def test_an_argument_that_stands_in_no_yaml_file_can_be_set():
+    assert compose("model.switch_source=post_relu")["model"]["switch_source"] == "post_relu"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["datset=camvid"], "there is no key datset - did you mean 'dataset'?"),
+        (["dataset=canvid"], "there is no dataset 'canvid' - did you mean 'camvid'? Available: camvid, folder, shapes"),
+        (["model=segnt"], "there is no model 'segnt' - did you mean 'segnet'?"),
+        (["model.widht=0.5"], "there is no key model.widht - did you mean 'width'?"),
+        (["trainer.device=2"], "there is no key trainer.device - did you mean 'devices'?"),
+        (["dataset.batchsize=2"], "there is no key dataset.batchsize - did you mean 'batch_size'?"),
+        (["augment.flip.prob=1"], "there is no key augment.flip.prob"),
+        (["optimizer.lr=abc"], "optimizer.lr=abc: input should be a valid number"),
+        (["optimizer.lr="], "optimizer.lr=: input should be a valid number"),
+        (["trainer.max_epochs=-5"], "trainer.max_epochs=-5: input should be greater than or equal to 1"),
+        (["trainer.precision=bf16"], "trainer.precision=bf16: input should be 'auto'"),
+        (["model.depth=17"], "model.depth=17: input should be 11, 13, 16 or 19"),
+        (["dataset.size=12"], "dataset.size=12: input should be a valid tuple"),
+        (["seed=-1"], "seed=-1: input should be greater than or equal to 0"),
+        (["seed=1", "seed=2"], "seed is given twice"),
+        (["lr"], "'lr' is not key=value"),
+        (["dataset=folder"], "dataset.root: missing mandatory value: root - give dataset.root=VALUE"),
+        (["model._target_=segdeconv.models.Segnet"], "model._target_=segdeconv.models.Segnet cannot be imported"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_named_with_the_way_out(arguments, message):
+    with pytest.raises(UsageError) as caught:
+        compose(*arguments)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_sweep_checks_each_of_its_choices():
+    assert config.front_door(["dataset=shapes,camvid", "seed=1,2"], CONFIGS) == ["dataset=shapes,camvid", "++seed=1,2"]
+    with pytest.raises(UsageError, match="there is no dataset 'canvid'"):
+        config.front_door(["dataset=shapes,canvid"], CONFIGS)
+
+
+def test_a_restored_recipe_takes_values_but_no_other_class():
+    recipe = {"dataset": {"_target_": "segdeconv.data.Shapes", "batch_size": 4}}
+    assert config.override(recipe, ["dataset.batch_size=2"])["dataset"]["batch_size"] == 2
+    assert recipe["dataset"]["batch_size"] == 4
+    with pytest.raises(UsageError, match="stays - leave it out"):
+        config.override(recipe, ["dataset._target_=os.system"])
+    with pytest.raises(UsageError, match="there is no key dat - did you mean 'dataset'"):
+        config.override(recipe, ["dat=3"])
+    with pytest.raises(UsageError, match="is not key=value"):
+        config.override(recipe, ["dataset"])
+
+
+def test_recipes_differ_in_what_changes_the_learning_only():
+    before = {"seed": 0, "dataset": {"num_workers": 2, "size": [1, 2]}}
+    assert differing_keys(before, {"seed": 0, "dataset": {"num_workers": 0, "size": [1, 2]}}) == []
+    assert differing_keys(before, {"seed": 1, "dataset": {"num_workers": 2, "size": [1, 3]}}) == [
+        "dataset.size",
+        "seed",
+    ]
+
+
+def test_targets_are_found_wherever_they_hide():
+    hidden = {"a": [{"b": {"_target_": "x.y", "c": ({"_target_": "z.w"},)}}]}
+    assert list(config.targets(hidden)) == ["x.y", "z.w"]

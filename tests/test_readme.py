@@ -1,0 +1,47 @@
+"""What the README says can be typed."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from segdeconv import config
+from segdeconv.training import check_recipe
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMANDS = sorted(
+    {
+        line.strip()
+        for page in PAGES
+        for block in re.findall(r"```(?:bash|console)\n(.*?)```", page.read_text(), re.DOTALL)
+        for line in block.splitlines()
+        if line.strip().startswith("python scripts/")
+    }
+)
+
+
+def test_there_are_commands():
+    assert len(COMMANDS) >= 5
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_every_command_names_a_script_and_keys_that_exist(line):
+    words = shlex.split(line, comments=True)
+    script = ROOT / words[1]
+    assert script.is_file()
+    if script.stem in ("train", "inspect_data"):
+        recipe, _ = config.compose(words[2:], ROOT / "configs")
+        check_recipe(recipe)
+    else:
+        source = script.read_text()
+        for option in (word.split("=")[0] for word in words[2:] if word.startswith("--")):
+            assert f'"{option}"' in source
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_a_page_shows_is_there(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        if "://" not in target:
+            assert (page.parent / target).exists(), target

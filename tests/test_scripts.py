@@ -1,0 +1,194 @@
+"""The whole road, as a person walks it: the real commands in fresh processes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import fakes
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from segdeconv.classes import Classes
+from segdeconv.data.folder import Folder
+
+ROOT = Path(__file__).parents[1]
+SLIM = ("model.stages=[[4],[8]]", "trainer.max_epochs=2", "dataset.batch_size=2", "dataset.num_workers=0")
+
+
+def command(script, *arguments, cwd, code=0):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / f"{script}.py"), *map(str, arguments)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    if code == 2:
+        assert "Traceback" not in done.stderr
+        assert done.stderr.splitlines()[-1].startswith("segdeconv: error: ")
+        assert done.stderr.count("segdeconv: error:") == 1
+    return done
+
+
+def iou_by_hand(truths, predictions, num_classes, ignore_index):
+    """Dataset-level IoU per class, one pixel set at a time."""
+    ious = []
+    for index in range(num_classes):
+        both = either = 0
+        for truth, prediction in zip(truths, predictions, strict=True):
+            counted = truth != ignore_index
+            both += int(((truth == index) & (prediction == index) & counted).sum())
+            either += int((((truth == index) | (prediction == index)) & counted).sum())
+        ious.append(both / either if either else None)
+    return ious
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A network trained by train.py on a person's folder of jpg images and RGB-coloured png masks."""
+    place = tmp_path_factory.mktemp("road")
+    fakes.folder(place / "mine", "colours", layout="plain", image_suffix=".jpg", mask_ending="_mask")
+    done = command(
+        "train", "dataset=folder", "dataset.root=mine", "dataset.size=[32,40]", *SLIM, "hydra.run.dir=run", cwd=place
+    )
+    return place, done.stdout
+
+
+def test_training_shows_the_colour_table_before_it_starts(trained):
+    _, shown = trained
+    header = shown.index("network:")
+    for line in ("#ff0000", "colour_", "weight"):
+        assert 0 <= shown.index(line) < header
+
+
+def test_the_checkpoint_alone_gives_the_scores_that_training_saw(trained, tmp_path):
+    place, _ = trained
+    copy = tmp_path / "elsewhere"
+    copy.mkdir()
+    for name in ("best.ckpt", "best.ckpt.sha256"):
+        (copy / name).write_bytes((place / "run" / name).read_bytes())
+    root = f"dataset.root={place / 'mine'}"
+    command("evaluate", copy / "best.ckpt", "--out", "out", "--masks", "masks", root, cwd=copy)
+    report = json.loads((copy / "out" / "report.json").read_text())
+    after_training = json.loads((place / "run" / "report.json").read_text())
+    assert report["miou"] == pytest.approx(after_training["miou"], abs=1e-6)
+
+    val = Folder("val", str(place / "mine"))
+    truths = [val[index].mask for index in range(len(val))]
+    masks = [np.array(Image.open(copy / "masks" / f"{name}.png")) for name in val.names]
+    ious = iou_by_hand(truths, masks, len(val.classes), 255)
+    assert [entry["iou"] for entry in report["classes"]] == pytest.approx(ious, abs=1e-6)
+    assert report["miou"] == pytest.approx(np.mean([iou for iou in ious if iou is not None]), abs=1e-6)
+    right = sum(int((truth == mask).sum()) for truth, mask in zip(truths, masks, strict=True))
+    total = sum(int((truth != 255).sum()) for truth in truths)
+    assert report["pixel_accuracy"] == pytest.approx(right / total, abs=1e-6)
+    assert (report["num_images"], report["num_pixels"]) == (len(val), total)
+    assert report["boundary_f1"] is None
+    assert np.array(report["confusion"]).sum() == total
+
+
+def test_predict_writes_palette_masks_of_the_inputs_size_and_goes_on_after_a_bad_file(trained, tmp_path):
+    place, _ = trained
+    photos = tmp_path / "photos"
+    sizes = {"a": (37, 61), "deep/b": (1, 1), "deep/c": (200, 90)}
+    for name, (height, width) in sizes.items():
+        path = photos / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((height, width, 3), 90, np.uint8)).save(path)
+    (photos / "bad.jpg").write_text("no picture")
+    done = command("predict", place / "run" / "best.ckpt", photos, "--out", "out", cwd=tmp_path, code=2)
+    assert "skipped: " in done.stdout
+    assert "bad.jpg is not a picture" in done.stdout
+    assert "1 of 4 files could not be read" in done.stderr
+    classes = Folder("val", str(place / "mine")).classes
+    for name, (height, width) in sizes.items():
+        mask = Image.open(tmp_path / "out" / f"{name}.png")
+        assert mask.mode == "P"
+        assert mask.size == (width, height)
+        assert np.array(mask).max() < len(classes)
+        assert tuple(mask.getpalette()[:3]) == classes.colours[0]
+        assert Image.open(tmp_path / "out" / f"{name}_overlay.png").mode == "RGB"
+
+
+def test_predict_takes_patterns_and_puts_the_mask_into_the_files_own_orientation(trained, tmp_path):
+    place, _ = trained
+    image = Image.fromarray(np.zeros((20, 30, 3), np.uint8))
+    exif = image.getexif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    command("predict", place / "run" / "best.ckpt", "*.jpg", "--out", "out", "--flip", cwd=tmp_path)
+    assert Image.open(tmp_path / "out" / "turned.png").size == (30, 20)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("nothing.jpg",), "there is no nothing.jpg - give pictures, folders, or a pattern"),
+        (("one/x.png", "two/x.png"), "would both become out/x.png"),
+        (("one", "--out", "one"), "is the folder of the images"),
+        (("empty",), "empty holds no picture"),
+        (("dataset.size=[8,8]",), "no image was given"),
+    ],
+)
+def test_predict_refuses_what_would_end_badly(trained, tmp_path, arguments, message):
+    place, _ = trained
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / folder / "x.png")
+    (tmp_path / "empty").mkdir()
+    out = () if "--out" in arguments else ("--out", "out")
+    done = command("predict", place / "run" / "best.ckpt", *arguments, *out, cwd=tmp_path, code=2)
+    assert message in done.stderr
+
+
+def test_inspect_prints_classes_and_names_every_bad_file(tmp_path):
+    fakes.camvid(tmp_path / "good")
+    done = command("inspect_data", "dataset=camvid", "dataset.root=good", cwd=tmp_path)
+    assert "no problem in" in done.stdout
+    assert "sign_symbol" in done.stdout
+    masks = sorted((tmp_path / "good" / "trainannot").glob("*.png"))
+    Image.fromarray(np.full((48, 64), 77, np.uint8)).save(masks[0])
+    Image.fromarray(np.zeros((48, 63), np.uint8)).save(masks[1])
+    done = command("inspect_data", "dataset=camvid", "dataset.root=good", cwd=tmp_path, code=2)
+    assert f"{masks[0].name} has label 77; the classes have labels 0..10 and 11 for ignored pixels" in done.stdout
+    assert f"{masks[1].name} is 48x63 and its image" in done.stdout
+    assert "camvid has 2 problems" in done.stderr
+
+
+def test_a_mistake_is_one_line_and_exit_code_2(tmp_path):
+    done = command("train", "model.widht=3", cwd=tmp_path, code=2)
+    assert done.stderr.splitlines() == [
+        "segdeconv: error: there is no key model.widht - did you mean 'width'? Available: depth, norm, pretrained, "
+        "stages, switch_source, width"
+    ]
+    assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").rglob("config.yaml"))
+    done = command("train", "dataset=camvid", "dataset.root=/nope", cwd=tmp_path, code=2)
+    assert "dataset.root=/nope is not a folder; it should hold train.txt" in done.stderr
+
+
+def test_a_file_that_is_no_checkpoint_is_exit_code_4(tmp_path):
+    torch.save({"model": 3}, tmp_path / "other.ckpt")
+    done = command("evaluate", "other.ckpt", cwd=tmp_path, code=4)
+    assert done.stderr.splitlines()[-1].startswith("segdeconv: error: other.ckpt is not a checkpoint of segdeconv")
+
+
+def test_a_bad_mask_in_a_worker_is_still_one_line(tmp_path):
+    fakes.camvid(tmp_path / "camvid")
+    mask = min((tmp_path / "camvid" / "valannot").glob("*.png"))
+    arguments = ("dataset=camvid", "dataset.root=camvid", "dataset.size=[32,32]", *SLIM[:3], "hydra.run.dir=run")
+    command("train", *arguments, "dataset.num_workers=1", cwd=tmp_path)
+    Image.fromarray(np.full((48, 64), 99, np.uint8)).save(mask)
+    done = command("evaluate", "run/best.ckpt", cwd=tmp_path, code=2)
+    assert f"{mask.name} has label 99" in done.stderr.splitlines()[-1]
+
+
+def test_a_class_table_survives_the_checkpoint():
+    classes = Classes(("a", "b"), ((1, 2, 3), (4, 5, 6)), 255, (0, 255), (9, 9, 9))
+    assert Classes.restore(json.loads(json.dumps(classes.plain()))) == classes
