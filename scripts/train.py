@@ -35,7 +35,12 @@ def main() -> None:
         from hydra.core.hydra_config import HydraConfig
 
         try:
-            train(plain(composed), Path(HydraConfig.get().runtime.output_dir), command)
+            folder = Path(HydraConfig.get().runtime.output_dir)
+            train(
+                plain(composed),
+                folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder,
+                command,
+            )
         except Exception as error:
             raise _Failed(error) from error
 
@@ -58,12 +63,12 @@ def folder_to_resume(arguments: list[str]) -> list[str]:
     if given.get("resume", "null") == "null":
         return []
     from segdeconv.config import compose
-    from segdeconv.training import check_recipe, find_run
+    from segdeconv.runs import check_recipe, find_run
 
     recipe, choices = compose(arguments, CONFIGS)
     named = Path(given["hydra.run.dir"]) if "hydra.run.dir" in given else None
-    runs = Path("runs") / f"{choices['dataset']}-{choices['model']}"
-    folder = find_run(given["resume"], check_recipe(recipe), named, runs)
+    folder_of_runs = Path("runs") / f"{choices['dataset']}-{choices['model']}"
+    folder = find_run(given["resume"], check_recipe(recipe), named, folder_of_runs)
     return [] if folder in (None, named) else [f"hydra.run.dir={folder}"]
 
 
@@ -73,14 +78,14 @@ def train(recipe: dict[str, Any], run: Path, command: str) -> None:
     import yaml
     from pytorch_lightning.loggers import TensorBoardLogger
 
-    from segdeconv import balancing, checkpoint, config, report, training
+    from segdeconv import balancing, checkpoint, config, report, runs, training
     from segdeconv.callbacks import Pictures, Progress, Recorder, Stopping
     from segdeconv.data.inspection import inspect_all, table
     from segdeconv.data.module import DataModule, build_transforms
     from segdeconv.task import SegmentationTask
 
-    recipe = training.check_recipe(recipe)
-    resumed = training.open_run(run, recipe)
+    recipe = runs.check_recipe(recipe)
+    resumed = runs.open_run(run, recipe)
     if (run / "report.json").is_file():
         print(f"{run} is finished; its scores are in {run / 'report.json'}")
         return
@@ -125,12 +130,12 @@ def train(recipe: dict[str, Any], run: Path, command: str) -> None:
         remembered={"config": {**recipe, "dataset": {**source, **settings}}, "facts": facts},
     )
     logger.experiment.add_text("configuration", f"```yaml\n{yaml.safe_dump(recipe, sort_keys=False)}```")
-    print(training.header(recipe, data, task, trainer, run, resumed), flush=True)
+    print(runs.header(recipe, data, task, trainer, run, resumed), flush=True)
 
     trainer.fit(task, datamodule=data, ckpt_path=resumed, weights_only=True)
     if not trainer.is_global_zero:
         return
-    best = checkpoint.read(checkpoints.best_path, trust=training.AnyName())
+    best = checkpoint.read(checkpoints.best_path, trust=runs.AnyName())
     confusion, num_images = report.evaluate(best, best.config, "val", device=torch.device(trainer.strategy.root_device))
     facts = {"command": command, "checkpoint": str(best.path), "split": "val"}
     report.write_json(report.report(confusion, num_images, classes, **facts), run / "report.json")

@@ -197,7 +197,11 @@ class Progress(Callback):
 class Stopping(Callback):
     """Signals set a flag; the step boundary saves and leaves. A second interrupt leaves at once."""
 
-    CODES: ClassVar[dict[signal.Signals, int]] = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 143}
+    CODES: ClassVar[dict[int, int]] = {
+        getattr(signal, name): code
+        for name, code in (("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 143))
+        if hasattr(signal, name)  # Windows has no SIGHUP
+    }
 
     def __init__(self, checkpoints: Checkpoints) -> None:
         self.checkpoints = checkpoints
@@ -220,7 +224,7 @@ class Stopping(Callback):
         raise Interrupted(
             f"stopped by {signal.Signals(self.received).name} at step {trainer.global_step}, saved in "
             f"{self.checkpoints.last_path} - go on with the same command and resume=auto",
-            self.CODES[signal.Signals(self.received)],
+            self.CODES[self.received],
         )
 
     def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:

@@ -1,6 +1,8 @@
 """The house: who may import whom, and what every shipped file must be."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,12 +19,12 @@ LAYERS = [
     {"data", "data.camvid", "data.folder", "data.shapes", "data.loading", "data.inspection", "checkpoint"},
     {"data.module", "task", "report"},
     {"training"},
-    {"callbacks"},
+    {"callbacks", "runs"},
 ]
 ONLY = {
     "hydra": {"config"},
     "omegaconf": {"config"},
-    "pytorch_lightning": {"task", "training", "callbacks", "data.module"},
+    "pytorch_lightning": {"task", "training", "runs", "callbacks", "data.module"},
     "lightning_fabric": {"training"},
     "albumentations": {"data.transforms"},
     "torchvision": {"encoders"},
@@ -75,6 +77,19 @@ def test_a_library_is_imported_only_where_it_belongs(library):
         if any(found == library or found.startswith(f"{library}.") for found in imported(path, late=True))
     }
     assert users <= ONLY[library]
+
+
+def test_importing_everything_opens_no_connection():
+    refuse = "import socket\ndef refuse(*_): raise AssertionError('a connection')\nsocket.socket.connect = refuse\n"
+    imports = "\n".join(f"import segdeconv.{name}" for name in modules() if name)
+    done = subprocess.run([sys.executable, "-c", refuse + imports], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_networks_cost_no_import_of_the_trainer():
+    probe = "import sys; from segdeconv.models import SegNet; print([n for n in sys.modules if 'lightning' in n][:1])"
+    done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_no_file_name_says_nothing():

@@ -7,7 +7,7 @@ import torch
 
 from segdeconv import checkpoint, config
 from segdeconv.errors import UsageError
-from segdeconv.training import check_recipe, differing_keys
+from segdeconv.runs import check_recipe, differing_keys
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 GROUPS = {

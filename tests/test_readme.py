@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from segdeconv import config
-from segdeconv.training import check_recipe
+from segdeconv.runs import check_recipe
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from segdeconv import checkpoint, config
 from segdeconv.callbacks import MetricsFile, Stopping
 from segdeconv.errors import DivergedError, Interrupted, UsageError
-from segdeconv.training import canonical_loops, find_run, usable_checkpoint
+from segdeconv.runs import find_run, usable_checkpoint
+from segdeconv.training import canonical_loops
 
 ROOT = Path(__file__).parents[1]
 STEPS_PER_EPOCH, EPOCHS = 3, 3
@@ -100,6 +102,17 @@ def test_a_run_leaves_what_the_contract_names(tmp_path, undisturbed, capsys):
         run(tmp_path)
 
 
+def test_tensorboard_gets_scalars_pictures_the_confusion_and_the_configuration(tmp_path):
+    run(tmp_path, "trainer.max_epochs=1")
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    tags = events.Tags()
+    assert {"lr", "train/loss", "val/loss", "val/miou", "val/iou/disc", "train/iou/ring"} <= set(tags["scalars"])
+    assert "confusion" in tags["images"]
+    assert sum(name.startswith("image, truth, prediction, error/val_") for name in tags["images"]) == 4
+    assert tags["tensors"] == ["configuration/text_summary"]
+
+
 @pytest.mark.parametrize("step", range(1, STEPS_PER_EPOCH * EPOCHS))
 def test_a_run_that_is_asked_to_stop_at_any_step_goes_on_to_the_same_bits(tmp_path, monkeypatch, undisturbed, step):
     ask = Stopping.on_train_batch_end
@@ -163,6 +176,13 @@ def test_going_on_with_another_recipe_is_refused_and_the_keys_are_named(tmp_path
     run(tmp_path)
     with pytest.raises(UsageError, match=r"started with other values of optimizer.lr - give those"):
         run(tmp_path, "optimizer.lr=0.5", resume="auto")
+
+
+def test_a_run_that_failed_before_it_learnt_anything_does_not_block_its_folder(tmp_path):
+    with pytest.raises(UsageError, match="fewer than one batch"):
+        run(tmp_path, "dataset.batch_size=16")
+    run(tmp_path, "trainer.max_epochs=1")
+    assert (tmp_path / "best.ckpt").is_file()
 
 
 def test_a_damaged_last_checkpoint_is_named_and_the_one_before_it_used(tmp_path, capsys):

@@ -1,0 +1,164 @@
+"""Runs: what a recipe may say, the folder a run lives in, and finding the one to go on with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import Field
+from pytorch_lightning import Trainer
+
+from segdeconv import checkpoint
+from segdeconv.balancing import class_weights
+from segdeconv.config import TARGET, check, locate
+from segdeconv.data.module import DataModule, check_augment, check_dataset
+from segdeconv.errors import CheckpointError, UsageError, did_you_mean
+from segdeconv.task import SegmentationTask
+from segdeconv.training import make_trainer
+
+# Keys of a recipe that may differ when a run goes on: they do not change what is learnt.
+HARMLESS = ("resume", "resume_force", "dataset.num_workers", "dataset.timeout", "dataset.root")
+
+GROUPS = ("dataset", "augment", "model", "loss", "optimizer", "schedule", "trainer")
+
+
+def check_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Hold a composed recipe against the constructors it names; returns it with their defaults written in."""
+    known = {*GROUPS, "seed", "resume", "resume_force"}
+    for name in recipe:
+        if name not in known:
+            raise UsageError(f"there is no key {name} - {did_you_mean(str(name), known | {'experiment'})}")
+    for group in GROUPS:
+        if not isinstance(recipe.get(group), Mapping):
+            raise UsageError(f"{group}={recipe.get(group)} - give the name of a file in configs/{group}")
+    loss = [locate(recipe["loss"], "loss"), class_weights]
+    checked = {
+        "dataset": check_dataset(recipe["dataset"]),
+        "augment": check_augment(recipe["augment"]),
+        "model": check(recipe["model"], "model", [locate(recipe["model"], "model")], supplied=["num_classes"]),
+        "loss": check(
+            recipe["loss"], "loss", loss, supplied=["class_weights", "ignore_index", "pixels", "image_pixels"]
+        ),
+        "optimizer": check(
+            recipe["optimizer"], "optimizer", [locate(recipe["optimizer"], "optimizer")], supplied=["model"]
+        ),
+        "schedule": check(recipe["schedule"], "schedule", [locate(recipe["schedule"], "schedule")]),
+        "trainer": check(recipe["trainer"], "trainer", [make_trainer], supplied=["run", "callbacks", "logger"]),
+    }
+    return checked | check({name: recipe[name] for name in known - set(GROUPS) if name in recipe}, "", [_scalars])
+
+
+def _scalars(*, seed: Annotated[int, Field(ge=0)] = 0, resume: str | None = None, resume_force: bool = False) -> None:
+    """The schema of a recipe's keys that are in no group."""
+
+
+# Going on: which run, and whether it is the same.
+
+
+def find_run(resume: str, recipe: Mapping[str, Any], named: Path | None, runs: Path) -> Path | None:
+    """The folder of the run that `resume=` means, or None where there is nothing to go on with.
+
+    resume: `auto` takes `named` (the folder that hydra.run.dir gives) or else the newest unfinished run in `runs` of
+        the same recipe; otherwise the path of a run's folder or of a checkpoint in it.
+    """
+    if resume != "auto":
+        path = Path(resume)
+        folder = path if path.is_dir() else path.parent
+        if not path.exists() or not (folder / "config.yaml").is_file():
+            raise UsageError(f"resume={resume} is no run - give resume=auto or a folder that train.py wrote")
+        return folder
+    if named is not None:
+        return named
+    for folder in sorted(runs.glob("*/"), reverse=True):
+        config = folder / "config.yaml"
+        unfinished = config.is_file() and any(folder.glob("*.ckpt")) and not (folder / "report.json").is_file()
+        if unfinished and not differing_keys(yaml.safe_load(config.read_text()), recipe):
+            return folder
+    return None
+
+
+def open_run(run: Path, recipe: Mapping[str, Any]) -> Path | None:
+    """Make the folder of a run ready; the checkpoint to go on from, or None to start.
+
+    Raises UsageError if the folder holds a run and nothing was said about going on, or if its recipe was another.
+    """
+    config = run / "config.yaml"
+    begun = config.is_file() and any(run.glob("*.ckpt"))  # or it failed before it had learnt anything
+    if begun and recipe["resume"] is None:
+        raise UsageError(f"{run} already holds a run - go on with resume=auto or choose another hydra.run.dir")
+    resumed = None
+    if begun:
+        differing = differing_keys(yaml.safe_load(config.read_text()), recipe)
+        if differing and not recipe["resume_force"]:
+            raise UsageError(
+                f"{run} was started with other values of {', '.join(differing)} - give those, or resume_force=true"
+            )
+        resumed = usable_checkpoint(run)
+    run.mkdir(parents=True, exist_ok=True)
+    partial = run / ".tmp-config.yaml"
+    partial.write_text(yaml.safe_dump(dict(recipe), sort_keys=False))
+    partial.replace(config)
+    return resumed
+
+
+def header(
+    recipe: Mapping[str, Any],
+    data: DataModule,
+    task: SegmentationTask,
+    trainer: Trainer,
+    run: Path,
+    resumed: Path | None,
+) -> str:
+    """What is about to be trained, on what, and where it goes."""
+    size, crop = data.preprocessing.size, recipe["dataset"]["crop"]
+    seen = "x".join(map(str, size)) if size else "its own size"
+    parameters = sum(parameter.numel() for parameter in task.model.parameters())
+    rows = {
+        "data": f"{type(data.train).__name__}: {len(data.train)} train, {len(data.val)} val images seen at {seen}"
+        + (f", crops of {crop[0]}x{crop[1]}" if crop else ""),
+        "classes": f"{len(task.classes)}: {', '.join(task.classes.names)}",
+        "network": f"{type(task.model).__name__}, {parameters:,} parameters",
+        "optimizer": f"{recipe['optimizer'][TARGET].rpartition('.')[2]}, learning rate {recipe['optimizer']['lr']:g}, "
+        f"{recipe['schedule'][TARGET].rpartition('.')[2].lower()}",
+        "training": f"{trainer.max_epochs} epochs, {task.total_steps} steps of {data.batch_size} x "
+        f"{trainer.world_size} images on {trainer.strategy.root_device}, precision {trainer.precision}",
+        "run": f"{run}" + (f", going on from {resumed.name}" if resumed else ""),
+    }
+    return "\n".join(f"{name + ':':<11}{text}" for name, text in rows.items())
+
+
+def usable_checkpoint(run: Path) -> Path | None:
+    """The newest whole checkpoint of a run to go on from; a damaged newest one is named and passed over."""
+    for path in (run / "last.ckpt", run / "previous.ckpt"):
+        if not path.is_file():
+            continue
+        try:
+            checkpoint.read(path, trust=AnyName())
+        except CheckpointError as error:
+            print(f"passed over: {error}")
+            continue
+        return path
+    return None
+
+
+class AnyName(frozenset[str]):
+    """Contains every name: nothing that a checkpoint names is built when a run goes on, its recipe is composed anew."""
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+
+def differing_keys(before: Any, now: Any, where: str = "") -> list[str]:
+    """The keys in which two recipes differ, those that change nothing left out."""
+    if where in HARMLESS:
+        return []
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        keys = sorted({*before, *now})
+        return [
+            key
+            for name in keys
+            for key in differing_keys(before.get(name), now.get(name), f"{where}.{name}" if where else str(name))
+        ]
+    return [] if before == now else [where]
