@@ -81,3 +81,10 @@ def mask_file(mask: np.ndarray, kind: str) -> Image.Image:
     if kind == "palette":
         picture.putpalette([channel for colour in voc_colours(256) for channel in colour])
     return picture
+
+
+def opened(path: Path) -> Image.Image:
+    """A picture, read whole and its file closed."""
+    with Image.open(path) as image:
+        image.load()
+        return image

@@ -159,13 +159,11 @@ def test_a_writer_that_is_killed_leaves_a_whole_checkpoint(tmp_path):
     )
     counts = []
     for delay in (0.03, 0.11, 0.2):
-        process = subprocess.Popen(
-            [sys.executable, "-c", writer], stdout=subprocess.PIPE, cwd=Path(__file__).parents[1]
-        )
-        assert process.stdout is not None
-        process.stdout.readline()
-        time.sleep(delay)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        command = [sys.executable, "-c", writer]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[1]) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            time.sleep(delay)
+            process.send_signal(signal.SIGKILL)
         counts.append(checkpoint.load_plain(path).get("count", -1))
     assert max(counts) > 0, "the writer must have written at least once"

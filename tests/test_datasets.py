@@ -237,7 +237,7 @@ def test_classes_are_found_in_the_masks_of_all_splits(tmp_path: Path) -> None:
 def test_the_colours_of_a_palette_are_the_colours_of_the_classes(tmp_path: Path) -> None:
     fakes.folder(tmp_path)
     for path in (tmp_path / "masks").iterdir():
-        mask = Image.open(path)
+        mask = fakes.opened(path)
         mask.putpalette([9, 9, 9, 8, 8, 8, 7, 7, 7] + 249 * [0, 0, 1] + 4 * [0, 0, 0])
         mask.save(path)
     assert Folder("train", str(tmp_path)).classes.colours == ((9, 9, 9), (8, 8, 8), (7, 7, 7))
@@ -337,7 +337,7 @@ def test_classes_are_named_by_a_list_labels_or_colours(
 def test_ignore_names_a_label_that_does_not_count(tmp_path: Path) -> None:
     fakes.folder(tmp_path)
     for path in (tmp_path / "masks").iterdir():
-        mask = np.array(Image.open(path))
+        mask = np.array(fakes.opened(path))
         Image.fromarray(np.where(mask == 255, 2, mask).astype(np.uint8)).save(path)
     data = Folder("train", str(tmp_path), classes={"sky": 0, "road": 1, "ignore": 2})
     assert (data.classes.names, data.classes.ignore_index) == (("sky", "road"), 2)

@@ -29,7 +29,7 @@ def camvid(tmp_path: Path) -> CamVid:
     root = fakes.camvid(tmp_path / "camvid")
     for index in (0, 1):  # a class is missing from two images, and one image is smaller
         path = root / "trainannot" / f"train_{index:03d}.png"
-        mask = np.array(Image.open(path))
+        mask = np.array(fakes.opened(path))
         mask[mask == 4] = 3
         Image.fromarray(mask).save(path)
     Image.fromarray(np.zeros((16, 32, 3), dtype=np.uint8)).save(root / "train" / "train_003.png")
@@ -56,13 +56,13 @@ def looked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_counts_are_those_of_a_brute_force_look(camvid: CamVid) -> None:
     pixels, image_pixels, images, sizes = [0] * 12, [0] * 12, [0] * 12, Counter()
     for pair in camvid.pairs:
-        values = list(Image.open(pair.mask).tobytes())
+        values = list(fakes.opened(pair.mask).tobytes())
         for label in range(12):
             pixels[label] += values.count(label)
             if label in values:
                 image_pixels[label] += len(values)
                 images[label] += 1
-        sizes[Image.open(pair.mask).size[::-1]] += 1
+        sizes[fakes.opened(pair.mask).size[::-1]] += 1
     seen = inspect(camvid)
     assert seen.split == "train"
     assert seen.num_images == 4
@@ -91,7 +91,7 @@ def spoil(root: Path) -> list[str]:
     """Spoil every one of the four train images, each in its own way; returns what should be said, in order."""
     image = root / "train" / "train_000.png"
     image.write_bytes(image.read_bytes()[:200])
-    mask = Image.open(root / "trainannot" / "train_001.png")
+    mask = fakes.opened(root / "trainannot" / "train_001.png")
     mask.putpixel((3, 4), 77)
     mask.save(root / "trainannot" / "train_001.png")
     Image.new("L", (64, 47)).save(root / "trainannot" / "train_002.png")

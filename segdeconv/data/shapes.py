@@ -17,6 +17,7 @@ CLASSES = Classes(
     colours=((0, 0, 0), (230, 80, 60), (60, 160, 230), (240, 190, 40), (90, 190, 90), (170, 90, 200), (240, 130, 180)),
 )
 NUM_OBJECTS = (1, 3)  # per image, inclusive
+MAX_KEPT = 128 << 20  # bytes of a split that may be kept in memory
 
 
 class Shapes(SegmentationDataset):
@@ -50,10 +51,20 @@ class Shapes(SegmentationDataset):
         require_split(split, self.split_names)
         self.split, self.side, self.data_seed = split, side, data_seed
         self.names = [f"{split}_{index:05d}" for index in range(num_train if split == "train" else num_val)]
+        # Drawing takes 2 ms, as long as a training step of a small network per image: a set that fits is kept.
+        self._kept: dict[int, Sample] | None = {} if len(self) * side**2 * 4 <= MAX_KEPT else None
 
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < len(self):
             raise UsageError(f"shapes has {len(self)} images in '{self.split}', there is no index {index}")
+        if self._kept is None:
+            return self._make(index)
+        if index not in self._kept:
+            self._kept[index] = self._make(index)
+        image, mask, name = self._kept[index]
+        return Sample(image.copy(), mask.copy(), name)
+
+    def _make(self, index: int) -> Sample:
         random = np.random.Generator(np.random.Philox(key=key(self.data_seed, "shapes", self.split, index)))
         side = self.side
         image = _ground(random, side)
