@@ -2,14 +2,18 @@
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import fakes
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from segdeconv.classes import Classes
@@ -192,6 +196,28 @@ def test_a_bad_mask_in_a_worker_is_still_one_line(tmp_path):
 def test_a_class_table_survives_the_checkpoint():
     classes = Classes(("a", "b"), ((1, 2, 3), (4, 5, 6)), 255, (0, 255), (9, 9, 9))
     assert Classes.restore(json.loads(json.dumps(classes.plain()))) == classes
+
+
+def test_a_sweep_gives_every_job_its_folder(tmp_path):
+    command("train", "--multirun", "seed=1,2", "dataset.num_train=4", "dataset.num_val=2", *SLIM, cwd=tmp_path)
+    configs = sorted(tmp_path.glob("runs/multirun/*/*/config.yaml"))
+    assert [yaml.safe_load(path.read_text())["seed"] for path in configs] == [1, 2]
+    assert all((path.parent / "report.json").is_file() for path in configs)
+
+
+def test_a_run_stopped_by_a_signal_goes_on_with_resume_auto(tmp_path):
+    words = [sys.executable, str(ROOT / "scripts" / "train.py"), "dataset.num_train=1600", "dataset.num_val=2", *SLIM]
+    with subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        while not list(tmp_path.rglob("last.ckpt")) and process.poll() is None:  # one of two epochs is done
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate()
+    assert process.returncode == 143, said
+    assert re.match(r"segdeconv: error: stopped by SIGTERM at step \d+, saved in runs/.*last.ckpt - go on with", said)
+    done = command("train", *words[2:], "resume=auto", cwd=tmp_path)
+    assert "going on from last.ckpt" in done.stdout
+    assert len(list(tmp_path.glob("runs/*/*"))) == 1
+    assert list(tmp_path.glob("runs/*/*/report.json"))
 
 
 @pytest.mark.slow
