@@ -48,7 +48,6 @@ def main() -> None:
 
     confusion, num_images = report.evaluate(
         read,
-        read.config,
         arguments.split,
         device=best_device(),
         precision=arguments.precision,

@@ -33,7 +33,7 @@ def main() -> int:
     from tqdm import tqdm
 
     from segdeconv import checkpoint, draw
-    from segdeconv.data.reading import MAX_PIXELS, orientation, read_image, turn_back
+    from segdeconv.data.reading import MAX_PIXELS, read_upright, turn_back
     from segdeconv.data.transforms import Preprocessing
     from segdeconv.inference import best_device, labels, resolve_precision
     from segdeconv.report import scorer_of
@@ -47,14 +47,14 @@ def main() -> int:
     with tqdm(images.items(), unit="image", disable=None) as bar:
         for name, path in bar:
             try:
-                image = read_image(path, exif="apply", max_pixels=settings.get("max_pixels", MAX_PIXELS))
+                image, stored = read_upright(path, max_pixels=settings.get("max_pixels", MAX_PIXELS))
             except UsageError as error:
                 failed += 1
                 tqdm.write(f"skipped: {error}", file=sys.stdout)
                 continue
             scores = score(preprocess(image)[None])
             mask = labels(scores, (image.shape[0], image.shape[1]))[0].to(torch.device("cpu")).numpy()
-            draw.save_mask(turn_back(mask, orientation(path)), read.classes, arguments.out / f"{name}.png")
+            draw.save_mask(turn_back(mask, stored), read.classes, arguments.out / f"{name}.png")
             picture = draw.overlay_with_legend(image, mask, read.classes)
             draw.save_image(picture, arguments.out / f"{name}_overlay.png")
     print(f"{len(images) - failed} masks and overlays in {arguments.out}")

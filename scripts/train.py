@@ -136,7 +136,7 @@ def train(recipe: dict[str, Any], run: Path, command: str) -> None:
     if not trainer.is_global_zero:
         return
     best = checkpoint.read(checkpoints.best_path, trust=runs.AnyName())
-    confusion, num_images = report.evaluate(best, best.config, "val", device=torch.device(trainer.strategy.root_device))
+    confusion, num_images = report.evaluate(best, "val", device=torch.device(trainer.strategy.root_device))
     facts = {"command": command, "checkpoint": str(best.path), "split": "val"}
     report.write_json(report.report(confusion, num_images, classes, **facts), run / "report.json")
     print("\n" + report.table(confusion, classes))

@@ -66,7 +66,6 @@ class Recorder(Checkpoint):  # Lightning calls callbacks of this base last, when
         self.checkpoints = checkpoints
         self.metrics = MetricsFile(run / "metrics.csv")
         self.miou: float | None = None
-        self._started = time.monotonic()
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero:

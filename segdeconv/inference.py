@@ -39,11 +39,16 @@ def flipped(scorer: Scorer) -> Scorer:
     return score
 
 
+def resized(scores: Tensor, size: tuple[int, int]) -> Tensor:
+    """(N, C, h, w) scores -> (N, C, *size), bilinear; as they are where the size is theirs."""
+    if tuple(scores.shape[-2:]) == tuple(size):
+        return scores
+    return F.interpolate(scores.float(), size=size, mode="bilinear", align_corners=False)
+
+
 def labels(scores: Tensor, size: tuple[int, int]) -> Tensor:
-    """(N, C, h, w) scores -> (N, *size) uint8 class indices; scores are resized (bilinear), labels never."""
-    if tuple(scores.shape[-2:]) != tuple(size):
-        scores = F.interpolate(scores.float(), size=size, mode="bilinear", align_corners=False)
-    return scores.argmax(dim=1).to(torch.uint8)
+    """(N, C, h, w) scores -> (N, *size) uint8 class indices; scores are resized, labels never."""
+    return resized(scores, size).argmax(dim=1).to(torch.uint8)
 
 
 def best_device() -> torch.device:

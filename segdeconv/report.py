@@ -36,11 +36,11 @@ def scorer_of(model: SegmentationModel, device: torch.device, precision: str, *,
     return flipped(whole) if flip else whole
 
 
-def restore_dataset(checkpoint: Checkpoint, config: dict[str, Any], split_name: str) -> SegmentationDataset:
-    """The split of the data set that a recipe names, whose classes must be the network's."""
+def restore_dataset(checkpoint: Checkpoint, split_name: str) -> SegmentationDataset:
+    """The split of the data set that a checkpoint's recipe names, whose classes must be the network's."""
     from segdeconv.data.module import DataModule, check_dataset  # late: Lightning takes 3 s to import
 
-    node = check_dataset(config["dataset"])
+    node = check_dataset(checkpoint.config["dataset"])
     dataset: SegmentationDataset = build(split(node, DataModule)[1], "dataset", split=split_name)
     if dataset.classes.names != checkpoint.classes.names:
         raise UsageError(
@@ -56,7 +56,6 @@ def _some(classes: Classes) -> str:
 
 def evaluate(
     checkpoint: Checkpoint,
-    config: dict[str, Any],
     split_name: str,
     *,
     device: torch.device,
@@ -69,8 +68,8 @@ def evaluate(
     on_prediction: called with the data set, each image's index and its (H, W) uint8 mask, exactly as counted.
     Returns the (C, C) int64 confusion matrix, rows = truth, and the number of images.
     """
-    dataset = restore_dataset(checkpoint, config, split_name)
-    settings = config["dataset"]
+    dataset = restore_dataset(checkpoint, split_name)
+    settings = checkpoint.config["dataset"]
     loader = evaluation_loader(
         EvaluationSamples(
             dataset, Preprocessing.restore({**checkpoint.facts["preprocessing"], "size": settings["size"]})

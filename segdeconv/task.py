@@ -15,7 +15,7 @@ from segdeconv import __version__
 from segdeconv.checkpoint import FORMAT
 from segdeconv.classes import Classes
 from segdeconv.errors import DivergedError
-from segdeconv.inference import Scorer, labels, padded
+from segdeconv.inference import Scorer, labels, padded, resized
 from segdeconv.metrics import ConfusionMatrix, Scores, scores
 from segdeconv.models import SegmentationModel
 from segdeconv.optimization import Schedule
@@ -78,11 +78,10 @@ class SegmentationTask(LightningModule):
         logits = self.scorer(batch["image"])
         predictions = []
         for position, mask in enumerate(batch["mask"]):
-            one = logits[position : position + 1]
-            if one.shape[-2:] != mask.shape:
-                one = nn.functional.interpolate(one.float(), size=mask.shape, mode="bilinear", align_corners=False)
+            size = (mask.shape[0], mask.shape[1])
+            one = resized(logits[position : position + 1], size)
             self._count_loss("val", self.loss(one, mask[None].long()))
-            prediction = labels(one, (mask.shape[0], mask.shape[1]))[0]
+            prediction = labels(one, size)[0]
             self.val_matrix.update(prediction, mask)
             predictions.append(prediction.cpu().numpy())
         return {"predictions": predictions}

@@ -18,7 +18,7 @@ from PIL import Image
 
 from segdeconv.classes import Classes, voc_colours
 from segdeconv.data.dataset import FileDataset, Pair
-from segdeconv.data.reading import ORIENTATION, orientation, palette, read_image, read_labels, read_mask, turn_back
+from segdeconv.data.reading import ORIENTATION, palette, read_image, read_labels, read_mask, read_upright, turn_back
 from segdeconv.errors import UsageError
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
@@ -190,7 +190,11 @@ def turned(path: Path, stored: int) -> Path:
 @pytest.mark.parametrize("stored", range(1, 9))
 def test_exif_apply_turns_upright_and_ignore_leaves_as_stored(tmp_path: Path, stored: int, suffix: str) -> None:
     path = turned(tmp_path / f"x.{suffix}", stored)
-    assert orientation(path) == stored
+    upright, found = read_upright(path)
+    assert found == stored
+    assert np.array_equal(upright, read_image(path, exif="apply"))
+    with refused(path, "more than 1 - shrink it"):
+        read_upright(path, max_pixels=1)
     plain = read_image(saved(tmp_path / f"plain.{suffix}", RGB))
     np.testing.assert_array_equal(read_image(path, exif="ignore"), plain)
     np.testing.assert_array_equal(read_image(path, exif="apply"), UPRIGHT[stored](plain))

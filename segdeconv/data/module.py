@@ -75,11 +75,7 @@ class DataModule(LightningDataModule):
     @property
     def batches_per_epoch(self) -> int:
         """Training batches of one epoch in one process."""
-        return len(self.train) // (self.batch_size * self._world_size)
-
-    @property
-    def _world_size(self) -> int:
-        return self._run.world_size
+        return len(self.train) // (self.batch_size * self._run.world_size)
 
     def _position(self) -> tuple[int, int]:
         """(epoch, batches of it done): global_step is the only truth."""
@@ -94,7 +90,7 @@ class DataModule(LightningDataModule):
             seed=self.seed,
             position=self._position,
             rank=self._run.global_rank,
-            world_size=self._world_size,
+            world_size=self._run.world_size,
             **self.workers,
         )
 

@@ -69,6 +69,18 @@ def read_image(path: Path, *, exif: Exif = "refuse", max_pixels: int = MAX_PIXEL
             )
         if exif == "apply":
             image = image.transpose(_TURN_UPRIGHT[stored])
+    return _rgb(image, path)
+
+
+def read_upright(path: Path, *, max_pixels: int = MAX_PIXELS) -> tuple[np.ndarray, int]:
+    """(the picture as `read_image` gives it, upright; the EXIF orientation it is stored in, for `turn_back`)."""
+    image, stored = _open(path, max_pixels)
+    if stored != 1:
+        image = image.transpose(_TURN_UPRIGHT[stored])
+    return _rgb(image, path), stored
+
+
+def _rgb(image: Image.Image, path: Path) -> np.ndarray:
     if image.mode == "F":
         raise UsageError(f"{path} is a float image - convert it to 8 or 16 bit")
     if image.mode in ("I;16", "I;16B", "I;16L", "I"):
@@ -94,11 +106,6 @@ _TURN_BACK = {
 
 
 _TURN_UPRIGHT = {**_TURN_BACK, 6: Image.Transpose.ROTATE_270, 8: Image.Transpose.ROTATE_90}
-
-
-def orientation(path: Path) -> int:
-    """The EXIF orientation of a picture file, 1 (upright) to 8."""
-    return _open(path)[1]
 
 
 def turn_back(mask: np.ndarray, stored: int) -> np.ndarray:
