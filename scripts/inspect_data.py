@@ -23,13 +23,13 @@ def main() -> None:
         return
     from segdeconv import balancing, config
     from segdeconv.data.inspection import MOST_SHOWN, inspect, overlaps, table
-    from segdeconv.data.module import DataModule, check_dataset
+    from segdeconv.data.module import build_split, check_dataset
 
     recipe, choices = config.compose(sys.argv[1:], CONFIGS)
-    _, source = config.split(check_dataset(recipe["dataset"]), DataModule)
-    splits = [config.build(source, "dataset", split=split) for split in ("train", "val")]
+    node = check_dataset(recipe["dataset"])
+    splits = [build_split(node, split) for split in ("train", "val")]
     try:
-        splits.append(config.build(source, "dataset", split="test"))
+        splits.append(build_split(node, "test"))
     except UsageError as error:
         print(f"no test split: {error}\n")
     classes = splits[0].classes

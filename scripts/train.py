@@ -1,4 +1,4 @@
-"""Train a network: compose a recipe, look at the data, fit, evaluate the best checkpoint.
+"""Train a network: compose a recipe from configs/ and the command line, and run it (segdeconv/train.py).
 
     python scripts/train.py [dataset=NAME] [model=NAME] [experiment=NAME] [key=value ...]
 
@@ -34,13 +34,12 @@ def main() -> None:
     def job(composed: Any) -> None:
         from hydra.core.hydra_config import HydraConfig
 
+        from segdeconv.train import train  # late: Lightning takes 3 s to import
+
         try:
             folder = Path(HydraConfig.get().runtime.output_dir)
-            train(
-                plain(composed),
-                folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder,
-                command,
-            )
+            run = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+            train(plain(composed), run, command=command)
         except Exception as error:
             raise _Failed(error) from error
 
@@ -70,79 +69,6 @@ def folder_to_resume(arguments: list[str]) -> list[str]:
     folder_of_runs = Path("runs") / f"{choices['dataset']}-{choices['model']}"
     folder = find_run(given["resume"], check_recipe(recipe), named, folder_of_runs)
     return [] if folder in (None, named) else [f"hydra.run.dir={folder}"]
-
-
-def train(recipe: dict[str, Any], run: Path, command: str) -> None:
-    """One run in its folder, from a composed recipe to the scores of its best checkpoint."""
-    import torch
-    import yaml
-    from pytorch_lightning.loggers import TensorBoardLogger
-
-    from segdeconv import balancing, checkpoint, config, report, runs, training
-    from segdeconv.callbacks import Pictures, Progress, Recorder, Stopping
-    from segdeconv.data.inspection import inspect_all, table
-    from segdeconv.data.module import DataModule, build_transforms
-    from segdeconv.task import SegmentationTask
-
-    recipe = runs.check_recipe(recipe)
-    resumed = runs.open_run(run, recipe)
-    if (run / "report.json").is_file():
-        print(f"{run} is finished; its scores are in {run / 'report.json'}")
-        return
-
-    settings, source = config.split(recipe["dataset"], DataModule)
-    train_split, val_split = (config.build(source, "dataset", split=split) for split in ("train", "val"))
-    classes = train_split.classes
-    seen, _ = inspect_all([train_split, val_split])
-    loss_settings, loss_source = config.split(recipe["loss"], balancing.class_weights)
-    weights = balancing.class_weights(seen.pixels[:-1], seen.image_pixels[:-1], **loss_settings)
-    print(table(seen, classes, weights), end="\n\n")
-
-    transforms = build_transforms(recipe["augment"], ignore_index=classes.ignore_index, mean=settings["mean"])
-    data = DataModule(train_split, val_split, transforms, recipe["seed"], **settings)
-    torch.manual_seed(recipe["seed"])
-    fresh = {"pretrained": "none"} if resumed and "pretrained" in recipe["model"] else {}
-    model = config.build({**recipe["model"], **fresh}, "model", num_classes=len(classes))
-
-    checkpoints = training.Checkpoints(run)
-    recorder = Recorder(run, checkpoints)
-    callbacks = [Pictures(val_split), Progress(recorder), Stopping(checkpoints), checkpoints, recorder]
-    logger = TensorBoardLogger(run, name="", version="", default_hp_metric=False)
-    trainer = training.make_trainer(run, callbacks, logger, **recipe["trainer"])
-    total_steps = training.count_steps(data, trainer)
-
-    if "classes" in source:  # found in the masks: from here on they are a choice, so that a new mask cannot change them
-        source = {**source, "classes": classes.plain()}
-    facts = {
-        "classes": classes.plain(),
-        "preprocessing": data.preprocessing.plain(),
-        "class_weights": weights,
-        "precision": str(trainer.precision),
-    }
-    task = SegmentationTask(
-        model,
-        config.build(loss_source, "loss", class_weights=weights, ignore_index=classes.ignore_index),
-        config.build(recipe["optimizer"], "optimizer", model=model),
-        config.build(recipe["schedule"], "schedule"),
-        classes,
-        seed=recipe["seed"],
-        total_steps=total_steps,
-        remembered={"config": {**recipe, "dataset": {**source, **settings}}, "facts": facts},
-    )
-    logger.experiment.add_text("configuration", f"```yaml\n{yaml.safe_dump(recipe, sort_keys=False)}```")
-    print(runs.header(recipe, data, task, trainer, run, resumed), flush=True)
-
-    trainer.fit(task, datamodule=data, ckpt_path=resumed, weights_only=True)
-    if not trainer.is_global_zero:
-        return
-    best = checkpoint.read(checkpoints.best_path, trust=runs.AnyName())
-    confusion, num_images = report.evaluate(best, "val", device=torch.device(trainer.strategy.root_device))
-    facts = {"command": command, "checkpoint": str(best.path), "split": "val"}
-    report.write_json(report.report(confusion, num_images, classes, **facts), run / "report.json")
-    print("\n" + report.table(confusion, classes))
-    print(f"\nbest checkpoint: {best.path}\nscores:          {run / 'report.json'}, {run / 'metrics.csv'}")
-    print(f"curves:          tensorboard --logdir {run}")
-    print(f"use it:          python scripts/predict.py {best.path} IMAGE ...")
 
 
 if __name__ == "__main__":

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 from segdeconv.classes import Classes
-from segdeconv.config import build, check, locate, override, targets
+from segdeconv.config import override, targets
 from segdeconv.data.download import hash_file
 from segdeconv.errors import CheckpointError, UsageError
-from segdeconv.models import SegmentationModel
+from segdeconv.models import SegmentationModel, build_model, check_model
 
 FORMAT = 1
 
@@ -73,13 +73,8 @@ class Checkpoint:
 
     def model(self) -> SegmentationModel:
         """The network, built from the recipe, with its weights, in evaluation mode."""
-        node = (
-            {**self.config["model"], "pretrained": "none"}
-            if "pretrained" in self.config["model"]
-            else self.config["model"]
-        )
-        checked = check(node, "model", [locate(node, "model")], supplied=["num_classes"])
-        model: SegmentationModel = build(checked, "model", num_classes=len(self.classes))
+        in_channels = len(self.facts["preprocessing"]["mean"])
+        model = build_model(check_model(self.config["model"]), len(self.classes), in_channels, fresh=True)
         weights = {
             name.removeprefix("model."): value
             for name, value in self.content["state_dict"].items()

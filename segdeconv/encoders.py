@@ -53,6 +53,7 @@ class Encoder(nn.Module):
         self,
         stages: Stages,
         *,
+        in_channels: int = 3,
         kernel: int = 3,
         norm: bool = True,
         bias: bool = True,
@@ -62,7 +63,6 @@ class Encoder(nn.Module):
         self.channels = stages
         self.switch_source = switch_source
         self.stages = nn.ModuleList()
-        in_channels = 3
         for stage in stages:
             blocks = []
             for position, channels in enumerate(stage):
@@ -89,6 +89,7 @@ class Encoder(nn.Module):
 def vgg_encoder(
     depth: Literal[11, 13, 16, 19],
     *,
+    in_channels: int = 3,
     norm: bool = True,
     width: float = 1.0,
     pretrained: str = "none",
@@ -103,7 +104,7 @@ def vgg_encoder(
         after trained convolutions, as SegNet and DeconvNet started); or the path of a torchvision VGG file.
     """
     stages = tuple(tuple(max(1, round(channels * width)) for channels in stage) for stage in VGG_STAGES[depth])
-    encoder = Encoder(stages, norm=norm, switch_source=switch_source)
+    encoder = Encoder(stages, in_channels=in_channels, norm=norm, switch_source=switch_source)
     if pretrained == "none":
         return encoder
     if width != 1.0:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from segdeconv.checkpoint import Checkpoint
 from segdeconv.classes import Classes
-from segdeconv.config import TARGET, build, split
+from segdeconv.config import TARGET
 from segdeconv.data.dataset import SegmentationDataset
 from segdeconv.data.loading import EvaluationSamples, evaluation_loader
 from segdeconv.data.transforms import Preprocessing
@@ -38,10 +38,10 @@ def scorer_of(model: SegmentationModel, device: torch.device, precision: str, *,
 
 def restore_dataset(checkpoint: Checkpoint, split_name: str) -> SegmentationDataset:
     """The split of the data set that a checkpoint's recipe names, whose classes must be the network's."""
-    from segdeconv.data.module import DataModule, check_dataset  # late: Lightning takes 3 s to import
+    from segdeconv.data.module import build_split, check_dataset  # late: Lightning takes 3 s to import
 
     node = check_dataset(checkpoint.config["dataset"])
-    dataset: SegmentationDataset = build(split(node, DataModule)[1], "dataset", split=split_name)
+    dataset = build_split(node, split_name)
     if dataset.classes.names != checkpoint.classes.names:
         raise UsageError(
             f"{checkpoint.path} was trained for {len(checkpoint.classes)} classes ({_some(checkpoint.classes)}) and "

@@ -15,6 +15,7 @@ from segdeconv.balancing import class_weights
 from segdeconv.config import TARGET, check, locate
 from segdeconv.data.module import DataModule, check_augment, check_dataset
 from segdeconv.errors import CheckpointError, UsageError, did_you_mean
+from segdeconv.models import check_model
 from segdeconv.task import SegmentationTask
 from segdeconv.training import make_trainer
 
@@ -37,7 +38,7 @@ def check_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
     checked = {
         "dataset": check_dataset(recipe["dataset"]),
         "augment": check_augment(recipe["augment"]),
-        "model": check(recipe["model"], "model", [locate(recipe["model"], "model")], supplied=["num_classes"]),
+        "model": check_model(recipe["model"]),
         "loss": check(
             recipe["loss"], "loss", loss, supplied=["class_weights", "ignore_index", "pixels", "image_pixels"]
         ),

@@ -20,11 +20,12 @@ LAYERS = [
     {"data.module", "task", "report"},
     {"training"},
     {"callbacks", "runs"},
+    {"train"},
 ]
 ONLY = {
     "hydra": {"config"},
     "omegaconf": {"config"},
-    "pytorch_lightning": {"task", "training", "runs", "callbacks", "data.module"},
+    "pytorch_lightning": {"task", "training", "runs", "callbacks", "data.module", "train"},
     "lightning_fabric": {"training"},
     "albumentations": {"data.transforms"},
     "torchvision": {"encoders"},

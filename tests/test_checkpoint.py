@@ -24,7 +24,10 @@ def content(**changes):
     config = {"model": {"_target_": "segdeconv.models.SegNet", "stages": [[4], [4]]}, "seed": 0}
     made = {
         "state_dict": {f"model.{name}": value for name, value in model.state_dict().items()},
-        "hyper_parameters": {"config": config, "facts": {"classes": CLASSES.plain()}},
+        "hyper_parameters": {
+            "config": config,
+            "facts": {"classes": CLASSES.plain(), "preprocessing": {"mean": [0.0] * 3}},
+        },
         "segdeconv": {"format": 1},
     }
     return made | changes

@@ -1,7 +1,6 @@
 """A run: learning, and going on to the bit after it was stopped anywhere."""
 
 import hashlib
-import importlib.util
 import signal
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from segdeconv import checkpoint, config
 from segdeconv.callbacks import MetricsFile, Stopping
 from segdeconv.errors import DivergedError, Interrupted, UsageError
 from segdeconv.runs import find_run, usable_checkpoint
+from segdeconv.train import train
 from segdeconv.training import canonical_loops
 
 ROOT = Path(__file__).parents[1]
@@ -31,20 +31,10 @@ ARGUMENTS = (
 )
 
 
-def load_script(name):
-    spec = importlib.util.spec_from_file_location(f"scripts_{name}", ROOT / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-train = load_script("train").train
-
-
 def run(folder, *arguments, resume=None):
     given = dict(argument.split("=", 1) for argument in (*ARGUMENTS, *arguments))
     recipe, _ = config.compose([f"{key}={value}" for key, value in given.items()], ROOT / "configs")
-    train({**recipe, "resume": resume}, folder, "a test")
+    train({**recipe, "resume": resume}, folder)
 
 
 def digest(folder):

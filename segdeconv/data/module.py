@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import typing
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from pydantic import Field
 from pytorch_lightning import LightningDataModule, Trainer
 from torch.utils.data import DataLoader
 
-from segdeconv.config import TARGET, build, check, locate
+from segdeconv.config import TARGET, build, check, locate, split
 from segdeconv.data.dataset import SegmentationDataset
 from segdeconv.data.loading import (
     EvaluationSamples,
@@ -102,6 +103,11 @@ class DataModule(LightningDataModule):
 
 def _size(size: Sequence[int] | None) -> tuple[int, int] | None:
     return (size[0], size[1]) if size else None
+
+
+def build_split(node: Mapping[str, Any], split_name: str) -> SegmentationDataset:
+    """One split of the data set that a checked `dataset` node names."""
+    return typing.cast(SegmentationDataset, build(split(node, DataModule)[1], "dataset", split=split_name))
 
 
 SUPPLIED = ("train", "val", "transforms", "seed")

@@ -49,6 +49,11 @@ class Preprocessing:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
+    @property
+    def channels(self) -> int:
+        """Of every image."""
+        return len(self.mean)
+
     def __call__(self, image: np.ndarray) -> Tensor:
         """(H, W, 3) uint8 RGB -> (3, *size) float32, normalised."""
         return self.normalise(image if self.size is None else resize_image(image, self.size))

@@ -42,6 +42,7 @@ class SegNet(SegmentationModel):
         self,
         num_classes: int,
         *,
+        in_channels: int = 3,
         depth: Literal[11, 13, 16, 19] = 16,
         norm: bool = True,
         width: Annotated[float, Field(gt=0, le=4)] = 1.0,
@@ -49,12 +50,15 @@ class SegNet(SegmentationModel):
         switch_source: SwitchSource = "pre_relu",
         stages: tuple[tuple[PositiveInt, ...], ...] | None = None,
     ) -> None:
-        super().__init__(num_classes)
+        super().__init__(num_classes, in_channels=in_channels)
         self.encoder = (
-            Encoder(tuple(map(tuple, stages)), norm=norm, switch_source=switch_source)
+            Encoder(tuple(map(tuple, stages)), in_channels=in_channels, norm=norm, switch_source=switch_source)
             if stages
-            else vgg_encoder(depth, norm=norm, width=width, pretrained=pretrained, switch_source=switch_source)
-        )
+            else vgg_encoder(
+                depth, in_channels=in_channels, norm=norm, width=width, pretrained=pretrained,
+                switch_source=switch_source,
+            )
+        )  # fmt: skip
         self.decoder = SegNetDecoder(self.encoder.channels, num_classes, norm=norm)
 
     def forward(self, image: Tensor) -> Tensor:
@@ -99,10 +103,12 @@ class SegNetBasic(SegmentationModel):
     torch.Size([1, 11, 45, 60])
     """
 
-    def __init__(self, num_classes: int, *, bias: bool = True, switch_source: SwitchSource = "pre_relu") -> None:
-        super().__init__(num_classes)
+    def __init__(
+        self, num_classes: int, *, in_channels: int = 3, bias: bool = True, switch_source: SwitchSource = "pre_relu"
+    ) -> None:
+        super().__init__(num_classes, in_channels=in_channels)
         self.normalise = nn.LocalResponseNorm(5, alpha=1e-4, beta=0.75, k=1.0)
-        self.encoder = Encoder(BASIC_STAGES, kernel=7, bias=bias, switch_source=switch_source)
+        self.encoder = Encoder(BASIC_STAGES, in_channels=in_channels, kernel=7, bias=bias, switch_source=switch_source)
         self.decoder = nn.ModuleList(
             ConvBlock(64, 64, kernel=7, activation=False, bias=bias) for _ in reversed(BASIC_STAGES)
         )
