@@ -105,27 +105,34 @@ def vgg_encoder(
     """
     stages = tuple(tuple(max(1, round(channels * width)) for channels in stage) for stage in VGG_STAGES[depth])
     encoder = Encoder(stages, in_channels=in_channels, norm=norm, switch_source=switch_source)
+    state = vgg_weights(pretrained, depth=depth, norm=norm, width=width)
+    if state is not None:
+        load_vgg(encoder, state, source=pretrained)
+    return encoder
+
+
+def vgg_weights(
+    pretrained: str, *, depth: Literal[11, 13, 16, 19], norm: bool, width: float = 1.0
+) -> Mapping[str, Tensor] | None:
+    """torchvision's state dict that `pretrained` asks for, classifier and all; None for `none`. See `vgg_encoder`."""
     if pretrained == "none":
-        return encoder
+        return None
     if width != 1.0:
         raise UsageError(
             f"model.pretrained={pretrained} with model.width={width}: trained VGG weights have full width "
             "- use model.width=1.0 or model.pretrained=none"
         )
     if pretrained in ("imagenet", "imagenet_plain"):
-        name = f"VGG{depth}_BN_Weights" if norm and pretrained == "imagenet" else f"VGG{depth}_Weights"
-        state = _download(name)
-    else:
-        state = _read(Path(pretrained))
-    load_vgg(encoder, state, source=pretrained)
-    return encoder
+        return _download(f"VGG{depth}_BN_Weights" if norm and pretrained == "imagenet" else f"VGG{depth}_Weights")
+    return _read(Path(pretrained))
 
 
 def load_vgg(encoder: Encoder, state: Mapping[str, Tensor], *, source: str) -> None:
     """Copy torchvision VGG weights into an encoder, by order of the layers.
 
     state: torchvision's state dict; of its `features.*` entries, 4-D weights are convolutions and entries with
-    running statistics batch norms. Weights without batch norm load into an encoder with it (its norms stay new).
+        running statistics batch norms. Weights without batch norm load into an encoder with it (its norms stay new),
+        weights of RGB images into one for any number of channels (`adapt_channels`).
     Raises CheckpointError if the layers do not match one to one.
     """
     layers: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
@@ -137,6 +144,8 @@ def load_vgg(encoder: Encoder, state: Mapping[str, Tensor], *, source: str) -> N
     convs = [layer for layer in layers.values() if layer.get("weight", torch.empty(0)).ndim == 4]
     norms = [layer for layer in layers.values() if "running_mean" in layer]
     blocks = [block for block in encoder.modules() if isinstance(block, ConvBlock)]
+    if convs:
+        convs[0]["weight"] = adapt_channels(convs[0]["weight"], blocks[0].conv.in_channels)
     shapes = [tuple(layer["weight"].shape) for layer in convs]
     expected = [tuple(block.conv.weight.shape) for block in blocks]
     if shapes != expected:
@@ -153,6 +162,27 @@ def load_vgg(encoder: Encoder, state: Mapping[str, Tensor], *, source: str) -> N
         block.conv.load_state_dict(convs[position])
         if norms:
             block.norm.load_state_dict(norms[position])
+
+
+def adapt_channels(weight: Tensor, channels: int) -> Tensor:
+    """The weight of a first convolution, remade for images of another number of channels.
+
+    weight: (out, C, kernel, kernel), C = 3 for RGB. Returns (out, channels, kernel, kernel).
+    New and old channels are dealt out in turn, the new k mod `channels` standing in for the old k mod C, and an old
+    channel with several stand-ins is shared out evenly. So the sum over channels stays: a grey image copied into
+    every new channel gives what it gave copied into every old one. RGB becomes, for 1 channel, R+G+B; for 2, R+B and
+    G; for 4, R/2, G, B and R/2; for 6, R/2, G/2, B/2 twice.
+
+    >>> adapt_channels(torch.tensor([6., 2., 4.]).view(1, 3, 1, 1), 4).flatten().tolist()
+    [3.0, 2.0, 4.0, 3.0]
+    """
+    before = weight.shape[1]
+    if channels == before:
+        return weight
+    share = weight.new_zeros(channels, before)
+    for turn in range(max(channels, before)):
+        share[turn % channels, turn % before] = 1
+    return torch.einsum("nc,ocij->onij", share / share.sum(dim=0), weight)
 
 
 def _download(name: str) -> Mapping[str, Tensor]:

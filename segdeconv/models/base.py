@@ -18,14 +18,20 @@ class SegmentationModel(nn.Module, ABC):
     """A network from images to class scores of the same height and width.
 
     num_classes: number of output channels. in_channels: of the images, 3 for RGB.
+    heads: names of the modules whose first dimension is the classes: what another set of classes needs anew.
     minimum_size: the smallest side in pixels that the network takes; inference pads smaller images up to it.
     """
 
+    heads: tuple[str, ...] = ("classifier",)
     minimum_size: int = 32
 
     def __init__(self, num_classes: int, *, in_channels: int = 3) -> None:
         super().__init__()
         self.num_classes, self.in_channels = num_classes, in_channels
+
+    def is_head(self, name: str) -> bool:
+        """Whether a parameter of this name belongs to a head."""
+        return any(part in self.heads for part in name.split("."))
 
     @abstractmethod
     def forward(self, image: Tensor) -> Tensor:

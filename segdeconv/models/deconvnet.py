@@ -1,0 +1,125 @@
+"""DeconvNet: VGG with its fully connected layers, and their mirror image of transposed convolutions.
+
+Noh, Hong, Han 2015, sections 3 and 4.1 and figure 2, https://arxiv.org/abs/1505.04366; layer table and first weights
+as in the authors' training files. Batch norm and ReLU follow every layer but the last, sizes are of a 224x224 image:
+
+    image -> [conv conv pool] ... [conv conv conv pool] -> 7x7x512 -> fc6, fc7 (7x7 and 1x1 convolutions): 1x1x4096
+                   |switches            |switches                         |
+    [deconv deconv unpool] ... [deconv deconv deconv unpool] <- 7x7x512 <- fc6_deconv (7x7, transposed)
+        |
+    classifier (1x1 convolution) -> logits
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveInt
+from torch import Tensor, nn
+
+from segdeconv.encoders import SwitchSource, load_vgg, vgg_encoder, vgg_weights
+from segdeconv.errors import UsageError
+from segdeconv.layers import ConvBlock, DeconvBlock, init_gaussian, init_he
+from segdeconv.models.base import SegmentationModel
+from segdeconv.switches import unpool
+
+
+class DeconvNet(SegmentationModel):
+    """DeconvNet on a VGG encoder; with VGG16 the published network of 30 layers with weights.
+
+    Differences from the original, all choices of ours: any size from 193x193 (the original takes 224x224 alone),
+    switches are taken before the ReLU unless `switch_source=post_relu`, and batch norm keeps running averages.
+
+    depth, width, pretrained: see `vgg_encoder`. fc_width: channels of fc6 and fc7; the SegNet paper compared itself
+        with 1024. Trained weights of fc6 and fc7 are taken, as in the original, if the file has them in this width.
+    norm: false for the network of which the paper says that it ends in a poor optimum.
+
+    >>> import torch
+    >>> DeconvNet(num_classes=21, width=0.125, fc_width=32).eval()(torch.zeros(1, 3, 193, 210)).shape
+    torch.Size([1, 21, 193, 210])
+    """
+
+    minimum_size = 193  # pooled five times it is 7, the side of fc6; 192 is 6
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        in_channels: int = 3,
+        depth: Literal[11, 13, 16, 19] = 16,
+        norm: bool = True,
+        width: Annotated[float, Field(gt=0, le=4)] = 1.0,
+        fc_width: PositiveInt = 4096,
+        pretrained: str = "none",
+        switch_source: SwitchSource = "pre_relu",
+    ) -> None:
+        super().__init__(num_classes, in_channels=in_channels)
+        state = vgg_weights(pretrained, depth=depth, norm=norm, width=width)
+        self.encoder = vgg_encoder(depth, in_channels=in_channels, norm=norm, width=width, switch_source=switch_source)
+        stages = self.encoder.channels
+        deepest = stages[-1][-1]
+        self.fc6 = ConvBlock(deepest, fc_width, kernel=7, padding=0, norm=norm)
+        self.fc7 = ConvBlock(fc_width, fc_width, kernel=1, norm=norm)
+        self.fc6_deconv = DeconvBlock(fc_width, deepest, kernel=7, padding=0, norm=norm)
+        # As many deconvolutions as the encoder's stage has convolutions; the last narrows to the stage above it.
+        self.decoder = nn.ModuleList()
+        for position in reversed(range(len(stages))):
+            above = stages[max(0, position - 1)][-1]
+            channels = (*reversed(stages[position]), above)
+            self.decoder.append(
+                nn.Sequential(*(DeconvBlock(before, after, norm=norm) for before, after in pairwise(channels)))
+            )
+        self.classifier = nn.Conv2d(stages[0][0], num_classes, 1)
+        self._init(norm)
+        if state is not None:
+            load_vgg(self.encoder, state, source=pretrained)
+            _load_fully_connected(self.fc6.conv, state, "classifier.0")
+            _load_fully_connected(self.fc7.conv, state, "classifier.3")
+
+    def _init(self, norm: bool) -> None:
+        """The training files' fillers; without batch norm He's, since 0.01 lets nothing through 15 layers without it.
+
+        fc6 and fc7 had VGG's weights and no filler there; ours start as the encoder does.
+        """
+        init_he(self.fc6)
+        init_he(self.fc7)
+        for part in (self.fc6_deconv, self.decoder, self.classifier):
+            if norm:
+                init_gaussian(part, std=0.01)
+            else:
+                init_he(part)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.constant_(module.bias, 0.001)
+
+    def forward(self, image: Tensor) -> Tensor:
+        self._check(image)
+        x, pooled = self.encoder(image)  # at 224x224: 7x7
+        x = self.fc7(self.fc6(x))  # 1x1
+        x = self.fc6_deconv(x)  # 7x7
+        for stage, pooling in zip(self.decoder, reversed(pooled), strict=True):
+            x = stage(unpool(x, pooling.switches, pooling.size))
+        return self.classifier(x)
+
+    def _check(self, image: Tensor) -> None:
+        batch, _, height, width = image.shape
+        if height < self.minimum_size or width < self.minimum_size:
+            raise UsageError(
+                f"an image of {height}x{width} (HxW) is too small for DeconvNet, whose fc6 needs sides of at least "
+                f"{self.minimum_size} - make dataset.size or dataset.crop larger, for example [224,224]"
+            )
+        normalises = isinstance(self.fc6.norm, nn.BatchNorm2d) and self.fc6.norm.training
+        if normalises and batch == 1 and height <= 224 and width <= 224:  # fc6 makes one pixel of these
+            raise UsageError(
+                f"a batch of one image of {height}x{width} gives the batch norm of DeconvNet's fc6 a single value to "
+                "normalise by - use dataset.batch_size=2 or more, or a side above 224 in dataset.crop"
+            )
+
+
+def _load_fully_connected(convolution: nn.Conv2d, state: Mapping[str, Tensor], name: str) -> None:
+    """Copy VGG's fully connected layer into the convolution that it is: torchvision flattens C, H, W in this order."""
+    weight = state.get(f"{name}.weight")
+    if weight is not None and tuple(weight.shape) == tuple(convolution.weight.flatten(1).shape):
+        convolution.load_state_dict({"weight": weight.view_as(convolution.weight), "bias": state[f"{name}.bias"]})
