@@ -1,88 +1,25 @@
-"""Downloads against a server on this machine: continued, verified, never over plain http, unpacked strictly."""
+"""Downloads against a server on this machine: continued, verified, never over plain http."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import re
 import shutil
-import stat
-import threading
-import zipfile
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
 from pathlib import Path
 
 import fakes
 import numpy as np
 import pytest
+from serving import Answer, Handler, Server, in_pieces, serving, status, whole
 
-from segdeconv.data import CamVid, camvid, download
-from segdeconv.data.download import fetch, hash_file, unpack_zip
+from segdeconv.data import CamVid, camvid
+from segdeconv.data.download import TRIES, fetch, hash_file
 from segdeconv.errors import UsageError
 
 CONTENT = np.random.default_rng(0).bytes(300_000)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
-Answer = Callable[[BaseHTTPRequestHandler], None]
-
-
-class Server(ThreadingHTTPServer):
-    """Answers by path; remembers which (path, Range) it was asked for."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.answers: dict[str, Answer] = {}
-        self.asked: list[tuple[str, str | None]] = []
-
-    def serve(self, path: str, answer: Answer) -> str:
-        self.answers[path] = answer
-        return f"http://127.0.0.1:{self.server_port}{path}"
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: Server
-
-    def do_GET(self) -> None:
-        self.server.asked.append((self.path, self.headers["Range"]))
-        self.close_connection = True
-        self.server.answers[self.path](self)
-
-    def head(self, status: int, **headers: object) -> None:
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), str(value))
-        self.end_headers()
-
-    def log_message(self, *_: object) -> None: ...
-
-
-def whole(content: bytes) -> Answer:
-    def answer(handler: Handler) -> None:
-        handler.head(200, Content_Length=len(content))
-        handler.wfile.write(content)
-
-    return answer
-
-
-def status(code: int, **headers: object) -> Answer:
-    return lambda handler: handler.head(code, Content_Length=0, **headers)
-
-
-def cut_then_continued(content: bytes) -> Answer:
-    """Half of it at first; the rest to who asks for a range."""
-
-    def answer(handler: Handler) -> None:
-        asked = handler.headers["Range"]
-        if asked is None:
-            handler.head(200, Content_Length=len(content))
-            handler.wfile.write(content[: len(content) // 2])
-        elif (first := int(re.fullmatch(r"bytes=(\d+)-", asked)[1])) < len(content):
-            handler.head(206, Content_Length=len(content) - first)
-            handler.wfile.write(content[first:])
-        else:
-            handler.head(416, Content_Length=0)
-
-    return answer
 
 
 def cut_in_chunks(handler: Handler) -> None:
@@ -94,12 +31,8 @@ def cut_in_chunks(handler: Handler) -> None:
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    with Server() as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-        thread.start()
+    with serving() as server:
         yield server
-        server.shutdown()
-        thread.join()
 
 
 def listing(folder: Path) -> list[str]:
@@ -124,13 +57,70 @@ def test_a_file_that_is_there_is_not_fetched_again_unless_its_hash_is_wrong(serv
 
 
 def test_a_cut_download_is_continued_where_it_was_cut(server: Server, tmp_path: Path) -> None:
-    url = server.serve("/f", cut_then_continued(CONTENT))
-    with pytest.raises(UsageError, match=r"could not download f\.zip .*150000 of 300000 bytes.* - do it by hand"):
-        fetch([url], tmp_path / "f.zip", way_out="do it by hand", sha256=SHA256)
-    assert listing(tmp_path) == ["f.zip.part"]
+    url = server.serve("/f", in_pieces(CONTENT))
     assert fetch([url], tmp_path / "f.zip", way_out="-", sha256=SHA256).read_bytes() == CONTENT
     assert server.asked == [("/f", None), ("/f", "bytes=150000-")]
     assert listing(tmp_path) == ["f.zip"]
+
+
+def test_a_download_that_is_cut_again_and_again_goes_on_at_the_next_run(server: Server, tmp_path: Path) -> None:
+    url = server.serve("/f", in_pieces(CONTENT, 40_000))
+    with pytest.raises(UsageError, match=r"could not download f\.zip .*200000 of 300000 bytes.* - do it by hand"):
+        fetch([url], tmp_path / "f.zip", way_out="do it by hand", sha256=SHA256)
+    assert len(server.asked) == TRIES == 5
+    assert listing(tmp_path) == ["f.zip.part"]
+    assert fetch([url], tmp_path / "f.zip", way_out="-", sha256=SHA256).read_bytes() == CONTENT
+    assert [asked for _, asked in server.asked[5:]] == [f"bytes={done}-" for done in (200_000, 240_000, 280_000)]
+    assert listing(tmp_path) == ["f.zip"]
+
+
+def test_an_address_that_brings_nothing_more_is_not_asked_again(server: Server, tmp_path: Path) -> None:
+    urls = [server.serve("/a", in_pieces(CONTENT, 0)), server.serve("/b", whole(CONTENT))]
+    assert fetch(urls, tmp_path / "f", way_out="-", sha256=SHA256).read_bytes() == CONTENT
+    assert server.asked == [("/a", None), ("/b", None)]
+
+
+def test_the_next_mirror_continues_what_the_first_began(server: Server, tmp_path: Path) -> None:
+    def dies(handler: Handler) -> None:
+        (in_pieces(CONTENT, 100_000) if handler.headers["Range"] is None else status(503))(handler)
+
+    urls = [server.serve("/a", dies), server.serve("/b", in_pieces(CONTENT))]
+    assert fetch(urls, tmp_path / "f", way_out="-", sha256=SHA256).read_bytes() == CONTENT
+    assert server.asked == [("/a", None), ("/a", "bytes=100000-"), ("/b", "bytes=100000-")]
+
+
+def test_a_mirror_that_serves_a_page_instead_does_not_cost_what_is_here(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "f.part").write_bytes(CONTENT[:200_000])
+    urls = [server.serve("/a", whole(b"<html>moved</html>")), server.serve("/b", in_pieces(CONTENT))]
+    assert fetch(urls, tmp_path / "f", way_out="-", sha256=SHA256).read_bytes() == CONTENT
+    assert server.asked == [("/a", "bytes=200000-"), ("/b", "bytes=200000-")]
+
+
+def test_a_part_of_other_bytes_is_dropped_and_fetched_from_scratch_once(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "f.part").write_bytes(bytes(1000))
+    url = server.serve("/f", in_pieces(CONTENT, len(CONTENT)))
+    assert fetch([url], tmp_path / "f", way_out="-", sha256=SHA256).read_bytes() == CONTENT
+    assert server.asked == [("/f", "bytes=1000-"), ("/f", None)]
+    assert listing(tmp_path) == ["f"]
+
+
+def test_a_part_that_is_whole_is_taken_without_a_connection(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "f.part").write_bytes(CONTENT)
+    url = server.serve("/f", status(404))
+    assert fetch([url], tmp_path / "f", way_out="-", sha256=SHA256).read_bytes() == CONTENT
+    assert (server.asked, listing(tmp_path)) == ([], ["f"])
+
+
+def test_another_range_than_was_asked_for_is_not_appended(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "f.part").write_bytes(CONTENT[:1000])
+
+    def answer(handler: Handler) -> None:
+        handler.head(206, Content_Length=500, Content_Range="bytes 0-499/300000")
+        handler.wfile.write(CONTENT[:500])
+
+    with pytest.raises(UsageError, match=r"it answered with bytes 0-499/300000 to bytes=1000-"):
+        fetch([server.serve("/f", answer)], tmp_path / "f", way_out="-", sha256=SHA256)
+    assert (tmp_path / "f.part").read_bytes() == CONTENT[:1000]
 
 
 def test_a_server_that_cannot_continue_is_asked_for_the_whole(server: Server, tmp_path: Path) -> None:
@@ -153,9 +143,29 @@ def test_wrong_bytes_are_kept_as_bad_and_refused(server: Server, tmp_path: Path)
     wrong = CONTENT[:-1]
     url = server.serve("/f", whole(wrong))
     digest = hashlib.sha256(wrong).hexdigest()
-    with pytest.raises(UsageError, match=rf"f\.zip\.bad is not the published file: its sha256 is {digest} - way"):
+    words = rf"f\.zip .*not the published file, its sha256 is {digest} \(kept as .*f\.zip\.bad\)\) - way"
+    with pytest.raises(UsageError, match=words):
         fetch([url], tmp_path / "f.zip", way_out="way", sha256=SHA256)
     assert listing(tmp_path) == ["f.zip.bad"]
+
+
+def test_a_mirror_of_wrong_bytes_is_told_and_the_next_one_asked_afresh(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    urls = [server.serve("/a", whole(bytes(1000))), server.serve("/b", in_pieces(CONTENT, len(CONTENT)))]
+    assert fetch(urls, tmp_path / "f", way_out="-", sha256=SHA256).read_bytes() == CONTENT
+    assert server.asked == [("/a", None), ("/b", None)]
+    assert re.search(r"/a: it is not the published file, .*; trying the next address", capsys.readouterr().out)
+    assert listing(tmp_path) == ["f"]
+
+
+def test_a_full_disk_is_not_taken_for_a_bad_mirror(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "f.part").symlink_to("/dev/full")
+    urls = [server.serve("/a", whole(CONTENT)), server.serve("/b", whole(CONTENT))]
+    with pytest.raises(OSError, match="No space left") as raised:
+        fetch(urls, tmp_path / "f", way_out="-", sha256=None)
+    assert (raised.value.errno, raised.value.filename) == (errno.ENOSPC, str(tmp_path / "f.part"))
+    assert server.asked == [("/a", None)]
 
 
 def test_the_next_mirror_is_tried_when_one_fails(server: Server, tmp_path: Path) -> None:
@@ -166,9 +176,17 @@ def test_the_next_mirror_is_tried_when_one_fails(server: Server, tmp_path: Path)
 
 def test_what_every_mirror_said_is_told(server: Server, tmp_path: Path) -> None:
     urls = [server.serve("/a", status(404)), server.serve("/b", status(503))]
-    with pytest.raises(UsageError, match=r"/a: HTTP Error 404.*; .*/b: HTTP Error 503.* - by hand"):
+    with pytest.raises(UsageError, match=r"127\.0\.0\.1:\d+: HTTP Error 404.*; 127.*: HTTP Error 503.* - by hand"):
         fetch(urls, tmp_path / "f", way_out="by hand")
     assert listing(tmp_path) == []
+
+
+def test_a_file_that_was_put_there_and_is_another_is_told_too(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(b"other")
+    digest = hashlib.sha256(b"other").hexdigest()
+    with pytest.raises(UsageError, match=rf"{tmp_path}/f: it is not the published file, its sha256 is {digest}; 127"):
+        fetch([server.serve("/f", status(404))], tmp_path / "f", way_out="-", sha256=SHA256)
+    assert (tmp_path / "f").read_bytes() == b"other"
 
 
 def test_a_server_that_is_not_there_is_one_sentence(server: Server, tmp_path: Path) -> None:
@@ -192,103 +210,18 @@ def test_only_https_is_fetched(tmp_path: Path, url: str) -> None:
 
 
 @pytest.mark.parametrize("url", ["http://example.org/f", "file:///etc/passwd"])
-def test_a_redirect_away_from_https_is_refused(server: Server, tmp_path: Path, url: str) -> None:
-    ours = rf"will not download from {url}: only https is - check .* redirect"
+def test_a_redirect_away_from_https_is_not_followed(server: Server, tmp_path: Path, url: str) -> None:
+    redirecting = server.serve("/a", status(302, Location=url))
+    ours = rf"it redirects to {url}, and only https is fetched"
     with pytest.raises(UsageError, match=f"{ours}|Redirection to url '{url}' is not allowed"):
-        fetch([server.serve("/f", status(302, Location=url))], tmp_path / "f", way_out="-")
+        fetch([redirecting], tmp_path / "f", way_out="-")
     assert listing(tmp_path) == []
+    assert fetch([redirecting, server.serve("/b", whole(CONTENT))], tmp_path / "f", way_out="-").read_bytes() == CONTENT
 
 
-# unpack_zip
-
-
-def zipped(path: Path, *entries: tuple[str, bytes] | tuple[str, bytes, int]) -> Path:
-    """A zip of (name, content[, file type]) entries."""
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
-        for name, content, *kind in entries:
-            info = zipfile.ZipInfo(name)
-            info.external_attr = ((kind[0] if kind else stat.S_IFREG) | 0o644) << 16
-            file.writestr(info, content, zipfile.ZIP_DEFLATED)
-    return path
-
-
-def test_a_zip_is_unpacked_stripped_and_filtered(tmp_path: Path) -> None:
-    archive = zipped(
-        tmp_path / "a.zip", ("top/in/x", b"1"), ("top/in/y/z", CONTENT), ("top/out/x", b"2"), ("top/", b"")
-    )
-    unpack_zip(archive, tmp_path / "new", strip=1, only="in/")
-    assert listing(tmp_path / "new") == ["in", "in/x", "in/y", "in/y/z"]
-    assert (tmp_path / "new/in/y/z").read_bytes() == CONTENT
-
-
-ATTACKS = {
-    "parent": (("../x", b"1"), "leaves its folder"),
-    "inner parent": (("a/../../x", b"1"), "leaves its folder"),
-    "absolute": (("/tmp/segdeconv-attack", b"1"), "leaves its folder"),
-    "backslash": (("..\\x", b"1"), "leaves its folder"),
-    "drive": (("C:/x", b"1"), "leaves its folder"),
-    "symbolic link": (("x", b"/etc/passwd", stat.S_IFLNK), "a link or device"),
-    "fifo": (("x", b"", stat.S_IFIFO), "a link or device"),
-    "device": (("x", b"", stat.S_IFCHR), "a link or device"),
-    "bomb": (("x", bytes(10_000_000)), "may be a bomb"),
-}
-
-
-@pytest.mark.parametrize("attack", ATTACKS)
-def test_zip_attacks_are_refused_and_leave_nothing(tmp_path: Path, attack: str) -> None:
-    entry, words = ATTACKS[attack]
-    archive = zipped(tmp_path / "a.zip", ("good", b"1"), entry)
-    with pytest.raises(UsageError, match=rf"a\.zip holds '{re.escape(entry[0])}', .*{words}"):
-        unpack_zip(archive, tmp_path / "new")
-    assert listing(tmp_path) == ["a.zip"]
-    assert not Path("/tmp/segdeconv-attack").exists()
-
-
-@pytest.mark.parametrize("limit", ["MAX_FILES", "MAX_BYTES"])
-def test_too_many_files_or_bytes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
-    monkeypatch.setattr(download, limit, 2)
-    archive = zipped(tmp_path / "a.zip", *((name, b"1") for name in "abc"))
-    with pytest.raises(UsageError, match="unpacks to more than"):
-        unpack_zip(archive, tmp_path / "new")
-    assert listing(tmp_path) == ["a.zip"]
-
-
-def damaged(archive: Path, damage: str) -> None:
-    content = bytearray(archive.read_bytes())
-    central = content.rindex(b"PK\x01\x02")  # the last entry of the list at the end: 'b'
-    local = content.rindex(b"PK\x03\x04")
-    if damage == "cut":
-        content = content[: len(content) // 2]
-    elif damage == "empty":
-        content = bytearray()
-    elif damage == "flipped":
-        content[local + 31 : local + 60] = bytes(29)
-    elif damage == "lying size":
-        content[central + 24 : central + 28] = (10).to_bytes(4, "little")
-    elif damage == "encrypted":
-        content[central + 8] |= 1
-        content[local + 6] |= 1
-    elif damage == "unknown method":
-        content[central + 10] = content[local + 8] = 97
-    archive.write_bytes(content)
-
-
-@pytest.mark.parametrize("damage", ["cut", "empty", "flipped", "lying size", "encrypted", "unknown method"])
-def test_a_damaged_zip_is_refused_and_leaves_nothing(tmp_path: Path, damage: str) -> None:
-    archive = zipped(tmp_path / "a.zip", ("a", b"1"), ("b", CONTENT))
-    damaged(archive, damage)
-    with pytest.raises(UsageError, match=r"a\.zip is not a whole zip file .* - delete it and try again"):
-        unpack_zip(archive, tmp_path / "new")
-    assert listing(tmp_path) == ["a.zip"]
-
-
-@pytest.mark.filterwarnings("ignore:Duplicate name")
-@pytest.mark.parametrize("second", ["a", "a/b"])
-def test_two_entries_for_one_place_are_refused_and_leave_nothing(tmp_path: Path, second: str) -> None:
-    archive = zipped(tmp_path / "a.zip", ("a", b"1"), (second, b"2"))
-    with pytest.raises(UsageError, match=r"a\.zip"):
-        unpack_zip(archive, tmp_path / "new")
-    assert listing(tmp_path) == ["a.zip"]
+def test_a_redirect_that_stays_secure_is_followed(server: Server, tmp_path: Path) -> None:
+    moved = server.serve("/a", status(301, Location=server.serve("/b", in_pieces(CONTENT))))
+    assert fetch([moved], tmp_path / "f", way_out="-", sha256=SHA256).read_bytes() == CONTENT
 
 
 # camvid.download

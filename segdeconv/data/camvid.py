@@ -8,8 +8,9 @@ from importlib import resources
 from pathlib import Path, PurePosixPath
 
 from segdeconv.classes import Classes
+from segdeconv.data.archives import unpack_zip
 from segdeconv.data.dataset import FileDataset, Pair, require_root, require_split
-from segdeconv.data.download import fetch, hash_file, unpack_zip
+from segdeconv.data.download import fetch, hash_file
 from segdeconv.data.reading import MAX_PIXELS, Exif, read_list
 from segdeconv.errors import UsageError
 

@@ -1,18 +1,14 @@
-"""Fetching and unpacking what strangers serve: https, resumed, hashed before it is opened, unpacked strictly."""
+"""Fetching what strangers serve: https only, from the first address that can, resumed, hashed before it is used."""
 
 from __future__ import annotations
 
 import hashlib
 import http.client
-import shutil
-import stat
 import urllib.error
 import urllib.parse
 import urllib.request
-import zipfile
-import zlib
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -21,49 +17,82 @@ from segdeconv import __version__
 from segdeconv.errors import UsageError
 
 CHUNK = 1 << 20
-MAX_FILES = 100_000
-MAX_BYTES = 50 << 30
-MAX_RATIO = 200  # unpacked size of a file to its packed size; pictures are below 10
+TRIES = 5  # at one address, as long as each brings some bytes
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+class _Failed(Exception):
+    """What an address did instead of serving the file."""
 
 
 class _SecureRedirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
-        _require_secure(newurl)
+        if not _is_secure(newurl):
+            raise _Failed(f"it redirects to {newurl}, and only https is fetched")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def _require_secure(url: str) -> None:
+def _is_secure(url: str) -> bool:
     parts = urllib.parse.urlsplit(url)
-    if parts.scheme != "https" and not (parts.scheme == "http" and parts.hostname in LOOPBACK):
-        raise UsageError(f"will not download from {url}: only https is - check the address for a redirect")
+    return parts.scheme == "https" or (parts.scheme == "http" and parts.hostname in LOOPBACK)
 
 
 def fetch(urls: Sequence[str], target: Path, *, way_out: str, sha256: str | None = None, timeout: float = 30) -> Path:
-    """Download from the first address that answers; continue a `.part` that an earlier try left.
+    """Download from the first address that serves the file, unless it is there already.
+
+    A `.part` that an earlier try or another address left is continued. Bytes of the wrong hash are kept as `.bad`
+    until an address serves the right ones.
 
     timeout: seconds without a byte before the next address is tried. Raises UsageError with what each address said
-    and `way_out`, or if the hash differs (the file is then kept as `.bad`).
+    and `way_out`. What the disk refuses, a full one above all, is raised as the OSError that it is.
     """
-    if target.exists() and (sha256 is None or hash_file(target) == sha256):
-        return target
+    said: dict[str, list[str]] = {}  # reason -> who: without a network all addresses fail alike
+    if target.exists():
+        found = None if sha256 is None else hash_file(target)
+        if found == sha256:
+            return target
+        said[f"it is not the published file, its sha256 is {found}"] = [str(target)]
     part = target.with_name(target.name + ".part")
-    said = []
-    for url in urls:
-        _require_secure(url)
+    if sha256 is not None and part.exists() and hash_file(part) == sha256:  # stopped between the last byte and here
+        return part.replace(target)
+    for number, url in enumerate(urls, start=1):
+        if not _is_secure(url):
+            raise UsageError(f"will not download from {url}: only https is - check the address")
+        try:
+            _fetch_verified(url, part, sha256, timeout)
+        except _Failed as error:
+            said.setdefault(str(error), []).append(urllib.parse.urlsplit(url).netloc)
+            if number < len(urls):
+                print(f"{url}: {error}; trying the next address", flush=True)
+            continue
+        part.replace(target)
+        _bad(part).unlink(missing_ok=True)
+        return target
+    reasons = "; ".join(f"{', '.join(who)}: {reason}" for reason, who in said.items())
+    raise UsageError(f"could not download {target.name} ({reasons}) - {way_out}")
+
+
+def _bad(part: Path) -> Path:
+    return part.with_suffix(".bad")
+
+
+def _fetch_verified(url: str, part: Path, sha256: str | None, timeout: float) -> None:
+    continued = part.exists()
+    for left in reversed(range(TRIES)):
+        before = part.stat().st_size if part.exists() else 0
         try:
             _fetch(url, part, timeout)
             break
-        except (OSError, http.client.HTTPException, EOFError) as error:
-            said.append(f"{url}: {error}")
-    else:
-        raise UsageError(f"could not download {target.name} ({'; '.join(said)}) - {way_out}")
-    if sha256 is not None and hash_file(part) != sha256:
-        bad = target.with_name(target.name + ".bad")
-        part.replace(bad)
-        raise UsageError(f"{bad} is not the published file: its sha256 is {hash_file(bad)} - {way_out}")
-    part.replace(target)
-    return target
+        except _Failed:
+            if not left or not part.exists() or part.stat().st_size <= before:
+                raise
+    if sha256 is None or (found := hash_file(part)) == sha256:
+        return
+    if continued:  # perhaps only what was there before is wrong
+        part.unlink()
+        return _fetch_verified(url, part, sha256, timeout)
+    part.replace(_bad(part))
+    raise _Failed(f"it is not the published file, its sha256 is {found} (kept as {_bad(part)})")
 
 
 def _fetch(url: str, part: Path, timeout: float) -> None:
@@ -71,80 +100,48 @@ def _fetch(url: str, part: Path, timeout: float) -> None:
     request = urllib.request.Request(url, headers={"User-Agent": f"segdeconv/{__version__}"})
     if done:
         request.add_header("Range", f"bytes={done}-")
-    opener = urllib.request.build_opener(_SecureRedirects)
     try:
-        response = opener.open(request, timeout=timeout)
+        response = urllib.request.build_opener(_SecureRedirects).open(request, timeout=timeout)
     except urllib.error.HTTPError as error:
+        error.close()
         if error.code == 416 and done:  # nothing after what we have: it is whole, or it is of another file
             part.unlink()
             return _fetch(url, part, timeout)
-        raise
+        raise _Failed(str(error)) from error
+    except (OSError, http.client.HTTPException) as error:
+        raise _Failed(str(getattr(error, "reason", error))) from error
     with response:
         continued = response.status == 206
-        length = response.headers.get("Content-Length")
-        total = int(length) + (done if continued else 0) if length else None
-        with (
-            part.open("ab" if continued else "wb") as file,
-            tqdm(total=total, initial=done if continued else 0, unit="B", unit_scale=True, desc=part.stem) as bar,
-        ):
-            while chunk := response.read(CHUNK):
-                file.write(chunk)
-                bar.update(len(chunk))
-            if total is not None and file.tell() != total:
-                raise EOFError(f"connection closed after {file.tell()} of {total} bytes")
+        if continued and not response.headers.get("Content-Range", f"bytes {done}-").startswith(f"bytes {done}-"):
+            raise _Failed(f"it answered with {response.headers['Content-Range']} to bytes={done}-")
+        start = done if continued else 0
+        total = None if response.length is None else start + response.length
+        if total is not None and total < done:  # a page that says sorry, say: not worth what is here
+            raise _Failed(f"it serves {total} bytes, and {part} holds {done} already")
+        try:
+            with (
+                part.open("ab" if continued else "wb") as file,
+                tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=part.stem) as bar,
+            ):
+                while chunk := _read(response):
+                    file.write(chunk)
+                    bar.update(len(chunk))
+                received = file.tell()
+        except OSError as error:
+            error.filename = error.filename or str(part)  # a full disk does not say which file it was
+            raise
+    if total is not None and received != total:
+        raise _Failed(f"connection closed after {received} of {total} bytes")
+
+
+def _read(response: http.client.HTTPResponse) -> bytes:
+    try:
+        return response.read(CHUNK)
+    except (OSError, http.client.HTTPException) as error:
+        raise _Failed(str(error)) from error
 
 
 def hash_file(path: Path) -> str:
     """sha256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def unpack_zip(archive: Path, folder: Path, *, strip: int = 0, only: str = "") -> None:
-    """Unpack regular files and folders of a zip into a new folder; anything else in it is refused.
-
-    strip: leading path parts to drop. only: prefix, after stripping, of the files to unpack.
-    No links, no devices, no path that leaves the folder, no more than MAX_FILES files and MAX_BYTES bytes, and no file
-    packed more than MAX_RATIO times: each raises UsageError and nothing is left behind.
-    """
-    folder.mkdir(parents=True)
-    try:
-        with zipfile.ZipFile(archive) as file:
-            members = _members(archive, file.infolist(), strip, only)
-            for member, path in members:
-                target = folder / path
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with file.open(member) as source, target.open("xb") as sink:
-                    shutil.copyfileobj(source, sink, CHUNK)
-    except (zipfile.BadZipFile, zlib.error, RuntimeError, FileExistsError, NotADirectoryError, EOFError) as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise UsageError(f"{archive} is not a whole zip file ({error}) - delete it and try again") from error
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
-def _members(
-    archive: Path, entries: Sequence[zipfile.ZipInfo], strip: int, only: str
-) -> list[tuple[zipfile.ZipInfo, PurePosixPath]]:
-    members = []
-    total = 0
-    for entry in entries:
-        path = PurePosixPath(entry.filename)
-        kind = stat.S_IFMT(entry.external_attr >> 16)
-        if path.is_absolute() or ".." in path.parts or "\\" in entry.filename or ":" in entry.filename:
-            raise UsageError(f"{archive} holds '{entry.filename}', which leaves its folder - do not trust this archive")
-        if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
-            raise UsageError(f"{archive} holds '{entry.filename}', a link or device - do not trust this archive")
-        path = PurePosixPath(*path.parts[strip:])
-        if entry.is_dir() or not str(path).startswith(only):
-            continue
-        total += entry.file_size
-        if entry.file_size > MAX_RATIO * max(entry.compress_size, 1024):
-            raise UsageError(f"{archive} holds '{entry.filename}', packed over {MAX_RATIO} times - it may be a bomb")
-        members.append((entry, path))
-        if len(members) > MAX_FILES or total > MAX_BYTES:
-            raise UsageError(
-                f"{archive} unpacks to more than {MAX_FILES} files or {MAX_BYTES} bytes - it may be a bomb"
-            )
-    return members
