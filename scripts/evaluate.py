@@ -8,11 +8,10 @@ ignored counts, at the mask's own size. Prints a table and writes DIR/report.jso
 
 from __future__ import annotations
 
-import shlex
 import sys
 from pathlib import Path
 
-from segdeconv.errors import ArgumentParser, run_command
+from segdeconv.errors import ArgumentParser, command, run_command
 
 
 def main() -> None:
@@ -55,8 +54,8 @@ def main() -> None:
         on_prediction=save if arguments.masks or arguments.pictures else None,
     )
     out = arguments.out or read.path.parent / "evaluation"
-    command = shlex.join(["python", "scripts/evaluate.py", *sys.argv[1:]])
-    facts = {"command": command, "checkpoint": str(read.path), "split": arguments.split}
+    typed = command("evaluate", sys.argv[1:])
+    facts = {"command": typed, "checkpoint": str(read.path), "split": arguments.split}
     report.write_json(report.report(confusion, num_images, read.classes, **facts), out / "report.json")
     print(f"{num_images} images of {arguments.split}\n")
     print(report.table(confusion, read.classes))

@@ -3,7 +3,7 @@
     python scripts/inspect_data.py [dataset=NAME] [key=value ...]
 
 Reads each image and mask once: are they readable, of one size, with known labels, and in one split only? Prints the
-classes with their pixel shares and class weights. train.py does the same before its first step.
+classes with their pixel shares and class weights. Training does the same before its first step.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from segdeconv.errors import UsageError, run_command
+from segdeconv.errors import UsageError, command, run_command
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -19,7 +19,7 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 def main() -> None:
     """Compose the recipe, inspect each split."""
     if {"-h", "--help"} & set(sys.argv[1:]):
-        print(__doc__)
+        print(__doc__.replace("python scripts/inspect_data.py", command("inspect_data")))
         return
     from segdeconv import balancing, config
     from segdeconv.data.inspection import MOST_SHOWN, inspect, overlaps, table
@@ -33,6 +33,8 @@ def main() -> None:
     except UsageError as error:
         print(f"no test split: {error}\n")
     classes = splits[0].classes
+    for note in splits[0].notes:
+        print(note)
     problems = overlaps(splits)
     for dataset in splits:
         seen = inspect(dataset)

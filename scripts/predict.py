@@ -41,18 +41,21 @@ def main() -> int:
     read = checkpoint.read(arguments.checkpoint, trust=arguments.trust, overrides=overrides)
     settings = read.config["dataset"]
     preprocess = Preprocessing.restore({**read.facts["preprocessing"], "size": settings["size"]})
+    channels = preprocess.channels if preprocess.as_stored else None
     precision = resolve_precision(arguments.precision, read.facts["precision"])
     score = scorer_of(read.model(), best_device(), precision, flip=arguments.flip)
     failed = 0
     with tqdm(images.items(), unit="image", disable=None) as bar:
         for name, path in bar:
             try:
-                image, stored = read_upright(path, max_pixels=settings.get("max_pixels", MAX_PIXELS))
+                max_pixels = settings.get("max_pixels", MAX_PIXELS)
+                image, stored = read_upright(path, channels=channels, max_pixels=max_pixels)
+                ready = preprocess(image, path)
             except UsageError as error:
                 failed += 1
                 tqdm.write(f"skipped: {error}", file=sys.stdout)
                 continue
-            scores = score(preprocess(image)[None])
+            scores = score(ready[None])
             mask = labels(scores, (image.shape[0], image.shape[1]))[0].to(torch.device("cpu")).numpy()
             draw.save_mask(turn_back(mask, stored), read.classes, arguments.out / f"{name}.png")
             picture = draw.overlay_with_legend(image, mask, read.classes)

@@ -34,6 +34,19 @@ def _save(image: Image.Image, path: Path) -> None:
     partial.replace(path)
 
 
+def shown(image: np.ndarray) -> np.ndarray:
+    """Any (H, W, C) uint8 or uint16 image as (H, W, 3) uint8.
+
+    One channel is grey, two are red and cyan, more show the first three; 16 bit is stretched between the 1st and the
+    99th percentile of each channel.
+    """
+    image = image[:, :, [0, 0, 0] if image.shape[2] == 1 else [0, 1, 1] if image.shape[2] == 2 else [0, 1, 2]]
+    if image.dtype == np.uint8:
+        return image
+    low, high = np.percentile(image, (1, 99), axis=(0, 1))
+    return ((image - low) / np.maximum(high - low, 1) * 255).clip(0, 255).astype(np.uint8)
+
+
 def colourise(mask: np.ndarray, classes: Classes) -> np.ndarray:
     """(H, W) class indices -> (H, W, 3) uint8 class colours."""
     return classes.table[mask]
@@ -41,9 +54,9 @@ def colourise(mask: np.ndarray, classes: Classes) -> np.ndarray:
 
 def overlay(image: np.ndarray, mask: np.ndarray, classes: Classes, *, strength: float = 0.55) -> np.ndarray:
     """The class colours laid over the image, with outlines between classes; ignored pixels show the image."""
-    shown = mask != classes.ignore_index
+    image, counted = shown(image), mask != classes.ignore_index
     blend = image * (1 - strength) + colourise(mask, classes) * strength
-    result = np.where(shown[:, :, None], blend, image)
+    result = np.where(counted[:, :, None], blend, image)
     edge = np.zeros(mask.shape, dtype=bool)
     edge[:, 1:] |= mask[:, 1:] != mask[:, :-1]
     edge[1:] |= mask[1:] != mask[:-1]
@@ -98,7 +111,8 @@ def row(tiles: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def comparison(image: np.ndarray, mask: np.ndarray, prediction: np.ndarray, classes: Classes) -> np.ndarray:
-    """Image, truth, prediction and error, side by side."""
+    """Image, truth, prediction and error, side by side. image: as `shown` takes it."""
+    image = shown(image)
     truth, found = overlay(image, mask, classes), overlay(image, prediction, classes)
     return row([image, truth, found, error(mask, prediction, classes.ignore_index)])
 

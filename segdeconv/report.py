@@ -47,6 +47,12 @@ def restore_dataset(checkpoint: Checkpoint, split_name: str) -> SegmentationData
             f"{checkpoint.path} was trained for {len(checkpoint.classes)} classes ({_some(checkpoint.classes)}) and "
             f"{node[TARGET]} has {len(dataset.classes)} ({_some(dataset.classes)}) - use its own data set"
         )
+    channels = len(checkpoint.facts["preprocessing"]["mean"])
+    if dataset.channels != channels:
+        raise UsageError(
+            f"{checkpoint.path} was trained on images of {channels} channel(s) and {node[TARGET]} gives "
+            f"{dataset.channels} - leave dataset.channels as it was"
+        )
     return dataset
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import tifffile
 from PIL import Image
 
-from segdeconv.classes import voc_colours
+from segdeconv.classes import Classes, voc_colours
+from segdeconv.data.dataset import Sample, SegmentationDataset
 
 SIZE = (48, 64)
 NUM = 4
@@ -88,3 +90,109 @@ def opened(path: Path) -> Image.Image:
     with Image.open(path) as image:
         image.load()
         return image
+
+
+class Uneven(SegmentationDataset):
+    """Noise to be told apart by brightness; every other image is three quarters void, so that counts differ."""
+
+    classes = Classes(("dark", "bright", "brightest"), ((0, 0, 0), (128, 128, 128), (255, 255, 255)))
+
+    def __init__(self, split: str, *, num: int = 24, num_val: int = 7, side: int = 32) -> None:
+        self.split, self.side = split, side
+        self.names = [f"{split}_{index}" for index in range(num if split == "train" else num_val)]
+
+    def __getitem__(self, index: int) -> Sample:
+        random = np.random.default_rng([index, self.split == "val"])
+        mask = np.repeat(np.repeat(random.integers(0, 3, (4, 4)), self.side // 4, 0), self.side // 4, 1)
+        image = 60 * mask[:, :, None] + random.integers(0, 80, (self.side, self.side, 3))
+        if index % 2:
+            mask[self.side // 4 :] = 255
+        return Sample(image.astype(np.uint8), mask.astype(np.uint8), self.names[index])
+
+    @property
+    def fingerprint(self) -> str:
+        return f"uneven {self.split} {len(self)} {self.side}"
+
+
+def two_channels(folder: Path, suffix: str = ".tif", *, num: int = 20, size: tuple[int, int] = SIZE) -> Path:
+    """16-bit images of two channels in blocks of three classes: both channels low or both high, only the first high,
+    only the second high; so neither channel alone tells them apart. Named by site, four images each.
+    """
+    for sub in ("images", "masks"):
+        (folder / sub).mkdir(parents=True, exist_ok=True)
+    for index in range(num):
+        random = np.random.default_rng(index)
+        high = np.kron(random.integers(0, 2, (-(-size[0] // 16), -(-size[1] // 16), 2)), np.ones((16, 16, 1)))
+        high = high[: size[0], : size[1]].astype(np.int64)
+        image = 900 + high * [2000, 20000] + random.integers(0, 300, (*size, 2))
+        mask = np.where(high[:, :, 0] == high[:, :, 1], 0, 1 + high[:, :, 1]).astype(np.uint8)
+        stored(folder / "images" / f"site{index // 4}_{index}{suffix}", image.astype(np.uint16))
+        Image.fromarray(mask).save(folder / "masks" / f"site{index // 4}_{index}.png")
+    return folder
+
+
+def stored(path: Path, image: np.ndarray, **settings: object) -> Path:
+    """(H, W, C) written as .npy or as an interleaved TIFF."""
+    if path.suffix == ".npy":
+        np.save(path, image)
+    elif image.shape[2] == 1:
+        tifffile.imwrite(path, image[:, :, 0], **{"photometric": "minisblack", **settings})
+    else:
+        tifffile.imwrite(path, image, **{"photometric": "minisblack", "planarconfig": "contig", **settings})
+    return path
+
+
+def voc(
+    folder: Path, train: tuple[str, ...] = ("2007_000001", "2007_000002"), val: tuple[str, ...] = ("2008_000001",)
+) -> Path:
+    """VOC2012 as its archive holds it: JPEGs of different sizes, palette masks whose blocks have a border of 255."""
+    parts = ("JPEGImages", "SegmentationClass", "SegmentationObject", "Annotations", "ImageSets/Segmentation")
+    for part in (*parts, "ImageSets/Main"):
+        (folder / part).mkdir(parents=True)
+    for index, name in enumerate((*train, *val)):
+        image, mask = voc_image_and_mask(index)
+        Image.fromarray(image).save(folder / "JPEGImages" / f"{name}.jpg", quality=95)
+        for part in ("SegmentationClass", "SegmentationObject"):
+            picture = Image.fromarray(mask)
+            picture.putpalette([channel for colour in voc_colours(256) for channel in colour])
+            picture.save(folder / part / f"{name}.png")
+        (folder / "Annotations" / f"{name}.xml").write_text("<annotation/>")
+    for split, names in (("train", train), ("val", val), ("trainval", (*train, *val))):
+        (folder / "ImageSets/Segmentation" / f"{split}.txt").write_text("".join(f"{name}\n" for name in names))
+        (folder / "ImageSets/Main" / f"dog_{split}.txt").write_text("".join(f"{name} -1\n" for name in names))
+    return folder
+
+
+def voc_image_and_mask(index: int, *, border: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    """The image before it is a JPEG, and its mask of 21 labels with 255 between blocks; sizes change with the index."""
+    image, mask = image_and_mask(index, 21, (64 + index % 7, 80 - index % 5))
+    if border:
+        edge = np.zeros(mask.shape, dtype=bool)
+        edge[1:] |= mask[1:] != mask[:-1]
+        edge[:, 1:] |= mask[:, 1:] != mask[:, :-1]
+        mask = np.where(edge, 255, mask).astype(np.uint8)
+    return image, mask
+
+
+def sbd(folder: Path, train: tuple[str, ...], val: tuple[str, ...], images: Path | None = None) -> Path:
+    """SBD's benchmark_RELEASE: masks without a border in MATLAB's struct GTcls, and images, also for `images`."""
+    from scipy.io import savemat
+    from scipy.sparse import csc_matrix
+
+    dataset = folder / "benchmark_RELEASE" / "dataset"
+    for part in ("cls", "img", "inst"):
+        (dataset / part).mkdir(parents=True)
+    for index, name in enumerate((*train, *val)):
+        image, mask = voc_image_and_mask(50 + index, border=False)
+        boundaries = np.empty((20, 1), dtype=object)
+        for label in range(20):
+            boundaries[label, 0] = csc_matrix(mask == label + 1)
+        present = np.unique(mask[mask > 0])[:, None]
+        struct = {"Boundaries": boundaries, "Segmentation": mask, "CategoriesPresent": present}
+        savemat(dataset / "cls" / f"{name}.mat", {"GTcls": struct}, do_compression=True)
+        for place in (dataset / "img", *([images] if images else [])):
+            if not (place / f"{name}.jpg").exists():
+                Image.fromarray(image).save(place / f"{name}.jpg", quality=95)
+    for split, names in (("train", train), ("val", val)):
+        (dataset / f"{split}.txt").write_text("".join(f"{name}\n" for name in names))
+    return folder / "benchmark_RELEASE"

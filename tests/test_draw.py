@@ -82,6 +82,26 @@ def test_overlay_does_not_change_its_arguments(image, mask):
     assert np.array_equal(mask, copies[1])
 
 
+@pytest.mark.parametrize(("channels", "order"), [(1, [0, 0, 0]), (2, [0, 1, 1]), (3, [0, 1, 2]), (5, [0, 1, 2])])
+def test_an_image_of_any_number_of_channels_is_shown_in_three(channels, order):
+    image = np.random.default_rng(0).integers(0, 256, (12, 20, channels), dtype=np.uint8)
+    assert np.array_equal(draw.shown(image), np.dstack([image[:, :, channel] for channel in order]))
+
+
+def test_16_bit_is_stretched_between_its_1st_and_99th_percentile_by_channel():
+    image = np.dstack([np.arange(101), 3 * np.arange(101), np.full(101, 7)]).astype(np.uint16) * 100
+    image[0, 0, 0] = 0
+    picture = draw.shown(image)
+    assert picture.dtype == np.uint8
+    # Of 0..100 the percentiles are 1 and 99: what is below is black, what is above white, 50 is in the middle.
+    for channel in (0, 1):
+        assert picture[0, [0, 1, 50, 99, 100], channel].tolist() == [0, 0, 127, 255, 255]
+    assert not picture[:, :, 2].any()  # the same everywhere
+    mask = np.zeros((1, 101), dtype=np.uint8)
+    assert draw.overlay(image, mask, CLASSES).shape == (1, 101, 3)
+    assert draw.comparison(image[:, :, :2], mask, mask, CLASSES).dtype == np.uint8
+
+
 def test_error_is_green_red_and_dark():
     picture = draw.error(np.uint8([[0, 1, 255]]), np.uint8([[0, 0, 1]]), ignore_index=255)
     assert picture.tolist() == [[list(draw.RIGHT), list(draw.WRONG), [30, 30, 30]]]

@@ -84,7 +84,50 @@ def test_a_class_whose_label_is_255_is_no_ignored_pixel(tmp_path: Path) -> None:
     assert min(seen.pixels[:2]) > 0
 
 
+@pytest.mark.parametrize("channels", [1, 2, 5])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_mean_and_deviation_are_those_of_all_pixels(tmp_path: Path, channels: int, dtype: type) -> None:
+    root = fakes.folder(tmp_path / "data", layout="subfolders")
+    images = []
+    for index, path in enumerate(sorted((root / "train" / "images").iterdir())):
+        size = (48, 64) if index else (48, 9)
+        image = np.random.default_rng(index).integers(0, np.iinfo(dtype).max, (*size, channels), dtype)
+        image[:, :, -1] = 77
+        fakes.stored(path.with_suffix(".npy"), image)
+        path.unlink()
+        Image.new("L", size[::-1], 1).save(root / "train" / "masks" / path.name)
+        images.append(image.reshape(-1, channels))
+    seen = inspect(Folder("train", str(root), channels=channels, classes=["a", "b", "c"]), remember=False)
+    pixels = np.concatenate(images).astype(np.float64)
+    assert seen.bits == 8 * np.dtype(dtype).itemsize
+    assert seen.mean == pytest.approx(pixels.mean(axis=0), rel=1e-5)
+    assert seen.std == pytest.approx(pixels.std(axis=0), rel=1e-5)
+    assert (seen.mean[-1], seen.std[-1]) == (77, 0)
+
+
 # Problems
+
+
+def test_images_of_8_and_of_16_bit_in_one_data_set_are_refused(tmp_path: Path) -> None:
+    root = fakes.folder(tmp_path / "data", layout="subfolders")
+    for split in ("train", "val"):
+        for path in (root / split / "images").iterdir():
+            bits = np.uint16 if path.stem == "train_2" or split == "val" else np.uint8
+            Image.fromarray(np.zeros((48, 64), dtype=bits)).save(path)
+    datasets = [Folder(split, str(root), channels=1) for split in ("train", "val")]
+    assert inspect(datasets[0]).problems == ["train_0 has 8 bit and train_2 16 bit per channel - save all images alike"]
+    Image.fromarray(np.zeros((48, 64), dtype=np.uint8)).save(root / "train/images/train_2.png")
+    with pytest.raises(UsageError, match="the splits differ: train 8 bit, val 16 bit per channel - save"):
+        inspect_all(datasets)
+
+
+def test_images_of_another_number_of_channels_than_their_data_set_says_are_refused() -> None:
+    class Grey(Shapes):
+        channels = 1
+
+    assert inspect(Grey("val", num_val=1)).problems == [
+        "val_00000 has 3 channels and its data set 1 - give all as many"
+    ]
 
 
 def spoil(root: Path) -> list[str]:
@@ -229,7 +272,16 @@ def test_a_cache_that_cannot_be_written_is_no_hindrance(camvid: CamVid, cache: P
 
 def test_the_table_shows_classes_labels_colours_counts_and_weights() -> None:
     seen = inspection.Inspection(
-        "val", 2, [75, 0, 25], [100, 0, 100], [2, 0, 1], [(5, 10, 1), (5, 9, 1), (5, 8, 1), (5, 7, 1)], []
+        "val",
+        2,
+        [75, 0, 25],
+        [100, 0, 100],
+        [2, 0, 1],
+        [(5, 10, 1), (5, 9, 1), (5, 8, 1), (5, 7, 1)],
+        8,
+        [0] * 3,
+        [1] * 3,
+        [],
     )
     classes = Classes(("sky", "pavement"), ((128, 0, 255), (1, 2, 3)), labels=(3, 40))
     assert table(seen, classes, [1.5, 0.25]).splitlines() == [
@@ -239,6 +291,14 @@ def test_the_table_shows_classes_labels_colours_counts_and_weights() -> None:
         "  pavement     40  #010203           0             0   0.00%  0.2500   <- no pixel in this split",
         "  (ignored)   255  -                 1            25  25.00%       -",
     ]
+
+
+def test_the_table_shows_channels_that_are_not_8_bit_rgb() -> None:
+    seen = inspection.Inspection(
+        "train", 1, [9, 1, 0], [9, 9, 0], [1, 1, 0], [(1, 9, 1)], 16, [1234.5, 6], [70.25, 8], []
+    )
+    classes = Classes(("sky", "road"), ((0, 0, 0), (1, 2, 3)))
+    assert table(seen, classes, None).splitlines()[1] == "  2 channel(s) of 16 bit, mean 1234.5, 6, std 70.25, 8"
 
 
 def test_a_table_without_weights_has_none(camvid: CamVid) -> None:

@@ -18,7 +18,8 @@ from PIL import Image
 
 from segdeconv.classes import Classes, voc_colours
 from segdeconv.data.dataset import FileDataset, Pair
-from segdeconv.data.reading import ORIENTATION, palette, read_image, read_labels, read_mask, read_upright, turn_back
+from segdeconv.data.decoding import ORIENTATION
+from segdeconv.data.reading import palette, read_image, read_labels, read_mask, read_upright, turn_back
 from segdeconv.errors import UsageError
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"

@@ -55,11 +55,12 @@ BORDERED = (
 
 def built(name: str, **arguments: Any) -> list[Any]:
     node = {"_target_": f"albumentations.{name}", "p": 1.0, **FAR.get(name, {}), **arguments}
-    return build_transforms(check_augment({"it": node}), ignore_index=255, mean=IMAGENET_MEAN)
+    return list(build_transforms(check_augment({"it": node}), ignore_index=255, mean=IMAGENET_MEAN).values())
 
 
 def augmentation(*transforms: Any, seed: int = 0, crop: tuple[int, int] | None = (40, 72)) -> Augmentation:
-    return Augmentation(transforms, crop=crop, ignore_index=255, fill=IMAGENET_MEAN, seed=seed)
+    named = {str(place): transform for place, transform in enumerate(transforms)}
+    return Augmentation(named, crop=crop, ignore_index=255, fill=IMAGENET_MEAN, seed=seed)
 
 
 def varied(**settings: Any) -> Augmentation:
@@ -201,6 +202,109 @@ def test_image_and_mask_move_together() -> None:
     for index in range(8):
         image, mask = flips(np.dstack([ramp] * 3), ramp, 0, index)
         np.testing.assert_array_equal(image[:, :, 0], mask)
+
+
+# Any number of channels
+
+CHANNELS = [(count, dtype) for count in (1, 2, 4, 5, 9) for dtype in (np.uint8, np.uint16)] + [(3, np.uint16)]
+
+
+def image_of(channels: int, dtype: Any) -> np.ndarray:
+    return np.random.default_rng(channels).integers(0, np.iinfo(dtype).max, (48, 64, channels), dtype, endpoint=True)
+
+
+@pytest.mark.parametrize(("channels", "dtype"), CHANNELS)
+@pytest.mark.parametrize("size", [(20, 30), (96, 128), (60, 10), (1, 1)])
+def test_every_channel_is_resized_as_if_alone(channels: int, dtype: Any, size: tuple[int, int]) -> None:
+    image = image_of(channels, dtype)
+    resized = resize_image(image, size)
+    assert (resized.shape, resized.dtype) == ((*size, channels), dtype)
+    shrinks = size[0] < 48 and size[1] < 64
+    for channel in range(channels):
+        alone = cv2.resize(
+            image[:, :, channel].copy(), size[::-1], interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+        )
+        assert abs(resized[:, :, channel].astype(int) - alone).max() <= 1
+
+
+@pytest.mark.parametrize(("channels", "dtype"), CHANNELS)
+def test_a_crop_pads_every_channel_with_its_own_mean(channels: int, dtype: Any) -> None:
+    image, means = image_of(channels, dtype), [3.6 + 7 * channel for channel in range(channels)]
+    augment = Augmentation({}, crop=(60, 70), ignore_index=255, fill=means, seed=0)
+    padded, mask = augment(image, SEVEN, 0, 0)
+    assert (padded.shape, padded.dtype) == ((60, 70, channels), dtype)
+    assert (padded[mask == 255] == np.round(means)).all()
+    np.testing.assert_array_equal(padded[mask == 7].reshape(image.shape), image)
+
+
+@pytest.mark.parametrize(("channels", "dtype"), CHANNELS)
+def test_what_moves_pixels_moves_any_number_of_channels(channels: int, dtype: Any) -> None:
+    image, means = image_of(channels, dtype), [99.0] * channels
+    names = ("HorizontalFlip", "RandomRotate90", "RandomScale", "Affine", "Perspective", "CoarseDropout")
+    nodes = check_augment({name: {"_target_": f"albumentations.{name}", **FAR.get(name, {})} for name in names})
+    transforms = build_transforms(nodes, ignore_index=255, mean=means)
+    augment = Augmentation(transforms, crop=(40, 72), ignore_index=255, fill=means, seed=0)
+    augment.rehearse(image, SEVEN)
+    for index in range(12):
+        moved, mask = augment(image, SEVEN, 0, index)
+        assert (moved.shape, moved.dtype, mask.shape) == ((40, 72, channels), dtype, (40, 72))
+        assert set(np.unique(mask)) <= {7, 255}
+
+
+@pytest.mark.parametrize(
+    ("name", "channels", "dtype", "words"),
+    [
+        ("ColorJitter", 2, np.uint8, "cannot do images of 2 channel(s) of 8 bit and size (48, 64)"),
+        ("ColorJitter", 3, np.uint16, "cannot do images of 3 channel(s) of 16 bit"),
+        ("GaussNoise", 1, np.uint16, "cannot do images of 1 channel(s) of 16 bit"),
+        ("RandomCrop", 3, np.uint8, "cannot do images of 3 channel(s) of 8 bit and size (48, 64)"),
+        ("ToFloat", 3, np.uint8, "makes uint8 images of 3 channels into float32"),
+    ],
+)
+def test_a_transform_that_cannot_do_such_images_is_named_before_training(
+    name: str, channels: int, dtype: Any, words: str
+) -> None:
+    arguments = {"height": 70, "width": 30} if name == "RandomCrop" else {}
+    node = {"_target_": f"albumentations.{name}", "p": 0.01, **arguments}
+    flip = {"_target_": "albumentations.HorizontalFlip"}
+    transforms = build_transforms(check_augment({"flip": flip, "it": node}), ignore_index=255, mean=[0.0] * channels)
+    augment = Augmentation(transforms, crop=None, ignore_index=255, fill=[0.0] * channels, seed=0)
+    with pytest.raises(UsageError, match=re.escape(f"augment.it ({name}) {words}")) as caught:
+        augment.rehearse(image_of(channels, dtype), SEVEN)
+    assert "leave it out with augment.it=null, or choose another" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_rehearsal_leaves_the_augmentation_as_it_was() -> None:
+    one, other = varied(), varied()
+    one.rehearse(IMAGE, BLOCKS)
+    assert as_bytes(one(IMAGE, BLOCKS, 1, 2)) == as_bytes(other(IMAGE, BLOCKS, 1, 2))
+
+
+@pytest.mark.parametrize(("channels", "dtype"), CHANNELS)
+def test_any_number_of_channels_is_normalised_by_its_own_numbers(channels: int, dtype: Any) -> None:
+    image = image_of(channels, dtype)
+    mean, std = [10.0 + channel for channel in range(channels)], [2.0 + channel for channel in range(channels)]
+    one = Preprocessing(None, tuple(mean), tuple(std), 8 * image.itemsize, as_stored=True)
+    expected = (image.astype(np.float64) - mean) / std
+    np.testing.assert_allclose(one(image).permute(1, 2, 0), expected, rtol=1e-5, atol=1e-3)
+    assert Preprocessing.restore(one.plain()) == one
+
+
+@pytest.mark.parametrize(
+    "image", [image_of(1, np.uint8), image_of(2, np.uint8), image_of(3, np.uint16), IMAGE[:, :, 0]]
+)
+def test_an_image_of_another_kind_than_the_network_takes_is_refused(image: np.ndarray) -> None:
+    """One channel would broadcast over the three means in silence."""
+    with pytest.raises(
+        UsageError, match=r"x\.png has . channel\(s\) of \d+ bit and the network takes 3 of 8 bit - give"
+    ):
+        Preprocessing(None, IMAGENET_MEAN, IMAGENET_STD)(image, "x.png")
+
+
+def test_the_preprocessing_of_an_older_checkpoint_is_8_bit_rgb() -> None:
+    older = {"size": [4, 5], "mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}
+    assert Preprocessing.restore(older) == Preprocessing((4, 5), IMAGENET_MEAN, IMAGENET_STD, 8, as_stored=False)
 
 
 # What a person may get wrong

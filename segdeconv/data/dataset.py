@@ -14,7 +14,9 @@ from segdeconv.errors import UsageError
 
 
 class Sample(NamedTuple):
-    """image: (H, W, 3) uint8 RGB; mask: (H, W) uint8, class index or ignore_index; name: unique in its split."""
+    """image: (H, W, channels) uint8 or uint16, RGB if nothing else is said; mask: (H, W) uint8, class index or
+    ignore_index; name: unique in its split.
+    """
 
     image: np.ndarray
     mask: np.ndarray
@@ -34,9 +36,17 @@ class SegmentationDataset(ABC):
 
     A subclass is one data set: its constructor takes `split` and whatever finds the data (usually `root`), it states
     its classes, and a YAML file in configs/dataset names it.
+
+    channels: of every image. as_stored: whether images are what their files hold, so that a picture to be predicted is
+        read as it is stored too; otherwise any picture becomes 8-bit RGB.
+    notes: what a person should know about how the data was taken, a sentence each.
     """
 
     split_names: tuple[str, ...] = ("train", "val", "test")
+    channels: int = 3
+    as_stored: bool = False
+    notes: tuple[str, ...] = ()
+    way_out_of_overlap: str = "list it once"  # of an image that two splits share
     classes: Classes
     split: str
     names: list[str]
@@ -52,24 +62,48 @@ class SegmentationDataset(ABC):
     def fingerprint(self) -> str:
         """Changes when the data changes: what an inspection of it is remembered under."""
 
+    @property
+    def kind(self) -> str:
+        """What data set it is."""
+        return type(self).__name__
+
+    @property
+    def image_files(self) -> list[Path]:
+        """The files that the images lie in, if they do: two splits must not share one."""
+        return []
+
+    @property
+    def stored_classes(self) -> Classes:
+        """The classes that the masks were drawn with."""
+        return self.classes
+
 
 class FileDataset(SegmentationDataset):
     """A split that lies in files. The subclass finds the pairs; this reads and checks them.
 
-    exif, max_pixels: see `reading.read_image`.
+    channels, exif, max_pixels: see `reading.read_image`.
     """
 
     def __init__(
-        self, split: str, classes: Classes, pairs: list[Pair], *, exif: Exif = "refuse", max_pixels: int = MAX_PIXELS
+        self,
+        split: str,
+        classes: Classes,
+        pairs: list[Pair],
+        *,
+        channels: int | None = None,
+        exif: Exif = "refuse",
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         self.split, self.classes, self.pairs = split, classes, pairs
         self.names = [pair.name for pair in pairs]
+        self.channels, self.as_stored = channels or 3, channels is not None
         self.exif: Exif = exif
         self.max_pixels = max_pixels
 
     def __getitem__(self, index: int) -> Sample:
         pair = self.pairs[index]
-        image = read_image(pair.image, exif=self.exif, max_pixels=self.max_pixels)
+        channels = self.channels if self.as_stored else None
+        image = read_image(pair.image, channels=channels, exif=self.exif, max_pixels=self.max_pixels)
         mask = read_mask(pair.mask, self.classes, max_pixels=self.max_pixels)
         if image.shape[:2] != mask.shape:
             raise UsageError(
@@ -79,8 +113,12 @@ class FileDataset(SegmentationDataset):
         return Sample(image, mask, pair.name)
 
     @property
+    def image_files(self) -> list[Path]:
+        return [pair.image for pair in self.pairs]
+
+    @property
     def fingerprint(self) -> str:
-        lines = [repr((self.classes, self.exif, self.max_pixels))]
+        lines = [repr((self.classes, self.channels, self.as_stored, self.exif, self.max_pixels))]
         for pair in self.pairs:
             for path in (pair.image, pair.mask):
                 status = path.stat() if path.exists() else None

@@ -14,8 +14,8 @@ from pydantic import Field
 from segdeconv.classes import Classes, Colour, pack_colours, voc_colours
 from segdeconv.data.dataset import FileDataset, Pair, require_root, require_split
 from segdeconv.data.reading import MAX_PIXELS, SUFFIXES, Exif, palette, read_labels, read_list
+from segdeconv.data.splits import choose_val, require_kept_together
 from segdeconv.errors import UsageError
-from segdeconv.seeding import key
 
 SPLITS = ("train", "val", "test")
 IGNORE = 255
@@ -34,7 +34,8 @@ class Folder(FileDataset):
 
     * `DIR/images`, `DIR/masks` and lists `DIR/train.txt`, `DIR/val.txt` (and `test.txt`), a name a line;
     * `DIR/{train,val,test}/{images,masks}`;
-    * `DIR/images` and `DIR/masks` alone: a share `val_share` becomes val, chosen by `split_seed`.
+    * `DIR/images` and `DIR/masks` alone: a share `val_share` becomes val, or the images are dealt into `folds` parts,
+      of which number `fold` is val and the rest train; both by `split_seed`.
 
     **Classes**: found in the masks of all splits, or named in a small YAML file, `DIR/classes.yaml`, or elsewhere by
     `classes=FILE`: a list of names for the labels 0, 1, 2, ..., or a mapping from names to labels or colours; the name
@@ -44,6 +45,10 @@ class Folder(FileDataset):
     **Cite**: you.
 
     classes: the YAML file, or its content.
+    group: a regular expression whose first group finds in an image's name what belongs together (a patient, a drive),
+        such as `^(patient[0-9]+)_`. Such images are never in two splits.
+    channels: None reads every picture as 8-bit RGB. A number reads JPEG, PNG, BMP, WEBP, TIFF and .npy files of that
+        many channels exactly as stored, 8 or 16 bit.
     """
 
     def __init__(
@@ -54,20 +59,44 @@ class Folder(FileDataset):
         classes: str | dict[str, Any] | list[str] | None = None,
         val_share: Annotated[float, Field(gt=0, lt=1)] = 0.2,
         split_seed: int = 0,
+        folds: Annotated[int, Field(ge=2)] | None = None,
+        fold: Annotated[int, Field(ge=0)] = 0,
+        group: str | None = None,
+        channels: Annotated[int, Field(ge=1)] | None = None,
         exif: Exif = "refuse",
         max_pixels: int = MAX_PIXELS,
     ) -> None:
         folder = require_root(root, "images/ and masks/, or train/ and val/ with images/ and masks/ in each")
-        splits = _find_splits(folder, val_share, split_seed)
+        splits = _stated_splits(folder)
+        if splits is None:
+            pairs = _pairs(folder)
+            if len(pairs) < 2:
+                raise UsageError(
+                    f"{folder}/images holds {len(pairs)} image with a mask - train and val need one each, at least"
+                )
+            names = [pair.name for pair in pairs]
+            val, self.notes = choose_val(names, val_share, folds, fold, pattern=group, seed=split_seed)
+            splits = {
+                "train": [pair for pair in pairs if pair.name not in val],
+                "val": [pair for pair in pairs if pair.name in val],
+            }
+        elif folds or fold:
+            raise UsageError(
+                f"dataset.folds={folds} and {folder} says itself what is train and val - leave dataset.folds and "
+                "dataset.fold out, or take its lists or folders away"
+            )
+        elif group:
+            require_kept_together({name: [pair.name for pair in pairs] for name, pairs in splits.items()}, group)
         require_split(split, tuple(splits))
         found = _read_classes(folder, classes)
         if found is None:
             found = find_classes(pair.mask for pairs in splits.values() for pair in pairs)
-        super().__init__(split, found, splits[split], exif=exif, max_pixels=max_pixels)
+        super().__init__(split, found, splits[split], channels=channels, exif=exif, max_pixels=max_pixels)
         self.split_names = tuple(splits)
 
 
-def _find_splits(folder: Path, val_share: float, split_seed: int) -> dict[str, list[Pair]]:
+def _stated_splits(folder: Path) -> dict[str, list[Pair]] | None:
+    """The splits that folders or lists state; None if they are still to be made."""
     own = [name for name in SPLITS if (folder / name / "images").is_dir()]
     if own:
         splits = {name: _pairs(folder / name) for name in own}
@@ -77,21 +106,11 @@ def _find_splits(folder: Path, val_share: float, split_seed: int) -> dict[str, l
                     f"{folder} has {', '.join(own)} but no {name}/images - add {folder / name}/images and masks"
                 )
         return splits
-    pairs = _pairs(folder)
     listings = [folder / f"{name}.txt" for name in SPLITS if (folder / f"{name}.txt").is_file()]
-    if listings:
-        return {listing.stem: _listed(listing, pairs) for listing in listings}
-    if len(pairs) < 2:
-        raise UsageError(
-            f"{folder}/images holds {len(pairs)} image with a mask - train and val need one each, at least"
-        )
-    order = sorted(pairs, key=lambda pair: key(split_seed, "split", pair.name))
-    num_val = min(len(pairs) - 1, max(1, round(val_share * len(pairs))))
-    val = {pair.name for pair in order[:num_val]}
-    return {
-        "train": [pair for pair in pairs if pair.name not in val],
-        "val": [pair for pair in pairs if pair.name in val],
-    }
+    if not listings:
+        return None
+    pairs = _pairs(folder)
+    return {listing.stem: _listed(listing, pairs) for listing in listings}
 
 
 def _pairs(folder: Path) -> list[Pair]:

@@ -10,15 +10,17 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+import cv2
 import numpy as np
 from tqdm import tqdm
 
 from segdeconv.classes import Classes
-from segdeconv.data.dataset import FileDataset, SegmentationDataset
-from segdeconv.errors import UsageError
+from segdeconv.data.dataset import SegmentationDataset
+from segdeconv.errors import UsageError, command
 
-VERSION = 1  # of what an inspection holds; a new number forgets the remembered ones
+VERSION = 2  # of what an inspection holds; a new number forgets the remembered ones
 MOST_SHOWN = 20
 
 
@@ -28,6 +30,7 @@ class Inspection:
 
     pixels: of each class. image_pixels: of the images in which it occurs. images: those images.
     sizes: how many images of each (H, W), the most frequent first.
+    bits: of the channels of every image, 8 or 16. mean, std: of each channel over all pixels, in stored units.
     problems: one sentence for each file that cannot be used.
     """
 
@@ -37,12 +40,15 @@ class Inspection:
     image_pixels: list[int]
     images: list[int]
     sizes: list[tuple[int, int, int]]
+    bits: int
+    mean: list[float]
+    std: list[float]
     problems: list[str]
 
 
 def inspect(dataset: SegmentationDataset, *, remember: bool = True) -> Inspection:
     """Read every image and mask of a split once. Remembered by the files' sizes and times, in the user's cache."""
-    text = f"{VERSION}\n{type(dataset).__qualname__} {dataset.split}\n{dataset.fingerprint}"
+    text = f"{VERSION}\n{dataset.kind} {dataset.split}\n{dataset.fingerprint}"
     memory = _cache() / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
     if remember and memory.is_file():
         try:
@@ -66,33 +72,52 @@ def _cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "segdeconv" / "inspections"
 
 
+class _Look(NamedTuple):
+    """One image's share: counts by class, the ignored last; size; bits; sums of each channel and of its squares."""
+
+    counts: np.ndarray
+    size: tuple[int, int]
+    bits: int
+    sums: np.ndarray
+
+
 def _inspect(dataset: SegmentationDataset) -> Inspection:
     num_classes, ignored = len(dataset.classes), dataset.classes.ignore_index
 
-    def look(index: int) -> tuple[np.ndarray, tuple[int, int]] | str:
+    def look(index: int) -> _Look | str:
         try:
-            mask = dataset[index].mask
+            image, mask, name = dataset[index]
         except UsageError as error:
             return str(error)
+        if image.shape[2] != dataset.channels:
+            return f"{name} has {image.shape[2]} channels and its data set {dataset.channels} - give all as many"
         counts = np.bincount(mask.ravel(), minlength=256)
-        return np.append(counts[:num_classes], counts[ignored]), mask.shape
+        counts = np.append(counts[:num_classes], counts[ignored])
+        return _Look(counts, (mask.shape[0], mask.shape[1]), 8 * image.dtype.itemsize, _moments(image) * mask.size)
 
     pixels = np.zeros(num_classes + 1, dtype=np.int64)
     image_pixels, images = pixels.copy(), pixels.copy()
+    sums = np.zeros((2, dataset.channels))
     sizes: Counter[tuple[int, int]] = Counter()
+    of_bits: dict[int, list[str]] = {}
     problems = []
     # Threads suffice: decoding releases the interpreter's lock.
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         looks = pool.map(look, range(len(dataset)))
-        for seen in tqdm(looks, total=len(dataset), desc=f"inspecting {dataset.split}", leave=False, disable=None):
+        bar = tqdm(looks, total=len(dataset), desc=f"inspecting {dataset.split}", leave=False, disable=None)
+        for name, seen in zip(dataset.names, bar, strict=True):
             if isinstance(seen, str):
                 problems.append(seen)
                 continue
-            counts, size = seen
-            pixels += counts
-            image_pixels[counts > 0] += size[0] * size[1]
-            images += counts > 0
-            sizes[size] += 1
+            pixels += seen.counts
+            image_pixels[seen.counts > 0] += seen.size[0] * seen.size[1]
+            images += seen.counts > 0
+            sizes[seen.size] += 1
+            of_bits.setdefault(seen.bits, []).append(name)
+            sums += seen.sums
+    if len(of_bits) > 1:
+        problems.append(f"{of_bits[8][0]} has 8 bit and {of_bits[16][0]} 16 bit per channel - save all images alike")
+    mean, square = sums / max(1, sum(height * width * count for (height, width), count in sizes.items()))
     return Inspection(
         dataset.split,
         len(dataset),
@@ -100,8 +125,23 @@ def _inspect(dataset: SegmentationDataset) -> Inspection:
         image_pixels.tolist(),
         images.tolist(),
         [(*size, count) for size, count in sizes.most_common()],
+        max(of_bits, default=8),
+        [_readable(value) for value in mean],
+        [_readable(value) for value in np.sqrt(np.maximum(0, square - mean**2))],
         problems,
     )
+
+
+def _moments(image: np.ndarray) -> np.ndarray:
+    """(2, C): the mean of each channel and of its squares."""
+    groups = range(0, image.shape[2], 4)  # as many channels as OpenCV takes
+    found = [np.hstack(cv2.meanStdDev(np.ascontiguousarray(image[:, :, first : first + 4]))) for first in groups]
+    mean, std = np.concatenate(found).T
+    return np.stack([mean, std**2 + mean**2])
+
+
+def _readable(value: float) -> float:
+    return float(f"{value:.6g}")
 
 
 def inspect_all(datasets: Iterable[SegmentationDataset], *, remember: bool = True) -> list[Inspection]:
@@ -112,8 +152,11 @@ def inspect_all(datasets: Iterable[SegmentationDataset], *, remember: bool = Tru
     datasets = list(datasets)
     inspections = [inspect(dataset, remember=remember) for dataset in datasets]
     problems = [problem for inspection in inspections for problem in inspection.problems] + overlaps(datasets)
+    if not problems and len({inspection.bits for inspection in inspections}) > 1:
+        found = ", ".join(f"{inspection.split} {inspection.bits} bit" for inspection in inspections)
+        problems = [f"the splits differ: {found} per channel - save all images alike"]
     if problems:
-        more = f" (and {len(problems) - 1} more: python scripts/inspect_data.py lists them)" if problems[1:] else ""
+        more = f" (and {len(problems) - 1} more: {command('inspect_data')} lists them)" if problems[1:] else ""
         raise UsageError(problems[0] + more)
     return inspections
 
@@ -123,13 +166,12 @@ def overlaps(datasets: Iterable[SegmentationDataset]) -> list[str]:
     owner: dict[Path, str] = {}
     sentences = []
     for dataset in datasets:
-        if not isinstance(dataset, FileDataset):
-            continue
-        for pair in dataset.pairs:
-            path = pair.image.resolve()
+        for image in dataset.image_files:
+            path = image.resolve()
             if owner.setdefault(path, dataset.split) != dataset.split:
                 sentences.append(
-                    f"{path} is in {owner[path]} and in {dataset.split}: its score would mean nothing - list it once"
+                    f"{path} is in {owner[path]} and in {dataset.split}: its score would mean nothing - "
+                    f"{dataset.way_out_of_overlap}"
                 )
     return sentences
 
@@ -147,6 +189,11 @@ def table(inspection: Inspection, classes: Classes, weights: list[float] | None)
         f"{inspection.split}: {inspection.num_images} images ({sizes}{more})",
         f"  {'class':<{width}} label  colour       images  {'pixels':>12}   share  weight",
     ]
+    if len(inspection.mean) != 3 or inspection.bits != 8:
+        lines.insert(1, f"  {len(inspection.mean)} channel(s) of {inspection.bits} bit")
+        for what, values in (("mean", inspection.mean), ("std", inspection.std)):
+            numbers = ", ".join(f"{value:g}" for value in values[:MOST_SHOWN])
+            lines[1] += f", {what} {numbers}" + (", ..." if len(values) > MOST_SHOWN else "")
     labels: list[object] = [*classes.labels, classes.ignore_index]
     colours = [*classes.colours, classes.ignore_colour]
     for index, name in enumerate((*classes.names, "(ignored)")):

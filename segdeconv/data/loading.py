@@ -36,14 +36,14 @@ class TrainingBatches(Dataset[dict[str, Any]]):
             image, mask = resize_image(image, size), resize_mask(mask, size)
         image, mask = self.augmentation(image, mask, epoch, index)
         return {
-            "image": self.preprocessing.normalise(image),
+            "image": self.preprocessing.normalise(image, name),
             "mask": torch.from_numpy(mask.astype(np.int64)),
             "name": name,
         }
 
 
 class EvaluationSample(NamedTuple):
-    """image: (3, h, w) float32 as the network sees it; mask: (H, W) uint8 as stored; name."""
+    """image: (C, h, w) float32 as the network sees it; mask: (H, W) uint8 as stored; name."""
 
     image: Tensor
     mask: Tensor
@@ -61,11 +61,11 @@ class EvaluationSamples(Dataset[EvaluationSample]):
 
     def __getitem__(self, index: int) -> EvaluationSample:
         image, mask, name = self.dataset[index]
-        return EvaluationSample(self.preprocessing(image), torch.from_numpy(np.array(mask)), name)
+        return EvaluationSample(self.preprocessing(image, name), torch.from_numpy(np.array(mask)), name)
 
 
 def collate_training(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """-> image (N, 3, H, W) float32, channels last; mask (N, H, W) int64; name: list."""
+    """-> image (N, C, H, W) float32, channels last; mask (N, H, W) int64; name: list."""
     images = _stack([sample["image"] for sample in samples], [sample["name"] for sample in samples])
     return {
         "image": images,
@@ -75,7 +75,7 @@ def collate_training(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def collate_evaluation(samples: Sequence[EvaluationSample]) -> dict[str, Any]:
-    """-> image (N, 3, h, w) float32, channels last; mask: list of (H, W) uint8, each of its own size; name: list."""
+    """-> image (N, C, h, w) float32, channels last; mask: list of (H, W) uint8, each of its own size; name: list."""
     names = [sample.name for sample in samples]
     return {
         "image": _stack([sample.image for sample in samples], names),
@@ -111,19 +111,31 @@ def training_loader(
             f"the train split has {len(samples)} images, fewer than one batch of {batch_size} x {world_size} - set "
             f"dataset.batch_size={max(1, len(samples) // world_size)} or less"
         )
-    return DataLoader(samples, batch_sampler=batches, collate_fn=collate_training, **worker_settings(**workers))
+    settings = worker_settings(world_size=world_size, **workers)
+    return DataLoader(samples, batch_sampler=batches, collate_fn=collate_training, **settings)
 
 
-def evaluation_loader(samples: EvaluationSamples, *, batch_size: int, **workers: Any) -> DataLoader[Any]:
-    """Every image once, in order. Without a common size, one at a time."""
+def evaluation_loader(
+    samples: EvaluationSamples, *, batch_size: int, rank: int = 0, world_size: int = 1, **workers: Any
+) -> DataLoader[Any]:
+    """Every image once, in order; of several processes each takes every world_size-th. Without a common size, one at a
+    time.
+    """
     if samples.preprocessing.size is None:
         batch_size = 1
-    return DataLoader(samples, batch_size=batch_size, collate_fn=collate_evaluation, **worker_settings(**workers))
+    turns = range(rank, len(samples), world_size)
+    return DataLoader(
+        samples,
+        batch_size=batch_size,
+        sampler=turns,
+        collate_fn=collate_evaluation,
+        **worker_settings(world_size=world_size, **workers),
+    )
 
 
-def worker_settings(*, num_workers: int | None, timeout: float) -> dict[str, Any]:
+def worker_settings(*, num_workers: int | None, timeout: float, world_size: int = 1) -> dict[str, Any]:
     """num_workers: None for as many as suit this machine. timeout: seconds a batch may take before we give up."""
-    cores = os.cpu_count() or 1
+    cores = max(1, (os.cpu_count() or 1) // world_size)
     if num_workers is None:
         # With an accelerator the cores have only the data to do; without one they also train.
         num_workers = min(16, cores) if torch.cuda.is_available() else min(2, cores)

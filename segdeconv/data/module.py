@@ -13,16 +13,25 @@ from torch.utils.data import DataLoader
 
 from segdeconv.config import TARGET, build, check, locate, split
 from segdeconv.data.dataset import SegmentationDataset
+from segdeconv.data.inspection import Inspection
 from segdeconv.data.loading import (
     EvaluationSamples,
     TrainingBatches,
     evaluation_loader,
     training_loader,
 )
-from segdeconv.data.transforms import Augmentation, Preprocessing, Transform, border_arguments
+from segdeconv.data.relabelled import Relabelled
+from segdeconv.data.transforms import (
+    Augmentation,
+    Preprocessing,
+    Transform,
+    border_arguments,
+    resize_image,
+    resize_mask,
+)
+from segdeconv.errors import UsageError
 
 Side = Annotated[int, Field(ge=1)]
-Channels = tuple[float, float, float]
 Positive = Annotated[float, Field(gt=0)]
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
@@ -36,15 +45,15 @@ class DataModule(LightningDataModule):
     crop: (H, W) of training batches, cut at random after augmentation; None for `size`.
     batch_size: images per process and step. num_workers: None for as many as suit the machine.
     timeout: seconds after which a batch that does not come ends the run.
-    mean, std: of each colour channel, in the units of pixels 0..255; ImageNet's by default. The originals feed
-        SegNet raw pixels: mean=[0,0,0], std=[1,1,1].
+    mean, std: of each channel, in the units of the stored numbers. None is ImageNet's for 8-bit RGB, and what is
+        measured on the train split for other images. The originals feed SegNet raw pixels: mean=[0,0,0], std=[1,1,1].
     """
 
     def __init__(
         self,
         train: SegmentationDataset,
         val: SegmentationDataset,
-        transforms: Sequence[Transform],
+        transforms: Mapping[str, Transform],
         seed: int,
         *,
         size: tuple[Side, Side] | None = None,
@@ -52,12 +61,21 @@ class DataModule(LightningDataModule):
         batch_size: Side = 4,
         num_workers: Annotated[int, Field(ge=0)] | None = None,
         timeout: Annotated[float, Field(ge=0)] = 120.0,
-        mean: Channels = IMAGENET_MEAN,
-        std: tuple[Positive, Positive, Positive] = IMAGENET_STD,
+        mean: tuple[float, ...] | None = None,
+        std: tuple[Positive, ...] | None = None,
     ) -> None:
         super().__init__()
         self.train, self.val, self.seed, self.batch_size = train, val, seed, batch_size
-        self.preprocessing = Preprocessing(_size(size), (mean[0], mean[1], mean[2]), (std[0], std[1], std[2]))
+        mean, std = mean or IMAGENET_MEAN, std or IMAGENET_STD
+        for name, values in (("mean", mean), ("std", std)):
+            if len(values) != train.channels:
+                raise UsageError(
+                    f"dataset.{name} has {len(values)} values and the images have {train.channels} channel(s) - give "
+                    "one per channel, or leave it out"
+                )
+        image, mask, _ = train[0]
+        bits = 8 * image.dtype.itemsize
+        self.preprocessing = Preprocessing(_size(size), tuple(mean), tuple(std), bits, train.as_stored)
         augmentation = Augmentation(
             transforms,
             crop=_size(crop) or _size(size),
@@ -65,6 +83,8 @@ class DataModule(LightningDataModule):
             fill=self.preprocessing.mean,
             seed=seed,
         )
+        seen_at = _size(size) or (image.shape[0], image.shape[1])
+        augmentation.rehearse(resize_image(image, seen_at), resize_mask(mask, seen_at))
         self.samples = TrainingBatches(train, self.preprocessing, augmentation)
         self.workers = {"num_workers": num_workers, "timeout": timeout}
 
@@ -97,7 +117,11 @@ class DataModule(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Any]:
         return evaluation_loader(
-            EvaluationSamples(self.val, self.preprocessing), batch_size=self.batch_size, **self.workers
+            EvaluationSamples(self.val, self.preprocessing),
+            batch_size=self.batch_size,
+            rank=self._run.global_rank,
+            world_size=self._run.world_size,
+            **self.workers,
         )
 
 
@@ -105,17 +129,33 @@ def _size(size: Sequence[int] | None) -> tuple[int, int] | None:
     return (size[0], size[1]) if size else None
 
 
+def normalisation(settings: Mapping[str, Any], dataset: SegmentationDataset, seen: Inspection) -> dict[str, Any]:
+    """The data module's settings with the mean and std that nobody chose.
+
+    seen: what was measured on the train split. A channel that is the same everywhere is left as it is.
+    """
+    rgb = dataset.channels == 3 and seen.bits == 8
+    usual = {
+        "mean": list(IMAGENET_MEAN) if rgb else seen.mean,
+        "std": list(IMAGENET_STD) if rgb else [value or 1.0 for value in seen.std],
+    }
+    return {**settings, **{name: value for name, value in usual.items() if settings[name] is None}}
+
+
 def build_split(node: Mapping[str, Any], split_name: str) -> SegmentationDataset:
-    """One split of the data set that a checked `dataset` node names."""
-    return typing.cast(SegmentationDataset, build(split(node, DataModule)[1], "dataset", split=split_name))
+    """One split of the data set that a checked `dataset` node names, through its label_map."""
+    source = split(node, DataModule)[1]
+    view, source = split(source, Relabelled)
+    dataset = typing.cast(SegmentationDataset, build(source, "dataset", split=split_name))
+    return Relabelled(dataset, **view) if view.get("label_map") else dataset
 
 
-SUPPLIED = ("train", "val", "transforms", "seed")
+SUPPLIED = ("train", "val", "transforms", "seed", "dataset")
 
 
 def check_dataset(node: dict[str, Any]) -> dict[str, Any]:
-    """The `dataset` node of a recipe: the data set's own arguments and the data module's, held against both."""
-    return check(node, "dataset", [locate(node, "dataset"), DataModule], supplied=[*SUPPLIED, "split"])
+    """The `dataset` node of a recipe: arguments of the data set, of the view of its classes, of the data module."""
+    return check(node, "dataset", [locate(node, "dataset"), Relabelled, DataModule], supplied=[*SUPPLIED, "split"])
 
 
 def check_augment(nodes: dict[str, Any]) -> dict[str, Any]:
@@ -132,11 +172,11 @@ def check_augment(nodes: dict[str, Any]) -> dict[str, Any]:
     return checked
 
 
-def build_transforms(nodes: dict[str, Any], *, ignore_index: int, mean: Sequence[float]) -> list[Transform]:
-    """The transforms of a checked `augment` node, told to fill masks with ignore_index."""
-    transforms = []
+def build_transforms(nodes: dict[str, Any], *, ignore_index: int, mean: Sequence[float]) -> dict[str, Transform]:
+    """The transforms of a checked `augment` node by name, told to fill masks with ignore_index."""
+    transforms = {}
     for name, node in nodes.items():
         where = f"augment.{name}"
         told = border_arguments(locate(node, where), node, ignore_index=ignore_index, fill=mean)
-        transforms.append(build({key: node[key] for key in node if key not in told}, where, **told))
+        transforms[name] = build({key: node[key] for key in node if key not in told}, where, **told)
     return transforms

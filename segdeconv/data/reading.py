@@ -1,82 +1,55 @@
-"""Image and mask files -> arrays. The only place that decodes pictures."""
+"""Image and mask files -> the arrays that a data set gives."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from segdeconv.classes import Classes
+from segdeconv.data.channels import read_stored
+from segdeconv.data.decoding import is_array, open_picture, read_array
 from segdeconv.errors import UsageError
 
-# What the rest of Pillow can open (EPS, PSD, FITS, ...) are more parsers for hostile files, not more data sets.
-FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"})
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".npy"})
 MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs
-ORIENTATION = 0x0112  # EXIF tag; 1 is upright
 
 Exif = Literal["refuse", "apply", "ignore"]
 
-Image.MAX_IMAGE_PIXELS = None  # ours is checked from the header, with a message of ours
 
-
-def _open(path: Path, max_pixels: int = MAX_PIXELS) -> tuple[Image.Image, int]:
-    """(the picture decoded as stored, its EXIF orientation); raises UsageError naming the file whatever is wrong."""
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "is missing" if not path.is_symlink() else "is a dangling link"
-        raise UsageError(f"{path} {what} - restore the file or take it off the list")
-    try:
-        with path.open("rb") as file:
-            image = Image.open(file, formats=FORMATS)
-            if image.width * image.height > max_pixels:
-                raise UsageError(
-                    f"{path} has {image.width}x{image.height} pixels, more than {max_pixels} - shrink it or raise "
-                    "dataset.max_pixels"
-                )
-            frames = getattr(image, "n_frames", 1)
-            if frames > 1 and image.format != "MPO":  # a telephone's photo with its depth map is one
-                raise UsageError(f"{path} is an animation of {frames} frames - extract the frame that is meant")
-            stored = int(image.getexif().get(ORIENTATION, 1))
-            stored = stored if stored in _TURN_BACK else 1  # 0 and 9.. mean nothing
-            if stored != 1:
-                image.getexif()[ORIENTATION] = 1  # or Pillow turns TIFFs, and only them, while it loads them
-            image.load()
-    except UnidentifiedImageError:
-        raise UsageError(
-            f"{path} is not a picture (empty, cut or another format) - formats are {', '.join(FORMATS)}"
-        ) from None
-    except UsageError:
-        raise
-    except Exception as error:  # Pillow raises many types for a damaged file
-        raise UsageError(f"{path} cannot be decoded ({error}) - it is damaged; restore or remove it") from error
-    return image, stored
-
-
-def read_image(path: Path, *, exif: Exif = "refuse", max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def read_image(
+    path: Path, *, channels: int | None = None, exif: Exif = "refuse", max_pixels: int = MAX_PIXELS
+) -> np.ndarray:
     """(H, W, 3) uint8 RGB of a picture in any colour mode; transparency is laid on black, 16 bit scaled to 8.
 
+    channels: if given, (H, W, channels) uint8 or uint16 instead, exactly as the file stores it.
     exif: a camera's turn of the picture. `apply` it, `ignore` it, or `refuse` such a file, since masks drawn in a
         viewer that turns and masks drawn in one that does not both exist.
     """
-    image, stored = _open(path, max_pixels)
-    if stored != 1:
-        if exif == "refuse":
-            raise UsageError(
-                f"{path} is stored turned (EXIF orientation {stored}) and its mask may or may "
-                "not be - say dataset.exif=apply or dataset.exif=ignore"
-            )
-        if exif == "apply":
-            image = image.transpose(_TURN_UPRIGHT[stored])
-    return _rgb(image, path)
+    image, stored = _read(path, channels, max_pixels)
+    if stored != 1 and exif == "refuse":
+        raise UsageError(
+            f"{path} is stored turned (EXIF orientation {stored}) and its mask may or may "
+            "not be - say dataset.exif=apply or dataset.exif=ignore"
+        )
+    return turn_upright(image, stored) if exif == "apply" else image
 
 
-def read_upright(path: Path, *, max_pixels: int = MAX_PIXELS) -> tuple[np.ndarray, int]:
+def read_upright(path: Path, *, channels: int | None = None, max_pixels: int = MAX_PIXELS) -> tuple[np.ndarray, int]:
     """(the picture as `read_image` gives it, upright; the EXIF orientation it is stored in, for `turn_back`)."""
-    image, stored = _open(path, max_pixels)
-    if stored != 1:
-        image = image.transpose(_TURN_UPRIGHT[stored])
+    image, stored = _read(path, channels, max_pixels)
+    return turn_upright(image, stored), stored
+
+
+def _read(path: Path, channels: int | None, max_pixels: int) -> tuple[np.ndarray, int]:
+    if channels is not None:
+        return read_stored(path, channels, max_pixels=max_pixels)
+    if is_array(path):
+        raise UsageError(f"{path} is an array, not a picture - say dataset.channels=N to read it as it is")
+    image, stored = open_picture(path, max_pixels)
     return _rgb(image, path), stored
 
 
@@ -93,26 +66,27 @@ def _rgb(image: Image.Image, path: Path) -> np.ndarray:
     return np.asarray(image.convert("RGB"))
 
 
-# What turns an upright picture back into the orientation its file is stored in.
-_TURN_BACK = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_90,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_270,
+# What makes the upright picture of a stored one, by its EXIF orientation.
+_TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    1: lambda image: image,
+    2: lambda image: image[:, ::-1],
+    3: lambda image: image[::-1, ::-1],
+    4: lambda image: image[::-1],
+    5: lambda image: image.swapaxes(0, 1),
+    6: lambda image: np.rot90(image, -1),
+    7: lambda image: image[::-1, ::-1].swapaxes(0, 1),
+    8: lambda image: np.rot90(image),
 }
 
 
-_TURN_UPRIGHT = {**_TURN_BACK, 6: Image.Transpose.ROTATE_270, 8: Image.Transpose.ROTATE_90}
+def turn_upright(image: np.ndarray, stored: int) -> np.ndarray:
+    """A picture as its file stores it -> upright."""
+    return np.ascontiguousarray(_TURNS[stored](image))
 
 
 def turn_back(mask: np.ndarray, stored: int) -> np.ndarray:
     """A mask of the upright picture -> the mask of the picture as its file stores it."""
-    if stored not in _TURN_BACK:
-        return mask
-    return np.asarray(Image.fromarray(mask).transpose(_TURN_BACK[stored]))
+    return turn_upright(mask, {6: 8, 8: 6}.get(stored, stored))  # the other turns are their own inverses
 
 
 def read_labels(path: Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -120,7 +94,12 @@ def read_labels(path: Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 
     Palette images give their indices: `convert("L")` would turn VOC's {0, 1, 15, 255} into {0, 38, 147, 220}.
     """
-    image, _ = _open(path, max_pixels)
+    if is_array(path):
+        array = read_array(path, max_pixels)
+        if array.ndim != 2:
+            raise UsageError(f"mask {path} has shape {array.shape} - save masks as (H, W) labels")
+        return array
+    image, _ = open_picture(path, max_pixels)
     if image.format in ("JPEG", "MPO", "WEBP"):
         raise UsageError(f"mask {path} is {image.format}, which changes labels - save masks as PNG")
     if image.mode in ("RGB", "RGBA"):
@@ -152,7 +131,9 @@ def read_list(path: Path) -> list[tuple[int, str]]:
 
 def palette(path: Path) -> list[tuple[int, int, int]] | None:
     """The 256 colours of a palette picture, or None for another picture."""
-    image, _ = _open(path)
+    if is_array(path):
+        return None
+    image, _ = open_picture(path, MAX_PIXELS)
     if image.mode != "P":
         return None
     flat = image.getpalette("RGB") or []
