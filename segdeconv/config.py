@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import copy
 import importlib
+import importlib.util
 import inspect
+import os
+import sys
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -36,15 +39,24 @@ def targets(recipe: Any) -> Iterator[str]:
 
 
 def locate(node: Mapping[str, Any], where: str) -> Callable[..., Any]:
-    """Import what a node's `_target_` names. Only for nodes that the user typed, or that were found admissible."""
+    """Import what a node's `_target_` names. Only for nodes that the user typed, or that were found admissible.
+
+    A module that is not installed is looked for in the current folder. It joins the end of sys.path, where it can hide
+    nothing, and only now: whoever labels a folder of pictures runs no code that lies among them.
+    """
     name = node.get(TARGET)
     if not isinstance(name, str) or "." not in name:
         raise UsageError(f"{where}.{TARGET} is {name!r} - give the dotted name of a class, as in configs/{where}")
     module_name, _, attribute = name.rpartition(".")
+    own = module_name.partition(".")[0]
     try:
+        if own not in sys.modules and importlib.util.find_spec(own) is None and os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())
         found = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise UsageError(f"{where}.{TARGET}={name} cannot be imported ({error}) - correct the name") from error
+    except Exception as error:  # a module of the user's own may raise anything
+        missing = isinstance(error, ModuleNotFoundError) and error.name == own
+        place = f", or start in the folder that holds {own}.py" if missing else ""
+        raise UsageError(f"{where}.{TARGET}={name} cannot be imported ({error}) - correct the name{place}") from error
     if not callable(found):
         raise UsageError(f"{where}.{TARGET}={name} is not a class or function - correct the name")
     return typing.cast(Callable[..., Any], found)
@@ -57,24 +69,30 @@ def check(
 
     where: the node's key, for messages. schemas: one callable, or several that share the node's keys.
     supplied: arguments that the program gives itself and nobody may set.
+    Keys that no signature names pass only to a callable that takes `**arguments`, whose they are to judge.
     """
     given = set(supplied)
     prefix = f"{where}." if where else ""
     parameters: dict[str, inspect.Parameter] = {}
     hints: dict[str, Any] = {}
+    takes_any = False
     for schema in schemas:
         signature = inspect.signature(schema)
+        takes_any |= any(parameter.kind == parameter.VAR_KEYWORD for parameter in signature.parameters.values())
         parameters |= {
             name: parameter
             for name, parameter in signature.parameters.items()
             if name not in given and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
         }
-        function = schema.__init__ if inspect.isclass(schema) else schema
-        hints |= typing.get_type_hints(function, include_extras=True)
+        hints |= _hints(schema)
     checked: Node = {TARGET: node[TARGET]} if TARGET in node else {}
     for name in node:
-        if name != TARGET and name not in parameters:
-            raise UsageError(f"there is no key {prefix}{name} - {did_you_mean(str(name), parameters)}")
+        if name in given or (name != TARGET and name not in parameters and not takes_any):
+            way_out = did_you_mean(str(name), parameters)
+            if not str(node.get(TARGET, "segdeconv.")).startswith("segdeconv."):
+                way_out += f". {node[TARGET]} takes no {name}: if a YAML file sets it, take it out with ~{prefix}{name}"
+            raise UsageError(f"there is no key {prefix}{name} - {way_out}")
+    checked |= {name: value for name, value in node.items() if name not in parameters}
     for name, parameter in parameters.items():
         if name in node:
             checked[name] = _typed(node[name], hints.get(name, Any), f"{prefix}{name}")
@@ -83,6 +101,14 @@ def check(
         else:
             raise UsageError(f"{prefix}{name} has no value - give {prefix}{name}=VALUE")
     return checked
+
+
+def _hints(schema: Callable[..., Any]) -> dict[str, Any]:
+    """The annotations of a constructor or function, where they can be read."""
+    try:
+        return typing.get_type_hints(schema.__init__ if inspect.isclass(schema) else schema, include_extras=True)
+    except NameError:  # a foreign library's, imported for type checkers only
+        return {}
 
 
 def _typed(value: Any, annotation: Any, where: str) -> Any:
@@ -173,14 +199,21 @@ def plain(composed: Any) -> dict[str, Any]:
 
 
 def compose(arguments: Sequence[str], folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """(recipe, choice of each group) that a command line means, composed from a folder of YAML files."""
+    """(recipe, choice of each group) that a command line means, composed from a folder of YAML files.
+
+    `--config-dir=DIR` on the command line adds a folder of the user's own.
+    """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.errors import HydraException
     from omegaconf import open_dict
     from omegaconf.errors import OmegaConfBaseException
 
-    overrides = [argument for argument in front_door(arguments, folder) if not argument.startswith("hydra.")]
+    ready = front_door(arguments, folder)
+    overrides = [argument for argument in ready if not argument.startswith(("hydra.", "--config-dir=", "-cd="))]
+    if own := own_folder(arguments):
+        place = os.path.abspath(own).replace("'", "\\'")
+        overrides.append(f"hydra.searchpath=['file://{place}']")
     try:
         with initialize_config_dir(str(folder), version_base="1.3"):
             composed = hydra_compose("train", overrides, return_hydra_config=True)
@@ -192,6 +225,33 @@ def compose(arguments: Sequence[str], folder: Path) -> tuple[dict[str, Any], dic
         raise UsageError(f"the configuration cannot be composed: {error} - correct the override") from error
 
 
+def own_folder(arguments: Iterable[str]) -> Path | None:
+    """The folder of `--config-dir=DIR`, where a user keeps configurations of his own, laid out like ours."""
+    found = None
+    for argument in arguments:
+        flag, _, place = argument.partition("=")
+        if flag in ("--config-dir", "-cd"):
+            if found or not Path(place).is_dir() or not place:
+                raise UsageError(f"{argument} names no folder - write --config-dir=DIR, once, in one word")
+            found = Path(place)
+    return found
+
+
+def groups_in(folder: Path) -> dict[str, list[str]]:
+    """The names that each group of a folder of YAML files offers."""
+    return {path.name: sorted(file.stem for file in path.glob("*.yaml")) for path in folder.iterdir() if path.is_dir()}
+
+
+def offered(arguments: Iterable[str], folder: Path) -> dict[str, list[str]]:
+    """The names that each group offers on this command line: ours, and those of the user's own folder."""
+    ours, own = groups_in(folder), own_folder(arguments)
+    theirs = groups_in(own) if own else {}
+    for group, names in theirs.items():
+        if both := sorted(set(names) & set(ours.get(group, []))):
+            raise UsageError(f"{own}/{group}/{both[0]}.yaml is the name of one of ours, which would win - rename it")
+    return {group: sorted([*names, *theirs.get(group, [])]) for group, names in ours.items()}
+
+
 def front_door(arguments: Sequence[str], folder: Path) -> list[str]:
     """A command line's overrides, made such that Hydra takes them, or one sentence why not.
 
@@ -201,9 +261,7 @@ def front_door(arguments: Sequence[str], folder: Path) -> list[str]:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
-    groups = {
-        path.name: sorted(file.stem for file in path.glob("*.yaml")) for path in folder.iterdir() if path.is_dir()
-    }
+    groups = offered(arguments, folder)
     ready, seen = [], set()
     for argument in arguments:
         if argument.startswith("-"):
@@ -229,4 +287,5 @@ def front_door(arguments: Sequence[str], folder: Path) -> list[str]:
             ready.append(argument)
         else:
             ready.append("++" + argument.lstrip("+"))
-    return ready
+    # Hydra wants its flags before or after the overrides, not between them.
+    return sorted(ready, key=lambda word: not word.startswith("-"))

@@ -6,9 +6,15 @@ import argparse
 import difflib
 import errno
 import os
+import shlex
 import sys
-from collections.abc import Callable, Iterable
-from typing import NoReturn
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+# How a command is typed: as installed, where scripts/ is part of the package, or in a clone. `segdeconv` itself, in
+# cli.py, knows better.
+TYPED = "segdeconv {}" if (Path(__file__).parent / "scripts").is_dir() else "python scripts/{}.py"
 
 
 class SegdeconvError(Exception):
@@ -55,6 +61,23 @@ class Interrupted(SegdeconvError):
         self.exit_code = exit_code
 
 
+class TimeUp(SegdeconvError):
+    """Training has had the time it was given and has saved its state: not a fault."""
+
+    exit_code = 0
+
+
+def raised_elsewhere(text: str) -> SegdeconvError | None:
+    """The error of ours that ended another process, from the traceback that it left; None if it was none of ours."""
+    for line in reversed(text.rstrip().splitlines()):
+        name, colon, message = line.partition(": ")
+        package, _, kind = name.rpartition(".")
+        found = globals().get(kind)
+        if colon and package == __name__ and isinstance(found, type) and issubclass(found, SegdeconvError):
+            return found(message, 143) if found is Interrupted else found(message)
+    return None
+
+
 def did_you_mean(name: str, options: Iterable[str]) -> str:
     """The way out for a misspelt name.
 
@@ -67,11 +90,23 @@ def did_you_mean(name: str, options: Iterable[str]) -> str:
     return f"{hint}Available: {', '.join(choices)}"
 
 
+def command(name: str, arguments: Sequence[str] = ()) -> str:
+    """One of the commands as its user types it.
+
+    >>> command("predict", ["best.ckpt", "my photos"])
+    "python scripts/predict.py best.ckpt 'my photos'"
+    """
+    return shlex.join([*TYPED.format(name).split(), *arguments])
+
+
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse, with its errors as one sentence of ours."""
+    """argparse for one of the scripts, with its errors as one sentence of ours."""
+
+    def __init__(self, script: str, **settings: Any) -> None:
+        super().__init__(command(Path(script).stem), **settings)
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message} - see python scripts/{self.prog} --help")
+        raise UsageError(f"{message} - see {self.prog} --help")
 
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:

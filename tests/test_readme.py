@@ -1,4 +1,4 @@
-"""What the README says can be typed."""
+"""What the README and the pages of docs/ say can be typed."""
 
 import re
 import shlex
@@ -17,7 +17,7 @@ COMMANDS = sorted(
         for page in PAGES
         for block in re.findall(r"```(?:bash|console)\n(.*?)```", page.read_text(), re.DOTALL)
         for line in block.splitlines()
-        if line.strip().startswith("python scripts/")
+        if line.strip().startswith(("python scripts/", "segdeconv "))
     }
 )
 
@@ -27,16 +27,21 @@ def test_there_are_commands():
 
 
 @pytest.mark.parametrize("line", COMMANDS)
-def test_every_command_names_a_script_and_keys_that_exist(line):
-    words = shlex.split(line, comments=True)
-    script = ROOT / words[1]
+def test_every_command_names_a_script_and_keys_that_exist(line, monkeypatch):
+    monkeypatch.chdir(ROOT / "docs" / "own_code")  # where the commands of docs/own-code.md are typed
+    monkeypatch.syspath_prepend(".")
+    program, *words = shlex.split(line, comments=True)
+    script = ROOT / (f"scripts/{words[0]}.py" if program == "segdeconv" else words[0])
     assert script.is_file()
-    if script.stem in ("train", "inspect_data"):
-        recipe, _ = config.compose(words[2:], ROOT / "configs")
+    if script.stem in ("train", "inspect_data", "find"):
+        keys = [word for word in words[1:] if "=" in word]
+        if "--multirun" in words:  # its first job
+            keys = [word if "[" in word else word.split(",")[0] for word in keys]
+        recipe, _ = config.compose(keys, ROOT / "configs")
         check_recipe(recipe)
     else:
         source = script.read_text()
-        for option in (word.split("=")[0] for word in words[2:] if word.startswith("--")):
+        for option in (word.split("=")[0] for word in words[1:] if word.startswith("--")):
             assert f'"{option}"' in source
 
 

@@ -1,0 +1,177 @@
+"""docs/own-code.md, as it is typed: a data set, a network and a loss that are not segdeconv's."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from PIL import Image
+
+from segdeconv import config
+from segdeconv.checkpoint import foreign
+from segdeconv.errors import UsageError
+from segdeconv.runs import DEFAULTS, check_recipe
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "configs"
+PAGE = (ROOT / "docs" / "own-code.md").read_text()
+QUICK = ("trainer.max_epochs=1", "dataset.count=32", "dataset.num_workers=0")
+OWN = ("dataset._target_=mine.Stripes", "model._target_=mine.TinyNet", "loss._target_=mine.Focal")
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """The current folder: a copy of docs/own_code."""
+    folder = shutil.copytree(ROOT / "docs" / "own_code", tmp_path / "own")
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if Path(place).resolve() != folder])
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    yield folder
+    sys.modules.pop("mine", None)
+
+
+def run(*words, cwd, code=0):
+    words = [sys.executable, *map(str, words)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, cwd=cwd, capture_output=True, text=True, env=environment, timeout=600, check=False)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def recipe(*arguments):
+    return check_recipe(config.compose(arguments, CONFIGS)[0])
+
+
+def test_a_recipe_names_classes_of_the_current_folder(own):
+    found = recipe(*OWN, "model.width=8", "loss.gamma=1")
+    assert found["dataset"]["count"] == 256  # mine.Stripes' own default
+    assert found["dataset"]["batch_size"] == 16  # of configs/dataset/shapes.yaml, which the name replaces in part
+    assert (found["model"]["width"], found["loss"]["gamma"]) == (8, 1.0)
+    assert {"mine.Focal", "mine.Stripes", "mine.TinyNet"} <= set(foreign(found))
+    assert sys.path[-1] == os.getcwd()  # after everything that is installed
+
+
+def test_the_current_folder_is_on_no_path_until_a_recipe_names_something_in_it(own):
+    recipe()
+    assert os.getcwd() not in sys.path  # a file among pictures that are being labelled is never imported
+
+
+def test_a_folder_of_configurations_adds_its_files_to_ours(own):
+    found = recipe("--config-dir=configs", "experiment=stripes")
+    assert {"mine.Focal", "mine.Stripes", "mine.TinyNet"} <= set(foreign(found))
+    assert found["optimizer"]["lr"] == 0.01
+    assert "num_train" not in found["dataset"]
+    _, choices = config.compose(["--config-dir=configs", "dataset=stripes", "model=tinynet"], CONFIGS)
+    assert (choices["dataset"], choices["model"], choices["augment"]) == ("stripes", "tinynet", "flip")
+
+
+def test_a_folder_of_configurations_may_have_any_name(own):
+    place = own / "it's, my [own] dir"
+    shutil.copytree(own / "configs", place)
+    assert recipe(f"--config-dir={place}", "dataset=stripes")["dataset"]["_target_"] == "mine.Stripes"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["model._target_=mine.TinyNett"], "model._target_=mine.TinyNett cannot be imported"),
+        (["model._target_=yours.TinyNet"], "correct the name, or start in the folder that holds yours.py"),
+        (["dataset._target_=broken.Stripes"], "dataset._target_=broken.Stripes cannot be imported (no luck)"),
+        (
+            ["dataset._target_=mine.Stripes", "dataset.num_train=4"],
+            "mine.Stripes takes no num_train: if a YAML file sets it, take it out with ~dataset.num_train",
+        ),
+        (["--config-dir=configs", "dataset=stripe"], "there is no dataset 'stripe' - did you mean 'stripes'?"),
+        (["dataset=stripes"], "there is no dataset 'stripes'"),
+        (["--config-dir=nowhere"], "--config-dir=nowhere names no folder - write --config-dir=DIR"),
+        (["--config-dir", "configs"], "--config-dir names no folder - write --config-dir=DIR, once, in one word"),
+        (["--config-dir=same", "dataset=shapes"], "same/dataset/shapes.yaml is the name of one of ours"),
+    ],
+)
+def test_a_mistake_with_own_code_is_named_with_the_way_out(own, arguments, message):
+    (own / "broken.py").write_text("raise RuntimeError('no luck')")
+    (own / "same" / "dataset").mkdir(parents=True)
+    (own / "same" / "dataset" / "shapes.yaml").write_text("_target_: mine.Stripes\n")
+    with pytest.raises(UsageError) as caught:
+        recipe(*arguments)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_a_yaml_file_sets_and_a_class_does_not_take_can_be_taken_out(own):
+    assert (
+        "num_train" not in recipe("experiment=demo", OWN[0], OWN[1], "~dataset.num_train", "~model.stages")["dataset"]
+    )
+
+
+def test_a_callable_that_takes_any_argument_judges_it_itself():
+    def schema(*, lr: float = 1.0, **rest): ...
+
+    node = {"_target_": "somewhere.schema", "lr": 2, "momentum": 0.9}
+    assert config.check(node, "optimizer", [schema]) == {**node, "lr": 2.0}
+    with pytest.raises(UsageError, match=r"there is no key optimizer\.model"):
+        config.check({**node, "model": 1}, "optimizer", [schema], supplied=["model"])
+
+
+def test_the_pages_focal_loss_is_cross_entropy_where_gamma_is_nothing_and_weighs_as_published(own):
+    focal = config.locate({"_target_": "mine.Focal"}, "loss")
+    logits, mask = torch.randn(2, 3, 4, 5), torch.randint(3, (2, 4, 5))
+    mask[0, 0] = 255
+    plain = focal(gamma=0.0, class_weights=None, ignore_index=255)(logits, mask)
+    assert torch.allclose(plain, F.cross_entropy(logits, mask, ignore_index=255))
+    weights = [1.0, 2.0, 0.5]
+    by_hand = []
+    for image in range(2):
+        for row, column in np.ndindex(4, 5):
+            label = int(mask[image, row, column])
+            if label != 255:
+                share = float(logits[image, :, row, column].softmax(0)[label])
+                by_hand.append(-weights[label] * (1 - share) ** 2 * np.log(share))
+    found = focal(gamma=2.0, class_weights=weights, ignore_index=255)(logits, mask)
+    assert float(found) == pytest.approx(np.mean(by_hand), rel=1e-5)
+
+
+def test_what_a_recipe_leaves_out_is_what_train_yaml_has():
+    assert check_recipe({}) == recipe()
+    groups = yaml.safe_load((CONFIGS / "train.yaml").read_text())["defaults"]
+    assert set(DEFAULTS) == {name for entry in groups if isinstance(entry, dict) for name in entry} - {
+        "experiment",
+        "override hydra/job_logging",
+        "override hydra/hydra_logging",
+    }
+
+
+def test_training_from_python_needs_no_hydra(own):
+    (snippet,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    snippet = snippet.replace('"size": [48, 48]', '"size": [48, 48], "count": 16, "num_workers": 0')
+    (own / "script.py").write_text(snippet + '\nimport sys\n\nassert "hydra" not in sys.modules\n')
+    shown = run("script.py", cwd=own).stdout
+    assert "mine.TinyNet" in (own / "runs" / "mine" / "config.yaml").read_text()
+    trust = "--trust=mine.Stripes --trust=mine.TinyNet"
+    assert f"use it:          python scripts/predict.py runs/mine/best.ckpt {trust} IMAGE ..." in shown
+
+
+@pytest.mark.slow
+def test_every_command_of_the_page_does_what_it_says(own):
+    (own / "photos").mkdir()
+    Image.fromarray(np.full((40, 50, 3), 90, np.uint8)).save(own / "photos" / "photo.png")
+    blocks = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines() if "logger=" not in line]
+    assert len(lines) == 6
+    for line in lines:
+        program, name, *words = shlex.split(line, comments=True)
+        assert program == "segdeconv"
+        quick = {"train": QUICK, "inspect_data": ("dataset.count=8",)}.get(name, ())
+        run("-m", program, name, *words, *quick, cwd=own)
+    assert (own / "labelled" / "photo_overlay.png").is_file()
+    assert len(list(own.glob("runs/stripes-tinynet/*/report.json"))) == 2
+    without = run("-m", "segdeconv", "evaluate", "stripes/best.ckpt", cwd=own, code=4)
+    assert without.stderr.splitlines()[-1].endswith("--trust mine.Focal --trust mine.Stripes --trust mine.TinyNet")
