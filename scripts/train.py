@@ -1,4 +1,4 @@
-"""Train a network: compose a recipe from configs/ and the command line, and run it (segdeconv/train.py).
+"""Train a network: compose a recipe from configs/ and the command line, and run it.
 
     python scripts/train.py [dataset=NAME] [model=NAME] [experiment=NAME] [key=value ...]
 
@@ -9,12 +9,12 @@ resume=auto goes on with the newest unfinished run of the same recipe.
 
 from __future__ import annotations
 
-import shlex
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
-from segdeconv.errors import run_command
+from segdeconv.errors import UsageError, command, run_command
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -22,24 +22,32 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 def main() -> None:
     """Give Hydra the command line; it calls `train` once per job, with the job's folder."""
     if {"-h", "--help"} & set(sys.argv[1:]):
-        print(__doc__)
+        print(__doc__.replace("python scripts/train.py", command("train")))
         return
     import hydra
 
     from segdeconv.config import front_door, plain
 
-    command = shlex.join(["python", "scripts/train.py", *sys.argv[1:]])
+    typed = command("train", sys.argv[1:])
     sys.argv[1:] = [*front_door(sys.argv[1:], CONFIGS), *folder_to_resume(sys.argv[1:])]
 
     def job(composed: Any) -> None:
         from hydra.core.hydra_config import HydraConfig
 
+        from segdeconv.processes import launched_from_outside, rank_from_outside
         from segdeconv.train import train  # late: Lightning takes 3 s to import
 
         try:
+            if launched_from_outside() and not any(word.startswith("hydra.run.dir=") for word in sys.argv):
+                raise UsageError(
+                    "torchrun or SLURM has started this command several times, each with a clock of its own - name one "
+                    "folder for all with hydra.run.dir=DIR"
+                )
+            if launched_from_outside() and rank_from_outside() > 0:
+                sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - one voice for all processes, until this one ends
             folder = Path(HydraConfig.get().runtime.output_dir)
             run = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
-            train(plain(composed), run, command=command)
+            train(plain(composed), run, typed=typed)
         except Exception as error:
             raise _Failed(error) from error
 

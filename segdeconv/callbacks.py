@@ -7,24 +7,28 @@ import io
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.callbacks import Checkpoint
-from pytorch_lightning.loggers import Logger, TensorBoardLogger
 from tqdm import tqdm
 
 from segdeconv import draw
 from segdeconv.data.dataset import SegmentationDataset
-from segdeconv.errors import Interrupted
-from segdeconv.metrics import Scores
-from segdeconv.task import SegmentationTask
+from segdeconv.errors import Interrupted, TimeUp
+from segdeconv.loggers import show_picture
+from segdeconv.metrics import scores
+from segdeconv.processes import STOP_SIGNALS, agreed
+from segdeconv.task import Results, SegmentationTask
 from segdeconv.training import Checkpoints
+
+TIME_IS_UP = 1000  # beside the numbers of signals
 
 
 class MetricsFile:
@@ -37,12 +41,12 @@ class MetricsFile:
         """Drop the rows of steps after `step`, which the run will take again."""
         if not self.path.is_file():
             return
-        with self.path.open(newline="") as file:
+        with self.path.open(newline="", encoding="utf-8") as file:
             header, *rows = list(csv.reader(file)) or [[]]
         # A row that a kill cut short has too few fields.
         kept = [row for row in rows if len(row) == len(header) and int(row[0]) <= step]
         partial = self.path.with_name(f".tmp-{self.path.name}")
-        with partial.open("w", newline="") as file:
+        with partial.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file, lineterminator="\n").writerows([header, *kept])
         partial.replace(self.path)
 
@@ -53,7 +57,7 @@ class MetricsFile:
         if not self.path.is_file():
             writer.writeheader()
         writer.writerow(row)
-        with self.path.open("a") as file:
+        with self.path.open("a", newline="", encoding="utf-8") as file:
             file.write(text.getvalue())
             file.flush()
             os.fsync(file.fileno())
@@ -82,60 +86,61 @@ class Recorder(Checkpoint):  # Lightning calls callbacks of this base last, when
             "epoch": trainer.current_epoch,
             "lr": task.optimizer.param_groups[0]["lr"],
         }
-        train_loss, train_scores, _ = task.results("train")
-        row |= _scalars("train", train_loss, train_scores, task)
+        train, val = task.results("train"), task.results("val")
+        row |= _scalars("train", train, task) | _scalars("val", val, task)
+        self.miou = val.scores.miou if val else None
         task.forget("train")
-        val_loss, val_scores, confusion = task.results("val")
-        validated = task.loss_counts["val"] > 0
-        row |= _scalars("val", val_loss, val_scores, task)
-        self.miou = val_scores.miou if validated else None
         task.forget("val")
         if trainer.is_global_zero:
             self.metrics.append(row)
-        for logger in trainer.loggers:
-            numbers = {name: value for name, value in row.items() if name != "step" and value == value}
-            logger.log_metrics(numbers, step=trainer.global_step)
-            if validated:
-                _picture(logger, "confusion", draw.confusion_picture(confusion, task.classes), trainer.global_step)
+            for logger in trainer.loggers:
+                numbers = {name: value for name, value in row.items() if name != "step" and value == value}
+                logger.log_metrics(numbers, step=trainer.global_step)
+                if val:
+                    picture = draw.confusion_picture(val.confusion, task.classes)
+                    show_picture(logger, "confusion", picture, trainer.global_step)
         self.checkpoints.keep(trainer, self.miou)
 
 
-def _scalars(split: str, loss: float, scores: Scores, task: SegmentationTask) -> dict[str, float]:
+def _scalars(split: str, results: Results | None, task: SegmentationTask) -> dict[str, float]:
+    # The columns of metrics.csv are the same in an epoch without validation.
+    loss = results.loss if results else float("nan")
+    found = results.scores if results else scores(np.zeros((len(task.classes), len(task.classes)), dtype=np.int64))
     return {
         f"{split}/loss": loss,
-        f"{split}/miou": scores.miou,
-        f"{split}/pixel_accuracy": scores.pixel_accuracy,
-        f"{split}/mean_accuracy": scores.mean_accuracy,
-        f"{split}/frequency_weighted_iou": scores.frequency_weighted,
-    } | {f"{split}/iou/{name}": float(scores.iou[index]) for index, name in enumerate(task.classes.names)}
-
-
-def _picture(logger: Logger, name: str, picture: np.ndarray, step: int) -> None:
-    if isinstance(logger, TensorBoardLogger):
-        logger.experiment.add_image(name, picture, step, dataformats="HWC")
+        f"{split}/miou": found.miou,
+        f"{split}/pixel_accuracy": found.pixel_accuracy,
+        f"{split}/mean_accuracy": found.mean_accuracy,
+        f"{split}/frequency_weighted_iou": found.frequency_weighted,
+    } | {f"{split}/iou/{name}": float(found.iou[index]) for index, name in enumerate(task.classes.names)}
 
 
 class Pictures(Callback):
-    """Image, truth, prediction and error of a few validation images, to TensorBoard at every validation."""
+    """Image, truth, prediction and error of a few validation images, to the logger at every validation."""
 
     def __init__(self, dataset: SegmentationDataset, count: int = 4) -> None:
-        self.dataset = dataset
-        self.chosen = {int(index) for index in np.linspace(0, len(dataset) - 1, count)}
+        self.dataset, self.count = dataset, count
+        self.chosen: set[int] = set()
         self._seen = 0
 
     def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
         self._seen = 0
+        # Several processes take turns through the images; only the first one draws, and only what it has predicted.
+        last = (len(self.dataset) - 1) // trainer.world_size
+        self.chosen = {int(turn) * trainer.world_size for turn in np.linspace(0, last, self.count)}
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
+        if not trainer.is_global_zero:
+            return
         for prediction in outputs["predictions"]:
-            if self._seen in self.chosen and trainer.is_global_zero:
+            if self._seen in self.chosen:
                 image, mask, name = self.dataset[self._seen]
                 picture = draw.comparison(image, mask, prediction, self.dataset.classes)
                 for logger in trainer.loggers:
-                    _picture(logger, f"image, truth, prediction, error/{name}", picture, trainer.global_step)
-            self._seen += 1
+                    show_picture(logger, f"image, truth, prediction, error/{name}", picture, trainer.global_step)
+            self._seen += trainer.world_size
 
 
 class Progress(Callback):
@@ -157,26 +162,26 @@ class Progress(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.bar is None:
             return
-        loss = float(outputs["loss"].detach())
+        if (batch_idx + 1) % trainer.accumulate_grad_batches and batch_idx + 1 != trainer.num_training_batches:
+            return
         # Averaged over about twenty steps: one batch's loss says little.
+        loss = pl_module.last_loss
         self._loss = loss if self._loss is None else 0.95 * self._loss + 0.05 * loss
         best = f" miou {self.recorder.miou:.3f}" if self.recorder.miou is not None else ""
         self.bar.set_description(f"epoch {trainer.current_epoch + 1} loss {self._loss:.3f}{best}", refresh=False)
         self.bar.update()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
-        # Called before the Recorder forgets: Lightning calls its kind last.
+        # Called before the Recorder forgets: Lightning calls its kind last. Every process has to ask for results.
+        train, val = pl_module.results("train"), pl_module.results("val")
         if self.bar is None or not self.bar.disable:
             return
-        train_loss, _, _ = pl_module.results("train")
-        val_loss, val_scores, _ = pl_module.results("val")
-        validated = pl_module.loss_counts["val"] > 0
         done = trainer.global_step - self._begun
         left = (pl_module.total_steps - trainer.global_step) * (time.monotonic() - self._start) / max(1, done)
         print(
             f"epoch {trainer.current_epoch + 1}  step {trainer.global_step}/{pl_module.total_steps}  "
-            f"train loss {train_loss:.3f}  "
-            + (f"val loss {val_loss:.3f}  val miou {val_scores.miou:.4f}  " if validated else "")
+            f"train loss {train.loss:.3f}  "
+            + (f"val loss {val.loss:.3f}  val miou {val.scores.miou:.4f}  " if val else "")
             + f"left {left / 60:.1f} min",
             flush=True,
         )
@@ -194,21 +199,20 @@ class Progress(Callback):
 
 
 class Stopping(Callback):
-    """Signals set a flag; the step boundary saves and leaves. A second interrupt leaves at once."""
+    """Signals and the clock set a flag; the step boundary saves and leaves. A second interrupt leaves at once.
 
-    CODES: ClassVar[dict[int, int]] = {
-        getattr(signal, name): code
-        for name, code in (("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 143))
-        if hasattr(signal, name)  # Windows has no SIGHUP
-    }
+    deadline: in seconds of time.time(), after which training ends; None for no such end.
+    """
 
-    def __init__(self, checkpoints: Checkpoints) -> None:
-        self.checkpoints = checkpoints
-        self.received: int | None = None
+    def __init__(self, checkpoints: Checkpoints, *, deadline: float | None = None) -> None:
+        self.checkpoints, self.deadline = checkpoints, deadline
+        self.received = 0
         self._before: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        self._before = {number: signal.signal(number, self._receive) for number in self.CODES}
+        # A notebook or server that trains in a thread keeps its own handlers: Python allows them to the main one only.
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received == signal.SIGINT:
@@ -216,15 +220,20 @@ class Stopping(Callback):
         self.received = number
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        # After an epoch's last batch comes its validation; the next step boundary is the one after that.
-        if self.received is None or batch_idx + 1 == trainer.num_training_batches:
+        # After an epoch's last batch comes its validation; the next step boundary is the one after that. Between the
+        # batches that make one step there is nothing that could be saved.
+        last = batch_idx + 1 == trainer.num_training_batches
+        if last or (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        late = self.deadline is not None and time.time() > self.deadline
+        reason = agreed(trainer, self.received or (TIME_IS_UP if late else 0))
+        if not reason:
             return
         self.checkpoints.keep(trainer, None)
-        raise Interrupted(
-            f"stopped by {signal.Signals(self.received).name} at step {trainer.global_step}, saved in "
-            f"{self.checkpoints.last_path} - go on with the same command and resume=auto",
-            self.CODES[self.received],
-        )
+        saved = f"at step {trainer.global_step}, saved in {self.checkpoints.last_path} - go on with the same command"
+        if reason == TIME_IS_UP:
+            raise TimeUp(f"max_time is over {saved} and resume=auto")
+        raise Interrupted(f"stopped by {signal.Signals(reason).name} {saved} and resume=auto", STOP_SIGNALS[reason])
 
     def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         for number, handler in self._before.items():

@@ -24,6 +24,7 @@ from segdeconv.errors import CheckpointError, UsageError
 from segdeconv.models import SegmentationModel, build_model, check_model
 
 FORMAT = 1
+AVERAGED = "averaged."  # what the names of averaged weights begin with
 
 # What a recipe in a checkpoint may name. Exact names: a prefix such as `torch.` would let torch.load through.
 ADMITTED = frozenset(
@@ -31,12 +32,15 @@ ADMITTED = frozenset(
         "segdeconv.data.CamVid",
         "segdeconv.data.Folder",
         "segdeconv.data.Shapes",
+        "segdeconv.data.VOC",
         "segdeconv.losses.CrossEntropy",
+        "segdeconv.models.DeconvNet",
         "segdeconv.models.SegNet",
         "segdeconv.models.SegNetBasic",
         "segdeconv.optimization.Constant",
         "segdeconv.optimization.Cosine",
         "segdeconv.optimization.Poly",
+        "segdeconv.optimization.Restarts",
         "segdeconv.optimization.Step",
         "segdeconv.optimization.adamw",
         "segdeconv.optimization.sgd",
@@ -71,17 +75,19 @@ class Checkpoint:
         """The classes that the network was trained for."""
         return Classes.restore(self.facts["classes"])
 
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The network's state dict: the average of the weights if one was kept, else the last ones."""
+        state = self.content["state_dict"]
+        prefix = AVERAGED if any(name.startswith(AVERAGED) for name in state) else "model."
+        return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
     def model(self) -> SegmentationModel:
         """The network, built from the recipe, with its weights, in evaluation mode."""
         in_channels = len(self.facts["preprocessing"]["mean"])
         model = build_model(check_model(self.config["model"]), len(self.classes), in_channels, fresh=True)
-        weights = {
-            name.removeprefix("model."): value
-            for name, value in self.content["state_dict"].items()
-            if name.startswith("model.")
-        }
         try:
-            model.load_state_dict(weights)
+            model.load_state_dict(self.weights)
         except RuntimeError as error:
             first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
             raise CheckpointError(
@@ -127,6 +133,8 @@ def _write_synced(path: Path, text: str) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":  # Windows opens no folder
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -155,14 +163,19 @@ def load_plain(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types for a damaged, foreign or hostile file
         raise CheckpointError(
-            f"{path} is not a checkpoint that can be read safely ({type(error).__name__}) - give one that "
-            "scripts/train.py wrote"
+            f"{path} is not a checkpoint that can be read safely ({type(error).__name__}) - give one that training "
+            "wrote"
         ) from error
     if not isinstance(content, dict):
         raise CheckpointError(
-            f"{path} holds a {type(content).__name__}, not a checkpoint - give one of scripts/train.py"
+            f"{path} holds a {type(content).__name__}, not a checkpoint - give one that training wrote"
         )
     return content
+
+
+def foreign(recipe: Any) -> list[str]:
+    """The classes that a recipe names and that are not of segdeconv: what `--trust` has to say."""
+    return sorted(set(targets(recipe)) - ADMITTED)
 
 
 def read(path: str | Path, *, trust: Collection[str] = (), overrides: Iterable[str] = ()) -> Checkpoint:
@@ -178,14 +191,15 @@ def read(path: str | Path, *, trust: Collection[str] = (), overrides: Iterable[s
     content = load_plain(path)
     remembered = content.get("hyper_parameters")
     if not isinstance(remembered, dict) or not {"config", "facts"} <= set(remembered) or "state_dict" not in content:
-        raise CheckpointError(f"{path} is not a checkpoint of segdeconv - give one that scripts/train.py wrote")
+        raise CheckpointError(f"{path} is not a checkpoint of segdeconv - give one that training wrote")
     version = content.get("segdeconv", {}).get("format")
     if version != FORMAT:
         raise CheckpointError(f"{path} has format {version} and this version reads {FORMAT} - upgrade segdeconv")
     config, facts = remembered["config"], remembered["facts"]
-    for name in targets([config, facts]):
-        if name not in ADMITTED and name not in trust:
-            raise CheckpointError(
-                f"{path} names {name}, which is not of segdeconv - if you know its author, add --trust {name}"
-            )
+    unknown = [name for name in foreign([config, facts]) if name not in trust]
+    if unknown:
+        raise CheckpointError(
+            f"{path} names {', '.join(unknown)}, which {'is' if len(unknown) == 1 else 'are'} not of segdeconv - if "
+            f"you know the author, add {' '.join(f'--trust {name}' for name in unknown)}"
+        )
     return Checkpoint(path, override(config, overrides), facts, content)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
-import torch.distributed
-from torch import Tensor, nn
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -65,19 +65,24 @@ def _mean(values: np.ndarray) -> float:
     return float(values.mean()) if values.size else float("nan")
 
 
-class ConfusionMatrix(nn.Module):
+class ConfusionMatrix:
     """Counts of (truth, prediction) over a data set: exact, in int64, whatever the batches were.
 
-    Dataset-level scores need this: a mean of per-image or per-batch IoUs is another, batch-dependent number.
+    Dataset-level scores need this: a mean of per-image or per-batch IoUs is another, batch-dependent number. No module:
+    the buffers of a module are copied from the first process to the others at every step.
+
+    counts: (C, C) int64 of this process.
     """
 
-    counts: Tensor
-
     def __init__(self, num_classes: int, ignore_index: int) -> None:
-        super().__init__()
         self.num_classes = num_classes
         self.ignore_index = ignore_index
-        self.register_buffer("counts", torch.zeros(num_classes, num_classes, dtype=torch.int64), persistent=False)
+        self.counts = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+
+    def to(self, device: torch.device) -> Self:
+        """Count there, where the predictions are; in a copy, since processes that are copies share their tensors."""
+        self.counts = self.counts.to(device, copy=True)
+        return self
 
     def update(self, prediction: Tensor, mask: Tensor) -> None:
         """prediction: class indices; mask: class indices or ignore_index; integers of one shape."""
@@ -87,11 +92,8 @@ class ConfusionMatrix(nn.Module):
         self.counts += counts.view(self.num_classes, self.num_classes)
 
     def compute(self) -> np.ndarray:
-        """(C, C) int64, rows = truth, columns = prediction, summed over all processes."""
-        counts = self.counts.clone()
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(counts)
-        return counts.cpu().numpy()
+        """(C, C) int64, rows = truth, columns = prediction."""
+        return self.counts.cpu().numpy().copy()
 
     def reset(self) -> None:
         """Forget everything counted."""

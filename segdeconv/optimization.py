@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from itertools import compress
 from typing import Annotated, Any
 
 import torch
@@ -11,10 +13,13 @@ from pydantic import Field
 from torch import nn
 from torch.optim import Optimizer
 
+from segdeconv.errors import UsageError, did_you_mean
+
 Rate = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=0)]
 Decay = Annotated[float, Field(ge=0)]
+Parts = dict[str, Annotated[float, Field(ge=0)]]
 
 
 def sgd(
@@ -25,14 +30,15 @@ def sgd(
     weight_decay: Decay = 5e-4,
     nesterov: bool = False,
     bias_lr: Rate = 1.0,
+    part_lr: Parts | None = None,
 ) -> Optimizer:
     """Stochastic gradient descent with momentum.
 
     bias_lr: factor on the learning rate of biases; the originals' training files have 2.
+    part_lr: factors on the learning rate of parts of the network; see `parameter_groups`.
     """
-    return torch.optim.SGD(
-        parameter_groups(model, lr, weight_decay, bias_lr), lr=lr, momentum=momentum, nesterov=nesterov
-    )
+    groups = parameter_groups(model, lr, weight_decay, bias_lr=bias_lr, part_lr=part_lr)
+    return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov)
 
 
 def adamw(
@@ -41,19 +47,68 @@ def adamw(
     lr: Rate = 1e-3,
     weight_decay: Decay = 0.01,
     betas: tuple[Share, Share] = (0.9, 0.999),
+    part_lr: Parts | None = None,
 ) -> Optimizer:
-    """Adam with decoupled weight decay. Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101."""
-    return torch.optim.AdamW(parameter_groups(model, lr, weight_decay), lr=lr, betas=(betas[0], betas[1]))
+    """Adam with decoupled weight decay. Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101.
+
+    part_lr: factors on the learning rate of parts of the network; see `parameter_groups`.
+    """
+    groups = parameter_groups(model, lr, weight_decay, part_lr=part_lr)
+    return torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]))
 
 
-def parameter_groups(model: nn.Module, lr: float, weight_decay: float, bias_lr: float = 1.0) -> list[dict[str, Any]]:
-    """Weights decay; biases and norms (one-dimensional parameters) do not. `base_lr` is what a schedule scales."""
-    weights = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter.ndim > 1]
-    others = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter.ndim <= 1]
+def parameter_groups(
+    model: nn.Module,
+    lr: float,
+    weight_decay: float,
+    *,
+    bias_lr: float = 1.0,
+    part_lr: Mapping[str, float] | None = None,
+) -> list[dict[str, Any]]:
+    """Weights decay; biases and norms (one-dimensional parameters) do not. `base_lr` is what a schedule scales.
+
+    part_lr: factors on the learning rate by the name of a part, such as {"encoder": 0.1, "encoder.stages.0": 0}; of
+        names that hold one another the longest counts. A part with 0 is frozen: its parameters ask for no gradient.
+    """
+    parts = dict(part_lr or {})
+    names = {name for name, _ in model.named_modules() if name}
+    for part in parts:
+        if part not in names:
+            raise UsageError(
+                f"optimizer.part_lr: the network has no part '{part}' - "
+                + did_you_mean(part, {name for name in names if name.count(".") <= part.count(".")})
+            )
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {(1.0, True): [], (1.0, False): []}
+    for name, parameter in model.named_parameters():
+        holders = [part for part in parts if name.startswith(f"{part}.")]
+        factor = parts[max(holders, key=len)] if holders else 1.0
+        if factor == 0:
+            parameter.requires_grad_(False)
+        if parameter.requires_grad:
+            groups.setdefault((factor, parameter.ndim > 1), []).append(parameter)
     return [
-        {"params": weights, "weight_decay": weight_decay, "base_lr": lr},
-        {"params": others, "weight_decay": 0.0, "base_lr": lr * bias_lr},
+        {
+            "params": parameters,
+            "weight_decay": weight_decay if is_weight else 0.0,
+            "base_lr": lr * factor * (1.0 if is_weight else bias_lr),
+        }
+        for (factor, is_weight), parameters in groups.items()
+        if parameters
     ]
+
+
+@torch.no_grad()
+def average(into: nn.Module, model: nn.Module, *, decay: float) -> None:
+    """One step of an exponential moving average of a network's parameters and floating-point buffers, in place.
+
+    Running means and variances of batch norm are averaged with the weights that they belong to; counters are copied.
+    """
+    mine, theirs = [*into.parameters(), *into.buffers()], [*model.parameters(), *model.buffers()]
+    floating = [tensor.is_floating_point() for tensor in mine]
+    torch._foreach_lerp_(list(compress(mine, floating)), list(compress(theirs, floating)), 1.0 - decay)
+    for old, new in zip(mine, theirs, strict=True):
+        if not old.is_floating_point():
+            old.copy_(new)
 
 
 class Schedule(ABC):
@@ -115,7 +170,44 @@ class Cosine(Schedule):
         self.floor = floor
 
     def factor(self, progress: float, step: int) -> float:
-        return self.floor + (1.0 - self.floor) * round(0.5 * (1.0 + math.cos(math.pi * progress)), 12)
+        return half_cosine(progress, self.floor)
+
+
+class Restarts(Schedule):
+    """Half cosines, each starting again from 1: warm restarts.
+
+    Loshchilov & Hutter 2017, section 3, https://arxiv.org/abs/1608.03983.
+
+    cycles: how many; growth: how many times longer each is than the one before (the paper's T_mult).
+
+    >>> [Restarts(cycles=2, growth=3)(step, 400) for step in (0, 50, 100, 250)]
+    [1.0, 0.5, 1.0, 0.5]
+    """
+
+    def __init__(
+        self,
+        *,
+        cycles: Annotated[int, Field(ge=1)] = 3,
+        growth: Annotated[float, Field(ge=1)] = 1.0,
+        floor: Share = 0.0,
+        warmup_steps: Count = 0,
+    ) -> None:
+        super().__init__(warmup_steps=warmup_steps)
+        self.cycles, self.growth, self.floor = cycles, growth, floor
+
+    def factor(self, progress: float, step: int) -> float:
+        lengths = [self.growth**cycle for cycle in range(self.cycles)]
+        place = progress * sum(lengths)
+        for length in lengths[:-1]:
+            if place < length:
+                return half_cosine(place / length, self.floor)
+            place -= length
+        return half_cosine(place / lengths[-1], self.floor)
+
+
+def half_cosine(progress: float, floor: float) -> float:
+    """From 1 down to `floor` as progress goes from 0 to 1."""
+    return floor + (1.0 - floor) * round(0.5 * (1.0 + math.cos(math.pi * progress)), 12)
 
 
 class Step(Schedule):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,25 +18,45 @@ from segdeconv.balancing import class_weights
 from segdeconv.config import TARGET, check, locate
 from segdeconv.data.module import DataModule, check_augment, check_dataset
 from segdeconv.errors import CheckpointError, UsageError, did_you_mean
+from segdeconv.loggers import check_logger
+from segdeconv.memory import available, estimate, readable
 from segdeconv.models import check_model
 from segdeconv.task import SegmentationTask
-from segdeconv.training import make_trainer
+from segdeconv.training import Checkpoints, make_trainer
 
 # Keys of a recipe that may differ when a run goes on: they do not change what is learnt.
-HARMLESS = ("resume", "resume_force", "dataset.num_workers", "dataset.timeout", "dataset.root")
+HARMLESS = ("resume", "resume_force", "max_time", "logger", "dataset.num_workers", "dataset.timeout", "dataset.root")
 
-GROUPS = ("dataset", "augment", "model", "loss", "optimizer", "schedule", "trainer")
+# Who shares the keys of `trainer`, and what each of them gets from the program.
+TRAINER = (make_trainer, SegmentationTask, Checkpoints)
+SUPPLIED = (
+    "run", "callbacks", "logger", "model", "loss", "optimizer", "schedule", "classes", "seed", "total_steps",
+    "remembered",
+)  # fmt: skip
+
+# The groups, and what each is where a recipe leaves it out: the defaults of configs/train.yaml, for use from Python.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "dataset": {TARGET: "segdeconv.data.Shapes", "batch_size": 16, "size": [64, 64]},
+    "augment": {"flip": {TARGET: "albumentations.HorizontalFlip", "p": 0.5}},
+    "model": {TARGET: "segdeconv.models.SegNet"},
+    "loss": {TARGET: "segdeconv.losses.CrossEntropy"},
+    "optimizer": {TARGET: "segdeconv.optimization.adamw"},
+    "schedule": {TARGET: "segdeconv.optimization.Poly"},
+    "trainer": {},
+    "logger": {TARGET: "segdeconv.loggers.TensorBoard"},
+}
 
 
 def check_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Hold a composed recipe against the constructors it names; returns it with their defaults written in."""
-    known = {*GROUPS, "seed", "resume", "resume_force"}
+    """Hold a recipe against the constructors it names; returns it with their defaults, and those above, written in."""
+    recipe = {**DEFAULTS, **recipe}
+    known = {*DEFAULTS, "seed", "resume", "resume_force", "init_from", "max_time"}
     for name in recipe:
         if name not in known:
             raise UsageError(f"there is no key {name} - {did_you_mean(str(name), known | {'experiment'})}")
-    for group in GROUPS:
-        if not isinstance(recipe.get(group), Mapping):
-            raise UsageError(f"{group}={recipe.get(group)} - give the name of a file in configs/{group}")
+    for group in DEFAULTS:
+        if not isinstance(recipe[group], Mapping):
+            raise UsageError(f"{group}={recipe[group]} - give the name of a file in configs/{group}")
     loss = [locate(recipe["loss"], "loss"), class_weights]
     checked = {
         "dataset": check_dataset(recipe["dataset"]),
@@ -46,13 +69,40 @@ def check_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
             recipe["optimizer"], "optimizer", [locate(recipe["optimizer"], "optimizer")], supplied=["model"]
         ),
         "schedule": check(recipe["schedule"], "schedule", [locate(recipe["schedule"], "schedule")]),
-        "trainer": check(recipe["trainer"], "trainer", [make_trainer], supplied=["run", "callbacks", "logger"]),
+        "trainer": check(recipe["trainer"], "trainer", TRAINER, supplied=SUPPLIED),
+        "logger": check_logger(recipe["logger"]),
     }
-    return checked | check({name: recipe[name] for name in known - set(GROUPS) if name in recipe}, "", [_scalars])
+    return checked | check({name: recipe[name] for name in known - set(DEFAULTS) if name in recipe}, "", [_scalars])
 
 
-def _scalars(*, seed: Annotated[int, Field(ge=0)] = 0, resume: str | None = None, resume_force: bool = False) -> None:
+def _scalars(
+    *,
+    seed: Annotated[int, Field(ge=0)] = 0,
+    resume: str | None = None,
+    resume_force: bool = False,
+    init_from: str | None = None,
+    max_time: str | int | None = None,
+) -> None:
     """The schema of a recipe's keys that are in no group."""
+
+
+UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def seconds(max_time: str | int) -> float:
+    """What `max_time=` means.
+
+    >>> seconds("1:30:00"), seconds("90m"), seconds(5400)
+    (5400.0, 5400.0, 5400.0)
+    """
+    text = str(max_time).strip().lower()
+    if re.fullmatch(r"\d+(\.\d+)?[smhd]?", text):
+        return float(text.rstrip("smhd")) * UNITS.get(text[-1], 1)
+    if re.fullmatch(r"(\d+:)?\d{1,2}:\d{2}:\d{2}", text):
+        return float(
+            sum(int(part) * unit for part, unit in zip(reversed(text.split(":")), UNITS.values(), strict=False))
+        )
+    raise UsageError(f"max_time={max_time} is no time - write hours:minutes:seconds, or a number with s, m, h or d")
 
 
 # Going on: which run, and whether it is the same.
@@ -74,10 +124,16 @@ def find_run(resume: str, recipe: Mapping[str, Any], named: Path | None, runs: P
         return named
     for folder in sorted(runs.glob("*/"), reverse=True):
         config = folder / "config.yaml"
-        unfinished = config.is_file() and any(folder.glob("*.ckpt")) and not (folder / "report.json").is_file()
-        if unfinished and not differing_keys(yaml.safe_load(config.read_text()), recipe):
+        begun = config.is_file() and any(folder.glob("*.ckpt"))
+        if begun and not finished(folder) and not differing_keys(yaml.safe_load(config.read_text()), recipe):
             return folder
     return None
+
+
+def finished(run: Path) -> bool:
+    """Whether a run has come to its end, and not to that of its time."""
+    report = run / "report.json"
+    return report.is_file() and bool(json.loads(report.read_text()).get("complete", True))
 
 
 def open_run(run: Path, recipe: Mapping[str, Any]) -> Path | None:
@@ -98,7 +154,7 @@ def open_run(run: Path, recipe: Mapping[str, Any]) -> Path | None:
             )
         resumed = usable_checkpoint(run)
     run.mkdir(parents=True, exist_ok=True)
-    partial = run / ".tmp-config.yaml"
+    partial = run / f".tmp-{os.getpid()}-config.yaml"  # every process that torchrun starts comes by here
     partial.write_text(yaml.safe_dump(dict(recipe), sort_keys=False))
     partial.replace(config)
     return resumed
@@ -116,18 +172,40 @@ def header(
     size, crop = data.preprocessing.size, recipe["dataset"]["crop"]
     seen = "x".join(map(str, size)) if size else "its own size"
     parameters = sum(parameter.numel() for parameter in task.model.parameters())
+    frozen = sum(parameter.numel() for parameter in task.model.parameters() if not parameter.requires_grad)
+    seen_at = crop or size
+    memory = seen_at and estimate(
+        task.model, task.loss, task.optimizer, seen_at, precision=str(trainer.precision), averaged=task.ema is not None
+    )
+    free = available(trainer.strategy.root_device)
     rows = {
-        "data": f"{type(data.train).__name__}: {len(data.train)} train, {len(data.val)} val images seen at {seen}"
+        "data": f"{data.train.kind}: {len(data.train)} train, {len(data.val)} val images seen at {seen}"
         + (f", crops of {crop[0]}x{crop[1]}" if crop else ""),
         "classes": f"{len(task.classes)}: {', '.join(task.classes.names)}",
-        "network": f"{type(task.model).__name__}, {parameters:,} parameters",
+        "network": f"{type(task.model).__name__}, {parameters:,} parameters"
+        + (f", {frozen:,} of them frozen" if frozen else ""),
         "optimizer": f"{recipe['optimizer'][TARGET].rpartition('.')[2]}, learning rate {recipe['optimizer']['lr']:g}, "
         f"{recipe['schedule'][TARGET].rpartition('.')[2].lower()}",
-        "training": f"{trainer.max_epochs} epochs, {task.total_steps} steps of {data.batch_size} x "
-        f"{trainer.world_size} images on {trainer.strategy.root_device}, precision {trainer.precision}",
+        "training": f"{trainer.max_epochs} epochs, {task.total_steps} steps of {_batch(data, trainer)} on "
+        f"{trainer.strategy.root_device}, precision {trainer.precision}",
+        "memory": f"about {readable(memory.total(data.batch_size))} a process: {readable(memory.weights)} for weights, "
+        f"gradients and optimizer, {readable(memory.image)} for each image"
+        + (f"; {readable(free)} are free" if free else "")
+        if memory
+        else "",
         "run": f"{run}" + (f", going on from {resumed.name}" if resumed else ""),
     }
-    return "\n".join(f"{name + ':':<11}{text}" for name, text in rows.items())
+    return "\n".join(f"{name + ':':<11}{text}" for name, text in rows.items() if text)
+
+
+def _batch(data: DataModule, trainer: Trainer) -> str:
+    """How many images make a step."""
+    factors = {
+        "processes": trainer.world_size,
+        "batches": trainer.accumulate_grad_batches,
+    }
+    several = [f"{count} {name}" for name, count in factors.items() if count > 1]
+    return " x ".join([*several, f"{data.batch_size} images"])
 
 
 def usable_checkpoint(run: Path) -> Path | None:

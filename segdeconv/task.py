@@ -2,31 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import copy
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
+import torch.distributed
+from pydantic import Field
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from segdeconv import __version__
 from segdeconv.checkpoint import FORMAT
 from segdeconv.classes import Classes
-from segdeconv.errors import DivergedError
+from segdeconv.errors import DivergedError, UsageError
 from segdeconv.inference import Scorer, labels, padded, resized
+from segdeconv.losses import loss_sums
 from segdeconv.metrics import ConfusionMatrix, Scores, scores
 from segdeconv.models import SegmentationModel
-from segdeconv.optimization import Schedule
+from segdeconv.optimization import Schedule, average
 from segdeconv.seeding import key
+
+# Sums over pixels are divided by this before the backward pass, so that float16 can hold their gradients; a power of
+# two, which changes no digit.
+UNIT = 2.0**18
+
+
+class Results(NamedTuple):
+    """Of one split: the mean loss, the scores, and the (C, C) confusion matrix that they come from."""
+
+    loss: float
+    scores: Scores
+    confusion: np.ndarray
 
 
 class SegmentationTask(LightningModule):
     """A network, a loss and an optimizer, learning one data set.
 
     remembered: the recipe and the facts of the data, plain, as a checkpoint keeps them.
+    norm: where batch norm takes its statistics in training: `batch`, this process's images; `sync`, the images of all
+        processes (accelerators only); `frozen`, nowhere: the running averages stay as they are. The norms of frozen
+        parts (`optimizer.part_lr`) are frozen too.
+    ema: decay of an exponential moving average of the weights, such as 0.999, which is then what is validated and
+        used. Running statistics of batch norm are averaged alike, since those of the last steps belong to other
+        weights. Over the first steps the decay is smaller, (1 + step) / (10 + step), to forget the start.
     """
+
+    averaged: SegmentationModel | None
 
     def __init__(
         self,
@@ -39,39 +64,112 @@ class SegmentationTask(LightningModule):
         seed: int,
         total_steps: int,
         remembered: Mapping[str, Any],
+        norm: Literal["batch", "sync", "frozen"] = "batch",
+        ema: Annotated[float, Field(gt=0, lt=1)] | None = None,
     ) -> None:
         super().__init__()
         self.model = model.to(memory_format=torch.channels_last)
         self.loss = loss
         self.optimizer, self.schedule = optimizer, schedule
         self.classes, self.seed, self.total_steps, self.remembered = classes, seed, total_steps, dict(remembered)
+        self.norm, self.ema = norm, ema
+        self.averaged = copy.deepcopy(model).requires_grad_(False) if ema is not None else None
         self.train_matrix = ConfusionMatrix(len(classes), classes.ignore_index)
         self.val_matrix = ConfusionMatrix(len(classes), classes.ignore_index)
-        self.loss_sums = {"train": 0.0, "val": 0.0}
-        self.loss_counts = {"train": 0, "val": 0}
+        # Of the loss, [sum, normaliser]: of all processes and finished steps; of this process's validation images.
+        self.train_sums = [0.0, 0.0]
+        self.val_sums: list[Tensor] = []
+        self._pieces: list[tuple[Tensor, Tensor, list[str]]] = []  # of the loss of the step that is being made
+        self.last_loss = 0.0  # of the last step
+        self._results: dict[str, Results] = {}
+        self._validated = False
+        self.train()  # Lightning takes the modes as they are
+
+    @property
+    def network(self) -> SegmentationModel:
+        """What is validated and used: the average of the weights if there is one."""
+        return self.model if self.averaged is None else self.averaged
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        for module in self.model.modules():
+            frozen = not any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+            if isinstance(module, _BatchNorm) and (self.norm == "frozen" or frozen):
+                module.eval()
+        if self.averaged is not None:
+            self.averaged.eval()
+        return self
 
     def configure_optimizers(self) -> Optimizer:
         return self.optimizer
 
+    def on_fit_start(self) -> None:
+        self.train_matrix.to(self.device)
+        self.val_matrix.to(self.device)
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # Everything random or scheduled is a function of the step, so that a resumed run repeats it.
-        torch.manual_seed(key(self.seed, "step", self.global_step))
+        micro_batch = batch_idx % self.trainer.accumulate_grad_batches
+        torch.manual_seed(key(self.seed, "step", self.global_step, micro_batch, self.global_rank))
         factor = self.schedule(self.global_step, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        logits = self.model(batch["image"])
-        loss: Tensor = self.loss(logits, batch["mask"])
-        if not torch.isfinite(loss):
+        logits = self._forward(batch["image"])
+        total, normaliser = loss_sums(self.loss, logits, batch["mask"])
+        self.train_matrix.update(logits.detach().argmax(dim=1), batch["mask"])
+        self._pieces.append((total.detach(), normaliser.detach(), batch["name"]))
+        # Lightning divides by the number of micro-batches, which on_before_optimizer_step does not count on.
+        return total * (self.trainer.accumulate_grad_batches / UNIT)
+
+    def _forward(self, image: Tensor) -> Tensor:
+        try:
+            return self.model(image)
+        except ValueError as error:
+            if "more than 1 value per channel" in str(error):
+                raise UsageError(
+                    f"batch norm sees a single value per channel in a batch of {len(image)} - raise dataset.batch_size "
+                    "or dataset.crop, or set trainer.norm=frozen"
+                ) from error
+            raise
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """From the gradient of the sum of the loss to that of its mean over all micro-batches and processes."""
+        totals = torch.stack([total for total, _, _ in self._pieces])
+        normalisers = torch.stack([normaliser for _, normaliser, _ in self._pieces])
+        names = [name for _, _, names in self._pieces for name in names]
+        self._pieces = []
+        total, normaliser = self._summed(torch.stack([totals.sum(), normalisers.sum()]).float()).tolist()
+        if not np.isfinite(total):
             raise DivergedError(
-                f"the loss is {loss.item()} at step {self.global_step} with learning rate "
-                f"{self.optimizer.param_groups[0]['lr']:.3g} on {', '.join(batch['name'][:4])} - lower optimizer.lr, "
+                f"the loss is {total} at step {self.global_step} with learning rate "
+                f"{self.optimizer.param_groups[0]['lr']:.3g} on {', '.join(names[:4])} - lower optimizer.lr, "
                 "add schedule.warmup_steps or clip with trainer.gradient_clip"
             )
-        self.train_matrix.update(logits.detach().argmax(dim=1), batch["mask"])
-        self._count_loss("train", loss)
-        return loss
+        self.last_loss = total / normaliser if normaliser else 0.0
+        self.train_sums = [self.train_sums[0] + total, self.train_sums[1] + normaliser]
+        # Several processes average their gradients, so the sum is world_size times that.
+        scale = UNIT * self.trainer.world_size / normaliser if normaliser > 0 else 0.0
+        torch._foreach_mul_([parameter.grad for parameter in self.parameters() if parameter.grad is not None], scale)
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Any,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        if self.averaged is not None and self.ema is not None:
+            average(self.averaged, self.model, decay=min(self.ema, (1 + self.global_step) / (10 + self.global_step)))
+
+    def on_validation_start(self) -> None:
+        self._validated = True
+        # Running statistics are each process's own; the first one's are those that are kept.
+        if self.trainer.world_size > 1:
+            for buffer in self.network.buffers():
+                torch.distributed.broadcast(buffer, 0)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, list[np.ndarray]]:
         """Scores stored pixels, as scripts/evaluate.py does; the predicted masks are for pictures."""
@@ -80,7 +178,7 @@ class SegmentationTask(LightningModule):
         for position, mask in enumerate(batch["mask"]):
             size = (mask.shape[0], mask.shape[1])
             one = resized(logits[position : position + 1], size)
-            self._count_loss("val", self.loss(one, mask[None].long()))
+            self.val_sums.append(torch.stack(loss_sums(self.loss, one, mask[None].long())))
             prediction = labels(one, size)[0]
             self.val_matrix.update(prediction, mask)
             predictions.append(prediction.cpu().numpy())
@@ -89,22 +187,42 @@ class SegmentationTask(LightningModule):
     @property
     def scorer(self) -> Scorer:
         """The network for images of any size."""
-        return padded(self.model, self.model.minimum_size)
+        return padded(self.network, self.network.minimum_size)
 
-    def _count_loss(self, split: str, loss: Tensor) -> None:
-        self.loss_sums[split] += float(loss.detach())
-        self.loss_counts[split] += 1
+    def results(self, split: Literal["train", "val"]) -> Results | None:
+        """What a split has given since `forget`, in all processes; None if there was no validation.
 
-    def results(self, split: str) -> tuple[float, Scores, np.ndarray]:
-        """(mean loss, scores, confusion) of a split since `forget`."""
-        matrix = self.train_matrix if split == "train" else self.val_matrix
-        confusion = matrix.compute()
-        return self.loss_sums[split] / max(1, self.loss_counts[split]), scores(confusion), confusion
+        Processes wait for each other here: every one has to ask.
+        """
+        if split == "val" and not self._validated:
+            return None
+        if split not in self._results:
+            matrix = self.train_matrix if split == "train" else self.val_matrix
+            confusion = self._summed(matrix.counts).cpu().numpy()
+            total, normaliser = self.train_sums
+            if split == "val":
+                sums = torch.stack([*self.val_sums, torch.zeros(2, device=self.device)]).cpu().double().sum(dim=0)
+                total, normaliser = self._summed(sums.float().to(self.device)).tolist()
+            self._results[split] = Results(total / normaliser if normaliser else 0.0, scores(confusion), confusion)
+        return self._results[split]
 
-    def forget(self, split: str) -> None:
+    def _summed(self, values: Tensor) -> Tensor:
+        """The sum over all processes, in each of them."""
+        values = values.clone()
+        if self.trainer.world_size > 1:
+            torch.distributed.all_reduce(values)
+        return values
+
+    def forget(self, split: Literal["train", "val"]) -> None:
         """Start a split's scores anew."""
-        (self.train_matrix if split == "train" else self.val_matrix).reset()
-        self.loss_sums[split], self.loss_counts[split] = 0.0, 0
+        self._results.pop(split, None)
+        if split == "train":
+            self.train_matrix.reset()
+            self.train_sums = [0.0, 0.0]
+        else:
+            self.val_matrix.reset()
+            self.val_sums = []
+            self._validated = False
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["hyper_parameters"] = self.remembered
@@ -112,10 +230,11 @@ class SegmentationTask(LightningModule):
             "format": FORMAT,
             "version": __version__,
             # So that the scores of an epoch that is cut in two are those of the epoch in one piece.
-            "train_counts": self.train_matrix.counts.cpu(),
-            "train_loss": [self.loss_sums["train"], self.loss_counts["train"]],
+            "train_counts": self._summed(self.train_matrix.counts).cpu(),
+            "train_loss": self.train_sums,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.train_matrix.counts.copy_(checkpoint["segdeconv"]["train_counts"])
-        self.loss_sums["train"], self.loss_counts["train"] = checkpoint["segdeconv"]["train_loss"]
+        counts = checkpoint["segdeconv"]["train_counts"]  # of all processes
+        self.train_matrix.counts = counts if self.global_rank == 0 else torch.zeros_like(counts)
+        self.train_sums = list(checkpoint["segdeconv"]["train_loss"])

@@ -15,84 +15,137 @@ From Python, without Hydra, a recipe is a dictionary; what it leaves out has its
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import yaml
-from pytorch_lightning.loggers import TensorBoardLogger
+from torch import nn
+from torch.optim import Optimizer
 
-from segdeconv import balancing, checkpoint, config, report, runs, training
+from segdeconv import balancing, checkpoint, config, loggers, processes, report, runs, training, transfer
 from segdeconv.callbacks import Pictures, Progress, Recorder, Stopping
+from segdeconv.classes import Classes
 from segdeconv.data.inspection import inspect_all, table
-from segdeconv.data.module import DataModule, build_split, build_transforms
-from segdeconv.models import build_model
+from segdeconv.data.module import DataModule, build_split, build_transforms, normalisation
+from segdeconv.errors import TimeUp, command
+from segdeconv.models import SegmentationModel, build_model
 from segdeconv.task import SegmentationTask
+from segdeconv.watch import Watch
 
 
-def train(recipe: Mapping[str, Any], run: str | Path, *, command: str | None = None) -> None:
+def train(recipe: Mapping[str, Any], run: str | Path, *, typed: str | None = None) -> None:
     """Look at the data, fit, evaluate the best checkpoint; all of it into the folder `run`.
 
     recipe: nodes `dataset`, `model` and so on as in configs/, each with `_target_` and arguments.
-    command: what was typed, for the report.
+    typed: the command that was typed, for the report.
     """
+    started = time.time()
     run = Path(run)
     recipe = runs.check_recipe(recipe)
     resumed = runs.open_run(run, recipe)
-    if (run / "report.json").is_file():
+    if runs.finished(run):
         print(f"{run} is finished; its scores are in {run / 'report.json'}")
         return
 
+    logger = loggers.build_logger(recipe["logger"], run)
+    made = prepare(recipe, fresh=resumed is not None)
+    for_trainer, for_task, for_checkpoints = (config.split(recipe["trainer"], schema)[0] for schema in runs.TRAINER)
+    checkpoints = training.Checkpoints(run, **for_checkpoints)
+    recorder = Recorder(run, checkpoints)
+    deadline = started + runs.seconds(recipe["max_time"]) if recipe["max_time"] is not None else None
+    stopping = Stopping(checkpoints, deadline=deadline)
+    callbacks = [Pictures(made.data.val), Progress(recorder), Watch(), stopping, checkpoints, recorder]
+    trainer = training.make_trainer(run, callbacks, logger, **for_trainer)
+    # Where a run is shown is no part of what it learns.
+    kept = {name: node for name, node in recipe.items() if name != "logger"}
+    task = SegmentationTask(
+        made.model,
+        made.loss,
+        made.optimizer,
+        config.build(recipe["schedule"], "schedule"),
+        made.classes,
+        seed=recipe["seed"],
+        total_steps=training.count_steps(made.data, trainer),
+        remembered={
+            "config": {**kept, "dataset": made.dataset},
+            "facts": {**made.facts, "precision": str(trainer.precision)},
+        },
+        **for_task,
+    )
+    loggers.show_configuration(logger, recipe, run)
+    print(runs.header(recipe, made.data, task, trainer, run, resumed), flush=True)
+
+    complete = True
+    try:
+        processes.fit(trainer, task, made.data, resumed=resumed)
+    except TimeUp as sentence:
+        print(sentence)
+        complete = False
+    if not trainer.is_global_zero:
+        return
+    path = checkpoints.best_path if checkpoints.best_path.is_file() else checkpoints.last_path
+    best = checkpoint.read(path, trust=runs.AnyName())
+    confusion, num_images = report.evaluate(best, "val", device=torch.device(trainer.strategy.root_device))
+    noted = {"command": typed, "checkpoint": str(best.path), "split": "val", "complete": complete}
+    report.write_json(report.report(confusion, num_images, made.classes, **noted), run / "report.json")
+    curves = loggers.close(logger)
+    print("\n" + report.table(confusion, made.classes))
+    print(f"\nbest checkpoint: {best.path}\nscores:          {run / 'report.json'}, {run / 'metrics.csv'}")
+    if curves:
+        print(f"curves:          {curves}")
+    trust = [f"--trust={name}" for name in checkpoint.foreign(best.config)]
+    print(f"use it:          {command('predict', [str(best.path), *trust])} IMAGE ...")
+
+
+class Prepared(NamedTuple):
+    """What a recipe's nodes become.
+
+    dataset: the `dataset` node as a checkpoint keeps it; facts: what the data is, plain.
+    """
+
+    data: DataModule
+    classes: Classes
+    model: SegmentationModel
+    loss: nn.Module
+    optimizer: Optimizer
+    dataset: dict[str, Any]
+    facts: dict[str, Any]
+
+
+def prepare(recipe: Mapping[str, Any], *, fresh: bool = False) -> Prepared:
+    """Look at the data, say what is in it, and build what learns from it; from a checked recipe.
+
+    fresh: without trained weights, because the checkpoint of a run that goes on is about to be loaded.
+    """
     settings, source = config.split(recipe["dataset"], DataModule)
     train_split, val_split = (build_split(recipe["dataset"], split) for split in ("train", "val"))
     classes = train_split.classes
     seen, _ = inspect_all([train_split, val_split])
-    loss_settings, loss_source = config.split(recipe["loss"], balancing.class_weights)
+    loss_settings, loss_node = config.split(recipe["loss"], balancing.class_weights)
     weights = balancing.class_weights(seen.pixels[:-1], seen.image_pixels[:-1], **loss_settings)
+    for note in train_split.notes:
+        print(note)
     print(table(seen, classes, weights), end="\n\n")
-
+    settings = normalisation(settings, train_split, seen)
     transforms = build_transforms(recipe["augment"], ignore_index=classes.ignore_index, mean=settings["mean"])
     data = DataModule(train_split, val_split, transforms, recipe["seed"], **settings)
+
     torch.manual_seed(recipe["seed"])
-    model = build_model(recipe["model"], len(classes), data.preprocessing.channels, fresh=resumed is not None)
-
-    checkpoints = training.Checkpoints(run)
-    recorder = Recorder(run, checkpoints)
-    callbacks = [Pictures(val_split), Progress(recorder), Stopping(checkpoints), checkpoints, recorder]
-    logger = TensorBoardLogger(run, name="", version="", default_hp_metric=False)
-    trainer = training.make_trainer(run, callbacks, logger, **recipe["trainer"])
-    total_steps = training.count_steps(data, trainer)
-
+    start = None if fresh else recipe["init_from"]
+    channels = data.preprocessing.channels
+    model = build_model(recipe["model"], len(classes), channels, fresh=fresh or start is not None)
+    if start is not None:
+        print(transfer.take_over(model, classes, checkpoint.read(start, trust=runs.AnyName())), end="\n\n")
     if "classes" in source:  # found in the masks: from here on they are a choice, so that a new mask cannot change them
-        source = {**source, "classes": classes.plain()}
-    facts = {
-        "classes": classes.plain(),
-        "preprocessing": data.preprocessing.plain(),
-        "class_weights": weights,
-        "precision": str(trainer.precision),
-    }
-    task = SegmentationTask(
-        model,
-        config.build(loss_source, "loss", class_weights=weights, ignore_index=classes.ignore_index),
-        config.build(recipe["optimizer"], "optimizer", model=model),
-        config.build(recipe["schedule"], "schedule"),
+        source = {**source, "classes": train_split.stored_classes.plain()}
+    return Prepared(
+        data,
         classes,
-        seed=recipe["seed"],
-        total_steps=total_steps,
-        remembered={"config": {**recipe, "dataset": {**source, **settings}}, "facts": facts},
+        model,
+        config.build(loss_node, "loss", class_weights=weights, ignore_index=classes.ignore_index),
+        config.build(recipe["optimizer"], "optimizer", model=model),
+        {**source, **settings},
+        {"classes": classes.plain(), "preprocessing": data.preprocessing.plain(), "class_weights": weights},
     )
-    logger.experiment.add_text("configuration", f"```yaml\n{yaml.safe_dump(recipe, sort_keys=False)}```")
-    print(runs.header(recipe, data, task, trainer, run, resumed), flush=True)
-
-    trainer.fit(task, datamodule=data, ckpt_path=resumed, weights_only=True)
-    if not trainer.is_global_zero:
-        return
-    best = checkpoint.read(checkpoints.best_path, trust=runs.AnyName())
-    confusion, num_images = report.evaluate(best, "val", device=torch.device(trainer.strategy.root_device))
-    noted = {"command": command, "checkpoint": str(best.path), "split": "val"}
-    report.write_json(report.report(confusion, num_images, classes, **noted), run / "report.json")
-    print("\n" + report.table(confusion, classes))
-    print(f"\nbest checkpoint: {best.path}\nscores:          {run / 'report.json'}, {run / 'metrics.csv'}")
-    print(f"curves:          tensorboard --logdir {run}")
-    print(f"use it:          python scripts/predict.py {best.path} IMAGE ...")

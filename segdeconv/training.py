@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,27 +13,30 @@ from lightning_fabric.plugins import CheckpointIO
 from pydantic import Field
 from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.loggers import Logger
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from tqdm import tqdm
 
 from segdeconv import checkpoint
 from segdeconv.data.module import DataModule
+from segdeconv.errors import UsageError
 from segdeconv.inference import fast_precision
+from segdeconv.processes import Processes, count_processes, quieten
 
 Count = Annotated[int, Field(ge=1)]
-
-# Keys of a recipe that may differ when a run goes on: they do not change what is learnt.
-HARMLESS = ("resume", "resume_force", "dataset.num_workers", "dataset.timeout", "dataset.root")
 
 
 def make_trainer(
     run: Path,
     callbacks: list[Callback],
-    logger: Logger,
+    logger: Logger | Literal[False],
     *,
     max_epochs: Count = 20,
     max_steps: Annotated[int, Field(ge=-1)] = -1,
     accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto",
     devices: int | str = "auto",
     num_nodes: Count = 1,
+    accumulate: Count = 1,
+    norm: Literal["batch", "sync", "frozen"] = "batch",
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto",
     gradient_clip: Annotated[float, Field(gt=0)] | None = None,
     validate_every: Count = 1,
@@ -44,6 +45,9 @@ def make_trainer(
     """Lightning's Trainer with what this project needs and nothing that talks.
 
     max_epochs, max_steps: training ends at whichever comes first; -1 is no limit of steps.
+    devices: processes of one machine, each with batches of its own; auto is every GPU, or one process on a CPU.
+    accumulate: batches whose gradients make one step; each is as large as dataset.batch_size.
+    norm: see SegmentationTask.
     precision: auto is bf16-mixed where the machine is fast at it, else 32-true.
     gradient_clip: largest norm of the gradient, None for no clipping.
     validate_every: epochs between validations. deterministic: refuse operations that may differ from run to run.
@@ -53,40 +57,37 @@ def make_trainer(
         accelerator = "mps" if torch.backends.mps.is_available() else "cpu"
     if accelerator == "cpu" and devices == "auto":
         devices = 1
-    return Trainer(
-        default_root_dir=run,
-        accelerator=accelerator,
-        devices=devices,
-        num_nodes=num_nodes,
-        precision=fast_precision() if precision == "auto" else precision,  # type: ignore[arg-type]
-        max_epochs=max_epochs,
-        max_steps=max_steps,
-        gradient_clip_val=gradient_clip,
-        check_val_every_n_epoch=validate_every,
-        deterministic=deterministic,
-        callbacks=callbacks,
-        logger=logger,
-        plugins=[VerifiedCheckpoints()],
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,  # our sampler slices by rank itself
-        enable_checkpointing=any(isinstance(callback, Checkpoints) for callback in callbacks),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-
-
-def quieten() -> None:
-    """Lightning's own lines and tips: our header and progress say what matters."""
-    for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    for message in (
-        ".*does not have many workers.*",
-        ".*resuming from a checkpoint that ended before the epoch.*",  # ours resumes: its sampler asks global_step
-        ".*Checkpoint directory .* exists and is not empty.*",
-        ".*smaller than the logging interval.*",
-        ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",  # pytorch#160843; Lightning 2.6.6 still asks that way
-    ):
-        warnings.filterwarnings("ignore", message)
+    if norm == "sync" and accelerator == "cpu":
+        raise UsageError(
+            "trainer.norm=sync: torch synchronises batch norm on accelerators only - on a CPU use trainer.norm=batch "
+            "(each process its own statistics) or trainer.norm=frozen"
+        )
+    try:
+        return Trainer(
+            default_root_dir=run,
+            accelerator=accelerator,
+            strategy=Processes() if count_processes(accelerator, devices, num_nodes) > 1 else "auto",
+            accumulate_grad_batches=accumulate,
+            sync_batchnorm=norm == "sync",
+            devices=devices,
+            num_nodes=num_nodes,
+            precision=fast_precision() if precision == "auto" else precision,  # type: ignore[arg-type]
+            max_epochs=max_epochs,
+            max_steps=max_steps,
+            gradient_clip_val=gradient_clip,
+            check_val_every_n_epoch=validate_every,
+            deterministic=deterministic,
+            callbacks=callbacks,
+            logger=logger,
+            plugins=[VerifiedCheckpoints()],
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,  # our sampler slices by rank itself
+            enable_checkpointing=any(isinstance(callback, Checkpoints) for callback in callbacks),
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+    except MisconfigurationException as error:
+        raise UsageError(f"trainer: {error} - change trainer.accelerator or trainer.devices") from error
 
 
 class VerifiedCheckpoints(CheckpointIO):
@@ -107,11 +108,14 @@ class Checkpoints(Callback):
 
     Written after an epoch's validation, never between the last batch and it, so that the scores and the best
     checkpoint of a run that was cut are those of a run that was not.
+
+    patience: validations in a row without a better mIoU after which training ends; None for no such end.
     """
 
-    def __init__(self, run: Path) -> None:
-        self.run = run
+    def __init__(self, run: Path, *, patience: Count | None = None) -> None:
+        self.run, self.patience = run, patience
         self.best = -1.0
+        self.waited = 0
 
     @property
     def last_path(self) -> Path:
@@ -125,19 +129,27 @@ class Checkpoints(Callback):
 
     def keep(self, trainer: Trainer, miou: float | None) -> None:
         """Write last.ckpt, and best.ckpt if this validation's mIoU is the highest; NaN never is."""
-        better = miou is not None and miou > self.best
-        if better and miou is not None:
-            self.best = miou
-            trainer.save_checkpoint(self.best_path)
-        if self.last_path.is_file():
+        if miou is not None:
+            better = miou > self.best
+            self.best, self.waited = (miou, 0) if better else (self.best, self.waited + 1)
+            if better:
+                trainer.save_checkpoint(self.best_path)
+            self._end_early(trainer)
+        if trainer.is_global_zero and self.last_path.is_file():
             _keep_previous(self.last_path)
         trainer.save_checkpoint(self.last_path)
 
+    def _end_early(self, trainer: Trainer) -> None:
+        if self.patience is not None and self.waited >= self.patience:
+            trainer.should_stop = True
+            if trainer.is_global_zero:
+                tqdm.write(f"{self.waited} validations without a better mIoU than {self.best:.4f}: training ends here")
+
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best}
+        return {"best": self.best, "waited": self.waited}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best = state_dict["best"]
+        self.best, self.waited = state_dict["best"], state_dict.get("waited", 0)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, content: dict[str, Any]) -> None:
         batches = trainer.num_training_batches
@@ -150,6 +162,7 @@ class Checkpoints(Callback):
         batches = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
         if trainer.global_step % batches == 0:
             trainer.fit_loop.epoch_loop.restarting = False
+        self._end_early(trainer)
 
 
 def _keep_previous(path: Path) -> None:

@@ -190,7 +190,7 @@ def test_resume_auto_finds_the_newest_unfinished_run_of_the_same_recipe(tmp_path
         (folder / "config.yaml").write_text(yaml.safe_dump({"seed": seed, "resume": None}))
         (folder / "last.ckpt").touch()
         if finished:
-            (folder / "report.json").touch()
+            (folder / "report.json").write_text("{}")
     assert find_run("auto", recipe, None, tmp_path) == tmp_path / "2"
     assert find_run(str(tmp_path / "1" / "last.ckpt"), recipe, None, tmp_path) == tmp_path / "1"
     with pytest.raises(UsageError, match="is no run - give resume=auto or a folder"):

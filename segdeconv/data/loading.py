@@ -135,7 +135,9 @@ def evaluation_loader(
 
 def worker_settings(*, num_workers: int | None, timeout: float, world_size: int = 1) -> dict[str, Any]:
     """num_workers: None for as many as suit this machine. timeout: seconds a batch may take before we give up."""
-    cores = max(1, (os.cpu_count() or 1) // world_size)
+    # The cores that this process may use, which in a container are fewer than the machine has.
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = max(1, usable // world_size)
     if num_workers is None:
         # With an accelerator the cores have only the data to do; without one they also train.
         num_workers = min(16, cores) if torch.cuda.is_available() else min(2, cores)

@@ -1,0 +1,66 @@
+"""Find a learning rate or a batch size for a recipe, by trying.
+
+    python scripts/find.py lr [dataset=NAME] [model=NAME] [key=value ...]
+    python scripts/find.py batch_size [dataset=NAME] [model=NAME] [key=value ...]
+
+lr trains 100 steps at rising rates and names the one where the loss falls fastest. batch_size doubles the batch until
+memory ends and shows what each costs. Nothing is written; a network trained here is thrown away.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from segdeconv.errors import UsageError, command, did_you_mean, run_command
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+WHAT = ("lr", "batch_size")
+
+
+def main() -> None:
+    """Compose the recipe, prepare it as train.py does, try."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(__doc__.replace("python scripts/find.py", command("find")))
+        return
+    what, arguments = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("", [])
+    if what not in WHAT:
+        raise UsageError(f"the first word is '{what}' - {did_you_mean(what, WHAT)}")
+
+    import torch
+
+    from segdeconv import config, finders
+    from segdeconv.inference import best_device, resolve_precision
+    from segdeconv.memory import readable
+    from segdeconv.runs import check_recipe
+    from segdeconv.train import prepare
+
+    recipe = check_recipe(config.compose(arguments, CONFIGS)[0])
+    accelerator = recipe["trainer"]["accelerator"]
+    device = best_device() if accelerator == "auto" else torch.device({"gpu": "cuda"}.get(accelerator, accelerator))
+    precision = resolve_precision(recipe["trainer"]["precision"])
+    made = prepare(recipe)
+    if what == "lr":
+        tried = finders.try_rates(made, device, precision, num_workers=recipe["dataset"]["num_workers"] or 0)
+        highest = max(rate.smoothed for rate in tried)
+        for rate in tried[:: max(1, len(tried) // 25)]:
+            print(f"{rate.lr:9.1e}  {rate.smoothed:8.4f}  {'#' * round(60 * rate.smoothed / highest)}")
+        print(f"\nthe loss falls fastest at optimizer.lr={finders.best_rate(tried):.1e}")
+        return
+    print("batch size  seconds a step  images a second  memory")
+    fits = []
+    for fit in finders.try_batch_sizes(made, device, precision, averaged=recipe["trainer"]["ema"] is not None):
+        fits.append(fit)
+        speed = fit.batch_size / fit.seconds
+        print(f"{fit.batch_size:>10}  {fit.seconds:>14.3f}  {speed:>15.1f}  {readable(fit.memory)}", flush=True)
+    if not fits:
+        raise UsageError("not even one image fits into memory - lower dataset.size or dataset.crop, or model.width")
+    fastest = max(fits, key=lambda fit: fit.batch_size / fit.seconds)
+    print(
+        f"\nthe largest that fits is dataset.batch_size={fits[-1].batch_size}, the most images a second come with "
+        f"dataset.batch_size={fastest.batch_size}"
+    )
+
+
+if __name__ == "__main__":
+    run_command(main)
