@@ -119,6 +119,9 @@ def prepare(recipe: Mapping[str, Any], *, fresh: bool = False) -> Prepared:
 
     fresh: without trained weights, because the checkpoint of a run that goes on is about to be loaded.
     """
+    start = None
+    if recipe["init_from"] is not None and not fresh:
+        start = checkpoint.read(recipe["init_from"], trust=runs.AnyName())
     settings, source = config.split(recipe["dataset"], DataModule)
     train_split, val_split = (build_split(recipe["dataset"], split) for split in ("train", "val"))
     classes = train_split.classes
@@ -133,11 +136,10 @@ def prepare(recipe: Mapping[str, Any], *, fresh: bool = False) -> Prepared:
     data = DataModule(train_split, val_split, transforms, recipe["seed"], **settings)
 
     torch.manual_seed(recipe["seed"])
-    start = None if fresh else recipe["init_from"]
     channels = data.preprocessing.channels
     model = build_model(recipe["model"], len(classes), channels, fresh=fresh or start is not None)
     if start is not None:
-        print(transfer.take_over(model, classes, checkpoint.read(start, trust=runs.AnyName())), end="\n\n")
+        print(transfer.take_over(model, classes, start), end="\n\n")
     if "classes" in source:  # found in the masks: from here on they are a choice, so that a new mask cannot change them
         source = {**source, "classes": train_split.stored_classes.plain()}
     return Prepared(

@@ -257,3 +257,14 @@ def test_a_multirun_with_two_processes_runs_each_job_once(tmp_path):
     assert len(list(tmp_path.rglob("metrics.csv"))) == 2
     scores = [json.loads((tmp_path / "sweep" / job / "report.json").read_text())["num_pixels"] for job in "01"]
     assert scores[0] == scores[1] > 0
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_gradient_of_the_mean_is_what_is_clipped(tmp_path, accumulate):
+    """One step of plain SGD with the gradient clipped to norm 0.01 moves all weights together by lr * 0.01."""
+    plain = {"optimizer__momentum": 0.0, "optimizer__weight_decay": 0.0, "trainer__max_steps": 1}
+    train(recipe(trainer__gradient_clip=0.01, trainer__accumulate=accumulate, **plain), tmp_path)
+    torch.manual_seed(0)
+    start, after = SegNet(3, stages=((4,), (8,))).state_dict(), weights(tmp_path)
+    moved = sum(float((after[name] - value).double().square().sum()) for name, value in start.items()) ** 0.5
+    assert moved == pytest.approx(LR * 0.01, rel=1e-3)
