@@ -72,10 +72,10 @@ def check_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
         "trainer": check(recipe["trainer"], "trainer", TRAINER, supplied=SUPPLIED),
         "logger": check_logger(recipe["logger"]),
     }
-    checked |= check({name: recipe[name] for name in known - set(DEFAULTS) if name in recipe}, "", [_scalars])
-    if checked["max_time"] is not None:
-        seconds(checked["max_time"])
-    return checked
+    others = check({name: recipe[name] for name in known - set(DEFAULTS) if name in recipe}, "", [_scalars])
+    if others["max_time"] is not None:
+        seconds(others["max_time"])
+    return checked | others
 
 
 def _scalars(

@@ -10,10 +10,10 @@ from typing import Annotated, Any, Literal
 
 import torch
 from lightning_fabric.plugins import CheckpointIO
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pydantic import Field
 from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.loggers import Logger
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from tqdm import tqdm
 
 from segdeconv import checkpoint
