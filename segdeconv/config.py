@@ -46,7 +46,8 @@ def locate(node: Mapping[str, Any], where: str) -> Callable[..., Any]:
     """
     name = node.get(TARGET)
     if not isinstance(name, str) or "." not in name:
-        raise UsageError(f"{where}.{TARGET} is {name!r} - give the dotted name of a class, as in configs/{where}")
+        group = where.partition(".")[0]
+        raise UsageError(f"{where}.{TARGET} is {name!r} - give the dotted name of a class, as in configs/{group}")
     module_name, _, attribute = name.rpartition(".")
     own = module_name.partition(".")[0]
     try:

@@ -147,7 +147,7 @@ def _step(made: Prepared, batch: dict[str, Any], device: torch.device, precision
     """One training step; returns the loss."""
     image: Tensor = batch["image"].to(device)
     with autocast(precision, device):
-        total, normaliser = loss_sums(made.loss, made.model(image), batch["mask"].to(device))
+        total, normaliser = loss_sums(made.loss, made.model.supervised(image), batch["mask"].to(device))
     loss = total / normaliser.clamp(min=1.0)
     made.optimizer.zero_grad()
     loss.backward()  # type: ignore[no-untyped-call]

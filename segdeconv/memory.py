@@ -78,7 +78,7 @@ def _kept(model: SegmentationModel, loss: nn.Module, images: int, side: int, pre
     mask = torch.zeros(images, side, side, dtype=torch.int64)
     try:
         with autocast(precision, torch.device("cpu")), saved_tensors_hooks(pack, _unpack):
-            loss_sums(loss, model(image), mask)
+            loss_sums(loss, model.supervised(image), mask)
     finally:
         model.train(training)
     return sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in own)

@@ -14,11 +14,11 @@ from pydantic import Field
 from pytorch_lightning import Trainer
 
 from segdeconv import checkpoint
-from segdeconv.balancing import class_weights
 from segdeconv.config import TARGET, check, locate
 from segdeconv.data.module import DataModule, check_augment, check_dataset
 from segdeconv.errors import CheckpointError, UsageError, did_you_mean
 from segdeconv.loggers import check_logger
+from segdeconv.losses import check_loss
 from segdeconv.memory import available, estimate, readable
 from segdeconv.models import check_model
 from segdeconv.task import SegmentationTask
@@ -57,14 +57,11 @@ def check_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
     for group in DEFAULTS:
         if not isinstance(recipe[group], Mapping):
             raise UsageError(f"{group}={recipe[group]} - give the name of a file in configs/{group}")
-    loss = [locate(recipe["loss"], "loss"), class_weights]
     checked = {
         "dataset": check_dataset(recipe["dataset"]),
         "augment": check_augment(recipe["augment"]),
         "model": check_model(recipe["model"]),
-        "loss": check(
-            recipe["loss"], "loss", loss, supplied=["class_weights", "ignore_index", "pixels", "image_pixels"]
-        ),
+        "loss": check_loss(recipe["loss"]),
         "optimizer": check(
             recipe["optimizer"], "optimizer", [locate(recipe["optimizer"], "optimizer")], supplied=["model"]
         ),

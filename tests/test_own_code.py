@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
 PAGE = (ROOT / "docs" / "own-code.md").read_text()
 QUICK = ("trainer.max_epochs=1", "dataset.count=32", "dataset.num_workers=0")
-OWN = ("dataset._target_=mine.Stripes", "model._target_=mine.TinyNet", "loss._target_=mine.Focal")
+OWN = ("dataset._target_=mine.Stripes", "model._target_=mine.TinyNet", "loss._target_=mine.Poly")
 
 
 @pytest.fixture
@@ -51,11 +51,11 @@ def recipe(*arguments):
 
 
 def test_a_recipe_names_classes_of_the_current_folder(own):
-    found = recipe(*OWN, "model.width=8", "loss.gamma=1")
+    found = recipe(*OWN, "model.width=8", "loss.epsilon=2")
     assert found["dataset"]["count"] == 256  # mine.Stripes' own default
     assert found["dataset"]["batch_size"] == 16  # of configs/dataset/shapes.yaml, which the name replaces in part
-    assert (found["model"]["width"], found["loss"]["gamma"]) == (8, 1.0)
-    assert {"mine.Focal", "mine.Stripes", "mine.TinyNet"} <= set(foreign(found))
+    assert (found["model"]["width"], found["loss"]["epsilon"]) == (8, 2.0)
+    assert {"mine.Poly", "mine.Stripes", "mine.TinyNet"} <= set(foreign(found))
     assert sys.path[-1] == os.getcwd()  # after everything that is installed
 
 
@@ -66,7 +66,7 @@ def test_the_current_folder_is_on_no_path_until_a_recipe_names_something_in_it(o
 
 def test_a_folder_of_configurations_adds_its_files_to_ours(own):
     found = recipe("--config-dir=configs", "experiment=stripes")
-    assert {"mine.Focal", "mine.Stripes", "mine.TinyNet"} <= set(foreign(found))
+    assert {"mine.Poly", "mine.Stripes", "mine.TinyNet"} <= set(foreign(found))
     assert found["optimizer"]["lr"] == 0.01
     assert "num_train" not in found["dataset"]
     _, choices = config.compose(["--config-dir=configs", "dataset=stripes", "model=tinynet"], CONFIGS)
@@ -121,11 +121,11 @@ def test_a_callable_that_takes_any_argument_judges_it_itself():
         config.check({**node, "model": 1}, "optimizer", [schema], supplied=["model"])
 
 
-def test_the_pages_focal_loss_is_cross_entropy_where_gamma_is_nothing_and_weighs_as_published(own):
-    focal = config.locate({"_target_": "mine.Focal"}, "loss")
+def test_the_pages_poly_loss_is_cross_entropy_where_epsilon_is_nothing_and_adds_as_published(own):
+    poly = config.locate({"_target_": "mine.Poly"}, "loss")
     logits, mask = torch.randn(2, 3, 4, 5), torch.randint(3, (2, 4, 5))
     mask[0, 0] = 255
-    plain = focal(gamma=0.0, class_weights=None, ignore_index=255)(logits, mask)
+    plain = poly(epsilon=0.0, class_weights=None, ignore_index=255)(logits, mask)
     assert torch.allclose(plain, F.cross_entropy(logits, mask, ignore_index=255))
     weights = [1.0, 2.0, 0.5]
     by_hand = []
@@ -134,8 +134,8 @@ def test_the_pages_focal_loss_is_cross_entropy_where_gamma_is_nothing_and_weighs
             label = int(mask[image, row, column])
             if label != 255:
                 share = float(logits[image, :, row, column].softmax(0)[label])
-                by_hand.append(-weights[label] * (1 - share) ** 2 * np.log(share))
-    found = focal(gamma=2.0, class_weights=weights, ignore_index=255)(logits, mask)
+                by_hand.append(weights[label] * (2 * (1 - share) - np.log(share)))
+    found = poly(epsilon=2.0, class_weights=weights, ignore_index=255)(logits, mask)
     assert float(found) == pytest.approx(np.mean(by_hand), rel=1e-5)
 
 
@@ -174,4 +174,4 @@ def test_every_command_of_the_page_does_what_it_says(own):
     assert (own / "labelled" / "photo_overlay.png").is_file()
     assert len(list(own.glob("runs/stripes-tinynet/*/report.json"))) == 2
     without = run("-m", "segdeconv", "evaluate", "stripes/best.ckpt", cwd=own, code=4)
-    assert without.stderr.splitlines()[-1].endswith("--trust mine.Focal --trust mine.Stripes --trust mine.TinyNet")
+    assert without.stderr.splitlines()[-1].endswith("--trust mine.Poly --trust mine.Stripes --trust mine.TinyNet")

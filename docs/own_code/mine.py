@@ -52,14 +52,14 @@ class TinyNet(SegmentationModel):
         return self.classifier(self.features(image))
 
 
-class Focal(PixelLoss):
-    """Cross entropy that cares less about pixels that are right already. Lin et al. 2017, arXiv:1708.02002."""
+class Poly(PixelLoss):
+    """Cross entropy with a louder first term: + epsilon * (1 - p). Leng et al. 2022, arXiv:2204.12511."""
 
     def __init__(
-        self, *, gamma: float = 2.0, class_weights: list[float] | None = None, ignore_index: int = 255
+        self, *, epsilon: float = 1.0, class_weights: list[float] | None = None, ignore_index: int = 255
     ) -> None:
         super().__init__()
-        self.gamma, self.ignore_index = gamma, ignore_index
+        self.epsilon, self.ignore_index = epsilon, ignore_index
         self.register_buffer("weights", torch.tensor(class_weights) if class_weights else None, persistent=False)
 
     def sums(self, logits: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -67,4 +67,4 @@ class Focal(PixelLoss):
         logits, mask = logits.float().movedim(1, -1)[counted], mask[counted]
         surprise = F.cross_entropy(logits, mask, reduction="none")
         weights = 1 if self.weights is None else self.weights[mask]
-        return (weights * (1 - torch.exp(-surprise)) ** self.gamma * surprise).sum(), counted.sum()
+        return (weights * (surprise + self.epsilon * (1 - torch.exp(-surprise)))).sum(), counted.sum()

@@ -1,0 +1,8 @@
+"""Losses: modules from (logits, mask) to a scalar, none of which counts ignored pixels."""
+
+from segdeconv.losses.base import PixelLoss, loss_sums
+from segdeconv.losses.combined import Sum, check_loss
+from segdeconv.losses.pixelwise import OHEM, CrossEntropy, Focal
+from segdeconv.losses.regions import Dice, LovaszSoftmax
+
+__all__ = ["OHEM", "CrossEntropy", "Dice", "Focal", "LovaszSoftmax", "PixelLoss", "Sum", "check_loss", "loss_sums"]

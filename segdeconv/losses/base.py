@@ -1,0 +1,48 @@
+"""What every loss is: a module from (logits, mask) to a scalar.
+
+A mean over pixels is kept as a sum and its normaliser, because a batch may come in pieces (accumulated micro-batches,
+several processes): the mean over the whole is the sum of the sums by the sum of the normalisers, and a mean of means
+is another number wherever the pieces have unequal shares of ignored pixels.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class PixelLoss(nn.Module, ABC):
+    """A loss that is a sum over pixels, divided by a normaliser. A subclass gives both.
+
+    A loss that is none (one number from a whole map) can be any module from (logits, mask) to a scalar; the pieces of
+    a batch are then averaged by their numbers of pixels.
+    """
+
+    @abstractmethod
+    def sums(self, logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """logits: (N, C, H, W); mask: (N, H, W) int64, class indices or ignore_index -> (sum, normaliser), scalars."""
+
+    def forward(self, logits: Tensor, mask: Tensor) -> Tensor:
+        """logits: (N, C, H, W); mask: (N, H, W) int64, class indices or ignore_index -> the mean, a scalar."""
+        total, normaliser = self.sums(logits, mask)
+        return total / torch.where(normaliser > 0, normaliser, 1.0)
+
+
+def loss_sums(loss: nn.Module, logits: Tensor | Sequence[Tensor], mask: Tensor) -> tuple[Tensor, Tensor]:
+    """(sum, normaliser) of any loss; see PixelLoss. Of several maps of logits for one mask, those of all together."""
+    if not isinstance(logits, Tensor):
+        total, normaliser = torch.stack([torch.stack(loss_sums(loss, one, mask)) for one in logits]).sum(dim=0)
+        return total, normaliser
+    if isinstance(loss, PixelLoss):
+        return loss.sums(logits, mask)
+    return loss(logits, mask) * mask.numel(), torch.tensor(float(mask.numel()), device=mask.device)
+
+
+def weights_buffer(class_weights: Sequence[float] | None) -> Tensor | None:
+    """Class weights as a tensor to register as a buffer, not in the state dict: they are facts of the data, kept in
+    the checkpoint's facts.
+    """
+    return None if class_weights is None else torch.tensor(list(class_weights), dtype=torch.float32)

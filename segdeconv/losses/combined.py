@@ -1,0 +1,74 @@
+"""Sums of losses, and the `loss` node of a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from segdeconv.balancing import class_weights as balancing
+from segdeconv.config import Node, build, check, locate
+from segdeconv.errors import UsageError
+from segdeconv.losses.base import PixelLoss
+
+
+class Sum(PixelLoss):
+    """Several losses, each times its factor, added.
+
+    parts: by a name, what each part is: a node with `_target_`, its arguments, and `factor` (1 where it is left out).
+        Each gets the class weights and the ignore_index of the whole.
+
+    Where a batch comes in pieces, each piece counts by its number of pixels that are not ignored: exact for parts
+    that are means over these pixels.
+
+    >>> parts = {"ce": {"_target_": "segdeconv.losses.CrossEntropy", "factor": 2.0}}
+    >>> Sum(parts=parts)(torch.zeros(1, 4, 2, 2), torch.zeros(1, 2, 2, dtype=torch.int64)).item()  # 2 log 4
+    2.7725887298583984
+    """
+
+    def __init__(
+        self,
+        *,
+        parts: dict[str, dict[str, Any]],
+        class_weights: Sequence[float] | None = None,
+        ignore_index: int = 255,
+    ) -> None:
+        super().__init__()
+        self.ignore_index = ignore_index
+        self.factors = {name: float(node.get("factor", 1.0)) for name, node in parts.items()}
+        self.parts = nn.ModuleDict()
+        for name, node in parts.items():
+            arguments = {key: value for key, value in node.items() if key != "factor"}
+            self.parts[name] = build(
+                arguments, f"loss.parts.{name}", class_weights=class_weights, ignore_index=ignore_index
+            )
+
+    def sums(self, logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        counted = (mask != self.ignore_index).sum().float()
+        values = [factor * self.parts[name](logits, mask) for name, factor in self.factors.items()]
+        return torch.stack(values).sum() * counted, counted
+
+
+def check_loss(node: Mapping[str, Any]) -> Node:
+    """The `loss` node of a recipe: arguments of the loss, and of the balancing that gives it class weights."""
+    return _check(node, "loss", balancing, supplied=["pixels", "image_pixels"])
+
+
+def _check(node: Mapping[str, Any], where: str, beside: Any, *, supplied: Sequence[str] = ()) -> Node:
+    """One loss, in a sum or by itself. beside: whose arguments stand in the same node."""
+    schema = locate(node, where)
+    checked = check(node, where, [schema, beside], supplied=["class_weights", "ignore_index", *supplied])
+    if schema is Sum:
+        if not checked["parts"]:
+            raise UsageError(f"{where}.parts is empty - name at least one loss, as configs/loss/ce_dice.yaml does")
+        checked["parts"] = {
+            name: _check(part, f"{where}.parts.{name}", _factor) for name, part in checked["parts"].items()
+        }
+    return checked
+
+
+def _factor(*, factor: Annotated[float, Field(ge=0)] = 1.0) -> None:
+    """The schema of what a part of a sum has beside its own arguments."""
