@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from segdeconv.errors import CheckpointError, UsageError
-from segdeconv.layers import ConvBlock, init_he
+from segdeconv.layers import ConvBlock, Dropouts, init_he
 from segdeconv.switches import Pooling, max_pool
 
 Stages = tuple[tuple[int, ...], ...]
@@ -44,9 +44,13 @@ class Encoder(nn.Module):
     """Stages of ConvBlocks, each ended by a max-pool that keeps its switches.
 
     stages: output channels of every convolution, stage by stage.
+    dilations: of the convolutions, stage by stage; None for 1.
     switch_source: where the maxima are looked for. `post_relu` as in the originals; `pre_relu` pools first and
         rectifies the maxima: the same pooled values and gradients, ReLU on a quarter of the data, and no window of
         four zeros whose tie goes to the top-left cell (8 to 38 % of the windows of a fresh VGG16).
+
+    dropouts: at `stage3`, before the pool of the third stage, and `pool3`, after it; whoever builds a network that
+        drops puts his in place of these, which drop nothing. Switches are never dropped.
     """
 
     def __init__(
@@ -57,32 +61,37 @@ class Encoder(nn.Module):
         kernel: int = 3,
         norm: bool = True,
         bias: bool = True,
+        dilations: tuple[int, ...] | None = None,
         switch_source: SwitchSource = "pre_relu",
     ) -> None:
         super().__init__()
         self.channels = stages
         self.switch_source = switch_source
+        self.dropouts = Dropouts()
         self.stages = nn.ModuleList()
-        for stage in stages:
+        for stage, dilation in zip(stages, dilations or (1,) * len(stages), strict=True):
             blocks = []
             for position, channels in enumerate(stage):
                 before_pool = position == len(stage) - 1
                 activation = not (before_pool and switch_source == "pre_relu")
                 blocks.append(
-                    ConvBlock(in_channels, channels, kernel=kernel, norm=norm, activation=activation, bias=bias)
-                )
+                    ConvBlock(
+                        in_channels, channels, kernel=kernel, dilation=dilation, norm=norm, activation=activation,
+                        bias=bias,
+                    )
+                )  # fmt: skip
                 in_channels = channels
             self.stages.append(nn.Sequential(*blocks))
         init_he(self)
 
     def forward(self, x: Tensor) -> Encoding:  # (N, 3, H, W)
         pooled = []
-        for stage in self.stages:
-            pooling = max_pool(stage(x))
+        for number, stage in enumerate(self.stages, start=1):
+            pooling = max_pool(self.dropouts.at(f"stage{number}", stage(x)))
             if self.switch_source == "pre_relu":
                 pooling = pooling._replace(features=torch.relu(pooling.features))
             pooled.append(pooling)
-            x = pooling.features
+            x = self.dropouts.at(f"pool{number}", pooling.features)
         return Encoding(x, tuple(pooled))
 
 
@@ -93,6 +102,7 @@ def vgg_encoder(
     norm: bool = True,
     width: float = 1.0,
     pretrained: str = "none",
+    dilations: tuple[int, ...] | None = None,
     switch_source: SwitchSource = "pre_relu",
 ) -> Encoder:
     """The convolutional part of VGG.
@@ -102,9 +112,10 @@ def vgg_encoder(
     pretrained: `none`; `imagenet` (torchvision's weights of the same form, downloaded and checked by hash);
         `imagenet_plain` (the weights of the VGG without batch norm, also into an encoder with it: new norm layers
         after trained convolutions, as SegNet and DeconvNet started); or the path of a torchvision VGG file.
+    dilations, switch_source: see `Encoder`.
     """
     stages = tuple(tuple(max(1, round(channels * width)) for channels in stage) for stage in VGG_STAGES[depth])
-    encoder = Encoder(stages, in_channels=in_channels, norm=norm, switch_source=switch_source)
+    encoder = Encoder(stages, in_channels=in_channels, norm=norm, dilations=dilations, switch_source=switch_source)
     state = vgg_weights(pretrained, depth=depth, norm=norm, width=width)
     if state is not None:
         load_vgg(encoder, state, source=pretrained)
@@ -162,6 +173,16 @@ def load_vgg(encoder: Encoder, state: Mapping[str, Tensor], *, source: str) -> N
         block.conv.load_state_dict(convs[position])
         if norms:
             block.norm.load_state_dict(norms[position])
+
+
+def load_fully_connected(convolution: nn.Conv2d, state: Mapping[str, Tensor], name: str) -> None:
+    """Copy VGG's fully connected layer into the convolution that it is, if it has the same number of weights.
+
+    name: `classifier.0` for fc6, `classifier.3` for fc7. torchvision flattens C, H, W in this order.
+    """
+    weight = state.get(f"{name}.weight")
+    if weight is not None and tuple(weight.shape) == tuple(convolution.weight.flatten(1).shape):
+        convolution.load_state_dict({"weight": weight.view_as(convolution.weight), "bias": state[f"{name}.bias"]})
 
 
 def adapt_channels(weight: Tensor, channels: int) -> Tensor:

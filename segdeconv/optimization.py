@@ -6,11 +6,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from itertools import compress
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from segdeconv.errors import UsageError, did_you_mean
@@ -19,6 +20,7 @@ Rate = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=0)]
 Decay = Annotated[float, Field(ge=0)]
+NormDecay = Literal["none", "scale", "all"]
 Parts = dict[str, Annotated[float, Field(ge=0)]]
 
 
@@ -30,14 +32,17 @@ def sgd(
     weight_decay: Decay = 5e-4,
     nesterov: bool = False,
     bias_lr: Rate = 1.0,
+    norm_decay: NormDecay = "none",
     part_lr: Parts | None = None,
 ) -> Optimizer:
     """Stochastic gradient descent with momentum.
 
-    bias_lr: factor on the learning rate of biases; the originals' training files have 2.
+    bias_lr: factor on the learning rate of biases of layers, not of norms; the originals' training files have 2.
+    norm_decay: which parameters of batch norm decay as weights do: `none`; `scale` as in SegNet's training files;
+        `all`, the shift too, as in SegNet-Basic's, which say nothing of it.
     part_lr: factors on the learning rate of parts of the network; see `parameter_groups`.
     """
-    groups = parameter_groups(model, lr, weight_decay, bias_lr=bias_lr, part_lr=part_lr)
+    groups = parameter_groups(model, lr, weight_decay, bias_lr=bias_lr, norm_decay=norm_decay, part_lr=part_lr)
     return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov)
 
 
@@ -63,10 +68,12 @@ def parameter_groups(
     weight_decay: float,
     *,
     bias_lr: float = 1.0,
+    norm_decay: NormDecay = "none",
     part_lr: Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:
     """Weights decay; biases and norms (one-dimensional parameters) do not. `base_lr` is what a schedule scales.
 
+    bias_lr, norm_decay: see `sgd`.
     part_lr: factors on the learning rate by the name of a part, such as {"encoder": 0.1, "encoder.stages.0": 0}; of
         names that hold one another the longest counts. A part with 0 is frozen: its parameters ask for no gradient.
     """
@@ -79,20 +86,30 @@ def parameter_groups(
                 + did_you_mean(part, {name for name in names if name.count(".") <= part.count(".")})
             )
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {(1.0, True): [], (1.0, False): []}
+    of_norms = {
+        id(parameter): name
+        for module in model.modules()
+        if isinstance(module, _BatchNorm)
+        for name, parameter in module.named_parameters()
+    }
+    decaying = {"none": (), "scale": ("weight",), "all": ("weight", "bias")}[norm_decay]
     for name, parameter in model.named_parameters():
         holders = [part for part in parts if name.startswith(f"{part}.")]
         factor = parts[max(holders, key=len)] if holders else 1.0
         if factor == 0:
             parameter.requires_grad_(False)
+        if name.endswith("bias") and id(parameter) not in of_norms:
+            factor *= bias_lr
         if parameter.requires_grad:
-            groups.setdefault((factor, parameter.ndim > 1), []).append(parameter)
+            decays = parameter.ndim > 1 or of_norms.get(id(parameter)) in decaying
+            groups.setdefault((factor, decays), []).append(parameter)
     return [
         {
             "params": parameters,
-            "weight_decay": weight_decay if is_weight else 0.0,
-            "base_lr": lr * factor * (1.0 if is_weight else bias_lr),
+            "weight_decay": weight_decay if decays else 0.0,
+            "base_lr": lr * factor,
         }
-        for (factor, is_weight), parameters in groups.items()
+        for (factor, decays), parameters in groups.items()
         if parameters
     ]
 

@@ -116,16 +116,16 @@ class SegmentationTask(LightningModule):
             group["lr"] = group["base_lr"] * factor
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        logits = self._forward(batch["image"])
-        total, normaliser = loss_sums(self.loss, logits, batch["mask"])
-        self.train_matrix.update(logits.detach().argmax(dim=1), batch["mask"])
+        maps = self._forward(batch["image"])
+        total, normaliser = loss_sums(self.loss, maps, batch["mask"])
+        self.train_matrix.update(maps[0].detach().argmax(dim=1), batch["mask"])
         self._pieces.append((total.detach(), normaliser.detach(), batch["name"]))
         # Lightning divides by the number of micro-batches, which on_before_optimizer_step does not count on.
         return total * (self.trainer.accumulate_grad_batches / UNIT)
 
-    def _forward(self, image: Tensor) -> Tensor:
+    def _forward(self, image: Tensor) -> tuple[Tensor, ...]:
         try:
-            return self.model(image)
+            return self.model.supervised(image)
         except ValueError as error:
             if "more than 1 value per channel" in str(error):
                 raise UsageError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import torch
 
 from segdeconv.checkpoint import Checkpoint
@@ -17,8 +19,9 @@ MOST_SHOWN = 6
 def take_over(model: SegmentationModel, classes: Classes, source: Checkpoint) -> str:
     """Copy into a network what a checkpoint has under the same names in the same shapes.
 
-    The rows of the head (`SegmentationModel.heads`) are matched by the names of the classes, whatever their order and
-    number; a first convolution that has seen other channels is adapted. Returns what was done, in words.
+    The rows of a head (`SegmentationModel.heads`), and the columns of one that goes from classes to classes, are
+    matched by the names of the classes, whatever their order and number; a first convolution that has seen other
+    channels is adapted. Returns what was done, in words.
     """
     given = source.weights
     before = {name: index for index, name in enumerate(source.classes.names)}
@@ -28,11 +31,13 @@ def take_over(model: SegmentationModel, classes: Classes, source: Checkpoint) ->
     channels = len(source.facts["preprocessing"]["mean"])
     for name, tensor in model.state_dict().items():
         old = given.get(name)
+        ways = min(model.class_dimensions(name), tensor.ndim)
         if old is None:
             left.append(f"{name} (not in it)")
-        elif model.is_head(name) and len(tensor) == len(classes) and old.shape[1:] == tensor.shape[1:]:
-            for row, old_row in rows:
-                tensor[row] = old[old_row]
+        elif ways and tensor.shape[:ways] == (len(classes),) * ways and old.shape[ways:] == tensor.shape[ways:]:
+            for matched in product(rows, repeat=ways):
+                here, there = zip(*matched, strict=True)
+                tensor[here] = old[there]
             head += 1
         elif old.shape == tensor.shape:
             tensor.copy_(old)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from segdeconv.encoders import VGG_STAGES
-from segdeconv.models import SegNet, SegNetBasic
+from segdeconv.models import FCN, FPN, DeepLabLargeFOV, SegNet, SegNetBasic, UNet
 
 SLIM = 0.0625
 SOURCES = ("pre_relu", "post_relu")
@@ -261,3 +261,45 @@ def test_every_network_compiles_whole_and_equals_eager(name):
 def test_segnet_compiled_by_inductor_equals_eager():
     model = SegNet(3, depth=11, norm=False, width=0.03)
     assert_compiled_is_eager(model, "inductor", rtol=1e-3, atol=1e-4)
+
+
+# The networks without switches.
+
+BASELINES = {
+    "FCN": lambda **o: FCN(3, fc_width=16, depth=11, width=SLIM, **o),
+    "FCN of padding 100": lambda **o: FCN(3, fc_width=16, depth=11, width=SLIM, padding=100, **o),
+    "DeepLabLargeFOV": lambda **o: DeepLabLargeFOV(3, fc_width=16, depth=11, width=SLIM, **o),
+    "UNet": lambda **o: UNet(3, depth=11, width=SLIM, norm=False, **o),
+}
+
+
+def without_chance(name):
+    """A baseline whose dropout drops nothing and whose scores do not start at zero."""
+    model = BASELINES[name](dropout=0.0)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and module.weight.eq(0).all():
+            nn.init.normal_(module.weight)
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BASELINES)
+def test_every_baseline_compiles_whole_and_equals_eager(name):
+    assert_compiled_is_eager(without_chance(name), "aot_eager")
+
+
+@pytest.mark.slow
+def test_a_pyramid_compiles_whole_and_equals_eager():
+    assert_compiled_is_eager(FPN(3, depth=11, width=SLIM, channels=16, norm=False), "aot_eager")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*BASELINES, "FPN"])
+def test_every_baseline_exports_with_free_sizes(name):
+    model = (FPN(3, depth=11, width=SLIM, channels=16) if name == "FPN" else without_chance(name)).eval()
+    free = {2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
+    exported = torch.export.export(model, (torch.randn(1, 3, 64, 80),), dynamic_shapes=(free,)).module()
+    for size in [(71, 45), (64, 96), (33, 40)]:
+        image = torch.randn(1, 3, *size)
+        with torch.no_grad():
+            torch.testing.assert_close(exported(image), model(image))

@@ -77,14 +77,35 @@ def test_factor_stays_in_0_to_1_at_the_ends_and_beyond(schedule):
 
 def test_every_parameter_is_in_one_group_and_only_weights_decay():
     model = SegNetBasic(3)
-    weights, others = parameter_groups(model, lr=0.1, weight_decay=5e-4, bias_lr=2.0)
+    weights, others = parameter_groups(model, lr=0.1, weight_decay=5e-4)
     convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     assert {id(p) for p in weights["params"]} == {id(module.weight) for module in convolutions}
     expected = [module.bias for module in convolutions + norms] + [module.weight for module in norms]
     assert {id(p) for p in others["params"]} == {id(parameter) for parameter in expected}
     assert (weights["weight_decay"], others["weight_decay"]) == (5e-4, 0.0)
-    assert (weights["base_lr"], others["base_lr"]) == pytest.approx((0.1, 0.2))
+    assert (weights["base_lr"], others["base_lr"]) == (0.1, 0.1)
+
+
+# (factor on the learning rate, whether it decays), as in the param blocks of the authors' training files; the batch
+# norms of SegNet-Basic have no such block, and so Caffe's defaults.
+@pytest.mark.parametrize(
+    ("norm_decay", "scale", "shift"), [("none", False, False), ("scale", True, False), ("all", True, True)]
+)
+def test_parameters_learn_and_decay_as_in_caffes_param_blocks(norm_decay, scale, shift):
+    model = SegNetBasic(3)
+    optimizer = sgd(model, lr=0.1, weight_decay=5e-4, bias_lr=2.0, norm_decay=norm_decay)
+    found = {
+        id(p): (group["base_lr"] / 0.1, group["weight_decay"] == 5e-4)
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
+    assert len(found) == sum(len(group["params"]) for group in optimizer.param_groups)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            assert (found[id(module.weight)], found[id(module.bias)]) == ((1, True), (2, False))
+        if isinstance(module, nn.BatchNorm2d):
+            assert (found[id(module.weight)], found[id(module.bias)]) == ((1, scale), (1, shift))
 
 
 def test_frozen_parameters_are_left_out():

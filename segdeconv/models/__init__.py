@@ -1,7 +1,25 @@
 """The networks: one architecture, one file, one paper."""
 
 from segdeconv.models.base import SegmentationModel, build_model, check_model
+from segdeconv.models.basic import BilinearBasic, FCNBasic, SegNetBasic
 from segdeconv.models.deconvnet import DeconvNet
-from segdeconv.models.segnet import SegNet, SegNetBasic
+from segdeconv.models.deeplab_largefov import DeepLabLargeFOV
+from segdeconv.models.fcn import FCN
+from segdeconv.models.fpn import FPN
+from segdeconv.models.segnet import SegNet
+from segdeconv.models.unet import UNet
 
-__all__ = ["DeconvNet", "SegNet", "SegNetBasic", "SegmentationModel", "build_model", "check_model"]
+__all__ = [
+    "FCN",
+    "FPN",
+    "BilinearBasic",
+    "DeconvNet",
+    "DeepLabLargeFOV",
+    "FCNBasic",
+    "SegNet",
+    "SegNetBasic",
+    "SegmentationModel",
+    "UNet",
+    "build_model",
+    "check_model",
+]

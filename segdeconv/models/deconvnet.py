@@ -12,14 +12,13 @@ as in the authors' training files. Batch norm and ReLU follow every layer but th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from itertools import pairwise
+from itertools import pairwise, repeat
 from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from segdeconv.encoders import SwitchSource, load_vgg, vgg_encoder, vgg_weights
+from segdeconv.encoders import SwitchSource, load_fully_connected, load_vgg, vgg_encoder, vgg_weights
 from segdeconv.errors import UsageError
 from segdeconv.layers import ConvBlock, DeconvBlock, init_gaussian, init_he
 from segdeconv.models.base import SegmentationModel
@@ -35,6 +34,12 @@ class DeconvNet(SegmentationModel):
     depth, width, pretrained: see `vgg_encoder`. fc_width: channels of fc6 and fc7; the SegNet paper compared itself
         with 1024. Trained weights of fc6 and fc7 are taken, as in the original, if the file has them in this width.
     norm: false for the network of which the paper says that it ends in a poor optimum.
+    tied: the decoder has no filters of its own but uses the encoder's, transposed, as Zeiler & Fergus 2014 projected
+        activations back to pixels (section 2.1, https://arxiv.org/abs/1311.2901); biases and norms stay its own. All
+        deconvolutions but one have a convolution that they mirror: fc6_deconv fc6, and the k-th of a stage the k-th
+        from the end of the encoder's stage. The last of all would mirror the convolution that sees the image and end
+        in the image's channels, where the published network has 64 maps: it keeps its own filters. fc7 and the
+        classifier have no counterpart. A part of the encoder that is frozen freezes the filters in both places.
 
     >>> import torch
     >>> DeconvNet(num_classes=21, width=0.125, fc_width=32).eval()(torch.zeros(1, 3, 193, 210)).shape
@@ -54,6 +59,7 @@ class DeconvNet(SegmentationModel):
         fc_width: PositiveInt = 4096,
         pretrained: str = "none",
         switch_source: SwitchSource = "pre_relu",
+        tied: bool = False,
     ) -> None:
         super().__init__(num_classes, in_channels=in_channels)
         state = vgg_weights(pretrained, depth=depth, norm=norm, width=width)
@@ -62,21 +68,27 @@ class DeconvNet(SegmentationModel):
         deepest = stages[-1][-1]
         self.fc6 = ConvBlock(deepest, fc_width, kernel=7, padding=0, norm=norm)
         self.fc7 = ConvBlock(fc_width, fc_width, kernel=1, norm=norm)
-        self.fc6_deconv = DeconvBlock(fc_width, deepest, kernel=7, padding=0, norm=norm)
+        self.fc6_deconv = DeconvBlock(
+            fc_width, deepest, kernel=7, padding=0, norm=norm, mirrored=self.fc6.conv if tied else None
+        )
+        # From the last convolution to the second; the first sees the image.
+        convs = [block.conv for block in self.encoder.modules() if isinstance(block, ConvBlock)]
+        mirrored = iter([*reversed(convs[1:]), None]) if tied else repeat(None)
         # As many deconvolutions as the encoder's stage has convolutions; the last narrows to the stage above it.
         self.decoder = nn.ModuleList()
         for position in reversed(range(len(stages))):
             above = stages[max(0, position - 1)][-1]
             channels = (*reversed(stages[position]), above)
-            self.decoder.append(
-                nn.Sequential(*(DeconvBlock(before, after, norm=norm) for before, after in pairwise(channels)))
+            blocks = (
+                DeconvBlock(before, after, norm=norm, mirrored=next(mirrored)) for before, after in pairwise(channels)
             )
+            self.decoder.append(nn.Sequential(*blocks))
         self.classifier = nn.Conv2d(stages[0][0], num_classes, 1)
         self._init(norm)
         if state is not None:
             load_vgg(self.encoder, state, source=pretrained)
-            _load_fully_connected(self.fc6.conv, state, "classifier.0")
-            _load_fully_connected(self.fc7.conv, state, "classifier.3")
+            load_fully_connected(self.fc6.conv, state, "classifier.0")
+            load_fully_connected(self.fc7.conv, state, "classifier.3")
 
     def _init(self, norm: bool) -> None:
         """The training files' fillers; without batch norm He's, since 0.01 lets nothing through 15 layers without it.
@@ -116,10 +128,3 @@ class DeconvNet(SegmentationModel):
                 f"a batch of one image of {height}x{width} gives the batch norm of DeconvNet's fc6 a single value to "
                 "normalise by - use dataset.batch_size=2 or more, or a side above 224 in dataset.crop"
             )
-
-
-def _load_fully_connected(convolution: nn.Conv2d, state: Mapping[str, Tensor], name: str) -> None:
-    """Copy VGG's fully connected layer into the convolution that it is: torchvision flattens C, H, W in this order."""
-    weight = state.get(f"{name}.weight")
-    if weight is not None and tuple(weight.shape) == tuple(convolution.weight.flatten(1).shape):
-        convolution.load_state_dict({"weight": weight.view_as(convolution.weight), "bias": state[f"{name}.bias"]})

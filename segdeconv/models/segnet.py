@@ -17,11 +17,10 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from segdeconv.encoders import Encoder, Encoding, Stages, SwitchSource, vgg_encoder
-from segdeconv.layers import ConvBlock, init_he
+from segdeconv.layers import ConvBlock, Dropouts, init_he
 from segdeconv.models.base import SegmentationModel
+from segdeconv.models.dropout import DropoutAt, dropout_places
 from segdeconv.switches import unpool
-
-BASIC_STAGES: Stages = ((64,), (64,), (64,), (64,))
 
 
 class SegNet(SegmentationModel):
@@ -31,7 +30,8 @@ class SegNet(SegmentationModel):
     `switch_source=post_relu`, and batch norm keeps running averages instead of a second pass over the training set.
 
     depth, width, pretrained: see `vgg_encoder`. stages: a table of your own in place of VGG's, the output channels of
-    every convolution, stage by stage; depth, width and pretrained then say nothing.
+    every convolution, stage by stage; depth, width and pretrained then say nothing. dropout: the probability of it at
+    the places that `dropout_at` names, see `dropout_places`; `central` makes this Bayesian SegNet.
 
     >>> import torch
     >>> SegNet(num_classes=11, width=0.25)(torch.zeros(1, 3, 37, 50)).shape
@@ -49,6 +49,8 @@ class SegNet(SegmentationModel):
         pretrained: str = "none",
         switch_source: SwitchSource = "pre_relu",
         stages: tuple[tuple[PositiveInt, ...], ...] | None = None,
+        dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5,
+        dropout_at: DropoutAt = "none",
     ) -> None:
         super().__init__(num_classes, in_channels=in_channels)
         self.encoder = (
@@ -60,6 +62,8 @@ class SegNet(SegmentationModel):
             )
         )  # fmt: skip
         self.decoder = SegNetDecoder(self.encoder.channels, num_classes, norm=norm)
+        dropouts = Dropouts(dropout_places(dropout_at, len(self.encoder.channels)), dropout)
+        self.encoder.dropouts = self.decoder.dropouts = dropouts
 
     def forward(self, image: Tensor) -> Tensor:
         return self.decoder(self.encoder(image))
@@ -74,6 +78,7 @@ class SegNetDecoder(nn.Module):
 
     def __init__(self, stages: Stages, num_classes: int, *, norm: bool = True) -> None:
         super().__init__()
+        self.dropouts = Dropouts()
         self.stages = nn.ModuleList()
         for position in reversed(range(len(stages))):
             channels = stages[position][::-1]
@@ -86,37 +91,7 @@ class SegNetDecoder(nn.Module):
 
     def forward(self, encoding: Encoding) -> Tensor:
         x = encoding.features
-        for stage, pooling in zip(self.stages, reversed(encoding.pooled), strict=True):
+        for index, (stage, pooling) in enumerate(zip(self.stages, reversed(encoding.pooled), strict=True)):
             x = stage(unpool(x, pooling.switches, pooling.size))
-        return self.classifier(x)
-
-
-class SegNetBasic(SegmentationModel):
-    """SegNet-Basic: four stages of one 7x7 convolution each way, for small data sets.
-
-    The paper, section 3.1, with what the released training file has and the text leaves out: local response
-    normalisation of the input (meant for raw pixels 0..255: `dataset.mean=[0,0,0] dataset.std=[1,1,1]`), biases in
-    the convolutions (the text says none: `bias=false`), no ReLU in the decoder, and a 1x1 classifier.
-
-    >>> import torch
-    >>> SegNetBasic(num_classes=11)(torch.zeros(1, 3, 45, 60)).shape
-    torch.Size([1, 11, 45, 60])
-    """
-
-    def __init__(
-        self, num_classes: int, *, in_channels: int = 3, bias: bool = True, switch_source: SwitchSource = "pre_relu"
-    ) -> None:
-        super().__init__(num_classes, in_channels=in_channels)
-        self.normalise = nn.LocalResponseNorm(5, alpha=1e-4, beta=0.75, k=1.0)
-        self.encoder = Encoder(BASIC_STAGES, in_channels=in_channels, kernel=7, bias=bias, switch_source=switch_source)
-        self.decoder = nn.ModuleList(
-            ConvBlock(64, 64, kernel=7, activation=False, bias=bias) for _ in reversed(BASIC_STAGES)
-        )
-        self.classifier = nn.Conv2d(64, num_classes, 1, bias=bias)
-        init_he(self)
-
-    def forward(self, image: Tensor) -> Tensor:
-        x, pooled = self.encoder(self.normalise(image))
-        for block, pooling in zip(self.decoder, reversed(pooled), strict=True):
-            x = block(unpool(x, pooling.switches, pooling.size))
+            x = self.dropouts.at(f"decoder{len(self.stages) - index}", x)
         return self.classifier(x)

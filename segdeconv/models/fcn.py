@@ -1,0 +1,144 @@
+"""FCN: VGG made fully convolutional; the class scores of up to three strides are enlarged and added.
+
+Long, Shelhamer, Darrell 2015, sections 3.1, 3.3 and 4 and figure 3, https://arxiv.org/abs/1411.4038; layers, crops,
+padding and first weights as in the authors' voc-fcn32s, voc-fcn16s and voc-fcn8s/net.py and surgery.py. FCN-8s:
+
+    image -> [.. pool1] -> [.. pool2] -> [.. pool3] -> [.. pool4] -> [.. pool5] -> fc6 -> fc7     7x7, 1x1
+                                             |             |                           |
+                                        skips.pool3   skips.pool4                    score        1x1
+                                             |             |                           |
+              logits <- upscore (x8) <------ + <-- (x2) -- + <--------- (x2) ----------+
+                                               ups.pool3           ups.pool4
+
+FCN-16s ends after the first sum (upscore x16), FCN-32s has none (upscore x32).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch.nn.functional as F
+from pydantic import Field, PositiveInt
+from torch import Tensor, nn
+
+from segdeconv.encoders import load_fully_connected, load_vgg, vgg_encoder, vgg_weights
+from segdeconv.layers import ConvBlock, bilinear_kernel, cut, init_he
+from segdeconv.models.base import SegmentationModel
+
+# Which maps are scored beside the deepest one, coarse to fine.
+SKIPS: dict[int, tuple[str, ...]] = {32: (), 16: ("pool4",), 8: ("pool4", "pool3")}
+# Where the originals cut their maps, in pixels from the top and left: skips to what is added, scores to the image.
+SKIP_CROPS = {"pool4": 5, "pool3": 9}
+SCORE_CROPS = {32: 19, 16: 27, 8: 31}
+
+
+class FCN(SegmentationModel):
+    """FCN-32s, FCN-16s or FCN-8s on a VGG encoder.
+
+    stride: 32, 16 or 8. The paper trains them in this order, each from the one before: `init_from=` takes over all
+        that they have in common, and a new skip starts at zero, so that nothing changes but the last enlargement.
+    depth, width, pretrained: see `vgg_encoder`. fc_width: channels of fc6 and fc7; trained weights of theirs are taken
+        if the file has them in this width. norm: false as in the original.
+    learnt: which enlargements learn, from their start as bilinear interpolation. `inner`, all but the last, as in the
+        paper; `none`, as in the authors' files, who found no difference; `all`, the "learnt deconv" that the SegNet
+        paper measures beside "fixed bilinear". Those that do not learn have no weights in the state.
+    padding: `same`, zeros around every convolution, so that maps of n and ceil(n / 2) lie exactly on one another at
+        any size. `100` as in the originals, who surround the image by 100 pixels and cut the results, exact at any
+        size too; fc6 then sees what the network makes of zeros where it otherwise sees zeros, at the cost of
+        (H + 198) x (W + 198) pixels.
+    dropout: after fc6 and fc7.
+
+    Differences from the original: ours is the padding, unless it is 100; an enlargement that does not learn does one
+    map at a time, where theirs multiplies by zeros.
+
+    >>> import torch
+    >>> FCN(num_classes=21, width=0.125, fc_width=32).eval()(torch.zeros(1, 3, 37, 50)).shape
+    torch.Size([1, 21, 37, 50])
+    """
+
+    heads = ("score", "skips")
+    square_heads = ("ups", "upscore")
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        in_channels: int = 3,
+        stride: Literal[8, 16, 32] = 8,
+        depth: Literal[11, 13, 16, 19] = 16,
+        norm: bool = False,
+        width: Annotated[float, Field(gt=0, le=4)] = 1.0,
+        fc_width: PositiveInt = 4096,
+        dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5,
+        learnt: Literal["none", "inner", "all"] = "inner",
+        padding: Literal["same", 100] = "same",
+        pretrained: str = "none",
+    ) -> None:
+        super().__init__(num_classes, in_channels=in_channels)
+        self.stride, self.padding = stride, padding
+        state = vgg_weights(pretrained, depth=depth, norm=norm, width=width)
+        self.encoder = vgg_encoder(depth, in_channels=in_channels, norm=norm, width=width)
+        channels = {f"pool{number}": stage[-1] for number, stage in enumerate(self.encoder.channels, start=1)}
+        self.fc6 = ConvBlock(channels["pool5"], fc_width, kernel=7, padding=3 if padding == "same" else 0, norm=norm)
+        self.fc7 = ConvBlock(fc_width, fc_width, kernel=1, norm=norm)
+        self.dropout = nn.Dropout(dropout)
+        self.score = _score(fc_width, num_classes)
+        self.skips = nn.ModuleDict({name: _score(channels[name], num_classes) for name in SKIPS[stride]})
+        self.ups = nn.ModuleDict(
+            {name: Enlarge(num_classes, 2, padding=padding, learnt=learnt != "none") for name in SKIPS[stride]}
+        )
+        self.upscore = Enlarge(num_classes, stride, padding=padding, learnt=learnt == "all")
+        init_he(self.fc6)
+        init_he(self.fc7)
+        if state is not None:
+            load_vgg(self.encoder, state, source=pretrained)
+            load_fully_connected(self.fc6.conv, state, "classifier.0")
+            load_fully_connected(self.fc7.conv, state, "classifier.3")
+
+    def forward(self, image: Tensor) -> Tensor:
+        size = image.shape[-2:]
+        if self.padding == 100:
+            image = F.pad(image, (99, 99, 99, 99))  # and 1 by the first convolution
+        pooled = {f"pool{number}": pooling.features for number, pooling in enumerate(self.encoder(image).pooled, 1)}
+        x = self.dropout(self.fc6(pooled["pool5"]))
+        x = self.score(self.dropout(self.fc7(x)))
+        for name in SKIPS[self.stride]:
+            x = self._added(self.ups[name](x), self.skips[name](pooled[name]), SKIP_CROPS[name])
+        return cut(self.upscore(x), size, 0 if self.padding == "same" else SCORE_CROPS[self.stride])
+
+    def _added(self, x: Tensor, skip: Tensor, crop: int) -> Tensor:
+        """Enlarged scores and those of a finer map. Without padding it is the finer map that is too large."""
+        if self.padding == "same":
+            return skip + cut(x, skip.shape[-2:])
+        return x + cut(skip, x.shape[-2:], crop)
+
+
+class Enlarge(nn.Module):
+    """Score maps made `factor` times as large by a transposed convolution that starts as bilinear interpolation.
+
+    padding: `same` cuts what lies beyond the map off each side; 100 keeps it, as the originals do.
+    """
+
+    weight: Tensor
+
+    def __init__(self, channels: int, factor: int, *, padding: Literal["same", 100], learnt: bool) -> None:
+        super().__init__()
+        self.factor, self.padding = factor, factor // 2 if padding == "same" else 0
+        if learnt:  # from every class to every class
+            self.groups = 1
+            self.weight = nn.Parameter(bilinear_kernel(channels, 2 * factor))
+        else:
+            self.groups = channels
+            kernel = bilinear_kernel(1, 2 * factor).repeat(channels, 1, 1, 1)
+            self.register_buffer("weight", kernel, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W) -> (N, C, factor * H, factor * W), and factor more of 100
+        return F.conv_transpose2d(x, self.weight, stride=self.factor, padding=self.padding, groups=self.groups)
+
+
+def _score(channels: int, num_classes: int) -> nn.Conv2d:
+    """A 1x1 convolution to class scores that starts at zero."""
+    score = nn.Conv2d(channels, num_classes, 1)
+    nn.init.zeros_(score.weight)
+    nn.init.zeros_(score.bias)  # type: ignore[arg-type]
+    return score
