@@ -1,0 +1,158 @@
+"""Train the SegNet paper's eight decoders under one recipe, and make its table 1 anew.
+
+    python scripts/study.py [--quick] [--seeds 0,1,2] [--models a,b] [--balancing median_frequency,none]
+                            [--split val] [--out DIR] [--table] [key=value ...]
+
+Every key=value is train.py's, for all of them: dataset.root=DIR, dataset=shapes, trainer.max_steps=1000.
+--quick is a slim form at 90x120, minutes on two CPU cores; --table only writes the table of the runs that are there.
+Writes DIR/<balancing>/<model>/seed<n>/ for every run, and DIR/study.md, study.csv and study.json after each. What is
+finished is not run again, and what was cut goes on, when the same command is typed again.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from segdeconv.errors import (
+    ArgumentParser,
+    DivergedError,
+    Interrupted,
+    SegdeconvError,
+    UsageError,
+    command,
+    did_you_mean,
+    run_command,
+)
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+GIVEN = {"model": "--models", "seed": "--seeds", "loss.balancing": "--balancing", "hydra.run.dir": "--out"}
+
+
+def main() -> None:
+    """Check every recipe, measure every network, train what is not trained, write the table after each."""
+    parser = ArgumentParser("study.py", description=__doc__.splitlines()[0])
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example dataset.root=DIR")
+    parser.add_argument("--quick", action="store_true", help="slim networks at 90x120: minutes on two CPU cores")
+    parser.add_argument("--seeds", default="0", help="comma-separated (default 0)")
+    parser.add_argument("--models", help="comma-separated files of configs/model (default: all eight)")
+    parser.add_argument("--balancing", default="median_frequency", help="of the loss: median_frequency, none, or both")
+    parser.add_argument("--split", default="val", help="whose scores the table shows (default val)")
+    parser.add_argument("--out", type=Path, help="folder (default: runs/decoder-study, or -quick)")
+    parser.add_argument("--table", action="store_true", help="train nothing, only write the table")
+    arguments = parser.parse_intermixed_args()
+
+    import torch
+
+    from segdeconv import config
+    from segdeconv.data.module import build_split
+    from segdeconv.inference import best_device
+    from segdeconv.runs import check_recipe, finished
+    from segdeconv.study import costs, paper, table
+    from segdeconv.train import train
+
+    for word in arguments.overrides:
+        key = word.partition("=")[0].lstrip("+")
+        if key in GIVEN:
+            raise UsageError(f"{word} is the study's to say - use {GIVEN[key]}")
+    experiment = "decoder_study_quick" if arguments.quick else "decoder_study"
+    plan = table.Plan(
+        arguments.out or Path("runs") / experiment.replace("_", "-"),
+        chosen(arguments.models, table.NAMES, "--models") if arguments.models else tuple(table.NAMES),
+        chosen(arguments.balancing, paper.BALANCINGS, "--balancing"),
+        seeds(arguments.seeds),
+        arguments.split,
+    )
+    if not any(word.startswith("experiment=") for word in arguments.overrides):
+        arguments.overrides.insert(0, f"experiment={experiment}")
+
+    def words(model: str, balancing: str, seed: int) -> list[str]:
+        return [*arguments.overrides, f"model={model}", f"loss.balancing={balancing}", f"seed={seed}"]
+
+    def recipe(model: str, balancing: str, seed: int) -> dict[str, Any]:
+        return check_recipe(config.compose(words(model, balancing, seed), CONFIGS)[0])
+
+    # Before anything is trained: a mistake in any of them, and what each of them costs.
+    nodes = {model: recipe(model, plan.balancings[0], plan.seeds[0]) for model in table.NAMES}
+    jobs = [(seed, key) for seed in plan.seeds for key in plan.keys]
+    for seed, (balancing, model) in jobs:
+        check_same(plan.run((balancing, model), seed), recipe(model, balancing, seed))
+    dataset = nodes["segnet_basic"]["dataset"]
+    split, _ = build_split(dataset, "train"), build_split(dataset, plan.split)
+    size, device = dataset["size"] or dataset["crop"], best_device()
+    if size is None:
+        raise UsageError("the networks are compared at one size - give dataset.size=[H,W]")
+    measured = {
+        model: costs.measure(node["model"], len(split.classes), split.channels, tuple(size), device)
+        for model, node in nodes.items()
+    }
+    facts = {
+        "command": command("study", sys.argv[1:]),
+        "data": f"{split.kind}, {len(split)} train images at {size[0]}x{size[1]}",
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
+    }
+
+    for number, (seed, (balancing, model)) in enumerate(jobs, start=1):
+        run = plan.run((balancing, model), seed)
+        if not arguments.table and not finished(run):
+            print(f"\n=== {number} of {len(jobs)}: {table.NAMES[model]}, {balancing}, seed {seed}\n", flush=True)
+            typed = command("train", [*words(model, balancing, seed), f"hydra.run.dir={run}"])
+            try:
+                train({**recipe(model, balancing, seed), "resume": "auto"}, run, typed=typed)
+            except DivergedError as error:
+                print(f"{table.NAMES[model]} has no scores: {error}", flush=True)
+            except Interrupted as error:
+                said = str(error).partition(" - ")[0]
+                raise Interrupted(f"{said} - go on with the same command", error.exit_code) from error
+        if finished(run) and not plan.report((balancing, model), seed).is_file():
+            score(run, plan.split)
+        table.write(plan, measured, facts)
+    print("\n" + table.write(plan, measured, facts))
+    print("\n".join(f"{plan.out / name}" for name in ("study.md", "study.csv", "study.json")))
+
+
+def chosen(text: str, options: Iterable[str], flag: str) -> tuple[str, ...]:
+    """The names in a comma-separated list, in the order of the options."""
+    names, known = text.split(","), list(options)
+    for name in names:
+        if name not in known:
+            raise UsageError(f"{flag}: there is no '{name}' - {did_you_mean(name, known)}")
+    return tuple(name for name in known if name in names)
+
+
+def seeds(text: str) -> tuple[int, ...]:
+    """The numbers in a comma-separated list."""
+    try:
+        return tuple(sorted({int(word) for word in text.split(",")}))
+    except ValueError:
+        raise UsageError(f"--seeds {text} are no numbers - write for example --seeds 0,1,2") from None
+
+
+def check_same(run: Path, recipe: dict[str, Any]) -> None:
+    """Refuse a run that is there and was trained by another recipe: a table has one."""
+    import yaml
+
+    from segdeconv.runs import differing_keys
+
+    if any(run.glob("*.ckpt")):
+        differing = differing_keys(yaml.safe_load((run / "config.yaml").read_text()), recipe)
+        if differing:
+            raise UsageError(
+                f"{run} was trained with other values of {', '.join(differing)} - give those, or choose another --out"
+            )
+
+
+def score(run: Path, split: str) -> None:
+    """Evaluate the best checkpoint of a run on a split that training did not."""
+    script = Path(__file__).with_name("evaluate.py")
+    words = [str(run / "best.ckpt"), "--split", split, "--out", str(run / split)]
+    done = subprocess.run([sys.executable, str(script), *words], check=False, stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SegdeconvError(done.stderr.strip().splitlines()[-1].removeprefix("segdeconv: error: "))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,229 @@
+"""SegNet-Basic, FCN-Basic and their variants: one small encoder under eight decoders, to see what a decoder needs.
+
+Badrinarayanan, Kendall, Cipolla 2017, section 3.1, figure 3 and table 1, https://arxiv.org/abs/1511.00561. The encoder
+is four times [7x7 convolution, batch norm, ReLU, pool] with 64 channels. The decoders differ in how one of their four
+steps doubles the map, and in what the encoder has to keep for it (K: classes):
+
+    step of the decoder                                        kept
+    unpool, 7x7 convolution 64 -> 64                           switches           SegNet-Basic
+    unpool, 7x7 convolution 64 -> 64, + encoder map            switches, 64 maps  SegNet-Basic-EncoderAddition
+    unpool, 7x7 convolution of every map by itself             switches           SegNet-Basic-SingleChannelDecoder
+    8x8 deconvolution K -> K, + 1x1 convolved encoder map      K maps             FCN-Basic
+    8x8 deconvolution K -> K                                   nothing            FCN-Basic-NoAddition
+    8x8 deconvolution 64 -> 64, + encoder map                  64 maps            FCN-Basic-NoDimReduction
+    8x8 deconvolution 64 -> 64                                 nothing            FCN-Basic-NoAddition-NoDimReduction
+    fixed bilinear interpolation of K maps                     nothing            Bilinear-Interpolation
+
+The encoder map of a step is what a pool gave at the size that the step makes (figure 3), so the last step, at the size
+of the image, has none. The authors did not release these files; what their text leaves open is marked "ours".
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from itertools import zip_longest
+from typing import Annotated, Literal, NamedTuple
+
+import torch.nn.functional as F
+from pydantic import Field, PositiveInt
+from torch import Tensor, nn
+
+from segdeconv.encoders import Encoder, SwitchSource
+from segdeconv.layers import BilinearDeconv, ConvBlock, Dropouts, init_he
+from segdeconv.models.base import SegmentationModel
+from segdeconv.models.dropout import DropoutAt, dropout_places
+from segdeconv.switches import unpool
+
+DEPTH = 4  # encoders, and decoders
+
+
+class Level(NamedTuple):
+    """What the encoder keeps for one step of the decoder; None is what the decoder does without.
+
+    size: (H, W) that was pooled, which the step makes again.
+    switches: (N, C, ceil(H/2), ceil(W/2)) uint8, of that pool.
+    features: (N, C or K, H, W), the map to add to the step's own.
+    """
+
+    size: tuple[int, int]
+    switches: Tensor | None = None
+    features: Tensor | None = None
+
+
+class BasicModel(SegmentationModel):
+    """The encoder that all of them share, and the two halves of a network: what crosses between them is `encode`'s.
+
+    With what the released training file of SegNet-Basic has and the text leaves out: local response normalisation of
+    the input (meant for raw pixels 0..255: `dataset.mean=[0,0,0] dataset.std=[1,1,1]`).
+
+    width: channels of every map; 64 in the paper. bias: of the convolutions; the released file has them and the text
+    says none, and before a batch norm they change nothing. switch_source: see `Encoder`.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        in_channels: int = 3,
+        width: PositiveInt = 64,
+        bias: bool = True,
+        switch_source: SwitchSource = "pre_relu",
+    ) -> None:
+        super().__init__(num_classes, in_channels=in_channels)
+        self.normalise = nn.LocalResponseNorm(5, alpha=1e-4, beta=0.75, k=1.0)
+        self.encoder = Encoder(
+            ((width,),) * DEPTH, in_channels=in_channels, kernel=7, bias=bias, switch_source=switch_source
+        )
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.decode(*self.encode(image))
+
+    @abstractmethod
+    def encode(self, image: Tensor) -> tuple[Tensor, list[Level]]:
+        """(N, C, H, W) -> the deepest map, (N, C or K, ceil(H/16), ceil(W/16)), and the levels, the deepest first."""
+
+    @abstractmethod
+    def decode(self, x: Tensor, levels: list[Level]) -> Tensor:
+        """What `encode` gave -> logits (N, K, H, W)."""
+
+
+class SegNetBasic(BasicModel):
+    """SegNet-Basic: four stages of one 7x7 convolution each way, for small data sets.
+
+    No ReLU in the decoder, and a 1x1 classifier after it.
+
+    decoder: `dense` filters over all maps, or `single_channel` ones, each over its own map alone.
+    encoder_addition: add the encoder's maps to the decoder's, after its batch norm (ours).
+    dropout: the probability of it at the places that `dropout_at` names, see `dropout_places`; `central` makes this
+        Bayesian SegNet-Basic.
+
+    >>> import torch
+    >>> SegNetBasic(num_classes=11)(torch.zeros(1, 3, 45, 60)).shape
+    torch.Size([1, 11, 45, 60])
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        in_channels: int = 3,
+        width: PositiveInt = 64,
+        bias: bool = True,
+        switch_source: SwitchSource = "pre_relu",
+        decoder: Literal["dense", "single_channel"] = "dense",
+        encoder_addition: bool = False,
+        dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5,
+        dropout_at: DropoutAt = "none",
+    ) -> None:
+        super().__init__(num_classes, in_channels=in_channels, width=width, bias=bias, switch_source=switch_source)
+        groups = width if decoder == "single_channel" else 1
+        self.encoder_addition = encoder_addition
+        self.dropouts = self.encoder.dropouts = Dropouts(dropout_places(dropout_at, DEPTH), dropout)
+        self.decoder = nn.ModuleList(
+            ConvBlock(width, width, kernel=7, activation=False, bias=bias, groups=groups) for _ in range(DEPTH)
+        )
+        self.classifier = nn.Conv2d(width, num_classes, 1, bias=bias)
+        init_he(self)
+
+    def encode(self, image: Tensor) -> tuple[Tensor, list[Level]]:
+        x, pooled = self.encoder(self.normalise(image))
+        added = [pooling.features for pooling in pooled[-2::-1]] if self.encoder_addition else []
+        return x, [Level(p.size, p.switches, features) for p, features in zip_longest(reversed(pooled), added)]
+
+    def decode(self, x: Tensor, levels: list[Level]) -> Tensor:
+        for index, (block, level) in enumerate(zip(self.decoder, levels, strict=True)):
+            assert level.switches is not None
+            x = self.dropouts.at(f"decoder{DEPTH - index}", block(unpool(x, level.switches, level.size)))
+            x = x if level.features is None else x + level.features
+        return self.classifier(x)
+
+
+class FCNBasic(BasicModel):
+    """FCN-Basic: learned upsampling by 8x8 deconvolutions that start as bilinear interpolation, and no filter after it.
+
+    With reduction the last deconvolution gives the logits; without it a 1x1 classifier follows, as in SegNet-Basic.
+    Ours: the deconvolutions have no bias, and a batch norm follows each of them but one that gives logits. Without any
+    the loss is not a number after 13 steps of the paper's learning rate.
+
+    addition: add the encoder's maps to the upsampled ones. reduction: reduce the encoder's maps, the deepest too, to
+    one per class by 1x1 convolutions.
+
+    >>> import torch
+    >>> FCNBasic(num_classes=11)(torch.zeros(1, 3, 45, 60)).shape
+    torch.Size([1, 11, 45, 60])
+    """
+
+    heads = ("classifier", "reduction")
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        in_channels: int = 3,
+        width: PositiveInt = 64,
+        bias: bool = True,
+        switch_source: SwitchSource = "pre_relu",
+        addition: bool = True,
+        reduction: bool = True,
+    ) -> None:
+        super().__init__(num_classes, in_channels=in_channels, width=width, bias=bias, switch_source=switch_source)
+        channels = num_classes if reduction else width
+        self.addition = addition
+        # One for every map that crosses, the deepest first.
+        self.reduction = nn.ModuleList(
+            nn.Conv2d(width, num_classes, 1, bias=bias) if reduction else nn.Identity()
+            for _ in range(DEPTH if addition else 1)
+        )
+        self.classifier = nn.Identity() if reduction else nn.Conv2d(width, num_classes, 1, bias=bias)
+        init_he(self)
+        self.decoder = nn.ModuleList(BilinearDeconv(channels, kernel=8) for _ in range(DEPTH))
+        normed = DEPTH - 1 if reduction else DEPTH
+        self.norms = nn.ModuleList(
+            nn.BatchNorm2d(channels) if step < normed else nn.Identity() for step in range(DEPTH)
+        )
+
+    def encode(self, image: Tensor) -> tuple[Tensor, list[Level]]:
+        x, pooled = self.encoder(self.normalise(image))
+        deepest, *others = self.reduction
+        added = [reduce(pooling.features) for reduce, pooling in zip(others, pooled[-2::-1], strict=False)]
+        return deepest(x), [Level(p.size, features=features) for p, features in zip_longest(reversed(pooled), added)]
+
+    def decode(self, x: Tensor, levels: list[Level]) -> Tensor:
+        for deconv, norm, level in zip(self.decoder, self.norms, levels, strict=True):
+            x = norm(deconv(x, level.size))
+            x = x if level.features is None else x + level.features
+        return self.classifier(x)
+
+
+class BilinearBasic(BasicModel):
+    """Bilinear-Interpolation: class scores of the deepest map, made larger by a fixed rule; the decoder learns nothing.
+
+    Ours: the scores are interpolated and not the 64 maps (the paper's time is FCN-Basic's), in four steps of two.
+
+    >>> import torch
+    >>> BilinearBasic(num_classes=11)(torch.zeros(1, 3, 45, 60)).shape
+    torch.Size([1, 11, 45, 60])
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        in_channels: int = 3,
+        width: PositiveInt = 64,
+        bias: bool = True,
+        switch_source: SwitchSource = "pre_relu",
+    ) -> None:
+        super().__init__(num_classes, in_channels=in_channels, width=width, bias=bias, switch_source=switch_source)
+        self.classifier = nn.Conv2d(width, num_classes, 1, bias=bias)
+        init_he(self)
+
+    def encode(self, image: Tensor) -> tuple[Tensor, list[Level]]:
+        x, pooled = self.encoder(self.normalise(image))
+        return self.classifier(x), [Level(pooling.size) for pooling in reversed(pooled)]
+
+    def decode(self, x: Tensor, levels: list[Level]) -> Tensor:
+        for (height, width), *_ in levels:
+            # Twice the size and then cut, so that windows that reached over an odd edge stay where they were.
+            x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)[..., :height, :width]
+        return x
