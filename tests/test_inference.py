@@ -3,9 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from segdeconv.inference import autocast, flipped, labels, padded, resolve_precision
-from segdeconv.models import SegNet
+from segdeconv.layers import ConvBlock, DeconvBlock, fold_norms
+from segdeconv.models import DeconvNet, SegNet, SegNetBasic
 
 
 @pytest.fixture(autouse=True)
@@ -110,3 +112,57 @@ def test_a_precision_that_is_slow_here_is_not_chosen(monkeypatch):
 def test_unknown_precision_is_refused():
     with pytest.raises(ValueError, match=r"precision=fp16 is unknown - it is auto, 32-true, bf16-mixed, 16-mixed"):
         resolve_precision("fp16")
+
+
+# Folding.
+
+
+def trained_norms(network):
+    """Give every batch norm statistics and parameters unlike its first ones."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -1, 1)
+            nn.init.uniform_(module.running_var, 0.3, 3)
+            nn.init.uniform_(module.weight, -1.5, 1.5)
+            nn.init.uniform_(module.bias, -1, 1)
+    return network.eval()
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        lambda: ConvBlock(3, 5, kernel=7),
+        lambda: ConvBlock(4, 6, bias=False, activation=False),
+        lambda: ConvBlock(4, 4, groups=4),
+        lambda: DeconvBlock(3, 5),
+        lambda: DeconvBlock(6, 4, kernel=7, padding=0),
+    ],
+)
+def test_a_folded_block_is_one_layer_and_the_same_function(block):
+    block = trained_norms(block())
+    layer = block.conv if isinstance(block, ConvBlock) else block.deconv
+    x = torch.randn(2, layer.in_channels, 9, 8)
+    before = {name: value.clone() for name, value in block.state_dict().items()}
+    folded = fold_norms(block)
+    with torch.no_grad():
+        torch.testing.assert_close(folded(x), block(x), rtol=1e-5, atol=1e-5)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    assert all(torch.equal(value, before[name]) for name, value in block.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        lambda: SegNet(3, width=0.0625),
+        lambda: SegNet(3, width=0.0625, norm=False),
+        lambda: SegNetBasic(3, width=4),
+        lambda: DeconvNet(3, width=0.0625, fc_width=8),
+        lambda: DeconvNet(3, width=0.0625, fc_width=8, tied=True),
+    ],
+)
+def test_a_folded_network_is_the_same_function(network):
+    # In float64, where rounding moves no switch.
+    network = trained_norms(network().double())
+    image = torch.randn(1, 3, network.minimum_size, network.minimum_size + 9, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(fold_norms(network)(image), network(image), rtol=1e-8, atol=1e-8)

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from segdeconv.config import TARGET, build, check, locate, split
 from segdeconv.data.dataset import SegmentationDataset
 from segdeconv.data.inspection import Inspection
+from segdeconv.data.instances import Crops
 from segdeconv.data.loading import (
     EvaluationSamples,
     TrainingBatches,
@@ -23,6 +24,7 @@ from segdeconv.data.loading import (
 from segdeconv.data.relabelled import Relabelled
 from segdeconv.data.transforms import (
     Augmentation,
+    Order,
     Preprocessing,
     Transform,
     border_arguments,
@@ -47,6 +49,8 @@ class DataModule(LightningDataModule):
     timeout: seconds after which a batch that does not come ends the run.
     mean, std: of each channel, in the units of the stored numbers. None is ImageNet's for 8-bit RGB, and what is
         measured on the train split for other images. The originals feed SegNet raw pixels: mean=[0,0,0], std=[1,1,1].
+    order: of the channels as the network sees them. OpenCV, and so Caffe, reads `bgr`; mean and std stay those of the
+        stored channels.
     """
 
     def __init__(
@@ -63,6 +67,7 @@ class DataModule(LightningDataModule):
         timeout: Annotated[float, Field(ge=0)] = 120.0,
         mean: tuple[float, ...] | None = None,
         std: tuple[Positive, ...] | None = None,
+        order: Order = "rgb",
     ) -> None:
         super().__init__()
         self.train, self.val, self.seed, self.batch_size = train, val, seed, batch_size
@@ -73,9 +78,13 @@ class DataModule(LightningDataModule):
                     f"dataset.{name} has {len(values)} values and the images have {train.channels} channel(s) - give "
                     "one per channel, or leave it out"
                 )
+        if order == "bgr" and train.channels != 3:
+            raise UsageError(
+                f"dataset.order=bgr is an order of 3 channels and the images have {train.channels} - leave it out"
+            )
         image, mask, _ = train[0]
         bits = 8 * image.dtype.itemsize
-        self.preprocessing = Preprocessing(_size(size), tuple(mean), tuple(std), bits, train.as_stored)
+        self.preprocessing = Preprocessing(_size(size), tuple(mean), tuple(std), bits, train.as_stored, order)
         augmentation = Augmentation(
             transforms,
             crop=_size(crop) or _size(size),
@@ -143,19 +152,23 @@ def normalisation(settings: Mapping[str, Any], dataset: SegmentationDataset, see
 
 
 def build_split(node: Mapping[str, Any], split_name: str) -> SegmentationDataset:
-    """One split of the data set that a checked `dataset` node names, through its label_map."""
+    """One split of the data set that a checked `dataset` node names, through its label_map, whole or in crops."""
     source = split(node, DataModule)[1]
     view, source = split(source, Relabelled)
+    crops, source = split(source, Crops)
     dataset = typing.cast(SegmentationDataset, build(source, "dataset", split=split_name))
-    return Relabelled(dataset, **view) if view.get("label_map") else dataset
+    if view.get("label_map"):
+        dataset = Relabelled(dataset, **view)
+    return Crops(dataset, **crops) if crops.get("examples", "images") != "images" else dataset
 
 
 SUPPLIED = ("train", "val", "transforms", "seed", "dataset")
 
 
 def check_dataset(node: dict[str, Any]) -> dict[str, Any]:
-    """The `dataset` node of a recipe: arguments of the data set, of the view of its classes, of the data module."""
-    return check(node, "dataset", [locate(node, "dataset"), Relabelled, DataModule], supplied=[*SUPPLIED, "split"])
+    """The `dataset` node of a recipe: arguments of the data set, of the views of it, of the data module."""
+    schemas = [locate(node, "dataset"), Relabelled, Crops, DataModule]
+    return check(node, "dataset", schemas, supplied=[*SUPPLIED, "split"])
 
 
 def check_augment(nodes: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import albumentations
 import cv2
@@ -24,6 +24,7 @@ NEAREST = (cv2.INTER_NEAREST, cv2.INTER_NEAREST_EXACT)
 MOST = 4  # channels that OpenCV averages, or fills with a value each
 
 Size = tuple[int, int]  # (H, W)
+Order = Literal["rgb", "bgr"]
 
 
 def resize_image(image: np.ndarray, size: Size) -> np.ndarray:
@@ -54,6 +55,7 @@ class Preprocessing:
     mean, std: per channel, in the units of the stored numbers: 0..255, or 0..65535 of 16 bit.
     bits: of every channel, 8 or 16.
     as_stored: whether images are what their files hold; otherwise any picture becomes 8-bit RGB.
+    order: of the channels as the network sees them; `bgr` turns them round, last of all.
     """
 
     size: Size | None
@@ -61,6 +63,7 @@ class Preprocessing:
     std: tuple[float, ...]
     bits: int = 8
     as_stored: bool = False
+    order: Order = "rgb"
 
     @property
     def channels(self) -> int:
@@ -80,6 +83,8 @@ class Preprocessing:
                 f"{self.bits} bit - give images like those it is trained on"
             )
         mean, std = np.array(self.mean, dtype=np.float32), np.array(self.std, dtype=np.float32)
+        if self.order == "bgr":
+            image, mean, std = np.ascontiguousarray(image[:, :, ::-1]), mean[::-1], std[::-1]
         return torch.from_numpy((image - mean) / std).permute(2, 0, 1)
 
     def plain(self) -> dict[str, Any]:
@@ -90,6 +95,7 @@ class Preprocessing:
             "std": list(self.std),
             "bits": self.bits,
             "as_stored": self.as_stored,
+            "order": self.order,
         }
 
     @classmethod
@@ -97,7 +103,8 @@ class Preprocessing:
         """The inverse of `plain`."""
         size = (data["size"][0], data["size"][1]) if data["size"] else None
         mean, std = tuple(data["mean"]), tuple(data["std"])
-        return cls(size, mean, std, data.get("bits", 8), data.get("as_stored", False))  # checkpoints of 0.1 lack them
+        # Checkpoints of 0.1 lack these.
+        return cls(size, mean, std, data.get("bits", 8), data.get("as_stored", False), data.get("order", "rgb"))
 
 
 class Transform(Protocol):
