@@ -39,6 +39,7 @@ class Classes:
     ignore_index: the mask value of pixels that count neither in the loss nor in the scores.
     labels: the value that stands for each class in a label mask file; 0, 1, 2, ... if not given.
     ignore_colour: the colour of ignored pixels in RGB-coloured mask files, if there is one.
+    ignored_labels: the values that stand for ignored pixels in a label mask file; ignore_index alone if not given.
     """
 
     names: tuple[str, ...]
@@ -46,10 +47,13 @@ class Classes:
     ignore_index: int = 255
     labels: tuple[int, ...] = ()
     ignore_colour: Colour | None = None
+    ignored_labels: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.labels:
             object.__setattr__(self, "labels", tuple(range(len(self.names))))
+        if not self.ignored_labels:
+            object.__setattr__(self, "ignored_labels", (self.ignore_index,))
         if len(self.names) < 2:
             raise UsageError(
                 f"{len(self.names)} class(es) {list(self.names)}: a network needs at least two to tell apart "
@@ -82,8 +86,8 @@ class Classes:
     def _indices(self) -> np.ndarray:
         """(65536,) int32: class index or ignore_index of every label value; -1 where there is none."""
         indices = np.full(65536, -1, dtype=np.int32)
-        indices[self.ignore_index] = self.ignore_index
-        # After the ignored label, so that a class whose label is 255 (0/255 masks) stays a class.
+        indices[list(self.ignored_labels)] = self.ignore_index
+        # After the ignored labels, so that a class whose label is 255 (0/255 masks) stays a class.
         for index, label in enumerate(self.labels):
             indices[label] = index
         return indices
@@ -125,11 +129,9 @@ class Classes:
     @property
     def rule(self) -> str:
         """Which labels a mask file may hold, in words."""
-        first, last = self.labels[0], self.labels[-1]
-        run = self.labels == tuple(range(first, first + len(self)))
-        shown = f"{first}..{last}" if run else ", ".join(map(str, self.labels))
-        void = "" if self.ignore_index in self.labels else f" and {self.ignore_index} for ignored pixels"
-        return f"the classes have labels {shown}{void}"
+        ignored = [label for label in self.ignored_labels if label not in self.labels]
+        void = f" and {_in_words(ignored)} for ignored pixels" if ignored else ""
+        return f"the classes have labels {_in_words(self.labels)}{void}"
 
     @property
     def colour_table(self) -> str:
@@ -145,6 +147,7 @@ class Classes:
             "ignore_index": self.ignore_index,
             "labels": list(self.labels),
             "ignore_colour": list(self.ignore_colour) if self.ignore_colour else None,
+            "ignored_labels": list(self.ignored_labels),
         }
 
     @classmethod
@@ -156,6 +159,7 @@ class Classes:
             ignore_index=data["ignore_index"],
             labels=tuple(data["labels"]),
             ignore_colour=_colour(data["ignore_colour"]) if data["ignore_colour"] else None,
+            ignored_labels=tuple(data.get("ignored_labels", ())),  # absent in what older versions wrote
         )
 
 
@@ -168,3 +172,18 @@ def pack_colours(image: np.ndarray) -> np.ndarray:
 def _colour(values: Sequence[int]) -> Colour:
     red, green, blue = (int(value) for value in values)
     return red, green, blue
+
+
+def _in_words(labels: Sequence[int]) -> str:
+    """Numbers in order, runs of them by their ends.
+
+    >>> _in_words((0, 1, 2, 3, 7))
+    '0..3, 7'
+    """
+    runs: list[list[int]] = []
+    for label in labels:
+        if runs and label == runs[-1][-1] + 1:
+            runs[-1].append(label)
+        else:
+            runs.append([label])
+    return ", ".join(f"{run[0]}..{run[-1]}" if run[1:] else str(run[0]) for run in runs)

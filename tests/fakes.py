@@ -152,8 +152,8 @@ def voc(
     for index, name in enumerate((*train, *val)):
         image, mask = voc_image_and_mask(index)
         Image.fromarray(image).save(folder / "JPEGImages" / f"{name}.jpg", quality=95)
-        for part in ("SegmentationClass", "SegmentationObject"):
-            picture = Image.fromarray(mask)
+        for part, labels in (("SegmentationClass", mask), ("SegmentationObject", voc_objects(mask))):
+            picture = Image.fromarray(labels)
             picture.putpalette([channel for colour in voc_colours(256) for channel in colour])
             picture.save(folder / part / f"{name}.png")
         (folder / "Annotations" / f"{name}.xml").write_text("<annotation/>")
@@ -174,8 +174,19 @@ def voc_image_and_mask(index: int, *, border: bool = True) -> tuple[np.ndarray, 
     return image, mask
 
 
+def voc_objects(mask: np.ndarray) -> np.ndarray:
+    """Numbers of objects for a mask of VOC's labels: one object a label, whose number is not its label."""
+    numbers = np.zeros_like(mask)
+    for label in np.unique(mask[(mask > 0) & (mask < 255)]):
+        numbers[mask == label] = 21 - label
+    numbers[mask == 255] = 255
+    return numbers
+
+
 def sbd(folder: Path, train: tuple[str, ...], val: tuple[str, ...], images: Path | None = None) -> Path:
-    """SBD's benchmark_RELEASE: masks without a border in MATLAB's struct GTcls, and images, also for `images`."""
+    """SBD's benchmark_RELEASE: masks without a border in MATLAB's struct GTcls, objects in GTinst, and images, also for
+    `images`.
+    """
     from scipy.io import savemat
     from scipy.sparse import csc_matrix
 
@@ -190,9 +201,144 @@ def sbd(folder: Path, train: tuple[str, ...], val: tuple[str, ...], images: Path
         present = np.unique(mask[mask > 0])[:, None]
         struct = {"Boundaries": boundaries, "Segmentation": mask, "CategoriesPresent": present}
         savemat(dataset / "cls" / f"{name}.mat", {"GTcls": struct}, do_compression=True)
+        objects = {"Segmentation": voc_objects(mask), "Boundaries": boundaries, "Categories": present}
+        savemat(dataset / "inst" / f"{name}.mat", {"GTinst": objects}, do_compression=True)
         for place in (dataset / "img", *([images] if images else [])):
             if not (place / f"{name}.jpg").exists():
                 Image.fromarray(image).save(place / f"{name}.jpg", quality=95)
     for split, names in (("train", train), ("val", val)):
         (dataset / f"{split}.txt").write_text("".join(f"{name}\n" for name in names))
     return folder / "benchmark_RELEASE"
+
+
+# As the four write their labels, stated again: a table of ours that is wrong must not agree with itself.
+CITYSCAPES_ROAD_TO_BICYCLE = {
+    7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 10, 24: 11, 25: 12, 26: 13, 27: 14, 28: 15,
+    31: 16, 32: 17, 33: 18,
+}  # fmt: skip
+
+
+def cityscapes(
+    folder: Path, kinds: tuple[str, ...] = ("labelIds",), cities: dict[str, tuple[str, ...]] | None = None
+) -> Path:
+    """Cityscapes as its archives unpack, 48x96: cities, PNGs, masks of all 34 label ids and what is drawn beside them.
+
+    kinds: of masks, labelIds and labelTrainIds; each has the same things in it. The test masks hold ids 0 to 3 alone.
+    """
+    cities = cities or {"train": ("aachen", "bochum"), "val": ("frankfurt",), "test": ("berlin",)}
+    for split, places in cities.items():
+        for city in places:
+            for part in ("leftImg8bit", "gtFine"):
+                (folder / part / split / city).mkdir(parents=True)
+            for index in range(2):
+                name = f"{city}_{index:06d}_000019"
+                image, ids = cityscapes_image_and_ids(sum(map(ord, name)))
+                ids = ids % 4 if split == "test" else ids
+                Image.fromarray(image).save(folder / "leftImg8bit" / split / city / f"{name}_leftImg8bit.png")
+                masks = folder / "gtFine" / split / city
+                stored = {
+                    "labelIds": ids,
+                    "labelTrainIds": cityscapes_train_ids(ids),
+                    "instanceIds": 1000 * ids.astype(np.uint16),
+                }
+                for kind in (*kinds, "instanceIds"):
+                    Image.fromarray(stored[kind]).save(masks / f"{name}_gtFine_{kind}.png")
+                Image.fromarray(np.dstack([image, image[:, :, 0]])).save(masks / f"{name}_gtFine_color.png")
+                (masks / f"{name}_gtFine_polygons.json").write_text("{}")
+    return folder
+
+
+def cityscapes_image_and_ids(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """An image and its label ids 0..33."""
+    return image_and_mask(seed, 34, (48, 96))
+
+
+def cityscapes_train_ids(ids: np.ndarray) -> np.ndarray:
+    """Label ids -> train ids, one id at a time; 255 for the others."""
+    found = np.full_like(ids, 255)
+    for label, train_id in CITYSCAPES_ROAD_TO_BICYCLE.items():
+        found[ids == label] = train_id
+    return found
+
+
+def ade20k(folder: Path, num: int = 3) -> Path:
+    """ADEChallengeData2016 as its archive holds it: JPEGs of different sizes, grey masks of labels 0..150."""
+    for part, prefix in (("training", "train"), ("validation", "val")):
+        for sub in ("images", "annotations"):
+            (folder / sub / part).mkdir(parents=True)
+        for index in range(1, num + 1):
+            image, mask = ade20k_image_and_labels(index if prefix == "train" else 100 + index)
+            name = f"ADE_{prefix}_{index:08d}"
+            Image.fromarray(image).save(folder / "images" / part / f"{name}.jpg", quality=95)
+            Image.fromarray(mask).save(folder / "annotations" / part / f"{name}.png")
+    (folder / "objectInfo150.txt").write_text("Idx\tRatio\tTrain\tVal\tName\n")
+    (folder / "sceneCategories.txt").write_text("ADE_train_00000001 airport_terminal\n")
+    return folder
+
+
+def ade20k_image_and_labels(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The image before it is a JPEG, and its labels: 0 in a corner, and all of 1..150 over some seeds."""
+    image, blocks = image_and_mask(seed, 10, (64 + seed % 3, 80 + seed % 5))
+    mask = (1 + (15 * blocks.astype(np.int64) + seed) % 150).astype(np.uint8)
+    mask[:8, :8] = 0
+    return image, mask
+
+
+def sunrgbd(folder: Path, train: int = 10, test: int = 3) -> Path:
+    """SUN RGB-D as Handa published it: each image numbered from 1, masks of 0..37 all in one folder, test first."""
+    for sub in ("SUNRGBD-train_images", "SUNRGBD-test_images", "sunrgbd_train_test_labels"):
+        (folder / sub).mkdir(parents=True)
+    for sub, count, masks_before in (("SUNRGBD-test_images", test, 0), ("SUNRGBD-train_images", train, 5050)):
+        for number in range(1, count + 1):
+            image, labels = sunrgbd_image_and_labels(masks_before + number)
+            Image.fromarray(image).save(folder / sub / f"img-{number:06d}.jpg", quality=95)
+            path = folder / "sunrgbd_train_test_labels" / f"img-{masks_before + number:06d}.png"
+            Image.fromarray(labels).save(path)
+    return folder
+
+
+def sunrgbd_image_and_labels(number: int) -> tuple[np.ndarray, np.ndarray]:
+    """The image before it is a JPEG, and its labels, by the number of its mask."""
+    return image_and_mask(number, 38, (53, 73) if number % 2 else (44, 59))
+
+
+PETS = {
+    "trainval": (
+        "Abyssinian_100 1 1 1",
+        "Abyssinian_101 1 1 1",
+        "beagle_7 5 2 4",
+        "pug_52 26 2 16",
+        "Sphynx_9 34 1 12",
+    ),
+    "test": ("yorkshire_terrier_190 37 2 25", "Abyssinian_201 1 1 1"),
+}
+
+
+def oxford_pets(folder: Path) -> Path:
+    """The Oxford-IIIT Pet data set as its two archives unpack: trimaps 1 in 2 with 3 between, and what lies about."""
+    for sub in ("images", "annotations/trimaps", "annotations/xmls"):
+        (folder / sub).mkdir(parents=True)
+    entries = [entry for lines in PETS.values() for entry in lines]
+    for index, entry in enumerate(entries):
+        name = entry.split()[0]
+        image, trimap = oxford_pets_image_and_trimap(index)
+        # One image of the published ones is a PNG with transparency under the name of a JPEG.
+        picture = Image.fromarray(np.dstack([image, np.full(image.shape[:2], 255, np.uint8)]) if index == 1 else image)
+        picture.save(folder / "images" / f"{name}.jpg", format="PNG" if index == 1 else "JPEG")
+        Image.fromarray(trimap).save(folder / "annotations" / "trimaps" / f"{name}.png")
+        (folder / "annotations" / "trimaps" / f"._{name}.png").write_bytes(b"\0\5\26\7")  # macOS was here
+    for part, lines in PETS.items():
+        (folder / "annotations" / f"{part}.txt").write_text("".join(f"{line}\n" for line in lines))
+    (folder / "annotations" / "list.txt").write_text("#Image CLASS-ID SPECIES BREED ID\n")
+    (folder / "annotations" / "README").write_text("OXFORD-IIIT PET Dataset\n")
+    (folder / "images" / "Abyssinian_100.mat").write_bytes(b"MATLAB")
+    return folder
+
+
+def oxford_pets_image_and_trimap(index: int) -> tuple[np.ndarray, np.ndarray]:
+    """The image before it is a JPEG, and its trimap: a bright animal in the middle."""
+    trimap = np.full((48 + index, 64 - index), 2, dtype=np.uint8)
+    trimap[10:40, 14:50] = 3
+    trimap[13:37, 17:47] = 1
+    noise = np.random.default_rng(index).integers(0, 20, size=(*trimap.shape, 3))
+    return (np.where(trimap == 1, 180, 40)[:, :, None] + noise).astype(np.uint8), trimap

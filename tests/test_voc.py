@@ -224,7 +224,7 @@ def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Publi
 WANTED = [
     *(f"ImageSets/Segmentation/{split}.txt" for split in ("train", "trainval", "val")),
     *(f"JPEGImages/{name}.jpg" for name in sorted({*TRAIN, *VAL, *SBD_TRAIN, *SBD_VAL})),
-    *(f"SegmentationClass/{name}.png" for name in (*TRAIN, *VAL)),
+    *(f"{part}/{name}.png" for part in ("SegmentationClass", "SegmentationObject") for name in (*TRAIN, *VAL)),
 ]
 
 
@@ -245,15 +245,16 @@ def test_sbd_is_fetched_and_converted_for_trainaug_alone(published: Published) -
     assert published.asked == ["/voc", "/sbd"]
     assert data.names == ["2007_000001", "2007_000002", "2009_000001", "2010_000001"]
     masks = sorted({*SBD_TRAIN, *SBD_VAL})
-    assert listing(Path("data")) == sorted(
-        f"VOCdevkit/VOC2012/{path}" for path in [*WANTED, *(f"SegmentationClassAug/{name}.png" for name in masks)]
-    )
+    made = [f"{part}Aug/{name}.png" for part in ("SegmentationClass", "SegmentationObject") for name in masks]
+    assert listing(Path("data")) == sorted(f"VOCdevkit/VOC2012/{path}" for path in [*WANTED, *made])
     for index, name in enumerate((*SBD_TRAIN, *SBD_VAL)):
         stored = fakes.opened(Path("data/VOCdevkit/VOC2012/SegmentationClassAug", f"{name}.png"))
         mask = fakes.voc_image_and_mask(50 + index, border=False)[1]
         assert stored.mode == "P"
         np.testing.assert_array_equal(np.array(stored), mask)
         np.testing.assert_array_equal(np.array(stored.convert("RGB")), np.array(voc.CLASSES.colours)[mask])
+        objects = fakes.opened(Path("data/VOCdevkit/VOC2012/SegmentationObjectAug", f"{name}.png"))
+        np.testing.assert_array_equal(np.array(objects), fakes.voc_objects(mask))
     VOC("train", train_list="trainaug")
     assert published.asked == ["/voc", "/sbd"]
     assert not [path for path in Path("data").rglob("*") if "unpacking" in path.name or path.suffix == ".mat"]

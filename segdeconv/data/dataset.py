@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from segdeconv.classes import Classes
-from segdeconv.data.reading import MAX_PIXELS, Exif, read_image, read_mask
+from segdeconv.data.reading import MAX_PIXELS, Exif, read_image, read_labels, read_mask
 from segdeconv.errors import UsageError
 
 
@@ -24,11 +24,15 @@ class Sample(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """An image file, its mask file, and the name they share."""
+    """An image file, its mask file, and the name they share.
+
+    instances: a file that says which pixels are of one object, if the data set has such files.
+    """
 
     image: Path
     mask: Path
     name: str
+    instances: Path | None = None
 
 
 class SegmentationDataset(ABC):
@@ -67,6 +71,18 @@ class SegmentationDataset(ABC):
         """What data set it is."""
         return type(self).__name__
 
+    def instances(self, index: int) -> np.ndarray:
+        """(H, W): a number for each object of an image, 0 where there is none, ignore_index where it is not known."""
+        raise UsageError(
+            f"{self.kind} does not say which pixels are of one object, which dataset.examples=objects or proposals "
+            "needs - use dataset=voc, voc_aug or shapes, or examples=images"
+        )
+
+    @property
+    def whole(self) -> SegmentationDataset:
+        """The data set of whole images, where this one has parts of them: what is looked at before training."""
+        return self
+
     @property
     def image_files(self) -> list[Path]:
         """The files that the images lie in, if they do: two splits must not share one."""
@@ -104,13 +120,21 @@ class FileDataset(SegmentationDataset):
         pair = self.pairs[index]
         channels = self.channels if self.as_stored else None
         image = read_image(pair.image, channels=channels, exif=self.exif, max_pixels=self.max_pixels)
-        mask = read_mask(pair.mask, self.classes, max_pixels=self.max_pixels)
+        mask = self.read_mask(index)
         if image.shape[:2] != mask.shape:
             raise UsageError(
                 f"mask {pair.mask} is {mask.shape[0]}x{mask.shape[1]} and its image {pair.image} "
                 f"{image.shape[0]}x{image.shape[1]} (HxW) - a mask has one label per pixel of its image"
             )
         return Sample(image, mask, pair.name)
+
+    def read_mask(self, index: int) -> np.ndarray:
+        """(H, W) uint8 class indices or ignore_index. Overridden where a mask's file alone does not say its classes."""
+        return read_mask(self.pairs[index].mask, self.classes, max_pixels=self.max_pixels)
+
+    def instances(self, index: int) -> np.ndarray:
+        path = self.pairs[index].instances
+        return super().instances(index) if path is None else read_labels(path, max_pixels=self.max_pixels)
 
     @property
     def image_files(self) -> list[Path]:
@@ -120,7 +144,7 @@ class FileDataset(SegmentationDataset):
     def fingerprint(self) -> str:
         lines = [repr((self.classes, self.channels, self.as_stored, self.exif, self.max_pixels))]
         for pair in self.pairs:
-            for path in (pair.image, pair.mask):
+            for path in (pair.image, pair.mask, *([pair.instances] if pair.instances else [])):
                 status = path.stat() if path.exists() else None
                 lines.append(f"{path.resolve()} {status and (status.st_size, status.st_mtime_ns)}")
         return "\n".join(lines)

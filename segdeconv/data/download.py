@@ -37,29 +37,40 @@ def _is_secure(url: str) -> bool:
     return parts.scheme == "https" or (parts.scheme == "http" and parts.hostname in LOOPBACK)
 
 
-def fetch(urls: Sequence[str], target: Path, *, way_out: str, sha256: str | None = None, timeout: float = 30) -> Path:
+def fetch(
+    urls: Sequence[str],
+    target: Path,
+    *,
+    way_out: str,
+    sha256: str | None = None,
+    md5: str | None = None,
+    timeout: float = 30,
+) -> Path:
     """Download from the first address that serves the file, unless it is there already.
 
     A `.part` that an earlier try or another address left is continued. Bytes of the wrong hash are kept as `.bad`
     until an address serves the right ones.
 
+    md5: of a file whose sha256 nobody publishes. It tells damage, and not who made the file.
     timeout: seconds without a byte before the next address is tried. Raises UsageError with what each address said
     and `way_out`. What the disk refuses, a full one above all, is raised as the OSError that it is.
     """
+    kind, expected = ("md5", md5) if sha256 is None and md5 is not None else ("sha256", sha256)
     said: dict[str, list[str]] = {}  # reason -> who: without a network all addresses fail alike
     if target.exists():
-        found = None if sha256 is None else hash_file(target)
-        if found == sha256:
+        found = None if expected is None else hash_file(target, kind)
+        if found == expected:
             return target
-        said[f"it is not the published file, its sha256 is {found}"] = [str(target)]
+        said[f"it is not the published file, its {kind} is {found}"] = [str(target)]
     part = target.with_name(target.name + ".part")
-    if sha256 is not None and part.exists() and hash_file(part) == sha256:  # stopped between the last byte and here
+    # Stopped between the last byte and here:
+    if expected is not None and part.exists() and hash_file(part, kind) == expected:
         return part.replace(target)
     for number, url in enumerate(urls, start=1):
         if not _is_secure(url):
             raise UsageError(f"will not download from {url}: only https is - check the address")
         try:
-            _fetch_verified(url, part, sha256, timeout)
+            _fetch_verified(url, part, kind, expected, timeout)
         except _Failed as error:
             said.setdefault(str(error), []).append(urllib.parse.urlsplit(url).netloc)
             if number < len(urls):
@@ -76,7 +87,7 @@ def _bad(part: Path) -> Path:
     return part.with_suffix(".bad")
 
 
-def _fetch_verified(url: str, part: Path, sha256: str | None, timeout: float) -> None:
+def _fetch_verified(url: str, part: Path, kind: str, expected: str | None, timeout: float) -> None:
     continued = part.exists()
     for left in reversed(range(TRIES)):
         before = part.stat().st_size if part.exists() else 0
@@ -86,13 +97,13 @@ def _fetch_verified(url: str, part: Path, sha256: str | None, timeout: float) ->
         except _Failed:
             if not left or not part.exists() or part.stat().st_size <= before:
                 raise
-    if sha256 is None or (found := hash_file(part)) == sha256:
+    if expected is None or (found := hash_file(part, kind)) == expected:
         return
     if continued:  # perhaps only what was there before is wrong
         part.unlink()
-        return _fetch_verified(url, part, sha256, timeout)
+        return _fetch_verified(url, part, kind, expected, timeout)
     part.replace(_bad(part))
-    raise _Failed(f"it is not the published file, its sha256 is {found} (kept as {_bad(part)})")
+    raise _Failed(f"it is not the published file, its {kind} is {found} (kept as {_bad(part)})")
 
 
 def _fetch(url: str, part: Path, timeout: float) -> None:
@@ -141,7 +152,7 @@ def _read(response: http.client.HTTPResponse) -> bytes:
         raise _Failed(str(error)) from error
 
 
-def hash_file(path: Path) -> str:
-    """sha256 of a file, in hex."""
+def hash_file(path: Path, kind: str = "sha256") -> str:
+    """sha256 or md5 of a file, in hex."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, lambda: hashlib.new(kind, usedforsecurity=False)).hexdigest()

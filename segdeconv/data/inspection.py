@@ -47,9 +47,10 @@ class Inspection:
 
 
 def inspect(dataset: SegmentationDataset, *, remember: bool = True) -> Inspection:
-    """Read every image and mask of a split once. Remembered by the files' sizes and times, in the user's cache."""
+    """Read every whole image and mask once. Remembered by the files' sizes and times, in the user's cache."""
+    dataset = dataset.whole
     text = f"{VERSION}\n{dataset.kind} {dataset.split}\n{dataset.fingerprint}"
-    memory = _cache() / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
+    memory = cache("inspections") / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
     if remember and memory.is_file():
         try:
             content = json.loads(memory.read_text())
@@ -68,8 +69,9 @@ def inspect(dataset: SegmentationDataset, *, remember: bool = True) -> Inspectio
     return inspection
 
 
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "segdeconv" / "inspections"
+def cache(kind: str) -> Path:
+    """The folder of what is remembered between runs."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "segdeconv" / kind
 
 
 class _Look(NamedTuple):
@@ -194,7 +196,8 @@ def table(inspection: Inspection, classes: Classes, weights: list[float] | None)
         for what, values in (("mean", inspection.mean), ("std", inspection.std)):
             numbers = ", ".join(f"{value:g}" for value in values[:MOST_SHOWN])
             lines[1] += f", {what} {numbers}" + (", ..." if len(values) > MOST_SHOWN else "")
-    labels: list[object] = [*classes.labels, classes.ignore_index]
+    several = len(classes.ignored_labels) > 1
+    labels: list[object] = [*classes.labels, "other" if several else classes.ignored_labels[0]]
     colours = [*classes.colours, classes.ignore_colour]
     for index, name in enumerate((*classes.names, "(ignored)")):
         shown = colours[index]

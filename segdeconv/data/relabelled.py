@@ -35,6 +35,9 @@ class Relabelled(SegmentationDataset):
         image, mask, name = self.dataset[index]
         return Sample(image, self._table[mask], name)
 
+    def instances(self, index: int) -> np.ndarray:
+        return self.dataset.instances(index)
+
     @property
     def fingerprint(self) -> str:
         return f"{self.kind} {sorted(self.label_map.items())} {self.dataset.fingerprint}"

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 from tqdm import tqdm
@@ -16,7 +14,7 @@ from segdeconv import draw
 from segdeconv.classes import Classes, voc_colours
 from segdeconv.data.archives import unpack_tar
 from segdeconv.data.dataset import FileDataset, Pair, require_root, require_split
-from segdeconv.data.download import fetch
+from segdeconv.data.published import Archive, take
 from segdeconv.data.reading import MAX_PIXELS, Exif, read_list
 from segdeconv.errors import UsageError
 
@@ -24,6 +22,7 @@ DEFAULT_PLACE = "data"
 VOC_IN_PLACE = Path("VOCdevkit", "VOC2012")  # as in the archive, so that unpacking it by hand gives the same
 LISTS = Path("ImageSets", "Segmentation")
 IMAGES, MASKS, SBD_MASKS = "JPEGImages", "SegmentationClass", "SegmentationClassAug"
+OBJECTS, SBD_OBJECTS = "SegmentationObject", "SegmentationObjectAug"
 SBD_IN_ARCHIVE = Path("benchmark_RELEASE", "dataset")
 EXPECTED = f"{IMAGES}, {MASKS} and {LISTS}"
 
@@ -36,16 +35,6 @@ CLASSES = Classes(
     ignore_index=255,
     ignore_colour=voc_colours(256)[255],
 )  # fmt: skip
-
-
-class Archive(NamedTuple):
-    """A published file: its name, what it is for, where it is served, its sha256, and how many names its lists hold."""
-
-    name: str
-    what: str
-    urls: tuple[str, ...]
-    sha256: str
-    lists: Mapping[str, int]
 
 
 # The first address is the permanent one of its maintainers (github.com/pytorch/vision/pull/9216), the others mirror it.
@@ -82,7 +71,8 @@ class VOC(FileDataset):
 
     **Layout**: VOC2012/ with `JPEGImages/NAME.jpg`, `SegmentationClass/NAME.png` and lists of names
     `ImageSets/Segmentation/{train,val,trainval}.txt`; SBD's masks in `SegmentationClassAug/NAME.png`. A list
-    `ImageSets/Segmentation/trainaug.txt` is used if there is one.
+    `ImageSets/Segmentation/trainaug.txt` is used if there is one. `SegmentationObject/NAME.png` numbers the objects,
+    `SegmentationObjectAug/NAME.png` SBD's; only crops of objects (dataset.examples) need them.
 
     **Classes**: 21, background first; label 255 is the border of things and what is too hard to tell.
 
@@ -115,11 +105,22 @@ class VOC(FileDataset):
         if train_list == "trainval":
             self.way_out_of_overlap = "dataset.train_list=trainval holds all of val: say train or trainaug"
 
+    def instances(self, index: int) -> np.ndarray:
+        path = self.pairs[index].instances
+        assert path is not None, "every pair of VOC has its place"
+        if not path.is_file():
+            way_out = "unpack that folder of VOC's archive too"
+            if path.parent.name == SBD_OBJECTS:
+                way_out = f"delete {SBD_MASKS}, so that SBD's archive is converted again, with its objects"
+            raise UsageError(f"{path} is missing, which says what is one object - {way_out}")
+        return super().instances(index)
+
 
 def _pair(folder: Path, name: str) -> Pair:
-    own = folder / MASKS / f"{name}.png"
-    others = folder / SBD_MASKS / f"{name}.png"
-    return Pair(folder / IMAGES / f"{name}.jpg", own if own.is_file() or not others.is_file() else others, name)
+    file = f"{name}.png"
+    own = (folder / MASKS / file).is_file() or not (folder / SBD_MASKS / file).is_file()
+    masks, objects = (MASKS, OBJECTS) if own else (SBD_MASKS, SBD_OBJECTS)
+    return Pair(folder / IMAGES / f"{name}.jpg", folder / masks / file, name, folder / objects / file)
 
 
 def _names(listing: Path) -> list[str]:
@@ -166,49 +167,21 @@ def _find_or_unpack(root: str | None, *, augmented: bool) -> Path:
         missing.append(SBD_ARCHIVE)
     if folder is None and (place / VOC_IN_PLACE).exists():
         raise UsageError(f"{place / VOC_IN_PLACE} has no {LISTS} - complete it, or move it away to have it made anew")
-    absent = [archive for archive in missing if not (place / archive.name).exists()]
-    if root is not None and absent:
-        lacking = f"{SBD_MASKS}, which trainaug needs" if folder else f"a VOC2012 with {EXPECTED}"
-        raise UsageError(
-            f"dataset.root={root} does not hold {lacking} - {_by_hand(absent, place)}, or leave dataset.root out to "
-            f"have it fetched into {DEFAULT_PLACE}"
-        )
-    for done, archive in enumerate(missing):
-        way_out = f"{_by_hand(missing[done:], place)}, or give an unpacked VOC2012 as dataset.root=DIR"
-        with _archive(archive, place, way_out, fetched=root is None) as path:
-            if folder is None:
-                folder = _unpack_voc(path, place)
-            else:
-                _convert_sbd(path, folder)
+    lacking = f"{SBD_MASKS}, which trainaug needs" if folder else f"a VOC2012 with {EXPECTED}"
+    for _, path in take(missing, place, root, lacking=lacking, instead="an unpacked VOC2012"):
+        if folder is None:
+            folder = _unpack_voc(path, place)
+        else:
+            _convert_sbd(path, folder)
     assert folder is not None, "it was found or unpacked"
     return folder
-
-
-def _by_hand(archives: list[Archive], place: Path) -> str:
-    files = " and ".join(f"{archive.name} ({archive.what}, from {archive.urls[0]})" for archive in archives)
-    return f"put {files} into {place.resolve()}"
-
-
-@contextmanager
-def _archive(archive: Archive, place: Path, way_out: str, *, fetched: bool) -> Iterator[Path]:
-    """The archive's file, verified. What was fetched is deleted when it is unpacked; what a person put there stays."""
-    place.mkdir(parents=True, exist_ok=True)
-    path = place / archive.name
-    was_there = path.exists()
-    fetch(archive.urls if fetched else (), path, way_out=way_out, sha256=archive.sha256)
-    if was_there:
-        yield path
-    else:
-        path = path.rename(f"{path}.part")  # a run that is stopped now leaves what the next one knows to be fetched
-        yield path
-        path.unlink()
 
 
 def _unpack_voc(path: Path, place: Path) -> Path:
     folder = place / VOC_IN_PLACE
     unpacked = place / "VOC2012.unpacking"
     shutil.rmtree(unpacked, ignore_errors=True)
-    wanted = tuple(f"{(VOC_IN_PLACE / part).as_posix()}/" for part in (IMAGES, MASKS, LISTS))
+    wanted = tuple(f"{(VOC_IN_PLACE / part).as_posix()}/" for part in (IMAGES, MASKS, OBJECTS, LISTS))
     unpack_tar(path, unpacked, only=wanted)
     found = unpacked / VOC_IN_PLACE
     for name in _check_lists(found / LISTS, VOC_ARCHIVE):
@@ -221,20 +194,25 @@ def _unpack_voc(path: Path, place: Path) -> Path:
 
 
 def _convert_sbd(path: Path, folder: Path) -> None:
-    """SBD's masks, MATLAB files of the struct GTcls, as PNGs with VOC's palette in SegmentationClassAug."""
+    """SBD's masks, MATLAB files of the structs GTcls and GTinst, as PNGs with VOC's palette."""
     from scipy.io import loadmat  # type: ignore[import-untyped]  # needed once, and slow to import
 
     unpacked = folder / f"{SBD_MASKS}.unpacking"
     shutil.rmtree(unpacked, ignore_errors=True)
     lists = tuple((SBD_IN_ARCHIVE / f"{split}.txt").as_posix() for split in SBD_ARCHIVE.lists)
-    unpack_tar(path, unpacked, only=(*lists, f"{(SBD_IN_ARCHIVE / 'cls').as_posix()}/"))
-    masks = unpacked / SBD_MASKS
+    kinds = (("inst", "GTinst", SBD_OBJECTS), ("cls", "GTcls", SBD_MASKS))
+    unpack_tar(path, unpacked, only=(*lists, *(f"{(SBD_IN_ARCHIVE / sub).as_posix()}/" for sub, _, _ in kinds)))
     for name in tqdm(_check_lists(unpacked / SBD_IN_ARCHIVE, SBD_ARCHIVE), desc="converting SBD's masks", disable=None):
-        file = unpacked / SBD_IN_ARCHIVE / "cls" / f"{name}.mat"
-        _require(file, SBD_ARCHIVE)
-        mask = CLASSES.from_labels(np.asarray(loadmat(file)["GTcls"]["Segmentation"][0, 0]))
-        draw.save_mask(mask, CLASSES, masks / f"{name}.png")
-    masks.rename(folder / SBD_MASKS)
+        for sub, struct, made in kinds:
+            file = unpacked / SBD_IN_ARCHIVE / sub / f"{name}.mat"
+            _require(file, SBD_ARCHIVE)
+            stored = np.asarray(loadmat(file)[struct]["Segmentation"][0, 0])
+            mask = CLASSES.from_labels(stored) if made == SBD_MASKS else stored.astype(np.uint8)
+            draw.save_mask(mask, CLASSES, unpacked / made / f"{name}.png")
+    # The masks last: they are what says that the conversion is done.
+    shutil.rmtree(folder / SBD_OBJECTS, ignore_errors=True)
+    for _, _, made in kinds:
+        (unpacked / made).rename(folder / made)
     shutil.rmtree(unpacked)
 
 
