@@ -4,7 +4,10 @@
 
 PATH is a picture, a folder of pictures (with its sub-folders) or a pattern such as 'photos/*.jpg'. For each image
 DIR/<name>.png is an indexed palette mask of exactly the image's size and DIR/<name>_overlay.png shows it on the image
-with a legend. A file that cannot be read gets one line and the rest goes on; the exit code is then 2.
+with a legend. --samples N predicts the mean of N passes with dropout, and DIR/<name>_uncertainty.png shows where they
+disagree. --regions N sees each image through its N likeliest object proposals, --ensemble CHECKPOINT adds a second
+network and --crf refines the outlines. A file that cannot be read gets one line and the rest goes on; the exit code is
+then 2.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import sys
 from pathlib import Path
 
 from segdeconv.errors import ArgumentParser, UsageError, run_command
+from segdeconv.options import add_looks, looks_more, parted
 
 
 def main() -> int:
@@ -22,28 +26,38 @@ def main() -> int:
     parser.add_argument("checkpoint", help="a .ckpt that train.py wrote")
     parser.add_argument("paths", nargs="+", metavar="PATH", help="pictures, folders, patterns; then key=value")
     parser.add_argument("--out", type=Path, default=Path("predictions"), help="folder (default: predictions)")
+    parser.add_argument("--samples", type=int, default=0, help="average over this many passes with dropout (default 0)")
+    parser.add_argument("--probabilities", action="store_true", help="write DIR/<name>.npy: (classes, H, W) float16")
     parser.add_argument("--flip", action="store_true", help="average over each image and its mirror image")
     parser.add_argument("--precision", default="auto", help="auto (default), 32-true, bf16-mixed or 16-mixed")
     parser.add_argument("--trust", action="append", default=[], help="a class of your own that the recipe names")
+    add_looks(parser)
     arguments = parser.parse_intermixed_args()
-    overrides = [path for path in arguments.paths if is_override(path)]
-    images = find_images([path for path in arguments.paths if not is_override(path)], arguments.out)
+    overrides, crf_keys = parted(path for path in arguments.paths if is_override(path))
+    kinds = ("", "_overlay", "_uncertainty") if arguments.samples else ("", "_overlay")
+    images = find_images([path for path in arguments.paths if not is_override(path)], arguments.out, kinds)
 
-    import torch
+    import numpy as np
     from tqdm import tqdm
 
     from segdeconv import checkpoint, draw
     from segdeconv.data.reading import MAX_PIXELS, read_upright, turn_back
     from segdeconv.data.transforms import Preprocessing
-    from segdeconv.inference import best_device, labels, resolve_precision
-    from segdeconv.report import scorer_of
+    from segdeconv.inference import best_device, labels, resized, resolve_precision
+    from segdeconv.prediction import predictor_of
+    from segdeconv.report import sampler_of, scorer_of
 
     read = checkpoint.read(arguments.checkpoint, trust=arguments.trust, overrides=overrides)
     settings = read.config["dataset"]
     preprocess = Preprocessing.restore({**read.facts["preprocessing"], "size": settings["size"]})
     channels = preprocess.channels if preprocess.as_stored else None
     precision = resolve_precision(arguments.precision, read.facts["precision"])
-    score = scorer_of(read.model(), best_device(), precision, flip=arguments.flip)
+    model, device = read.model(), best_device()
+    score = scorer_of(model, device, precision, flip=arguments.flip)
+    draw_samples = None
+    if arguments.samples:
+        draw_samples = sampler_of(model, device, precision, arguments.samples, flip=arguments.flip)
+    look = predictor_of(read, model, arguments, crf_keys, device) if looks_more(arguments, crf_keys) else None
     failed = 0
     with tqdm(images.items(), unit="image", disable=None) as bar:
         for name, path in bar:
@@ -55,11 +69,23 @@ def main() -> int:
                 failed += 1
                 tqdm.write(f"skipped: {error}", file=sys.stdout)
                 continue
-            scores = score(ready[None])
-            mask = labels(scores, (image.shape[0], image.shape[1]))[0].to(torch.device("cpu")).numpy()
+            size = (image.shape[0], image.shape[1])
+            drawn = draw_samples(ready[None]) if draw_samples else None
+            scores = drawn.probabilities if drawn else look(image, name) if look else score(ready[None])
+            scores = resized(scores, size)
+            mask = labels(scores, size)[0].cpu().numpy()
             draw.save_mask(turn_back(mask, stored), read.classes, arguments.out / f"{name}.png")
             picture = draw.overlay_with_legend(image, mask, read.classes)
             draw.save_image(picture, arguments.out / f"{name}_overlay.png")
+            if drawn:
+                uncertainty = resized(drawn.uncertainty[None], size)[0, 0].cpu().numpy()
+                draw.save_image(draw.heat(uncertainty, uncertainty.max()), arguments.out / f"{name}_uncertainty.png")
+            if arguments.probabilities:
+                likely = scores if drawn or look or arguments.flip else scores.float().softmax(dim=1)
+                turned = [turn_back(one, stored) for one in likely[0].cpu().numpy()]
+                partial = (arguments.out / name).with_name(f".tmp-{Path(name).name}.npy")
+                np.save(partial, np.stack(turned).astype(np.float16))
+                partial.replace(arguments.out / f"{name}.npy")
     print(f"{len(images) - failed} masks and overlays in {arguments.out}")
     if failed:
         raise UsageError(f"{failed} of {len(images)} files could not be read, named above - mend or leave them out")
@@ -72,18 +98,21 @@ def is_override(argument: str) -> bool:
     return bool(equals) and key.replace(".", "").replace("_", "").isalnum() and not Path(argument).exists()
 
 
-def find_images(paths: list[str], out: Path) -> dict[str, Path]:
-    """The pictures that the arguments mean, by the name (without suffix) of their output in `out`."""
+def find_images(paths: list[str], out: Path, kinds: tuple[str, ...]) -> dict[str, Path]:
+    """The pictures that the arguments mean, by the name (without suffix) of their output in `out`.
+
+    kinds: how the names of the files that are written for each of them end.
+    """
     from segdeconv.data.reading import SUFFIXES
 
     images: dict[str, Path] = {}
+    owners: dict[str, Path] = {}
 
     def add(path: Path, name: str) -> None:
-        for written in (name, f"{name}_overlay"):
-            if written in images and images[written] != path:
-                raise UsageError(
-                    f"{path} and {images[written]} would both become {out / written}.png - use two folders"
-                )
+        for kind in kinds:
+            owner = owners.setdefault(name + kind, path)
+            if owner != path:
+                raise UsageError(f"{path} and {owner} would both become {out / name}{kind}.png - use two folders")
         images[name] = path
 
     for argument in paths:

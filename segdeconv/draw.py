@@ -6,6 +6,7 @@ import colorsys
 from collections.abc import Sequence
 from pathlib import Path
 
+import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -69,6 +70,12 @@ def error(mask: np.ndarray, prediction: np.ndarray, ignore_index: int) -> np.nda
     picture = np.where((mask == prediction)[:, :, None], RIGHT, WRONG).astype(np.uint8)
     picture[mask == ignore_index] = 30
     return picture
+
+
+def heat(values: np.ndarray, top: float) -> np.ndarray:
+    """(H, W) numbers from 0 to `top` -> (H, W, 3) uint8, from black through red to pale yellow."""
+    scaled = (255 * values / (top or 1)).clip(0, 255).astype(np.uint8)
+    return cv2.applyColorMap(scaled, cv2.COLORMAP_INFERNO)[:, :, ::-1]
 
 
 def legend(classes: Classes, present: Sequence[int], width: int) -> np.ndarray:

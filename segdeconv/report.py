@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from segdeconv.boundary import Boundaries
+from segdeconv.calibration import Calibration
 from segdeconv.checkpoint import Checkpoint
 from segdeconv.classes import Classes
 from segdeconv.config import TARGET
@@ -19,9 +21,21 @@ from segdeconv.data.dataset import SegmentationDataset
 from segdeconv.data.loading import EvaluationSamples, evaluation_loader
 from segdeconv.data.transforms import Preprocessing
 from segdeconv.errors import UsageError
-from segdeconv.inference import Scorer, autocast, flipped, labels, padded, resolve_precision
+from segdeconv.inference import (
+    Samples,
+    Scorer,
+    autocast,
+    flipped,
+    labels_and_confidence,
+    padded,
+    resized,
+    resolve_precision,
+    sampled,
+    softmaxed,
+)
 from segdeconv.metrics import ConfusionMatrix, Scores, scores
 from segdeconv.models import SegmentationModel
+from segdeconv.regions import Predictor
 
 
 def scorer_of(model: SegmentationModel, device: torch.device, precision: str, *, flip: bool = False) -> Scorer:
@@ -34,6 +48,14 @@ def scorer_of(model: SegmentationModel, device: torch.device, precision: str, *,
 
     whole = padded(score, model.minimum_size)
     return flipped(whole) if flip else whole
+
+
+def sampler_of(
+    model: SegmentationModel, device: torch.device, precision: str, samples: int, *, flip: bool = False
+) -> Callable[[torch.Tensor], Samples]:
+    """A trained network with dropout as a function from normalised images of any size to what its samples say."""
+    score = scorer_of(model, device, precision, flip=flip)
+    return sampled(score if flip else softmaxed(score), model, samples)
 
 
 def restore_dataset(checkpoint: Checkpoint, split_name: str) -> SegmentationDataset:
@@ -67,52 +89,92 @@ def evaluate(
     device: torch.device,
     precision: str = "auto",
     flip: bool = False,
+    samples: int = 0,
+    calibration: Calibration | None = None,
+    boundaries: Boundaries | None = None,
+    look: Predictor | None = None,
     on_prediction: Callable[[SegmentationDataset, int, np.ndarray], None] | None = None,
 ) -> tuple[np.ndarray, int]:
     """Predict every image of a split and count against its mask at the mask's own size.
 
+    samples: passes with dropout whose mean is scored (`sampled`); 0 for one pass without, the average of the weights.
+    calibration: counts the pixels too. boundaries: compares the outlines.
+    look: gives an image's probabilities in place of one pass over the whole of it (`prediction.predictor_of`).
     on_prediction: called with the data set, each image's index and its (H, W) uint8 mask, exactly as counted.
     Returns the (C, C) int64 confusion matrix, rows = truth, and the number of images.
     """
     dataset = restore_dataset(checkpoint, split_name)
     settings = checkpoint.config["dataset"]
-    loader = evaluation_loader(
-        EvaluationSamples(
-            dataset, Preprocessing.restore({**checkpoint.facts["preprocessing"], "size": settings["size"]})
-        ),
-        batch_size=settings["batch_size"],
-        num_workers=settings["num_workers"],
-        timeout=settings["timeout"],
-    )
-    precision = resolve_precision(precision, checkpoint.facts["precision"])
-    score = scorer_of(checkpoint.model(), device, precision, flip=flip)
+    batches: Iterable[dict[str, Any]]
+    draw = None
+    if look is None:
+        batches = evaluation_loader(
+            EvaluationSamples(
+                dataset, Preprocessing.restore({**checkpoint.facts["preprocessing"], "size": settings["size"]})
+            ),
+            batch_size=settings["batch_size"],
+            num_workers=settings["num_workers"],
+            timeout=settings["timeout"],
+        )
+        precision = resolve_precision(precision, checkpoint.facts["precision"])
+        model = checkpoint.model()
+        score = scorer_of(model, device, precision, flip=flip)
+        draw = sampler_of(model, device, precision, samples, flip=flip) if samples else None
+    else:
+        stored_ones = (dataset[place] for place in range(len(dataset)))
+        batches = ({"image": image, "mask": [torch.tensor(mask)], "name": name} for image, mask, name in stored_ones)
+    if calibration is not None:
+        calibration.to(device)
     matrix = ConfusionMatrix(len(dataset.classes), dataset.classes.ignore_index).to(device)
     index = 0
     with tqdm(total=len(dataset), desc=f"evaluating {split_name}", unit="image", disable=None) as bar:
-        for batch in loader:
-            logits = score(batch["image"])
-            for position, mask in enumerate(batch["mask"]):
-                prediction = labels(logits[position : position + 1], (mask.shape[0], mask.shape[1]))[0]
-                matrix.update(prediction, mask.to(device))
+        for batch in batches:
+            drawn = draw(batch["image"]) if draw else None
+            if look is not None:
+                scores = look(batch["image"], batch["name"])
+            else:
+                scores = drawn.probabilities if drawn else score(batch["image"])
+            for position, stored in enumerate(batch["mask"]):
+                mask, size = stored.to(device), (stored.shape[0], stored.shape[1])
+                one = resized(scores[position : position + 1], size)
+                known = flip or samples > 0 or look is not None
+                (prediction,), (confidence,) = labels_and_confidence(one, probabilities=known)
+                matrix.update(prediction, mask)
+                if calibration is not None:
+                    uncertainty = resized(drawn.uncertainty[position, None, None], size) if drawn else None
+                    calibration.update(prediction, confidence, mask, uncertainty)
+                found = prediction.cpu().numpy()
+                if boundaries is not None:
+                    boundaries.update(found, stored.numpy())
                 if on_prediction is not None:
-                    on_prediction(dataset, index, prediction.cpu().numpy())
+                    on_prediction(dataset, index, found)
                 index += 1
                 bar.update()
     return matrix.compute(), len(dataset)
 
 
-def report(confusion: np.ndarray, num_images: int, classes: Classes, **facts: Any) -> dict[str, Any]:
+def report(
+    confusion: np.ndarray,
+    num_images: int,
+    classes: Classes,
+    *,
+    boundaries: Boundaries | None = None,
+    **facts: Any,
+) -> dict[str, Any]:
     """The content of report.json: fractions in 0..1, null where there is nothing to score.
 
     facts: what else to note: the command, the checkpoint, versions.
     """
     result = scores(confusion)
+    outlines = boundaries.compute() if boundaries is not None else None
     return {
         "miou": _number(result.miou),
         "pixel_accuracy": _number(result.pixel_accuracy),
         "mean_accuracy": _number(result.mean_accuracy),
         "frequency_weighted_iou": _number(result.frequency_weighted),
-        "boundary_f1": None,
+        "boundary_f1": _number(outlines.f1) if outlines else None,
+        "boundary_f1_dilated": _number(outlines.f1_dilated) if outlines else None,
+        "boundary_iou": _number(outlines.iou) if outlines else None,
         "num_images": num_images,
         "num_pixels": int(confusion.sum()),
         "classes": [
@@ -122,6 +184,9 @@ def report(confusion: np.ndarray, num_images: int, classes: Classes, **facts: An
                 "accuracy": _number(result.accuracy[index]),
                 "precision": _number(result.precision[index]),
                 "pixels": int(result.pixels[index]),
+                "boundary_f1": _number(outlines.f1_by_class[index]) if outlines else None,
+                "boundary_f1_dilated": _number(outlines.f1_dilated_by_class[index]) if outlines else None,
+                "boundary_iou": _number(outlines.iou_by_class[index]) if outlines else None,
             }
             for index, name in enumerate(classes.names)
         ],
@@ -144,18 +209,32 @@ def write_json(content: dict[str, Any], path: Path) -> None:
     partial.replace(path)
 
 
-def table(confusion: np.ndarray, classes: Classes) -> str:
+def table(
+    confusion: np.ndarray,
+    classes: Classes,
+    calibration: Calibration | None = None,
+    boundaries: Boundaries | None = None,
+) -> str:
     """The scores for reading: one line per class, then the means; what was left out is said."""
     result = scores(confusion)
+    outlines = boundaries.compute() if boundaries is not None else None
     width = max(len(name) for name in (*classes.names, "frequency-weighted IoU"))
-    lines = [f"{'class':<{width}}     IoU  accuracy  precision      pixels"]
+    lines = [f"{'class':<{width}}     IoU  accuracy  precision      pixels" + ("  boundary F1" if outlines else "")]
     for index, name in enumerate(classes.names):
         lines.append(
             f"{name:<{width}}  {_percent(result.iou[index])}   {_percent(result.accuracy[index])}    "
             f"{_percent(result.precision[index])}  {int(result.pixels[index]):>10}"
+            + (f"       {_percent(outlines.f1_by_class[index])}" if outlines else "")
         )
     lines.append("")
     lines += [f"{name:<{width}}  {_percent(value)}" for name, value in summary(result)]
+    if outlines:
+        lines += [
+            f"{'boundary F1':<{width}}  {_percent(outlines.f1)}",
+            f"{'boundary IoU':<{width}}  {_percent(outlines.iou)}",
+        ]
+    if calibration is not None and confusion.any():
+        lines.append(calibration.sentence())
     if result.absent:
         names = ", ".join(classes.names[index] for index in result.absent)
         lines.append(f"left out of the means, in neither truth nor prediction: {names}")

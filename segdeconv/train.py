@@ -25,6 +25,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from segdeconv import balancing, checkpoint, config, loggers, processes, report, runs, training, transfer
+from segdeconv.boundary import Boundaries
+from segdeconv.calibration import Calibration
 from segdeconv.callbacks import Pictures, Progress, Recorder, Stopping
 from segdeconv.classes import Classes
 from segdeconv.data.inspection import inspect_all, table
@@ -87,11 +89,17 @@ def train(recipe: Mapping[str, Any], run: str | Path, *, typed: str | None = Non
         return
     path = checkpoints.best_path if checkpoints.best_path.is_file() else checkpoints.last_path
     best = checkpoint.read(path, trust=runs.AnyName())
-    confusion, num_images = report.evaluate(best, "val", device=torch.device(trainer.strategy.root_device))
-    noted = {"command": typed, "checkpoint": str(best.path), "split": "val", "complete": complete}
-    report.write_json(report.report(confusion, num_images, made.classes, **noted), run / "report.json")
+    calibration = Calibration(made.classes.ignore_index)
+    boundaries = Boundaries(len(made.classes), made.classes.ignore_index)
+    device = torch.device(trainer.strategy.root_device)
+    confusion, num_images = report.evaluate(best, "val", device=device, calibration=calibration, boundaries=boundaries)
+    noted: dict[str, Any] = {"command": typed, "checkpoint": str(best.path), "split": "val", "complete": complete}
+    noted["calibration"] = calibration.report()
+    report.write_json(
+        report.report(confusion, num_images, made.classes, boundaries=boundaries, **noted), run / "report.json"
+    )
     curves = loggers.close(logger)
-    print("\n" + report.table(confusion, made.classes))
+    print("\n" + report.table(confusion, made.classes, calibration, boundaries))
     print(f"\nbest checkpoint: {best.path}\nscores:          {run / 'report.json'}, {run / 'metrics.csv'}")
     if curves:
         print(f"curves:          {curves}")

@@ -12,22 +12,33 @@ PACKAGE = ROOT / "segdeconv"
 
 # Arrows go up only: a module imports modules of its own layer or below.
 LAYERS = [
-    {"errors", "seeding"},
-    {"classes", "switches", "layers", "config"},
+    {"errors", "options", "seeding"},
+    {"boxes", "classes", "switches", "layers", "lattice", "config"},
     {"data.decoding", "data.channels", "data.reading", "data.download", "data.sampler", "data.splits"},
-    {"encoders", "losses", "balancing", "metrics", "draw"},
-    {"models", "models.base", "models.deconvnet", "models.segnet"},
-    {"inference", "optimization", "data.archives", "data.dataset", "data.relabelled", "data.transforms"},
-    {"data", "data.camvid", "data.folder", "data.shapes", "data.voc", "data.loading", "data.inspection", "checkpoint"},
-    {"data.module", "task", "report", "loggers"},
+    {"encoders", "balancing", "metrics", "draw", "crf", "boundary", "calibration"},
+    {"losses", "losses.base", "losses.pixelwise", "losses.regions", "losses.combined"},
+    {"fields", "tracing", "describe"},
+    {
+        "models", "models.base", "models.basic", "models.deconvnet", "models.deeplab_largefov", "models.dropout",
+        "models.fcn", "models.fpn", "models.segnet", "models.unet"
+    },
+    {
+        "inference", "optimization", "proposals", "regions", "data.archives", "data.published", "data.dataset",
+        "data.relabelled", "data.transforms",
+    },
+    {
+        "data", "data.ade20k", "data.camvid", "data.cityscapes", "data.folder", "data.oxford_pets", "data.shapes",
+        "data.sunrgbd", "data.voc", "data.loading", "data.inspection", "data.instances", "checkpoint",
+    },
+    {"data.module", "task", "report", "prediction", "loggers", "recalibration"},
     {"processes", "memory", "transfer"},
     {"training"},
     {"callbacks", "runs", "watch"},
     {"train"},
-    {"finders"},
+    {"finders", "study", "study.paper", "study.costs", "study.table"},
     {"cli"},
     {"__main__"},
-]
+]  # fmt: skip
 ONLY = {
     "hydra": {"config"},
     "omegaconf": {"config"},

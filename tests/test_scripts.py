@@ -16,6 +16,7 @@ import torch
 import yaml
 from PIL import Image
 
+from segdeconv.boundary import Boundaries
 from segdeconv.classes import Classes
 from segdeconv.data.folder import Folder
 
@@ -94,7 +95,10 @@ def test_the_checkpoint_alone_gives_the_scores_that_training_saw(trained, tmp_pa
     total = sum(int((truth != 255).sum()) for truth in truths)
     assert report["pixel_accuracy"] == pytest.approx(right / total, abs=1e-6)
     assert (report["num_images"], report["num_pixels"]) == (len(val), total)
-    assert report["boundary_f1"] is None
+    outlines = Boundaries(len(val.classes), 255)
+    for truth, mask in zip(truths, masks, strict=True):
+        outlines.update(mask, truth)
+    assert report["boundary_f1"] == after_training["boundary_f1"] == pytest.approx(outlines.compute().f1, abs=1e-9)
     assert np.array(report["confusion"]).sum() == total
 
 
@@ -169,8 +173,8 @@ def test_inspect_prints_classes_and_names_every_bad_file(tmp_path):
 def test_a_mistake_is_one_line_and_exit_code_2(tmp_path):
     done = command("train", "model.widht=3", cwd=tmp_path, code=2)
     assert done.stderr.splitlines() == [
-        "segdeconv: error: there is no key model.widht - did you mean 'width'? Available: depth, norm, pretrained, "
-        "stages, switch_source, width"
+        "segdeconv: error: there is no key model.widht - did you mean 'width'? Available: depth, dropout, "
+        "dropout_at, norm, pretrained, stages, switch_source, width"
     ]
     assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").rglob("config.yaml"))
     done = command("train", "dataset=camvid", "dataset.root=/nope", cwd=tmp_path, code=2)

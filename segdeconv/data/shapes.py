@@ -52,30 +52,38 @@ class Shapes(SegmentationDataset):
         self.split, self.side, self.data_seed = split, side, data_seed
         self.names = [f"{split}_{index:05d}" for index in range(num_train if split == "train" else num_val)]
         # Drawing takes 2 ms, as long as a training step of a small network per image: a set that fits is kept.
-        self._kept: dict[int, Sample] | None = {} if len(self) * side**2 * 4 <= MAX_KEPT else None
+        self._kept: dict[int, tuple[Sample, np.ndarray]] | None = {} if len(self) * side**2 * 5 <= MAX_KEPT else None
 
     def __getitem__(self, index: int) -> Sample:
+        image, mask, name = self._drawn(index)[0]
+        return Sample(image.copy(), mask.copy(), name)
+
+    def instances(self, index: int) -> np.ndarray:
+        return self._drawn(index)[1].copy()
+
+    def _drawn(self, index: int) -> tuple[Sample, np.ndarray]:
         if not 0 <= index < len(self):
             raise UsageError(f"shapes has {len(self)} images in '{self.split}', there is no index {index}")
         if self._kept is None:
             return self._make(index)
         if index not in self._kept:
             self._kept[index] = self._make(index)
-        image, mask, name = self._kept[index]
-        return Sample(image.copy(), mask.copy(), name)
+        return self._kept[index]
 
-    def _make(self, index: int) -> Sample:
+    def _make(self, index: int) -> tuple[Sample, np.ndarray]:
+        """The sample, and the numbers of its objects in the order in which they were laid over one another."""
         random = np.random.Generator(np.random.Philox(key=key(self.data_seed, "shapes", self.split, index)))
         side = self.side
         image = _ground(random, side)
-        mask = np.zeros((side, side), dtype=np.uint8)
-        for _ in range(random.integers(NUM_OBJECTS[0], NUM_OBJECTS[1] + 1)):
+        mask, instances = np.zeros((2, side, side), dtype=np.uint8)
+        for number in range(1, 1 + random.integers(NUM_OBJECTS[0], NUM_OBJECTS[1] + 1)):
             label = int(random.integers(1, len(CLASSES)))
             inside, texture = _draw(random, side, CLASSES.names[label])
+            border = _border(inside)
             image = np.where(inside[:, :, None], texture, image)
-            mask[inside] = label
-            mask[_border(inside)] = CLASSES.ignore_index
-        return Sample(image.clip(0, 255).astype(np.uint8), mask, self.names[index])
+            mask[inside], instances[inside] = label, number
+            mask[border], instances[border] = CLASSES.ignore_index, CLASSES.ignore_index
+        return Sample(image.clip(0, 255).astype(np.uint8), mask, self.names[index]), instances
 
     @property
     def fingerprint(self) -> str:
