@@ -1,0 +1,79 @@
+"""Measure speed and memory against SegNet as it is usually written, in one run, and write a table and a plot.
+
+    python scripts/benchmark.py [speed] [memory] [growth] [kernels] [input] [--size 360,480] [--batch 2] [--repeats 5]
+                                [--classes 11] [--root CAMVID] [--out DIR]
+
+speed   training steps and inference passes in turn, beside the machine's own matrix products
+memory  their peaks, each in a process of its own, and those of U-Net and FCN-8s
+growth  seconds and memory against pixels, images and classes
+kernels pooling and unpooling against torch's own, and against a copy
+input   images a second, from the disk and from the cache
+Without a word: speed. Writes DIR/benchmark.md, benchmark.json and, where matplotlib is installed, benchmark.png.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+from segdeconv.errors import ArgumentParser, UsageError, command, did_you_mean, run_command
+
+PARTS = ("speed", "memory", "growth", "kernels", "input")
+
+
+def main() -> None:
+    """Measure what was asked for, show it, write it."""
+    parser = ArgumentParser("benchmark.py", description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} (default speed)")
+    parser.add_argument("--size", default="360,480", help="height,width (default 360,480)")
+    parser.add_argument("--batch", type=int, default=2, help="images (default 2)")
+    parser.add_argument("--classes", type=int, default=11, help="(default 11)")
+    parser.add_argument("--repeats", type=int, default=5, help="of which the median is shown (default 5)")
+    parser.add_argument("--root", type=Path, help="CamVid's folder, for input (default: built-in pictures)")
+    parser.add_argument("--out", type=Path, default=Path("benchmark"), help="folder (default: benchmark)")
+    arguments = parser.parse_args()
+    wanted = arguments.parts or ["speed"]
+    for part in wanted:
+        if part not in PARTS:
+            raise UsageError(f"there is no part '{part}' - {did_you_mean(part, PARTS)}")
+    try:
+        height, width = map(int, arguments.size.split(","))
+    except ValueError:
+        raise UsageError(f"--size {arguments.size} is no size - write height,width, for example 360,480") from None
+    if min(height, width, arguments.batch, arguments.classes, arguments.repeats) < 1:
+        raise UsageError("--size, --batch, --classes and --repeats are 1 or more")
+
+    from segdeconv.benchmarks import contestants, parts, plot
+    from segdeconv.inference import best_device
+    from segdeconv.report import write_json
+
+    task = contestants.Task(arguments.batch, (height, width), arguments.classes, best_device())
+    measures = {
+        "speed": lambda: parts.speed(task, arguments.repeats),
+        "memory": lambda: parts.memory(task),
+        "growth": lambda: parts.growth(task, arguments.repeats),
+        "kernels": lambda: parts.kernels(task.device),
+        "input": lambda: parts.input_(arguments.root),
+    }
+    tables = []
+    for part in wanted:
+        for table in measures[part]():
+            print(f"\n{table.markdown()}", flush=True)
+            tables.append(table)
+    facts = {"command": command("benchmark", sys.argv[1:]), **parts.machine(task.device)}
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    head = "# Benchmark\n\n" + "\n".join(f"* {name}: {value}" for name, value in facts.items())
+    text = "\n".join([head, *(f"\n{table.markdown()}" for table in tables)])
+    (arguments.out / "benchmark.md").write_text(text)
+    content = {**facts, "tables": [{"title": table.title, "rows": table.rows, "note": table.note} for table in tables]}
+    write_json(content, arguments.out / "benchmark.json")
+    if find_spec("matplotlib"):
+        plot.save(tables, arguments.out / "benchmark.png")
+    else:
+        print("no plot: it needs matplotlib - pip install matplotlib")
+    print("\n".join(str(path) for path in sorted(arguments.out.glob("benchmark.*"))))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,159 @@
+"""What scripts/benchmark.py measures, part by part: each gives tables, whose first column names the row."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from segdeconv.benchmarks import contestants, harness, peak
+from segdeconv.benchmarks.contestants import USUAL, Task
+from segdeconv.inference import fast_precision
+from segdeconv.models import SegNet
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table for reading and for plotting.
+
+    rows: dicts with the same keys, which are the header; numbers are numbers.
+    lines: (x, y) of the columns to plot a line of for each name in the first column; None for bars of `bar`.
+    """
+
+    title: str
+    rows: list[dict[str, Any]]
+    bar: str | None = None
+    lines: tuple[str, str] | None = None
+    note: str = ""
+
+    def markdown(self) -> str:
+        header = list(self.rows[0])
+        cells = [header, ["---"] * len(header), *([_shown(row[name]) for name in header] for row in self.rows)]
+        text = "\n".join(f"| {' | '.join(line)} |" for line in cells)
+        return f"## {self.title}\n\n{text}\n" + (f"\n{self.note}\n" if self.note else "")
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "–"
+    if not isinstance(value, float):
+        return f"{value:,}" if isinstance(value, int) else str(value)
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.2f}"
+
+
+def speed(task: Task, repeats: int) -> list[Table]:
+    """Training steps and inference passes in turn, beside the machine's own matrix products."""
+    dtypes = (torch.float32, torch.bfloat16)
+    tables = []
+    for training in (True, False):
+        products = {name: build for dtype in dtypes for name, build in peak.contestants(task.device, dtype).items()}
+        runners = contestants.runners(task, training=training)
+        timings = harness.race({**runners, **products}, repeats=repeats)
+        peaks = {name: _product_speed(name, timings[name].seconds, task.device) for name in products}
+        best = {
+            dtype: max(speed for name, speed in peaks.items() if name.startswith(dtype)) for dtype in _names(dtypes)
+        }
+        wanted = contestants.operations(SegNet(task.classes), task, training=training)
+        rows = []
+        for name in runners:
+            timing = timings[name]
+            row = {
+                "": name,
+                "seconds": timing.seconds,
+                "images a second": task.batch / timing.seconds,
+                f"times {USUAL}": timings[USUAL].seconds / timing.seconds,
+                "peak memory, MiB": round(timing.memory / MIB),
+            }
+            reached = wanted / timing.seconds / 1e9 if "SegNet" in name else None
+            dtype = "float32" if name == USUAL else "bfloat16"
+            row["GFLOP/s"] = reached
+            row[f"share of the matrix peak ({', '.join(f'{name} {value:.0f}' for name, value in best.items())})"] = (
+                None if reached is None else reached / best[dtype]
+            )
+            rows.append(row)
+        what = "Training step" if training else "Inference pass"
+        title = f"{what}, {task.batch} images of {task.size[0]}x{task.size[1]}, {task.classes} classes"
+        note = f"Medians of {repeats}, in turn; {wanted / 1e9:.0f} GFLOP for the batch."
+        tables.append(Table(title, rows, bar="images a second", note=note))
+    return tables
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> list[str]:
+    return [str(dtype).removeprefix("torch.") for dtype in dtypes]
+
+
+def _product_speed(name: str, seconds: float, device: torch.device) -> float:
+    """GFLOP/s of a contestant of peak.py."""
+    return peak.operations(device, int(name.split()[1])) / seconds / 1e9
+
+
+def memory(task: Task) -> list[Table]:
+    """Peaks of training and inference memory, ours against the usual, and the networks of the paper's table 6."""
+    tables = []
+    for training in (True, False):
+        for title, runners in (
+            ("against the usual SegNet", contestants.runners(task, training=training)),
+            ("networks on one encoder", contestants.peers(task, training=training)),
+        ):
+            timings = harness.race(runners, repeats=1)
+            first = next(iter(timings.values())).memory
+            rows = [
+                {"": name, "peak memory, MiB": round(timing.memory / MIB), "share of the first": timing.memory / first}
+                for name, timing in timings.items()
+            ]
+            what = "Training" if training else "Inference"
+            where = f"{task.batch} images of {task.size[0]}x{task.size[1]}"
+            tables.append(Table(f"{what} memory, {title}, {where}", rows, bar="peak memory, MiB"))
+    return tables
+
+
+def growth(task: Task, repeats: int) -> list[Table]:
+    """Seconds and memory of our training step against image area, batch and classes, one factor at a time."""
+    height, width = task.size
+    factors: Mapping[str, list[tuple[float, Task]]] = {
+        "pixels of an image": [
+            (float(h * w), task._replace(size=(h, w)))
+            for h, w in ((height // 4, width // 4), (height // 2, width // 2), (height, width))
+        ],
+        "images": [(float(batch), task._replace(batch=batch)) for batch in (1, 2, 4)],
+        "classes": [(float(classes), task._replace(classes=classes)) for classes in (2, 11, 40, 150)],
+    }
+    tables = []
+    for factor, points in factors.items():
+        runners = {
+            f"{value:.0f}": partial(contestants.our_segnet, point, fast_precision(), True)
+            for value, point in points
+        }
+        timings = harness.race(runners, repeats=repeats)
+        rows = [
+            {"": "SegNet, training step", factor: int(float(name)), "seconds": timing.seconds,
+             "peak memory, MiB": round(timing.memory / MIB)}
+            for name, timing in timings.items()
+        ]  # fmt: skip
+        tables.append(Table(f"Growth with {factor}", rows, lines=(factor, "seconds")))
+    return tables
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What a reader has to know of where it was measured."""
+    name = torch.cuda.get_device_name() if device.type == "cuda" else _processor()
+    return {"device": name, "threads": torch.get_num_threads(), "cores": os.cpu_count(), "torch": torch.__version__}
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return "CPU"
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    known = [flag for flag in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if flag in flags.split()]
+    return f"CPU ({known[0]})" if known else "CPU"
+
+

@@ -1,0 +1,59 @@
+"""SegNet and its peers as they are usually written in PyTorch: what ours are measured against.
+
+Nothing here is shared with segdeconv/models: torch's own layers in torch's own memory format, float32 throughout, and
+max_pool2d's int64 indices. The arithmetic is that of `SegNet(num_classes)`, convolution by convolution.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+
+
+def unit(in_channels: int, out_channels: int) -> nn.Sequential:
+    """Convolution, batch norm, ReLU."""
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, 3, padding=1), nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)
+    )
+
+
+def chain(*channels: int) -> nn.Sequential:
+    """One unit from each number of channels to the next."""
+    return nn.Sequential(*(unit(before, after) for before, after in pairwise(channels)))
+
+
+class UsualSegNet(nn.Module):
+    """SegNet on VGG16, the way most repositories have it, though pooled with ceil_mode as the original."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        ends = [3, *(stage[-1] for stage in STAGES)]
+        self.encoder = nn.ModuleList(chain(before, *stage) for before, stage in zip(ends, STAGES, strict=False))
+        above = [64, *(stage[-1] for stage in STAGES[:-1])]
+        deeper = [chain(*stage[::-1], end) for stage, end in zip(STAGES[1:], above[1:], strict=True)]
+        self.decoder = nn.ModuleList([*deeper[::-1], chain(64, 64)])
+        self.classifier = nn.Conv2d(64, num_classes, 3, padding=1)
+
+    def forward(self, image: Tensor) -> Tensor:  # (N, 3, H, W) -> (N, num_classes, H, W)
+        x, kept = image, []
+        for stage in self.encoder:
+            x = stage(x)
+            size = x.shape[-2:]
+            x, indices = F.max_pool2d(x, 2, 2, ceil_mode=True, return_indices=True)
+            kept.append((indices, size))
+        for stage in self.decoder:
+            indices, size = kept.pop()
+            x = stage(F.max_unpool2d(x, indices, 2, 2, output_size=list(size)))
+        return self.classifier(x)
+
+
+def load_from_ours(usual: UsualSegNet, ours: nn.Module) -> None:
+    """Give it the weights of `segdeconv.models.SegNet`, whose layers come in the same order."""
+    mine, theirs = usual.state_dict(), ours.state_dict()
+    matched = zip(mine, theirs.values(), strict=True)
+    usual.load_state_dict({name: torch.as_tensor(value) for name, value in matched})
