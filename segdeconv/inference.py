@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -12,10 +12,27 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from segdeconv.errors import UsageError
+from segdeconv.layers import fold_norms
 from segdeconv.seeding import key
+
+Model = TypeVar("Model", bound=nn.Module)
 
 # (N, 3, H, W) normalised images -> (N, C, H, W) scores: logits, or anything whose largest channel wins.
 Scorer = Callable[[Tensor], Tensor]
+
+
+def ready(model: Model, device: torch.device, precision: str) -> Model:
+    """A copy of a network as it is fastest to use: batch norms folded, on the device, channels last.
+
+    The weights of convolutions are kept in the type that they are computed in (`autocast` would convert them in every
+    pass). The running statistics are part of the copy: make a new one after they have changed.
+    """
+    network = fold_norms(model).to(device).to(memory_format=torch.channels_last)
+    if precision.endswith("mixed"):
+        for module in network.modules():
+            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+                module.to(_half(precision))
+    return network
 
 
 def padded(scorer: Scorer, minimum: int) -> Scorer:
@@ -175,5 +192,8 @@ def resolve_precision(wanted: str, trained: str | None = None) -> str:
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
     """The context in which a network of this precision runs."""
-    dtype = torch.float16 if precision == "16-mixed" else torch.bfloat16
-    return torch.autocast(device.type, dtype=dtype, enabled=precision.endswith("mixed"))
+    return torch.autocast(device.type, dtype=_half(precision), enabled=precision.endswith("mixed"))
+
+
+def _half(precision: str) -> torch.dtype:
+    return torch.float16 if precision == "16-mixed" else torch.bfloat16

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from segdeconv.allocation import keep_freed
 from segdeconv.boundary import Boundaries
 from segdeconv.calibration import Calibration
 from segdeconv.checkpoint import Checkpoint
@@ -28,6 +29,7 @@ from segdeconv.inference import (
     flipped,
     labels_and_confidence,
     padded,
+    ready,
     resized,
     resolve_precision,
     sampled,
@@ -39,14 +41,18 @@ from segdeconv.regions import Predictor
 
 
 def scorer_of(model: SegmentationModel, device: torch.device, precision: str, *, flip: bool = False) -> Scorer:
-    """A trained network as a function from normalised images of any size to class scores."""
-    network = model.to(device).to(memory_format=torch.channels_last)
+    """A trained network as a function from normalised images of any size to class scores; uses a copy of it."""
+    return _scorer(ready(model, device, precision), device, precision, flip=flip)
+
+
+def _scorer(network: SegmentationModel, device: torch.device, precision: str, *, flip: bool) -> Scorer:
+    keep_freed(device)
 
     def score(image: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode(), autocast(precision, device):
             return network(image.to(device).contiguous(memory_format=torch.channels_last))
 
-    whole = padded(score, model.minimum_size)
+    whole = padded(score, network.minimum_size)
     return flipped(whole) if flip else whole
 
 
@@ -54,8 +60,9 @@ def sampler_of(
     model: SegmentationModel, device: torch.device, precision: str, samples: int, *, flip: bool = False
 ) -> Callable[[torch.Tensor], Samples]:
     """A trained network with dropout as a function from normalised images of any size to what its samples say."""
-    score = scorer_of(model, device, precision, flip=flip)
-    return sampled(score if flip else softmaxed(score), model, samples)
+    network = ready(model, device, precision)
+    score = _scorer(network, device, precision, flip=flip)
+    return sampled(score if flip else softmaxed(score), network, samples)
 
 
 def restore_dataset(checkpoint: Checkpoint, split_name: str) -> SegmentationDataset:

@@ -16,10 +16,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from segdeconv import __version__
+from segdeconv.allocation import keep_freed
 from segdeconv.checkpoint import FORMAT
 from segdeconv.classes import Classes
 from segdeconv.errors import DivergedError, UsageError
-from segdeconv.inference import Scorer, labels, padded, resized
+from segdeconv.inference import labels, padded, ready, resized
 from segdeconv.losses import loss_sums
 from segdeconv.metrics import ConfusionMatrix, Scores, scores
 from segdeconv.models import SegmentationModel
@@ -104,6 +105,7 @@ class SegmentationTask(LightningModule):
         return self.optimizer
 
     def on_fit_start(self) -> None:
+        keep_freed(self.device)
         self.train_matrix.to(self.device)
         self.val_matrix.to(self.device)
 
@@ -170,10 +172,16 @@ class SegmentationTask(LightningModule):
         if self.trainer.world_size > 1:
             for buffer in self.network.buffers():
                 torch.distributed.broadcast(buffer, 0)
+        # As scripts/evaluate.py makes it, so that both give the same scores.
+        network = ready(self.network, self.device, str(self.trainer.precision))
+        self._scorer = padded(network, network.minimum_size)
+
+    def on_validation_end(self) -> None:
+        del self._scorer
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, list[np.ndarray]]:
         """Scores stored pixels, as scripts/evaluate.py does; the predicted masks are for pictures."""
-        logits = self.scorer(batch["image"])
+        logits = self._scorer(batch["image"])
         predictions = []
         for position, mask in enumerate(batch["mask"]):
             size = (mask.shape[0], mask.shape[1])
@@ -183,11 +191,6 @@ class SegmentationTask(LightningModule):
             self.val_matrix.update(prediction, mask)
             predictions.append(prediction.cpu().numpy())
         return {"predictions": predictions}
-
-    @property
-    def scorer(self) -> Scorer:
-        """The network for images of any size."""
-        return padded(self.network, self.network.minimum_size)
 
     def results(self, split: Literal["train", "val"]) -> Results | None:
         """What a split has given since `forget`, in all processes; None if there was no validation.

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "segdeconv"
 
 # Arrows go up only: a module imports modules of its own layer or below.
 LAYERS = [
-    {"errors", "options", "seeding"},
+    {"allocation", "errors", "options", "seeding"},
     {"boxes", "classes", "switches", "layers", "lattice", "config"},
     {"data.decoding", "data.channels", "data.reading", "data.download", "data.sampler", "data.splits"},
     {"encoders", "balancing", "metrics", "draw", "crf", "boundary", "calibration"},
