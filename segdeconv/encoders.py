@@ -48,6 +48,8 @@ class Encoder(nn.Module):
     switch_source: where the maxima are looked for. `post_relu` as in the originals; `pre_relu` pools first and
         rectifies the maxima: the same pooled values and gradients, ReLU on a quarter of the data, and no window of
         four zeros whose tie goes to the top-left cell (8 to 38 % of the windows of a fresh VGG16).
+    packed_switches: keep them in two bits each and not in eight, for the decoder and for the backward pass; a little
+        slower where there is no GPU.
 
     dropouts: at `stage3`, before the pool of the third stage, and `pool3`, after it; whoever builds a network that
         drops puts his in place of these, which drop nothing. Switches are never dropped.
@@ -63,10 +65,11 @@ class Encoder(nn.Module):
         bias: bool = True,
         dilations: tuple[int, ...] | None = None,
         switch_source: SwitchSource = "pre_relu",
+        packed_switches: bool = False,
     ) -> None:
         super().__init__()
         self.channels = stages
-        self.switch_source = switch_source
+        self.switch_source, self.packed_switches = switch_source, packed_switches
         self.dropouts = Dropouts()
         self.stages = nn.ModuleList()
         for stage, dilation in zip(stages, dilations or (1,) * len(stages), strict=True):
@@ -87,7 +90,7 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Encoding:  # (N, 3, H, W)
         pooled = []
         for number, stage in enumerate(self.stages, start=1):
-            pooling = max_pool(self.dropouts.at(f"stage{number}", stage(x)))
+            pooling = max_pool(self.dropouts.at(f"stage{number}", stage(x)), packed=self.packed_switches)
             if self.switch_source == "pre_relu":
                 pooling = pooling._replace(features=torch.relu(pooling.features))
             pooled.append(pooling)
@@ -104,6 +107,7 @@ def vgg_encoder(
     pretrained: str = "none",
     dilations: tuple[int, ...] | None = None,
     switch_source: SwitchSource = "pre_relu",
+    packed_switches: bool = False,
 ) -> Encoder:
     """The convolutional part of VGG.
 
@@ -112,10 +116,13 @@ def vgg_encoder(
     pretrained: `none`; `imagenet` (torchvision's weights of the same form, downloaded and checked by hash);
         `imagenet_plain` (the weights of the VGG without batch norm, also into an encoder with it: new norm layers
         after trained convolutions, as SegNet and DeconvNet started); or the path of a torchvision VGG file.
-    dilations, switch_source: see `Encoder`.
+    dilations, switch_source, packed_switches: see `Encoder`.
     """
     stages = tuple(tuple(max(1, round(channels * width)) for channels in stage) for stage in VGG_STAGES[depth])
-    encoder = Encoder(stages, in_channels=in_channels, norm=norm, dilations=dilations, switch_source=switch_source)
+    encoder = Encoder(
+        stages, in_channels=in_channels, norm=norm, dilations=dilations, switch_source=switch_source,
+        packed_switches=packed_switches,
+    )  # fmt: skip
     state = vgg_weights(pretrained, depth=depth, norm=norm, width=width)
     if state is not None:
         load_vgg(encoder, state, source=pretrained)

@@ -32,6 +32,7 @@ class SegNet(SegmentationModel):
     depth, width, pretrained: see `vgg_encoder`. stages: a table of your own in place of VGG's, the output channels of
     every convolution, stage by stage; depth, width and pretrained then say nothing. dropout: the probability of it at
     the places that `dropout_at` names, see `dropout_places`; `central` makes this Bayesian SegNet.
+    packed_switches: see `Encoder`.
 
     >>> import torch
     >>> SegNet(num_classes=11, width=0.25)(torch.zeros(1, 3, 37, 50)).shape
@@ -51,14 +52,18 @@ class SegNet(SegmentationModel):
         stages: tuple[tuple[PositiveInt, ...], ...] | None = None,
         dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5,
         dropout_at: DropoutAt = "none",
+        packed_switches: bool = False,
     ) -> None:
         super().__init__(num_classes, in_channels=in_channels)
         self.encoder = (
-            Encoder(tuple(map(tuple, stages)), in_channels=in_channels, norm=norm, switch_source=switch_source)
+            Encoder(
+                tuple(map(tuple, stages)), in_channels=in_channels, norm=norm, switch_source=switch_source,
+                packed_switches=packed_switches,
+            )
             if stages
             else vgg_encoder(
                 depth, in_channels=in_channels, norm=norm, width=width, pretrained=pretrained,
-                switch_source=switch_source,
+                switch_source=switch_source, packed_switches=packed_switches,
             )
         )  # fmt: skip
         self.decoder = SegNetDecoder(self.encoder.channels, num_classes, norm=norm)
