@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from segdeconv.errors import CheckpointError, UsageError
 from segdeconv.layers import ConvBlock, Dropouts, init_he
+from segdeconv.recomputation import Staged
 from segdeconv.switches import Pooling, max_pool
 
 Stages = tuple[tuple[int, ...], ...]
@@ -40,7 +41,7 @@ class Encoding(NamedTuple):
     pooled: tuple[Pooling, ...]
 
 
-class Encoder(nn.Module):
+class Encoder(Staged):
     """Stages of ConvBlocks, each ended by a max-pool that keeps its switches.
 
     stages: output channels of every convolution, stage by stage.
@@ -90,12 +91,16 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Encoding:  # (N, 3, H, W)
         pooled = []
         for number, stage in enumerate(self.stages, start=1):
-            pooling = max_pool(self.dropouts.at(f"stage{number}", stage(x)), packed=self.packed_switches)
-            if self.switch_source == "pre_relu":
-                pooling = pooling._replace(features=torch.relu(pooling.features))
+            pooling = self.run(self._pooled, number, stage, x)
             pooled.append(pooling)
             x = self.dropouts.at(f"pool{number}", pooling.features)
         return Encoding(x, tuple(pooled))
+
+    def _pooled(self, number: int, stage: nn.Module, x: Tensor) -> Pooling:
+        pooling = max_pool(self.dropouts.at(f"stage{number}", stage(x)), packed=self.packed_switches)
+        if self.switch_source == "pre_relu":
+            pooling = pooling._replace(features=torch.relu(pooling.features))
+        return pooling
 
 
 def vgg_encoder(

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "segdeconv"
 # Arrows go up only: a module imports modules of its own layer or below.
 LAYERS = [
     {"errors", "options", "seeding"},
-    {"boxes", "classes", "switches", "kernels", "layers", "lattice", "config"},
+    {"boxes", "classes", "switches", "kernels", "layers", "lattice", "recomputation", "config"},
     {"data.decoding", "data.channels", "data.reading", "data.download", "data.sampler", "data.splits"},
     {"encoders", "balancing", "metrics", "draw", "crf", "boundary", "calibration"},
     {"losses", "losses.base", "losses.pixelwise", "losses.regions", "losses.combined"},

@@ -139,9 +139,13 @@ class SegNetBasic(BasicModel):
     def decode(self, x: Tensor, levels: list[Level]) -> Tensor:
         for index, (block, level) in enumerate(zip(self.decoder, levels, strict=True)):
             assert level.switches is not None
-            x = self.dropouts.at(f"decoder{DEPTH - index}", block(unpool(x, level.switches, level.size)))
+            x = self.run(self._unpooled, block, x, level.switches, level.size)
+            x = self.dropouts.at(f"decoder{DEPTH - index}", x)
             x = x if level.features is None else x + level.features
         return self.classifier(x)
+
+    def _unpooled(self, block: nn.Module, x: Tensor, switches: Tensor, size: tuple[int, int]) -> Tensor:
+        return block(unpool(x, switches, size))
 
 
 class FCNBasic(BasicModel):

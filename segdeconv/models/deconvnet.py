@@ -117,8 +117,11 @@ class DeconvNet(SegmentationModel):
         x = self.fc7(self.fc6(x))  # 1x1
         x = self.fc6_deconv(x)  # 7x7
         for stage, pooling in zip(self.decoder, reversed(pooled), strict=True):
-            x = stage(unpool(x, pooling.switches, pooling.size))
+            x = self.run(self._unpooled, stage, x, pooling.switches, pooling.size)
         return self.classifier(x)
+
+    def _unpooled(self, stage: nn.Module, x: Tensor, switches: Tensor, size: tuple[int, int]) -> Tensor:
+        return stage(unpool(x, switches, size))
 
     def _check(self, image: Tensor) -> None:
         batch, _, height, width = image.shape

@@ -20,6 +20,7 @@ from segdeconv.encoders import Encoder, Encoding, Stages, SwitchSource, vgg_enco
 from segdeconv.layers import ConvBlock, Dropouts, init_he
 from segdeconv.models.base import SegmentationModel
 from segdeconv.models.dropout import DropoutAt, dropout_places
+from segdeconv.recomputation import Staged
 from segdeconv.switches import unpool
 
 
@@ -74,7 +75,7 @@ class SegNet(SegmentationModel):
         return self.decoder(self.encoder(image))
 
 
-class SegNetDecoder(nn.Module):
+class SegNetDecoder(Staged):
     """The encoder's table read backwards: unpool, then as many convolutions as the encoder's stage has.
 
     The last convolution of a stage narrows to the channels of the stage above it (conv4_1_D: 512 -> 256). The last
@@ -97,6 +98,9 @@ class SegNetDecoder(nn.Module):
     def forward(self, encoding: Encoding) -> Tensor:
         x = encoding.features
         for index, (stage, pooling) in enumerate(zip(self.stages, reversed(encoding.pooled), strict=True)):
-            x = stage(unpool(x, pooling.switches, pooling.size))
+            x = self.run(self._unpooled, stage, x, pooling.switches, pooling.size)
             x = self.dropouts.at(f"decoder{len(self.stages) - index}", x)
         return self.classifier(x)
+
+    def _unpooled(self, stage: nn.Module, x: Tensor, switches: Tensor, size: tuple[int, int]) -> Tensor:
+        return stage(unpool(x, switches, size))
