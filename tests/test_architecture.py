@@ -35,6 +35,7 @@ LAYERS = [
     {"training"},
     {"callbacks", "runs", "watch"},
     {"train"},
+    {"benchmarks", "benchmarks.kernels"},
     {"finders", "study", "study.paper", "study.costs", "study.table"},
     {"cli"},
     {"__main__"},
