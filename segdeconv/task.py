@@ -71,7 +71,7 @@ class SegmentationTask(LightningModule):
         remembered: Mapping[str, Any],
         norm: Literal["batch", "sync", "frozen"] = "batch",
         ema: Annotated[float, Field(gt=0, lt=1)] | None = None,
-        compile: bool | Literal["auto"] = "auto",
+        compile: Literal["auto", True, False] = "auto",
         recompute: bool = False,
     ) -> None:
         super().__init__()
