@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from segdeconv.errors import CheckpointError, UsageError
 from segdeconv.layers import ConvBlock, Dropouts, init_he
+from segdeconv.recomputation import Staged
 from segdeconv.switches import Pooling, max_pool
 
 Stages = tuple[tuple[int, ...], ...]
@@ -40,7 +41,7 @@ class Encoding(NamedTuple):
     pooled: tuple[Pooling, ...]
 
 
-class Encoder(nn.Module):
+class Encoder(Staged):
     """Stages of ConvBlocks, each ended by a max-pool that keeps its switches.
 
     stages: output channels of every convolution, stage by stage.
@@ -48,6 +49,8 @@ class Encoder(nn.Module):
     switch_source: where the maxima are looked for. `post_relu` as in the originals; `pre_relu` pools first and
         rectifies the maxima: the same pooled values and gradients, ReLU on a quarter of the data, and no window of
         four zeros whose tie goes to the top-left cell (8 to 38 % of the windows of a fresh VGG16).
+    packed_switches: keep them in two bits each and not in eight, for the decoder and for the backward pass; a little
+        slower where there is no GPU.
 
     dropouts: at `stage3`, before the pool of the third stage, and `pool3`, after it; whoever builds a network that
         drops puts his in place of these, which drop nothing. Switches are never dropped.
@@ -63,10 +66,11 @@ class Encoder(nn.Module):
         bias: bool = True,
         dilations: tuple[int, ...] | None = None,
         switch_source: SwitchSource = "pre_relu",
+        packed_switches: bool = False,
     ) -> None:
         super().__init__()
         self.channels = stages
-        self.switch_source = switch_source
+        self.switch_source, self.packed_switches = switch_source, packed_switches
         self.dropouts = Dropouts()
         self.stages = nn.ModuleList()
         for stage, dilation in zip(stages, dilations or (1,) * len(stages), strict=True):
@@ -87,12 +91,16 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Encoding:  # (N, 3, H, W)
         pooled = []
         for number, stage in enumerate(self.stages, start=1):
-            pooling = max_pool(self.dropouts.at(f"stage{number}", stage(x)))
-            if self.switch_source == "pre_relu":
-                pooling = pooling._replace(features=torch.relu(pooling.features))
+            pooling = self.run(self._pooled, number, stage, x)
             pooled.append(pooling)
             x = self.dropouts.at(f"pool{number}", pooling.features)
         return Encoding(x, tuple(pooled))
+
+    def _pooled(self, number: int, stage: nn.Module, x: Tensor) -> Pooling:
+        pooling = max_pool(self.dropouts.at(f"stage{number}", stage(x)), packed=self.packed_switches)
+        if self.switch_source == "pre_relu":
+            pooling = pooling._replace(features=torch.relu(pooling.features))
+        return pooling
 
 
 def vgg_encoder(
@@ -104,6 +112,7 @@ def vgg_encoder(
     pretrained: str = "none",
     dilations: tuple[int, ...] | None = None,
     switch_source: SwitchSource = "pre_relu",
+    packed_switches: bool = False,
 ) -> Encoder:
     """The convolutional part of VGG.
 
@@ -112,10 +121,13 @@ def vgg_encoder(
     pretrained: `none`; `imagenet` (torchvision's weights of the same form, downloaded and checked by hash);
         `imagenet_plain` (the weights of the VGG without batch norm, also into an encoder with it: new norm layers
         after trained convolutions, as SegNet and DeconvNet started); or the path of a torchvision VGG file.
-    dilations, switch_source: see `Encoder`.
+    dilations, switch_source, packed_switches: see `Encoder`.
     """
     stages = tuple(tuple(max(1, round(channels * width)) for channels in stage) for stage in VGG_STAGES[depth])
-    encoder = Encoder(stages, in_channels=in_channels, norm=norm, dilations=dilations, switch_source=switch_source)
+    encoder = Encoder(
+        stages, in_channels=in_channels, norm=norm, dilations=dilations, switch_source=switch_source,
+        packed_switches=packed_switches,
+    )  # fmt: skip
     state = vgg_weights(pretrained, depth=depth, norm=norm, width=width)
     if state is not None:
         load_vgg(encoder, state, source=pretrained)

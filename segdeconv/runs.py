@@ -25,7 +25,10 @@ from segdeconv.task import SegmentationTask
 from segdeconv.training import Checkpoints, make_trainer
 
 # Keys of a recipe that may differ when a run goes on: they do not change what is learnt.
-HARMLESS = ("resume", "resume_force", "max_time", "logger", "dataset.num_workers", "dataset.timeout", "dataset.root")
+HARMLESS = (
+    "resume", "resume_force", "max_time", "logger", "dataset.num_workers", "dataset.timeout", "dataset.root",
+    "trainer.recompute",
+)  # fmt: skip
 
 # Who shares the keys of `trainer`, and what each of them gets from the program.
 TRAINER = (make_trainer, SegmentationTask, Checkpoints)
@@ -187,7 +190,9 @@ def header(
         "optimizer": f"{recipe['optimizer'][TARGET].rpartition('.')[2]}, learning rate {recipe['optimizer']['lr']:g}, "
         f"{recipe['schedule'][TARGET].rpartition('.')[2].lower()}",
         "training": f"{trainer.max_epochs} epochs, {task.total_steps} steps of {_batch(data, trainer)} on "
-        f"{trainer.strategy.root_device}, precision {trainer.precision}",
+        f"{trainer.strategy.root_device}, precision {trainer.precision}"
+        + (", compiled" if task.compiles(trainer.strategy.root_device) else ", not compiled")
+        + (", stages computed again in the backward pass" if task.recompute else ""),
         "memory": f"about {readable(memory.total(data.batch_size))} a process: {readable(memory.weights)} for weights, "
         f"gradients and optimizer, {readable(memory.image)} for each image"
         + (f"; {readable(free)} are free" if free else "")

@@ -10,14 +10,21 @@ so any H, W works. Bit for bit the results are those of `max_pool2d(x, 2, 2, cei
 and `max_unpool2d(..., output_size=size)`, in values, places, ties (the first cell wins) and gradients, but the
 switches take 1 byte instead of 8 and unpooling is legal under `torch.use_deterministic_algorithms(True)`.
 
-Each operation exists twice. *Eager*: the fastest that torch's own kernels give. *Plain*: one tensor expression with
-no indices and no scatter, for torch.compile and torch.export, with free sizes. Pooling, unpooling and reading by
-switches are each other's gradients, so three small autograd functions close the circle and no input is kept for
-the backward pass.
+Each operation exists three times. *Eager*: the fastest that torch's own kernels give. *Plain*: one tensor expression
+with no indices and no scatter, for torch.compile and torch.export, with free sizes. On a GPU with Triton, *kernels.py*:
+one pass over memory. Pooling, unpooling and reading by switches are each other's gradients, so three small autograd
+functions close the circle and no input is kept for the backward pass.
+
+Switches come one to a byte, or *packed*, four channels to a byte: wherever switches are taken, both are, told apart by
+the number of channels (of a single channel they are the same).
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import warnings
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +36,7 @@ class Pooling(NamedTuple):
     """What a max-pool returns.
 
     features: (N, C, ceil(H/2), ceil(W/2)), the maxima.
-    switches: same shape, uint8, `2*dy + dx` in 0..3: the winning cell of each window.
+    switches: same shape, uint8, `2*dy + dx` in 0..3: the winning cell of each window; packed, (N, ceil(C/4), h, w).
     size: (H, W) before pooling; unpooling needs it, since 45 and 46 both pool to 23.
     """
 
@@ -38,24 +45,25 @@ class Pooling(NamedTuple):
     size: tuple[int, int]
 
 
-def max_pool(x: Tensor) -> Pooling:
+def max_pool(x: Tensor, *, packed: bool = False) -> Pooling:
     """2x2 max-pool with stride 2 that remembers where each maximum was.
 
     x: (N, C, H, W), any floating dtype, any H, W >= 1. A window with a NaN gives NaN; which cell it names is
     unspecified.
+    packed: switches of two bits, see `pack`; what is kept for the backward pass is packed too.
 
     >>> max_pool(torch.tensor([[[[1., 5., 2.], [3., 4., 9.], [8., 7., 6.]]]])).switches
     tensor([[[[1, 2],
               [0, 0]]]], dtype=torch.uint8)
     """
-    features, switches = _MaxPool.apply(x)
+    features, switches = _MaxPool.apply(x, packed)
     return Pooling(features, switches, (x.shape[-2], x.shape[-1]))
 
 
 def unpool(x: Tensor, switches: Tensor, size: tuple[int, int]) -> Tensor:
     """Put every value of x into the cell its switch names, and zeros into the other three.
 
-    x: (N, C, h, w); switches: (N, C, h, w) uint8 from `max_pool`; size: the (H, W) that was pooled.
+    x: (N, C, h, w); switches: (N, C, h, w) uint8 from `max_pool`, or packed; size: the (H, W) that was pooled.
     Returns (N, C, H, W).
 
     >>> unpool(torch.tensor([[[[7.]]]]), torch.tensor([[[[3]]]], dtype=torch.uint8), (2, 2))
@@ -64,51 +72,102 @@ def unpool(x: Tensor, switches: Tensor, size: tuple[int, int]) -> Tensor:
     """
     if not torch.compiler.is_compiling():
         _check(x, switches, size)
-    return _Unpool.apply(x, switches, size[0], size[1])
+    return _Unpool.apply(x, switches, size[0], size[1], False)
+
+
+def pack(switches: Tensor) -> Tensor:
+    """Four to a byte: (N, C, h, w) uint8 in 0..3 -> (N, ceil(C/4), h, w) uint8, in the same memory format.
+
+    Channel c is in byte c // 4, at bits 2 (c % 4) and 2 (c % 4) + 1; bits of channels that are not there are 0.
+
+    >>> pack(torch.tensor([3, 2, 1, 0, 3], dtype=torch.uint8).view(1, 5, 1, 1)).flatten().tolist()  # 0b00011011
+    [27, 3]
+    """
+    missing = -switches.shape[1] % 4
+    if missing:
+        switches = F.pad(switches, (0, 0, 0, 0, 0, missing))
+    packed = switches[:, 0::4]
+    for position in range(1, 4):
+        packed = packed | (switches[:, position::4] << 2 * position)
+    return packed
+
+
+def unpack(packed: Tensor, channels: int) -> Tensor:
+    """What `pack` was given, of so many channels.
+
+    >>> unpack(torch.tensor([27, 3], dtype=torch.uint8).view(1, 2, 1, 1), 5).flatten().tolist()
+    [3, 2, 1, 0, 3]
+    """
+    codes = [(packed >> 2 * position) & 3 for position in range(4)]
+    if torch.compiler.is_compiling():
+        return torch.stack(codes, dim=2).flatten(1, 2)[:, :channels]
+    # In place, since stacking would lose the memory format.
+    shape = (packed.shape[0], channels, *packed.shape[2:])
+    switches = torch.empty(shape, dtype=torch.uint8, device=packed.device, memory_format=_layout(packed))
+    for position, code in enumerate(codes):
+        part = switches[:, position::4]
+        part.copy_(code[:, : part.shape[1]])
+    return switches
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 def _check(x: Tensor, switches: Tensor, size: tuple[int, int]) -> None:
+    n, c, h, w = x.shape
+    shapes = ((n, c, h, w), (n, (c + 3) // 4, h, w))
     pooled = ((size[0] + 1) // 2, (size[1] + 1) // 2)
-    if switches.dtype != torch.uint8 or x.shape != switches.shape or tuple(x.shape[-2:]) != pooled:
+    if switches.dtype != torch.uint8 or tuple(switches.shape) not in shapes or (h, w) != pooled:
         raise ValueError(
             f"cannot unpool values of shape {tuple(x.shape)} to size {tuple(size)} with {switches.dtype} switches of "
-            f"shape {tuple(switches.shape)}: switches are uint8, of the shape of the values, and pool size to {pooled}"
+            f"shape {tuple(switches.shape)}: switches are uint8, of the shape of the values or four channels to a "
+            f"byte, and pool size to {pooled}"
         )
 
 
 class _MaxPool(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
-        return _pool_plain(x) if torch.compiler.is_compiling() else _pool_eager(x)
+    def forward(x: Tensor, packed: bool) -> tuple[Tensor, Tensor]:
+        kernels = _kernels(x)
+        if kernels is not None:
+            return kernels.pool(x, packed=packed)
+        features, switches = _pool_plain(x) if torch.compiler.is_compiling() else _pool_eager(x)
+        return features, pack(switches) if packed else switches
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
-        (x,), (_, switches) = inputs, output
+    def setup_context(ctx: Any, inputs: tuple[Tensor, bool], output: tuple[Tensor, Tensor]) -> None:
+        (x, _), (_, switches) = inputs, output
         ctx.mark_non_differentiable(switches)
         ctx.save_for_backward(switches)
         ctx.size = (x.shape[-2], x.shape[-1])
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> Tensor:
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, None]:
         (switches,) = ctx.saved_tensors
-        # torch adds gradients into zeros, so that of -0.0 becomes 0.0; adding 0 does the same.
-        return _Unpool.apply(gradient + 0.0, switches, *ctx.size)
+        return _Unpool.apply(gradient, switches, *ctx.size, True), None
 
 
 class _Unpool(torch.autograd.Function):
-    @staticmethod
-    def forward(x: Tensor, switches: Tensor, height: int, width: int) -> Tensor:
-        place = _place_plain if torch.compiler.is_compiling() else _place_eager
-        return place(x, switches, height, width)
+    """unsigned_zero: torch adds gradients into zeros, so that of -0.0 becomes 0.0; the gradient of pooling does too."""
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int, int], output: Tensor) -> None:
+    def forward(x: Tensor, switches: Tensor, height: int, width: int, unsigned_zero: bool) -> Tensor:
+        kernels = _kernels(x)
+        if kernels is not None:
+            return kernels.place(x, switches, height, width, unsigned_zero=unsigned_zero)
+        place = _place_plain if torch.compiler.is_compiling() else _place_eager
+        return place(x + 0.0 if unsigned_zero else x, _bytes(switches, x), height, width)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int, int, bool], output: Tensor) -> None:
         ctx.save_for_backward(inputs[1])
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
         (switches,) = ctx.saved_tensors
-        return _Pick.apply(gradient, switches), None, None, None
+        return _Pick.apply(gradient, switches), None, None, None, None
 
 
 class _Pick(torch.autograd.Function):
@@ -116,7 +175,11 @@ class _Pick(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, switches: Tensor) -> Tensor:
-        return _pick_plain(x, switches) if torch.compiler.is_compiling() else _pick_eager(x, switches)
+        kernels = _kernels(x)
+        if kernels is not None:
+            return kernels.pick(x, switches)
+        pick = _pick_plain if torch.compiler.is_compiling() else _pick_eager
+        return pick(x, _bytes(switches, x))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -127,7 +190,37 @@ class _Pick(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (switches,) = ctx.saved_tensors
-        return _Unpool.apply(gradient, switches, *ctx.size), None
+        return _Unpool.apply(gradient, switches, *ctx.size, False), None
+
+
+def _bytes(switches: Tensor, x: Tensor) -> Tensor:
+    """Switches one to a byte, for the channels of x."""
+    return switches if switches.shape[1] == x.shape[1] else unpack(switches, x.shape[1])
+
+
+def _kernels(x: Tensor) -> ModuleType | None:
+    return None if torch.compiler.is_compiling() or not x.is_cuda else triton_kernels(x.device)
+
+
+@functools.cache
+def triton_kernels(device: torch.device) -> ModuleType | None:
+    """The module `kernels` where a GPU can run it, else None: then torch's own kernels do the work, more slowly."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    one = torch.zeros(1, 1, 1, 1, device=device)
+    try:
+        from segdeconv import kernels
+
+        kernels.pool(one)
+    except Exception as error:  # no C compiler, no Python headers, too old a GPU: each of its own type
+        reason = str(error).strip().partition("\n")[0]
+        warnings.warn(
+            f"Triton does not run on {device} ({type(error).__name__}: {reason}), so pooling and unpooling take "
+            "torch's slower kernels - Triton needs a C compiler and a GPU of compute capability 7.0 or more",
+            stacklevel=2,
+        )
+        return None
+    return kernels
 
 
 # Eager. Integer products with a 0/1 mask select bits exactly (no -0.0, no NaN * 0) and run vectorised, which
@@ -149,9 +242,7 @@ def _pool_eager(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _place_eager(x: Tensor, switches: Tensor, height: int, width: int) -> Tensor:
-    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    out = torch.empty((*x.shape[:2], height, width), dtype=x.dtype, device=x.device, memory_format=layout)
+    out = torch.empty((*x.shape[:2], height, width), dtype=x.dtype, device=x.device, memory_format=_layout(x))
     bits = _BITS[x.element_size()]
     values, cells = x.view(bits), out.view(bits)
     for code in range(4):

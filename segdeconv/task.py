@@ -25,7 +25,9 @@ from segdeconv.losses import loss_sums
 from segdeconv.metrics import ConfusionMatrix, Scores, scores
 from segdeconv.models import SegmentationModel
 from segdeconv.optimization import Schedule, average
+from segdeconv.recomputation import Staged
 from segdeconv.seeding import key
+from segdeconv.switches import triton_kernels
 
 # Sums over pixels are divided by this before the backward pass, so that float16 can hold their gradients; a power of
 # two, which changes no digit.
@@ -50,6 +52,9 @@ class SegmentationTask(LightningModule):
     ema: decay of an exponential moving average of the weights, such as 0.999, which is then what is validated and
         used. Running statistics of batch norm are averaged alike, since those of the last steps belong to other
         weights. Over the first steps the decay is smaller, (1 + step) / (10 + step), to forget the start.
+    compile: train through torch.compile; `auto` on GPUs alone, since for a CPU it takes minutes. Checkpoints are the
+        same files, and what validates or uses them compiles nothing.
+    recompute: keep the inputs of each stage alone and compute it again in the backward pass, see `Staged`.
     """
 
     averaged: SegmentationModel | None
@@ -67,13 +72,25 @@ class SegmentationTask(LightningModule):
         remembered: Mapping[str, Any],
         norm: Literal["batch", "sync", "frozen"] = "batch",
         ema: Annotated[float, Field(gt=0, lt=1)] | None = None,
+        compile: Literal["auto", True, False] = "auto",
+        recompute: bool = False,
     ) -> None:
         super().__init__()
+        if compile is True and recompute:
+            raise UsageError(
+                "trainer.compile=true and trainer.recompute=true: torch.compile chooses by itself what to compute again"
+                " - leave one of them out"
+            )
         self.model = model.to(memory_format=torch.channels_last)
         self.loss = loss
         self.optimizer, self.schedule = optimizer, schedule
         self.classes, self.seed, self.total_steps, self.remembered = classes, seed, total_steps, dict(remembered)
         self.norm, self.ema = norm, ema
+        self.compilation, self.recompute = compile, recompute
+        for part in self.model.modules():
+            if isinstance(part, Staged):
+                part.recompute = recompute
+        self._supervised: Callable[[Tensor], tuple[Tensor, ...]] = self.model.supervised
         self.averaged = copy.deepcopy(model).requires_grad_(False) if ema is not None else None
         self.train_matrix = ConfusionMatrix(len(classes), classes.ignore_index)
         self.val_matrix = ConfusionMatrix(len(classes), classes.ignore_index)
@@ -104,8 +121,17 @@ class SegmentationTask(LightningModule):
     def configure_optimizers(self) -> Optimizer:
         return self.optimizer
 
+    def compiles(self, device: torch.device) -> bool:
+        """Whether training on this device goes through torch.compile."""
+        if self.compilation == "auto":
+            return not self.recompute and device.type == "cuda" and triton_kernels(device) is not None
+        return self.compilation
+
     def on_fit_start(self) -> None:
         keep_freed(self.device)
+        if self.compiles(self.device):
+            # The method, not the module, whose parameters would get other names in checkpoints.
+            self._supervised = torch.compile(self.model.supervised)
         self.train_matrix.to(self.device)
         self.val_matrix.to(self.device)
 
@@ -127,7 +153,7 @@ class SegmentationTask(LightningModule):
 
     def _forward(self, image: Tensor) -> tuple[Tensor, ...]:
         try:
-            return self.model.supervised(image)
+            return self._supervised(image)
         except ValueError as error:
             if "more than 1 value per channel" in str(error):
                 raise UsageError(

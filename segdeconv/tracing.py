@@ -218,9 +218,9 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.looking = True
 
     def _watched_pool(self, pool: Callable[..., Any]) -> Callable[..., Any]:
-        def watched(x: Tensor) -> tuple[Tensor, Tensor]:
+        def watched(x: Tensor, packed: bool) -> tuple[Tensor, Tensor]:
             with self._asleep():
-                features, codes = pool(x)
+                features, codes = pool(x, packed)
             aten = torch.ops.aten.max_pool2d_with_indices.default
             found = self.fields.get(x)
             for tensor in (features, codes):
@@ -234,9 +234,9 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return watched
 
     def _watched_unpool(self, unpool: Callable[..., Any]) -> Callable[..., Any]:
-        def watched(x: Tensor, codes: Tensor, height: int, width: int) -> Tensor:
+        def watched(x: Tensor, codes: Tensor, height: int, width: int, *options: Any) -> Tensor:
             with self._asleep():
-                output = unpool(x, codes, height, width)
+                output = unpool(x, codes, height, width, *options)
             one, other = self.fields.get(x), self.fields.get(codes)
             if one is None or other is None:
                 self.fields[output] = one or other

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "segdeconv"
 # Arrows go up only: a module imports modules of its own layer or below.
 LAYERS = [
     {"allocation", "errors", "options", "seeding"},
-    {"boxes", "classes", "switches", "layers", "lattice", "config"},
+    {"boxes", "classes", "switches", "kernels", "layers", "lattice", "recomputation", "config"},
     {"data.decoding", "data.channels", "data.reading", "data.download", "data.sampler", "data.splits"},
     {"encoders", "balancing", "metrics", "draw", "crf", "boundary", "calibration"},
     {"losses", "losses.base", "losses.pixelwise", "losses.regions", "losses.combined"},
@@ -35,6 +35,7 @@ LAYERS = [
     {"training"},
     {"callbacks", "runs", "watch"},
     {"train"},
+    {"benchmarks", "benchmarks.kernels"},
     {"finders", "study", "study.paper", "study.costs", "study.table"},
     {"cli"},
     {"__main__"},
@@ -46,6 +47,7 @@ ONLY = {
     "lightning_fabric": {"training", "processes"},
     "albumentations": {"data.transforms"},
     "torchvision": {"encoders"},
+    "triton": {"kernels"},
     "lightning": set(),
 }
 

@@ -150,11 +150,11 @@ def mean_pool(x, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=Fals
 def everything_heard(monkeypatch):
     """Pools that hear all of their window, and unpools that put a value into all of its cells."""
 
-    def pool(x):
+    def pool(x, packed):
         pooled = F.avg_pool2d(x, 2, ceil_mode=True)
         return pooled, torch.zeros(pooled.shape, dtype=torch.uint8)
 
-    def unpool(x, codes, height, width):
+    def unpool(x, codes, height, width, unsigned_zero):
         return x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)[..., :height, :width]
 
     monkeypatch.setattr(switches._MaxPool, "apply", pool)

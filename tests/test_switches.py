@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from segdeconv import switches as implementation
-from segdeconv.models import SegNet
-from segdeconv.switches import max_pool, unpool
+from segdeconv.models import DeconvNet, SegNet, SegNetBasic
+from segdeconv.switches import max_pool, pack, unpack, unpool
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 SIZES = ((1, 1), (1, 6), (7, 1), (2, 2), (4, 6), (5, 7), (6, 5), (9, 8))
@@ -272,7 +272,7 @@ def test_switches_carry_no_gradient_and_the_input_is_not_kept():
     ("values", "switches", "size", "message"),
     [
         ((1, 2, 3, 4), (torch.int64, (1, 2, 3, 4)), (6, 8), r"torch\.int64 switches .* switches are uint8"),
-        ((1, 2, 3, 4), (torch.uint8, (1, 1, 3, 4)), (6, 8), r"shape \(1, 1, 3, 4\): .* of the shape of the values"),
+        ((1, 2, 3, 4), (torch.uint8, (1, 3, 3, 4)), (6, 8), r"shape \(1, 3, 3, 4\): .* of the shape of the values"),
         ((1, 2, 3, 4), (torch.uint8, (1, 2, 3, 4)), (7, 8), r"to size \(7, 8\) .* pool size to \(4, 4\)"),
         ((1, 2, 3, 4), (torch.uint8, (1, 2, 3, 4)), (6, 9), r"to size \(6, 9\) .* pool size to \(3, 5\)"),
     ],
@@ -320,3 +320,89 @@ def test_exported_network_takes_any_size_and_has_no_indices_or_scatter():
             expected = model(image)
             torch.testing.assert_close(exported(image), expected)
         assert expected.std() > 0.01  # so that the tolerance means something
+
+
+# Packed.
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("channels", [1, 2, 4, 7, 8])
+def test_packed_switches_are_a_byte_for_four_channels_and_come_back(channels, layout):
+    codes = torch.randint(0, 4, (2, channels, 3, 5), dtype=torch.uint8).contiguous(memory_format=layout)
+    packed = pack(codes)
+    assert packed.shape == (2, -(-channels // 4), 3, 5)
+    assert packed.dtype == torch.uint8
+    for byte in range(packed.shape[1]):  # by hand: the first channel has the lowest bits
+        expected = sum(codes[:, c].int() * 4 ** (c % 4) for c in range(4 * byte, min(channels, 4 * byte + 4)))
+        assert torch.equal(packed[:, byte].int(), expected)
+    restored = unpack(packed, channels)
+    assert torch.equal(restored, codes)
+    if packed.shape[1] > 1:  # of a single channel both formats are the same
+        assert packed.is_contiguous(memory_format=layout)
+        assert restored.is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_packed_switches_give_the_same_bits_and_four_times_less_is_kept(layout):
+    for size in SIZES:
+        results, kept = [], []
+        for packed in (False, True):
+            torch.manual_seed(0)
+            x = random_input("ties", (size[0] + 1, size[1]), torch.float32, layout)[:, :, 1:].requires_grad_()
+            x = x.repeat(1, 4, 1, 1)  # 12 channels
+            x.retain_grad()
+            held = []
+            with torch.autograd.graph.saved_tensors_hooks(lambda t, held=held: held.append(t.nbytes) or t, lambda t: t):
+                pooling = max_pool(x, packed=packed)
+                restored = unpool(pooling.features, pooling.switches, pooling.size)
+            kept.append([pooling.switches.nbytes, sum(held)])
+            (gradient,) = torch.autograd.grad((restored * restored.detach()).sum(), x, create_graph=True)
+            results.append((pooling.features, restored, gradient))
+        for one, other in zip(*results, strict=True):
+            assert_same_bits(one, other)
+        assert [4 * few for few in kept[1]] == kept[0]
+
+
+def make_slim(network, packed):
+    torch.manual_seed(0)
+    return {
+        "SegNet": lambda: SegNet(3, width=0.125, packed_switches=packed),
+        "SegNetBasic": lambda: SegNetBasic(3, width=6, packed_switches=packed),
+        "DeconvNet": lambda: DeconvNet(3, width=0.125, fc_width=8, packed_switches=packed),
+    }[network]()
+
+
+@pytest.mark.parametrize("network", ["SegNet", "SegNetBasic", "DeconvNet"])
+def test_networks_with_packed_switches_compute_the_same_bits(network):
+    results = []
+    side = 225 if network == "DeconvNet" else 45
+    image = torch.randn(2, 3, side, side - 5)
+    for packed in (False, True):
+        model = make_slim(network, packed).to(memory_format=torch.channels_last)
+        pooling = model.encoder(image).pooled[-1]
+        assert pooling.switches.shape[1] == -(-pooling.features.shape[1] // (4 if packed else 1))
+        logits = model(image)
+        logits.square().mean().backward()
+        results.append([logits, *(parameter.grad for parameter in model.parameters())])
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_packed_switches_compile_and_export():
+    model = make_slim("SegNet", True).eval()
+    height, width = torch.export.Dim("height", min=33, max=4096), torch.export.Dim("width", min=33, max=4096)
+    program = torch.export.export(model, (torch.randn(1, 3, 64, 96),), dynamic_shapes=({2: height, 3: width},))
+    image = torch.randn(1, 3, 47, 70)
+    with torch.no_grad():
+        torch.testing.assert_close(program.module()(image), make_slim("SegNet", False).eval()(image))
+
+    def function(x):
+        pooling = max_pool(x, packed=True)
+        return unpool(pooling.features * 2, pooling.switches, pooling.size)
+
+    x, y = (torch.arange(60.0).view(1, 3, 4, 5).requires_grad_() for _ in range(2))
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")(x)
+    assert_same_bits(compiled, function(y))
+    compiled.square().sum().backward()
+    function(y).square().sum().backward()
+    assert torch.equal(x.grad, y.grad)

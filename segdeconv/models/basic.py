@@ -41,7 +41,7 @@ class Level(NamedTuple):
     """What the encoder keeps for one step of the decoder; None is what the decoder does without.
 
     size: (H, W) that was pooled, which the step makes again.
-    switches: (N, C, ceil(H/2), ceil(W/2)) uint8, of that pool.
+    switches: (N, C, ceil(H/2), ceil(W/2)) uint8, of that pool, or packed.
     features: (N, C or K, H, W), the map to add to the step's own.
     """
 
@@ -57,7 +57,7 @@ class BasicModel(SegmentationModel):
     the input (meant for raw pixels 0..255: `dataset.mean=[0,0,0] dataset.std=[1,1,1]`).
 
     width: channels of every map; 64 in the paper. bias: of the convolutions; the released file has them and the text
-    says none, and before a batch norm they change nothing. switch_source: see `Encoder`.
+    says none, and before a batch norm they change nothing. switch_source, packed_switches: see `Encoder`.
     """
 
     def __init__(
@@ -68,12 +68,14 @@ class BasicModel(SegmentationModel):
         width: PositiveInt = 64,
         bias: bool = True,
         switch_source: SwitchSource = "pre_relu",
+        packed_switches: bool = False,
     ) -> None:
         super().__init__(num_classes, in_channels=in_channels)
         self.normalise = nn.LocalResponseNorm(5, alpha=1e-4, beta=0.75, k=1.0)
         self.encoder = Encoder(
-            ((width,),) * DEPTH, in_channels=in_channels, kernel=7, bias=bias, switch_source=switch_source
-        )
+            ((width,),) * DEPTH, in_channels=in_channels, kernel=7, bias=bias, switch_source=switch_source,
+            packed_switches=packed_switches,
+        )  # fmt: skip
 
     def forward(self, image: Tensor) -> Tensor:
         return self.decode(*self.encode(image))
@@ -114,8 +116,12 @@ class SegNetBasic(BasicModel):
         encoder_addition: bool = False,
         dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5,
         dropout_at: DropoutAt = "none",
+        packed_switches: bool = False,
     ) -> None:
-        super().__init__(num_classes, in_channels=in_channels, width=width, bias=bias, switch_source=switch_source)
+        super().__init__(
+            num_classes, in_channels=in_channels, width=width, bias=bias, switch_source=switch_source,
+            packed_switches=packed_switches,
+        )  # fmt: skip
         groups = width if decoder == "single_channel" else 1
         self.encoder_addition = encoder_addition
         self.dropouts = self.encoder.dropouts = Dropouts(dropout_places(dropout_at, DEPTH), dropout)
@@ -133,9 +139,13 @@ class SegNetBasic(BasicModel):
     def decode(self, x: Tensor, levels: list[Level]) -> Tensor:
         for index, (block, level) in enumerate(zip(self.decoder, levels, strict=True)):
             assert level.switches is not None
-            x = self.dropouts.at(f"decoder{DEPTH - index}", block(unpool(x, level.switches, level.size)))
+            x = self.run(self._unpooled, block, x, level.switches, level.size)
+            x = self.dropouts.at(f"decoder{DEPTH - index}", x)
             x = x if level.features is None else x + level.features
         return self.classifier(x)
+
+    def _unpooled(self, block: nn.Module, x: Tensor, switches: Tensor, size: tuple[int, int]) -> Tensor:
+        return block(unpool(x, switches, size))
 
 
 class FCNBasic(BasicModel):

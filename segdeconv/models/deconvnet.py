@@ -40,6 +40,7 @@ class DeconvNet(SegmentationModel):
         from the end of the encoder's stage. The last of all would mirror the convolution that sees the image and end
         in the image's channels, where the published network has 64 maps: it keeps its own filters. fc7 and the
         classifier have no counterpart. A part of the encoder that is frozen freezes the filters in both places.
+    packed_switches: see `Encoder`.
 
     >>> import torch
     >>> DeconvNet(num_classes=21, width=0.125, fc_width=32).eval()(torch.zeros(1, 3, 193, 210)).shape
@@ -60,10 +61,14 @@ class DeconvNet(SegmentationModel):
         pretrained: str = "none",
         switch_source: SwitchSource = "pre_relu",
         tied: bool = False,
+        packed_switches: bool = False,
     ) -> None:
         super().__init__(num_classes, in_channels=in_channels)
         state = vgg_weights(pretrained, depth=depth, norm=norm, width=width)
-        self.encoder = vgg_encoder(depth, in_channels=in_channels, norm=norm, width=width, switch_source=switch_source)
+        self.encoder = vgg_encoder(
+            depth, in_channels=in_channels, norm=norm, width=width, switch_source=switch_source,
+            packed_switches=packed_switches,
+        )  # fmt: skip
         stages = self.encoder.channels
         deepest = stages[-1][-1]
         self.fc6 = ConvBlock(deepest, fc_width, kernel=7, padding=0, norm=norm)
@@ -112,8 +117,11 @@ class DeconvNet(SegmentationModel):
         x = self.fc7(self.fc6(x))  # 1x1
         x = self.fc6_deconv(x)  # 7x7
         for stage, pooling in zip(self.decoder, reversed(pooled), strict=True):
-            x = stage(unpool(x, pooling.switches, pooling.size))
+            x = self.run(self._unpooled, stage, x, pooling.switches, pooling.size)
         return self.classifier(x)
+
+    def _unpooled(self, stage: nn.Module, x: Tensor, switches: Tensor, size: tuple[int, int]) -> Tensor:
+        return stage(unpool(x, switches, size))
 
     def _check(self, image: Tensor) -> None:
         batch, _, height, width = image.shape

@@ -20,6 +20,7 @@ from segdeconv.encoders import Encoder, Encoding, Stages, SwitchSource, vgg_enco
 from segdeconv.layers import ConvBlock, Dropouts, init_he
 from segdeconv.models.base import SegmentationModel
 from segdeconv.models.dropout import DropoutAt, dropout_places
+from segdeconv.recomputation import Staged
 from segdeconv.switches import unpool
 
 
@@ -32,6 +33,7 @@ class SegNet(SegmentationModel):
     depth, width, pretrained: see `vgg_encoder`. stages: a table of your own in place of VGG's, the output channels of
     every convolution, stage by stage; depth, width and pretrained then say nothing. dropout: the probability of it at
     the places that `dropout_at` names, see `dropout_places`; `central` makes this Bayesian SegNet.
+    packed_switches: see `Encoder`.
 
     >>> import torch
     >>> SegNet(num_classes=11, width=0.25)(torch.zeros(1, 3, 37, 50)).shape
@@ -51,14 +53,18 @@ class SegNet(SegmentationModel):
         stages: tuple[tuple[PositiveInt, ...], ...] | None = None,
         dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5,
         dropout_at: DropoutAt = "none",
+        packed_switches: bool = False,
     ) -> None:
         super().__init__(num_classes, in_channels=in_channels)
         self.encoder = (
-            Encoder(tuple(map(tuple, stages)), in_channels=in_channels, norm=norm, switch_source=switch_source)
+            Encoder(
+                tuple(map(tuple, stages)), in_channels=in_channels, norm=norm, switch_source=switch_source,
+                packed_switches=packed_switches,
+            )
             if stages
             else vgg_encoder(
                 depth, in_channels=in_channels, norm=norm, width=width, pretrained=pretrained,
-                switch_source=switch_source,
+                switch_source=switch_source, packed_switches=packed_switches,
             )
         )  # fmt: skip
         self.decoder = SegNetDecoder(self.encoder.channels, num_classes, norm=norm)
@@ -69,7 +75,7 @@ class SegNet(SegmentationModel):
         return self.decoder(self.encoder(image))
 
 
-class SegNetDecoder(nn.Module):
+class SegNetDecoder(Staged):
     """The encoder's table read backwards: unpool, then as many convolutions as the encoder's stage has.
 
     The last convolution of a stage narrows to the channels of the stage above it (conv4_1_D: 512 -> 256). The last
@@ -92,6 +98,9 @@ class SegNetDecoder(nn.Module):
     def forward(self, encoding: Encoding) -> Tensor:
         x = encoding.features
         for index, (stage, pooling) in enumerate(zip(self.stages, reversed(encoding.pooled), strict=True)):
-            x = stage(unpool(x, pooling.switches, pooling.size))
+            x = self.run(self._unpooled, stage, x, pooling.switches, pooling.size)
             x = self.dropouts.at(f"decoder{len(self.stages) - index}", x)
         return self.classifier(x)
+
+    def _unpooled(self, stage: nn.Module, x: Tensor, switches: Tensor, size: tuple[int, int]) -> Tensor:
+        return stage(unpool(x, switches, size))

@@ -82,7 +82,7 @@ class UNet(SegmentationModel):
         for level, stage in enumerate(self.encoder.stages):
             if level > 0:
                 x = F.max_pool2d(x, 2, ceil_mode=True)
-            x = stage(x)
+            x = self.run(stage, x)
             if level >= last - 1:
                 x = self.dropout(x)
             copies.append(x)
@@ -90,5 +90,8 @@ class UNet(SegmentationModel):
         for up, convolutions in zip(self.ups, self.decoder, strict=True):
             copy = copies.pop()
             x = cut(up(x), copy.shape[-2:])
-            x = convolutions(torch.cat([x, copy], dim=1))
+            x = self.run(self._joined, convolutions, x, copy)
         return self.classifier(x)
+
+    def _joined(self, convolutions: nn.Module, x: Tensor, copy: Tensor) -> Tensor:
+        return convolutions(torch.cat([x, copy], dim=1))

@@ -56,7 +56,8 @@ def measure(
         full_parameters=_count(full),
         forward_ms=1000 * forward,
         kept=maps + sum(switch.nbytes for switch in switches),
-        packed=maps + sum(math.ceil(switch.numel() / 4) for switch in switches),
+        packed=maps
+        + sum(switch.nbytes if model.encoder.packed_switches else math.ceil(switch.numel() / 4) for switch in switches),
     )
 
 
