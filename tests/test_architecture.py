@@ -14,7 +14,7 @@ PACKAGE = ROOT / "segdeconv"
 LAYERS = [
     {"errors", "options", "seeding"},
     {"boxes", "classes", "switches", "layers", "lattice", "config"},
-    {"data.decoding", "data.channels", "data.reading", "data.download", "data.sampler", "data.splits"},
+    {"data.decoding", "data.channels", "data.reading", "data.download", "data.sampler", "data.splits", "data.store"},
     {"encoders", "balancing", "metrics", "draw", "crf", "boundary", "calibration"},
     {"losses", "losses.base", "losses.pixelwise", "losses.regions", "losses.combined"},
     {"fields", "tracing", "describe"},
@@ -28,14 +28,14 @@ LAYERS = [
     },
     {
         "data", "data.ade20k", "data.camvid", "data.cityscapes", "data.folder", "data.oxford_pets", "data.shapes",
-        "data.sunrgbd", "data.voc", "data.loading", "data.inspection", "data.instances", "checkpoint",
+        "data.sunrgbd", "data.voc", "data.loading", "data.inspection", "data.instances", "data.cache", "checkpoint",
     },
     {"data.module", "task", "report", "prediction", "loggers", "recalibration"},
     {"processes", "memory", "transfer"},
     {"training"},
     {"callbacks", "runs", "watch"},
     {"train"},
-    {"finders", "study", "study.paper", "study.costs", "study.table"},
+    {"finders", "benchmarks", "benchmarks.input", "study", "study.paper", "study.costs", "study.table"},
     {"cli"},
     {"__main__"},
 ]  # fmt: skip

@@ -1,0 +1,1 @@
+"""What the project says of its own speed, as functions that measure it."""
