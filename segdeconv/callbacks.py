@@ -27,6 +27,7 @@ from segdeconv.metrics import scores
 from segdeconv.processes import STOP_SIGNALS, agreed
 from segdeconv.task import Results, SegmentationTask
 from segdeconv.training import Checkpoints
+from segdeconv.watch import Waiting
 
 TIME_IS_UP = 1000  # beside the numbers of signals
 
@@ -144,10 +145,12 @@ class Pictures(Callback):
 
 
 class Progress(Callback):
-    """One bar over the whole run with loss, mIoU and time left; where nobody watches, a line per epoch."""
+    """One bar over the whole run with loss, mIoU, time left and the share of time that training waits for images; where
+    nobody watches, a line per epoch.
+    """
 
-    def __init__(self, recorder: Recorder) -> None:
-        self.recorder = recorder
+    def __init__(self, recorder: Recorder, waiting: Waiting) -> None:
+        self.recorder, self.waiting = recorder, waiting
         self.bar: tqdm[Any] | None = None
         self._loss: float | None = None
 
@@ -169,6 +172,7 @@ class Progress(Callback):
         self._loss = loss if self._loss is None else 0.95 * self._loss + 0.05 * loss
         best = f" miou {self.recorder.miou:.3f}" if self.recorder.miou is not None else ""
         self.bar.set_description(f"epoch {trainer.current_epoch + 1} loss {self._loss:.3f}{best}", refresh=False)
+        self.bar.set_postfix_str(f"waiting {100 * self.waiting.share:.0f} %", refresh=False)
         self.bar.update()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
@@ -182,7 +186,7 @@ class Progress(Callback):
             f"epoch {trainer.current_epoch + 1}  step {trainer.global_step}/{pl_module.total_steps}  "
             f"train loss {train.loss:.3f}  "
             + (f"val loss {val.loss:.3f}  val miou {val.scores.miou:.4f}  " if val else "")
-            + f"left {left / 60:.1f} min",
+            + f"waiting for images {100 * self.waiting.share:.0f} %  left {left / 60:.1f} min",
             flush=True,
         )
 

@@ -10,9 +10,8 @@ from itertools import count
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-from segdeconv.data.loading import collate_training, training_loader
+from segdeconv.data.loading import collate_training, for_network, training_loader
 from segdeconv.errors import UsageError
 from segdeconv.inference import autocast
 from segdeconv.losses import loss_sums
@@ -145,9 +144,10 @@ def _start_of(epoch: int) -> tuple[int, int]:
 
 def _step(made: Prepared, batch: dict[str, Any], device: torch.device, precision: str) -> float:
     """One training step; returns the loss."""
-    image: Tensor = batch["image"].to(device)
+    on_device = {name: batch[name].to(device) for name in ("image", "mask")}
+    seen = for_network(on_device, made.data.preprocessing)
     with autocast(precision, device):
-        total, normaliser = loss_sums(made.loss, made.model.supervised(image), batch["mask"].to(device))
+        total, normaliser = loss_sums(made.loss, made.model.supervised(seen["image"]), seen["mask"])
     loss = total / normaliser.clamp(min=1.0)
     made.optimizer.zero_grad()
     loss.backward()  # type: ignore[no-untyped-call]

@@ -49,7 +49,7 @@ def recalibrated(checkpoint: Checkpoint, *, device: torch.device) -> Checkpoint:
             seen += images
             for norm in norms.values():
                 norm.momentum = images / seen
-            score(batch["image"].to(device).contiguous(memory_format=torch.channels_last))
+            score(preprocessing.normalised(batch["image"].to(device)))
             bar.update(images)
     state = dict(checkpoint.content["state_dict"])
     prefix = AVERAGED if any(name.startswith(AVERAGED) for name in state) else "model."

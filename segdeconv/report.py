@@ -19,7 +19,7 @@ from segdeconv.checkpoint import Checkpoint
 from segdeconv.classes import Classes
 from segdeconv.config import TARGET
 from segdeconv.data.dataset import SegmentationDataset
-from segdeconv.data.loading import EvaluationSamples, evaluation_loader
+from segdeconv.data.loading import EvaluationSamples, evaluation_loader, for_network
 from segdeconv.data.transforms import Preprocessing
 from segdeconv.errors import UsageError
 from segdeconv.inference import (
@@ -115,21 +115,22 @@ def evaluate(
     batches: Iterable[dict[str, Any]]
     draw = None
     if look is None:
-        batches = evaluation_loader(
-            EvaluationSamples(
-                dataset, Preprocessing.restore({**checkpoint.facts["preprocessing"], "size": settings["size"]})
-            ),
+        preprocessing = Preprocessing.restore({**checkpoint.facts["preprocessing"], "size": settings["size"]})
+        loaded = evaluation_loader(
+            EvaluationSamples(dataset, preprocessing),
             batch_size=settings["batch_size"],
             num_workers=settings["num_workers"],
             timeout=settings["timeout"],
         )
+        moved = ({**batch, "image": batch["image"].to(device)} for batch in loaded)
+        batches = (for_network(batch, preprocessing) for batch in moved)
         precision = resolve_precision(precision, checkpoint.facts["precision"])
         model = checkpoint.model()
         score = scorer_of(model, device, precision, flip=flip)
         draw = sampler_of(model, device, precision, samples, flip=flip) if samples else None
     else:
-        stored_ones = (dataset[place] for place in range(len(dataset)))
-        batches = ({"image": image, "mask": [torch.tensor(mask)], "name": name} for image, mask, name in stored_ones)
+        whole_ones = (dataset[place] for place in range(len(dataset)))
+        batches = ({"image": image, "mask": [torch.tensor(mask)], "name": name} for image, mask, name in whole_ones)
     if calibration is not None:
         calibration.to(device)
     matrix = ConfusionMatrix(len(dataset.classes), dataset.classes.ignore_index).to(device)

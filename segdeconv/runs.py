@@ -27,7 +27,7 @@ from segdeconv.training import Checkpoints, make_trainer
 # Keys of a recipe that may differ when a run goes on: they do not change what is learnt.
 HARMLESS = (
     "resume", "resume_force", "max_time", "logger", "dataset.num_workers", "dataset.timeout", "dataset.root",
-    "trainer.recompute",
+    "trainer.recompute", "dataset.cache", "dataset.cache_size",
 )  # fmt: skip
 
 # Who shares the keys of `trainer`, and what each of them gets from the program.
@@ -198,9 +198,30 @@ def header(
         + (f"; {readable(free)} are free" if free else "")
         if memory
         else "",
+        "loading": _loading(data),
         "run": f"{run}" + (f", going on from {resumed.name}" if resumed else ""),
     }
     return "\n".join(f"{name + ':':<11}{text}" for name, text in rows.items() if text)
+
+
+def _loading(data: DataModule) -> str:
+    """Who makes the batches, and where decoded images stay."""
+    workers, ahead = data.loaders["num_workers"], data.loaders["prefetch_factor"]
+    asked = data.workers["num_workers"]
+    made = f"{workers} worker{'s' if workers > 1 else ''}, {ahead} batches ahead each" if workers else "no workers"
+    made += f" ({asked} asked for, more than there are cores)" if asked and asked > workers else ""
+    room = data.room
+    if room.kind == "none":
+        return f"{made}; images are decoded every time"
+    where = f"on disk in {room.folder}" if room.folder else "in memory"
+    if room.needed <= room.capacity:
+        return f"{made}; decoded images are kept {where}, about {readable(room.needed)}"
+    return (
+        f"{made}; decoded images are kept {where}, {readable(room.capacity)} of about {readable(room.needed)}: the "
+        "others are decoded every time; dataset.cache_size=GiB"
+        + (" or dataset.cache=disk" * (room.folder is None))
+        + " keeps more"
+    )
 
 
 def _batch(data: DataModule, trainer: Trainer) -> str:

@@ -34,7 +34,7 @@ from segdeconv.data.module import DataModule, build_split, build_transforms, nor
 from segdeconv.errors import TimeUp, command
 from segdeconv.models import SegmentationModel, build_model
 from segdeconv.task import SegmentationTask
-from segdeconv.watch import Watch
+from segdeconv.watch import Waiting, Watch
 
 
 def train(recipe: Mapping[str, Any], run: str | Path, *, typed: str | None = None) -> None:
@@ -58,7 +58,9 @@ def train(recipe: Mapping[str, Any], run: str | Path, *, typed: str | None = Non
     recorder = Recorder(run, checkpoints)
     deadline = started + runs.seconds(recipe["max_time"]) if recipe["max_time"] is not None else None
     stopping = Stopping(checkpoints, deadline=deadline)
-    callbacks = [Pictures(made.data.val), Progress(recorder), Watch(), stopping, checkpoints, recorder]
+    waiting = Waiting()
+    shown = [Pictures(made.data.val), Progress(recorder, waiting), Watch(waiting)]
+    callbacks = [waiting, *shown, stopping, checkpoints, recorder]
     trainer = training.make_trainer(run, callbacks, logger, **for_trainer)
     # Where a run is shown is no part of what it learns.
     kept = {name: node for name, node in recipe.items() if name != "logger"}

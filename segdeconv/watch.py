@@ -13,8 +13,43 @@ from tqdm import tqdm
 from segdeconv.classes import Classes
 
 FEW_IMAGES = 4  # fewer, and the statistics of batch norm say more about the batch than about the data
-WAITING = 0.3  # share of an epoch's time that training may wait for images before it is said
+WAITING = 0.1  # share of an epoch's time that training may wait for images before advice is given
 NOTICEABLE = 5.0  # seconds of waiting in an epoch below which nothing is said
+
+
+class Waiting(Callback):
+    """Measures how much of an epoch's training is spent waiting for images: for the loader, and until they are on the
+    device and normalised.
+    """
+
+    def __init__(self) -> None:
+        self.waited = self.trained = 0.0  # seconds
+        self._mark: float | None = None
+
+    @property
+    def share(self) -> float:
+        """Of the epoch's time so far."""
+        return self.waited / max(1e-9, self.waited + self.trained)
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self._mark = None  # the first batch of a run waits for the workers to start
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self.waited = self.trained = 0.0
+        if self._mark is not None:  # what is not the first: validation lay between
+            self._mark = time.monotonic()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        now = time.monotonic()
+        if self._mark is not None:
+            self.waited += now - self._mark
+        self._mark = now
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        now = time.monotonic()
+        if self._mark is not None:
+            self.trained += now - self._mark
+        self._mark = now
 
 
 class Watch(Callback):
@@ -23,10 +58,10 @@ class Watch(Callback):
     A loss that is not finite ends the run: see `SegmentationTask.on_before_optimizer_step`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, waiting: Waiting) -> None:
+        self.waiting = waiting
         self._collapsed: str | None = None
-        self._waited = self._trained = 0.0
-        self._mark: float | None = None
+        self._epochs = 0
         self._said_waiting = False
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -41,33 +76,20 @@ class Watch(Callback):
                 "help here), or set trainer.norm=frozen with trained weights" + (" or trainer.norm=sync" * synced),
             )
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
-        self._waited = self._trained = 0.0
-        self._mark = None  # the first batch of an epoch waits for the workers to start
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        now = time.monotonic()
-        if self._mark is not None:
-            self._waited += now - self._mark
-        self._mark = now
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        now = time.monotonic()
-        if self._mark is not None:
-            self._trained += now - self._mark
-        self._mark = now
-
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
-        share = self._waited / max(1e-9, self._waited + self._trained)
-        if share > WAITING and self._waited > NOTICEABLE and not self._said_waiting:
-            self._said_waiting = True
-            workers = pl_module.trainer.train_dataloader.num_workers
-            _say(
-                trainer,
-                f"input is the bottleneck: {100 * share:.0f} % of the epoch was spent waiting for images; raise "
-                f"dataset.num_workers (now {workers}), leave out slow augmentations, or store images at the size that "
-                "is trained on",
-            )
+        self._epochs += 1
+        if self.waiting.share > WAITING and self.waiting.waited > NOTICEABLE and not self._said_waiting:
+            kept = trainer.datamodule.room.kind != "none"  # type: ignore[attr-defined]
+            if not kept or self._epochs > 1:  # or the next epoch has its images decoded
+                self._said_waiting = True
+                workers = pl_module.trainer.train_dataloader.num_workers
+                _say(
+                    trainer,
+                    f"input is the bottleneck: {100 * self.waiting.share:.0f} % of the epoch was spent waiting for "
+                    f"images; raise dataset.num_workers (now {workers}) where there are cores, "
+                    + ("give dataset.cache_size=GiB if not all images fit, " if kept else "set dataset.cache=memory, ")
+                    + "leave out slow augmentations, or store images at the size that is trained on",
+                )
         val = pl_module.results("val")  # every process has to ask
         if val is not None:
             now = collapse(val.confusion, pl_module.classes)

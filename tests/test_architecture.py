@@ -14,7 +14,7 @@ PACKAGE = ROOT / "segdeconv"
 LAYERS = [
     {"allocation", "errors", "options", "seeding"},
     {"boxes", "classes", "switches", "kernels", "layers", "lattice", "recomputation", "config"},
-    {"data.decoding", "data.channels", "data.reading", "data.download", "data.sampler", "data.splits"},
+    {"data.decoding", "data.channels", "data.reading", "data.download", "data.sampler", "data.splits", "data.store"},
     {"encoders", "balancing", "metrics", "draw", "crf", "boundary", "calibration"},
     {"losses", "losses.base", "losses.pixelwise", "losses.regions", "losses.combined"},
     {"fields", "tracing", "describe"},
@@ -28,14 +28,17 @@ LAYERS = [
     },
     {
         "data", "data.ade20k", "data.camvid", "data.cityscapes", "data.folder", "data.oxford_pets", "data.shapes",
-        "data.sunrgbd", "data.voc", "data.loading", "data.inspection", "data.instances", "checkpoint",
+        "data.sunrgbd", "data.voc", "data.loading", "data.inspection", "data.instances", "data.cache", "checkpoint",
     },
     {"data.module", "task", "report", "prediction", "loggers", "recalibration"},
     {"processes", "memory", "transfer"},
     {"training"},
     {"callbacks", "runs", "watch"},
     {"train"},
-    {"benchmarks", "benchmarks.kernels"},
+    {
+        "benchmarks", "benchmarks.contestants", "benchmarks.harness", "benchmarks.input", "benchmarks.kernels",
+        "benchmarks.parts", "benchmarks.peak", "benchmarks.plot", "benchmarks.usual",
+    },
     {"finders", "study", "study.paper", "study.costs", "study.table"},
     {"cli"},
     {"__main__"},

@@ -17,10 +17,10 @@ import torch
 
 from segdeconv.checkpoint import ADMITTED
 from segdeconv.data import Shapes
-from segdeconv.data.loading import TrainingBatches, training_loader
+from segdeconv.data.loading import TrainingBatches, for_network, training_loader, worker_settings
 from segdeconv.data.module import IMAGENET_MEAN, IMAGENET_STD, build_transforms, check_augment
 from segdeconv.data.sampler import StatelessBatches
-from segdeconv.data.transforms import Augmentation, Preprocessing, resize_image, resize_mask
+from segdeconv.data.transforms import Augmentation, Preprocessing, resize_image, resize_mask, stacked
 from segdeconv.errors import UsageError
 
 IMAGE = np.random.default_rng(0).integers(0, 256, size=(48, 64, 3), dtype=np.uint8)
@@ -145,10 +145,38 @@ def test_0_1_and_2_workers_give_the_same_bits_over_two_epochs() -> None:
 
 
 def test_batches_have_the_types_the_network_expects() -> None:
-    batch = next(epochs(0))
+    stored = next(epochs(0))
+    assert (stored["image"].dtype, stored["mask"].dtype) == (torch.uint8, torch.uint8)  # a quarter crosses
+    preprocessing = Preprocessing((32, 32), IMAGENET_MEAN, IMAGENET_STD)
+    batch = for_network(stored, preprocessing)
     assert (batch["image"].shape, batch["image"].dtype) == ((2, 3, 24, 24), torch.float32)
     assert (batch["mask"].shape, batch["mask"].dtype) == ((2, 24, 24), torch.int64)
     assert batch["image"].is_contiguous(memory_format=torch.channels_last)
+    rows = stored["image"].numpy().transpose(0, 2, 3, 1)
+    expected = (rows - np.array(IMAGENET_MEAN, np.float32)) / np.array(IMAGENET_STD, np.float32)
+    np.testing.assert_array_equal(batch["image"].numpy(), expected.transpose(0, 3, 1, 2))  # to the bit
+    np.testing.assert_array_equal(batch["mask"], stored["mask"])
+
+
+@pytest.mark.parametrize("order", ["rgb", "bgr"])
+def test_16_bit_images_are_normalised_on_the_device_to_the_bit(order) -> None:
+    image = np.random.default_rng(0).integers(0, 65536, (5, 7, 3)).astype(np.uint16)
+    mean, std = np.array([30000.0, 100.5, 7.25], np.float32), np.array([9000.0, 3.0, 0.7], np.float32)
+    one = Preprocessing(None, tuple(mean.tolist()), tuple(std.tolist()), 16, order=order)
+    expected = (image.astype(np.float32) - mean) / std
+    expected = expected[:, :, ::-1] if order == "bgr" else expected
+    batch = stacked([image, image])
+    before = batch.clone()
+    np.testing.assert_array_equal(one.normalised(batch)[1].permute(1, 2, 0), expected)
+    assert torch.equal(batch, before)
+
+
+@pytest.mark.parametrize("workers", [1, 3, None])
+def test_there_are_never_more_workers_than_cores(monkeypatch, workers) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
+    found = worker_settings(num_workers=workers, timeout=9, world_size=2)
+    assert found["num_workers"] == (1 if workers == 1 else 2)
+    assert worker_settings(num_workers=4, timeout=9)["num_workers"] == 4
 
 
 def test_fewer_images_than_a_batch_are_refused() -> None:

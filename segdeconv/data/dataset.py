@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,6 +67,10 @@ class SegmentationDataset(ABC):
     def fingerprint(self) -> str:
         """Changes when the data changes: what an inspection of it is remembered under."""
 
+    def stamp(self, index: int) -> str:
+        """Changes when what an image is read from changes while a run lasts; asked each time before it is read."""
+        return ""
+
     @property
     def kind(self) -> str:
         """What data set it is."""
@@ -82,6 +87,10 @@ class SegmentationDataset(ABC):
     def whole(self) -> SegmentationDataset:
         """The data set of whole images, where this one has parts of them: what is looked at before training."""
         return self
+
+    def through(self, view: Callable[[SegmentationDataset], SegmentationDataset]) -> SegmentationDataset:
+        """The same data set, with its whole images seen through a view of them."""
+        return view(self)
 
     @property
     def image_files(self) -> list[Path]:
@@ -135,6 +144,14 @@ class FileDataset(SegmentationDataset):
     def instances(self, index: int) -> np.ndarray:
         path = self.pairs[index].instances
         return super().instances(index) if path is None else read_labels(path, max_pixels=self.max_pixels)
+
+    def stamp(self, index: int) -> str:
+        pair = self.pairs[index]
+        try:
+            found = [(file, file.stat()) for file in (pair.image, pair.mask)]
+        except OSError:
+            return ""  # reading says in a sentence what is wrong with it
+        return " ".join(f"{file} {status.st_size} {status.st_mtime_ns}" for file, status in found)
 
     @property
     def image_files(self) -> list[Path]:

@@ -6,8 +6,10 @@ middle of its picture and everything else as background; then parts of images as
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -105,6 +107,14 @@ class Crops(SegmentationDataset):
     @property
     def whole(self) -> SegmentationDataset:
         return self.dataset.whole
+
+    def through(self, view: Callable[[SegmentationDataset], SegmentationDataset]) -> SegmentationDataset:
+        crops = copy.copy(self)
+        crops.dataset = self.dataset.through(view)
+        return crops
+
+    def stamp(self, index: int) -> str:
+        return self.dataset.stamp(int(self.table[index, 0]))
 
     @property
     def fingerprint(self) -> str:

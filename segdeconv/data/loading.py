@@ -15,12 +15,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from segdeconv.data.dataset import SegmentationDataset
 from segdeconv.data.sampler import StatelessBatches
-from segdeconv.data.transforms import Augmentation, Preprocessing, resize_image, resize_mask
+from segdeconv.data.transforms import Augmentation, Preprocessing, resize_image, resize_mask, stacked
 from segdeconv.errors import UsageError
+
+AHEAD = 2  # batches that each worker makes before they are asked for
 
 
 class TrainingBatches(Dataset[dict[str, Any]]):
-    """Augmented samples, by (epoch, index)."""
+    """Augmented samples, by (epoch, index): numbers as stored, which `for_network` normalises on the device."""
 
     def __init__(self, dataset: SegmentationDataset, preprocessing: Preprocessing, augmentation: Augmentation) -> None:
         self.dataset, self.preprocessing, self.augmentation = dataset, preprocessing, augmentation
@@ -35,18 +37,14 @@ class TrainingBatches(Dataset[dict[str, Any]]):
         if size is not None:
             image, mask = resize_image(image, size), resize_mask(mask, size)
         image, mask = self.augmentation(image, mask, epoch, index)
-        return {
-            "image": self.preprocessing.normalise(image, name),
-            "mask": torch.from_numpy(mask.astype(np.int64)),
-            "name": name,
-        }
+        return {"image": self.preprocessing.required(image, name), "mask": mask, "name": name}
 
 
 class EvaluationSample(NamedTuple):
-    """image: (C, h, w) float32 as the network sees it; mask: (H, W) uint8 as stored; name."""
+    """image: (h, w, C) uint8 or uint16, of the size that the network sees; mask: (H, W) uint8 as stored; name."""
 
-    image: Tensor
-    mask: Tensor
+    image: np.ndarray
+    mask: np.ndarray
     name: str
 
 
@@ -61,37 +59,52 @@ class EvaluationSamples(Dataset[EvaluationSample]):
 
     def __getitem__(self, index: int) -> EvaluationSample:
         image, mask, name = self.dataset[index]
-        return EvaluationSample(self.preprocessing(image, name), torch.from_numpy(np.array(mask)), name)
+        image = self.preprocessing.required(image, name)
+        size = self.preprocessing.size
+        return EvaluationSample(image if size is None else resize_image(image, size), mask, name)
 
 
 def collate_training(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """-> image (N, C, H, W) float32, channels last; mask (N, H, W) int64; name: list."""
-    images = _stack([sample["image"] for sample in samples], [sample["name"] for sample in samples])
+    """-> image (N, C, H, W) as stored, see `stacked`; mask (N, H, W) uint8; name: list."""
+    names = [sample["name"] for sample in samples]
     return {
-        "image": images,
-        "mask": torch.stack([sample["mask"] for sample in samples]),
-        "name": [sample["name"] for sample in samples],
-    }
-
-
-def collate_evaluation(samples: Sequence[EvaluationSample]) -> dict[str, Any]:
-    """-> image (N, C, h, w) float32, channels last; mask: list of (H, W) uint8, each of its own size; name: list."""
-    names = [sample.name for sample in samples]
-    return {
-        "image": _stack([sample.image for sample in samples], names),
-        "mask": [sample.mask for sample in samples],
+        "image": _stack([sample["image"] for sample in samples], names),
+        "mask": torch.from_numpy(np.stack([sample["mask"] for sample in samples])),
         "name": names,
     }
 
 
-def _stack(images: Sequence[Tensor], names: Sequence[str]) -> Tensor:
+def collate_evaluation(samples: Sequence[EvaluationSample]) -> dict[str, Any]:
+    """-> image (N, C, h, w) as stored, see `stacked`; mask: list of (H, W) uint8, each of its own size; name: list."""
+    names = [sample.name for sample in samples]
+    return {
+        "image": _stack([sample.image for sample in samples], names),
+        "mask": [torch.from_numpy(np.array(sample.mask)) for sample in samples],
+        "name": names,
+    }
+
+
+def for_network(batch: dict[str, Any], preprocessing: Preprocessing) -> dict[str, Any]:
+    """A batch of either kind, on its device, as training and validation take it.
+
+    image: (N, C, H, W) float32, normalised, in channels-last memory. mask: (N, H, W) int64 of a training batch.
+    """
+    mask = batch["mask"]
+    return {
+        **batch,
+        "image": preprocessing.normalised(batch["image"]),
+        "mask": mask.long() if isinstance(mask, Tensor) else mask,
+    }
+
+
+def _stack(images: Sequence[np.ndarray], names: Sequence[str]) -> Tensor:
     for image, name in zip(images, names, strict=True):
         if image.shape != images[0].shape:
             raise UsageError(
-                f"{names[0]} is {tuple(images[0].shape[1:])} and {name} {tuple(image.shape[1:])} (HxW), which make no "
+                f"{names[0]} is {images[0].shape[:2]} and {name} {image.shape[:2]} (HxW), which make no "
                 "batch - set dataset.size=[H,W] (all images) or dataset.crop=[H,W] (training), or dataset.batch_size=1"
             )
-    return torch.stack(list(images)).contiguous(memory_format=torch.channels_last)
+    return stacked(images)
 
 
 def training_loader(
@@ -134,23 +147,31 @@ def evaluation_loader(
 
 
 def worker_settings(*, num_workers: int | None, timeout: float, world_size: int = 1) -> dict[str, Any]:
-    """num_workers: None for as many as suit this machine. timeout: seconds a batch may take before we give up."""
-    # The cores that this process may use, which in a container are fewer than the machine has.
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cores = max(1, usable // world_size)
+    """num_workers: None for as many as suit this machine; never more than it has cores for each process of ours.
+    timeout: seconds a batch may take before we give up.
+    """
+    cores = cores_each(world_size)
     if num_workers is None:
         # With an accelerator the cores have only the data to do; without one they also train.
         num_workers = min(16, cores) if torch.cuda.is_available() else min(2, cores)
+    num_workers = min(num_workers, cores)
     return {
         "num_workers": num_workers,
         "persistent_workers": num_workers > 0,
+        "prefetch_factor": AHEAD if num_workers else None,
         "timeout": timeout if num_workers else 0,
         "worker_init_fn": prepare_worker,
         "pin_memory": torch.cuda.is_available(),
     }
 
 
+def cores_each(processes: int) -> int:
+    """The cores that each of so many processes may use, which in a container are fewer than the machine has."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, usable // processes)
+
+
 def prepare_worker(_: int) -> None:
     """One thread per worker; signals are the main process's to answer."""
-    cv2.setNumThreads(0)
+    cv2.setNumThreads(0)  # torch's are one in a worker already
     signal.signal(signal.SIGINT, signal.SIG_IGN)

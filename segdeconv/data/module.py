@@ -12,6 +12,7 @@ from pytorch_lightning import LightningDataModule, Trainer
 from torch.utils.data import DataLoader
 
 from segdeconv.config import TARGET, build, check, locate, split
+from segdeconv.data.cache import Cached, Kind, make_room, open_store
 from segdeconv.data.dataset import SegmentationDataset
 from segdeconv.data.inspection import Inspection
 from segdeconv.data.instances import Crops
@@ -19,7 +20,9 @@ from segdeconv.data.loading import (
     EvaluationSamples,
     TrainingBatches,
     evaluation_loader,
+    for_network,
     training_loader,
+    worker_settings,
 )
 from segdeconv.data.relabelled import Relabelled
 from segdeconv.data.transforms import (
@@ -46,7 +49,10 @@ class DataModule(LightningDataModule):
     size: (H, W) that the network sees, in training and prediction; None for each image's own.
     crop: (H, W) of training batches, cut at random after augmentation; None for `size`.
     batch_size: images per process and step. num_workers: None for as many as suit the machine.
+        More than the machine has cores for are not started.
     timeout: seconds after which a batch that does not come ends the run.
+    cache: where decoded images stay after they were decoded once, see `cache.make_room`. cache_size: their bound in
+        GiB; None for a quarter of the memory or disk that is free.
     mean, std: of each channel, in the units of the stored numbers. None is ImageNet's for 8-bit RGB, and what is
         measured on the train split for other images. The originals feed SegNet raw pixels: mean=[0,0,0], std=[1,1,1].
     order: of the channels as the network sees them. OpenCV, and so Caffe, reads `bgr`; mean and std stay those of the
@@ -65,6 +71,8 @@ class DataModule(LightningDataModule):
         batch_size: Side = 4,
         num_workers: Annotated[int, Field(ge=0)] | None = None,
         timeout: Annotated[float, Field(ge=0)] = 120.0,
+        cache: Kind = "auto",
+        cache_size: Positive | None = None,
         mean: tuple[float, ...] | None = None,
         std: tuple[Positive, ...] | None = None,
         order: Order = "rgb",
@@ -94,8 +102,17 @@ class DataModule(LightningDataModule):
         )
         seen_at = _size(size) or (image.shape[0], image.shape[1])
         augmentation.rehearse(resize_image(image, seen_at), resize_mask(mask, seen_at))
+        self.workers: dict[str, Any] = {"num_workers": num_workers, "timeout": timeout}
+        # Whole images are kept at the size that the network sees, unless they are still to be cut; val keeps its masks.
+        splits = (train.whole, val.whole)
+        sizes = tuple(_size(size) if split is split.whole else None for split in (train, val))
+        self.room = make_room(cache, cache_size, splits, sizes)
+        store = open_store(self.room, splits, sizes)
+        if store is not None:
+            train = train.through(lambda whole: Cached(whole, store, size=sizes[0]))
+            val = val.through(lambda whole: Cached(whole, store, first=len(splits[0]), size=sizes[1], masks_too=False))
         self.samples = TrainingBatches(train, self.preprocessing, augmentation)
-        self.workers = {"num_workers": num_workers, "timeout": timeout}
+        self.val_samples = EvaluationSamples(val, self.preprocessing)
 
     @property
     def _run(self) -> Trainer:
@@ -124,9 +141,17 @@ class DataModule(LightningDataModule):
             **self.workers,
         )
 
+    @property
+    def loaders(self) -> dict[str, Any]:
+        """The settings of both loaders, as torch's DataLoader takes them."""
+        return worker_settings(world_size=self._run.world_size, **self.workers)
+
+    def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        return for_network(batch, self.preprocessing)
+
     def val_dataloader(self) -> DataLoader[Any]:
         return evaluation_loader(
-            EvaluationSamples(self.val, self.preprocessing),
+            self.val_samples,
             batch_size=self.batch_size,
             rank=self._run.global_rank,
             world_size=self._run.world_size,

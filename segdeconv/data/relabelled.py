@@ -38,6 +38,9 @@ class Relabelled(SegmentationDataset):
     def instances(self, index: int) -> np.ndarray:
         return self.dataset.instances(index)
 
+    def stamp(self, index: int) -> str:
+        return self.dataset.stamp(index)
+
     @property
     def fingerprint(self) -> str:
         return f"{self.kind} {sorted(self.label_map.items())} {self.dataset.fingerprint}"

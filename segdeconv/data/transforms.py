@@ -76,16 +76,28 @@ class Preprocessing:
 
     def normalise(self, image: np.ndarray, name: str | Path = "the image") -> Tensor:
         """(H, W, C) uint8 or uint16 -> (C, H, W) float32, in channels-last memory."""
+        return self.normalised(stacked([self.required(image, name)]))[0]
+
+    def required(self, image: np.ndarray, name: str | Path) -> np.ndarray:
+        """The (H, W, C) image, if it is of the kind that the network takes; otherwise one sentence about `name`."""
         found = (image.shape[2] if image.ndim == 3 else 1, 8 * image.dtype.itemsize)
         if image.ndim != 3 or found != (self.channels, self.bits):
             raise UsageError(
                 f"{name} has {found[0]} channel(s) of {found[1]} bit and the network takes {self.channels} of "
                 f"{self.bits} bit - give images like those it is trained on"
             )
-        mean, std = np.array(self.mean, dtype=np.float32), np.array(self.std, dtype=np.float32)
+        return image
+
+    def normalised(self, images: Tensor) -> Tensor:
+        """(N, C, H, W) numbers as stored, uint8 or float32, on any device -> float32, in channels-last memory."""
+        rows = images.permute(0, 2, 3, 1)
+        mean, std = torch.tensor([self.mean, self.std], dtype=torch.float32, device=images.device)
         if self.order == "bgr":
-            image, mean, std = np.ascontiguousarray(image[:, :, ::-1]), mean[::-1], std[::-1]
-        return torch.from_numpy((image - mean) / std).permute(2, 0, 1)
+            rows, mean, std = rows.flip(-1), mean.flip(0), std.flip(0)
+        count, height, width, channels = rows.shape
+        # A row of pixels at a time: three numbers are too few for a processor to work on at once.
+        flat = rows.reshape(count * height, width * channels) - mean.repeat(width)
+        return flat.div_(std.repeat(width)).view(count, height, width, channels).permute(0, 3, 1, 2)
 
     def plain(self) -> dict[str, Any]:
         """As plain data, for a checkpoint."""
@@ -107,6 +119,15 @@ class Preprocessing:
         return cls(size, mean, std, data.get("bits", 8), data.get("as_stored", False), data.get("order", "rgb"))
 
 
+def stacked(images: Sequence[np.ndarray]) -> Tensor:
+    """(H, W, C) uint8 or uint16 each -> (N, C, H, W) uint8 or float32, in channels-last memory, with no number changed.
+
+    uint8 is a quarter of what the network sees, and what crosses to the device; uint16 not every device knows.
+    """
+    rows = np.stack(images)
+    return torch.from_numpy(rows if rows.dtype == np.uint8 else rows.astype(np.float32)).permute(0, 3, 1, 2)
+
+
 class Transform(Protocol):
     """An albumentations transform: takes image= and mask=, gives a dict of both."""
 
@@ -121,7 +142,7 @@ class Augmentation:
 
     transforms: by their names in the recipe, in order.
     crop: (H, W) of the result: padded where smaller (image with the mean colour, mask with ignore_index), cropped at
-        random where larger; None leaves the size as it is.
+        random where larger; None leaves the size as it is. It happens after the last transform that moves pixels.
     """
 
     def __init__(
@@ -137,7 +158,10 @@ class Augmentation:
         self.transforms = dict(transforms)
         steps = list(transforms.values())
         if crop is not None:
-            steps += [
+            # Light and noise come after it, where they are last: what is cut away needs none.
+            moving = [not isinstance(step, albumentations.ImageOnlyTransform) for step in steps]
+            place = max((number for number, moves in enumerate(moving, start=1) if moves), default=0)
+            steps[place:place] = [
                 _Pad(*crop, fill=_rounded(fill), fill_mask=ignore_index),
                 albumentations.RandomCrop(*crop),
             ]
@@ -183,10 +207,15 @@ class _Pad(albumentations.PadIfNeeded):  # type: ignore[misc]  # albumentations 
     def apply(
         self, img: np.ndarray, pad_top: int, pad_bottom: int, pad_left: int, pad_right: int, **_: Any
     ) -> np.ndarray:
+        if not (pad_top or pad_bottom or pad_left or pad_right):
+            return img  # albumentations asks all the same
         height, width, channels = img.shape
         padded = np.empty((pad_top + height + pad_bottom, pad_left + width + pad_right, channels), dtype=img.dtype)
-        padded[:] = self.fill
-        padded[pad_top : pad_top + height, pad_left : pad_left + width] = img
+        inner = padded[pad_top : pad_top + height]
+        fill = np.array(self.fill).astype(img.dtype)
+        for border in (padded[:pad_top], padded[pad_top + height :], inner[:, :pad_left], inner[:, pad_left + width :]):
+            border[:] = fill
+        inner[:, pad_left : pad_left + width] = img
         return padded
 
 
