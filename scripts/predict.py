@@ -13,11 +13,15 @@ then 2.
 from __future__ import annotations
 
 import glob
+import hashlib
+import os
 import sys
 from pathlib import Path
 
 from segdeconv.errors import ArgumentParser, UsageError, run_command
 from segdeconv.options import add_looks, looks_more, parted
+
+LONGEST = 255  # bytes of a file's name
 
 
 def main() -> int:
@@ -53,7 +57,9 @@ def main() -> int:
     channels = preprocess.channels if preprocess.as_stored else None
     precision = resolve_precision(arguments.precision, read.facts["precision"])
     model, device = read.model(), best_device()
-    score = scorer_of(model, device, precision, flip=arguments.flip)
+    score = scorer_of(
+        model, device, precision, flip=arguments.flip, smaller=lambda said: tqdm.write(said, file=sys.stdout)
+    )
     draw_samples = None
     if arguments.samples:
         draw_samples = sampler_of(model, device, precision, arguments.samples, flip=arguments.flip)
@@ -74,22 +80,34 @@ def main() -> int:
             scores = drawn.probabilities if drawn else look(image, name) if look else score(ready[None])
             scores = resized(scores, size)
             mask = labels(scores, size)[0].cpu().numpy()
-            draw.save_mask(turn_back(mask, stored), read.classes, arguments.out / f"{name}.png")
+            draw.save_mask(turn_back(mask, stored), read.classes, output(arguments.out, name, ".png"))
             picture = draw.overlay_with_legend(image, mask, read.classes)
-            draw.save_image(picture, arguments.out / f"{name}_overlay.png")
+            draw.save_image(picture, output(arguments.out, name, "_overlay.png"))
             if drawn:
                 uncertainty = resized(drawn.uncertainty[None], size)[0, 0].cpu().numpy()
-                draw.save_image(draw.heat(uncertainty, uncertainty.max()), arguments.out / f"{name}_uncertainty.png")
+                heat = draw.heat(uncertainty, uncertainty.max())
+                draw.save_image(heat, output(arguments.out, name, "_uncertainty.png"))
             if arguments.probabilities:
                 likely = scores if drawn or look or arguments.flip else scores.float().softmax(dim=1)
                 turned = [turn_back(one, stored) for one in likely[0].cpu().numpy()]
-                partial = (arguments.out / name).with_name(f".tmp-{Path(name).name}.npy")
+                partial = (arguments.out / name).with_name(f".tmp-{os.getpid()}.npy")
                 np.save(partial, np.stack(turned).astype(np.float16))
-                partial.replace(arguments.out / f"{name}.npy")
+                partial.replace(output(arguments.out, name, ".npy"))
     print(f"{len(images) - failed} masks and overlays in {arguments.out}")
     if failed:
         raise UsageError(f"{failed} of {len(images)} files could not be read, named above - mend or leave them out")
     return 0
+
+
+def output(out: Path, name: str, ending: str) -> Path:
+    """out/NAMEending; a name that is then too long for a file is cut, and ends in its hash."""
+    path = out / f"{name}{ending}"
+    if len(os.fsencode(path.name)) > LONGEST:
+        stem = os.fsencode(Path(name).name)
+        digest = hashlib.sha256(stem).hexdigest()[:8]
+        kept = stem[: LONGEST - len(os.fsencode(ending)) - len(digest) - 1].decode(errors="ignore")
+        path = path.with_name(f"{kept}~{digest}{ending}")
+    return path
 
 
 def is_override(argument: str) -> bool:
@@ -120,7 +138,7 @@ def find_images(paths: list[str], out: Path, kinds: tuple[str, ...]) -> dict[str
         if not found:
             raise UsageError(f"there is no {argument} - give pictures, folders, or a pattern in quotes")
         for path in found:
-            if path.resolve() == out.resolve() or path.parent.resolve() == out.resolve():
+            if os.path.realpath(out) in (os.path.realpath(path), os.path.realpath(path.parent)):
                 raise UsageError(f"--out {out} is the folder of the images, which would mix both - choose another")
             if not path.is_dir():
                 add(path, path.stem)
@@ -129,7 +147,7 @@ def find_images(paths: list[str], out: Path, kinds: tuple[str, ...]) -> dict[str
             if not inside:
                 raise UsageError(f"{path} holds no picture - the suffixes are {', '.join(sorted(SUFFIXES))}")
             for file in inside:
-                if out.resolve() not in file.resolve().parents:
+                if Path(os.path.realpath(out)) not in Path(os.path.realpath(file)).parents:
                     add(file, file.relative_to(path).with_suffix("").as_posix())
     if not images:
         raise UsageError("no image was given - name pictures, folders, or a pattern in quotes after the checkpoint")

@@ -25,6 +25,8 @@ def main() -> None:
         print(__doc__.replace("python scripts/train.py", command("train")))
         return
     import hydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
 
     from segdeconv.config import front_door, plain
 
@@ -51,10 +53,13 @@ def main() -> None:
         except Exception as error:
             raise _Failed(error) from error
 
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints lines of its own and leaves with 1
     try:
         hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")(job)()
     except _Failed as failed:
         raise failed.error from failed.error.__cause__
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UsageError(f"the configuration cannot be composed: {error} - correct the override") from error
 
 
 class _Failed(BaseException):

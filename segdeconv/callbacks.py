@@ -45,7 +45,7 @@ class MetricsFile:
         with self.path.open(newline="", encoding="utf-8") as file:
             header, *rows = list(csv.reader(file)) or [[]]
         # A row that a kill cut short has too few fields.
-        kept = [row for row in rows if len(row) == len(header) and int(row[0]) <= step]
+        kept = [row for row in rows if len(row) == len(header) and row[0].isdecimal() and int(row[0]) <= step]
         partial = self.path.with_name(f".tmp-{self.path.name}")
         with partial.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file, lineterminator="\n").writerows([header, *kept])

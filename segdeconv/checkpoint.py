@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import zipfile
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +75,9 @@ ADMITTED = frozenset(
 )  # fmt: skip
 
 HASH_LINE = re.compile(r"[0-9a-f]{64}")
+PARTS = ("hyper_parameters", "segdeconv", "state_dict")
+SIDECAR_BYTES = 4096  # two lines; a longer file is no sidecar
+NEEDED_TO_GO_ON = frozenset({"global_step", "loops", "optimizer_states"})
 
 
 @dataclass(frozen=True)
@@ -165,7 +169,9 @@ def verify(path: Path) -> None:
     if not sidecar.is_file():
         print(f"segdeconv: warning: {sidecar.name} is missing, so {path} cannot be verified", file=sys.stderr)
         return
-    if hash_file(path) not in HASH_LINE.findall(sidecar.read_text(errors="replace")):
+    with sidecar.open("rb") as file:
+        known = HASH_LINE.findall(file.read(SIDECAR_BYTES).decode(errors="replace"))
+    if hash_file(path) not in known:
         raise CheckpointError(
             f"{path} is damaged: its sha256 is not the one in {sidecar.name} - use another checkpoint"
         )
@@ -175,6 +181,7 @@ def load_plain(path: Path) -> dict[str, Any]:
     """Verify and read a file of tensors and plain data. Never unpickles a class."""
     verify(path)
     try:
+        _require_plain_zip(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types for a damaged, foreign or hostile file
         raise CheckpointError(
@@ -188,6 +195,16 @@ def load_plain(path: Path) -> dict[str, Any]:
     return content
 
 
+def _require_plain_zip(path: Path) -> None:
+    """Only what torch.save writes: not its older formats, each with a reader of its own, and nothing that inflates."""
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise zipfile.BadZipFile("compressed")
+    if sum(entry.file_size for entry in entries) > path.stat().st_size:
+        raise zipfile.BadZipFile("larger inside than outside")
+
+
 def foreign(recipe: Any) -> list[str]:
     """The classes that a recipe names and that are not of segdeconv: what `--trust` has to say."""
     return sorted(set(targets(recipe)) - ADMITTED)
@@ -198,16 +215,17 @@ def read(path: str | Path, *, trust: Collection[str] = (), overrides: Iterable[s
 
     trust: names of classes beyond ADMITTED that its recipe may use (`--trust package.module.Class`).
     overrides: `key=value` arguments of a command line, set in the recipe after it was admitted.
-    Raises CheckpointError for a file that is damaged, foreign, newer than this version, or names anything else.
+    Raises CheckpointError for a file that is damaged, foreign, newer than this version, whose weights are not finite,
+    or that names anything else.
     """
     if "://" in str(path):
         raise UsageError(f"{path} is an address - download the file and check it first")
     path = Path(path)
     content = load_plain(path)
-    remembered = content.get("hyper_parameters")
-    if not isinstance(remembered, dict) or not {"config", "facts"} <= set(remembered) or "state_dict" not in content:
+    if not _has_parts(*(content.get(part) for part in PARTS)):
         raise CheckpointError(f"{path} is not a checkpoint of segdeconv - give one that training wrote")
-    version = content.get("segdeconv", {}).get("format")
+    remembered, ours, _ = (content[part] for part in PARTS)
+    version = ours.get("format")
     if version != FORMAT:
         raise CheckpointError(f"{path} has format {version} and this version reads {FORMAT} - upgrade segdeconv")
     config, facts = remembered["config"], remembered["facts"]
@@ -217,4 +235,39 @@ def read(path: str | Path, *, trust: Collection[str] = (), overrides: Iterable[s
             f"{path} names {', '.join(unknown)}, which {'is' if len(unknown) == 1 else 'are'} not of segdeconv - if "
             f"you know the author, add {' '.join(f'--trust {name}' for name in unknown)}"
         )
+    _require_facts(path, facts)
+    for name, value in content["state_dict"].items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise CheckpointError(f"{path} holds weights that are not finite ({name}) - use an earlier checkpoint")
     return Checkpoint(path, override(config, overrides), facts, content)
+
+
+def _has_parts(remembered: Any, ours: Any, weights: Any) -> bool:
+    """Whether the parts of a checkpoint are there, and of their types, before anything in them is used."""
+    return (
+        isinstance(remembered, dict)
+        and set(remembered) == {"config", "facts"}  # Lightning would take `_instantiator` and the like for orders
+        and all(isinstance(node, dict) for node in (*remembered.values(), remembered["config"].get("model")))
+        and isinstance(ours, dict)
+        and isinstance(weights, dict)
+        and all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in weights.items())
+    )
+
+
+def _require_facts(path: Path, facts: dict[str, Any]) -> None:
+    try:
+        Classes.restore(facts["classes"])
+        len(facts["preprocessing"]["mean"])
+    except Exception as error:  # whatever plain data of other shapes leads to
+        raise CheckpointError(
+            f"{path} does not say its classes and preprocessing as training writes them ({type(error).__name__}: "
+            f"{error}) - give one that training wrote"
+        ) from error
+
+
+def require_to_go_on(read: Checkpoint) -> None:
+    """Raise CheckpointError for weights alone, which say nothing about where training was."""
+    if missing := sorted(NEEDED_TO_GO_ON - set(read.content)):
+        raise CheckpointError(
+            f"{read.path} holds weights only, without {', '.join(missing)} - start from it with init_from={read.path}"
+        )

@@ -62,13 +62,16 @@ class Classes:
         if not len(self.names) == len(self.colours) == len(self.labels):
             raise UsageError(
                 f"{len(self.names)} class names, {len(self.colours)} colours and {len(self.labels)} labels: "
-                "there must be one of each per class"
+                "one of each per class - complete the list that is short"
             )
         if self.ignore_index in range(len(self.names)):
-            raise UsageError(f"ignore_index {self.ignore_index} is also a class ('{self.names[self.ignore_index]}')")
+            raise UsageError(
+                f"ignore_index {self.ignore_index} is also a class ('{self.names[self.ignore_index]}') - take a number "
+                "beyond the classes, such as 255"
+            )
         for what, values in (("name", self.names), ("label", self.labels), ("colour", self.colours)):
             if len(set(values)) != len(values):
-                raise UsageError(f"the class {what}s {list(values)} are not all different")
+                raise UsageError(f"the class {what}s {list(values)} are not all different - give each class its own")
 
     def __len__(self) -> int:
         return len(self.names)

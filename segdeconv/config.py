@@ -114,7 +114,9 @@ def _hints(schema: Callable[..., Any]) -> dict[str, Any]:
 
 def _typed(value: Any, annotation: Any, where: str) -> Any:
     try:
-        adapter: TypeAdapter[Any] = TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
+        adapter: TypeAdapter[Any] = TypeAdapter(
+            annotation, config=ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False)
+        )
     except (PydanticSchemaGenerationError, TypeError):
         return value  # a foreign library's annotation that only its own constructor can judge
     try:
@@ -175,7 +177,10 @@ def override(recipe: Mapping[str, Any], arguments: Iterable[str]) -> dict[str, A
             if depth == 0 and name not in node:
                 raise UsageError(f"there is no key {path} - {did_you_mean(name, node)}")
             if depth == len(keys) - 1:
-                node[name] = yaml.safe_load(text)
+                try:
+                    node[name] = yaml.safe_load(text)
+                except yaml.YAMLError:
+                    raise UsageError(f"'{argument}' cannot be read - put what is no plain value in quotes") from None
             else:
                 node = node.setdefault(name, {})
                 if not isinstance(node, dict):
@@ -274,6 +279,11 @@ def front_door(arguments: Sequence[str], folder: Path) -> list[str]:
             raise UsageError(
                 f"'{argument}' is not key=value - write for example dataset=camvid model.depth=13"
             ) from None
+        if "oc.env" in argument:
+            raise UsageError(
+                f"'{argument}' would write what the environment holds into config.yaml and the checkpoints - give the "
+                "value itself"
+            )
         key = override.key_or_group
         if key in seen:
             raise UsageError(f"{key} is given twice - give it once")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def save_image(image: np.ndarray, path: Path) -> None:
 
 def _save(image: Image.Image, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".tmp-{path.name}")
+    partial = path.with_name(f".tmp-{os.getpid()}.png")  # short, where the name is as long as a name may be
     image.save(partial, format="PNG")
     partial.replace(path)
 

@@ -16,6 +16,11 @@ from typing import Any, NoReturn
 # cli.py, knows better.
 TYPED = "segdeconv {}" if (Path(__file__).parent / "scripts").is_dir() else "python scripts/{}.py"
 
+# Of a disk that is full, read-only, broken or not this user's; anything else is a bug of ours.
+OF_THE_DISK = (
+    errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENAMETOOLONG, errno.ENOSPC, errno.EPERM, errno.EROFS,
+)  # fmt: skip
+
 
 class SegdeconvError(Exception):
     """A fault that its message explains in full: what, which file or key, and the way out."""
@@ -126,10 +131,16 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         # interpreter's last flush does not raise again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
+    except MemoryError:
+        code = _report("memory ran out - close other programs, or give smaller images or batches", 2)
+    except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+        what = f"{error.filename}: {(error.strerror or str(error)).lower()}"
+        code = _report(f"{what}, so it cannot be written as asked - choose another name or folder", 2)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES):
+        if error.errno not in OF_THE_DISK:
             raise
-        code = _report(f"cannot write {error.filename}: {error.strerror} - free some space or choose another folder", 5)
+        what = f"cannot read or write {error.filename or 'a file'}: {error.strerror}"
+        code = _report(f"{what} - free some space, change the permissions or choose another folder", 5)
     sys.stdout.flush()
     sys.exit(code)
 

@@ -65,6 +65,47 @@ def softmaxed(scorer: Scorer) -> Scorer:
     return lambda image: scorer(image).float().softmax(dim=1)
 
 
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is that of memory that is not there, of an accelerator or of the machine."""
+    of_the_machine = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or of_the_machine
+
+
+SMALLEST = 64  # pixels of a side; what does not fit then fits no more easily
+
+
+def thrifty(scorer: Scorer, *, smaller: Callable[[str], None] | None = None) -> Scorer:
+    """Where memory runs out a batch is scored in halves, and one image at half its size, if that may be.
+
+    smaller: told, in words, of each image that was scored at less than its size; None where that may not be, since its
+        scores would be others.
+    """
+
+    def score(image: Tensor) -> Tensor:
+        try:
+            return scorer(image)
+        except (RuntimeError, MemoryError) as error:
+            if not ran_out_of_memory(error):
+                raise
+        # Out here, since the error holds what was computed until then.
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if len(image) > 1:
+            return torch.cat([score(half) for half in image.chunk(2)])
+        height, width = image.shape[-2:]
+        if smaller is None or max(height, width) < SMALLEST:
+            raise UsageError(
+                f"memory ran out on one image of {height}x{width} - give a smaller dataset.size=[H,W], or a machine "
+                "with more"
+            )
+        size = (-(-height // 2), -(-width // 2))
+        smaller(f"memory ran out at {height}x{width}: predicted at {size[0]}x{size[1]} and enlarged")
+        reduced = F.interpolate(image, size=size, mode="bilinear", align_corners=False, antialias=True)
+        return resized(score(reduced), (height, width))
+
+    return score
+
+
 class Samples(NamedTuple):
     """What several passes with dropout say of a batch; all float32.
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +12,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.optim import AdamW, Optimizer
 
-from segdeconv.inference import autocast
+from segdeconv.errors import UsageError, command
+from segdeconv.inference import autocast, ran_out_of_memory
 from segdeconv.losses import loss_sums
 from segdeconv.models import SegmentationModel
 
@@ -36,6 +39,21 @@ class Memory:
     def largest_batch(self, available: int) -> int:
         """How many images fit into so many bytes."""
         return max(0, (available - self.weights) // max(1, self.image))
+
+
+@contextmanager
+def memory_in_words(batch_size: int) -> Iterator[None]:
+    """Training that runs out of memory as one sentence."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out_of_memory(error):
+            raise
+        fewer = f"dataset.batch_size={max(1, batch_size // 2)} (with trainer.accumulate=2 it learns the same), "
+        raise UsageError(
+            f"memory ran out with dataset.batch_size={batch_size} - try {fewer if batch_size > 1 else ''}a smaller "
+            f"dataset.crop or dataset.size, or model.width; {command('find', ['batch_size'])} finds what fits"
+        ) from error
 
 
 def estimate(

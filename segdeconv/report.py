@@ -19,7 +19,8 @@ from segdeconv.checkpoint import Checkpoint
 from segdeconv.classes import Classes
 from segdeconv.config import TARGET
 from segdeconv.data.dataset import SegmentationDataset
-from segdeconv.data.loading import EvaluationSamples, evaluation_loader, for_network
+from segdeconv.data.loading import EvaluationSamples, evaluation_loader, for_network, loader_failures_in_words
+from segdeconv.data.relabelled import in_order_of
 from segdeconv.data.transforms import Preprocessing
 from segdeconv.errors import UsageError
 from segdeconv.inference import (
@@ -34,25 +35,43 @@ from segdeconv.inference import (
     resolve_precision,
     sampled,
     softmaxed,
+    thrifty,
 )
 from segdeconv.metrics import ConfusionMatrix, Scores, scores
 from segdeconv.models import SegmentationModel
 from segdeconv.regions import Predictor
 
 
-def scorer_of(model: SegmentationModel, device: torch.device, precision: str, *, flip: bool = False) -> Scorer:
-    """A trained network as a function from normalised images of any size to class scores; uses a copy of it."""
-    return _scorer(ready(model, device, precision), device, precision, flip=flip)
+def scorer_of(
+    model: SegmentationModel,
+    device: torch.device,
+    precision: str,
+    *,
+    flip: bool = False,
+    smaller: Callable[[str], None] | None = None,
+) -> Scorer:
+    """A trained network as a function from normalised images of any size to class scores; uses a copy of it.
+
+    smaller: see `inference.thrifty`.
+    """
+    return _scorer(ready(model, device, precision), device, precision, flip=flip, smaller=smaller)
 
 
-def _scorer(network: SegmentationModel, device: torch.device, precision: str, *, flip: bool) -> Scorer:
+def _scorer(
+    network: SegmentationModel,
+    device: torch.device,
+    precision: str,
+    *,
+    flip: bool,
+    smaller: Callable[[str], None] | None = None,
+) -> Scorer:
     keep_freed(device)
 
     def score(image: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode(), autocast(precision, device):
             return network(image.to(device).contiguous(memory_format=torch.channels_last))
 
-    whole = padded(score, network.minimum_size)
+    whole = thrifty(padded(score, network.minimum_size), smaller=smaller)
     return flipped(whole) if flip else whole
 
 
@@ -71,11 +90,16 @@ def restore_dataset(checkpoint: Checkpoint, split_name: str) -> SegmentationData
 
     node = check_dataset(checkpoint.config["dataset"])
     dataset = build_split(node, split_name)
-    if dataset.classes.names != checkpoint.classes.names:
+    ours, theirs = checkpoint.classes, dataset.classes
+    if set(theirs.names) != set(ours.names):
+        first = next(name for name in (*theirs.names, *ours.names) if (name in theirs.names) != (name in ours.names))
         raise UsageError(
-            f"{checkpoint.path} was trained for {len(checkpoint.classes)} classes ({_some(checkpoint.classes)}) and "
-            f"{node[TARGET]} has {len(dataset.classes)} ({_some(dataset.classes)}) - use its own data set"
+            f"{checkpoint.path} was trained for {len(ours)} classes ({_some(ours)}) and {node[TARGET]} has "
+            f"{len(theirs)} ({_some(theirs)}); '{first}' is in one only - use its own data set, or rename, merge and "
+            "ignore classes with dataset.label_map={theirs: its, other: ignore}"
         )
+    if (theirs.names, theirs.ignore_index) != (ours.names, ours.ignore_index):
+        dataset = in_order_of(dataset, ours)
     channels = len(checkpoint.facts["preprocessing"]["mean"])
     if dataset.channels != channels:
         raise UsageError(
@@ -135,7 +159,8 @@ def evaluate(
         calibration.to(device)
     matrix = ConfusionMatrix(len(dataset.classes), dataset.classes.ignore_index).to(device)
     index = 0
-    with tqdm(total=len(dataset), desc=f"evaluating {split_name}", unit="image", disable=None) as bar:
+    bar = tqdm(total=len(dataset), desc=f"evaluating {split_name}", unit="image", disable=None)
+    with loader_failures_in_words(), bar:
         for batch in batches:
             drawn = draw(batch["image"]) if draw else None
             if look is not None:

@@ -14,6 +14,7 @@ from pydantic import Field
 from pytorch_lightning import Trainer
 
 from segdeconv import checkpoint
+from segdeconv.classes import Classes
 from segdeconv.config import TARGET, check, locate
 from segdeconv.data.module import DataModule, check_augment, check_dataset
 from segdeconv.errors import CheckpointError, UsageError, did_you_mean
@@ -21,6 +22,7 @@ from segdeconv.loggers import check_logger
 from segdeconv.losses import check_loss
 from segdeconv.memory import available, estimate, readable
 from segdeconv.models import check_model
+from segdeconv.run_folder import claim
 from segdeconv.task import SegmentationTask
 from segdeconv.training import Checkpoints, make_trainer
 
@@ -128,35 +130,59 @@ def find_run(resume: str, recipe: Mapping[str, Any], named: Path | None, runs: P
     for folder in sorted(runs.glob("*/"), reverse=True):
         config = folder / "config.yaml"
         begun = config.is_file() and any(folder.glob("*.ckpt"))
-        if begun and not finished(folder) and not differing_keys(yaml.safe_load(config.read_text()), recipe):
+        if begun and not finished(folder) and _is_of(folder, recipe):
             return folder
     return None
 
 
 def finished(run: Path) -> bool:
     """Whether a run has come to its end, and not to that of its time."""
-    report = run / "report.json"
-    return report.is_file() and bool(json.loads(report.read_text()).get("complete", True))
+    try:
+        report = json.loads((run / "report.json").read_text())
+    except (FileNotFoundError, ValueError):  # ValueError: it is damaged, and written anew at the end
+        return False
+    return isinstance(report, dict) and bool(report.get("complete", True))
+
+
+def _is_of(run: Path, recipe: Mapping[str, Any]) -> bool:
+    try:
+        return not differing_keys(_recipe_of(run), recipe)
+    except UsageError:  # a folder that nobody named: it is passed over
+        return False
+
+
+def _recipe_of(run: Path) -> Any:
+    """What a run was started with: plain data, of which nothing is built."""
+    path = run / "config.yaml"
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        said = str(getattr(error, "problem", None) or type(error).__name__)
+        raise UsageError(f"{path} is not the recipe of a run ({said}) - choose another hydra.run.dir") from error
+    if not isinstance(recipe, dict):
+        raise UsageError(f"{path} is not the recipe of a run - choose another hydra.run.dir")
+    return recipe
 
 
 def open_run(run: Path, recipe: Mapping[str, Any]) -> Path | None:
     """Make the folder of a run ready; the checkpoint to go on from, or None to start.
 
-    Raises UsageError if the folder holds a run and nothing was said about going on, or if its recipe was another.
+    Raises UsageError if the folder holds a run and nothing was said about going on, if its recipe was another, or if
+    another process is at it.
     """
+    claim(run)
     config = run / "config.yaml"
     begun = config.is_file() and any(run.glob("*.ckpt"))  # or it failed before it had learnt anything
     if begun and recipe["resume"] is None:
         raise UsageError(f"{run} already holds a run - go on with resume=auto or choose another hydra.run.dir")
     resumed = None
     if begun:
-        differing = differing_keys(yaml.safe_load(config.read_text()), recipe)
+        differing = differing_keys(_recipe_of(run), recipe)
         if differing and not recipe["resume_force"]:
             raise UsageError(
                 f"{run} was started with other values of {', '.join(differing)} - give those, or resume_force=true"
             )
         resumed = usable_checkpoint(run)
-    run.mkdir(parents=True, exist_ok=True)
     partial = run / f".tmp-{os.getpid()}-config.yaml"  # every process that torchrun starts comes by here
     partial.write_text(yaml.safe_dump(dict(recipe), sort_keys=False))
     partial.replace(config)
@@ -235,17 +261,35 @@ def _batch(data: DataModule, trainer: Trainer) -> str:
 
 
 def usable_checkpoint(run: Path) -> Path | None:
-    """The newest whole checkpoint of a run to go on from; a damaged newest one is named and passed over."""
+    """The newest whole checkpoint of a run to go on from; a damaged newest one is named and passed over.
+
+    None where there is none yet. Raises CheckpointError where there are some and none can be used.
+    """
+    refused = None
     for path in (run / "last.ckpt", run / "previous.ckpt"):
         if not path.is_file():
             continue
         try:
-            checkpoint.read(path, trust=AnyName())
+            checkpoint.require_to_go_on(checkpoint.read(path, trust=AnyName()))
         except CheckpointError as error:
             print(f"passed over: {error}")
+            refused = refused or error
             continue
         return path
+    if refused is not None:
+        raise refused
     return None
+
+
+def require_same_classes(resumed: Path, classes: Classes) -> None:
+    """Raise UsageError if the data has other classes than it had, which no key of the recipe says."""
+    before = checkpoint.read(resumed, trust=AnyName()).classes
+    if before.names != classes.names:
+        raise UsageError(
+            f"{resumed} was trained for {len(before)} classes ({', '.join(before.names)}) and the data now has "
+            f"{len(classes)} ({', '.join(classes.names)}) - restore the data, or start another run with "
+            f"init_from={resumed}, which keeps what it knows and begins the other classes anew"
+        )
 
 
 class AnyName(frozenset[str]):

@@ -32,6 +32,7 @@ from segdeconv.switches import triton_kernels
 # Sums over pixels are divided by this before the backward pass, so that float16 can hold their gradients; a power of
 # two, which changes no digit.
 UNIT = 2.0**18
+LOWER = "lower optimizer.lr, add schedule.warmup_steps or clip with trainer.gradient_clip"
 
 
 class Results(NamedTuple):
@@ -99,6 +100,7 @@ class SegmentationTask(LightningModule):
         self.val_sums: list[Tensor] = []
         self._pieces: list[tuple[Tensor, Tensor, list[str]]] = []  # of the loss of the step that is being made
         self.last_loss = 0.0  # of the last step
+        self._last_names: list[str] = []  # of its images
         self._results: dict[str, Results] = {}
         self._validated = False
         self.train()  # Lightning takes the modes as they are
@@ -172,9 +174,9 @@ class SegmentationTask(LightningModule):
         if not np.isfinite(total):
             raise DivergedError(
                 f"the loss is {total} at step {self.global_step} with learning rate "
-                f"{self.optimizer.param_groups[0]['lr']:.3g} on {', '.join(names[:4])} - lower optimizer.lr, "
-                "add schedule.warmup_steps or clip with trainer.gradient_clip"
+                f"{self.optimizer.param_groups[0]['lr']:.3g} on {', '.join(names[:4])} - {LOWER}"
             )
+        self._last_names = names
         self.last_loss = total / normaliser if normaliser else 0.0
         self.train_sums = [self.train_sums[0] + total, self.train_sums[1] + normaliser]
         # Several processes average their gradients, so the sum is world_size times that.
@@ -253,7 +255,17 @@ class SegmentationTask(LightningModule):
             self.val_sums = []
             self._validated = False
 
+    def _require_finite(self) -> None:
+        """A finite loss can still have a gradient that is not: what it has made of the weights is not kept."""
+        for name, tensor in self.state_dict().items():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise DivergedError(
+                    f"{name} is not finite after step {self.global_step} with learning rate "
+                    f"{self.optimizer.param_groups[0]['lr']:.3g} on {', '.join(self._last_names[:4])} - {LOWER}"
+                )
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._require_finite()
         checkpoint["hyper_parameters"] = self.remembered
         checkpoint["segdeconv"] = {
             "format": FORMAT,

@@ -24,14 +24,16 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from segdeconv import balancing, checkpoint, config, loggers, processes, report, runs, training, transfer
+from segdeconv import balancing, checkpoint, config, loggers, processes, report, run_folder, runs, training, transfer
 from segdeconv.boundary import Boundaries
 from segdeconv.calibration import Calibration
 from segdeconv.callbacks import Pictures, Progress, Recorder, Stopping
 from segdeconv.classes import Classes
 from segdeconv.data.inspection import inspect_all, table
+from segdeconv.data.loading import loader_failures_in_words
 from segdeconv.data.module import DataModule, build_split, build_transforms, normalisation
 from segdeconv.errors import TimeUp, command
+from segdeconv.memory import memory_in_words
 from segdeconv.models import SegmentationModel, build_model
 from segdeconv.task import SegmentationTask
 from segdeconv.watch import Waiting, Watch
@@ -53,6 +55,8 @@ def train(recipe: Mapping[str, Any], run: str | Path, *, typed: str | None = Non
 
     logger = loggers.build_logger(recipe["logger"], run)
     made = prepare(recipe, fresh=resumed is not None)
+    if resumed is not None:
+        runs.require_same_classes(resumed, made.classes)
     for_trainer, for_task, for_checkpoints = (config.split(recipe["trainer"], schema)[0] for schema in runs.TRAINER)
     checkpoints = training.Checkpoints(run, **for_checkpoints)
     recorder = Recorder(run, checkpoints)
@@ -79,11 +83,13 @@ def train(recipe: Mapping[str, Any], run: str | Path, *, typed: str | None = Non
         **for_task,
     )
     loggers.show_configuration(logger, recipe, run)
+    run_folder.require_space(run, task)
     print(runs.header(recipe, made.data, task, trainer, run, resumed), flush=True)
 
     complete = True
     try:
-        processes.fit(trainer, task, made.data, resumed=resumed)
+        with loader_failures_in_words(), memory_in_words(recipe["dataset"]["batch_size"]):
+            processes.fit(trainer, task, made.data, resumed=resumed)
     except TimeUp as sentence:
         print(sentence)
         complete = False

@@ -1,5 +1,8 @@
 """What every test gets: an own cache folder and one thread, so that results do not depend on the machine's load."""
 
+import os
+
+import forked
 import pytest
 import torch
 
@@ -9,3 +12,17 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(scope="session")
+def commands(tmp_path_factory):
+    """The real commands, at the price of a fork: see forked.py."""
+    before = os.environ.get("XDG_CACHE_HOME")
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.getbasetemp() / "cache")
+    server = forked.Commands()
+    if before is None:
+        del os.environ["XDG_CACHE_HOME"]
+    else:
+        os.environ["XDG_CACHE_HOME"] = before
+    yield server
+    server.close()

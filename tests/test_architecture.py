@@ -32,7 +32,7 @@ LAYERS = [
     },
     {"data.module", "task", "report", "prediction", "loggers", "recalibration"},
     {"processes", "memory", "transfer"},
-    {"training"},
+    {"training", "run_folder"},
     {"callbacks", "runs", "watch"},
     {"train"},
     {

@@ -1,5 +1,6 @@
 """Checkpoint files: whole or not at all, verified, and unable to run code."""
 
+import json
 import os
 import pickle
 import signal
@@ -8,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -170,3 +172,56 @@ def test_a_writer_that_is_killed_leaves_a_whole_checkpoint(tmp_path):
             process.send_signal(signal.SIGKILL)
         counts.append(checkpoint.load_plain(path).get("count", -1))
     assert max(counts) > 0, "the writer must have written at least once"
+
+
+def test_every_flipped_bit_and_every_cut_is_noticed_before_a_tensor_is_read(tmp_path, monkeypatch):
+    """400 of 400; torch.load alone takes most flips without a word."""
+    path = written(tmp_path)
+    whole = path.read_bytes()
+    random = np.random.default_rng(0)
+
+    def read_too_early(*_, **__):
+        raise AssertionError("a damaged file was handed to torch")
+
+    monkeypatch.setattr(torch, "load", read_too_early)
+    for trial in range(400):
+        data = bytearray(whole)
+        if trial % 10:
+            data[random.integers(len(data))] ^= 1 << random.integers(8)
+        else:
+            del data[random.integers(len(data)) :]
+        path.write_bytes(data)
+        with pytest.raises(CheckpointError, match=r"best.ckpt is damaged: its sha256"):
+            checkpoint.read(path)
+    path.write_bytes(whole)
+    monkeypatch.undo()
+    checkpoint.read(path)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_refused(tmp_path, number):
+    made = content()
+    name, value = next((name, value) for name, value in made["state_dict"].items() if value.is_floating_point())
+    value.view(-1)[0] = number
+    with pytest.raises(CheckpointError, match=rf"holds weights that are not finite \({name}\)"):
+        checkpoint.read(written(tmp_path, state_dict=made["state_dict"]))
+
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.mark.parametrize("path", sorted(GOLDEN.glob("*.ckpt")), ids=lambda path: path.stem)
+def test_checkpoints_of_earlier_versions_are_read_and_score_as_they_did(path, commands, tmp_path):
+    """Written by the versions that their names say, on Shapes; the numbers beside them are of then."""
+    read = checkpoint.read(path)
+    assert not torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    image = torch.linspace(-1, 1, 3 * 32 * 32).reshape(1, 3, 32, 32)
+    with torch.no_grad():
+        logits = read.model()(image)
+    then = json.loads(path.with_suffix(".json").read_text())
+    assert logits.sum(dim=(0, 2, 3)).tolist() == pytest.approx(then["logits"], rel=1e-4)
+    done = commands("evaluate", path, "--out", "out", cwd=tmp_path)
+    assert done.code == 0, done.err
+    now = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [entry["name"] for entry in now["classes"]] == then["classes"]
+    assert now["miou"] == pytest.approx(then["miou"], abs=1e-4)

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from segdeconv.inference import autocast, flipped, labels, padded, resolve_precision
+from segdeconv.errors import UsageError
+from segdeconv.inference import autocast, flipped, labels, padded, resolve_precision, thrifty
 from segdeconv.layers import ConvBlock, DeconvBlock, fold_norms
 from segdeconv.models import DeconvNet, SegNet, SegNetBasic
 
@@ -166,3 +167,41 @@ def test_a_folded_network_is_the_same_function(network):
     image = torch.randn(1, 3, network.minimum_size, network.minimum_size + 9, dtype=torch.float64)
     with torch.no_grad():
         torch.testing.assert_close(fold_norms(network)(image), network(image), rtol=1e-8, atol=1e-8)
+
+
+def test_memory_that_runs_out_is_met_with_half_the_batch():
+    seen = []
+
+    def scorer(image):
+        seen.append(len(image))
+        if len(image) > 2:
+            torch.empty(2**50)  # what a machine says that has not enough
+        return image * 2
+
+    images = torch.arange(5.0).reshape(5, 1, 1, 1)
+    assert torch.equal(thrifty(scorer)(images), images * 2)
+    assert seen[:2] == [5, 3]
+    assert max(seen[2:]) <= 3
+
+
+def test_one_image_that_is_too_large_is_predicted_smaller_only_where_that_may_be():
+    told = []
+
+    def scorer(image):
+        if image.shape[-1] > 100:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return image
+
+    image = torch.full((1, 1, 300, 200), 3.0)
+    with pytest.raises(UsageError, match=r"memory ran out on one image of 300x200 - give a smaller dataset.size"):
+        thrifty(scorer)(image)
+    found = thrifty(scorer, smaller=told.append)(image)
+    assert found.shape == image.shape
+    assert torch.allclose(found, image, atol=1e-5)
+    assert told == ["memory ran out at 300x200: predicted at 150x100 and enlarged"]
+    with pytest.raises(RuntimeError, match="another fault"):
+        thrifty(_fails)(image)
+
+
+def _fails(image):
+    raise RuntimeError("another fault")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
@@ -163,7 +164,7 @@ class FileDataset(SegmentationDataset):
         for pair in self.pairs:
             for path in (pair.image, pair.mask, *([pair.instances] if pair.instances else [])):
                 status = path.stat() if path.exists() else None
-                lines.append(f"{path.resolve()} {status and (status.st_size, status.st_mtime_ns)}")
+                lines.append(f"{os.path.realpath(path)} {status and (status.st_size, status.st_mtime_ns)}")
         return "\n".join(lines)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import stat
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +22,23 @@ Image.MAX_IMAGE_PIXELS = None  # ours is checked from the header, with a message
 
 
 def first_bytes(path: Path, count: int = 32) -> bytes:
-    """The beginning of a file; raises UsageError if it is none."""
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "is missing" if not path.is_symlink() else "is a dangling link"
-        raise UsageError(f"{path} {what} - restore the file or take it off the list")
-    with path.open("rb") as file:
-        return file.read(count)
+    """The beginning of a file; raises UsageError if it is none, and never waits for one that gives nothing."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            what = "is a folder" if path.is_dir() else "is a pipe or device"
+            raise UsageError(f"{path} {what} - put a file in its place, or take it away or off the list")
+        with path.open("rb") as file:
+            return file.read(count)
+    except OSError as error:
+        raise UsageError(f"{path} {_why(path, error)} - restore the file, or take it away or off the list") from None
+
+
+def _why(path: Path, error: OSError) -> str:
+    if error.errno == errno.ELOOP:
+        return "is a link that leads to itself"
+    if error.errno in (errno.ENOENT, errno.ENOTDIR):
+        return "is a dangling link" if path.is_symlink() else "is missing"
+    return f"cannot be read: {(error.strerror or str(error)).lower()}"
 
 
 def is_array(path: Path) -> bool:
@@ -76,7 +89,7 @@ def open_picture(path: Path, max_pixels: int) -> tuple[Image.Image, int]:
         raise UsageError(
             f"{path} is not a picture (empty, cut or another format) - formats are {', '.join(FORMATS)}"
         ) from None
-    except UsageError:
+    except (UsageError, MemoryError):
         raise
     except Exception as error:  # Pillow raises many types for a damaged file
         raise damaged(path, error) from error

@@ -143,6 +143,13 @@ def _files(folder: Path) -> dict[str, Path]:
         if name in files:
             raise UsageError(f"{path} and {files[name]} have the same name - one name is one image; rename one")
         files[name] = path
+    alike: dict[str, Path] = {}
+    for name, path in files.items():
+        if (other := alike.setdefault(name.casefold(), path)) != path:
+            raise UsageError(
+                f"{path} and {other} differ only in upper and lower case, which other systems take for one file - "
+                "rename one"
+            )
     if not files:
         raise UsageError(f"{folder} holds no picture - the suffixes are {', '.join(sorted(SUFFIXES))}")
     return files
@@ -190,6 +197,8 @@ def _read_classes(folder: Path, given: str | Mapping[str, Any] | list[str] | Non
 def _parse_classes(content: Any, source: str) -> Classes:
     """A list of names, or a mapping from names to labels, [r, g, b] or '#rrggbb'."""
     if isinstance(content, list):
+        if any(isinstance(name, list | dict) for name in content):
+            raise UsageError(f"{source}: {content} is no list of names - write one name a line, or 'name: label'")
         if len({str(name) for name in content}) != len(content):
             raise UsageError(f"{source}: the class names {content} are not all different - rename one")
         content = {name: label for label, name in enumerate(content)}

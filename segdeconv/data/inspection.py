@@ -169,7 +169,7 @@ def overlaps(datasets: Iterable[SegmentationDataset]) -> list[str]:
     sentences = []
     for dataset in datasets:
         for image in dataset.image_files:
-            path = image.resolve()
+            path = Path(os.path.realpath(image))  # resolve() raises for a link that leads to itself
             if owner.setdefault(path, dataset.split) != dataset.split:
                 sentences.append(
                     f"{path} is in {owner[path]} and in {dataset.split}: its score would mean nothing - "

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import cv2
@@ -125,6 +128,7 @@ def training_loader(
             f"dataset.batch_size={max(1, len(samples) // world_size)} or less"
         )
     settings = worker_settings(world_size=world_size, **workers)
+    _require_shared_memory(samples, batch_size, settings["num_workers"])
     return DataLoader(samples, batch_sampler=batches, collate_fn=collate_training, **settings)
 
 
@@ -147,14 +151,14 @@ def evaluation_loader(
 
 
 def worker_settings(*, num_workers: int | None, timeout: float, world_size: int = 1) -> dict[str, Any]:
-    """num_workers: None for as many as suit this machine; never more than it has cores for each process of ours.
+    """num_workers: None for as many as suit this machine, which has only so many cores for each process of ours.
     timeout: seconds a batch may take before we give up.
     """
     cores = cores_each(world_size)
     if num_workers is None:
         # With an accelerator the cores have only the data to do; without one they also train.
         num_workers = min(16, cores) if torch.cuda.is_available() else min(2, cores)
-    num_workers = min(num_workers, cores)
+    _require_sensible(num_workers, cores)
     return {
         "num_workers": num_workers,
         "persistent_workers": num_workers > 0,
@@ -169,6 +173,56 @@ def cores_each(processes: int) -> int:
     """The cores that each of so many processes may use, which in a container are fewer than the machine has."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, usable // processes)
+
+
+def _require_sensible(num_workers: int, cores: int) -> None:
+    most = max(64, 8 * cores)
+    if num_workers > most:
+        raise UsageError(
+            f"dataset.num_workers={num_workers} and this process has {cores} cores - give {most} or fewer, or leave it "
+            "out for as many as suit the machine"
+        )
+
+
+SHARED = Path("/dev/shm")  # where workers put their batches, on Linux
+
+
+def _require_shared_memory(samples: TrainingBatches, batch_size: int, num_workers: int) -> None:
+    """torch waits for ever for a batch that found no room there; so it is counted before."""
+    if not num_workers or not SHARED.is_dir():
+        return
+    sample = samples[(0, 0)]
+    needed = num_workers * batch_size * (sample["image"].nbytes + sample["mask"].nbytes)
+    free = shutil.disk_usage(SHARED).free
+    if needed > free:
+        raise UsageError(
+            f"the batches of {num_workers} workers take {needed >> 20} MiB of shared memory and {SHARED} has "
+            f"{free >> 20} - give it more (in a container --shm-size), or lower dataset.num_workers or "
+            "dataset.batch_size"
+        )
+
+
+@contextmanager
+def loader_failures_in_words() -> Iterator[None]:
+    """What torch says of loader workers that die, hang or run out of shared memory, as one sentence of ours."""
+    try:
+        yield
+    except RuntimeError as error:
+        said = f"{error} {error.__cause__}"
+        if "shared memory" in said:
+            what = "the shared memory for batches ran out (/dev/shm, in a container --shm-size)"
+        elif "DataLoader timed out" in said:
+            what = f"a worker brought no batch in time, it hangs or {SHARED} is full ({str(error).partition('.')[0]})"
+        elif "killed by signal: Killed" in said:
+            what = "a worker was killed, which the system does where memory runs out"
+        elif "DataLoader worker" in said and ("killed by signal" in said or "exited unexpectedly" in said):
+            what = f"a worker died ({said.partition('. ')[0].partition(' exited')[0]})"
+        else:
+            raise
+        raise UsageError(
+            f"{what} - lower dataset.num_workers or dataset.batch_size, or raise dataset.timeout; then go on with "
+            "resume=auto"
+        ) from error
 
 
 def prepare_worker(_: int) -> None:

@@ -58,6 +58,16 @@ class Relabelled(SegmentationDataset):
         return self.dataset.stored_classes
 
 
+def in_order_of(dataset: SegmentationDataset, classes: Classes) -> SegmentationDataset:
+    """A view of a data set through the same classes in another order, or with another index of ignored pixels."""
+    view = Relabelled(dataset)
+    view._table = np.full(256, classes.ignore_index, dtype=np.uint8)
+    for index, name in enumerate(dataset.classes.names):
+        view._table[index] = classes.names.index(name)
+    view.classes = classes
+    return view
+
+
 def relabel(classes: Classes, label_map: Mapping[str, str]) -> tuple[Classes, np.ndarray]:
     """(the new classes, (256,) uint8: the new index of every old one)."""
     for name in label_map:

@@ -1,0 +1,157 @@
+"""Picture files of every kind, whole and broken, as people and strangers leave them."""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import tifffile
+from PIL import Image
+
+SIZE = (24, 40)  # height, width
+Maker = Callable[[Path], object]
+
+
+def pixels(size: tuple[int, int] = SIZE, seed: int = 0) -> np.ndarray:
+    """(H, W, 3) uint8: a gradient with noise, so that no codec makes it trivial."""
+    rows, columns = np.mgrid[: size[0], : size[1]]
+    plane = (rows * 5 + columns * 3)[:, :, None] + np.array([0, 40, 80])
+    return ((plane + np.random.default_rng(seed).integers(0, 30, (*size, 3))) % 256).astype(np.uint8)
+
+
+def picture(mode: str = "RGB", size: tuple[int, int] = SIZE) -> Image.Image:
+    return Image.fromarray(pixels(size)).convert(mode)
+
+
+def saved(form: str, mode: str = "RGB", size: tuple[int, int] = SIZE, **settings: object) -> Maker:
+    """A maker that writes this format whatever the path's suffix."""
+    return lambda path: picture(mode, size).save(path, format=form, **settings)
+
+
+def encoded(form: str, **settings: object) -> bytes:
+    stream = io.BytesIO()
+    picture().save(stream, format=form, **settings)
+    return stream.getvalue()
+
+
+def written(content: bytes) -> Maker:
+    return lambda path: path.write_bytes(content)
+
+
+def palette(path: Path) -> None:
+    picture().quantize(16).save(path, format="PNG")
+
+
+def grey_16(path: Path) -> None:
+    Image.fromarray(np.linspace(0, 65535, SIZE[0] * SIZE[1]).reshape(SIZE).astype(np.uint16)).save(path, format="PNG")
+
+
+def colour_16(path: Path) -> None:
+    path.write_bytes(cv2.imencode(".png", pixels().astype(np.uint16) * 257)[1].tobytes())
+
+
+def turned(orientation: int) -> Maker:
+    def make(path: Path) -> None:
+        image = picture()
+        exif = image.getexif()
+        exif[0x0112] = orientation
+        image.save(path, format="JPEG", exif=exif)
+
+    return make
+
+
+def constant(value: int) -> Maker:
+    return lambda path: Image.fromarray(np.full((*SIZE, 3), value, np.uint8)).save(path, format="PNG")
+
+
+def animated(form: str) -> Maker:
+    def make(path: Path) -> None:
+        frames = [Image.fromarray(pixels(seed=seed)) for seed in range(3)]
+        frames[0].save(path, format=form, save_all=True, append_images=frames[1:])
+
+    return make
+
+
+def png_chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def png_that_says(width: int, height: int) -> bytes:
+    """A PNG of a kilobyte whose header promises any size."""
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", zlib.compress(bytes(1000))) + png_chunk(b"IEND", b"")
+
+
+def damaged_crc() -> bytes:
+    content = bytearray(encoded("PNG"))
+    content[content.index(b"IDAT") + 20] ^= 255
+    return bytes(content)
+
+
+def float_tiff(path: Path) -> None:
+    tifffile.imwrite(path, np.random.default_rng(0).random(SIZE, dtype=np.float32))
+
+
+# By number of the corpus and name: what is read.
+GOOD: dict[str, Maker] = {
+    "1 ok.jpg": saved("JPEG"),
+    "2 ok.png": saved("PNG"),
+    "3 ok.bmp": saved("BMP"),
+    "4 ok.webp": saved("WEBP", lossless=True),
+    "5 ok.tif": saved("TIFF"),
+    "6 progressive.jpg": saved("JPEG", progressive=True),
+    "7 UPPER.JPG": saved("JPEG"),
+    "8 png named.jpg": saved("PNG"),
+    "9 grey.jpg": saved("JPEG", "L"),
+    "10 grey.png": saved("PNG", "L"),
+    "11 grey and alpha.png": saved("PNG", "LA"),
+    "12 alpha.png": saved("PNG", "RGBA"),
+    "13 palette.png": palette,
+    "14 one bit.png": saved("PNG", "1"),
+    "15 cmyk.jpg": saved("JPEG", "CMYK"),
+    "16 grey of 16 bit.png": grey_16,
+    "17 colour of 16 bit.png": colour_16,
+    "19 broken profile.png": saved("PNG", icc_profile=b"no colour profile"),
+    "30 1x1.png": saved("PNG", size=(1, 1)),
+    "31 1x50.png": saved("PNG", size=(1, 50)),
+    "32 50x1.png": saved("PNG", size=(50, 1)),
+    "33 7x9.png": saved("PNG", size=(7, 9)),
+    "54 ünï çödé 🦔.png": saved("PNG"),
+    "55 space and\nnewline.png": saved("PNG"),
+    "56 " + "n" * 243 + ".png": saved("PNG"),  # 250 bytes
+    "60 black.png": constant(0),
+    "60 white.png": constant(255),
+    "60 grey.png": constant(128),
+}
+TURNED: dict[str, Maker] = {f"{19 + turn} orientation {turn}.jpg": turned(turn) for turn in range(1, 9)}
+
+# What is refused: how it is made, and what the sentence says beside the file.
+BAD: dict[str, tuple[Maker, str]] = {
+    "18 float.tif": (float_tiff, "is a float image - convert it to 8 or 16 bit"),
+    "28 animated.gif.png": (animated("GIF"), "is not a picture (empty, cut or another format)"),
+    "29 animated.png": (animated("PNG"), "is an animation of 3 frames"),
+    "35 bomb.png": (written(png_that_says(100_000, 100_000)), "has 100000x100000 pixels, more than"),
+    "36 lying.png": (written(png_that_says(4000, 4000)), "cannot be decoded"),
+    "37 no width.png": (written(png_that_says(0, 10)), "is not a picture"),
+    "38 half.jpg": (written(encoded("JPEG", quality=95)[:900]), "cannot be decoded"),
+    "40 header.jpg": (written(encoded("JPEG")[:60]), "cannot be decoded"),
+    "41 half.png": (written(encoded("PNG")[:900]), "cannot be decoded"),
+    "42 checksum.png": (written(damaged_crc()), "cannot be decoded"),
+    "44 empty.jpg": (written(b""), "is not a picture (empty, cut or another format)"),
+    "45 text.jpg": (written(b"no picture at all\n"), "is not a picture"),
+    "46 page.png": (written(b"<!DOCTYPE html><html>404</html>"), "is not a picture"),
+    "47 drawing.jpg": (written(b'<svg xmlns="http://www.w3.org/2000/svg"/>'), "is not a picture"),
+    "48 layers.jpg": (written(b"8BPS\0\1" + bytes(200)), "is not a picture"),
+    "48 postscript.jpg": (written(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), "is not a picture"),
+    "48 stars.jpg": (written(b"SIMPLE  =                    T" + b" " * 3000), "is not a picture"),
+    "50 folder.jpg": (lambda path: path.mkdir(), "is a folder"),
+    "51 dangling.jpg": (lambda path: path.symlink_to("nothing.jpg"), "is a dangling link"),
+    "52 loop.jpg": (lambda path: path.symlink_to(path.name), "is a link that leads to itself"),
+    "57 pipe.jpg": (os.mkfifo, "is a pipe or device"),
+}
