@@ -14,6 +14,7 @@ Without a word: speed. Writes DIR/benchmark.md, benchmark.json and, where matplo
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -49,12 +50,12 @@ def main() -> None:
     from segdeconv.report import write_json
 
     task = contestants.Task(arguments.batch, (height, width), arguments.classes, best_device())
-    measures = {
+    measures: dict[str, Callable[[], list[parts.Table]]] = {
         "speed": lambda: parts.speed(task, arguments.repeats),
         "memory": lambda: parts.memory(task),
         "growth": lambda: parts.growth(task, arguments.repeats),
         "kernels": lambda: parts.kernels(task.device),
-        "input": lambda: parts.input_(arguments.root),
+        "input": lambda: parts.images(arguments.root, task.size),
     }
     tables = []
     for part in wanted:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from segdeconv.allocation import keep_freed
 from segdeconv.benchmarks.usual import UsualSegNet
 from segdeconv.inference import autocast, fast_precision
 from segdeconv.losses import CrossEntropy
@@ -37,11 +38,6 @@ class Task(NamedTuple):
         generator = torch.Generator().manual_seed(1)
         return torch.randint(0, self.classes, (self.batch, *self.size), generator=generator).to(self.device)
 
-    def wait(self) -> None:
-        """Until the device has done what it was told."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
 
 def usual_training(network: nn.Module, task: Task, precision: str) -> Step:
     """A step as tutorials have it: forward, cross entropy, backward, SGD."""
@@ -53,7 +49,7 @@ def usual_training(network: nn.Module, task: Task, precision: str) -> Step:
         optimizer.zero_grad()
         with autocast(precision, task.device):
             loss = F.cross_entropy(network(image).float(), mask)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
     return step
@@ -73,6 +69,7 @@ def usual_inference(network: nn.Module, task: Task, precision: str) -> Step:
 
 def our_training(network: SegmentationModel, task: Task, precision: str, *, compiled: bool = False) -> Step:
     """A step as `SegmentationTask` makes it, without Lightning around it."""
+    keep_freed(task.device)
     network.to(task.device).to(memory_format=torch.channels_last).train()
     if compiled:
         network.compile()
@@ -84,7 +81,7 @@ def our_training(network: SegmentationModel, task: Task, precision: str, *, comp
         optimizer.zero_grad()
         with autocast(precision, task.device):
             total, normaliser = loss.sums(network(image), mask)
-        (total / normaliser).backward()
+        (total / normaliser).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
     return step

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -74,7 +75,7 @@ def _ask(name: str, line: Connection) -> tuple[float, int]:
 
 def _serve(line: Connection, build: Build) -> None:
     """In a contestant's process: build at the first request, repeat at every other one."""
-    before = _peak()
+    before = _peak(anew=True)
     step: Callable[[], None] | None = None
     while line.recv():
         started = time.perf_counter()
@@ -92,8 +93,13 @@ def _serve(line: Connection, build: Build) -> None:
         line.send((seconds, _peak() - before))
 
 
-def _peak() -> int:
-    """Bytes held at most by this process so far: on a GPU there, else in memory."""
+def _peak(*, anew: bool = False) -> int:
+    """Bytes held at most by this process so far, `anew` counting from now: on a GPU there, else in memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    if not sys.platform.startswith("linux"):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    if anew:  # getrusage would begin with what the parent held
+        Path("/proc/self/clear_refs").write_text("5")
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,10 @@ from typing import Any
 import torch
 
 from segdeconv.benchmarks import contestants, harness, peak
+from segdeconv.benchmarks import input as input_
+from segdeconv.benchmarks import kernels as kernels_
 from segdeconv.benchmarks.contestants import USUAL, Task
+from segdeconv.benchmarks.harness import Timing
 from segdeconv.inference import fast_precision
 from segdeconv.models import SegNet
 
@@ -49,49 +52,41 @@ def _shown(value: Any) -> str:
 
 
 def speed(task: Task, repeats: int) -> list[Table]:
-    """Training steps and inference passes in turn, beside the machine's own matrix products."""
-    dtypes = (torch.float32, torch.bfloat16)
+    """Training steps and inference passes in turn, and the machine's own matrix products before and after them."""
+    types = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     tables = []
     for training in (True, False):
-        products = {name: build for dtype in dtypes for name, build in peak.contestants(task.device, dtype).items()}
-        runners = contestants.runners(task, training=training)
-        timings = harness.race({**runners, **products}, repeats=repeats)
-        peaks = {name: _product_speed(name, timings[name].seconds, task.device) for name in products}
-        best = {
-            dtype: max(speed for name, speed in peaks.items() if name.startswith(dtype)) for dtype in _names(dtypes)
-        }
+        before = {name: peak.matrix_peak(task.device, dtype) for name, dtype in types.items()}
+        timings = harness.race(contestants.runners(task, training=training), repeats=repeats)
+        peaks = {name: max(before[name], peak.matrix_peak(task.device, dtype)) for name, dtype in types.items()}
         wanted = contestants.operations(SegNet(task.classes), task, training=training)
-        rows = []
-        for name in runners:
-            timing = timings[name]
-            row = {
-                "": name,
-                "seconds": timing.seconds,
-                "images a second": task.batch / timing.seconds,
-                f"times {USUAL}": timings[USUAL].seconds / timing.seconds,
-                "peak memory, MiB": round(timing.memory / MIB),
-            }
-            reached = wanted / timing.seconds / 1e9 if "SegNet" in name else None
-            dtype = "float32" if name == USUAL else "bfloat16"
-            row["GFLOP/s"] = reached
-            row[f"share of the matrix peak ({', '.join(f'{name} {value:.0f}' for name, value in best.items())})"] = (
-                None if reached is None else reached / best[dtype]
-            )
-            rows.append(row)
+        rows = [_speed_row(name, timing, timings[USUAL], task, wanted, peaks) for name, timing in timings.items()]
         what = "Training step" if training else "Inference pass"
         title = f"{what}, {task.batch} images of {task.size[0]}x{task.size[1]}, {task.classes} classes"
-        note = f"Medians of {repeats}, in turn; {wanted / 1e9:.0f} GFLOP for the batch."
+        note = (
+            f"Medians of {repeats}, in turn; `best` is the shortest. {wanted / 1e9:.0f} GFLOP for the batch; matrix "
+            f"products reach {' and '.join(f'{speed / 1e9:.0f} GFLOP/s in {name}' for name, speed in peaks.items())}."
+        )
         tables.append(Table(title, rows, bar="images a second", note=note))
     return tables
 
 
-def _names(dtypes: Sequence[torch.dtype]) -> list[str]:
-    return [str(dtype).removeprefix("torch.") for dtype in dtypes]
-
-
-def _product_speed(name: str, seconds: float, device: torch.device) -> float:
-    """GFLOP/s of a contestant of peak.py."""
-    return peak.operations(device, int(name.split()[1])) / seconds / 1e9
+def _speed_row(
+    name: str, timing: Timing, usual: Timing, task: Task, wanted: int, peaks: Mapping[str, float]
+) -> dict[str, Any]:
+    # The other networks have other arithmetic.
+    reached = wanted / timing.seconds if "SegNet" in name else None
+    return {
+        "": name,
+        "seconds": timing.seconds,
+        "best": min(timing.times),
+        "images a second": task.batch / timing.seconds,
+        "times the usual": usual.seconds / timing.seconds,
+        "best times best": min(usual.times) / min(timing.times),
+        "peak memory, MiB": round(timing.memory / MIB),
+        "GFLOP/s": None if reached is None else reached / 1e9,
+        "of the matrix peak": None if reached is None else reached / peaks["float32" if name == USUAL else "bfloat16"],
+    }
 
 
 def memory(task: Task) -> list[Table]:
@@ -128,8 +123,7 @@ def growth(task: Task, repeats: int) -> list[Table]:
     tables = []
     for factor, points in factors.items():
         runners = {
-            f"{value:.0f}": partial(contestants.our_segnet, point, fast_precision(), True)
-            for value, point in points
+            f"{value:.0f}": partial(contestants.our_segnet, point, fast_precision(), True) for value, point in points
         }
         timings = harness.race(runners, repeats=repeats)
         rows = [
@@ -139,6 +133,21 @@ def growth(task: Task, repeats: int) -> list[Table]:
         ]  # fmt: skip
         tables.append(Table(f"Growth with {factor}", rows, lines=(factor, "seconds")))
     return tables
+
+
+def kernels(device: torch.device) -> list[Table]:
+    """Pooling and unpooling against torch's own, and against a copy."""
+    batch = 8 if device.type == "cuda" else 2
+    rows = [{"": row.pop("what"), **row} for row in kernels_.measure(device=device, shape=(batch, 64, 360, 480))]
+    return [Table(f"Pooling and unpooling, {batch} images of 64 maps of 360x480", rows, bar="share_of_copy")]
+
+
+def images(root: Path | None, size: tuple[int, int]) -> list[Table]:
+    """What decoding, augmentation and loading give."""
+    rows = input_.measure(None if root is None else str(root), size=size)
+    rows = [{"": row.pop("what"), **row} for row in rows]
+    what = "CamVid" if root else "built-in pictures"
+    return [Table(f"Input, {what}, {size[0]}x{size[1]}", rows, bar="images_per_s")]
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -155,5 +164,3 @@ def _processor() -> str:
     flags = next((line for line in lines if line.startswith("flags")), "")
     known = [flag for flag in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if flag in flags.split()]
     return f"CPU ({known[0]})" if known else "CPU"
-
-

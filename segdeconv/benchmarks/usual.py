@@ -48,7 +48,7 @@ class UsualSegNet(nn.Module):
             kept.append((indices, size))
         for stage in self.decoder:
             indices, size = kept.pop()
-            x = stage(F.max_unpool2d(x, indices, 2, 2, output_size=list(size)))
+            x = stage(F.max_unpool2d(x, indices, [2, 2], [2, 2], output_size=list(size)))
         return self.classifier(x)
 
 
