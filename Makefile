@@ -1,11 +1,12 @@
 # make demo   set everything up, train on the built-in shapes, evaluate, write pictures
 # make test   set everything up and pass the tests
 # make slow   the tests that take minutes;   make lint   ruff and mypy
+# make bench  speed and memory on this machine;   make bench-gpu   all that is to be measured where there is a GPU
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: demo test slow lint clean
+.PHONY: demo test slow lint bench bench-gpu clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -29,6 +30,13 @@ lint: $(VENV)/.installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+
+bench: $(VENV)/.installed
+	$(RUN) scripts/benchmark.py speed memory growth input
+
+bench-gpu: $(VENV)/.installed
+	$(RUN) -m pytest -q tests/test_switches.py tests/test_kernels.py tests/test_compile.py
+	$(RUN) scripts/benchmark.py speed memory growth kernels input --batch 8 --repeats 20 --out benchmark-gpu
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -251,13 +252,17 @@ def _loading(data: DataModule) -> str:
 
 
 def _batch(data: DataModule, trainer: Trainer) -> str:
-    """How many images make a step."""
+    """How many images make a step; whoever uses more of them chooses the learning rate for them."""
     factors = {
         "processes": trainer.world_size,
         "batches": trainer.accumulate_grad_batches,
     }
     several = [f"{count} {name}" for name, count in factors.items() if count > 1]
-    return " x ".join([*several, f"{data.batch_size} images"])
+    one = f"{data.batch_size} images"
+    if not several:
+        return one
+    total = data.batch_size * math.prod(factors.values())
+    return f"{total} images ({' x '.join([*several, one])}; the learning rate is not scaled by them)"
 
 
 def usable_checkpoint(run: Path) -> Path | None:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from segdeconv.errors import UsageError
-from segdeconv.inference import autocast, flipped, labels, padded, resolve_precision, thrifty
+from segdeconv.inference import autocast, flipped, labels, padded, ready, resolve_precision, thrifty
 from segdeconv.layers import ConvBlock, DeconvBlock, fold_norms
 from segdeconv.models import DeconvNet, SegNet, SegNetBasic
 
@@ -205,3 +205,33 @@ def test_one_image_that_is_too_large_is_predicted_smaller_only_where_that_may_be
 
 def _fails(image):
     raise RuntimeError("another fault")
+
+
+def norms_in_use(network):
+    """Running statistics as after training."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.2)
+            module.running_var.uniform_(0.5, 2)
+    return network.eval()
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_network_made_ready_is_a_faster_copy_that_says_the_same(precision):
+    network, device = norms_in_use(SegNetBasic(5, width=8)), torch.device("cpu")
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    copy = ready(network, device, precision)
+    assert not [module for module in copy.modules() if isinstance(module, nn.BatchNorm2d)]
+    computed = {module.weight.dtype for module in copy.modules() if isinstance(module, nn.Conv2d)}
+    assert computed == {torch.float32 if precision == "32-true" else torch.bfloat16}
+    image = torch.randn(2, 3, 45, 60)
+    with torch.no_grad(), autocast(precision, device):
+        found, unfolded = copy(image).float(), network(image).float()
+    with torch.no_grad():
+        exact = network.double()(image.double())
+    network.float()
+    # As near to the exact scores as the network is that it was made from.
+    assert (found - exact).abs().mean() < 1.2 * (unfolded - exact).abs().mean() + 1e-6
+    assert (found - exact).abs().mean() < (1e-5 if precision == "32-true" else 0.1) * exact.abs().max()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+    assert [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
