@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from segdeconv import checkpoint
+from segdeconv import checkpoint, draw
 from segdeconv.checkpoint import Checkpoint
 from segdeconv.config import check, override
 from segdeconv.crf import CRF, refine
@@ -65,10 +65,11 @@ def _by_regions(read: Checkpoint, score: Scorer, arguments: argparse.Namespace) 
     first = read.classes.names[0]
     if first != "background" and not arguments.whole_too:
         raise UsageError(f"what no region covers would become '{first}', the first class - add --whole-too")
+    propose = source(arguments.proposals)
     return by_regions(
         score,
         Preprocessing.restore({**read.facts["preprocessing"], "size": seen_at}),
-        source(arguments.proposals),
+        lambda image, name: propose(draw.shown(image), name),
         num=arguments.regions,
         mode=arguments.region_mode,
         context=settings.get("context", 1.2),
@@ -120,6 +121,6 @@ def crf_settings(keys: Iterable[str]) -> CRF:
 
 def _refined(predictor: Predictor, settings: CRF) -> Predictor:
     def predict(image: np.ndarray, name: str) -> Tensor:
-        return refine(predictor(image, name)[0], image, settings=settings)[None]
+        return refine(predictor(image, name)[0], draw.shown(image), settings=settings)[None]
 
     return predict

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import cv2
 import fakes
 import numpy as np
 import pytest
@@ -396,3 +397,28 @@ def test_the_commands_see_images_through_regions(trained: Path, tmp_path: Path) 
     command("predict", "photo.png", "--regions", 4, "--out", "labelled", "--save-regions", "kept")
     assert fakes.opened(tmp_path / "labelled" / "photo.png").size == (70, 50)
     assert (tmp_path / "kept" / "photo.npz").is_file()
+
+
+def test_images_that_are_no_pictures_are_cut_and_refined_as_they_are_shown(tmp_path: Path) -> None:
+    generator = np.random.default_rng(2)
+    for folder in ("images", "masks"):
+        (tmp_path / "data" / folder).mkdir(parents=True)
+    for index in range(6):
+        image = generator.integers(0, 2**16, (40, 40, 2)).astype(np.uint16)
+        np.save(tmp_path / "data/images" / f"{index}.npy", image)
+        mask = (np.arange(40) > 20).astype(np.uint8)[:, None].repeat(40, axis=1)
+        cv2.imwrite(str(tmp_path / "data/masks" / f"{index}.png"), mask)
+    recipe = {
+        "dataset": {
+            "_target_": "segdeconv.data.Folder", "root": str(tmp_path / "data"), "channels": 2, "size": [32, 32],
+            "batch_size": 2, "num_workers": 0,
+        },
+        "model": {"_target_": "segdeconv.models.SegNet", "stages": [[4]]},
+        "trainer": {"max_epochs": 1},
+        "logger": {},
+    }  # fmt: skip
+    train(recipe, tmp_path / "run")
+    look = looking(tmp_path / "run/best.ckpt", "--regions=3", "--whole-too", "--crf", "crf.iterations=1")
+    found = look(np.load(tmp_path / "data/images/0.npy"), "0")
+    assert found.shape == (1, 2, 40, 40)
+    torch.testing.assert_close(found.sum(dim=1), torch.ones(1, 40, 40))
