@@ -65,6 +65,17 @@ def _mean(values: np.ndarray) -> float:
     return float(values.mean()) if values.size else float("nan")
 
 
+def _counted_without_waiting(values: Tensor, minlength: int, lanes: int = 64) -> Tensor:
+    """torch.bincount of values below `minlength`, which on a GPU asks for the largest value and waits for the answer.
+
+    lanes: as many copies of each count, because most pixels are of few classes and would queue for the same count.
+    """
+    lane = torch.arange(len(values), device=values.device) % lanes
+    counts = torch.zeros(lanes * minlength, dtype=torch.int64, device=values.device)
+    counts.scatter_add_(0, lane * minlength + values, torch.ones_like(values))
+    return counts.view(lanes, minlength).sum(dim=0)
+
+
 class ConfusionMatrix:
     """Counts of (truth, prediction) over a data set: exact, in int64, whatever the batches were.
 
@@ -89,8 +100,8 @@ class ConfusionMatrix:
         size = self.num_classes**2
         # Ignored pixels are counted at a place of their own: picking out the others takes 5 times as long.
         pairs = torch.where(mask == self.ignore_index, size, mask.long() * self.num_classes + prediction)
-        counts = torch.bincount(pairs.flatten(), minlength=size + 1)[:size]
-        self.counts += counts.view(self.num_classes, self.num_classes)
+        count = _counted_without_waiting if pairs.is_cuda else torch.bincount
+        self.counts += count(pairs.flatten(), minlength=size + 1)[:size].view(self.num_classes, self.num_classes)
 
     def compute(self) -> np.ndarray:
         """(C, C) int64, rows = truth, columns = prediction."""

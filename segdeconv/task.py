@@ -43,6 +43,16 @@ class Results(NamedTuple):
     confusion: np.ndarray
 
 
+class LossToCome(NamedTuple):
+    """Of a step: [sum, normaliser] of the loss on its way to the host, the event of its arrival, and what made it."""
+
+    sums: Tensor
+    arrived: torch.cuda.Event | None
+    step: int
+    lr: float
+    names: list[str]
+
+
 class SegmentationTask(LightningModule):
     """A network, a loss and an optimizer, learning one data set.
 
@@ -100,7 +110,8 @@ class SegmentationTask(LightningModule):
         self.val_sums: list[Tensor] = []
         self._pieces: list[tuple[Tensor, Tensor, list[str]]] = []  # of the loss of the step that is being made
         self.last_loss = 0.0  # of the last step
-        self._last_names: list[str] = []  # of its images
+        self._loss_to_come: LossToCome | None = None
+        self._last_names: list[str] = []  # of the last step's images
         self._results: dict[str, Results] = {}
         self._validated = False
         self.train()  # Lightning takes the modes as they are
@@ -170,18 +181,41 @@ class SegmentationTask(LightningModule):
         normalisers = torch.stack([normaliser for _, normaliser, _ in self._pieces])
         names = [name for _, _, names in self._pieces for name in names]
         self._pieces = []
-        total, normaliser = self._summed(torch.stack([totals.sum(), normalisers.sum()]).float()).tolist()
+        sums = self._summed(torch.stack([totals.sum(), normalisers.sum()]).float())
+        self._hear_the_loss()  # of the step before, on a GPU
+        arrived, on_host = None, sums
+        if sums.is_cuda:
+            on_host = torch.empty(2, pin_memory=True).copy_(sums, non_blocking=True)
+            arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            arrived.record()
+        lr = self.optimizer.param_groups[0]["lr"]
+        self._loss_to_come = LossToCome(on_host, arrived, self.global_step, lr, names)
+        if arrived is None:
+            self._hear_the_loss()
+        # Several processes average their gradients, so the sum is world_size times that.
+        scale = torch.where(sums[1] > 0, UNIT * self.trainer.world_size / sums[1], 0.0)
+        torch._foreach_mul_([parameter.grad for parameter in self.parameters() if parameter.grad is not None], scale)
+
+    def _hear_the_loss(self) -> None:
+        """Take note of the last step's loss; one that is not finite ends the run, and nothing is saved after it.
+
+        On a GPU the host does not wait for the loss of the step that it has just asked for, but hears it a step later,
+        or before anything is shown, scored or saved.
+        """
+        if self._loss_to_come is None:
+            return
+        sums, arrived, step, lr, names = self._loss_to_come
+        self._loss_to_come = None
+        if arrived is not None:
+            arrived.synchronize()
+        total, normaliser = sums.tolist()
         if not np.isfinite(total):
             raise DivergedError(
-                f"the loss is {total} at step {self.global_step} with learning rate "
-                f"{self.optimizer.param_groups[0]['lr']:.3g} on {', '.join(names[:4])} - {LOWER}"
+                f"the loss is {total} at step {step} with learning rate {lr:.3g} on {', '.join(names[:4])} - {LOWER}"
             )
         self._last_names = names
         self.last_loss = total / normaliser if normaliser else 0.0
         self.train_sums = [self.train_sums[0] + total, self.train_sums[1] + normaliser]
-        # Several processes average their gradients, so the sum is world_size times that.
-        scale = UNIT * self.trainer.world_size / normaliser if normaliser > 0 else 0.0
-        torch._foreach_mul_([parameter.grad for parameter in self.parameters() if parameter.grad is not None], scale)
 
     def optimizer_step(
         self,
@@ -195,6 +229,7 @@ class SegmentationTask(LightningModule):
             average(self.averaged, self.model, decay=min(self.ema, (1 + self.global_step) / (10 + self.global_step)))
 
     def on_validation_start(self) -> None:
+        self._hear_the_loss()
         self._validated = True
         # Running statistics are each process's own; the first one's are those that are kept.
         if self.trainer.world_size > 1:
@@ -227,6 +262,7 @@ class SegmentationTask(LightningModule):
         """
         if split == "val" and not self._validated:
             return None
+        self._hear_the_loss()
         if split not in self._results:
             matrix = self.train_matrix if split == "train" else self.val_matrix
             confusion = self._summed(matrix.counts).cpu().numpy()
@@ -265,6 +301,7 @@ class SegmentationTask(LightningModule):
                 )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._hear_the_loss()
         self._require_finite()
         checkpoint["hyper_parameters"] = self.remembered
         checkpoint["segdeconv"] = {

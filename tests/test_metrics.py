@@ -12,7 +12,9 @@ from torchmetrics.classification import (
     MulticlassPrecision,
 )
 
-from segdeconv.metrics import ConfusionMatrix, scores
+from segdeconv.losses import CrossEntropy
+from segdeconv.metrics import ConfusionMatrix, _counted_without_waiting, scores
+from segdeconv.models import SegNet
 
 CLASSES = 5
 
@@ -141,3 +143,26 @@ def test_reset_forgets_and_compute_does_not_share_memory(batch):
     matrix.reset()
     assert matrix.compute().sum() == 0
     assert first.sum() > 0
+
+
+@pytest.mark.parametrize("lanes", [1, 64])
+def test_the_counts_that_a_gpu_makes_are_those_of_bincount(lanes):
+    values = torch.randint(0, 10, (1000,))  # 10 and 11 are never met
+    expected = torch.bincount(values, minlength=12)
+    assert torch.equal(_counted_without_waiting(values, minlength=12, lanes=lanes), expected)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="without a GPU nobody waits for it")
+def test_loss_and_counts_of_a_training_step_never_wait_for_the_gpu():
+    network = SegNet(5, stages=((8,), (8,))).cuda()
+    image, mask = torch.randn(2, 3, 32, 48, device="cuda"), torch.randint(0, 5, (2, 32, 48), device="cuda")
+    matrix, loss = ConfusionMatrix(5, 255).to(torch.device("cuda")), CrossEntropy(class_weights=[1, 2, 3, 4, 5]).cuda()
+    for mode in ("default", "error"):  # first once without, for what is set up at the first use
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            logits = network(image)
+            total, _ = loss.sums(logits, mask)
+            total.backward()
+            matrix.update(logits.argmax(dim=1), mask)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
