@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,11 +16,13 @@ from segdeconv import checkpoint
 from segdeconv.classes import Classes
 from segdeconv.config import TARGET, check, locate
 from segdeconv.data.module import DataModule, check_augment, check_dataset
+from segdeconv.durable import replace_text
 from segdeconv.errors import CheckpointError, UsageError, did_you_mean
 from segdeconv.loggers import check_logger
 from segdeconv.losses import check_loss
 from segdeconv.memory import available, estimate, readable
 from segdeconv.models import check_model
+from segdeconv.processes import rank_from_outside
 from segdeconv.run_folder import claim
 from segdeconv.task import SegmentationTask
 from segdeconv.training import Checkpoints, make_trainer
@@ -35,7 +36,7 @@ HARMLESS = (
 # Who shares the keys of `trainer`, and what each of them gets from the program.
 TRAINER = (make_trainer, SegmentationTask, Checkpoints)
 SUPPLIED = (
-    "run", "callbacks", "logger", "model", "loss", "optimizer", "schedule", "classes", "seed", "total_steps",
+    "run", "resumed", "callbacks", "logger", "model", "loss", "optimizer", "schedule", "classes", "seed", "total_steps",
     "remembered",
 )  # fmt: skip
 
@@ -183,9 +184,8 @@ def open_run(run: Path, recipe: Mapping[str, Any]) -> Path | None:
                 f"{run} was started with other values of {', '.join(differing)} - give those, or resume_force=true"
             )
         resumed = usable_checkpoint(run)
-    partial = run / f".tmp-{os.getpid()}-config.yaml"  # every process that torchrun starts comes by here
-    partial.write_text(yaml.safe_dump(dict(recipe), sort_keys=False))
-    partial.replace(config)
+    if rank_from_outside() == 0:  # every process that torchrun starts comes by here
+        replace_text(config, yaml.safe_dump(dict(recipe), sort_keys=False))
     return resumed
 
 

@@ -32,7 +32,7 @@ from segdeconv.classes import Classes
 from segdeconv.data.inspection import inspect_all, table
 from segdeconv.data.loading import loader_failures_in_words
 from segdeconv.data.module import DataModule, build_split, build_transforms, normalisation
-from segdeconv.errors import TimeUp, command
+from segdeconv.errors import TimeUp, UsageError, command
 from segdeconv.memory import memory_in_words
 from segdeconv.models import SegmentationModel, build_model
 from segdeconv.task import SegmentationTask
@@ -58,16 +58,16 @@ def train(recipe: Mapping[str, Any], run: str | Path, *, typed: str | None = Non
     if resumed is not None:
         runs.require_same_classes(resumed, made.classes)
     for_trainer, for_task, for_checkpoints = (config.split(recipe["trainer"], schema)[0] for schema in runs.TRAINER)
-    checkpoints = training.Checkpoints(run, **for_checkpoints)
-    recorder = Recorder(run, checkpoints)
+    checkpoints = training.Checkpoints(run, resumed=resumed, **for_checkpoints)
     deadline = started + runs.seconds(recipe["max_time"]) if recipe["max_time"] is not None else None
     stopping = Stopping(checkpoints, deadline=deadline)
+    recorder = Recorder(run, checkpoints, stopping)
     waiting = Waiting()
     shown = [Pictures(made.data.val), Progress(recorder, waiting), Watch(waiting)]
     callbacks = [waiting, *shown, stopping, checkpoints, recorder]
     trainer = training.make_trainer(run, callbacks, logger, **for_trainer)
-    # Where a run is shown is no part of what it learns.
-    kept = {name: node for name, node in recipe.items() if name != "logger"}
+    # Where a run is shown, and how it was started, is no part of what it learns.
+    kept = {name: node for name, node in recipe.items() if name not in ("logger", "resume", "resume_force", "max_time")}
     task = SegmentationTask(
         made.model,
         made.loss,
@@ -87,12 +87,19 @@ def train(recipe: Mapping[str, Any], run: str | Path, *, typed: str | None = Non
     print(runs.header(recipe, made.data, task, trainer, run, resumed), flush=True)
 
     complete = True
+    stopping.listen()
     try:
         with loader_failures_in_words(), memory_in_words(recipe["dataset"]["batch_size"]):
             processes.fit(trainer, task, made.data, resumed=resumed)
+        stopping.leave_if_asked()
     except TimeUp as sentence:
         print(sentence)
         complete = False
+    except UsageError:
+        stopping.leave_if_asked()  # a worker that died of the same signal is no news
+        raise
+    finally:
+        stopping.listen_no_more()
     if not trainer.is_global_zero:
         return
     path = checkpoints.best_path if checkpoints.best_path.is_file() else checkpoints.last_path

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -226,6 +227,20 @@ def loader_failures_in_words() -> Iterator[None]:
 
 
 def prepare_worker(_: int) -> None:
-    """One thread per worker; signals are the main process's to answer."""
+    """One thread per worker; signals are the main process's to answer, which may want another batch before it saves.
+
+    A worker still ends when the main process terminates it, which torch does with one that hangs.
+    """
     cv2.setNumThreads(0)  # torch's are one in a worker already
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "SIGHUP"):  # Windows has none
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # Linux: only this says who has sent a signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_the_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with_the_parent(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
