@@ -44,7 +44,10 @@ def replace_link(path: Path, source: Path) -> None:
     partial = path.with_name(f"{PARTIAL}{os.getpid()}-{path.name[-40:]}")
     partial.unlink(missing_ok=True)
     os.link(source, partial)
-    partial.replace(path)
+    try:
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)  # a rename from one name of a file to another of the same does nothing
 
 
 def _sync_folder(folder: Path) -> None:
