@@ -130,7 +130,12 @@ def write(content: Mapping[str, Any], path: Path) -> None:
         replace_text(sidecar_of(path), "".join(f"{digest}  {path.name}\n" for digest in known))
 
     with replacing(path, before=name_first) as file:
-        torch.save(dict(content), file)
+        try:
+            torch.save(dict(content), file)
+        except RuntimeError as error:  # torch closes its archive, and hides that the disk was full
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def sidecar_of(path: Path) -> Path:

@@ -29,6 +29,9 @@ def replacing(path: Path, *, before: Callable[[Path], None] | None = None) -> It
             before(partial)
         partial.replace(path)
         _sync_folder(path.parent)
+    except OSError as error:
+        error.filename = str(path)  # the name that a person knows it by; a failed write says none
+        raise
     finally:
         partial.unlink(missing_ok=True)
 

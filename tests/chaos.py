@@ -1,6 +1,6 @@
 """Runs that are killed anywhere and go on: one hash, or the trial is wrong.
 
-    python tests/chaos.py --trials 500 --seed 0
+    python tests/chaos.py [kills cuts full_disks signals] --trials 250 --seed 0
 
 A fork for every run: what is slow is imported once. Where a kill landed is read from a byte of memory that the run
 shares with this process and sets at the doors of the phases it goes through.
@@ -11,19 +11,21 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import errno
 import functools
 import hashlib
 import json
 import mmap
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +39,7 @@ import yaml  # noqa: E402
 
 from segdeconv import callbacks, checkpoint, durable, errors, report, task, train, training  # noqa: E402
 
-PHASES = ("start", "training", "validation", "metrics", "checkpoint", "evaluation", "end")
+PHASES = ("fork", "start", "training", "validation", "metrics", "checkpoint", "evaluation", "end")
 STREET = yaml.safe_load((ROOT / "configs/augment/street.yaml").read_text())
 
 # Bayesian SegNet-Basic, slim: batch norm, dropout, pooling indices; 13 images, 3 steps an epoch, 3 epochs.
@@ -64,7 +66,7 @@ def recipe(resume: str | None = "auto", **changes: Any) -> dict[str, Any]:
 
 
 def learnt(run: Path) -> str:
-    """One hash over all that both checkpoints hold, the metric history and the report, but for clocks and paths."""
+    """One hash over all that both checkpoints hold, the metric history and the report, but for what may differ."""
     found = hashlib.sha256((run / "metrics.csv").read_bytes())
 
     def add(value: Any) -> None:
@@ -83,7 +85,10 @@ def learnt(run: Path) -> str:
             found.update(repr(value).encode())
 
     for name in ("last.ckpt", "best.ckpt"):
-        add(checkpoint.load_plain(run / name))
+        content = checkpoint.load_plain(run / name)
+        for key in ("num_workers", "cache"):
+            del content["hyper_parameters"]["config"]["dataset"][key]
+        add(content)
     scored = json.loads((run / "report.json").read_text())
     add({name: value for name, value in scored.items() if name not in ("checkpoint", "command")})
     return found.hexdigest()
@@ -101,24 +106,21 @@ class Ended(NamedTuple):
     seconds: float
 
     @property
-    def sentence(self) -> str:
-        """The one line of the contract, and nothing else on stderr."""
+    def not_one_line(self) -> str:
+        """What it said, unless that is the one line of the contract."""
         lines = self.said.replace("\0", "").splitlines()
-        assert len(lines) == 1, self.said
-        assert lines[0].startswith("segdeconv: error: "), self.said
-        return lines[0]
+        one = len(lines) == 1 and lines[0].startswith("segdeconv: error: ")
+        return "" if one else f"not one line: {self.said[-2000:]}"
 
 
 class Run:
     """A training process that was forked; everything that it starts is of its process group."""
 
-    def __init__(
-        self, wanted: Mapping[str, Any], folder: Path, *, before: Callable[[], object] = lambda: None
-    ) -> None:
+    def __init__(self, wanted: Mapping[str, Any], folder: Path, *, before: Callable[[], object] = lambda: None) -> None:
         """before: called in the child, first."""
         self.marker = mmap.mmap(-1, 1)
         self.started = time.monotonic()
-        self.err = tempfile.TemporaryFile()
+        self.err = tempfile.TemporaryFile()  # noqa: SIM115 - `end` closes it
         self.pid = os.fork()
         if self.pid == 0:
             self._become(wanted, folder, before)
@@ -159,9 +161,9 @@ class Run:
                 self._code = os.waitstatus_to_exitcode(status)
         return self._code
 
-    def wait_for(self, phase: str, times: int, deadline: float) -> bool:
+    def wait_for(self, phase: str, times: int) -> bool:
         """Until it has entered the phase so often; False if it ended before."""
-        before = None
+        before, deadline = None, time.monotonic() + 60
         while self.poll() is None and time.monotonic() < deadline:
             now = self.phase
             if now != before and now == phase:
@@ -186,11 +188,16 @@ class Run:
         self.err.close()
         return Ended(self._code, self.phase, said, time.monotonic() - self.started)
 
-    def kill(self) -> Ended:
-        """SIGKILL to the process alone, as a machine's memory killer does; its workers notice by themselves."""
-        if self.poll() is None:
-            os.kill(self.pid, signal.SIGKILL)
-        return self.end()
+    def remains(self, seconds: float = 10.0) -> str:
+        """What is left of its group after so long, in words."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            try:
+                os.killpg(self.pid, 0)
+            except ProcessLookupError:
+                return ""
+            time.sleep(0.01)
+        return f"processes of it are left {seconds:.0f} s after its end"
 
 
 def _mark_phases(marker: mmap.mmap) -> None:
@@ -208,6 +215,7 @@ def _mark_phases(marker: mmap.mmap) -> None:
 
         setattr(owner, name, door)
 
+    marked(train, "train", "start", back=False)
     marked(task.SegmentationTask, "on_train_start", "training", back=False)
     marked(task.SegmentationTask, "on_train_batch_start", "training", back=False)
     marked(task.SegmentationTask, "on_validation_start", "validation", back=False)
@@ -218,9 +226,8 @@ def _mark_phases(marker: mmap.mmap) -> None:
     marked(report, "write_json", "end", back=False)
 
 
-@contextlib.contextmanager
-def cut_at_file_operation(folder: Path, number: int) -> Iterator[None]:
-    """SIGKILL just before the so-manieth file operation in `folder`: open, rename, link, remove."""
+def cut_at_file_operation(folder: Path, number: int) -> None:
+    """SIGKILL just before the so-manieth file operation of this process in `folder`: open, rename, link, remove."""
     left = [number]
 
     def watch(event: str, arguments: tuple[Any, ...]) -> None:
@@ -230,99 +237,200 @@ def cut_at_file_operation(folder: Path, number: int) -> Iterator[None]:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(watch)
-    yield
 
 
-# Trials
+def fill_disk(calls: int) -> None:
+    """From the so-manieth fsync on, there is no space left."""
+    left, sync = [calls], os.fsync
+
+    def full(descriptor: int) -> None:
+        left[0] -= 1
+        if left[0] <= 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(descriptor)
+
+    os.fsync = full
+
+
+def limit_files(size: int) -> None:
+    """No file may grow beyond so many bytes: a disk that fills up in the middle of a write."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+# Trials: each gives the phases in which it struck, and what was wrong, or nothing
 
 
 class Trial(NamedTuple):
-    """landed: the phase of every kill, in order. wrong: what is not as it should be, or nothing."""
-
     landed: list[str]
     wrong: str
 
 
-def trial(chance: random.Random, folder: Path, expected: str, seconds: float, **changes: Any) -> Trial:
-    """Kill a run, perhaps several times, let it come to its end, and look at what is left.
+class Place(NamedTuple):
+    """Where trials run, what they have to come to, and how long an undisturbed run takes."""
 
-    seconds: how long an undisturbed run takes. Four kills in ten are aimed at validation or a checkpoint's writing.
+    folder: Path
+    expected: str
+    seconds: float
+
+    def judge(self, landed: list[str], **changes: Any) -> Trial:
+        """Let the run come to its end and hold what it leaves against what it should."""
+        ended = Run(recipe(**changes), self.folder).end()
+        if ended.code != 0:
+            return Trial(landed, f"exit {ended.code}: {ended.said[-2000:]}")
+        if left := [path.name for path in self.folder.glob(f"{durable.PARTIAL}*")]:
+            return Trial(landed, f"left behind: {left}")
+        return Trial(landed, "" if learnt(self.folder) == self.expected else "another hash")
+
+    def lost(self) -> str:
+        """Every checkpoint under a final name is one that its sidecar knows, or it is lost."""
+        for name in ("last.ckpt", "best.ckpt", "previous.ckpt"):
+            if (self.folder / name).is_file():
+                try:
+                    checkpoint.verify(self.folder / name)
+                except errors.CheckpointError as error:
+                    return f"a checkpoint is lost: {error}"
+        return ""
+
+
+def kills(place: Place, chance: random.Random) -> Trial:
+    """SIGKILL at any time, up to three times on the way. Four in ten are aimed at validation or a checkpoint's writing.
+
+    To the process alone, as the killer of a machine without memory does it: its workers notice by themselves.
     """
     landed: list[str] = []
     for _ in range(chance.choice((1, 1, 2, 3))):
-        run = Run(recipe(**changes), folder)
-        aim = chance.random()
-        if aim < 0.4:
-            phase = chance.choice(("validation", "checkpoint"))
-            run.wait_for(phase, chance.choice((1, 1, 2, 3)), time.monotonic() + 60)
+        run = Run(recipe(), place.folder)
+        if chance.random() < 0.4:
+            run.wait_for(chance.choice(("validation", "checkpoint")), chance.choice((1, 1, 2, 3)))
             time.sleep(chance.uniform(0, 0.012))
         else:
-            time.sleep(chance.uniform(0.02, seconds))
-        running = run.poll() is None
-        ended = run.kill()
+            time.sleep(chance.uniform(0.02, place.seconds))
+        if run.poll() is None:
+            os.kill(run.pid, signal.SIGKILL)
+        ended = run.end()
         if ended.code == -signal.SIGKILL:
             landed.append(ended.phase)
-        elif ended.code != 0 or running:
-            if ended.code != 0:
-                return Trial(landed, f"exit {ended.code}: {ended.said[-2000:]}")
-        try:
-            _require_whole(folder)
-        except errors.CheckpointError as error:
-            return Trial(landed, f"a checkpoint is lost: {error}")
-    ended = Run(recipe(**changes), folder).end()
-    if ended.code != 0:
-        return Trial(landed, f"exit {ended.code}: {ended.said[-2000:]}")
-    left = [path.name for path in folder.glob(f"{durable.PARTIAL}*")]
-    if left:
-        return Trial(landed, f"left behind: {left}")
-    return Trial(landed, "" if learnt(folder) == expected else "another hash")
+        elif ended.code != 0:
+            return Trial(landed, f"exit {ended.code}: {ended.said[-2000:]}")
+        if lost := place.lost():
+            return Trial(landed, lost)
+    return place.judge(landed)
 
 
-def _require_whole(folder: Path) -> None:
-    """Every checkpoint under a final name is one that its sidecar knows; nothing here may be lost to a kill."""
-    for name in ("last.ckpt", "best.ckpt", "previous.ckpt"):
-        if (folder / name).is_file():
-            checkpoint.verify(folder / name)
+def cuts(place: Place, chance: random.Random, operations: int = 90) -> Trial:
+    """SIGKILL just before a file operation in the run's folder, twice in a row: at the doors between which all lies."""
+    landed = []
+    for _ in range(2):
+        number = chance.randint(1, operations)
+        before = functools.partial(cut_at_file_operation, place.folder, number)
+        ended = Run(recipe(), place.folder, before=before).end()
+        if ended.code not in (0, -signal.SIGKILL):
+            return Trial(landed, f"exit {ended.code} at operation {number}: {ended.said[-2000:]}")
+        landed += [ended.phase] * (ended.code != 0)
+        if lost := place.lost():
+            return Trial(landed, f"{lost} (operation {number})")
+    return place.judge(landed)
+
+
+def full_disks(place: Place, chance: random.Random) -> Trial:
+    """A disk that fills up at any write: exit code 5, one line, and the checkpoints that were there are there."""
+    changes = {}
+    before = functools.partial(fill_disk, chance.randint(1, 20))
+    if chance.random() < 0.5:
+        before = functools.partial(limit_files, chance.randint(2_000, 160_000))
+        changes = {"dataset__num_workers": 0}  # whose batches would be files that may not grow, too
+    ended = Run(recipe(**changes), place.folder, before=before).end()
+    wrong = place.lost()
+    if ended.code not in (0, 5):
+        wrong = wrong or f"exit {ended.code}: {ended.said[-2000:]}"
+    if not wrong and ended.code == 5:
+        wrong = ended.not_one_line
+    return Trial([ended.phase], wrong) if wrong else place.judge([ended.phase] * (ended.code != 0))
+
+
+STOPS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 143}
+MOMENTS = ("start", "training", "validation", "last validation", "metrics", "checkpoint", "evaluation")
+
+
+def signals(place: Place, chance: random.Random) -> Trial:
+    """A signal to the process, its group or every process, at any time: one line, the exit code of the contract."""
+    number, moment = chance.choice(list(STOPS)), chance.choice(MOMENTS)
+    to = chance.choice(("process", "group", "everyone"))
+    changes = {"dataset__num_workers": 2}
+    run = Run(recipe(**changes), place.folder)
+    run.wait_for(moment.removeprefix("last "), 3 if moment == "last validation" else 1)
+    time.sleep(chance.uniform(0, 0.05) if moment in ("start", "training") else 0)
+    everyone = [*descendants(run.pid), run.pid]  # workers first, which is harder
+    phase = run.phase
+    for pid in {"process": [run.pid], "group": [-run.pid], "everyone": everyone}[to]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+    ended = run.end()
+    what = f"{signal.Signals(number).name} to {to} in {moment}"
+    landed = [phase]
+    if ended.code == 0 and phase == "end":
+        return place.judge([], **changes)
+    if ended.code != STOPS[number]:
+        return Trial(landed, f"{what}: exit {ended.code}: {ended.said[-2000:]}")
+    wrong = ended.not_one_line or place.lost() or run.remains()
+    return Trial(landed, f"{what}: {wrong}") if wrong else place.judge(landed, **changes)
+
+
+def descendants(pid: int) -> list[int]:
+    """Children and theirs, those first."""
+    with contextlib.suppress(OSError):
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        return [found for child in children for found in (*descendants(int(child)), int(child))]
+    return []
+
+
+SUITES: dict[str, Callable[[Place, random.Random], Trial]] = {
+    "kills": kills, "cuts": cuts, "full_disks": full_disks, "signals": signals,
+}  # fmt: skip
 
 
 def main() -> int:
-    """Print kills, where they landed, and every trial that was wrong."""
+    """Print how often it struck, where that was, and every trial that was wrong; the exit code says whether any was."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", type=int, default=500)
+    parser.add_argument("suites", nargs="*", default=list(SUITES), help=", ".join(SUITES))
+    parser.add_argument("--trials", type=int, default=250, help="of each suite")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="the number of the first trial, to repeat one")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    started = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="chaos-") as place:
-        whole = Path(place) / "whole"
+    with tempfile.TemporaryDirectory(prefix="chaos-") as root:
+        whole = Path(root) / "whole"
         ended = Run(recipe(), whole).end()
         assert ended.code == 0, ended.said
-        expected = learnt(whole)
-        print(f"an undisturbed run takes {ended.seconds:.2f} s and has the hash {expected[:16]}", flush=True)
-        landed: collections.Counter[str] = collections.Counter()
-        wrong = 0
-        for number in range(arguments.first, arguments.first + arguments.trials):
-            chance = random.Random(f"{arguments.seed} {number}")
-            folder = Path(place) / "run"
-            done = trial(chance, folder, expected, ended.seconds)
-            landed.update(done.landed)
-            if done.wrong:
-                wrong += 1
-                kept = Path(tempfile.gettempdir()) / f"chaos-wrong-{arguments.seed}-{number}"
-                shutil.copytree(folder, kept, dirs_exist_ok=True)
-                print(f"WRONG trial {number}, killed in {done.landed}: {done.wrong} - see {kept}", flush=True)
-            shutil.rmtree(folder)
-            if (number + 1) % 50 == 0:
-                print(f"{number + 1} trials, {landed.total()} kills, {wrong} wrong", flush=True)
-    kills = landed.total()
-    aimed = landed["validation"] + landed["checkpoint"] + landed["metrics"]
+        place = Place(Path(root) / "run", learnt(whole), ended.seconds)
+        print(f"an undisturbed run takes {ended.seconds:.2f} s and has the hash {place.expected[:16]}", flush=True)
+        return sum(_suite(name, place, arguments.trials, arguments.seed, arguments.first) for name in arguments.suites)
+
+
+def _suite(name: str, place: Place, trials: int, seed: int, first: int) -> int:
+    landed: collections.Counter[str] = collections.Counter()
+    wrong, started = 0, time.monotonic()
+    for number in range(first, first + trials):
+        shutil.rmtree(place.folder, ignore_errors=True)
+        done = SUITES[name](place, random.Random(f"{seed} {name} {number}"))
+        landed.update(done.landed)
+        if done.wrong:
+            wrong += 1
+            kept = Path(tempfile.gettempdir()) / f"chaos-{name}-{seed}-{number}"
+            if place.folder.exists():
+                shutil.copytree(place.folder, kept, dirs_exist_ok=True)
+            print(f"WRONG {name} trial {number}, struck in {done.landed}: {done.wrong} - see {kept}", flush=True)
+        if (number + 1) % 50 == 0:
+            print(f"{name}: {number + 1} trials, {landed.total()} struck, {wrong} wrong", flush=True)
     where = ", ".join(f"{phase} {landed[phase]}" for phase in PHASES if landed[phase])
-    print(f"{kills} kills in {arguments.trials} trials (seed {arguments.seed}): {where}")
-    print(f"{100 * aimed / max(1, kills):.0f} % of them in validation or while metrics or a checkpoint were written")
-    print(f"{wrong} of {arguments.trials} trials wrong; {time.monotonic() - started:.0f} s")
-    return int(wrong > 0)
+    aimed = sum(landed[phase] for phase in ("validation", "metrics", "checkpoint"))
+    print(
+        f"{name}: {wrong} of {trials} trials wrong (seed {seed}, {time.monotonic() - started:.0f} s); "
+        f"{landed.total()} struck: {where}; {100 * aimed / max(1, landed.total()):.0f} % in validation or a write",
+        flush=True,
+    )
+    return wrong
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(min(1, main()))

@@ -14,9 +14,13 @@ def names(folder):
 def test_a_writer_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "a"
     replace_text(path, "old")
-    with pytest.raises(ArithmeticError), replacing(path) as file:
-        file.write(b"new, and cut sh")
+
+    def fail(partial):
+        assert partial.read_bytes() == b"new"
         raise ArithmeticError
+
+    with pytest.raises(ArithmeticError), replacing(path, before=fail) as file:
+        file.write(b"new")
     assert path.read_text() == "old"
     assert names(tmp_path) == ["a"]
 
