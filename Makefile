@@ -1,11 +1,12 @@
 # make demo   set everything up, train on the built-in shapes, evaluate, write pictures
 # make test   set everything up and pass the tests
 # make slow   the tests that take minutes;   make lint   ruff and mypy
+# make chaos  kill runs anywhere, fill their disks, stop them: about 3,000 runs, an hour and a half; ARGS='kills --trials 50 --seed 1'
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: demo test slow lint clean
+.PHONY: demo test slow chaos lint clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -24,6 +25,9 @@ test: $(VENV)/.installed
 
 slow: $(VENV)/.installed
 	$(RUN) -m pytest -q -m slow
+
+chaos: $(VENV)/.installed
+	$(RUN) tests/chaos.py $(ARGS)
 
 lint: $(VENV)/.installed
 	$(RUN) -m ruff check .

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import multiprocessing
 import os
 import signal
 import sys
@@ -26,6 +27,7 @@ from segdeconv.errors import Interrupted, TimeUp
 from segdeconv.loggers import show_picture
 from segdeconv.metrics import scores
 from segdeconv.processes import STOP_SIGNALS, agreed
+from segdeconv.run_folder import require_there
 from segdeconv.task import Results, SegmentationTask
 from segdeconv.training import Checkpoints
 from segdeconv.watch import Waiting
@@ -96,6 +98,7 @@ class Recorder(Checkpoint):  # Lightning calls callbacks of this base last, when
         task.forget("train")
         task.forget("val")
         if trainer.is_global_zero:
+            require_there(self.checkpoints.run)
             self.metrics.append(row)
             for logger in trainer.loggers:
                 numbers = {name: value for name, value in row.items() if name != "step" and value == value}
@@ -206,6 +209,14 @@ class Progress(Callback):
             self.bar = None
 
 
+def _kill_workers() -> None:
+    """So that they do not say that this process is gone."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise
+    for child in multiprocessing.active_children():
+        child.kill()
+
+
 class Stopping(Callback):
     """Signals and the clock set a flag; the step boundary saves and leaves. A second interrupt leaves at once.
 
@@ -245,6 +256,7 @@ class Stopping(Callback):
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received == signal.SIGINT:
+            _kill_workers()
             os.write(2, b"segdeconv: error: interrupted twice, nothing more was saved - go on with resume=auto\n")
             os._exit(130)
         self.received = number

@@ -53,6 +53,12 @@ def claim(run: Path) -> None:
     _claimed[path.resolve()] = lock
 
 
+def require_there(run: Path) -> None:
+    """Raise DiskError where the folder of a run that is under way is gone: made anew, it would hide what was lost."""
+    if not run.is_dir():
+        raise DiskError(f"{run} is gone while a run writes to it - start the run again, or restore the folder")
+
+
 def require_space(run: Path, task: nn.Module) -> None:
     """Raise DiskError where the checkpoints of a run cannot fit: best, last, previous and the one being written."""
     weights = sum(tensor.numel() * tensor.element_size() for tensor in task.state_dict().values())

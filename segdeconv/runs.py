@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import yaml
 from pydantic import Field
 from pytorch_lightning import Trainer
@@ -20,6 +21,7 @@ from segdeconv.durable import replace_text
 from segdeconv.errors import CheckpointError, UsageError, did_you_mean
 from segdeconv.loggers import check_logger
 from segdeconv.losses import check_loss
+from segdeconv.machine import machine
 from segdeconv.memory import available, estimate, readable
 from segdeconv.models import check_model
 from segdeconv.processes import rank_from_outside
@@ -281,15 +283,33 @@ def usable_checkpoint(run: Path) -> Path | None:
     return None
 
 
-def require_same_classes(resumed: Path, classes: Classes) -> None:
-    """Raise UsageError if the data has other classes than it had, which no key of the recipe says."""
-    before = checkpoint.read(resumed, trust=AnyName()).classes
+def compare(resumed: Path, classes: Classes, fingerprints: Mapping[str, str]) -> None:
+    """Say what no key of the recipe does: that the files of a split are not what they were.
+
+    Raises UsageError if the data has other classes than it had.
+    """
+    read = checkpoint.read(resumed, trust=AnyName())
+    before = read.classes
     if before.names != classes.names:
         raise UsageError(
             f"{resumed} was trained for {len(before)} classes ({', '.join(before.names)}) and the data now has "
             f"{len(classes)} ({', '.join(classes.names)}) - restore the data, or start another run with "
             f"init_from={resumed}, which keeps what it knows and begins the other classes anew"
         )
+    known = read.facts.get("fingerprints", {})  # earlier versions wrote none
+    for split in [name for name, value in fingerprints.items() if known.get(name, value) != value]:
+        print(
+            f"watch: the files of the {split} split are not those, or not where, they were when {resumed} was written; "
+            "the run goes on with what is there now, and not to the same bits"
+        )
+
+
+def compare_machines(resumed: Path, device: torch.device) -> None:
+    """Say what of the machine is not as it was, for rounding depends on it."""
+    known, now = checkpoint.read(resumed, trust=AnyName()).content["segdeconv"].get("machine", {}), machine(device)
+    differing = [f"{name} {known[name]} -> {value}" for name, value in now.items() if known.get(name, value) != value]
+    if differing:
+        print(f"watch: going on, but not to the same bits: {', '.join(differing)}")
 
 
 class AnyName(frozenset[str]):

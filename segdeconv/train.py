@@ -15,6 +15,7 @@ From Python, without Hydra, a recipe is a dictionary; what it leaves out has its
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -56,7 +57,7 @@ def train(recipe: Mapping[str, Any], run: str | Path, *, typed: str | None = Non
     logger = loggers.build_logger(recipe["logger"], run)
     made = prepare(recipe, fresh=resumed is not None)
     if resumed is not None:
-        runs.require_same_classes(resumed, made.classes)
+        runs.compare(resumed, made.classes, made.facts["fingerprints"])
     for_trainer, for_task, for_checkpoints = (config.split(recipe["trainer"], schema)[0] for schema in runs.TRAINER)
     checkpoints = training.Checkpoints(run, resumed=resumed, **for_checkpoints)
     deadline = started + runs.seconds(recipe["max_time"]) if recipe["max_time"] is not None else None
@@ -85,6 +86,8 @@ def train(recipe: Mapping[str, Any], run: str | Path, *, typed: str | None = Non
     loggers.show_configuration(logger, recipe, run)
     run_folder.require_space(run, task)
     print(runs.header(recipe, made.data, task, trainer, run, resumed), flush=True)
+    if resumed is not None:
+        runs.compare_machines(resumed, torch.device(trainer.strategy.root_device))
 
     complete = True
     stopping.listen()
@@ -165,6 +168,9 @@ def prepare(recipe: Mapping[str, Any], *, fresh: bool = False) -> Prepared:
         print(transfer.take_over(model, classes, start), end="\n\n")
     if "classes" in source:  # found in the masks: from here on they are a choice, so that a new mask cannot change them
         source = {**source, "classes": train_split.stored_classes.plain()}
+    fingerprints = {
+        split.split: hashlib.sha256(split.fingerprint.encode()).hexdigest() for split in (train_split, val_split)
+    }
     return Prepared(
         data,
         classes,
@@ -172,5 +178,10 @@ def prepare(recipe: Mapping[str, Any], *, fresh: bool = False) -> Prepared:
         config.build(loss_node, "loss", class_weights=weights, ignore_index=classes.ignore_index),
         config.build(recipe["optimizer"], "optimizer", model=model),
         {**source, **settings},
-        {"classes": classes.plain(), "preprocessing": data.preprocessing.plain(), "class_weights": weights},
+        {
+            "classes": classes.plain(),
+            "preprocessing": data.preprocessing.plain(),
+            "class_weights": weights,
+            "fingerprints": fingerprints,
+        },
     )

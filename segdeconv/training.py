@@ -21,6 +21,7 @@ from segdeconv.durable import replace_link
 from segdeconv.errors import UsageError
 from segdeconv.inference import fast_precision
 from segdeconv.processes import Processes, count_processes, quieten
+from segdeconv.run_folder import require_there
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -132,6 +133,7 @@ class Checkpoints(Callback):
 
     def keep(self, trainer: Trainer, miou: float | None) -> None:
         """Write last.ckpt, and best.ckpt if this validation's mIoU is the highest; NaN never is."""
+        require_there(self.run)
         if miou is not None:
             better = miou > self.best
             self.best, self.waited = (miou, 0) if better else (self.best, self.waited + 1)

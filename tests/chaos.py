@@ -1,6 +1,6 @@
 """Runs that are killed anywhere and go on: one hash, or the trial is wrong.
 
-    python tests/chaos.py [kills cuts full_disks signals] --trials 250 --seed 0
+    python tests/chaos.py [kills cuts full_disks signals one_hash faults] --trials 250 --seed 0
 
 A fork for every run: what is slow is imported once. Where a kill landed is read from a byte of memory that the run
 shares with this process and sets at the doors of the phases it goes through.
@@ -34,6 +34,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
 import albumentations  # noqa: E402, F401
+import forked  # noqa: E402
 import torch  # noqa: E402
 import yaml  # noqa: E402
 
@@ -86,7 +87,7 @@ def learnt(run: Path) -> str:
 
     for name in ("last.ckpt", "best.ckpt"):
         content = checkpoint.load_plain(run / name)
-        for key in ("num_workers", "cache"):
+        for key in ("num_workers", "cache", "timeout"):
             del content["hyper_parameters"]["config"]["dataset"][key]
         add(content)
     scored = json.loads((run / "report.json").read_text())
@@ -266,11 +267,12 @@ class Trial(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where trials run, what they have to come to, and how long an undisturbed run takes."""
+    """Where trials run, what they have to come to, and how long an undisturbed run takes. of_ways: see `one_hash`."""
 
     folder: Path
     expected: str
     seconds: float
+    of_ways: dict[str, str]
 
     def judge(self, landed: list[str], **changes: Any) -> Trial:
         """Let the run come to its end and hold what it leaves against what it should."""
@@ -384,8 +386,92 @@ def descendants(pid: int) -> list[int]:
     return []
 
 
+def one_hash(place: Place, chance: random.Random) -> Trial:
+    """Any number of workers, any cache, stopped on the way and gone on with others: one hash for each way to learn."""
+    ways = [{}, {"trainer__ema": None}, {"trainer__accumulate": 2}, {"trainer__accumulate": 2, "trainer__ema": None}]
+    way: dict[str, Any] = chance.choice(ways)
+    expected = place.of_ways.get(str(way))
+    if expected is None:
+        ended = Run(recipe(**way, dataset__num_workers=0), place.folder).end()
+        assert ended.code == 0, ended.said
+        expected = place.of_ways[str(way)] = learnt(place.folder)
+        shutil.rmtree(place.folder)
+    halves = []
+    for _ in range(chance.choice((1, 2))):
+        workers, cache = chance.choice((0, 1, 2, 4)), chance.choice(("none", "memory", "disk"))
+        halves.append({**way, "dataset__num_workers": workers, "dataset__cache": cache})
+    if len(halves) == 2:
+        run = Run(recipe(**halves[0]), place.folder)
+        run.wait_for("training", 2)
+        if run.poll() is None:
+            os.kill(run.pid, signal.SIGTERM)
+        if (ended := run.end()).code not in (0, 143):
+            return Trial([], f"exit {ended.code}: {ended.said[-2000:]}")
+    done = place._replace(expected=expected).judge([], **halves[-1])
+    return Trial([], done.wrong and f"{halves}: {done.wrong}")
+
+
+FAULTS = {  # exit code, seconds within which all of its processes are gone
+    "folder removed": (5, 30),
+    "folder read-only": (5, 30),
+    "worker killed": (2, 30),
+    "worker stopped": (2, 32),
+    "stopped and asked to end": (143, 32),
+    "interrupted twice": (130, 30),
+}
+
+
+def faults(place: Place, chance: random.Random) -> Trial:
+    """What else may happen to a run: it ends in one line and soon, with all of its processes, and can be gone on with.
+
+    A worker is stopped rather than put to sleep: nothing but SIGKILL ends it.
+    """
+    fault = chance.choice(list(FAULTS))
+    code, seconds = FAULTS[fault]
+    changes = {"dataset__num_workers": 2, "dataset__timeout": 2}
+    run = Run(recipe(**changes), place.folder, before=functools.partial(_meet, fault, place.folder))
+    worker = 0
+    if "worker" in fault or "stopped" in fault:
+        run.wait_for("validation", 2)
+        worker = next(iter(descendants(run.pid)), 0)
+        os.kill(worker, signal.SIGKILL if fault == "worker killed" else signal.SIGSTOP)
+    if fault == "stopped and asked to end":
+        os.kill(run.pid, signal.SIGTERM)
+    if fault == "interrupted twice":
+        run.wait_for("validation", 1)
+        for _ in range(2):
+            os.kill(run.pid, signal.SIGINT)
+            time.sleep(0.02)
+    try:
+        ended = run.end(seconds)
+    except TimeoutError as error:
+        return Trial([fault], f"{fault}: {error}")
+    if place.folder.exists():
+        place.folder.chmod(0o755)
+    if ended.code != code:
+        return Trial([fault], f"{fault}: exit {ended.code}: {ended.said[-2000:]}")
+    wrong = ended.not_one_line or place.lost() or run.remains(seconds=10)
+    return Trial([fault], f"{fault}: {wrong}") if wrong else place.judge([fault])
+
+
+def _meet(fault: str, folder: Path) -> None:
+    """What a child does to itself after its second validation."""
+    if not fault.startswith("folder"):
+        return
+    forked.restrict({"plain_user": True})
+    done, left = task.SegmentationTask.on_validation_end, [2]
+
+    def spoil(of: Any) -> None:
+        done(of)
+        left[0] -= 1
+        if left[0] == 0:
+            shutil.rmtree(folder) if fault == "folder removed" else folder.chmod(0o555)
+
+    task.SegmentationTask.on_validation_end = spoil  # type: ignore[method-assign]
+
+
 SUITES: dict[str, Callable[[Place, random.Random], Trial]] = {
-    "kills": kills, "cuts": cuts, "full_disks": full_disks, "signals": signals,
+    "kills": kills, "cuts": cuts, "full_disks": full_disks, "signals": signals, "one_hash": one_hash, "faults": faults,
 }  # fmt: skip
 
 
@@ -399,10 +485,11 @@ def main() -> int:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="chaos-") as root:
+        os.environ["XDG_CACHE_HOME"] = str(Path(root) / "cache")
         whole = Path(root) / "whole"
         ended = Run(recipe(), whole).end()
         assert ended.code == 0, ended.said
-        place = Place(Path(root) / "run", learnt(whole), ended.seconds)
+        place = Place(Path(root) / "run", learnt(whole), ended.seconds, {})
         print(f"an undisturbed run takes {ended.seconds:.2f} s and has the hash {place.expected[:16]}", flush=True)
         return sum(_suite(name, place, arguments.trials, arguments.seed, arguments.first) for name in arguments.suites)
 
@@ -422,7 +509,7 @@ def _suite(name: str, place: Place, trials: int, seed: int, first: int) -> int:
             print(f"WRONG {name} trial {number}, struck in {done.landed}: {done.wrong} - see {kept}", flush=True)
         if (number + 1) % 50 == 0:
             print(f"{name}: {number + 1} trials, {landed.total()} struck, {wrong} wrong", flush=True)
-    where = ", ".join(f"{phase} {landed[phase]}" for phase in PHASES if landed[phase])
+    where = ", ".join(f"{phase} {landed[phase]}" for phase in (*PHASES, *FAULTS) if landed[phase])
     aimed = sum(landed[phase] for phase in ("validation", "metrics", "checkpoint"))
     print(
         f"{name}: {wrong} of {trials} trials wrong (seed {seed}, {time.monotonic() - started:.0f} s); "
