@@ -127,6 +127,8 @@ def fit(trainer: Trainer, task: LightningModule, data: LightningDataModule, *, r
         said = raised_elsewhere(str(error))
         if isinstance(said, Interrupted) and received:
             said.exit_code = STOP_SIGNALS[received[0]]
+        if said is None and received:  # before it could answer to a signal, or of the same one
+            raise _stopped(received[0]) from None
         if said is None:
             raise
         raise said from None

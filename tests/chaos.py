@@ -261,6 +261,14 @@ def limit_files(size: int) -> None:
 # Trials: each gives the phases in which it struck, and what was wrong, or nothing
 
 
+class Chance(random.Random):
+    """What decides in trial `number` of a suite; the same for the same seed."""
+
+    def __init__(self, seed: int, suite: str, number: int) -> None:
+        super().__init__(f"{seed} {suite} {number}")
+        self.number = number
+
+
 class Trial(NamedTuple):
     landed: list[str]
     wrong: str
@@ -294,7 +302,7 @@ class Place(NamedTuple):
         return ""
 
 
-def kills(place: Place, chance: random.Random) -> Trial:
+def kills(place: Place, chance: Chance) -> Trial:
     """SIGKILL at any time, up to three times on the way. Four in ten are aimed at validation or a checkpoint's writing.
 
     To the process alone, as the killer of a machine without memory does it: its workers notice by themselves.
@@ -319,7 +327,7 @@ def kills(place: Place, chance: random.Random) -> Trial:
     return place.judge(landed)
 
 
-def cuts(place: Place, chance: random.Random, operations: int = 90) -> Trial:
+def cuts(place: Place, chance: Chance, operations: int = 90) -> Trial:
     """SIGKILL just before a file operation in the run's folder, twice in a row: at the doors between which all lies."""
     landed = []
     for _ in range(2):
@@ -334,7 +342,7 @@ def cuts(place: Place, chance: random.Random, operations: int = 90) -> Trial:
     return place.judge(landed)
 
 
-def full_disks(place: Place, chance: random.Random) -> Trial:
+def full_disks(place: Place, chance: Chance) -> Trial:
     """A disk that fills up at any write: exit code 5, one line, and the checkpoints that were there are there."""
     changes = {}
     before = functools.partial(fill_disk, chance.randint(1, 20))
@@ -353,11 +361,22 @@ def full_disks(place: Place, chance: random.Random) -> Trial:
 STOPS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 143}
 MOMENTS = ("start", "training", "validation", "last validation", "metrics", "checkpoint", "evaluation")
 
+FIRST_STOPS = (  # what `timeout`, a closed terminal and Ctrl-C do
+    (signal.SIGTERM, "group", "training"),
+    (signal.SIGHUP, "group", "start"),
+    (signal.SIGINT, "process", "last validation"),
+)
 
-def signals(place: Place, chance: random.Random) -> Trial:
+
+def signals(place: Place, chance: Chance) -> Trial:
     """A signal to the process, its group or every process, at any time: one line, the exit code of the contract."""
-    number, moment = chance.choice(list(STOPS)), chance.choice(MOMENTS)
-    to = chance.choice(("process", "group", "everyone"))
+    number, to, moment = (
+        chance.choice(list(STOPS)),
+        chance.choice(("process", "group", "everyone")),
+        chance.choice(MOMENTS),
+    )
+    if chance.number < len(FIRST_STOPS):
+        number, to, moment = FIRST_STOPS[chance.number]
     changes = {"dataset__num_workers": 2}
     run = Run(recipe(**changes), place.folder)
     run.wait_for(moment.removeprefix("last "), 3 if moment == "last validation" else 1)
@@ -386,7 +405,7 @@ def descendants(pid: int) -> list[int]:
     return []
 
 
-def one_hash(place: Place, chance: random.Random) -> Trial:
+def one_hash(place: Place, chance: Chance) -> Trial:
     """Any number of workers, any cache, stopped on the way and gone on with others: one hash for each way to learn."""
     ways = [{}, {"trainer__ema": None}, {"trainer__accumulate": 2}, {"trainer__accumulate": 2, "trainer__ema": None}]
     way: dict[str, Any] = chance.choice(ways)
@@ -421,7 +440,7 @@ FAULTS = {  # exit code, seconds within which all of its processes are gone
 }
 
 
-def faults(place: Place, chance: random.Random) -> Trial:
+def faults(place: Place, chance: Chance) -> Trial:
     """What else may happen to a run: it ends in one line and soon, with all of its processes, and can be gone on with.
 
     A worker is stopped rather than put to sleep: nothing but SIGKILL ends it.
@@ -470,7 +489,7 @@ def _meet(fault: str, folder: Path) -> None:
     task.SegmentationTask.on_validation_end = spoil  # type: ignore[method-assign]
 
 
-SUITES: dict[str, Callable[[Place, random.Random], Trial]] = {
+SUITES: dict[str, Callable[[Place, Chance], Trial]] = {
     "kills": kills, "cuts": cuts, "full_disks": full_disks, "signals": signals, "one_hash": one_hash, "faults": faults,
 }  # fmt: skip
 
@@ -478,7 +497,7 @@ SUITES: dict[str, Callable[[Place, random.Random], Trial]] = {
 def main() -> int:
     """Print how often it struck, where that was, and every trial that was wrong; the exit code says whether any was."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("suites", nargs="*", default=list(SUITES), help=", ".join(SUITES))
+    parser.add_argument("suites", nargs="*", default=list(SUITES), help=f"{', '.join(SUITES)}, or NAME=TRIALS")
     parser.add_argument("--trials", type=int, default=250, help="of each suite")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="the number of the first trial, to repeat one")
@@ -491,7 +510,11 @@ def main() -> int:
         assert ended.code == 0, ended.said
         place = Place(Path(root) / "run", learnt(whole), ended.seconds, {})
         print(f"an undisturbed run takes {ended.seconds:.2f} s and has the hash {place.expected[:16]}", flush=True)
-        return sum(_suite(name, place, arguments.trials, arguments.seed, arguments.first) for name in arguments.suites)
+        wrong = 0
+        for word in arguments.suites:
+            name, _, trials = word.partition("=")
+            wrong += _suite(name, place, int(trials or arguments.trials), arguments.seed, arguments.first)
+        return wrong
 
 
 def _suite(name: str, place: Place, trials: int, seed: int, first: int) -> int:
@@ -499,7 +522,7 @@ def _suite(name: str, place: Place, trials: int, seed: int, first: int) -> int:
     wrong, started = 0, time.monotonic()
     for number in range(first, first + trials):
         shutil.rmtree(place.folder, ignore_errors=True)
-        done = SUITES[name](place, random.Random(f"{seed} {name} {number}"))
+        done = SUITES[name](place, Chance(seed, name, number))
         landed.update(done.landed)
         if done.wrong:
             wrong += 1

@@ -119,6 +119,21 @@ def test_a_damaged_last_checkpoint_is_passed_over_and_the_one_before_it_used(pla
     assert "going on from previous.ckpt" in done.out
 
 
+def test_a_damaged_last_checkpoint_never_takes_the_place_of_the_whole_one_before_it(place, commands):
+    """Gone on with from previous.ckpt and cut at the next write, there must still be previous.ckpt."""
+    for name in ("previous.ckpt", "previous.ckpt.sha256"):
+        shutil.copy(place / "run" / name.replace("previous", "last"), place / "run" / name)
+    cut(place / "run" / "last.ckpt")
+    words = [word for word in DATA if "max_epochs" not in word]
+    done = commands(
+        "train", *words, "trainer.max_epochs=2", "hydra.run.dir=run", "resume=auto", "resume_force=true",
+        cwd=place, limits={"file_size": 15_000},
+    )  # fmt: skip
+    assert done.code == 5, done.err
+    assert "going on from previous.ckpt" in done.out
+    checkpoint.verify(place / "run" / "previous.ckpt")
+
+
 def test_a_run_none_of_whose_checkpoints_is_whole_is_not_started_anew_over_them(place, commands):
     cut(place / "run" / "last.ckpt")
     done = resume(commands, place)

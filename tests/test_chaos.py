@@ -29,10 +29,11 @@ def struck(tmp_path, *words, timeout=300):
 
 
 def test_a_run_that_is_killed_or_stopped_anywhere_or_finds_its_disk_full_goes_on_to_the_same_bits(tmp_path):
-    times = struck(tmp_path, "kills", "cuts", "full_disks", "signals", "--trials", "2")
-    assert times["kills"] >= 2
-    assert times["cuts"] >= 2
-    assert set(times) == {"kills", "cuts", "full_disks", "signals"}
+    """The signals are those of `timeout`, of a terminal closed before the first step, of Ctrl-C at the end."""
+    times = struck(tmp_path, "kills=1", "cuts=1", "full_disks=1", "signals=3")
+    assert times["kills"] >= 1
+    assert times["cuts"] >= 1
+    assert times["signals"] == 3
 
 
 @pytest.mark.slow
