@@ -1,7 +1,7 @@
 # make demo   set everything up, train on the built-in shapes, evaluate, write pictures
 # make test   set everything up and pass the tests
 # make slow   the tests that take minutes;   make lint   ruff and mypy
-# make chaos  kill runs anywhere, fill their disks, stop them: about 3,000 runs, an hour and a half; ARGS='kills --trials 50 --seed 1'
+# make chaos  kill runs anywhere, fill their disks, stop them: hours; ARGS='kills=50 --seed 1'
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
