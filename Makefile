@@ -2,11 +2,12 @@
 # make test   set everything up and pass the tests
 # make slow   the tests that take minutes;   make lint   ruff and mypy
 # make bench  speed and memory on this machine;   make bench-gpu   all that is to be measured where there is a GPU
+# make chaos  kill runs anywhere, fill their disks, stop them: hours; ARGS='kills=50 --seed 1'
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: demo test slow lint bench bench-gpu clean
+.PHONY: demo test slow lint bench bench-gpu chaos clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -25,6 +26,9 @@ test: $(VENV)/.installed
 
 slow: $(VENV)/.installed
 	$(RUN) -m pytest -q -m slow
+
+chaos: $(VENV)/.installed
+	$(RUN) tests/chaos.py $(ARGS)
 
 lint: $(VENV)/.installed
 	$(RUN) -m ruff check .

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import multiprocessing
 import os
 import signal
 import sys
@@ -21,10 +22,12 @@ from tqdm import tqdm
 
 from segdeconv import draw
 from segdeconv.data.dataset import SegmentationDataset
+from segdeconv.durable import replace_text
 from segdeconv.errors import Interrupted, TimeUp
 from segdeconv.loggers import show_picture
 from segdeconv.metrics import scores
 from segdeconv.processes import STOP_SIGNALS, agreed
+from segdeconv.run_folder import require_there
 from segdeconv.task import Results, SegmentationTask
 from segdeconv.training import Checkpoints
 from segdeconv.watch import Waiting
@@ -46,16 +49,18 @@ class MetricsFile:
             header, *rows = list(csv.reader(file)) or [[]]
         # A row that a kill cut short has too few fields.
         kept = [row for row in rows if len(row) == len(header) and row[0].isdecimal() and int(row[0]) <= step]
-        partial = self.path.with_name(f".tmp-{self.path.name}")
-        with partial.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file, lineterminator="\n").writerows([header, *kept])
-        partial.replace(self.path)
+        if not kept:  # nor may a header be left that is of another recipe, or cut short
+            self.path.unlink()
+            return
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([header, *kept])
+        replace_text(self.path, text.getvalue())
 
     def append(self, row: Mapping[str, float | int]) -> None:
         """Write one row, in one piece, to the disk."""
         text = io.StringIO()
         writer = csv.DictWriter(text, list(row), lineterminator="\n")
-        if not self.path.is_file():
+        if not self.path.is_file() or not self.path.stat().st_size:
             writer.writeheader()
         writer.writerow(row)
         with self.path.open("a", newline="", encoding="utf-8") as file:
@@ -67,8 +72,8 @@ class MetricsFile:
 class Recorder(Checkpoint):  # Lightning calls callbacks of this base last, when everything is counted
     """After every epoch: scalars to metrics.csv and to the logger, the confusion matrix, then the checkpoints."""
 
-    def __init__(self, run: Path, checkpoints: Checkpoints) -> None:
-        self.checkpoints = checkpoints
+    def __init__(self, run: Path, checkpoints: Checkpoints, stopping: Stopping) -> None:
+        self.checkpoints, self.stopping = checkpoints, stopping
         self.metrics = MetricsFile(run / "metrics.csv")
         self.miou: float | None = None
 
@@ -93,6 +98,7 @@ class Recorder(Checkpoint):  # Lightning calls callbacks of this base last, when
         task.forget("train")
         task.forget("val")
         if trainer.is_global_zero:
+            require_there(self.checkpoints.run)
             self.metrics.append(row)
             for logger in trainer.loggers:
                 numbers = {name: value for name, value in row.items() if name != "step" and value == value}
@@ -101,6 +107,7 @@ class Recorder(Checkpoint):  # Lightning calls callbacks of this base last, when
                     picture = draw.confusion_picture(val.confusion, task.classes)
                     show_picture(logger, "confusion", picture, trainer.global_step)
         self.checkpoints.keep(trainer, self.miou)
+        self.stopping.at_epoch_end(trainer, task.total_steps)
 
 
 def _scalars(split: str, results: Results | None, task: SegmentationTask) -> dict[str, float]:
@@ -202,8 +209,18 @@ class Progress(Callback):
             self.bar = None
 
 
+def _kill_workers() -> None:
+    """So that they do not say that this process is gone."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise
+    for child in multiprocessing.active_children():
+        child.kill()
+
+
 class Stopping(Callback):
     """Signals and the clock set a flag; the step boundary saves and leaves. A second interrupt leaves at once.
+
+    Between an epoch's last batch and the end of its validation nothing is saved: there the boundary is the epoch's end.
 
     deadline: in seconds of time.time(), after which training ends; None for no such end.
     """
@@ -213,33 +230,71 @@ class Stopping(Callback):
         self.received = 0
         self._before: dict[int, Any] = {}
 
-    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_before": {}}  # which are this process's own
+
+    def listen(self) -> None:
+        """From here on signals are a wish that is granted at the next step boundary."""
         # A notebook or server that trains in a thread keeps its own handlers: Python allows them to the main one only.
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup has SIGHUP ignored, a shell's `&` SIGINT
+                self._before.setdefault(number, signal.getsignal(number))
+                signal.signal(number, self._receive)
+
+    def listen_no_more(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        self.listen()
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self.listen()  # again: Lightning has put its own handlers in between
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received == signal.SIGINT:
+            _kill_workers()
+            os.write(2, b"segdeconv: error: interrupted twice, nothing more was saved - go on with resume=auto\n")
             os._exit(130)
         self.received = number
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        # After an epoch's last batch comes its validation; the next step boundary is the one after that. Between the
-        # batches that make one step there is nothing that could be saved.
-        last = batch_idx + 1 == trainer.num_training_batches
+        # After an epoch's last batch comes its validation, and `at_epoch_end` after that. Between the batches that make
+        # one step there is nothing that could be saved.
+        last = batch_idx + 1 == trainer.num_training_batches or 0 < trainer.max_steps <= trainer.global_step
         if last or (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
+        if reason := self._reason(trainer):
+            self.checkpoints.keep(trainer, None)
+            self._leave(reason, trainer.global_step)
+
+    def at_epoch_end(self, trainer: Trainer, total_steps: int) -> None:
+        """For the Recorder, when it has saved."""
+        reason = self._reason(trainer)
+        done = trainer.should_stop or trainer.global_step >= total_steps
+        if reason and not (reason == TIME_IS_UP and done):
+            self._leave(reason, trainer.global_step)
+
+    def _reason(self, trainer: Trainer) -> int:
         late = self.deadline is not None and time.time() > self.deadline
-        reason = agreed(trainer, self.received or (TIME_IS_UP if late else 0))
-        if not reason:
-            return
-        self.checkpoints.keep(trainer, None)
-        saved = f"at step {trainer.global_step}, saved in {self.checkpoints.last_path} - go on with the same command"
+        return agreed(trainer, self.received or (TIME_IS_UP if late else 0))
+
+    def _leave(self, reason: int, step: int) -> None:
+        saved = f"at step {step}, saved in {self.checkpoints.last_path} - go on with the same command and resume=auto"
         if reason == TIME_IS_UP:
-            raise TimeUp(f"max_time is over {saved} and resume=auto")
-        raise Interrupted(f"stopped by {signal.Signals(reason).name} {saved} and resume=auto", STOP_SIGNALS[reason])
+            raise TimeUp(f"max_time is over {saved}")
+        raise Interrupted(f"stopped by {signal.Signals(reason).name} {saved}", STOP_SIGNALS[reason])
+
+    def leave_if_asked(self) -> None:
+        """Outside of training, where there is nothing new to save."""
+        if self.received:
+            raise Interrupted(
+                f"stopped by {signal.Signals(self.received).name} - go on with the same command and resume=auto",
+                STOP_SIGNALS[self.received],
+            )
 
     def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
+        self.listen_no_more()

@@ -7,7 +7,6 @@ empty directory, is enough to evaluate and predict.
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 import zipfile
@@ -21,6 +20,7 @@ import torch
 from segdeconv.classes import Classes
 from segdeconv.config import override, targets
 from segdeconv.data.download import hash_file
+from segdeconv.durable import replace_text, replacing
 from segdeconv.errors import CheckpointError, UsageError
 from segdeconv.models import SegmentationModel, build_model, check_model
 
@@ -76,7 +76,8 @@ ADMITTED = frozenset(
 
 HASH_LINE = re.compile(r"[0-9a-f]{64}")
 PARTS = ("hyper_parameters", "segdeconv", "state_dict")
-SIDECAR_BYTES = 4096  # two lines; a longer file is no sidecar
+SIDECAR_LINES = 4  # the file that is there and those that a cut may have left in its place
+SIDECAR_BYTES = 4096  # that many lines; a longer file is no sidecar
 NEEDED_TO_GO_ON = frozenset({"global_step", "loops", "optimizer_states"})
 
 
@@ -118,60 +119,44 @@ class Checkpoint:
 def write(content: Mapping[str, Any], path: Path) -> None:
     """Write a checkpoint under its final name only when it is whole and on the disk.
 
-    A temporary file beside it is written and synced. The sidecar `<name>.sha256` is renewed before the rename and names
-    the new hash first and the old one second, so that whichever file a cut leaves is one that the sidecar knows.
+    The sidecar `<name>.sha256` is renewed before the rename. It names the new hash first and then those that it named
+    before, so that whichever file a cut leaves is one that the sidecar knows, and also when the next writer is cut too.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    try:
-        with partial.open("wb") as file:
+
+    def name_first(partial: Path) -> None:
+        before = _known(path) if path.is_file() and sidecar_of(path).is_file() else []
+        known = list(dict.fromkeys([hash_file(partial), *before]))[:SIDECAR_LINES]
+        replace_text(sidecar_of(path), "".join(f"{digest}  {path.name}\n" for digest in known))
+
+    with replacing(path, before=name_first) as file:
+        try:
             torch.save(dict(content), file)
-            file.flush()
-            os.fsync(file.fileno())
-        sidecar = _sidecar(path)
-        old = HASH_LINE.findall(sidecar.read_text())[:1] if sidecar.is_file() and path.is_file() else []
-        _write_synced(sidecar, "".join(f"{digest}  {path.name}\n" for digest in [hash_file(partial), *old]))
-        partial.replace(path)
-        _sync_folder(path.parent)
-    finally:
-        partial.unlink(missing_ok=True)
+        except RuntimeError as error:  # torch closes its archive, and hides that the disk was full
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
-def _sidecar(path: Path) -> Path:
+def sidecar_of(path: Path) -> Path:
+    """The file that says what a checkpoint's hash is."""
     return path.with_name(path.name + ".sha256")
 
 
-def _write_synced(path: Path, text: str) -> None:
-    partial = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    with partial.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":  # Windows opens no folder
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _known(path: Path) -> list[str]:
+    with sidecar_of(path).open("rb") as file:
+        return HASH_LINE.findall(file.read(SIDECAR_BYTES).decode(errors="replace"))
 
 
 def verify(path: Path) -> None:
     """Raise CheckpointError unless the file is the one its sidecar names; a missing sidecar is only a warning."""
     if not path.is_file():
         raise UsageError(f"there is no checkpoint {path} - give a file such as runs/<dataset>-<model>/<time>/best.ckpt")
-    sidecar = _sidecar(path)
+    sidecar = sidecar_of(path)
     if not sidecar.is_file():
         print(f"segdeconv: warning: {sidecar.name} is missing, so {path} cannot be verified", file=sys.stderr)
         return
-    with sidecar.open("rb") as file:
-        known = HASH_LINE.findall(file.read(SIDECAR_BYTES).decode(errors="replace"))
-    if hash_file(path) not in known:
+    if hash_file(path) not in _known(path):
         raise CheckpointError(
             f"{path} is damaged: its sha256 is not the one in {sidecar.name} - use another checkpoint"
         )

@@ -7,9 +7,11 @@ import difflib
 import errno
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 # How a command is typed: as installed, where scripts/ is part of the package, or in a clone. `segdeconv` itself, in
@@ -66,6 +68,10 @@ class Interrupted(SegdeconvError):
         self.exit_code = exit_code
 
 
+class Terminated(BaseException):
+    """A signal that asks to end; like KeyboardInterrupt, nothing that an `except Exception` may take for its own."""
+
+
 class TimeUp(SegdeconvError):
     """Training has had the time it was given and has saved its state: not a fault."""
 
@@ -120,12 +126,18 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     0 done; 1 a bug of ours, with its traceback; 2 user, config or data; 3 diverged; 4 checkpoint;
     5 disk; 130 interrupted; 143 terminated.
     """
+    for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) == signal.SIG_DFL:  # nohup has it ignored
+            signal.signal(number, _terminate)
     try:
         code = main() or 0
     except SegdeconvError as error:
         code = _report(str(error), error.exit_code)
     except KeyboardInterrupt:
         code = _report("interrupted - run the same command again", 130)
+    except Terminated as error:
+        code = _report(f"stopped by {error} - run the same command again", 143)
     except BrokenPipeError:
         # The reader of our output (`| head`) went away; point stdout elsewhere so that the
         # interpreter's last flush does not raise again.
@@ -143,6 +155,10 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         code = _report(f"{what} - free some space, change the permissions or choose another folder", 5)
     sys.stdout.flush()
     sys.exit(code)
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    raise Terminated(signal.Signals(number).name)
 
 
 def _report(message: str, code: int) -> int:

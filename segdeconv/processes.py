@@ -121,18 +121,29 @@ def fit(trainer: Trainer, task: LightningModule, data: LightningDataModule, *, r
     try:
         with _signals_passed_on(launcher) as received:
             trainer.fit(task, datamodule=data, ckpt_path=resumed, weights_only=True)
+        if received:
+            raise _stopped(received[0])
     except ProcessRaisedException as error:
         said = raised_elsewhere(str(error))
         if isinstance(said, Interrupted) and received:
             said.exit_code = STOP_SIGNALS[received[0]]
+        if said is None and received:  # before it could answer to a signal, or of the same one
+            raise _stopped(received[0]) from None
         if said is None:
             raise
         raise said from None
     except ProcessExitedException as error:
+        if received:  # before it could answer to a signal
+            raise _stopped(received[0]) from None
         raise UsageError(
             f"a training process was ended from outside ({error}) - if the machine's memory ran out, lower "
             "dataset.batch_size; go on with the same command and resume=auto"
         ) from None
+
+
+def _stopped(number: int) -> Interrupted:
+    name = signal.Signals(number).name
+    return Interrupted(f"stopped by {name} - go on with the same command and resume=auto", STOP_SIGNALS[number])
 
 
 @contextmanager
@@ -147,7 +158,8 @@ def _signals_passed_on(launcher: _MultiProcessingLauncher) -> Iterator[list[int]
         # Never SIGINT: a terminal has sent it to the processes too, and to them a second one means `at once`.
         launcher.kill(signal.SIGTERM)
 
-    before = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
+    listened = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # as nohup has SIGHUP
+    before = {number: signal.signal(number, pass_on) for number in listened}
     try:
         yield received
     finally:

@@ -22,6 +22,7 @@ from segdeconv.data.dataset import SegmentationDataset
 from segdeconv.data.loading import EvaluationSamples, evaluation_loader, for_network, loader_failures_in_words
 from segdeconv.data.relabelled import in_order_of
 from segdeconv.data.transforms import Preprocessing
+from segdeconv.durable import replace_text
 from segdeconv.errors import UsageError
 from segdeconv.inference import (
     Samples,
@@ -237,9 +238,7 @@ def _number(value: float) -> float | None:
 def write_json(content: dict[str, Any], path: Path) -> None:
     """Written whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".tmp-{path.name}")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    partial.replace(path)
+    replace_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def table(

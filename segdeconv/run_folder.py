@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
+from segdeconv.durable import PARTIAL
 from segdeconv.errors import DiskError, UsageError
 from segdeconv.memory import readable
 from segdeconv.processes import rank_from_outside
@@ -45,9 +46,17 @@ def claim(run: Path) -> None:
     except OSError:  # a file system without locks
         os.close(lock)
         return
+    for path_left in run.glob(f"{PARTIAL}*"):  # of a writer that was killed, for whoever holds the lock is alone here
+        path_left.unlink(missing_ok=True)
     os.truncate(lock, 0)
     os.write(lock, f"process {os.getpid()} on {platform.node()}\n".encode())
     _claimed[path.resolve()] = lock
+
+
+def require_there(run: Path) -> None:
+    """Raise DiskError where the folder of a run that is under way is gone: made anew, it would hide what was lost."""
+    if not run.is_dir():
+        raise DiskError(f"{run} is gone while a run writes to it - start the run again, or restore the folder")
 
 
 def require_space(run: Path, task: nn.Module) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import yaml
 from pydantic import Field
 from pytorch_lightning import Trainer
@@ -18,11 +18,14 @@ from segdeconv import checkpoint
 from segdeconv.classes import Classes
 from segdeconv.config import TARGET, check, locate
 from segdeconv.data.module import DataModule, check_augment, check_dataset
+from segdeconv.durable import replace_text
 from segdeconv.errors import CheckpointError, UsageError, did_you_mean
 from segdeconv.loggers import check_logger
 from segdeconv.losses import check_loss
+from segdeconv.machine import machine
 from segdeconv.memory import available, estimate, readable
 from segdeconv.models import check_model
+from segdeconv.processes import rank_from_outside
 from segdeconv.run_folder import claim
 from segdeconv.task import SegmentationTask
 from segdeconv.training import Checkpoints, make_trainer
@@ -36,7 +39,7 @@ HARMLESS = (
 # Who shares the keys of `trainer`, and what each of them gets from the program.
 TRAINER = (make_trainer, SegmentationTask, Checkpoints)
 SUPPLIED = (
-    "run", "callbacks", "logger", "model", "loss", "optimizer", "schedule", "classes", "seed", "total_steps",
+    "run", "resumed", "callbacks", "logger", "model", "loss", "optimizer", "schedule", "classes", "seed", "total_steps",
     "remembered",
 )  # fmt: skip
 
@@ -184,9 +187,8 @@ def open_run(run: Path, recipe: Mapping[str, Any]) -> Path | None:
                 f"{run} was started with other values of {', '.join(differing)} - give those, or resume_force=true"
             )
         resumed = usable_checkpoint(run)
-    partial = run / f".tmp-{os.getpid()}-config.yaml"  # every process that torchrun starts comes by here
-    partial.write_text(yaml.safe_dump(dict(recipe), sort_keys=False))
-    partial.replace(config)
+    if rank_from_outside() == 0:  # every process that torchrun starts comes by here
+        replace_text(config, yaml.safe_dump(dict(recipe), sort_keys=False))
     return resumed
 
 
@@ -286,15 +288,33 @@ def usable_checkpoint(run: Path) -> Path | None:
     return None
 
 
-def require_same_classes(resumed: Path, classes: Classes) -> None:
-    """Raise UsageError if the data has other classes than it had, which no key of the recipe says."""
-    before = checkpoint.read(resumed, trust=AnyName()).classes
+def compare(resumed: Path, classes: Classes, fingerprints: Mapping[str, str]) -> None:
+    """Say what no key of the recipe does: that the files of a split are not what they were.
+
+    Raises UsageError if the data has other classes than it had.
+    """
+    read = checkpoint.read(resumed, trust=AnyName())
+    before = read.classes
     if before.names != classes.names:
         raise UsageError(
             f"{resumed} was trained for {len(before)} classes ({', '.join(before.names)}) and the data now has "
             f"{len(classes)} ({', '.join(classes.names)}) - restore the data, or start another run with "
             f"init_from={resumed}, which keeps what it knows and begins the other classes anew"
         )
+    known = read.facts.get("fingerprints", {})  # earlier versions wrote none
+    for split in [name for name, value in fingerprints.items() if known.get(name, value) != value]:
+        print(
+            f"watch: the files of the {split} split are not those, or not where, they were when {resumed} was written; "
+            "the run goes on with what is there now, and not to the same bits"
+        )
+
+
+def compare_machines(resumed: Path, device: torch.device) -> None:
+    """Say what of the machine is not as it was, for rounding depends on it."""
+    known, now = checkpoint.read(resumed, trust=AnyName()).content["segdeconv"].get("machine", {}), machine(device)
+    differing = [f"{name} {known[name]} -> {value}" for name, value in now.items() if known.get(name, value) != value]
+    if differing:
+        print(f"watch: going on, but not to the same bits: {', '.join(differing)}")
 
 
 class AnyName(frozenset[str]):

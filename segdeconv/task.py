@@ -22,6 +22,7 @@ from segdeconv.classes import Classes
 from segdeconv.errors import DivergedError, UsageError
 from segdeconv.inference import labels, padded, ready, resized
 from segdeconv.losses import loss_sums
+from segdeconv.machine import machine
 from segdeconv.metrics import ConfusionMatrix, Scores, scores
 from segdeconv.models import SegmentationModel
 from segdeconv.optimization import Schedule, average
@@ -307,6 +308,7 @@ class SegmentationTask(LightningModule):
         checkpoint["segdeconv"] = {
             "format": FORMAT,
             "version": __version__,
+            "machine": machine(self.device),
             # So that the scores of an epoch that is cut in two are those of the epoch in one piece.
             "train_counts": self._summed(self.train_matrix.counts).cpu(),
             "train_loss": self.train_sums,

@@ -15,6 +15,7 @@ From Python, without Hydra, a recipe is a dictionary; what it leaves out has its
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,7 +33,7 @@ from segdeconv.classes import Classes
 from segdeconv.data.inspection import inspect_all, table
 from segdeconv.data.loading import loader_failures_in_words
 from segdeconv.data.module import DataModule, build_split, build_transforms, normalisation
-from segdeconv.errors import TimeUp, command
+from segdeconv.errors import TimeUp, UsageError, command
 from segdeconv.memory import memory_in_words
 from segdeconv.models import SegmentationModel, build_model
 from segdeconv.task import SegmentationTask
@@ -56,18 +57,18 @@ def train(recipe: Mapping[str, Any], run: str | Path, *, typed: str | None = Non
     logger = loggers.build_logger(recipe["logger"], run)
     made = prepare(recipe, fresh=resumed is not None)
     if resumed is not None:
-        runs.require_same_classes(resumed, made.classes)
+        runs.compare(resumed, made.classes, made.facts["fingerprints"])
     for_trainer, for_task, for_checkpoints = (config.split(recipe["trainer"], schema)[0] for schema in runs.TRAINER)
-    checkpoints = training.Checkpoints(run, **for_checkpoints)
-    recorder = Recorder(run, checkpoints)
+    checkpoints = training.Checkpoints(run, resumed=resumed, **for_checkpoints)
     deadline = started + runs.seconds(recipe["max_time"]) if recipe["max_time"] is not None else None
     stopping = Stopping(checkpoints, deadline=deadline)
+    recorder = Recorder(run, checkpoints, stopping)
     waiting = Waiting()
     shown = [Pictures(made.data.val), Progress(recorder, waiting), Watch(waiting)]
     callbacks = [waiting, *shown, stopping, checkpoints, recorder]
     trainer = training.make_trainer(run, callbacks, logger, **for_trainer)
-    # Where a run is shown is no part of what it learns.
-    kept = {name: node for name, node in recipe.items() if name != "logger"}
+    # Where a run is shown, and how it was started, is no part of what it learns.
+    kept = {name: node for name, node in recipe.items() if name not in ("logger", "resume", "resume_force", "max_time")}
     task = SegmentationTask(
         made.model,
         made.loss,
@@ -85,14 +86,23 @@ def train(recipe: Mapping[str, Any], run: str | Path, *, typed: str | None = Non
     loggers.show_configuration(logger, recipe, run)
     run_folder.require_space(run, task)
     print(runs.header(recipe, made.data, task, trainer, run, resumed), flush=True)
+    if resumed is not None:
+        runs.compare_machines(resumed, torch.device(trainer.strategy.root_device))
 
     complete = True
+    stopping.listen()
     try:
         with loader_failures_in_words(), memory_in_words(recipe["dataset"]["batch_size"]):
             processes.fit(trainer, task, made.data, resumed=resumed)
+        stopping.leave_if_asked()
     except TimeUp as sentence:
         print(sentence)
         complete = False
+    except UsageError:
+        stopping.leave_if_asked()  # a worker that died of the same signal is no news
+        raise
+    finally:
+        stopping.listen_no_more()
     if not trainer.is_global_zero:
         return
     path = checkpoints.best_path if checkpoints.best_path.is_file() else checkpoints.last_path
@@ -158,6 +168,9 @@ def prepare(recipe: Mapping[str, Any], *, fresh: bool = False) -> Prepared:
         print(transfer.take_over(model, classes, start), end="\n\n")
     if "classes" in source:  # found in the masks: from here on they are a choice, so that a new mask cannot change them
         source = {**source, "classes": train_split.stored_classes.plain()}
+    fingerprints = {
+        split.split: hashlib.sha256(split.fingerprint.encode()).hexdigest() for split in (train_split, val_split)
+    }
     return Prepared(
         data,
         classes,
@@ -165,5 +178,10 @@ def prepare(recipe: Mapping[str, Any], *, fresh: bool = False) -> Prepared:
         config.build(loss_node, "loss", class_weights=weights, ignore_index=classes.ignore_index),
         config.build(recipe["optimizer"], "optimizer", model=model),
         {**source, **settings},
-        {"classes": classes.plain(), "preprocessing": data.preprocessing.plain(), "class_weights": weights},
+        {
+            "classes": classes.plain(),
+            "preprocessing": data.preprocessing.plain(),
+            "class_weights": weights,
+            "fingerprints": fingerprints,
+        },
     )

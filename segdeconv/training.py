@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,9 +17,11 @@ from tqdm import tqdm
 
 from segdeconv import checkpoint
 from segdeconv.data.module import DataModule
+from segdeconv.durable import replace_link
 from segdeconv.errors import UsageError
 from segdeconv.inference import fast_precision
 from segdeconv.processes import Processes, count_processes, quieten
+from segdeconv.run_folder import require_there
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -109,11 +110,14 @@ class Checkpoints(Callback):
     Written after an epoch's validation, never between the last batch and it, so that the scores and the best
     checkpoint of a run that was cut are those of a run that was not.
 
+    resumed: the checkpoint that training goes on from.
     patience: validations in a row without a better mIoU after which training ends; None for no such end.
     """
 
-    def __init__(self, run: Path, *, patience: Count | None = None) -> None:
+    def __init__(self, run: Path, *, resumed: Path | None = None, patience: Count | None = None) -> None:
         self.run, self.patience = run, patience
+        # What was passed over as damaged must not take the place of the one that is whole.
+        self._last_is_whole = resumed == self.last_path
         self.best = -1.0
         self.waited = 0
 
@@ -129,15 +133,17 @@ class Checkpoints(Callback):
 
     def keep(self, trainer: Trainer, miou: float | None) -> None:
         """Write last.ckpt, and best.ckpt if this validation's mIoU is the highest; NaN never is."""
+        require_there(self.run)
         if miou is not None:
             better = miou > self.best
             self.best, self.waited = (miou, 0) if better else (self.best, self.waited + 1)
             if better:
                 trainer.save_checkpoint(self.best_path)
             self._end_early(trainer)
-        if trainer.is_global_zero and self.last_path.is_file():
+        if trainer.is_global_zero and self._last_is_whole and self.last_path.is_file():
             _keep_previous(self.last_path)
         trainer.save_checkpoint(self.last_path)
+        self._last_is_whole = True
 
     def _end_early(self, trainer: Trainer) -> None:
         if self.patience is not None and self.waited >= self.patience:
@@ -167,15 +173,10 @@ class Checkpoints(Callback):
 
 def _keep_previous(path: Path) -> None:
     previous = path.with_name(f"previous{path.suffix}")
-    for source, target in (
-        (path, previous),
-        (path.with_name(path.name + ".sha256"), previous.with_name(previous.name + ".sha256")),
-    ):
-        if source.is_file():
-            partial = target.with_name(f".tmp-{os.getpid()}-{target.name}")
-            partial.unlink(missing_ok=True)
-            os.link(source, partial)
-            partial.replace(target)
+    # The sidecar first: it also knows the file that came before this one, which is the one that has the name till then.
+    if checkpoint.sidecar_of(path).is_file():
+        replace_link(checkpoint.sidecar_of(previous), checkpoint.sidecar_of(path))
+    replace_link(previous, path)
 
 
 def canonical_loops(

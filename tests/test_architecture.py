@@ -12,7 +12,7 @@ PACKAGE = ROOT / "segdeconv"
 
 # Arrows go up only: a module imports modules of its own layer or below.
 LAYERS = [
-    {"allocation", "errors", "options", "seeding"},
+    {"allocation", "durable", "errors", "machine", "options", "seeding"},
     {"boxes", "classes", "switches", "kernels", "layers", "lattice", "recomputation", "config"},
     {"data.decoding", "data.channels", "data.reading", "data.download", "data.sampler", "data.splits", "data.store"},
     {"encoders", "balancing", "metrics", "draw", "crf", "boundary", "calibration"},

@@ -119,6 +119,21 @@ def test_a_damaged_last_checkpoint_is_passed_over_and_the_one_before_it_used(pla
     assert "going on from previous.ckpt" in done.out
 
 
+def test_a_damaged_last_checkpoint_never_takes_the_place_of_the_whole_one_before_it(place, commands):
+    """Gone on with from previous.ckpt and cut at the next write, there must still be previous.ckpt."""
+    for name in ("previous.ckpt", "previous.ckpt.sha256"):
+        shutil.copy(place / "run" / name.replace("previous", "last"), place / "run" / name)
+    cut(place / "run" / "last.ckpt")
+    words = [word for word in DATA if "max_epochs" not in word]
+    done = commands(
+        "train", *words, "trainer.max_epochs=2", "hydra.run.dir=run", "resume=auto", "resume_force=true",
+        cwd=place, limits={"file_size": 15_000},
+    )  # fmt: skip
+    assert done.code == 5, done.err
+    assert "going on from previous.ckpt" in done.out
+    checkpoint.verify(place / "run" / "previous.ckpt")
+
+
 def test_a_run_none_of_whose_checkpoints_is_whole_is_not_started_anew_over_them(place, commands):
     cut(place / "run" / "last.ckpt")
     done = resume(commands, place)
@@ -563,3 +578,36 @@ def test_a_gradient_that_is_not_finite_never_becomes_a_checkpoint(place, command
     assert "step 1 with learning rate" in done.sentence or "step 2 with learning rate" in done.sentence
     assert "train_" in done.sentence
     assert not list((place / "new").glob("*.ckpt"))
+
+
+# What changed while a run was not running
+
+
+def test_files_that_changed_since_a_run_was_stopped_are_said(place, commands):
+    given = [word for word in DATA if "max_epochs" not in word]
+
+    def said(epochs):
+        words = (f"trainer.max_epochs={epochs}", "resume_force=true", "hydra.run.dir=run", "resume=auto")
+        (place / "run" / "report.json").unlink(missing_ok=True)
+        done = commands("train", *given, *words, cwd=place)
+        assert done.code == 0, done.err
+        return [line.split()[5] for line in done.out.splitlines() if line.startswith("watch: the files of the ")]
+
+    assert said(2) == ["train", "val"]  # a copy, and so not where they were
+    assert said(3) == []
+    name = (place / "mine" / "train.txt").read_text().split()[0]
+    next((place / "mine" / "masks").glob(f"{Path(name).stem}.*")).touch()
+    assert said(4) == ["train"]
+
+
+def test_another_number_of_threads_is_said_when_a_run_goes_on(place, commands):
+    content = checkpoint.load_plain(place / "run" / "last.ckpt")
+    made_on = content["segdeconv"]["machine"]
+    assert set(made_on) == {"torch", "threads", "device"}
+    assert "going on, but not" not in resume(commands, place).out
+    (place / "run" / "report.json").unlink()
+    other = {**content["segdeconv"], "machine": {**made_on, "threads": "64", "torch": "1.0"}}
+    changed(place / "run" / "last.ckpt", segdeconv=other)
+    done = resume(commands, place)
+    assert done.code == 0, done.err
+    assert f"not to the same bits: torch 1.0 -> {torch.__version__}, threads 64 -> 1" in done.out

@@ -174,6 +174,46 @@ def test_a_writer_that_is_killed_leaves_a_whole_checkpoint(tmp_path):
     assert max(counts) > 0, "the writer must have written at least once"
 
 
+@pytest.mark.parametrize("room", [100, 3_000, 9_000])
+def test_a_disk_that_is_full_at_any_byte_is_said_as_such_and_the_old_file_stays(tmp_path, room):
+    """torch meets the full disk twice, and what it says the second time is of its own archive."""
+    path = written(tmp_path)
+    before = path.read_bytes()
+    assert len(before) > 10_000
+    writer = (
+        "import resource, sys\nfrom pathlib import Path\nfrom segdeconv import checkpoint\n"
+        f"path = Path({str(path)!r})\nmade = checkpoint.load_plain(path)\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, {room}))\n"
+        "try:\n    checkpoint.write(made, path)\nexcept OSError as error:\n    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", writer], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert "File too large" in done.stdout, done.stderr
+    assert "best.ckpt" in done.stdout
+    assert path.read_bytes() == before
+    assert sorted(os.listdir(tmp_path)) == ["best.ckpt", "best.ckpt.sha256"]
+
+
+def test_a_writer_that_is_cut_twice_before_its_rename_leaves_a_checkpoint_that_its_sidecar_knows(tmp_path, monkeypatch):
+    """The sidecar is renewed first; the second cut must not make it forget the file that is still there."""
+    path = written(tmp_path)
+    replace = Path.replace
+
+    def cut(source, target):
+        if Path(target) == path:
+            raise KeyboardInterrupt
+        return replace(source, target)
+
+    monkeypatch.setattr(Path, "replace", cut)
+    for count in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.write(content(count=count), path)
+        checkpoint.verify(path)
+    for _ in range(9):  # the same step again and again
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.write({**checkpoint.load_plain(path), "count": 1}, path)
+        checkpoint.verify(path)
+
+
 def test_every_flipped_bit_and_every_cut_is_noticed_before_a_tensor_is_read(tmp_path, monkeypatch):
     """400 of 400; torch.load alone takes most flips without a word."""
     path = written(tmp_path)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +16,7 @@ import cv2
 import numpy as np
 import torch
 from torch import Tensor
+from torch.multiprocessing.spawn import ProcessRaisedException
 from torch.utils.data import DataLoader, Dataset
 
 from segdeconv.data.dataset import SegmentationDataset
@@ -110,6 +113,22 @@ def _stack(images: Sequence[np.ndarray], names: Sequence[str]) -> Tensor:
     return stacked(images)
 
 
+HELD = {getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)}
+
+
+class Loader(DataLoader[Any]):
+    """torch's, whose workers are born deaf to the signals that `prepare_worker` sees to: before it they would die."""
+
+    def __iter__(self) -> Any:
+        if not self.num_workers or not hasattr(signal, "pthread_sigmask"):  # Windows
+            return super().__iter__()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def training_loader(
     samples: TrainingBatches,
     *,
@@ -129,7 +148,7 @@ def training_loader(
         )
     settings = worker_settings(world_size=world_size, **workers)
     _require_shared_memory(samples, batch_size, settings["num_workers"])
-    return DataLoader(samples, batch_sampler=batches, collate_fn=collate_training, **settings)
+    return Loader(samples, batch_sampler=batches, collate_fn=collate_training, **settings)
 
 
 def evaluation_loader(
@@ -141,7 +160,7 @@ def evaluation_loader(
     if samples.preprocessing.size is None:
         batch_size = 1
     turns = range(rank, len(samples), world_size)
-    return DataLoader(
+    return Loader(
         samples,
         batch_size=batch_size,
         sampler=turns,
@@ -207,7 +226,7 @@ def loader_failures_in_words() -> Iterator[None]:
     """What torch says of loader workers that die, hang or run out of shared memory, as one sentence of ours."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, ProcessRaisedException) as error:  # here, or in another training process
         said = f"{error} {error.__cause__}"
         if "shared memory" in said:
             what = "the shared memory for batches ran out (/dev/shm, in a container --shm-size)"
@@ -216,7 +235,8 @@ def loader_failures_in_words() -> Iterator[None]:
         elif "killed by signal: Killed" in said:
             what = "a worker was killed, which the system does where memory runs out"
         elif "DataLoader worker" in said and ("killed by signal" in said or "exited unexpectedly" in said):
-            what = f"a worker died ({said.partition('. ')[0].partition(' exited')[0]})"
+            found = re.search(r"DataLoader worker \(pid[^)]*\)+( is killed by signal: [\w ]+)?", said)
+            what = f"a worker died ({found[0] if found else 'it does not say how'})"
         else:
             raise
         raise UsageError(
@@ -226,6 +246,23 @@ def loader_failures_in_words() -> Iterator[None]:
 
 
 def prepare_worker(_: int) -> None:
-    """One thread per worker; signals are the main process's to answer."""
+    """One thread per worker; signals are the main process's to answer, which may want another batch before it saves.
+
+    A worker still ends when the main process terminates it, which torch does with one that hangs.
+    """
     cv2.setNumThreads(0)  # torch's are one in a worker already
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "SIGHUP"):  # Windows has none
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    known = hasattr(signal, "sigwaitinfo")  # Linux: only this says who has sent a signal
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD - {signal.SIGTERM} if known else HELD)
+    if known:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_the_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with_the_parent(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
