@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from segdeconv.errors import CheckpointError, UsageError
+from segdeconv.fused import fuses, norm_relu_pool
 from segdeconv.layers import ConvBlock, Dropouts, init_he
 from segdeconv.recomputation import Staged
 from segdeconv.switches import Pooling, max_pool
@@ -96,7 +97,14 @@ class Encoder(Staged):
             x = self.dropouts.at(f"pool{number}", pooling.features)
         return Encoding(x, tuple(pooled))
 
-    def _pooled(self, number: int, stage: nn.Module, x: Tensor) -> Pooling:
+    def _pooled(self, number: int, stage: Any, x: Tensor) -> Pooling:  # stage: ConvBlocks in an nn.Sequential
+        if f"stage{number}" not in self.dropouts and fuses(stage, x):
+            *blocks, last = stage
+            for block in blocks:
+                x = block(x)
+            x = last.conv(x)
+            relu_before = self.switch_source == "post_relu"
+            return norm_relu_pool(x, last.norm, relu_before=relu_before, packed=self.packed_switches)
         pooling = max_pool(self.dropouts.at(f"stage{number}", stage(x)), packed=self.packed_switches)
         if self.switch_source == "pre_relu":
             pooling = pooling._replace(features=torch.relu(pooling.features))

@@ -258,22 +258,30 @@ def _dense(x: Tensor) -> tuple[Tensor, torch.memory_format]:
     return x.contiguous(), torch.contiguous_format
 
 
+def _tiles(small: Tensor, layout: torch.memory_format, tile: int) -> tuple[int, int, tuple[int, int]]:
+    """OUTER, INNER and the numbers of programs for a tensor that has one value a window."""
+    n, c, h, w = small.shape
+    total, length = (n * h * w, c) if layout == torch.channels_last else (n * c * h, w)
+    inner = max(4, min(256, triton.next_power_of_2(length)))
+    outer = tile // inner
+    return outer, inner, (triton.cdiv(total, outer), triton.cdiv(length, inner))
+
+
 def _launch(
     kernel: Any,
-    *tensors: Any,  # three tensors, the (H, W) of the larger map, the tensor that has one value a window, the layout
+    *given: Any,  # tensors, the (H, W) of the larger map, the tensor that has one value a window, the layout
+    tile: int = TILE,
     **constants: bool,
 ) -> None:
-    first, second, third, (height, width), small, layout = tensors
+    *tensors, (height, width), small, layout = given
     n, c, h, w = small.shape
-    channels_last = layout == torch.channels_last
-    total, length = (n * h * w, c) if channels_last else (n * c * h, w)
-    if total == 0 or length == 0:
+    if small.numel() == 0:
         return
-    inner = max(4, min(256, triton.next_power_of_2(length)))
-    outer = TILE // inner
-    grid = (triton.cdiv(total, outer), triton.cdiv(length, inner))
+    channels_last = layout == torch.channels_last
+    total = n * h * w if channels_last else n * c * h
+    outer, inner, grid = _tiles(small, layout, tile)
     with torch.cuda.device_of(small):  # Triton launches on the current one
         kernel[grid](
-            first, second, third, total, h, w, height, width, c,
+            *tensors, total, h, w, height, width, c,
             OUTER=outer, INNER=inner, CHANNELS_LAST=channels_last, **constants,
         )  # fmt: skip

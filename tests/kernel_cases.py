@@ -5,7 +5,7 @@ import pytest
 import torch
 from test_switches import LAYOUTS, assert_same_bits, gradient_like, places, random_input, torch_pool, torch_unpool
 
-from segdeconv import kernels, switches
+from segdeconv import fused, kernels, switches
 from segdeconv.models import SegNet
 from segdeconv.switches import max_pool, pack, unpool
 
@@ -16,6 +16,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 @pytest.fixture(autouse=True)
 def _through_the_kernels(monkeypatch):
     monkeypatch.setattr(switches, "_kernels", lambda x: kernels)
+    monkeypatch.setattr(fused, "_runs_on_its_device", lambda x: False)  # see tests/fused_cases.py
     torch.manual_seed(0)
 
 

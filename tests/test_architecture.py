@@ -13,7 +13,10 @@ PACKAGE = ROOT / "segdeconv"
 # Arrows go up only: a module imports modules of its own layer or below.
 LAYERS = [
     {"allocation", "durable", "errors", "machine", "options", "seeding"},
-    {"boxes", "classes", "switches", "kernels", "layers", "lattice", "recomputation", "config"},
+    {
+        "boxes", "classes", "switches", "kernels", "fused", "fused_kernels", "layers", "lattice", "recomputation",
+        "config",
+    },
     {"data.decoding", "data.channels", "data.reading", "data.download", "data.sampler", "data.splits", "data.store"},
     {"encoders", "balancing", "metrics", "draw", "crf", "boundary", "calibration"},
     {"losses", "losses.base", "losses.pixelwise", "losses.regions", "losses.combined"},
@@ -50,7 +53,7 @@ ONLY = {
     "lightning_fabric": {"training", "processes"},
     "albumentations": {"data.transforms"},
     "torchvision": {"encoders"},
-    "triton": {"kernels"},
+    "triton": {"kernels", "fused_kernels"},
     "lightning": set(),
 }
 

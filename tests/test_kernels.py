@@ -1,4 +1,4 @@
-"""The Triton kernels: right bits (tests/kernel_cases.py), and that they are there only where they can run."""
+"""The Triton kernels: right numbers (tests/kernel_cases.py, tests/fused_cases.py), and only where they can run."""
 
 import importlib.util
 import os
@@ -22,9 +22,10 @@ def run(*arguments, **environment):
     )
 
 
-def test_the_kernels_have_torchs_bits():
+@pytest.mark.parametrize("cases", ["kernel_cases", "fused_cases"])
+def test_the_kernels_have_torchs_numbers(cases):
     interpreted = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
-    done = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernel_cases.py", **interpreted)
+    done = run("-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/{cases}.py", **interpreted)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -34,24 +35,25 @@ from itertools import product
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from segdeconv import kernels
+from segdeconv import fused_kernels, kernels
 
 warnings.simplefilter("ignore")  # Triton's remarks on its own defaults
-for name, kernel in sorted(vars(kernels).items()):
+pointers = {**kernels.POINTERS, **fused_kernels.POINTERS}
+for name, kernel in sorted({**vars(kernels), **vars(fused_kernels)}.items()):
     if not name.endswith("_kernel"):
         continue
     choices = [argument for argument in kernel.arg_names if argument.isupper() and len(argument) > 1]
     choices = [argument for argument in choices if argument not in ("OUTER", "INNER")]
     for values in product((False, True), repeat=len(choices)):
         constants = {"OUTER": 16, "INNER": 64, **dict(zip(choices, values))}
-        if name == "_pool_kernel" and constants["PACKED"] and not constants["CHANNELS_LAST"]:
+        if name in ("_pool_kernel", "_norm_pool_kernel") and constants["PACKED"] and not constants["CHANNELS_LAST"]:
             continue  # packed afterwards
         signature = {}
         for argument in kernel.arg_names:
             if argument in constants:
                 signature[argument] = "constexpr"
-            elif argument in kernels.POINTERS:
-                signature[argument] = kernels.POINTERS[argument] or "*bf16"
+            elif argument in pointers:
+                signature[argument] = pointers[argument] or "*bf16"
             else:
                 signature[argument] = "i32"
         compiled = triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 80, 32))
@@ -63,7 +65,8 @@ for name, kernel in sorted(vars(kernels).items()):
 def test_every_kernel_compiles_for_a_gpu_that_is_not_here_and_has_no_atomics(tmp_path):
     done = run("-c", COMPILE, TRITON_CACHE_DIR=str(tmp_path))
     assert done.returncode == 0, done.stderr
-    assert set(done.stdout.split()) >= {"_pool_kernel", "_place_kernel", "_pick_kernel"}
+    separate, fused = {"_pool", "_place", "_pick"}, {"_norm_pool", "_norm_pool_sums", "_norm_pool_gradient"}
+    assert set(done.stdout.split()) == {f"{name}_kernel" for name in separate | fused}
 
 
 def test_without_a_gpu_triton_is_not_imported():
@@ -72,9 +75,9 @@ import sys, torch
 from segdeconv.models import SegNet
 before = "triton" in sys.modules
 SegNet(3, stages=((4,),))(torch.randn(1, 3, 8, 8)).sum().backward()
-print(before, "triton" in sys.modules, "segdeconv.kernels" in sys.modules)
+print(before, "triton" in sys.modules, *(f"segdeconv.{name}" in sys.modules for name in ("kernels", "fused_kernels")))
 """
-    assert run("-c", probe).stdout.split() == ["False"] * 3
+    assert run("-c", probe).stdout.split() == ["False"] * 4
 
 
 def test_where_triton_does_not_run_it_is_said_and_torchs_kernels_are_taken(monkeypatch):

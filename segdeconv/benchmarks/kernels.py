@@ -1,7 +1,9 @@
-"""Pooling and unpooling, forward and backward, against the plain expression, torch's own pair and a copy of the map."""
+"""Pooling and unpooling, forward and backward, against the plain expression, torch's own pair and a copy of the map;
+and pooling with the batch norm before it, in one pass and in separate steps."""
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -9,10 +11,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from segdeconv import switches
-from segdeconv.switches import max_pool, unpool
+from segdeconv.fused import norm_relu_pool
+from segdeconv.switches import Pooling, max_pool, unpool
 
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -105,6 +108,26 @@ def _cases(x: Tensor) -> Iterator[Case]:
             moved,
         )
     yield "unpool backward, torch's pair", _backward(restored, small, out), moved
+
+    # Forward the map is read twice, the statistics first; backward it is read once and its gradient written.
+    moved += x.nbytes
+    norm = nn.BatchNorm2d(x.shape[1]).to(x.device)
+    for order, relu_before in (("norm, pool and ReLU", False), ("norm, ReLU and pool", True)):
+        ways = {"separate steps": _separately}
+        if switches._kernels(x) is not None:
+            ways["one pass"] = norm_relu_pool
+        for way, function in ways.items():
+            call = functools.partial(function, x, norm, relu_before=relu_before)
+            with torch.no_grad():
+                yield f"{order} forward, {way}", call, moved
+            yield f"{order} backward, {way}", _backward(call().features, x, features), moved
+
+
+def _separately(x: Tensor, norm: nn.BatchNorm2d, *, relu_before: bool) -> Pooling:
+    if relu_before:
+        return max_pool(torch.relu_(norm(x)))
+    pooling = max_pool(norm(x))
+    return pooling._replace(features=torch.relu(pooling.features))
 
 
 def _backward(output: Tensor, given: Tensor, gradient: Tensor) -> Callable[[], Any]:
