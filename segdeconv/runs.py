@@ -219,7 +219,7 @@ def header(
         "optimizer": f"{recipe['optimizer'][TARGET].rpartition('.')[2]}, learning rate {recipe['optimizer']['lr']:g}, "
         f"{recipe['schedule'][TARGET].rpartition('.')[2].lower()}",
         "training": f"{trainer.max_epochs} epochs, {task.total_steps} steps of {_batch(data, trainer)} on "
-        f"{trainer.strategy.root_device}, precision {trainer.precision}"
+        f"{trainer.strategy.root_device}, precision {trainer.precision}, channels last"
         + (", compiled" if task.compiles(trainer.strategy.root_device) else ", not compiled")
         + (", stages computed again in the backward pass" if task.recompute else ""),
         "memory": f"about {readable(memory.total(data.batch_size))} a process: {readable(memory.weights)} for weights, "

@@ -64,11 +64,11 @@ def test_a_compiled_run_writes_the_checkpoints_of_any_run_and_goes_on(
     tmp_path, monkeypatch, capsys, without_a_compiler
 ):
     train(recipe(optimizer=SGD, trainer__max_epochs=2), tmp_path / "plain")
-    assert "precision 32-true, not compiled" in capsys.readouterr().out
+    assert "precision 32-true, channels last, not compiled" in capsys.readouterr().out
     assert not without_a_compiler  # auto is for GPUs
 
     train(recipe(optimizer=SGD, trainer__max_epochs=2, trainer__compile=True), tmp_path / "compiled")
-    assert "precision 32-true, compiled" in capsys.readouterr().out
+    assert "precision 32-true, channels last, compiled" in capsys.readouterr().out
     assert len(without_a_compiler) == 1
     plain, compiled = state(tmp_path / "plain"), state(tmp_path / "compiled")
     assert plain.keys() == compiled.keys()
