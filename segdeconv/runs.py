@@ -236,9 +236,7 @@ def header(
 def _loading(data: DataModule) -> str:
     """Who makes the batches, and where decoded images stay."""
     workers, ahead = data.loaders["num_workers"], data.loaders["prefetch_factor"]
-    asked = data.workers["num_workers"]
     made = f"{workers} worker{'s' if workers > 1 else ''}, {ahead} batches ahead each" if workers else "no workers"
-    made += f" ({asked} asked for, more than there are cores)" if asked and asked > workers else ""
     room = data.room
     if room.kind == "none":
         return f"{made}; images are decoded every time"
