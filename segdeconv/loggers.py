@@ -21,6 +21,10 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
 
 
+# Keys of a recipe that say where a run is shown and how it was started: no part of what it learns.
+NOT_LEARNT = ("logger", "resume", "resume_force", "max_time")
+
+
 class TensorBoard(TensorBoardLogger):
     """Event files in the run's folder itself, and no empty hparams.yaml beside them."""
 
@@ -61,9 +65,8 @@ def show_configuration(logger: Logger | Literal[False], recipe: Mapping[str, Any
     if not logger:
         return
     text = yaml.safe_dump(dict(recipe), sort_keys=False)
-    # What may differ when a run goes on is left out of the parameters: MLflow refuses to change one.
-    changing = ("logger", "resume", "resume_force", "max_time")
-    parameters = {"run": str(run)} | {key: value for key, value in recipe.items() if key not in changing}
+    # These may differ when a run goes on, and MLflow refuses to change a parameter.
+    parameters = {"run": str(run)} | {key: value for key, value in recipe.items() if key not in NOT_LEARNT}
     try:
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.add_text("configuration", f"```yaml\n{text}```")

@@ -67,8 +67,7 @@ def train(recipe: Mapping[str, Any], run: str | Path, *, typed: str | None = Non
     shown = [Pictures(made.data.val), Progress(recorder, waiting), Watch(waiting)]
     callbacks = [waiting, *shown, stopping, checkpoints, recorder]
     trainer = training.make_trainer(run, callbacks, logger, **for_trainer)
-    # Where a run is shown, and how it was started, is no part of what it learns.
-    kept = {name: node for name, node in recipe.items() if name not in ("logger", "resume", "resume_force", "max_time")}
+    kept = {name: node for name, node in recipe.items() if name not in loggers.NOT_LEARNT}
     task = SegmentationTask(
         made.model,
         made.loss,
