@@ -14,8 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from segdeconv.classes import Classes
-from segdeconv.data.dataset import Sample, SegmentationDataset
+from segdeconv.data.dataset import Sample, SegmentationDataset, View
 from segdeconv.data.inspection import cache
 from segdeconv.data.store import IN_MEMORY, ON_DISK, STAMP, Store
 from segdeconv.data.transforms import Size, resize_image, resize_mask
@@ -28,7 +27,7 @@ SHARE = 0.25  # of the memory or disk that is free: the bound where nobody gave 
 _HEAD = struct.Struct("<6I")  # image: height, width, channels, bytes of each; mask: height, width
 
 
-class Cached(SegmentationDataset):
+class Cached(View):
     """A view of a data set that decodes an image the first time and takes it from `store` from then on.
 
     first: the store's number for image 0. size: (H, W) that images are kept at, None for their own; with `masks_too`
@@ -61,27 +60,9 @@ class Cached(SegmentationDataset):
         self.store.put(self.first + index, stamp, _packed(image, mask))
         return Sample(image, mask, name)
 
-    def stamp(self, index: int) -> str:
-        return self.dataset.stamp(index)
-
-    def instances(self, index: int) -> np.ndarray:
-        return self.dataset.instances(index)
-
     @property
     def fingerprint(self) -> str:
         return self.dataset.fingerprint
-
-    @property
-    def kind(self) -> str:
-        return self.dataset.kind
-
-    @property
-    def image_files(self) -> list[Path]:
-        return self.dataset.image_files
-
-    @property
-    def stored_classes(self) -> Classes:
-        return self.dataset.stored_classes
 
 
 def _packed(image: np.ndarray, mask: np.ndarray) -> bytes:

@@ -104,6 +104,30 @@ class SegmentationDataset(ABC):
         return self.classes
 
 
+class View(SegmentationDataset):
+    """A data set seen in another way: its images are those of `dataset`, and what is not said anew is what they say."""
+
+    dataset: SegmentationDataset
+
+    def stamp(self, index: int) -> str:
+        return self.dataset.stamp(index)
+
+    def instances(self, index: int) -> np.ndarray:
+        return self.dataset.instances(index)
+
+    @property
+    def kind(self) -> str:
+        return self.dataset.kind
+
+    @property
+    def image_files(self) -> list[Path]:
+        return self.dataset.image_files
+
+    @property
+    def stored_classes(self) -> Classes:
+        return self.dataset.stored_classes
+
+
 class FileDataset(SegmentationDataset):
     """A split that lies in files. The subclass finds the pairs; this reads and checks them.
 

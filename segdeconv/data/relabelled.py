@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 
 from segdeconv.classes import Classes
-from segdeconv.data.dataset import Sample, SegmentationDataset
+from segdeconv.data.dataset import Sample, SegmentationDataset, View
 from segdeconv.errors import UsageError, did_you_mean
 
 IGNORE = "ignore"
 
 
-class Relabelled(SegmentationDataset):
+class Relabelled(View):
     """A view of a data set through other classes; images, names and files stay.
 
     label_map: from a class's name to its new name, or to `ignore`. Classes that get one name become one class; a class
@@ -35,27 +34,9 @@ class Relabelled(SegmentationDataset):
         image, mask, name = self.dataset[index]
         return Sample(image, self._table[mask], name)
 
-    def instances(self, index: int) -> np.ndarray:
-        return self.dataset.instances(index)
-
-    def stamp(self, index: int) -> str:
-        return self.dataset.stamp(index)
-
     @property
     def fingerprint(self) -> str:
         return f"{self.kind} {sorted(self.label_map.items())} {self.dataset.fingerprint}"
-
-    @property
-    def kind(self) -> str:
-        return self.dataset.kind
-
-    @property
-    def image_files(self) -> list[Path]:
-        return self.dataset.image_files
-
-    @property
-    def stored_classes(self) -> Classes:
-        return self.dataset.stored_classes
 
 
 def in_order_of(dataset: SegmentationDataset, classes: Classes) -> SegmentationDataset:
