@@ -33,7 +33,7 @@ from segdeconv.training import Checkpoints, make_trainer
 # Keys of a recipe that may differ when a run goes on: they do not change what is learnt.
 HARMLESS = (
     "resume", "resume_force", "max_time", "logger", "dataset.num_workers", "dataset.timeout", "dataset.root",
-    "trainer.recompute", "dataset.cache", "dataset.cache_size",
+    "trainer.recompute", "dataset.cache", "dataset.cache_size", "dataset.checksums",
 )  # fmt: skip
 
 # Who shares the keys of `trainer`, and what each of them gets from the program.

@@ -26,7 +26,8 @@ LAYERS = [
         "models.fcn", "models.fpn", "models.segnet", "models.unet"
     },
     {
-        "inference", "optimization", "proposals", "regions", "data.archives", "data.published", "data.dataset",
+        "inference", "optimization", "proposals", "regions", "data.archives", "data.checksums", "data.published",
+        "data.dataset",
         "data.relabelled", "data.transforms",
     },
     {

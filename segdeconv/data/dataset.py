@@ -99,6 +99,11 @@ class SegmentationDataset(ABC):
         return []
 
     @property
+    def files(self) -> list[Path]:
+        """All files that the split is read from."""
+        return []
+
+    @property
     def stored_classes(self) -> Classes:
         """The classes that the masks were drawn with."""
         return self.classes
@@ -183,12 +188,15 @@ class FileDataset(SegmentationDataset):
         return [pair.image for pair in self.pairs]
 
     @property
+    def files(self) -> list[Path]:
+        return [file for pair in self.pairs for file in (pair.image, pair.mask, pair.instances) if file is not None]
+
+    @property
     def fingerprint(self) -> str:
         lines = [repr((self.classes, self.channels, self.as_stored, self.exif, self.max_pixels))]
-        for pair in self.pairs:
-            for path in (pair.image, pair.mask, *([pair.instances] if pair.instances else [])):
-                status = path.stat() if path.exists() else None
-                lines.append(f"{os.path.realpath(path)} {status and (status.st_size, status.st_mtime_ns)}")
+        for path in self.files:
+            status = path.stat() if path.exists() else None
+            lines.append(f"{os.path.realpath(path)} {status and (status.st_size, status.st_mtime_ns)}")
         return "\n".join(lines)
 
 

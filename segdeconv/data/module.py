@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from segdeconv.config import TARGET, build, check, locate, split
 from segdeconv.data.cache import Cached, Kind, make_room, open_store
+from segdeconv.data.checksums import verify
 from segdeconv.data.dataset import SegmentationDataset
 from segdeconv.data.inspection import Inspection
 from segdeconv.data.instances import Crops
@@ -177,11 +178,15 @@ def normalisation(settings: Mapping[str, Any], dataset: SegmentationDataset, see
 
 
 def build_split(node: Mapping[str, Any], split_name: str) -> SegmentationDataset:
-    """One split of the data set that a checked `dataset` node names, through its label_map, whole or in crops."""
+    """One split of the data set that a checked `dataset` node names, its files held against their list if there is one;
+    through its label_map, whole or in crops.
+    """
     source = split(node, DataModule)[1]
     view, source = split(source, Relabelled)
     crops, source = split(source, Crops)
+    listed, source = split(source, verify)
     dataset = typing.cast(SegmentationDataset, build(source, "dataset", split=split_name))
+    verify(dataset, **listed)
     if view.get("label_map"):
         dataset = Relabelled(dataset, **view)
     return Crops(dataset, **crops) if crops.get("examples", "images") != "images" else dataset
@@ -192,7 +197,7 @@ SUPPLIED = ("train", "val", "transforms", "seed", "dataset")
 
 def check_dataset(node: dict[str, Any]) -> dict[str, Any]:
     """The `dataset` node of a recipe: arguments of the data set, of the views of it, of the data module."""
-    schemas = [locate(node, "dataset"), Relabelled, Crops, DataModule]
+    schemas = [locate(node, "dataset"), verify, Relabelled, Crops, DataModule]
     return check(node, "dataset", schemas, supplied=[*SUPPLIED, "split"])
 
 
