@@ -64,10 +64,10 @@ def test_every_file_of_the_split_must_be_listed(tmp_path, binary):
 def test_a_list_that_is_none_is_refused_by_file_and_line(tmp_path):
     root = fakes.folder(tmp_path / "mine", layout="lists")
     data = Folder("val", str(root))
-    with pytest.raises(UsageError, match="no.sha256 is no file - make one: sha256sum"):
+    with pytest.raises(UsageError, match=r"no[.]sha256 is no file - make one: sha256sum"):
         verify(data, checksums=str(tmp_path / "no.sha256"))
     (tmp_path / "md5").write_text("\nd41d8cd98f00b204e9800998ecf8427e  images/val_0.png\n")
-    with pytest.raises(UsageError, match="md5, line 2: 'd41d8.*' is not 'HASH  PATH' - sha256sum writes such lines"):
+    with pytest.raises(UsageError, match=r"md5, line 2: 'd41d8.*' is not 'HASH  PATH' - sha256sum writes such lines"):
         verify(data, checksums=str(tmp_path / "md5"))
     with pytest.raises(UsageError, match="Shapes lies in no files - leave it out"):
         verify(Shapes("val", num_val=2), checksums=str(listed(root)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -197,7 +197,7 @@ SUPPLIED = ("train", "val", "transforms", "seed", "dataset")
 
 def check_dataset(node: dict[str, Any]) -> dict[str, Any]:
     """The `dataset` node of a recipe: arguments of the data set, of the views of it, of the data module."""
-    schemas = [locate(node, "dataset"), verify, Relabelled, Crops, DataModule]
+    schemas: list[Callable[..., Any]] = [locate(node, "dataset"), verify, Relabelled, Crops, DataModule]
     return check(node, "dataset", schemas, supplied=[*SUPPLIED, "split"])
 
 
