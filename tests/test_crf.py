@@ -2,19 +2,19 @@
 
 import math
 from collections import defaultdict
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_datasets import SHARED
 
 from segdeconv.config import check
 from segdeconv.crf import CRF, refine
 from segdeconv.errors import UsageError
 from segdeconv.lattice import Lattice
 
-REAL = Path("/work/shared/data/VOCdevkit/VOC2012")
+REAL = SHARED / "VOCdevkit" / "VOC2012"
 DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")))
 
 
