@@ -128,6 +128,9 @@ class Loader(DataLoader[Any]):
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
+    def check_worker_number_rationality(self) -> None:
+        """Torch's warning of more workers than cores, several lines long: `worker_settings` says what is too many."""
+
 
 def training_loader(
     samples: TrainingBatches,
