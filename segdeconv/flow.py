@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from segdeconv.encoders import Encoder
 from segdeconv.switches import Pooling, unpack
 
-# majority: the cell that wins in most channels of the window; of equals the first in reading order.
+# majority: the cell that wins in most channels of the window, of those whose maximum is above zero; where none is, of
+#     all channels. Of equals the first in reading order. (A channel with nothing above zero carries no value, and after
+#     a ReLU names the first cell.)
 # strongest: the cell that wins in the channel whose maximum is the largest of the window; of equals the first channel.
 Rule = Literal["majority", "strongest"]
 
@@ -35,7 +37,7 @@ class Step(NamedTuple):
     box: (top, left, bottom, right) of the winning cell in pixels of the image, bottom and right excluded: 2^(level-1)
         pixels a side, less where the image ends.
     place: (y, x), the middle of that box; at level 1 the pixel itself.
-    share: of the channels of the window that name this cell, 0..1.
+    share: of the channels that have a say in the window, those that name this cell, 0..1; see `votes`.
     """
 
     level: int
@@ -67,15 +69,16 @@ def path(pooled: Sequence[Pooling], pixel: tuple[int, int], *, rule: Rule = "maj
     for level in range(len(pooled), 0, -1):
         window = (y, x)
         pooling = pooled[level - 1]
-        codes = unpack_like(pooling)[image, :, y, x]
-        votes = torch.bincount(codes.long(), minlength=4)
-        features = pooling.features[image, :, y, x]
-        cell = int(votes.argmax() if rule == "majority" else codes[features.argmax()])
+        here = pooling._replace(
+            features=pooling.features[image : image + 1, :, y : y + 1, x : x + 1],
+            switches=pooling.switches[image : image + 1, :, y : y + 1, x : x + 1],
+        )
+        cell, counts = int(winners(here, rule=rule)), votes(here).flatten()
         y, x = 2 * y + cell // 2, 2 * x + cell % 2
         side = 2 ** (level - 1)
         box = (y * side, x * side, min(height, (y + 1) * side), min(width, (x + 1) * side))
         place = ((box[0] + box[2] - 1) / 2, (box[1] + box[3] - 1) / 2)
-        steps.append(Step(level, window, cell, box, place, float(votes[cell] / len(codes))))
+        steps.append(Step(level, window, cell, box, place, float(counts[cell] / counts.sum())))
     return steps
 
 
@@ -95,10 +98,18 @@ def sources(pooled: Sequence[Pooling], *, rule: Rule = "majority", image: int = 
 
 def winners(pooling: Pooling, *, rule: Rule = "majority", image: int = 0) -> Tensor:
     """(h, w) uint8: the cell, 0..3, of every window of one image that a rule names."""
-    codes = unpack_like(pooling)[image]
     if rule == "strongest":
-        return codes.gather(0, pooling.features[image].argmax(dim=0, keepdim=True))[0]
-    return torch.stack([(codes == cell).sum(dim=0) for cell in range(4)]).argmax(dim=0).to(torch.uint8)
+        strongest = pooling.features[image].argmax(dim=0, keepdim=True)
+        return unpack_like(pooling)[image].gather(0, strongest)[0]
+    return votes(pooling, image=image).argmax(dim=0).to(torch.uint8)
+
+
+def votes(pooling: Pooling, *, image: int = 0) -> Tensor:
+    """(4, h, w) int64: in how many channels each cell of a window wins, of those whose maximum is above zero; where
+    none is, of all."""
+    codes, counted = unpack_like(pooling)[image], pooling.features[image] > 0
+    counted = counted | ~counted.any(dim=0)
+    return torch.stack([((codes == cell) & counted).sum(dim=0) for cell in range(4)])
 
 
 def unpack_like(pooling: Pooling) -> Tensor:

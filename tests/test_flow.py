@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from segdeconv.flow import path, recorded, sources, winners
+from segdeconv.flow import path, recorded, sources, votes, winners
 from segdeconv.models import FPN, SegNet, UNet
 from segdeconv.switches import max_pool, pack, unpool
 
@@ -77,8 +77,19 @@ def test_packed_switches_lead_to_the_same_place():
 
 def test_winners_are_counted_over_channels():
     pooling = pooled_by(3, (12, 15), 9, 1)[0]
-    votes = F.one_hot(pooling.switches[1].long(), 4).sum(dim=0)
-    assert (votes.gather(2, winners(pooling, image=1).long()[..., None])[..., 0] == votes.amax(dim=2)).all()
+    pooling.features[1, :, 2, 3] = -1.0  # where no channel is above zero all count
+    says = pooling.features[1] > 0
+    says[:, 2, 3] = True
+    counts = (F.one_hot(pooling.switches[1].long(), 4) * says[..., None]).sum(dim=0)
+    assert torch.equal(votes(pooling, image=1), counts.permute(2, 0, 1))
+    assert (counts.gather(2, winners(pooling, image=1).long()[..., None])[..., 0] == counts.amax(dim=2)).all()
+
+
+def test_channels_that_are_zero_do_not_pull_to_the_first_cell():
+    x = torch.zeros(1, 5, 2, 2)
+    x[0, 3, 1, 0] = 2.0  # four channels of zeros name cell 0, as after a ReLU
+    (step,) = path([max_pool(x)], (0, 1))
+    assert (step.cell, step.share) == (2, 1.0)
 
 
 def test_a_pixel_outside_is_refused():
