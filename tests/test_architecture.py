@@ -21,6 +21,7 @@ LAYERS = [
     {"encoders", "balancing", "metrics", "draw", "crf", "boundary", "calibration"},
     {"losses", "losses.base", "losses.pixelwise", "losses.regions", "losses.combined"},
     {"fields", "flow", "tracing", "describe"},
+    {"stability"},
     {
         "models", "models.base", "models.basic", "models.deconvnet", "models.deeplab_largefov", "models.dropout",
         "models.fcn", "models.fpn", "models.segnet", "models.unet"
@@ -33,7 +34,7 @@ LAYERS = [
         "data", "data.ade20k", "data.camvid", "data.cityscapes", "data.folder", "data.oxford_pets", "data.shapes",
         "data.sunrgbd", "data.voc", "data.loading", "data.inspection", "data.instances", "data.cache", "checkpoint",
     },
-    {"data.module", "task", "report", "prediction", "loggers", "recalibration"},
+    {"data.module", "task", "report", "prediction", "loggers", "recalibration", "ablation", "uncertainty"},
     {"processes", "memory", "transfer"},
     {"training", "run_folder"},
     {"callbacks", "runs", "watch"},
@@ -49,13 +50,15 @@ LAYERS = [
 ONLY = {
     "hydra": {"config"},
     "omegaconf": {"config"},
-    "pytorch_lightning": {"task", "training", "runs", "callbacks", "data.module", "loggers", "processes", "watch"},
+    "pytorch_lightning": {
+        "task", "training", "runs", "callbacks", "data.module", "loggers", "processes", "watch"
+    },
     "lightning_fabric": {"training", "processes"},
     "albumentations": {"data.transforms"},
     "torchvision": {"encoders"},
     "triton": {"kernels", "fused_kernels"},
     "lightning": set(),
-}
+}  # fmt: skip
 
 
 def modules() -> dict[str, Path]:
