@@ -86,8 +86,11 @@ def main() -> int:
         for layer in tqdm(layers, unit="layer", disable=None):
             sheet = looker.units_sheet(searched, found, layer, maps=maps, num=arguments.num_maps, seed=arguments.seed)
             write(f"units_{layer}", sheet)
-    if written:
-        write_index(arguments.out, read.path.name, written)
+    if not written:
+        raise UsageError(
+            f"{read.path} has nothing to show of --only {arguments.only}, as said above - try --only units"
+        )
+    write_index(arguments.out, read.path.name, written)
     print(f"{len(written)} sheets in {arguments.out}; {arguments.out / 'index.html'} shows them all")
     return 0
 
