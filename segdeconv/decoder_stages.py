@@ -20,7 +20,8 @@ from segdeconv.errors import UsageError
 
 
 class Stage(NamedTuple):
-    """One unpooling. unpooled, dense: (H, W), of one map each, before and after the filters that follow.
+    """One unpooling. unpooled, dense: (H, W), of one map each, before and after the filters that follow. Where only the
+    classifier follows, dense is the class's logits.
 
     unit, dense_unit: the numbers of these maps; the next stage unpools the latter.
     """
@@ -59,7 +60,7 @@ def build_up(network: nn.Module, image: Tensor, label: int) -> Building:
         score = logits[0, label][chosen if bool(chosen.any()) else torch.ones_like(chosen)].sum()
         if not seen.unpooled:
             raise UsageError(f"{type(network).__name__} does not unpool, so it has no stages that could be shown")
-        start, denses = seen.given[0], [seen.dense[index] for index in range(len(seen.unpooled))]
+        start, denses = seen.given[0], [seen.dense.get(index, sparse) for index, sparse in enumerate(seen.unpooled)]
         gradients = torch.autograd.grad(score, [start, *denses])
     units = [
         int((maps * gradient).sum(dim=(0, 2, 3)).argmax())
@@ -99,7 +100,11 @@ def _seen(network: nn.Module) -> Iterator[_Seen]:
                 filters[module] = index
 
     def after(module: nn.Module, given: Any, output: Any) -> None:
-        if module in filters:
+        if module not in filters:
+            return
+        if output is seen.unpooled[filters[module]]:
+            del filters[module]  # an empty stage: what follows it is the classifier
+        else:
             seen.dense.setdefault(filters[module], output)
 
     hooks = [module.register_forward_pre_hook(before) for module in network.modules()]

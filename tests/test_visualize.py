@@ -139,6 +139,15 @@ def test_the_decoder_is_followed_by_what_it_does():
     torch.testing.assert_close(found.probability, logits.softmax(dim=1)[0, label])
 
 
+def test_a_last_stage_without_filters_of_its_own_ends_in_the_logits():
+    torch.manual_seed(0)
+    network, image = SegNet(3, stages=((4,), (6,))).eval(), torch.randn(1, 3, 12, 16)
+    found = build_up(network, image, 2)
+    with torch.no_grad():
+        assert torch.equal(found.stages[-1].dense, network(image)[0, 2])
+    assert found.stages[-1].dense_unit == 2
+
+
 def test_a_decoder_without_relu_and_one_without_unpooling():
     found = build_up(SegNetBasic(2, width=4).eval(), torch.randn(1, 3, 32, 32), 0)
     assert [tuple(stage.dense.shape) for stage in found.stages] == [(4, 4), (8, 8), (16, 16), (32, 32)]
