@@ -61,18 +61,20 @@ def unpooling_by(upsampling: Upsampling, level: int | Literal["all"], *, seed: i
     """
     pool, unpool = switches._MaxPool.apply, switches._Unpool.apply
     levels: Any = WeakTensorKeyDictionary()
-    state = {"pools": 0, "unpooling": False}
+    last: tuple[int, tuple[int, int]] | None = None  # level and size of what the last pool of this pass gave
 
     def watched_pool(x: Tensor, packed: bool) -> Any:
-        if state["unpooling"]:  # the next image
-            state.update(pools=0, unpooling=False)
-        state["pools"] += 1
+        nonlocal last
         features, codes = pool(x, packed)
-        levels[codes] = state["pools"]
+        # A larger map is another pass: the one before may have run out of memory on its way.
+        deeper = last is not None and x.shape[-2] <= last[1][0] and x.shape[-1] <= last[1][1]
+        levels[codes] = last[0] + 1 if last is not None and deeper else 1
+        last = levels[codes], (features.shape[-2], features.shape[-1])
         return features, codes
 
     def replaced(x: Tensor, codes: Tensor, height: int, width: int, *options: Any) -> Any:
-        state["unpooling"] = True
+        nonlocal last
+        last = None
         here = levels[codes]
         if level not in ("all", here):
             return unpool(x, codes, height, width, *options)
@@ -80,10 +82,10 @@ def unpooling_by(upsampling: Upsampling, level: int | Literal["all"], *, seed: i
             # Twice the size and then cut, so that windows that reach over an odd edge stay where they are.
             large = F.interpolate(x / 4, scale_factor=2, mode="bilinear", align_corners=False)
             return large[..., :height, :width]
-        if upsampling == "corner":
-            return unpool(x, torch.zeros_like(codes), height, width, *options)
-        return unpool(x, shuffled(switches._bytes(codes, x), (height, width), key(seed, "shuffled", here)), height,
-                      width, *options)  # fmt: skip
+        other = torch.zeros_like(codes)
+        if upsampling == "shuffled":
+            other = shuffled(switches._bytes(codes, x), (height, width), key(seed, "shuffled", here))
+        return unpool(x, other, height, width, *options)
 
     with patch.object(switches._MaxPool, "apply", watched_pool), patch.object(switches._Unpool, "apply", replaced):
         yield

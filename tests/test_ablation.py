@@ -52,6 +52,22 @@ def test_one_level_or_all_are_replaced(level):
         assert torch.equal(model(image), by_hand(model, image, lambda x, codes, size, _: unpool(x, codes, size)))
 
 
+def test_a_pass_that_broke_off_does_not_count():
+    model, image = network(), torch.randn(1, 3, *SIZE)
+    with torch.no_grad(), unpooling_by("corner", 2):
+        expected = model(image)
+
+    def run_out(module, given):
+        raise MemoryError
+
+    with torch.no_grad(), unpooling_by("corner", 2):
+        hook = model.encoder.stages[2].register_forward_pre_hook(run_out)
+        with pytest.raises(MemoryError):
+            model(image)
+        hook.remove()
+        assert torch.equal(model(image), expected)
+
+
 def test_shuffled_switches_are_the_same_ones_elsewhere():
     codes = max_pool(torch.randn(3, 5, 20, 16)).switches
     moved = shuffled(codes, (20, 16), 0)
