@@ -6,11 +6,13 @@ The checkpoint is enough; dataset.root=DIR says where the data lies if it has mo
 ignored counts, at the mask's own size. Prints a table and writes DIR/report.json.
 
 --regions N sees each image through its N likeliest object proposals, as DeconvNet does; --ensemble CHECKPOINT adds a
-second network, as EDeconvNet does with FCN-8s; --crf refines the outlines.
+second network, as EDeconvNet does with FCN-8s; --crf refines the outlines. --ablate says what the switches are worth,
+--uncertainty which signs of doubt find the errors.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 
@@ -32,6 +34,10 @@ def main() -> None:
         "--no-boundary", action="store_true", help="without boundary scores (20 ms an image of 360x480)"
     )
     parser.add_argument("--flip", action="store_true", help="average over each image and its mirror image")
+    parser.add_argument(
+        "--ablate", action="store_true", help="score it too with something else in place of the switches"
+    )
+    parser.add_argument("--uncertainty", action="store_true", help="say which signs of doubt find its errors")
     parser.add_argument("--precision", default="auto", help="auto (default), 32-true, bf16-mixed or 16-mixed")
     parser.add_argument("--trust", action="append", default=[], help="a class of your own that the recipe names")
     add_looks(parser)
@@ -42,7 +48,7 @@ def main() -> None:
 
     import numpy as np
 
-    from segdeconv import checkpoint, draw, report
+    from segdeconv import ablation, checkpoint, draw, report, uncertainty
     from segdeconv.boundary import Boundaries
     from segdeconv.calibration import Calibration
     from segdeconv.data.dataset import SegmentationDataset
@@ -51,6 +57,9 @@ def main() -> None:
 
     read = checkpoint.read(arguments.checkpoint, trust=arguments.trust, overrides=overrides)
     device = best_device()
+    levels = ablation.require_unpooling(read.model()) if arguments.ablate else 0
+    if arguments.uncertainty:
+        uncertainty.require_plain(looks_more(arguments, crf_keys))
 
     def save(dataset: SegmentationDataset, index: int, prediction: np.ndarray) -> None:
         if arguments.masks:
@@ -63,27 +72,43 @@ def main() -> None:
 
     calibration = Calibration(read.classes.ignore_index)
     boundaries = None if arguments.no_boundary else Boundaries(len(read.classes), read.classes.ignore_index)
-    confusion, num_images = report.evaluate(
+    settings = {
+        "device": device,
+        "precision": arguments.precision,
+        "flip": arguments.flip,
+        "samples": arguments.samples,
+    }
+    evaluate = functools.partial(
+        report.evaluate,
         read,
         arguments.split,
-        device=device,
-        precision=arguments.precision,
-        flip=arguments.flip,
-        samples=arguments.samples,
+        **settings,
+        look=predictor_of(read, read.model(), arguments, crf_keys, device) if looks_more(arguments, crf_keys) else None,
+    )
+    confusion, num_images = evaluate(
         calibration=calibration,
         boundaries=boundaries,
-        look=predictor_of(read, read.model(), arguments, crf_keys, device) if looks_more(arguments, crf_keys) else None,
         on_prediction=save if arguments.masks or arguments.pictures else None,
     )
     out = arguments.out or read.path.parent / "evaluation"
     typed = command("evaluate", sys.argv[1:])
     facts = {"command": typed, "checkpoint": str(read.path), "split": arguments.split, "samples": arguments.samples}
     facts["calibration"] = calibration.report()
+    if arguments.ablate:
+        facts["ablation"] = ablation.ablate(
+            lambda outlines: evaluate(boundaries=outlines)[0], confusion, boundaries, levels
+        )
+    if arguments.uncertainty:
+        facts["uncertainty"] = uncertainty.uncertainty(read, arguments.split, **settings)
     report.write_json(
         report.report(confusion, num_images, read.classes, boundaries=boundaries, **facts), out / "report.json"
     )
     print(f"{num_images} images of {arguments.split}\n")
     print(report.table(confusion, read.classes, calibration, boundaries))
+    if arguments.ablate:
+        print(f"\n{ablation.table(facts['ablation'])}")
+    if arguments.uncertainty:
+        print(f"\n{uncertainty.table(facts['uncertainty'])}")
     print(f"\nreport:   {out / 'report.json'}")
     for what in ("masks", "pictures"):
         if getattr(arguments, what):

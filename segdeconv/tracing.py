@@ -7,6 +7,7 @@ and a user's own modules are seen as well as layers.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -248,6 +249,13 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return output
 
         return watched
+
+
+def traced(model: nn.Module, size: tuple[int, int]) -> Trace:
+    """What a network does with one image of size (H, W); the network itself, wherever it lies, is left alone."""
+    seen = Trace(copy.deepcopy(model).to("meta").eval())
+    seen.run(size)
+    return seen
 
 
 def _tensors(arguments: Sequence[Any]) -> list[Tensor]:

@@ -36,6 +36,7 @@ from segdeconv.data.module import DataModule, build_split, build_transforms, nor
 from segdeconv.errors import TimeUp, UsageError, command
 from segdeconv.memory import memory_in_words
 from segdeconv.models import SegmentationModel, build_model
+from segdeconv.switch_curves import SwitchCurves
 from segdeconv.task import SegmentationTask
 from segdeconv.watch import Waiting, Watch
 
@@ -64,7 +65,8 @@ def train(recipe: Mapping[str, Any], run: str | Path, *, typed: str | None = Non
     stopping = Stopping(checkpoints, deadline=deadline)
     recorder = Recorder(run, checkpoints, stopping)
     waiting = Waiting()
-    shown = [Pictures(made.data.val), Progress(recorder, waiting), Watch(waiting)]
+    curves_of_switches = SwitchCurves(made.data.val, made.data.preprocessing)
+    shown = [Pictures(made.data.val), curves_of_switches, Progress(recorder, waiting), Watch(waiting)]
     callbacks = [waiting, *shown, stopping, checkpoints, recorder]
     trainer = training.make_trainer(run, callbacks, logger, **for_trainer)
     kept = {name: node for name, node in recipe.items() if name not in loggers.NOT_LEARNT}

@@ -20,7 +20,8 @@ LAYERS = [
     {"data.decoding", "data.channels", "data.reading", "data.download", "data.sampler", "data.splits", "data.store"},
     {"encoders", "balancing", "metrics", "draw", "crf", "boundary", "calibration"},
     {"losses", "losses.base", "losses.pixelwise", "losses.regions", "losses.combined"},
-    {"fields", "tracing", "describe"},
+    {"fields", "flow", "tracing", "describe"},
+    {"stability", "zeiler_fergus", "decoder_stages", "switch_statistics", "figure"},
     {
         "models", "models.base", "models.basic", "models.deconvnet", "models.deeplab_largefov", "models.dropout",
         "models.fcn", "models.fpn", "models.segnet", "models.unet"
@@ -34,10 +35,11 @@ LAYERS = [
         "data", "data.ade20k", "data.camvid", "data.cityscapes", "data.folder", "data.oxford_pets", "data.shapes",
         "data.sunrgbd", "data.voc", "data.loading", "data.inspection", "data.instances", "data.cache", "checkpoint",
     },
-    {"data.module", "task", "report", "prediction", "loggers", "recalibration"},
+    {"data.module", "task", "report", "prediction", "loggers", "recalibration", "ablation", "uncertainty", "sheets"},
+    {"visualization"},
     {"processes", "memory", "transfer"},
     {"training", "run_folder"},
-    {"callbacks", "runs", "watch"},
+    {"callbacks", "runs", "switch_curves", "watch"},
     {"train"},
     {
         "benchmarks", "benchmarks.contestants", "benchmarks.harness", "benchmarks.input", "benchmarks.kernels",
@@ -50,13 +52,15 @@ LAYERS = [
 ONLY = {
     "hydra": {"config"},
     "omegaconf": {"config"},
-    "pytorch_lightning": {"task", "training", "runs", "callbacks", "data.module", "loggers", "processes", "watch"},
+    "pytorch_lightning": {
+        "task", "training", "runs", "callbacks", "data.module", "loggers", "processes", "switch_curves", "watch"
+    },
     "lightning_fabric": {"training", "processes"},
     "albumentations": {"data.transforms"},
     "torchvision": {"encoders"},
     "triton": {"kernels", "fused_kernels"},
     "lightning": set(),
-}
+}  # fmt: skip
 
 
 def modules() -> dict[str, Path]:

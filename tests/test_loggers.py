@@ -73,11 +73,12 @@ def recorded(tmp_path_factory):
 def test_a_logger_gets_scalars_pictures_and_the_recipe(recorded):
     assert recorded.folder == str(recorded.run)
     assert (recorded.colour, recorded.anything) == ("red", {"team": "ours"})
-    ((step, numbers),) = recorded.metrics
-    assert step == 2
+    (step_of_switches, switches), (step, numbers) = recorded.metrics
+    assert step_of_switches == step == 2
+    assert set(switches) == {"switches/tie_rate/level 1", "switches/tie_rate/level 2"}
     assert {"train/loss", "val/miou", "val/iou/disc", "lr"} <= set(numbers)
     names = [name for name, _, _ in recorded.pictures]
-    assert "confusion" in names
+    assert {"confusion", "switches"} <= set(names)
     assert "image, truth, prediction, error/val_00001" in names
     assert all(picture.dtype == np.uint8 and picture.shape[2] == 3 for _, _, picture in recorded.pictures)
     assert recorded.parameters["model"]["stages"] == [[4], [8]]
