@@ -42,7 +42,7 @@ def main() -> None:
 
     import numpy as np
 
-    from segdeconv import checkpoint, draw, report
+    from segdeconv import checkpoint, draw, report, scoring
     from segdeconv.boundary import Boundaries
     from segdeconv.calibration import Calibration
     from segdeconv.data.dataset import SegmentationDataset
@@ -63,7 +63,7 @@ def main() -> None:
 
     calibration = Calibration(read.classes.ignore_index)
     boundaries = None if arguments.no_boundary else Boundaries(len(read.classes), read.classes.ignore_index)
-    confusion, num_images = report.evaluate(
+    confusion, num_images = scoring.evaluate(
         read,
         arguments.split,
         device=device,

@@ -33,7 +33,7 @@ LAYERS = [
         "data", "data.ade20k", "data.camvid", "data.cityscapes", "data.folder", "data.oxford_pets", "data.shapes",
         "data.sunrgbd", "data.voc", "data.loading", "data.inspection", "data.instances", "data.cache", "checkpoint",
     },
-    {"data.module", "task", "report", "prediction", "loggers", "recalibration"},
+    {"data.module", "task", "report", "scoring", "prediction", "loggers", "recalibration"},
     {"processes", "memory", "transfer"},
     {"training", "run_folder"},
     {"callbacks", "runs", "watch"},
