@@ -3,7 +3,9 @@
     python scripts/evaluate.py CHECKPOINT [--split val] [--out DIR] [--masks DIR] [--pictures DIR] [key=value ...]
 
 The checkpoint is enough; dataset.root=DIR says where the data lies if it has moved. Every stored pixel that is not
-ignored counts, at the mask's own size. Prints a table and writes DIR/report.json.
+ignored counts, at the mask's own size. Prints a table and writes DIR/report.json and DIR/report.html, one page with the
+scores, where they come from, and the best, the median and the worst images; --compare OTHER puts another network beside
+it.
 
 --regions N sees each image through its N likeliest object proposals, as DeconvNet does; --ensemble CHECKPOINT adds a
 second network, as EDeconvNet does with FCN-8s; --crf refines the outlines.
@@ -24,7 +26,8 @@ def main() -> None:
     parser.add_argument("checkpoint", help="a .ckpt that train.py wrote")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example dataset.root=DIR")
     parser.add_argument("--split", default="val", help="train, val (default) or test")
-    parser.add_argument("--out", type=Path, help="folder for report.json (default: evaluation/ beside the checkpoint)")
+    parser.add_argument("--out", type=Path, help="folder for the report (default: evaluation/ beside the checkpoint)")
+    parser.add_argument("--compare", metavar="CHECKPOINT", help="a second network of the same classes, put beside it")
     parser.add_argument("--masks", type=Path, help="folder for the predicted masks, exactly as counted")
     parser.add_argument("--pictures", type=Path, help="folder for image, truth, prediction and error of 12 images")
     parser.add_argument("--samples", type=int, default=0, help="average over this many passes with dropout (default 0)")
@@ -42,49 +45,58 @@ def main() -> None:
 
     import numpy as np
 
-    from segdeconv import checkpoint, draw, report, scoring
-    from segdeconv.boundary import Boundaries
-    from segdeconv.calibration import Calibration
-    from segdeconv.data.dataset import SegmentationDataset
+    from segdeconv import checkpoint, draw, page, report, report_page, scoring
+    from segdeconv.evaluation import Evaluation
     from segdeconv.inference import best_device
     from segdeconv.prediction import predictor_of
 
-    read = checkpoint.read(arguments.checkpoint, trust=arguments.trust, overrides=overrides)
     device = best_device()
+    read = checkpoint.read(arguments.checkpoint, trust=arguments.trust, overrides=overrides)
+    other = arguments.compare and checkpoint.read(arguments.compare, trust=arguments.trust, overrides=overrides)
+    dataset = scoring.restore_dataset(read, arguments.split)
+    if other:
+        scoring.class_order(other, dataset.classes)  # refused before the first of two evaluations
 
-    def save(dataset: SegmentationDataset, index: int, prediction: np.ndarray) -> None:
+    def save(one: scoring.Predicted) -> None:
         if arguments.masks:
-            draw.save_mask(prediction, read.classes, arguments.masks / f"{dataset.names[index]}.png")
-        if arguments.pictures and index in {int(chosen) for chosen in np.linspace(0, len(dataset) - 1, 12)}:
-            image, mask, name = dataset[index]
-            picture = draw.enlarged(draw.comparison(image, mask, prediction, read.classes), 128)
+            draw.save_mask(one.prediction, read.classes, arguments.masks / f"{dataset.names[one.place]}.png")
+        if arguments.pictures and one.place in {int(chosen) for chosen in np.linspace(0, len(dataset) - 1, 12)}:
+            image, mask, name = dataset[one.place]
+            picture = draw.enlarged(draw.comparison(image, mask, one.prediction, read.classes), 128)
             strip = draw.legend(read.classes, range(len(read.classes)), picture.shape[1])
             draw.save_image(np.concatenate([picture, strip]), arguments.pictures / f"{name}.png")
 
-    calibration = Calibration(read.classes.ignore_index)
-    boundaries = None if arguments.no_boundary else Boundaries(len(read.classes), read.classes.ignore_index)
-    confusion, num_images = scoring.evaluate(
-        read,
-        arguments.split,
-        device=device,
-        precision=arguments.precision,
-        flip=arguments.flip,
-        samples=arguments.samples,
-        calibration=calibration,
-        boundaries=boundaries,
-        look=predictor_of(read, read.model(), arguments, crf_keys, device) if looks_more(arguments, crf_keys) else None,
-        on_prediction=save if arguments.masks or arguments.pictures else None,
-    )
+    def evaluated(network: checkpoint.Checkpoint) -> Evaluation:
+        look = None
+        if looks_more(arguments, crf_keys):
+            look = predictor_of(network, network.model(), arguments, crf_keys, device)
+        return Evaluation.of(
+            network,
+            dataset,
+            device=device,
+            precision=arguments.precision,
+            flip=arguments.flip,
+            samples=arguments.samples,
+            outlines=not arguments.no_boundary,
+            look=look,
+            on_prediction=save if network is read else None,
+        )
+
+    done = evaluated(read)
     out = arguments.out or read.path.parent / "evaluation"
-    typed = command("evaluate", sys.argv[1:])
-    facts = {"command": typed, "checkpoint": str(read.path), "split": arguments.split, "samples": arguments.samples}
-    facts["calibration"] = calibration.report()
-    report.write_json(
-        report.report(confusion, num_images, read.classes, boundaries=boundaries, **facts), out / "report.json"
-    )
-    print(f"{num_images} images of {arguments.split}\n")
-    print(report.table(confusion, read.classes, calibration, boundaries))
-    print(f"\nreport:   {out / 'report.json'}")
+    found = done.report(command=command("evaluate", sys.argv[1:]))
+    shown = {}
+    if other:
+        beside = evaluated(other)
+        found["compared"] = beside.report()
+        shown["second"] = report_page.Evaluated(found["compared"], beside.gallery)
+    report.write_json(found, out / "report.json")
+    page.write(report_page.html(report_page.Evaluated(found, done.gallery), dataset, **shown), out / "report.html")
+    print(f"{len(dataset)} images of {arguments.split}\n")
+    print(done.table())
+    if other:
+        print(f"\n{other.path}:\n\n{beside.table()}")
+    print(f"\nreport:   {out / 'report.json'}, {out / 'report.html'}")
     for what in ("masks", "pictures"):
         if getattr(arguments, what):
             print(f"{what + ':':<10}{getattr(arguments, what)}")

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from segdeconv.boundary import Boundaries
+from segdeconv.breakdown import Breakdown
 from segdeconv.calibration import Calibration
 from segdeconv.classes import Classes
 from segdeconv.durable import replace_text
@@ -23,6 +24,7 @@ def report(
     classes: Classes,
     *,
     boundaries: Boundaries | None = None,
+    breakdown: Breakdown | None = None,
     **facts: Any,
 ) -> dict[str, Any]:
     """The content of report.json: fractions in 0..1, null where there is nothing to score.
@@ -31,6 +33,7 @@ def report(
     """
     result = scores(confusion)
     outlines = boundaries.compute() if boundaries is not None else None
+    images = breakdown.images_by_class if breakdown is not None else [None] * len(classes)
     return {
         "miou": _number(result.miou),
         "pixel_accuracy": _number(result.pixel_accuracy),
@@ -48,6 +51,7 @@ def report(
                 "accuracy": _number(result.accuracy[index]),
                 "precision": _number(result.precision[index]),
                 "pixels": int(result.pixels[index]),
+                "images": images[index],
                 "boundary_f1": _number(outlines.f1_by_class[index]) if outlines else None,
                 "boundary_f1_dilated": _number(outlines.f1_dilated_by_class[index]) if outlines else None,
                 "boundary_iou": _number(outlines.iou_by_class[index]) if outlines else None,
@@ -57,6 +61,7 @@ def report(
         "absent": [classes.names[index] for index in result.absent],
         "ignore_index": classes.ignore_index,
         "confusion": confusion.tolist(),
+        **(breakdown.report() if breakdown is not None else {}),
         **facts,
     }
 

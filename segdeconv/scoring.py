@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from segdeconv.inference import (
     Samples,
     Scorer,
     autocast,
+    entropy,
     flipped,
     labels_and_confidence,
     padded,
@@ -110,6 +111,34 @@ def _some(classes: Classes) -> str:
     return ", ".join(classes.names[:3]) + (", ..." if len(classes) > 3 else "")
 
 
+def class_order(checkpoint: Checkpoint, classes: Classes) -> list[int] | None:
+    """The network's index of each class, by name; None where that is the class's own."""
+    names = checkpoint.classes.names
+    if different := sorted(set(names) ^ set(classes.names)):
+        raise UsageError(
+            f"{checkpoint.path} was trained for {len(names)} classes and the data has {len(classes)}; "
+            f"'{different[0]}' is in one only - compare networks of the same classes, which are matched by their names"
+        )
+    return None if names == classes.names else [names.index(name) for name in classes.names]
+
+
+class Predicted(NamedTuple):
+    """What a network says of one image of a data set.
+
+    mask, prediction: (H, W) uint8, exactly as counted. uncertainty: (H, W) float32, the variance of its samples if
+    there are some, averaged over the classes, otherwise the entropy of its class probabilities, in nats.
+    """
+
+    dataset: SegmentationDataset
+    place: int
+    mask: np.ndarray
+    prediction: np.ndarray
+    uncertainty: np.ndarray
+
+
+OnPrediction = Callable[[Predicted], None]
+
+
 def evaluate(
     checkpoint: Checkpoint,
     split_name: str,
@@ -121,17 +150,20 @@ def evaluate(
     calibration: Calibration | None = None,
     boundaries: Boundaries | None = None,
     look: Predictor | None = None,
-    on_prediction: Callable[[SegmentationDataset, int, np.ndarray], None] | None = None,
+    on: SegmentationDataset | None = None,
+    on_prediction: OnPrediction | None = None,
 ) -> tuple[np.ndarray, int]:
     """Predict every image of a split and count against its mask at the mask's own size.
 
     samples: passes with dropout whose mean is scored (`sampled`); 0 for one pass without, the average of the weights.
     calibration: counts the pixels too. boundaries: compares the outlines.
     look: gives an image's probabilities in place of one pass over the whole of it (`prediction.predictor_of`).
-    on_prediction: called with the data set, each image's index and its (H, W) uint8 mask, exactly as counted.
+    on: a data set in place of the checkpoint's own, of the same classes, in whose order is counted.
+    on_prediction: called with each image.
     Returns the (C, C) int64 confusion matrix, rows = truth, and the number of images.
     """
-    dataset = restore_dataset(checkpoint, split_name)
+    dataset = restore_dataset(checkpoint, split_name) if on is None else on
+    order = class_order(checkpoint, dataset.classes)
     settings = checkpoint.config["dataset"]
     batches: Iterable[dict[str, Any]]
     draw = None
@@ -164,20 +196,22 @@ def evaluate(
                 scores = look(batch["image"], batch["name"])
             else:
                 scores = drawn.probabilities if drawn else score(batch["image"])
+            scores = scores if order is None else scores[:, order]
             for position, stored in enumerate(batch["mask"]):
                 mask, size = stored.to(device), (stored.shape[0], stored.shape[1])
                 one = resized(scores[position : position + 1], size)
                 known = flip or samples > 0 or look is not None
                 (prediction,), (confidence,) = labels_and_confidence(one, probabilities=known)
                 matrix.update(prediction, mask)
+                uncertainty = resized(drawn.uncertainty[position, None, None], size)[0, 0] if drawn else None
                 if calibration is not None:
-                    uncertainty = resized(drawn.uncertainty[position, None, None], size) if drawn else None
                     calibration.update(prediction, confidence, mask, uncertainty)
                 found = prediction.cpu().numpy()
                 if boundaries is not None:
                     boundaries.update(found, stored.numpy())
                 if on_prediction is not None:
-                    on_prediction(dataset, index, found)
+                    spread = entropy(one, probabilities=known)[0] if uncertainty is None else uncertainty
+                    on_prediction(Predicted(dataset, index, stored.numpy(), found, spread.float().cpu().numpy()))
                 index += 1
                 bar.update()
     return matrix.compute(), len(dataset)

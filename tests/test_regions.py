@@ -357,7 +357,7 @@ def test_evaluation_by_regions_counts_the_labels_that_prediction_gives(trained: 
         "val",
         device=torch.device("cpu"),
         look=look,
-        on_prediction=lambda dataset, index, mask: masks.update({index: mask}),
+        on_prediction=lambda one: masks.update({one.place: one.prediction}),
     )
     data = scoring.restore_dataset(read, "val")
     expected = np.zeros((7, 7), dtype=np.int64)
