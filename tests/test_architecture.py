@@ -35,7 +35,7 @@ LAYERS = [
         "data.sunrgbd", "data.voc", "data.loading", "data.inspection", "data.instances", "data.cache", "checkpoint",
     },
     {"data.module", "task", "report", "scoring", "prediction", "loggers", "recalibration"},
-    {"processes", "memory", "transfer", "evaluation", "report_page"},
+    {"processes", "memory", "transfer", "evaluation", "report_page", "inspection_page"},
     {"training", "run_folder"},
     {"callbacks", "runs", "watch"},
     {"train"},
