@@ -19,7 +19,7 @@ demo: $(VENV)/.installed
 	$(RUN) scripts/train.py experiment=demo hydra.run.dir=demo
 	$(RUN) scripts/evaluate.py demo/best.ckpt --out demo --masks demo/masks --pictures demo/pictures
 	@echo
-	@echo "Look at demo/pictures: image, truth, prediction, error. Scores: demo/report.json, demo/metrics.csv."
+	@echo "Look at demo/report.html; pictures are in demo/pictures, scores in demo/report.json, demo/metrics.csv."
 
 test: $(VENV)/.installed
 	$(RUN) -m pytest -q

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from segdeconv.errors import UsageError, command, did_you_mean, run_command
+from segdeconv.options import taken
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -30,8 +31,8 @@ def main() -> None:
     from segdeconv.describe import describe, table
     from segdeconv.models import build_model, check_model
 
-    path = _taken(words, "--json")
-    asked = _value(_taken(words, "size")), _value(_taken(words, "classes"))
+    path = taken(words, "--json")
+    asked = _value(taken(words, "size")), _value(taken(words, "classes"))
     recipe, _ = config.compose(words, CONFIGS)
     known = {*config.groups_in(CONFIGS), "size", "classes"}
     if unknown := sorted(set(recipe) - known - {"seed", "resume", "resume_force", "init_from", "max_time"}):
@@ -66,20 +67,6 @@ def class_count(dataset: dict[str, Any]) -> int:
     from segdeconv.data.module import build_split, check_dataset  # late: Lightning takes 3 s to import
 
     return len(build_split(check_dataset(dataset), "train").classes)
-
-
-def _taken(words: list[str], key: str) -> str | None:
-    """The value of `key=VALUE` or `--key VALUE`, taken out of the words of a command line."""
-    for index, word in enumerate(words):
-        name, equals, value = word.partition("=")
-        if name == key and (equals or key.startswith("--")):
-            del words[index]
-            if not equals:
-                if index == len(words):
-                    raise UsageError(f"{key} names nothing - write {key} FILE")
-                value = words.pop(index)
-            return value
-    return None
 
 
 def _value(text: str | None) -> Any:

@@ -3,7 +3,9 @@
     python scripts/evaluate.py CHECKPOINT [--split val] [--out DIR] [--masks DIR] [--pictures DIR] [key=value ...]
 
 The checkpoint is enough; dataset.root=DIR says where the data lies if it has moved. Every stored pixel that is not
-ignored counts, at the mask's own size. Prints a table and writes DIR/report.json.
+ignored counts, at the mask's own size. Prints a table and writes DIR/report.json and DIR/report.html, one page with the
+scores, where they come from, and the best, the median and the worst images; --compare OTHER puts another network beside
+it.
 
 --regions N sees each image through its N likeliest object proposals, as DeconvNet does; --ensemble CHECKPOINT adds a
 second network, as EDeconvNet does with FCN-8s; --crf refines the outlines. --ablate says what the switches are worth,
@@ -12,9 +14,9 @@ second network, as EDeconvNet does with FCN-8s; --crf refines the outlines. --ab
 
 from __future__ import annotations
 
-import functools
 import sys
 from pathlib import Path
+from typing import Any
 
 from segdeconv.errors import ArgumentParser, command, run_command
 from segdeconv.options import add_looks, looks_more, parted
@@ -26,7 +28,8 @@ def main() -> None:
     parser.add_argument("checkpoint", help="a .ckpt that train.py wrote")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example dataset.root=DIR")
     parser.add_argument("--split", default="val", help="train, val (default) or test")
-    parser.add_argument("--out", type=Path, help="folder for report.json (default: evaluation/ beside the checkpoint)")
+    parser.add_argument("--out", type=Path, help="folder for the report (default: evaluation/ beside the checkpoint)")
+    parser.add_argument("--compare", metavar="CHECKPOINT", help="a second network of the same classes, put beside it")
     parser.add_argument("--masks", type=Path, help="folder for the predicted masks, exactly as counted")
     parser.add_argument("--pictures", type=Path, help="folder for image, truth, prediction and error of 12 images")
     parser.add_argument("--samples", type=int, default=0, help="average over this many passes with dropout (default 0)")
@@ -48,68 +51,82 @@ def main() -> None:
 
     import numpy as np
 
-    from segdeconv import ablation, checkpoint, draw, report, uncertainty
+    from segdeconv import ablation, checkpoint, draw, page, report, report_page, scoring, uncertainty
     from segdeconv.boundary import Boundaries
-    from segdeconv.calibration import Calibration
-    from segdeconv.data.dataset import SegmentationDataset
+    from segdeconv.evaluation import Evaluation
     from segdeconv.inference import best_device
     from segdeconv.prediction import predictor_of
+    from segdeconv.regions import Predictor
 
-    read = checkpoint.read(arguments.checkpoint, trust=arguments.trust, overrides=overrides)
     device = best_device()
+    read = checkpoint.read(arguments.checkpoint, trust=arguments.trust, overrides=overrides)
+    other = arguments.compare and checkpoint.read(arguments.compare, trust=arguments.trust, overrides=overrides)
+    dataset = scoring.restore_dataset(read, arguments.split)
+    if other:
+        scoring.class_order(other, dataset.classes)  # refused before the first of two evaluations
     levels = ablation.require_unpooling(read.model()) if arguments.ablate else 0
     if arguments.uncertainty:
         uncertainty.require_plain(looks_more(arguments, crf_keys))
 
-    def save(dataset: SegmentationDataset, index: int, prediction: np.ndarray) -> None:
+    def save(one: scoring.Predicted) -> None:
         if arguments.masks:
-            draw.save_mask(prediction, read.classes, arguments.masks / f"{dataset.names[index]}.png")
-        if arguments.pictures and index in {int(chosen) for chosen in np.linspace(0, len(dataset) - 1, 12)}:
-            image, mask, name = dataset[index]
-            picture = draw.enlarged(draw.comparison(image, mask, prediction, read.classes), 128)
+            draw.save_mask(one.prediction, read.classes, arguments.masks / f"{dataset.names[one.place]}.png")
+        if arguments.pictures and one.place in {int(chosen) for chosen in np.linspace(0, len(dataset) - 1, 12)}:
+            image, mask, name = dataset[one.place]
+            picture = draw.enlarged(draw.comparison(image, mask, one.prediction, read.classes), 128)
             strip = draw.legend(read.classes, range(len(read.classes)), picture.shape[1])
             draw.save_image(np.concatenate([picture, strip]), arguments.pictures / f"{name}.png")
 
-    calibration = Calibration(read.classes.ignore_index)
-    boundaries = None if arguments.no_boundary else Boundaries(len(read.classes), read.classes.ignore_index)
-    settings = {
+    settings: dict[str, Any] = {
         "device": device,
         "precision": arguments.precision,
         "flip": arguments.flip,
         "samples": arguments.samples,
     }
-    evaluate = functools.partial(
-        report.evaluate,
-        read,
-        arguments.split,
-        **settings,
-        look=predictor_of(read, read.model(), arguments, crf_keys, device) if looks_more(arguments, crf_keys) else None,
-    )
-    confusion, num_images = evaluate(
-        calibration=calibration,
-        boundaries=boundaries,
-        on_prediction=save if arguments.masks or arguments.pictures else None,
-    )
-    out = arguments.out or read.path.parent / "evaluation"
-    typed = command("evaluate", sys.argv[1:])
-    facts = {"command": typed, "checkpoint": str(read.path), "split": arguments.split, "samples": arguments.samples}
-    facts["calibration"] = calibration.report()
-    if arguments.ablate:
-        facts["ablation"] = ablation.ablate(
-            lambda outlines: evaluate(boundaries=outlines)[0], confusion, boundaries, levels
+
+    def look_of(network: checkpoint.Checkpoint) -> Predictor | None:
+        if not looks_more(arguments, crf_keys):
+            return None
+        return predictor_of(network, network.model(), arguments, crf_keys, device)
+
+    def evaluated(network: checkpoint.Checkpoint) -> Evaluation:
+        return Evaluation.of(
+            network,
+            dataset,
+            outlines=not arguments.no_boundary,
+            look=look_of(network),
+            on_prediction=save if network is read else None,
+            **settings,
         )
+
+    def counted(outlines: Boundaries | None) -> np.ndarray:
+        look = look_of(read)
+        return scoring.evaluate(read, arguments.split, on=dataset, boundaries=outlines, look=look, **settings)[0]
+
+    done = evaluated(read)
+    out = arguments.out or read.path.parent / "evaluation"
+    facts: dict[str, Any] = {"command": command("evaluate", sys.argv[1:])}
+    if arguments.ablate:
+        facts["ablation"] = ablation.ablate(counted, done.confusion, done.boundaries, levels)
     if arguments.uncertainty:
         facts["uncertainty"] = uncertainty.uncertainty(read, arguments.split, **settings)
-    report.write_json(
-        report.report(confusion, num_images, read.classes, boundaries=boundaries, **facts), out / "report.json"
-    )
-    print(f"{num_images} images of {arguments.split}\n")
-    print(report.table(confusion, read.classes, calibration, boundaries))
+    found = done.report(**facts)
+    shown = {}
+    if other:
+        beside = evaluated(other)
+        found["compared"] = beside.report()
+        shown["second"] = report_page.Evaluated(found["compared"], beside.gallery)
+    report.write_json(found, out / "report.json")
+    page.write(report_page.html(report_page.Evaluated(found, done.gallery), dataset, **shown), out / "report.html")
+    print(f"{len(dataset)} images of {arguments.split}\n")
+    print(done.table())
+    if other:
+        print(f"\n{other.path}:\n\n{beside.table()}")
     if arguments.ablate:
         print(f"\n{ablation.table(facts['ablation'])}")
     if arguments.uncertainty:
         print(f"\n{uncertainty.table(facts['uncertainty'])}")
-    print(f"\nreport:   {out / 'report.json'}")
+    print(f"\nreport:   {out / 'report.json'}, {out / 'report.html'}")
     for what in ("masks", "pictures"):
         if getattr(arguments, what):
             print(f"{what + ':':<10}{getattr(arguments, what)}")

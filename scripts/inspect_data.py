@@ -1,9 +1,11 @@
 """Check every file of a data set and say what is in it.
 
-    python scripts/inspect_data.py [dataset=NAME] [key=value ...]
+    python scripts/inspect_data.py [dataset=NAME] [--out DIR] [key=value ...]
 
 Reads each image and mask once: are they readable, of one size, with known labels, and in one split only? Prints the
-classes with their pixel shares and class weights. Training does the same before its first step.
+classes with their pixel shares and class weights, and writes DIR/inspect.html (default: inspection/) with the classes,
+the sizes, samples before and after augmentation, and the files that cannot be used. Training looks at every file before
+its first step too.
 """
 
 from __future__ import annotations
@@ -12,21 +14,31 @@ import sys
 from pathlib import Path
 
 from segdeconv.errors import UsageError, command, run_command
+from segdeconv.options import taken
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
 def main() -> None:
     """Compose the recipe, inspect each split."""
-    if {"-h", "--help"} & set(sys.argv[1:]):
+    words = sys.argv[1:]
+    if {"-h", "--help"} & set(words):
         print(__doc__.replace("python scripts/inspect_data.py", command("inspect_data")))
         return
-    from segdeconv import balancing, config
+    from segdeconv import balancing, config, inspection_page, page
     from segdeconv.data.inspection import MOST_SHOWN, inspect, overlaps, table
-    from segdeconv.data.module import build_split, check_dataset
+    from segdeconv.data.module import (
+        DataModule,
+        build_split,
+        build_transforms,
+        check_augment,
+        check_dataset,
+        normalisation,
+    )
 
-    recipe, choices = config.compose(sys.argv[1:], CONFIGS)
-    node = check_dataset(recipe["dataset"])
+    out = Path(taken(words, "--out") or "inspection")
+    recipe, choices = config.compose(words, CONFIGS)
+    node, augment = check_dataset(recipe["dataset"]), check_augment(recipe["augment"])
     splits = [build_split(node, split) for split in ("train", "val")]
     try:
         splits.append(build_split(node, "test"))
@@ -35,13 +47,31 @@ def main() -> None:
     classes = splits[0].classes
     for note in splits[0].notes:
         print(note)
-    problems = overlaps(splits)
-    for dataset in splits:
-        seen = inspect(dataset)
-        problems += seen.problems
-        weights = balancing.median_frequency(seen.pixels[:-1], seen.image_pixels[:-1])
-        print(table(seen, classes, weights if dataset.split == "train" else None), end="\n\n")
+    inspections = [inspect(dataset) for dataset in splits]
+    problems = [*overlaps(splits), *(problem for seen in inspections for problem in seen.problems)]
+    weights = balancing.median_frequency(inspections[0].pixels[:-1], inspections[0].image_pixels[:-1])
+    for seen in inspections:
+        print(table(seen, classes, weights if seen.split == "train" else None), end="\n\n")
     print("weight: median frequency balancing (loss.balancing=median_frequency)")
+
+    training = None
+    if not inspections[0].problems:
+        settings = normalisation(config.split(node, DataModule)[0], splits[0], inspections[0])
+        transforms = build_transforms(augment, ignore_index=classes.ignore_index, mean=settings["mean"])
+        data = DataModule(splits[0], splits[1], transforms, recipe["seed"], **{**settings, "cache": "none"})
+        training = data.samples
+    shown = inspection_page.html(
+        splits,
+        inspections,
+        problems,
+        weights,
+        training,
+        seed=recipe["seed"],
+        command=command("inspect_data", sys.argv[1:]),
+        recipe={"dataset": node, "augment": augment},
+    )
+    page.write(shown, out / "inspect.html")
+    print(f"page:   {out / 'inspect.html'}")
     for problem in problems[:MOST_SHOWN]:
         print(f"problem: {problem}")
     if problems:

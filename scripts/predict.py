@@ -49,7 +49,7 @@ def main() -> int:
     from segdeconv.data.transforms import Preprocessing
     from segdeconv.inference import best_device, labels, resized, resolve_precision
     from segdeconv.prediction import predictor_of
-    from segdeconv.report import sampler_of, scorer_of
+    from segdeconv.scoring import sampler_of, scorer_of
 
     read = checkpoint.read(arguments.checkpoint, trust=arguments.trust, overrides=overrides)
     settings = read.config["dataset"]

@@ -51,7 +51,7 @@ def main() -> int:
 
     from segdeconv import checkpoint, draw
     from segdeconv.inference import best_device
-    from segdeconv.report import restore_dataset
+    from segdeconv.scoring import restore_dataset
     from segdeconv.visualization import Looker, of_dataset, of_files
 
     read = checkpoint.read(arguments.checkpoint, trust=arguments.trust, overrides=overrides)

@@ -203,6 +203,18 @@ def labels_and_confidence(scores: Tensor, *, probabilities: bool = False) -> tup
     return index.to(torch.uint8), top
 
 
+def entropy(scores: Tensor, *, probabilities: bool = False) -> Tensor:
+    """(N, C, H, W) logits, or probabilities -> (N, H, W) float32: of the class probabilities of each pixel, in nats."""
+    scores = scores.float()
+    if probabilities:
+        return _entropy(scores)
+    # The logarithm of a sum in place of one for every class.
+    below = scores - scores.max(dim=1, keepdim=True).values
+    weights = below.exp()
+    total = weights.sum(dim=1)
+    return (total.log() - below.mul_(weights).sum(dim=1) / total).clamp_(min=0)
+
+
 def best_device() -> torch.device:
     """An accelerator if there is one."""
     if torch.cuda.is_available():

@@ -42,8 +42,12 @@ def scores(confusion: np.ndarray) -> Scores:
     >>> scores(np.array([[3, 1], [0, 4]])).miou  # IoU 3/4 and 4/5
     0.775
     """
-    right = np.diag(confusion).astype(np.float64)
-    truth, predicted = confusion.sum(axis=1), confusion.sum(axis=0)
+    return scores_of(np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0))
+
+
+def scores_of(right: np.ndarray, truth: np.ndarray, predicted: np.ndarray) -> Scores:
+    """The scores of (C,) pixel counts by class: those that are right, of the truth, of the prediction."""
+    right = right.astype(np.float64)
     with np.errstate(invalid="ignore"):  # 0 / 0 is NaN: nothing to score
         iou = right / (truth + predicted - right)
         accuracy, precision = right / truth, right / predicted

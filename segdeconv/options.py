@@ -1,4 +1,4 @@
-"""The arguments of evaluate and predict that say how an image is looked at. Light: it is there before torch is."""
+"""The arguments that several commands share. Light: it is there before torch is."""
 
 from __future__ import annotations
 
@@ -52,3 +52,17 @@ def parted(overrides: Iterable[str]) -> tuple[list[str], list[str]]:
     """
     found = list(overrides)
     return [one for one in found if not one.startswith(CRF_KEYS)], [one for one in found if one.startswith(CRF_KEYS)]
+
+
+def taken(words: list[str], key: str) -> str | None:
+    """The value of `key=VALUE` or `--key VALUE`, taken out of the words of a command line."""
+    for index, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if name == key and (equals or key.startswith("--")):
+            del words[index]
+            if not equals:
+                if index == len(words):
+                    raise UsageError(f"{key} names nothing - write {key} FILE")
+                value = words.pop(index)
+            return value
+    return None

@@ -20,7 +20,7 @@ from segdeconv.inference import Scorer, resolve_precision
 from segdeconv.models import SegmentationModel
 from segdeconv.proposals import source
 from segdeconv.regions import Predictor, by_regions, ensemble, softmaxed, whole
-from segdeconv.report import scorer_of
+from segdeconv.scoring import scorer_of
 
 
 def predictor_of(

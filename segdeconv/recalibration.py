@@ -13,7 +13,7 @@ from segdeconv.data.loading import EvaluationSamples, evaluation_loader
 from segdeconv.data.transforms import Preprocessing
 from segdeconv.errors import UsageError
 from segdeconv.inference import padded
-from segdeconv.report import restore_dataset
+from segdeconv.scoring import restore_dataset
 
 
 @torch.no_grad()

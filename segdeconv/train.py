@@ -25,7 +25,19 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from segdeconv import balancing, checkpoint, config, loggers, processes, report, run_folder, runs, training, transfer
+from segdeconv import (
+    balancing,
+    checkpoint,
+    config,
+    loggers,
+    processes,
+    report,
+    run_folder,
+    runs,
+    scoring,
+    training,
+    transfer,
+)
 from segdeconv.boundary import Boundaries
 from segdeconv.calibration import Calibration
 from segdeconv.callbacks import Pictures, Progress, Recorder, Stopping
@@ -111,7 +123,7 @@ def train(recipe: Mapping[str, Any], run: str | Path, *, typed: str | None = Non
     calibration = Calibration(made.classes.ignore_index)
     boundaries = Boundaries(len(made.classes), made.classes.ignore_index)
     device = torch.device(trainer.strategy.root_device)
-    confusion, num_images = report.evaluate(best, "val", device=device, calibration=calibration, boundaries=boundaries)
+    confusion, num_images = scoring.evaluate(best, "val", device=device, calibration=calibration, boundaries=boundaries)
     noted: dict[str, Any] = {"command": typed, "checkpoint": str(best.path), "split": "val", "complete": complete}
     noted["calibration"] = calibration.report()
     report.write_json(

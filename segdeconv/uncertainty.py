@@ -18,7 +18,7 @@ from segdeconv.errors import UsageError
 from segdeconv.flow import recorded
 from segdeconv.inference import autocast, padded, ready, resized, resolve_precision
 from segdeconv.models import SegmentationModel
-from segdeconv.report import restore_dataset, sampler_of, scorer_of
+from segdeconv.scoring import restore_dataset, sampler_of, scorer_of
 from segdeconv.stability import NOISE, instability
 from segdeconv.switches import Pooling
 
@@ -91,7 +91,7 @@ def uncertainty(
 ) -> list[dict[str, Any]]:
     """The rows of report["uncertainty"]: signal, and the AUROC with which it finds wrong pixels, null for none.
 
-    Predictions, and thus errors, are those of `report.evaluate` with the same arguments. Signals: `confidence`, 1 less
+    Predictions, and thus errors, are those of `scoring.evaluate` with the same arguments. Signals: `confidence`, 1 less
     the largest probability; `entropy` of the probabilities; with samples, `variance` over them, the mean over the
     classes, and `mutual information`; for a network whose pools keep switches, `switches`, how often they change
     (`Instability.changed`, the mean over the levels), and `moved`, how much they move; `switches k`, `moved k`: of

@@ -38,7 +38,7 @@ import forked  # noqa: E402
 import torch  # noqa: E402
 import yaml  # noqa: E402
 
-from segdeconv import callbacks, checkpoint, durable, errors, report, task, train, training  # noqa: E402
+from segdeconv import callbacks, checkpoint, durable, errors, report, scoring, task, train, training  # noqa: E402
 
 PHASES = ("fork", "start", "training", "validation", "metrics", "checkpoint", "evaluation", "end")
 STREET = yaml.safe_load((ROOT / "configs/augment/street.yaml").read_text())
@@ -223,7 +223,7 @@ def _mark_phases(marker: mmap.mmap) -> None:
     marked(task.SegmentationTask, "on_validation_end", "training", back=False)
     marked(callbacks.MetricsFile, "append", "metrics")
     marked(training.Checkpoints, "keep", "checkpoint")
-    marked(report, "evaluate", "evaluation")
+    marked(scoring, "evaluate", "evaluation")
     marked(report, "write_json", "end", back=False)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import tifffile
+import torch
 from PIL import Image
 
 from segdeconv.classes import Classes, voc_colours
@@ -342,3 +343,34 @@ def oxford_pets_image_and_trimap(index: int) -> tuple[np.ndarray, np.ndarray]:
     trimap[13:37, 17:47] = 1
     noise = np.random.default_rng(index).integers(0, 20, size=(*trimap.shape, 3))
     return (np.where(trimap == 1, 180, 40)[:, :, None] + noise).astype(np.uint8), trimap
+
+
+def untrained(path: Path, dataset: dict[str, object], *, seed: int = 0, **model: object) -> Path:
+    """A checkpoint of a small SegNet that has learnt nothing, for what a `dataset` node of a recipe names.
+
+    model: further arguments of its `model` node.
+    """
+    from segdeconv import checkpoint
+    from segdeconv.data.inspection import inspect
+    from segdeconv.data.module import build_split, check_dataset, normalisation
+    from segdeconv.data.transforms import Preprocessing
+    from segdeconv.models import build_model, check_model
+
+    node = check_dataset({"batch_size": 2, "num_workers": 0, **dataset})
+    train = build_split(node, "train")
+    node = {**node, **normalisation({"mean": None, "std": None}, train, inspect(train))}
+    recipe = check_model({"_target_": "segdeconv.models.SegNet", "stages": [[4], [8]], **model})
+    torch.manual_seed(seed)
+    network = build_model(recipe, len(train.classes), train.channels)
+    for name, parameter in network.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.1)  # of zeros, logits where all is zero are equal
+    preprocessing = Preprocessing(node["size"], tuple(node["mean"]), tuple(node["std"]), as_stored=train.as_stored)
+    facts = {"classes": train.classes.plain(), "preprocessing": preprocessing.plain(), "precision": "32-true"}
+    content = {
+        "hyper_parameters": {"config": {"dataset": node, "model": recipe}, "facts": facts},
+        "segdeconv": {"format": checkpoint.FORMAT},
+        "state_dict": {f"model.{name}": value for name, value in network.state_dict().items()},
+    }
+    checkpoint.write(content, path)
+    return path

@@ -154,7 +154,7 @@ def serve() -> None:
     import torch
 
     import segdeconv.prediction
-    import segdeconv.report
+    import segdeconv.scoring
     import segdeconv.train  # noqa: F401
 
     torch.set_num_threads(1)

@@ -53,7 +53,7 @@ import sys
 asked = []
 sys.addaudithook(lambda event, arguments: asked.append(event) if event in
     ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "urllib.Request") else None)
-import segdeconv.train, segdeconv.report, segdeconv.finders, segdeconv.cli, segdeconv.describe
+import segdeconv.train, segdeconv.scoring, segdeconv.report, segdeconv.finders, segdeconv.cli, segdeconv.describe
 import albumentations, torchvision, pytorch_lightning, tensorboard
 print(asked)
 """

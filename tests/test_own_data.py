@@ -21,7 +21,7 @@ from segdeconv.data.module import build_split, check_dataset
 from segdeconv.data.relabelled import Relabelled, describe
 from segdeconv.data.splits import choose_val, group
 from segdeconv.errors import UsageError
-from segdeconv.report import restore_dataset
+from segdeconv.scoring import restore_dataset
 from segdeconv.train import train
 
 

@@ -85,6 +85,7 @@ def shipped():
              base.rglob("*.py")}  # fmt: skip
     files |= {f"segdeconv/configs/{path.relative_to(ROOT / 'configs').as_posix()}" for path in
               (ROOT / "configs").rglob("*.yaml")}  # fmt: skip
+    files |= {f"segdeconv/pages/{path.name}" for path in (ROOT / "segdeconv" / "pages").iterdir()}
     return files | {f"segdeconv/data/{path.name}" for path in (ROOT / "segdeconv" / "data").glob("*.sha256")}
 
 
@@ -162,7 +163,14 @@ def test_an_installed_package_trains_evaluates_and_predicts_in_an_empty_folder(b
     sweep = ("train", "--multirun", "seed=1,2", *SLIM, "dataset.batch_size=2", "hydra.sweep.dir=sweep")
     typed(program, *sweep, cwd=tmp_path)
     assert len(list(tmp_path.glob("sweep/*/report.json"))) == 2
-    assert {path.name for path in tmp_path.iterdir()} == {"runs", "scores", "pictures", "labelled", "sweep"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "runs",
+        "scores",
+        "pictures",
+        "labelled",
+        "sweep",
+        "inspection",
+    }
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from fakes import Uneven
 
-from segdeconv import checkpoint, report
+from segdeconv import checkpoint, report, scoring
 from segdeconv.data.module import IMAGENET_MEAN, IMAGENET_STD
 from segdeconv.data.sampler import StatelessBatches
 from segdeconv.errors import CheckpointError, Interrupted, SegdeconvError, UsageError, raised_elsewhere
@@ -114,7 +114,7 @@ def test_two_processes_score_every_image_once_and_as_one_process_does(two_proces
     with (two_processes / "metrics.csv").open() as file:
         last = list(csv.DictReader(file))[-1]
     read = checkpoint.read(two_processes / "last.ckpt", trust=TRUST)
-    confusion, num_images = report.evaluate(read, "val", device=torch.device("cpu"), precision="32-true")
+    confusion, num_images = scoring.evaluate(read, "val", device=torch.device("cpu"), precision="32-true")
     val = Uneven("val")
     assert num_images == 7
     assert confusion.sum() == sum((val[index].mask != 255).sum() for index in range(7))

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from segdeconv import checkpoint, report
+from segdeconv import checkpoint, scoring
 from segdeconv.boxes import cut, enlarged, squared
 from segdeconv.crf import CRF, refine
 from segdeconv.data.transforms import Preprocessing, resize_image
@@ -352,14 +352,14 @@ def test_evaluation_by_regions_counts_the_labels_that_prediction_gives(trained: 
     read = checkpoint.read(trained, overrides=["dataset.examples=images"])
     look = predictor_of(read, read.model(), *arguments("--regions=6", "--region-mode=released"), torch.device("cpu"))
     masks: dict[int, np.ndarray] = {}
-    confusion, count = report.evaluate(
+    confusion, count = scoring.evaluate(
         read,
         "val",
         device=torch.device("cpu"),
         look=look,
-        on_prediction=lambda dataset, index, mask: masks.update({index: mask}),
+        on_prediction=lambda one: masks.update({one.place: one.prediction}),
     )
-    data = report.restore_dataset(read, "val")
+    data = scoring.restore_dataset(read, "val")
     expected = np.zeros((7, 7), dtype=np.int64)
     for index in range(count):
         image, mask, name = data[index]

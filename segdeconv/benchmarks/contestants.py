@@ -18,7 +18,7 @@ from segdeconv.inference import autocast, fast_precision
 from segdeconv.losses import CrossEntropy
 from segdeconv.models import FCN, SegmentationModel, SegNet, UNet
 from segdeconv.optimization import sgd
-from segdeconv.report import scorer_of
+from segdeconv.scoring import scorer_of
 
 Step = Callable[[], None]
 

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 
 from segdeconv.classes import Classes
 from segdeconv.data.archives import unpack_zip
-from segdeconv.data.dataset import FileDataset, Pair, require_root, require_split
+from segdeconv.data.dataset import FileDataset, Pair, PublishedScores, require_root, require_split
 from segdeconv.data.download import fetch, hash_file
 from segdeconv.data.reading import MAX_PIXELS, Exif, read_list
 from segdeconv.errors import UsageError
@@ -27,6 +27,24 @@ CLASSES = Classes(
     ),
     ignore_index=11,
     ignore_colour=(0, 0, 0),
+)  # fmt: skip
+
+_TABLE_3 = ("SegNet paper, table 3: 3433 images", "https://arxiv.org/abs/1511.00561")
+_BAYESIAN = ("Bayesian SegNet paper", "https://arxiv.org/abs/1511.02680")
+PUBLISHED = (
+    PublishedScores("SegNet", *_TABLE_3, "test", 60.10, 90.40, 71.20, 46.84, accuracy={  # by class: table 2
+        "building": 89.6, "tree": 83.4, "sky": 96.1, "car": 87.7, "sign_symbol": 52.7, "road": 96.4, "pedestrian": 62.2,
+        "fence": 53.45, "pole": 32.1, "pavement": 93.3, "bicyclist": 36.5,
+    }),
+    PublishedScores("DeepLab-LargeFOV", *_TABLE_3, "test", 53.88, 88.20, 62.53, 32.77),
+    PublishedScores("DeepLab-LargeFOV, dense CRF", *_TABLE_3, "test", 54.74, 89.71, 60.67, 40.79),
+    PublishedScores("FCN, fixed bilinear", *_TABLE_3, "test", 49.83, 83.27, 59.56, 27.99),
+    PublishedScores("FCN, learnt deconvolution", *_TABLE_3, "test", 51.96, 83.14, 64.21, 33.18),
+    PublishedScores("DeconvNet", *_TABLE_3, "test", 59.77, 89.58, 70.24, 52.23),
+    PublishedScores("SegNet-Basic", *_BAYESIAN, "test", 46.3),
+    PublishedScores("Bayesian SegNet-Basic", *_BAYESIAN, "test", 55.8),
+    PublishedScores("SegNet", *_BAYESIAN, "test", 50.2, 88.6, 65.9),
+    PublishedScores("Bayesian SegNet", *_BAYESIAN, "test", 63.1, 86.9, 76.3),
 )  # fmt: skip
 
 
@@ -48,6 +66,8 @@ class CamVid(FileDataset):
     root: the folder that holds the lists. Without one it is data/CamVid, and is fetched there if absent: 190 MB,
         verified file by file.
     """
+
+    published = PUBLISHED
 
     def __init__(
         self, split: str, root: str | None = None, *, exif: Exif = "refuse", max_pixels: int = MAX_PIXELS

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -37,6 +38,24 @@ class Pair(NamedTuple):
     instances: Path | None = None
 
 
+class PublishedScores(NamedTuple):
+    """What a paper says of a network on a data set, in percent as it is printed; None where it says nothing.
+
+    split: that was scored, in the data set's own words. source: the paper, and where in it; url: its address.
+    boundary_f1: with one-to-one matching. accuracy: of each class by name.
+    """
+
+    network: str
+    source: str
+    url: str
+    split: str
+    miou: float
+    pixel_accuracy: float | None = None
+    mean_accuracy: float | None = None
+    boundary_f1: float | None = None
+    accuracy: Mapping[str, float] = MappingProxyType({})
+
+
 class SegmentationDataset(ABC):
     """One split of a data set.
 
@@ -46,12 +65,14 @@ class SegmentationDataset(ABC):
     channels: of every image. as_stored: whether images are what their files hold, so that a picture to be predicted is
         read as it is stored too; otherwise any picture becomes 8-bit RGB.
     notes: what a person should know about how the data was taken, a sentence each.
+    published: scores of others on these classes.
     """
 
     split_names: tuple[str, ...] = ("train", "val", "test")
     channels: int = 3
     as_stored: bool = False
     notes: tuple[str, ...] = ()
+    published: tuple[PublishedScores, ...] = ()
     way_out_of_overlap: str = "list it once"  # of an image that two splits share
     classes: Classes
     split: str

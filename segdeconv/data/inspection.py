@@ -8,7 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,8 +20,9 @@ from segdeconv.classes import Classes
 from segdeconv.data.dataset import SegmentationDataset
 from segdeconv.errors import UsageError, command
 
-VERSION = 2  # of what an inspection holds; a new number forgets the remembered ones
+VERSION = 3  # of what an inspection holds; a new number forgets the remembered ones
 MOST_SHOWN = 20
+LARGEST = 3  # images of each class whose numbers are kept
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Inspection:
     sizes: how many images of each (H, W), the most frequent first.
     bits: of the channels of every image, 8 or 16. mean, std: of each channel over all pixels, in stored units.
     problems: one sentence for each file that cannot be used.
+    largest: for each class, the indices of the few images with the most pixels of it, the first the largest.
     """
 
     split: str
@@ -44,6 +46,7 @@ class Inspection:
     mean: list[float]
     std: list[float]
     problems: list[str]
+    largest: list[list[int]] = field(default_factory=list)
 
 
 def inspect(dataset: SegmentationDataset, *, remember: bool = True) -> Inspection:
@@ -103,17 +106,20 @@ def _inspect(dataset: SegmentationDataset) -> Inspection:
     sizes: Counter[tuple[int, int]] = Counter()
     of_bits: dict[int, list[str]] = {}
     problems = []
+    largest: list[list[tuple[int, int]]] = [[] for _ in range(num_classes)]  # (pixels, -index)
     # Threads suffice: decoding releases the interpreter's lock.
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         looks = pool.map(look, range(len(dataset)))
         bar = tqdm(looks, total=len(dataset), desc=f"inspecting {dataset.split}", leave=False, disable=None)
-        for name, seen in zip(dataset.names, bar, strict=True):
+        for index, (name, seen) in enumerate(zip(dataset.names, bar, strict=True)):
             if isinstance(seen, str):
                 problems.append(seen)
                 continue
             pixels += seen.counts
             image_pixels[seen.counts > 0] += seen.size[0] * seen.size[1]
             images += seen.counts > 0
+            for label in np.flatnonzero(seen.counts[:-1]):
+                largest[label] = sorted([*largest[label], (int(seen.counts[label]), -index)], reverse=True)[:LARGEST]
             sizes[seen.size] += 1
             of_bits.setdefault(seen.bits, []).append(name)
             sums += seen.sums
@@ -131,6 +137,7 @@ def _inspect(dataset: SegmentationDataset) -> Inspection:
         [_readable(value) for value in mean],
         [_readable(value) for value in np.sqrt(np.maximum(0, square - mean**2))],
         problems,
+        [[-place for _, place in found] for found in largest],
     )
 
 

@@ -45,7 +45,7 @@ def in_order_of(dataset: SegmentationDataset, classes: Classes) -> SegmentationD
     view._table = np.full(256, classes.ignore_index, dtype=np.uint8)
     for index, name in enumerate(dataset.classes.names):
         view._table[index] = classes.names.index(name)
-    view.classes = classes
+    view.classes, view.published = classes, dataset.published
     return view
 
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from segdeconv import draw
 from segdeconv.classes import Classes, voc_colours
 from segdeconv.data.archives import unpack_tar
-from segdeconv.data.dataset import FileDataset, Pair, require_root, require_split
+from segdeconv.data.dataset import FileDataset, Pair, PublishedScores, require_root, require_split
 from segdeconv.data.published import Archive, take
 from segdeconv.data.reading import MAX_PIXELS, Exif, read_list
 from segdeconv.errors import UsageError
@@ -36,6 +36,17 @@ CLASSES = Classes(
     ignore_colour=voc_colours(256)[255],
 )  # fmt: skip
 
+_DECONVNET = ("DeconvNet paper", "https://arxiv.org/abs/1505.04366")
+_BAYESIAN = ("Bayesian SegNet paper", "https://arxiv.org/abs/1511.02680")
+PUBLISHED = (
+    PublishedScores("FCN-8s", *_DECONVNET, "test", 62.2),
+    PublishedScores("DeconvNet", *_DECONVNET, "test", 69.6),
+    PublishedScores("DeconvNet+CRF", *_DECONVNET, "test", 70.5),
+    PublishedScores("EDeconvNet", *_DECONVNET, "test", 71.7),
+    PublishedScores("EDeconvNet+CRF", *_DECONVNET, "test", 72.5),
+    PublishedScores("SegNet", *_BAYESIAN, "test", 59.1),
+    PublishedScores("Bayesian SegNet", *_BAYESIAN, "test", 60.5),
+)
 
 # The first address is the permanent one of its maintainers (github.com/pytorch/vision/pull/9216), the others mirror it.
 # sha256: tensorflow/datasets, url_checksums/voc.txt; the same in pytorch/vision, prototype/datasets/_builtin/voc.py.
@@ -87,6 +98,7 @@ class VOC(FileDataset):
     """
 
     split_names = ("train", "val", "trainval", "trainaug")
+    published = PUBLISHED
 
     def __init__(
         self,
