@@ -18,7 +18,7 @@ LAYERS = [
         "config",
     },
     {"data.decoding", "data.channels", "data.reading", "data.download", "data.sampler", "data.splits", "data.store"},
-    {"encoders", "balancing", "metrics", "draw", "crf", "boundary", "calibration"},
+    {"cards", "encoders", "balancing", "metrics", "draw", "crf", "boundary", "calibration"},
     {"losses", "losses.base", "losses.pixelwise", "losses.regions", "losses.combined"},
     {"fields", "tracing", "describe"},
     {

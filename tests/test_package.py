@@ -85,6 +85,7 @@ def shipped():
              base.rglob("*.py")}  # fmt: skip
     files |= {f"segdeconv/configs/{path.relative_to(ROOT / 'configs').as_posix()}" for path in
               (ROOT / "configs").rglob("*.yaml")}  # fmt: skip
+    files |= {f"segdeconv/weights/{path.name}" for path in (ROOT / "segdeconv" / "weights").glob("*.[sj]*")}
     return files | {f"segdeconv/data/{path.name}" for path in (ROOT / "segdeconv" / "data").glob("*.sha256")}
 
 
