@@ -12,15 +12,18 @@ PACKAGE = ROOT / "segdeconv"
 
 # Arrows go up only: a module imports modules of its own layer or below.
 LAYERS = [
-    {"allocation", "durable", "errors", "machine", "options", "seeding"},
+    {"allocation", "durable", "errors", "journal", "machine", "options", "png", "seeding"},
     {
         "boxes", "classes", "switches", "kernels", "fused", "fused_kernels", "layers", "lattice", "recomputation",
         "config",
     },
     {"data.decoding", "data.channels", "data.reading", "data.download", "data.sampler", "data.splits", "data.store"},
-    {"cards", "encoders", "balancing", "metrics", "draw", "crf", "boundary", "calibration"},
+    {
+        "cards", "encoders", "balancing", "metrics", "draw", "outlines", "sources", "video", "crf", "boundary",
+        "calibration",
+    },
     {"losses", "losses.base", "losses.pixelwise", "losses.regions", "losses.combined"},
-    {"fields", "tracing", "describe"},
+    {"fields", "tracing", "describe", "tiling"},
     {
         "models", "models.base", "models.basic", "models.deconvnet", "models.deeplab_largefov", "models.dropout",
         "models.fcn", "models.fpn", "models.segnet", "models.unet"
@@ -33,10 +36,10 @@ LAYERS = [
         "data", "data.ade20k", "data.camvid", "data.cityscapes", "data.folder", "data.oxford_pets", "data.shapes",
         "data.sunrgbd", "data.voc", "data.loading", "data.inspection", "data.instances", "data.cache", "checkpoint",
     },
-    {"data.module", "task", "report", "prediction", "loggers", "recalibration"},
+    {"data.module", "task", "report", "prediction", "loggers", "recalibration", "views"},
     {"processes", "memory", "transfer"},
-    {"training", "run_folder"},
-    {"callbacks", "runs", "watch"},
+    {"training", "run_folder", "segmenter"},
+    {"callbacks", "labelling", "runs", "watch"},
     {"train"},
     {
         "benchmarks", "benchmarks.contestants", "benchmarks.harness", "benchmarks.input", "benchmarks.kernels",

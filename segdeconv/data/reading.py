@@ -81,7 +81,12 @@ _TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 
 def turn_upright(image: np.ndarray, stored: int) -> np.ndarray:
     """A picture as its file stores it -> upright."""
-    return np.ascontiguousarray(_TURNS[stored](image))
+    return np.ascontiguousarray(turned_view(image, stored))
+
+
+def turned_view(image: np.ndarray, stored: int) -> np.ndarray:
+    """The upright view of a picture as its file stores it; what is written into one is in the other."""
+    return _TURNS[stored](image)
 
 
 def turn_back(mask: np.ndarray, stored: int) -> np.ndarray:
