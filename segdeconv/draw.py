@@ -46,10 +46,7 @@ def save_overlay(image: np.ndarray, mask: np.ndarray, classes: Classes, path: Pa
     if height <= BAND or width < LEGIBLE or image.dtype != np.uint8:
         save_image(overlay_with_legend(image, mask, classes), path)
         return
-    present = np.flatnonzero(
-        sum(np.bincount(rows.ravel(), minlength=256) for rows in np.array_split(mask, height // BAND))
-    )
-    present = present[present < len(classes)].tolist()
+    present = [index for index, count in enumerate(pixel_counts(mask)[: len(classes)]) if count]
     strip = legend(classes, present, width)
     with _whole(path) as file:
         picture = Png(file, (height + len(strip), width), channels=3)
@@ -72,6 +69,14 @@ def _whole(path: Path) -> Iterator[BinaryIO]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def pixel_counts(mask: np.ndarray) -> list[int]:
+    """How many pixels of a (H, W) uint8 mask have each of the values 0 to 255."""
+    counts = np.zeros(256, dtype=np.int64)
+    for top in range(0, len(mask), BAND):  # since NumPy makes 8 bytes of each that it counts
+        counts += np.bincount(mask[top : top + BAND].ravel(), minlength=256)
+    return [int(count) for count in counts]
 
 
 def shown(image: np.ndarray) -> np.ndarray:

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from segdeconv.allocation import keep_freed
 from segdeconv.errors import UsageError
 from segdeconv.layers import fold_norms
 from segdeconv.seeding import key
@@ -42,7 +41,6 @@ def scorer_on(network: nn.Module, device: torch.device, precision: str, minimum:
 
     minimum: the smallest side in pixels that it takes.
     """
-    keep_freed(device)
 
     def score(image: Tensor) -> Tensor:
         with torch.inference_mode(), autocast(precision, device):

@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from segdeconv import draw
 from segdeconv.classes import Classes
-from segdeconv.data.decoding import FORMATS
+from segdeconv.data.decoding import header_pixels
 from segdeconv.data.reading import turn_back, turned_view
 from segdeconv.durable import PARTIAL, replacing
 from segdeconv.errors import UsageError
@@ -206,7 +205,7 @@ class Labelling:
     def _read(self, path: Path) -> tuple[np.ndarray, int, int] | None:
         if path.suffix.lower() in VIDEOS:
             return None
-        pixels = _pixels(path)
+        pixels = header_pixels(path)
         self.room.take(pixels)
         try:
             image, stored = self.segmenter.open(path)
@@ -259,15 +258,6 @@ class Labelling:
             self.told(f"{path} gave {count} of {video.promised} frames - it is cut or damaged; those are done")
         pixels = {known: int(total) for known, total in zip(self.outputs.classes.names, totals, strict=True)}
         self.journal.add(name, path, files, size=list(size), pixels=pixels, frames=count)
-
-
-def _pixels(path: Path) -> int:
-    """How many an image has, by its header; 0 where that cannot be told."""
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            return image.width * image.height
-    except Exception:  # what is wrong with it is said when it is read
-        return 0
 
 
 def write_tables(journal: Journal, outputs: Outputs) -> list[Path]:

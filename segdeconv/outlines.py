@@ -15,6 +15,8 @@ from typing import Any
 import cv2
 import numpy as np
 
+from segdeconv.draw import pixel_counts
+
 # Directions along the edges of pixels, each a right turn from the one before: east, south, west, north.
 STEPS = np.array([(0, 1), (1, 0), (0, -1), (-1, 0)])
 ROWS = 1 << 9  # of an image that are summed at once
@@ -52,7 +54,7 @@ def regions(mask: np.ndarray, *, least: int = 1, confidence: np.ndarray | None =
 
     confidence: (H, W), of each pixel's class. Holds 4 bytes for each pixel, and more for each on an outline.
     """
-    for index in np.unique(mask).tolist():
+    for index in (value for value, count in enumerate(pixel_counts(mask)) if count >= least):
         count, numbered, stats, _ = cv2.connectedComponentsWithStats((mask == index).view(np.uint8), connectivity=4)
         stats[0, cv2.CC_STAT_AREA] = 0  # what is not of this class
         kept = stats[:, cv2.CC_STAT_AREA] >= least

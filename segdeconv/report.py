@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from segdeconv.allocation import keep_freed
 from segdeconv.boundary import Boundaries
 from segdeconv.calibration import Calibration
 from segdeconv.checkpoint import Checkpoint
@@ -59,6 +60,7 @@ def _scorer(
     *,
     flip: bool,
 ) -> Scorer:
+    keep_freed(device)
     whole = thrifty(scorer_on(network, device, precision, network.minimum_size))
     return flipped(whole) if flip else whole
 

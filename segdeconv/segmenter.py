@@ -14,8 +14,10 @@ from PIL import Image
 from torch import Tensor
 
 from segdeconv import checkpoint, draw
+from segdeconv.allocation import hand_back, keep_freed
 from segdeconv.checkpoint import Checkpoint
 from segdeconv.classes import Classes
+from segdeconv.data.decoding import header_pixels
 from segdeconv.data.reading import MAX_PIXELS, read_upright, turn_back
 from segdeconv.data.transforms import Preprocessing
 from segdeconv.errors import UsageError
@@ -35,6 +37,7 @@ from segdeconv.regions import Predictor
 from segdeconv.tiling import Part, Size, parts
 from segdeconv.views import Tiler, View, enlarged
 
+LARGE = 1 << 24  # pixels of an image with which memory is given back as soon as it is free
 MOST_MEMORY = 4 << 30  # bytes that maps take at most unless more is said
 SHARE = 4  # of the memory that is free, one part is for maps
 NUMBERS = 16  # bytes for each class and pixel of the result that is being made: scores, their softmax, and copies
@@ -74,8 +77,7 @@ class Prediction:
 
     def pixels(self) -> dict[str, int]:
         """How many pixels each class has."""
-        counts = np.bincount(self.mask.ravel(), minlength=len(self.classes))
-        return {name: int(count) for name, count in zip(self.classes.names, counts, strict=False)}
+        return dict(zip(self.classes.names, draw.pixel_counts(self.mask), strict=False))
 
     def overlay(self) -> np.ndarray:
         """(H', W', 3) uint8: the mask on the image, with a legend below; small images are enlarged."""
@@ -134,6 +136,8 @@ class Segmenter:
 
     def open(self, path: Path) -> tuple[np.ndarray, int]:
         """(the image of a file, upright, as the network takes it; the EXIF orientation it is stored in)."""
+        if (header_pixels(path)) >= LARGE:
+            hand_back()
         channels = self.preprocess.channels if self.preprocess.as_stored else None
         image, stored = read_upright(path, channels=channels, max_pixels=self.max_pixels)
         return self.preprocess.required(image, path), stored
@@ -161,6 +165,10 @@ class Segmenter:
             raise UsageError(f"{name} has shape {array.shape} - give (H, W, {self.preprocess.channels})")
         size = (array.shape[0], array.shape[1])
         self.preprocess.required(array, name)
+        if size[0] * size[1] < LARGE:
+            keep_freed(self.device)
+        else:
+            hand_back()
         mask = np.empty(size, dtype=np.uint8)
         doubt = np.empty(size, dtype=np.float16) if uncertainty or self.samples else None
         sure = np.empty(size, dtype=np.float16) if confidence else None

@@ -52,6 +52,7 @@ class Axis:
         lasts = np.arange(max(start, stop - self.stride), stop)
         first = min(start, int((firsts - self.before[firsts % self.stride]).min()))
         last = max(stop, int((lasts + self.after[lasts % self.stride]).max()) + 1)
+        first = max(0, first)
         last = max(last, first + self.least)
         if last >= length:
             first = min(first, length - self.least)
@@ -115,16 +116,15 @@ class Geometry:
     def tile(self, size: Size, memory: int) -> Size | None:
         """The tile that fits into so many bytes, as near to a square as the image lets it be; None for the whole.
 
-        Never smaller than four times what is heard around a part on one side, which takes more than `memory` says
-        where that is too little for anything.
+        Never smaller than `smallest`, which takes more than `memory` says where that is too little for anything.
         """
         if self.needed(size) <= memory:
             return None
         pixels = memory / self.bytes_per_pixel
         height, width = self.smallest
-        side = math.isqrt(int(pixels))
-        rows = max(height, int(pixels / size[1]) if size[1] <= side else min(side, size[0]))
-        columns = max(width, min(size[1], int(pixels / rows)))
+        narrow = size[1] * size[1] <= pixels  # then all of its width is seen, and as many rows as may be
+        rows = min(size[0], max(height, int(pixels / size[1]) if narrow else math.isqrt(int(pixels))))
+        columns = min(size[1], max(width, int(pixels / rows)))
         return rows, columns
 
 

@@ -125,7 +125,8 @@ def test_a_prediction_goes_on_after_bad_files_and_exits_2(trained, skipped):
     count = len(pictures.BAD)
     assert f"{count} of {count + 1} files could not be read, named above" in skipped.sentence
     assert (trained / "some" / "z good.png").is_file()
-    assert sorted(path.name for path in (trained / "some").iterdir()) == ["z good.png", "z good_overlay.png"]
+    written = ["predictions.jsonl", "statistics.csv", "z good.png", "z good_overlay.png"]
+    assert sorted(path.name for path in (trained / "some").iterdir()) == written
 
 
 @pytest.mark.parametrize("name", pictures.BAD)
