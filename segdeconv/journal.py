@@ -35,12 +35,13 @@ class Journal:
         for left in out.rglob(f"{PARTIAL}*"):  # of a writer that was killed, for we are alone here
             left.unlink(missing_ok=True)
         first, whole = self._read()
-        if overwrite or first is None:
+        same = first == _plain(made_by)
+        if overwrite or not (same or self.entries):
             self.entries, whole = {}, 0
-        elif first != _plain(made_by):
+        elif not same:
             self.close()
             raise UsageError(
-                f"{out} holds predictions {_difference(first, _plain(made_by))} - choose another --out, or say "
+                f"{out} holds predictions {_difference(first or {}, _plain(made_by))} - choose another --out, or say "
                 "--overwrite"
             )
         self.file.truncate(whole)

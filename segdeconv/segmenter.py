@@ -38,6 +38,7 @@ from segdeconv.tiling import Part, Size, parts
 from segdeconv.views import Tiler, View, enlarged
 
 LARGE = 1 << 24  # pixels of an image with which memory is given back as soon as it is free
+ENDLESS = 1 << 30  # pixels of a side
 MOST_MEMORY = 4 << 30  # bytes that maps take at most unless more is said
 SHARE = 4  # of the memory that is free, one part is for maps
 NUMBERS = 16  # bytes for each class and pixel of the result that is being made: scores, their softmax, and copies
@@ -130,6 +131,8 @@ class Segmenter:
         score = scorer_on(network, self.device, precision, minimum)
         # What is known of its fields comes from the same network without its weights.
         self.tiler = Tiler(score, model.to("meta"), minimum, memory=self.memory, tile=tile, told=told)
+        if tile is not None:
+            self.tiler.geometry.steps(tile, (ENDLESS, ENDLESS))  # says now if it is too small
         self.network, self.samples, self.turn = network, samples, threading.Lock()
         if samples:
             sampled(_nothing, network, samples)  # says now if there is no dropout

@@ -148,14 +148,18 @@ def geometry_of(skeleton: nn.Module, least: int) -> Geometry:
         field = seen.fields[logits]
         if field is None or any(spans is None for spans in seen.spans):
             raise UsageError(
-                f"what {name} hears of an image is not known, so it takes none in tiles - leave out --tile"
+                f"what {name} hears of an image is not known, so it cannot be cut into tiles - "
+                "leave out --tile, or give a smaller dataset.size"
             )
         every = [[spans[axis] for spans in seen.spans if spans is not None] for axis in (0, 1)]
         axes = [_axis(field.spans[axis], every[axis], side, least) for axis in (0, 1)]
         if axes[0] is not None and axes[1] is not None:
             (rows, exact), (columns, also) = axes[0], axes[1]
             return Geometry(name, rows, columns, seen.peak / side**2, exact and also)
-    raise UsageError(f"every score of {name} hears all of the image, so it takes none in tiles - leave out --tile")
+    raise UsageError(
+        f"every score of {name} hears all of the image, so it cannot be cut into tiles - leave out "
+        "--tile, or give a smaller dataset.size"
+    )
 
 
 def _axis(span: Span, layers: list[Span], side: int, least: int) -> tuple[Axis, bool] | None:

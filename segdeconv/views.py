@@ -41,7 +41,7 @@ class Tiler:
         told: Callable[[str], None] = print,
     ) -> None:
         self.score, self.skeleton, self.minimum, self.told = score, skeleton, minimum, told
-        self.memory, self.tile = memory, tile
+        self.memory, self.tile, self.whole_only = memory, tile, False
 
     @functools.cached_property
     def geometry(self) -> Geometry:
@@ -54,9 +54,14 @@ class Tiler:
             if size[0] <= self.tile[0] and size[1] <= self.tile[1]:
                 return None
             return self.geometry.steps(self.tile, size)
-        if size[0] * size[1] * MOST_PER_PIXEL <= self.memory:
+        if size[0] * size[1] * MOST_PER_PIXEL <= self.memory or self.whole_only:
             return None
-        tile = self.geometry.tile(size, self.memory)
+        try:
+            tile = self.geometry.tile(size, self.memory)
+        except UsageError as error:
+            self.told(f"images are seen whole, whatever memory they take: {error}")
+            self.whole_only = True
+            return None
         return tile and self.geometry.steps(tile, size)
 
     def shrink(self, size: Size) -> None:

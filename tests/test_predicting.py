@@ -222,7 +222,7 @@ def test_everything_that_can_be_written_is_written_and_agrees(place, commands):
     done = commands("predict", "best.ckpt", "photos", "--out", "full", *words, cwd=place)
     assert done.code == 0, done.err
     out = place / "full"
-    table = list(csv.DictReader((out / "statistics.csv").open()))
+    table = list(csv.DictReader(io.StringIO((out / "statistics.csv").read_text())))
     coco = json.loads((out / "regions.json").read_text())
     assert [category["name"] for category in coco["categories"]] == list(CLASSES.names)
     assert [annotation["id"] for annotation in coco["annotations"]] == list(range(1, len(coco["annotations"]) + 1))
@@ -484,7 +484,7 @@ def test_a_ring_is_one_polygon_whose_area_another_program_agrees_with():
 
 
 def test_a_tiler_sees_whole_what_fits(place):
-    tiler = Tiler(lambda image: image, SegNet(3, **MODEL).to("meta"), 32, memory=1 << 20)
+    tiler = Tiler(lambda image: image, SegNet(3, **MODEL).eval().to("meta"), 32, memory=1 << 20)
     assert tiler.step((10, 10)) is None
     assert "geometry" not in vars(tiler)  # nobody had to look
     assert tiler.step((1000, 1000)) is not None
