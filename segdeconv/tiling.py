@@ -7,8 +7,8 @@ strides, or pools would see other cells together; and it ends at such a multiple
 ceil-mode pools would round where the whole image goes on. Zeros are padded around the window as around the image, but
 where its edge is none of the image's they reach only places that are thrown away.
 
-Networks that stretch a map by a ratio that depends on the image's size (DeepLab-LargeFOV) have no such windows; theirs
-are near, and `exact` says so.
+A network that normalises by statistics of what it sees (FPN's group norm), or stretches a map by a ratio that depends
+on the image's size, has no such windows; its scores by parts are near those of the whole, and `exact` says so.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ from segdeconv.tracing import Trace
 
 # Sides of the image that the network is traced on: larger than fields are, and multiples of any product of strides.
 SIDES = (2048, 8192)
+
+# Layers whose outputs depend on the mean of all that is seen, which `fields` leaves aside.
+STATISTICS = (nn.GroupNorm, nn.InstanceNorm2d, nn.LayerNorm)
 
 Extent = tuple[int, int]  # [start, stop) along an axis
 Part = tuple[Extent, Extent]  # rows, columns
@@ -61,8 +64,8 @@ class Axis:
     @property
     def overlap(self) -> int:
         """How many pixels a window has beyond a part that begins and ends at multiples of the stride."""
-        far = 1 << 30
-        start, stop = self.window((far, far + self.stride), 1 << 31)
+        far = self.stride << 20
+        start, stop = self.window((far, far + self.stride), far << 1)
         return stop - start - self.stride
 
     def step(self, window: int) -> int:
@@ -155,7 +158,8 @@ def geometry_of(skeleton: nn.Module, least: int) -> Geometry:
         axes = [_axis(field.spans[axis], every[axis], side, least) for axis in (0, 1)]
         if axes[0] is not None and axes[1] is not None:
             (rows, exact), (columns, also) = axes[0], axes[1]
-            return Geometry(name, rows, columns, seen.peak / side**2, exact and also)
+            alike = not any(isinstance(module, STATISTICS) for module in skeleton.modules())
+            return Geometry(name, rows, columns, seen.peak / side**2, exact and also and alike)
     raise UsageError(
         f"every score of {name} hears all of the image, so it cannot be cut into tiles - leave out "
         "--tile, or give a smaller dataset.size"

@@ -42,6 +42,7 @@ class Tiler:
     ) -> None:
         self.score, self.skeleton, self.minimum, self.told = score, skeleton, minimum, told
         self.memory, self.tile, self.whole_only = memory, tile, False
+        self.said = False
 
     @functools.cached_property
     def geometry(self) -> Geometry:
@@ -62,7 +63,14 @@ class Tiler:
             self.told(f"images are seen whole, whatever memory they take: {error}")
             self.whole_only = True
             return None
-        return tile and self.geometry.steps(tile, size)
+        if tile is None:
+            return None
+        if not (self.geometry.exact or self.said):
+            self.said = True
+            self.told(
+                f"{self.geometry.network} sees a tile a little otherwise than the whole: scores are near, not equal"
+            )
+        return self.geometry.steps(tile, size)
 
     def shrink(self, size: Size) -> None:
         """After memory ran out on images of this size: half as many pixels at once from now on."""
