@@ -56,9 +56,7 @@ def main() -> int:
     add("--frames", action="store_true", help="DIR/<name>/000001.png ...: the mask of each frame of a video")
     group = parser.add_argument_group("large images")
     add = group.add_argument
-    add(
-        "--memory", metavar="SIZE", help="what the network's maps may take, such as 500M (default: a quarter, up to 4G)"
-    )
+    add("--memory", metavar="SIZE", help="what the network's maps may take, such as 500M (default: 1G to 4G)")
     add("--tile", default="auto", metavar="N|HxW", help="the largest tile, overlap included, in place of --memory")
     add("--verify-tiling", action="store_true", help="compare tiles with the whole image, and write nothing")
     add_looks(parser)

@@ -39,6 +39,7 @@ from segdeconv.views import Tiler, View, enlarged
 
 LARGE = 1 << 24  # pixels of an image with which memory is given back as soon as it is free
 ENDLESS = 1 << 30  # pixels of a side
+LEAST_MEMORY = 1 << 30  # since what the system calls free leaves out what it uses as a cache
 MOST_MEMORY = 4 << 30  # bytes that maps take at most unless more is said
 SHARE = 4  # of the memory that is free, one part is for maps
 NUMBERS = 16  # bytes for each class and pixel of the result that is being made: scores, their softmax, and copies
@@ -94,8 +95,8 @@ class Segmenter:
 
     flip: mean probabilities of the image and its mirror image. scales: mean probabilities over the image at these
         multiples of the size that it is seen at. samples: the mean of so many passes with dropout.
-    memory: bytes that the network's maps may take; None for a quarter of what is free, at most 4 GiB. What needs more
-        is seen in tiles, with the same result. tile: (H, W) of the largest tile, overlap included, in place of it.
+    memory: bytes that the network's maps may take; None for a quarter of what is free, between 1 and 4 GiB. What needs
+        more is seen in tiles, with the same result. tile: (H, W) of the largest tile, overlap included, in place of it.
     look: gives an image's probabilities in place of all that (`prediction.predictor_of`).
     told: called with a sentence where something goes on otherwise than asked.
     """
@@ -124,7 +125,7 @@ class Segmenter:
         self.max_pixels = settings.get("max_pixels") or MAX_PIXELS
         self.device = device or best_device()
         free = available(self.device)
-        self.memory = memory or min(MOST_MEMORY, free // SHARE if free else MOST_MEMORY)
+        self.memory = memory or max(LEAST_MEMORY, min(MOST_MEMORY, free // SHARE if free else MOST_MEMORY))
         model = read.model()
         precision = resolve_precision(precision, read.facts["precision"])
         network, minimum = ready(model, self.device, precision), model.minimum_size

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -26,6 +27,7 @@ from segdeconv.models import SegNet
 from segdeconv.outlines import rasterised, regions
 from segdeconv.png import Png
 from segdeconv.segmenter import Segmenter, compare_tiling
+from segdeconv.video import open_video
 from segdeconv.views import Tiler
 
 ROOT = Path(__file__).parents[1]
@@ -428,6 +430,22 @@ def test_a_video_becomes_one_of_the_same_length_and_rate_and_a_cut_one_what_is_l
     assert f"cut.avi gave {left} of 12 frames - it is cut or damaged; those are done" in done.out
     again = commands("predict", place / "best.ckpt", *paths[:2], "--frames", "--out", "out", cwd=tmp_path)
     assert "2 of 2 were done before" in again.out
+
+
+def test_a_video_that_is_stored_turned_is_seen_upright(tmp_path):
+    frame = np.zeros((48, 96, 3), np.uint8)
+    frame[:, :48] = 255
+    video(tmp_path / "lying.mp4", [frame] * 3)
+    content = bytearray((tmp_path / "lying.mp4").read_bytes())
+    matrix = content.index(b"tkhd") + 4 + 40  # ISO/IEC 14496-12, 8.3.2: where a track's header says its turn
+    content[matrix : matrix + 36] = struct.pack(">9i", 0, 65536, 0, -65536, 0, 0, 0, 0, 1 << 30)
+    (tmp_path / "turned.mp4").write_bytes(content)
+    first = next(open_video(tmp_path / "turned.mp4", 10_000).frames())
+    assert first.shape == (96, 48, 3)
+    assert first[10, 20].min() > 200  # what lay on the left is above
+    assert first[90, 20].max() < 60
+    with pytest.raises(UsageError, match="more than 100 - shrink it"):
+        open_video(tmp_path / "turned.mp4", 100)
 
 
 # Parts of it.
