@@ -146,7 +146,7 @@ def made_by(arguments: argparse.Namespace, read: Any) -> dict[str, Any]:
 
 def verify(segmenter: Any, images: dict[str, Path]) -> int:
     """Print how near the scores by tiles are to those of the whole; exit code 2 where they are not the same."""
-    from segdeconv.segmenter import compare_tiling
+    from segdeconv.tiling_check import compare_tiling
 
     wrong = 0
     for path in images.values():

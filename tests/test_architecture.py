@@ -39,7 +39,7 @@ LAYERS = [
     {"data.module", "task", "report", "prediction", "loggers", "recalibration", "views"},
     {"processes", "memory", "transfer"},
     {"training", "run_folder", "segmenter"},
-    {"callbacks", "labelling", "runs", "watch"},
+    {"callbacks", "labelling", "runs", "tiling_check", "watch"},
     {"train"},
     {
         "benchmarks", "benchmarks.contestants", "benchmarks.harness", "benchmarks.input", "benchmarks.kernels",

@@ -26,7 +26,8 @@ from segdeconv.journal import Journal
 from segdeconv.models import SegNet
 from segdeconv.outlines import rasterised, regions
 from segdeconv.png import Png
-from segdeconv.segmenter import Segmenter, compare_tiling
+from segdeconv.segmenter import Segmenter
+from segdeconv.tiling_check import compare_tiling
 from segdeconv.video import open_video
 from segdeconv.views import Tiler
 
