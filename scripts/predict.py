@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -113,15 +114,15 @@ def main() -> int:
     )
     if arguments.verify_tiling:
         return verify(segmenter, images)
-    journal = Journal(arguments.out, made_by(arguments, read), overwrite=arguments.overwrite)
-    labelling = Labelling(segmenter, outputs, journal, told)
-    done = sum(journal.has(name, path) for name, path in images.items())
-    if done:
-        print(f"{done} of {len(images)} were done before and are left as they are")
-    with tqdm(total=len(images), initial=done, unit="image", disable=None) as bar:
-        for _ in labelling.run(images):
-            bar.update()
-    tables = write_tables(journal, outputs)
+    with closing(Journal(arguments.out, made_by(arguments, read), overwrite=arguments.overwrite)) as journal:
+        labelling = Labelling(segmenter, outputs, journal, told)
+        done = sum(journal.has(name, path) for name, path in images.items())
+        if done:
+            print(f"{done} of {len(images)} were done before and are left as they are")
+        with tqdm(total=len(images), initial=done, unit="image", disable=None) as bar:
+            for _ in labelling.run(images):
+                bar.update()
+        tables = write_tables(journal, outputs)
     print(
         f"{len(images) - labelling.failed} masks in {arguments.out}, with {' and '.join(path.name for path in tables)}"
     )
