@@ -1,157 +1,196 @@
-"""Label images with a checkpoint.
+"""Label images and videos with a checkpoint.
 
     python scripts/predict.py CHECKPOINT PATH [PATH ...] [--out DIR] [key=value ...]
 
-PATH is a picture, a folder of pictures (with its sub-folders) or a pattern such as 'photos/*.jpg'. For each image
-DIR/<name>.png is an indexed palette mask of exactly the image's size and DIR/<name>_overlay.png shows it on the image
-with a legend. --samples N predicts the mean of N passes with dropout, and DIR/<name>_uncertainty.png shows where they
-disagree. --regions N sees each image through its N likeliest object proposals, --ensemble CHECKPOINT adds a second
-network and --crf refines the outlines. A file that cannot be read gets one line and the rest goes on; the exit code is
-then 2.
+PATH is a picture, a folder of pictures (with its sub-folders), a pattern such as 'photos/*.jpg', a list (.txt, one path
+a line; - for stdin) or a video. For each image DIR/<name>.png is an indexed palette mask of exactly the image's size
+and DIR/<name>_overlay.png shows it on the image with a legend; a video becomes DIR/<name>_overlay.mp4.
+DIR/statistics.csv has the share of each class in each image.
+
+Images of any size: what needs more memory than --memory is seen in tiles, with the same result. The same command again
+goes on where it was interrupted. --samples N predicts the mean of N passes with dropout, and
+DIR/<name>_uncertainty.png shows where they disagree. --regions N sees each image through its N likeliest object
+proposals, --ensemble CHECKPOINT adds a second network and --crf refines the outlines. A file that cannot be read gets
+one line and the rest goes on; the exit code is then 2.
 """
 
 from __future__ import annotations
 
-import glob
-import hashlib
-import os
+import argparse
+import re
 import sys
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 from segdeconv.errors import ArgumentParser, UsageError, run_command
 from segdeconv.options import add_looks, looks_more, parted
 
-LONGEST = 255  # bytes of a file's name
+UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+# What does not change what is written; all other arguments are part of what a folder was made by.
+NOT_MADE_BY = {"checkpoint", "paths", "out", "overwrite", "memory", "tile", "verify_tiling", "trust"}
 
 
 def main() -> int:
     """Parse, restore, predict each image."""
     parser = ArgumentParser("predict.py", description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", help="a .ckpt that train.py wrote")
-    parser.add_argument("paths", nargs="+", metavar="PATH", help="pictures, folders, patterns; then key=value")
-    parser.add_argument("--out", type=Path, default=Path("predictions"), help="folder (default: predictions)")
-    parser.add_argument("--samples", type=int, default=0, help="average over this many passes with dropout (default 0)")
-    parser.add_argument("--probabilities", action="store_true", help="write DIR/<name>.npy: (classes, H, W) float16")
-    parser.add_argument("--flip", action="store_true", help="average over each image and its mirror image")
-    parser.add_argument("--precision", default="auto", help="auto (default), 32-true, bf16-mixed or 16-mixed")
-    parser.add_argument("--trust", action="append", default=[], help="a class of your own that the recipe names")
+    add = parser.add_argument
+    add(
+        "checkpoint", help="a .ckpt that train.py wrote, a .safetensors with its card, or the name of a shipped network"
+    )
+    add("paths", nargs="+", metavar="PATH", help="pictures, folders, patterns, lists, videos, -; then key=value")
+    add("--out", type=Path, default=Path("predictions"), help="folder (default: predictions)")
+    add("--samples", type=int, default=0, help="average over this many passes with dropout (default 0)")
+    add("--flip", action="store_true", help="average over each image and its mirror image")
+    add("--scales", default="1", metavar="S,S", help="average over these multiples of the size, such as 0.75,1,1.25")
+    add("--precision", default="auto", help="auto (default), 32-true, bf16-mixed or 16-mixed")
+    add("--trust", action="append", default=[], help="a class of your own that the recipe names")
+    add("--overwrite", action="store_true", help="begin anew where DIR holds predictions made by something else")
+    group = parser.add_argument_group("what is written beside masks and overlays")
+    add = group.add_argument
+    add("--no-overlay", action="store_true", help="masks alone")
+    add("--probabilities", action="store_true", help="DIR/<name>.npy: (classes, H, W) float16")
+    add("--uncertainty", action="store_true", help="DIR/<name>_uncertainty.png: entropy, or variance with --samples")
+    add("--class-masks", action="store_true", help="DIR/<name>_<class>.png: 255 where the class is")
+    add("--polygons", action="store_true", help="DIR/regions.json: regions as polygons, in COCO's format")
+    add("--min-area", type=int, default=1, metavar="PIXELS", help="leave out smaller regions (default: 1)")
+    add("--frames", action="store_true", help="DIR/<name>/000001.png ...: the mask of each frame of a video")
+    group = parser.add_argument_group("large images")
+    add = group.add_argument
+    add("--memory", metavar="SIZE", help="what the network's maps may take, such as 500M (default: 1G to 4G)")
+    add("--tile", default="auto", metavar="N|HxW", help="the largest tile, overlap included, in place of --memory")
+    add("--verify-tiling", action="store_true", help="compare tiles with the whole image, and write nothing")
     add_looks(parser)
     arguments = parser.parse_intermixed_args()
     overrides, crf_keys = parted(path for path in arguments.paths if is_override(path))
-    kinds = ("", "_overlay", "_uncertainty") if arguments.samples else ("", "_overlay")
-    images = find_images([path for path in arguments.paths if not is_override(path)], arguments.out, kinds)
+    tile, memory, scales = tile_size(arguments.tile), byte_count(arguments.memory), numbers(arguments.scales)
+    if arguments.min_area != 1 and not arguments.polygons:
+        raise UsageError("--min-area does nothing without --polygons - add it")
+    looking = looks_more(arguments, crf_keys)
+    if looking and (tile or len(scales) > 1 or arguments.verify_tiling):
+        raise UsageError(
+            "--regions, --ensemble and --crf see images in a way of their own - leave out --tile, --scales"
+        )
+    paths = [path for path in arguments.paths if not is_override(path)]
 
-    import numpy as np
     from tqdm import tqdm
 
-    from segdeconv import checkpoint, draw
-    from segdeconv.data.reading import MAX_PIXELS, read_upright, turn_back
-    from segdeconv.data.transforms import Preprocessing
-    from segdeconv.inference import best_device, labels, resized, resolve_precision
+    from segdeconv import checkpoint
+    from segdeconv.inference import best_device
+    from segdeconv.journal import Journal
+    from segdeconv.labelling import Labelling, Outputs, write_tables
     from segdeconv.prediction import predictor_of
-    from segdeconv.scoring import sampler_of, scorer_of
+    from segdeconv.segmenter import Segmenter
+    from segdeconv.sources import find_images
+
+    def told(said: str) -> None:
+        tqdm.write(said, file=sys.stdout)
 
     read = checkpoint.read(arguments.checkpoint, trust=arguments.trust, overrides=overrides)
-    settings = read.config["dataset"]
-    preprocess = Preprocessing.restore({**read.facts["preprocessing"], "size": settings["size"]})
-    channels = preprocess.channels if preprocess.as_stored else None
-    precision = resolve_precision(arguments.precision, read.facts["precision"])
-    model, device = read.model(), best_device()
-    score = scorer_of(
-        model, device, precision, flip=arguments.flip, smaller=lambda said: tqdm.write(said, file=sys.stdout)
+    outputs = Outputs(
+        arguments.out,
+        read.classes,
+        overlay=not arguments.no_overlay,
+        probabilities=arguments.probabilities,
+        uncertainty=arguments.uncertainty or arguments.samples > 0,
+        class_masks=arguments.class_masks,
+        polygons=arguments.polygons,
+        least_area=arguments.min_area,
+        frames=arguments.frames,
     )
-    draw_samples = None
-    if arguments.samples:
-        draw_samples = sampler_of(model, device, precision, arguments.samples, flip=arguments.flip)
-    look = predictor_of(read, model, arguments, crf_keys, device) if looks_more(arguments, crf_keys) else None
-    failed = 0
-    with tqdm(images.items(), unit="image", disable=None) as bar:
-        for name, path in bar:
-            try:
-                max_pixels = settings.get("max_pixels", MAX_PIXELS)
-                image, stored = read_upright(path, channels=channels, max_pixels=max_pixels)
-                ready = preprocess(image, path)
-            except UsageError as error:
-                failed += 1
-                tqdm.write(f"skipped: {error}", file=sys.stdout)
-                continue
-            size = (image.shape[0], image.shape[1])
-            drawn = draw_samples(ready[None]) if draw_samples else None
-            scores = drawn.probabilities if drawn else look(image, name) if look else score(ready[None])
-            scores = resized(scores, size)
-            mask = labels(scores, size)[0].cpu().numpy()
-            draw.save_mask(turn_back(mask, stored), read.classes, output(arguments.out, name, ".png"))
-            picture = draw.overlay_with_legend(image, mask, read.classes)
-            draw.save_image(picture, output(arguments.out, name, "_overlay.png"))
-            if drawn:
-                uncertainty = resized(drawn.uncertainty[None], size)[0, 0].cpu().numpy()
-                heat = draw.heat(uncertainty, uncertainty.max())
-                draw.save_image(heat, output(arguments.out, name, "_uncertainty.png"))
-            if arguments.probabilities:
-                likely = scores if drawn or look or arguments.flip else scores.float().softmax(dim=1)
-                turned = [turn_back(one, stored) for one in likely[0].cpu().numpy()]
-                partial = (arguments.out / name).with_name(f".tmp-{os.getpid()}.npy")
-                np.save(partial, np.stack(turned).astype(np.float16))
-                partial.replace(output(arguments.out, name, ".npy"))
-    print(f"{len(images) - failed} masks and overlays in {arguments.out}")
-    if failed:
-        raise UsageError(f"{failed} of {len(images)} files could not be read, named above - mend or leave them out")
+    images = find_images(paths, arguments.out, outputs.endings())
+    device = best_device()
+    segmenter = Segmenter(
+        read,
+        device=device,
+        precision="32-true" if arguments.verify_tiling else arguments.precision,
+        flip=arguments.flip,
+        scales=scales,
+        samples=arguments.samples,
+        memory=memory,
+        tile=tile,
+        look=predictor_of(read, read.model(), arguments, crf_keys, device) if looking else None,
+        told=told,
+    )
+    if arguments.verify_tiling:
+        return verify(segmenter, images)
+    with closing(Journal(arguments.out, made_by(arguments, read), overwrite=arguments.overwrite)) as journal:
+        labelling = Labelling(segmenter, outputs, journal, told)
+        done = sum(journal.has(name, path) for name, path in images.items())
+        if done:
+            print(f"{done} of {len(images)} were done before and are left as they are")
+        with tqdm(total=len(images), initial=done, unit="image", disable=None) as bar:
+            for _ in labelling.run(images):
+                bar.update()
+        tables = write_tables(journal, outputs)
+    print(
+        f"{len(images) - labelling.failed} masks in {arguments.out}, with {' and '.join(path.name for path in tables)}"
+    )
+    if labelling.failed:
+        raise UsageError(
+            f"{labelling.failed} of {len(images)} files could not be read, named above - mend or leave them out"
+        )
     return 0
 
 
-def output(out: Path, name: str, ending: str) -> Path:
-    """out/NAMEending; a name that is then too long for a file is cut, and ends in its hash."""
-    path = out / f"{name}{ending}"
-    if len(os.fsencode(path.name)) > LONGEST:
-        stem = os.fsencode(Path(name).name)
-        digest = hashlib.sha256(stem).hexdigest()[:8]
-        kept = stem[: LONGEST - len(os.fsencode(ending)) - len(digest) - 1].decode(errors="ignore")
-        path = path.with_name(f"{kept}~{digest}{ending}")
-    return path
+def made_by(arguments: argparse.Namespace, read: Any) -> dict[str, Any]:
+    """What decides the content of every output: another one would write others under the same names."""
+    from segdeconv.data.download import hash_file
+
+    settings = {key: value for key, value in vars(arguments).items() if key not in NOT_MADE_BY}
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in settings.items()}
+    if arguments.ensemble:
+        settings["ensemble"] = hash_file(Path(arguments.ensemble))
+    keys = sorted(path for path in arguments.paths if is_override(path))
+    return {"checkpoint": hash_file(read.path), **settings, "keys": keys}
+
+
+def verify(segmenter: Any, images: dict[str, Path]) -> int:
+    """Print how near the scores by tiles are to those of the whole; exit code 2 where they are not the same."""
+    from segdeconv.tiling_check import compare_tiling
+
+    wrong = 0
+    for path in images.values():
+        found = compare_tiling(segmenter, path)
+        print(found.sentence)
+        wrong += not found.same
+    if wrong:
+        raise UsageError(f"{wrong} of {len(images)} images come out otherwise in tiles - give them more --memory")
+    return 0
+
+
+def tile_size(text: str) -> tuple[int, int] | None:
+    """(H, W) of `N`, `HxW` or `auto`."""
+    if text == "auto":
+        return None
+    found = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    if not found or not all(int(side) for side in found.groups(text) if side):
+        raise UsageError(f"--tile={text} is no size - write for example 1024, 768x1024 or auto")
+    return int(found[1]), int(found[2] or found[1])
+
+
+def byte_count(text: str | None) -> int | None:
+    """Bytes of `500M`, `2G`, `2GB`, `1.5GiB`."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMG]?)(?:i?B)?", text, re.IGNORECASE)
+    if not found or float(found[1]) == 0:
+        raise UsageError(f"--memory={text} is no amount of memory - write for example 500M or 2G")
+    return int(float(found[1]) * UNITS[found[2].upper()])
+
+
+def numbers(text: str) -> list[float]:
+    """Of `0.75,1,1.25`."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"--scales={text} are no numbers - write for example 0.75,1,1.25") from None
 
 
 def is_override(argument: str) -> bool:
     """A `key=value`, and not a path that happens to have an equals sign in it."""
     key, equals, _ = argument.partition("=")
     return bool(equals) and key.replace(".", "").replace("_", "").isalnum() and not Path(argument).exists()
-
-
-def find_images(paths: list[str], out: Path, kinds: tuple[str, ...]) -> dict[str, Path]:
-    """The pictures that the arguments mean, by the name (without suffix) of their output in `out`.
-
-    kinds: how the names of the files that are written for each of them end.
-    """
-    from segdeconv.data.reading import SUFFIXES
-
-    images: dict[str, Path] = {}
-    owners: dict[str, Path] = {}
-
-    def add(path: Path, name: str) -> None:
-        for kind in kinds:
-            owner = owners.setdefault(name + kind, path)
-            if owner != path:
-                raise UsageError(f"{path} and {owner} would both become {out / name}{kind}.png - use two folders")
-        images[name] = path
-
-    for argument in paths:
-        found = [Path(argument)] if Path(argument).exists() else [Path(path) for path in sorted(glob.glob(argument))]
-        if not found:
-            raise UsageError(f"there is no {argument} - give pictures, folders, or a pattern in quotes")
-        for path in found:
-            if os.path.realpath(out) in (os.path.realpath(path), os.path.realpath(path.parent)):
-                raise UsageError(f"--out {out} is the folder of the images, which would mix both - choose another")
-            if not path.is_dir():
-                add(path, path.stem)
-                continue
-            inside = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in SUFFIXES]
-            if not inside:
-                raise UsageError(f"{path} holds no picture - the suffixes are {', '.join(sorted(SUFFIXES))}")
-            for file in inside:
-                if Path(os.path.realpath(out)) not in Path(os.path.realpath(file)).parents:
-                    add(file, file.relative_to(path).with_suffix("").as_posix())
-    if not images:
-        raise UsageError("no image was given - name pictures, folders, or a pattern in quotes after the checkpoint")
-    return images
 
 
 if __name__ == "__main__":

@@ -17,9 +17,23 @@ def keep_freed(device: torch.device) -> None:
     page with zeros first: a fifth of a training step of SegNet. Of other C libraries nothing is asked. What the process
     holds is then what it held at its peak.
     """
-    if device.type != "cpu" or not sys.platform.startswith("linux"):
+    if device.type == "cpu":
+        _set(mappings=0, trim=2**31 - 1)
+
+
+def hand_back() -> None:
+    """Have this process give memory back again, as a process does that was told nothing.
+
+    For images of which one alone fills a good part of the memory: what lies between the holes that they leave would
+    keep all of it.
+    """
+    _set(mappings=65_536, trim=128 << 10)
+
+
+def _set(*, mappings: int, trim: int) -> None:
+    if not sys.platform.startswith("linux"):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_MMAP_MAX, mappings)
+        mallopt(M_TRIM_THRESHOLD, trim)

@@ -2,7 +2,8 @@
 
 A file holds `hyper_parameters = {"config": ..., "facts": ...}` beside the weights: *config* is the recipe that was
 chosen, *facts* what the data is (classes, preprocessing, class weights). Both are plain, so a checkpoint alone, in an
-empty directory, is enough to evaluate and predict.
+empty directory, is enough to evaluate and predict. Weights alone are shared as .safetensors with a card (cards.py) and
+read like any other.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 
+from segdeconv import cards
 from segdeconv.classes import Classes
 from segdeconv.config import override, targets
 from segdeconv.data.download import hash_file
@@ -138,6 +140,17 @@ def write(content: Mapping[str, Any], path: Path) -> None:
             raise
 
 
+def write_weights(
+    checkpoint: Checkpoint, path: Path, *, half: bool = False, about: Mapping[str, Any] | None = None
+) -> None:
+    """Write what a checkpoint predicts with, PATH.safetensors, and its card, PATH.json; `read` takes them back.
+
+    half: see `cards.write`. about: what else the card shall say (scores, licence, author); plain data.
+    """
+    ours = {"format": FORMAT, "config": checkpoint.config, "facts": checkpoint.facts}
+    cards.write(path, checkpoint.weights, {**(about or {}), **ours}, half=half)
+
+
 def sidecar_of(path: Path) -> Path:
     """The file that says what a checkpoint's hash is."""
     return path.with_name(path.name + ".sha256")
@@ -150,8 +163,6 @@ def _known(path: Path) -> list[str]:
 
 def verify(path: Path) -> None:
     """Raise CheckpointError unless the file is the one its sidecar names; a missing sidecar is only a warning."""
-    if not path.is_file():
-        raise UsageError(f"there is no checkpoint {path} - give a file such as runs/<dataset>-<model>/<time>/best.ckpt")
     sidecar = sidecar_of(path)
     if not sidecar.is_file():
         print(f"segdeconv: warning: {sidecar.name} is missing, so {path} cannot be verified", file=sys.stderr)
@@ -164,6 +175,8 @@ def verify(path: Path) -> None:
 
 def load_plain(path: Path) -> dict[str, Any]:
     """Verify and read a file of tensors and plain data. Never unpickles a class."""
+    if path.suffix == cards.SUFFIX:
+        return _load_weights(path)
     verify(path)
     try:
         _require_plain_zip(path)
@@ -178,6 +191,16 @@ def load_plain(path: Path) -> dict[str, Any]:
             f"{path} holds a {type(content).__name__}, not a checkpoint - give one that training wrote"
         )
     return content
+
+
+def _load_weights(path: Path) -> dict[str, Any]:
+    """Weights and their card, as the content of a checkpoint."""
+    card, weights = cards.read(path)
+    return {
+        "hyper_parameters": {"config": card.get("config"), "facts": card.get("facts")},
+        "segdeconv": {"format": card.get("format")},
+        "state_dict": {f"model.{name}": tensor for name, tensor in weights.items()},
+    }
 
 
 def _require_plain_zip(path: Path) -> None:
@@ -196,7 +219,7 @@ def foreign(recipe: Any) -> list[str]:
 
 
 def read(path: str | Path, *, trust: Collection[str] = (), overrides: Iterable[str] = ()) -> Checkpoint:
-    """Verify, read and admit a checkpoint.
+    """Verify, read and admit a checkpoint: a .ckpt, a .safetensors with its card, or the name of a shipped network.
 
     trust: names of classes beyond ADMITTED that its recipe may use (`--trust package.module.Class`).
     overrides: `key=value` arguments of a command line, set in the recipe after it was admitted.
@@ -205,7 +228,7 @@ def read(path: str | Path, *, trust: Collection[str] = (), overrides: Iterable[s
     """
     if "://" in str(path):
         raise UsageError(f"{path} is an address - download the file and check it first")
-    path = Path(path)
+    path = cards.located(Path(path))
     content = load_plain(path)
     if not _has_parts(*(content.get(part) for part in PARTS)):
         raise CheckpointError(f"{path} is not a checkpoint of segdeconv - give one that training wrote")

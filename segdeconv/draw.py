@@ -4,36 +4,79 @@ from __future__ import annotations
 
 import colorsys
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from segdeconv.classes import Classes
+from segdeconv.durable import PARTIAL
+from segdeconv.png import Png
 
 RIGHT, WRONG = (70, 160, 90), (220, 50, 47)
+LEGIBLE = 256  # pixels that a legend needs; narrower pictures are enlarged
+BAND = 1024  # rows of a large picture that are drawn at once
 GAP = 4  # pixels between the tiles of a grid
 
 
 def save_mask(mask: np.ndarray, classes: Classes, path: Path) -> None:
     """(H, W) uint8 class indices -> a palette PNG: its pixels are the indices, its palette the class colours."""
-    image = Image.fromarray(mask)
-    image.putpalette(classes.table.tobytes())  # makes it mode P
-    _save(image, path)
+    with _whole(path) as file:
+        picture = Png(file, (mask.shape[0], mask.shape[1]), palette=classes.table)
+        picture.write(mask)
+        picture.close()
 
 
 def save_image(image: np.ndarray, path: Path) -> None:
-    """(H, W, 3) uint8 -> PNG."""
-    _save(Image.fromarray(image), path)
+    """(H, W, 3) uint8, or (H, W) for shades of grey -> PNG."""
+    with _whole(path) as file:
+        picture = Png(file, (image.shape[0], image.shape[1]), channels=image.shape[2] if image.ndim == 3 else 1)
+        picture.write(image)
+        picture.close()
 
 
-def _save(image: Image.Image, path: Path) -> None:
+def save_overlay(image: np.ndarray, mask: np.ndarray, classes: Classes, path: Path) -> None:
+    """What `overlay_with_legend` shows -> PNG, made some rows at a time where it is large."""
+    height, width = mask.shape
+    if height <= BAND or width < LEGIBLE or image.dtype != np.uint8:
+        save_image(overlay_with_legend(image, mask, classes), path)
+        return
+    present = [index for index, count in enumerate(pixel_counts(mask)[: len(classes)]) if count]
+    strip = legend(classes, present, width)
+    with _whole(path) as file:
+        picture = Png(file, (height + len(strip), width), channels=3)
+        for top in range(0, height, BAND):
+            above = max(0, top - 1)  # an outline lies below the row that differs
+            rows = slice(above, top + BAND)
+            picture.write(overlay(image[rows], mask[rows], classes)[top - above :])
+        picture.write(strip)
+        picture.close()
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes its name when it is whole; what is cut is left under a short name that begins with PARTIAL."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".tmp-{os.getpid()}.png")  # short, where the name is as long as a name may be
-    image.save(partial, format="PNG")
-    partial.replace(path)
+    partial = path.with_name(f"{PARTIAL}{os.getpid()}-{threading.get_ident()}.png")
+    try:
+        with partial.open("wb") as file:
+            yield file
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def pixel_counts(mask: np.ndarray) -> list[int]:
+    """How many pixels of a (H, W) uint8 mask have each of the values 0 to 255."""
+    counts = np.zeros(256, dtype=np.int64)
+    for top in range(0, len(mask), BAND):  # since NumPy makes 8 bytes of each that it counts
+        counts += np.bincount(mask[top : top + BAND].ravel(), minlength=256)
+    return [int(count) for count in counts]
 
 
 def shown(image: np.ndarray) -> np.ndarray:
@@ -56,14 +99,16 @@ def colourise(mask: np.ndarray, classes: Classes) -> np.ndarray:
 
 def overlay(image: np.ndarray, mask: np.ndarray, classes: Classes, *, strength: float = 0.55) -> np.ndarray:
     """The class colours laid over the image, with outlines between classes; ignored pixels show the image."""
-    image, counted = shown(image), mask != classes.ignore_index
-    blend = image * (1 - strength) + colourise(mask, classes) * strength
-    result = np.where(counted[:, :, None], blend, image)
+    image = shown(image)
+    result = cv2.addWeighted(np.ascontiguousarray(image), 1 - strength, colourise(mask, classes), strength, 0)
+    ignored = mask == classes.ignore_index
+    if ignored.any():
+        result[ignored] = image[ignored]
     edge = np.zeros(mask.shape, dtype=bool)
     edge[:, 1:] |= mask[:, 1:] != mask[:, :-1]
     edge[1:] |= mask[1:] != mask[:-1]
-    result[edge] = 0.5 * result[edge] + 127
-    return result.clip(0, 255).astype(np.uint8)
+    result[edge] = result[edge] // 2 + 127
+    return result
 
 
 def error(mask: np.ndarray, prediction: np.ndarray, ignore_index: int) -> np.ndarray:
@@ -101,11 +146,16 @@ def legend(classes: Classes, present: Sequence[int], width: int) -> np.ndarray:
     return np.asarray(strip)
 
 
-def overlay_with_legend(image: np.ndarray, mask: np.ndarray, classes: Classes) -> np.ndarray:
-    """The overlay with a legend below; small images are enlarged by a whole factor so that the legend is legible."""
-    factor = max(1, -(-256 // image.shape[1]))
+def overlay_with_legend(
+    image: np.ndarray, mask: np.ndarray, classes: Classes, *, everything: bool = False
+) -> np.ndarray:
+    """The overlay with a legend below; small images are enlarged by a whole factor so that the legend is legible.
+
+    everything: all classes are in the legend, also those that are not in the mask.
+    """
+    factor = max(1, -(-LEGIBLE // image.shape[1]))
     picture = enlarged(overlay(image, mask, classes), factor * image.shape[0])
-    present = [int(index) for index in np.unique(mask) if index < len(classes)]
+    present = range(len(classes)) if everything else [int(one) for one in np.unique(mask) if one < len(classes)]
     return np.concatenate([picture, legend(classes, present, picture.shape[1])])
 
 

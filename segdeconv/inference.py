@@ -16,6 +16,7 @@ from segdeconv.layers import fold_norms
 from segdeconv.seeding import key
 
 Model = TypeVar("Model", bound=nn.Module)
+Looked = TypeVar("Looked")  # whatever a scorer looks at: a batch, or a part of an image
 
 # (N, 3, H, W) normalised images -> (N, C, H, W) scores: logits, or anything whose largest channel wins.
 Scorer = Callable[[Tensor], Tensor]
@@ -33,6 +34,19 @@ def ready(model: Model, device: torch.device, precision: str) -> Model:
             if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
                 module.to(_half(precision))
     return network
+
+
+def scorer_on(network: nn.Module, device: torch.device, precision: str, minimum: int) -> Scorer:
+    """A network that was made `ready`, as a function of images of any size, on any device.
+
+    minimum: the smallest side in pixels that it takes.
+    """
+
+    def score(image: Tensor) -> Tensor:
+        with torch.inference_mode(), autocast(precision, device):
+            return network(image.to(device).contiguous(memory_format=torch.channels_last))
+
+    return padded(score, minimum)
 
 
 def padded(scorer: Scorer, minimum: int) -> Scorer:
@@ -71,15 +85,8 @@ def ran_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or of_the_machine
 
 
-SMALLEST = 64  # pixels of a side; what does not fit then fits no more easily
-
-
-def thrifty(scorer: Scorer, *, smaller: Callable[[str], None] | None = None) -> Scorer:
-    """Where memory runs out a batch is scored in halves, and one image at half its size, if that may be.
-
-    smaller: told, in words, of each image that was scored at less than its size; None where that may not be, since its
-        scores would be others.
-    """
+def thrifty(scorer: Scorer) -> Scorer:
+    """Where memory runs out a batch is scored in halves."""
 
     def score(image: Tensor) -> Tensor:
         try:
@@ -93,15 +100,10 @@ def thrifty(scorer: Scorer, *, smaller: Callable[[str], None] | None = None) -> 
         if len(image) > 1:
             return torch.cat([score(half) for half in image.chunk(2)])
         height, width = image.shape[-2:]
-        if smaller is None or max(height, width) < SMALLEST:
-            raise UsageError(
-                f"memory ran out on one image of {height}x{width} - give a smaller dataset.size=[H,W], or a machine "
-                "with more"
-            )
-        size = (-(-height // 2), -(-width // 2))
-        smaller(f"memory ran out at {height}x{width}: predicted at {size[0]}x{size[1]} and enlarged")
-        reduced = F.interpolate(image, size=size, mode="bilinear", align_corners=False, antialias=True)
-        return resized(score(reduced), (height, width))
+        raise UsageError(
+            f"memory ran out on one image of {height}x{width} - give a smaller dataset.size=[H,W], or a machine with "
+            "more"
+        )
 
     return score
 
@@ -127,7 +129,9 @@ class Samples(NamedTuple):
         return self.variance.mean(dim=1)
 
 
-def sampled(scorer: Scorer, network: nn.Module, samples: int, *, seed: int = 0) -> Callable[[Tensor], Samples]:
+def sampled(
+    scorer: Callable[[Looked], Tensor], network: nn.Module, samples: int, *, seed: int = 0
+) -> Callable[[Looked], Samples]:
     """Monte Carlo dropout: so many passes, each with dropout of its own, batch norm as in any prediction.
 
     Kendall, Badrinarayanan, Cipolla 2017 (Bayesian SegNet), section 3, https://arxiv.org/abs/1511.02680.
@@ -147,7 +151,7 @@ def sampled(scorer: Scorer, network: nn.Module, samples: int, *, seed: int = 0) 
             "or train model=bayesian_segnet or another with model.dropout_at=central"
         )
 
-    def draw(image: Tensor) -> Samples:
+    def draw(image: Looked) -> Samples:
         devices = {parameter.device for parameter in network.parameters() if parameter.is_cuda}
         with torch.no_grad(), torch.random.fork_rng(list(devices)), _on(dropouts):
             torch.manual_seed(key(seed, "sample", 0))

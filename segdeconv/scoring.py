@@ -23,15 +23,14 @@ from segdeconv.errors import UsageError
 from segdeconv.inference import (
     Samples,
     Scorer,
-    autocast,
     entropy,
     flipped,
     labels_and_confidence,
-    padded,
     ready,
     resized,
     resolve_precision,
     sampled,
+    scorer_on,
     softmaxed,
     thrifty,
 )
@@ -46,13 +45,9 @@ def scorer_of(
     precision: str,
     *,
     flip: bool = False,
-    smaller: Callable[[str], None] | None = None,
 ) -> Scorer:
-    """A trained network as a function from normalised images of any size to class scores; uses a copy of it.
-
-    smaller: see `inference.thrifty`.
-    """
-    return _scorer(ready(model, device, precision), device, precision, flip=flip, smaller=smaller)
+    """A trained network as a function from normalised images of any size to class scores; uses a copy of it."""
+    return _scorer(ready(model, device, precision), device, precision, flip=flip)
 
 
 def _scorer(
@@ -61,15 +56,9 @@ def _scorer(
     precision: str,
     *,
     flip: bool,
-    smaller: Callable[[str], None] | None = None,
 ) -> Scorer:
     keep_freed(device)
-
-    def score(image: torch.Tensor) -> torch.Tensor:
-        with torch.inference_mode(), autocast(precision, device):
-            return network(image.to(device).contiguous(memory_format=torch.channels_last))
-
-    whole = thrifty(padded(score, network.minimum_size), smaller=smaller)
+    whole = thrifty(scorer_on(network, device, precision, network.minimum_size))
     return flipped(whole) if flip else whole
 
 

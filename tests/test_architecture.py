@@ -12,16 +12,19 @@ PACKAGE = ROOT / "segdeconv"
 
 # Arrows go up only: a module imports modules of its own layer or below.
 LAYERS = [
-    {"allocation", "durable", "errors", "machine", "options", "seeding"},
+    {"allocation", "durable", "errors", "journal", "machine", "options", "png", "seeding"},
     {
         "boxes", "classes", "switches", "kernels", "fused", "fused_kernels", "layers", "lattice", "recomputation",
         "config",
     },
     {"data.decoding", "data.channels", "data.reading", "data.download", "data.sampler", "data.splits", "data.store"},
-    {"encoders", "balancing", "metrics", "draw", "crf", "boundary", "calibration", "page"},
+    {
+        "cards", "encoders", "balancing", "metrics", "draw", "outlines", "page", "sources", "video", "crf", "boundary",
+        "calibration",
+    },
     {"breakdown", "gallery"},
     {"losses", "losses.base", "losses.pixelwise", "losses.regions", "losses.combined"},
-    {"fields", "flow", "tracing", "describe"},
+    {"fields", "flow", "tracing", "describe", "tiling"},
     {"stability", "zeiler_fergus", "decoder_stages", "switch_statistics", "figure"},
     {
         "models", "models.base", "models.basic", "models.deconvnet", "models.deeplab_largefov", "models.dropout",
@@ -38,12 +41,12 @@ LAYERS = [
     },
     {
         "data.module", "task", "report", "scoring", "prediction", "loggers", "recalibration", "ablation", "uncertainty",
-        "sheets",
+        "sheets", "views",
     },
     {"visualization"},
     {"processes", "memory", "transfer", "evaluation", "report_page", "inspection_page"},
-    {"training", "run_folder"},
-    {"callbacks", "runs", "switch_curves", "watch"},
+    {"training", "run_folder", "segmenter"},
+    {"callbacks", "labelling", "runs", "switch_curves", "tiling_check", "watch"},
     {"train"},
     {
         "benchmarks", "benchmarks.contestants", "benchmarks.harness", "benchmarks.input", "benchmarks.kernels",

@@ -1,5 +1,9 @@
 """Pictures of every kind through the real commands: read as stated, or refused in one line before the first step."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import fakes
 import numpy as np
 import pictures
@@ -125,7 +129,8 @@ def test_a_prediction_goes_on_after_bad_files_and_exits_2(trained, skipped):
     count = len(pictures.BAD)
     assert f"{count} of {count + 1} files could not be read, named above" in skipped.sentence
     assert (trained / "some" / "z good.png").is_file()
-    assert sorted(path.name for path in (trained / "some").iterdir()) == ["z good.png", "z good_overlay.png"]
+    written = ["predictions.jsonl", "statistics.csv", "z good.png", "z good_overlay.png"]
+    assert sorted(path.name for path in (trained / "some").iterdir()) == written
 
 
 @pytest.mark.parametrize("name", pictures.BAD)
@@ -184,3 +189,35 @@ def test_a_jpeg_with_flipped_bits_is_read_or_named(tmp_path, trained, commands):
     refused = [line for line in done.out.splitlines() if line.startswith("skipped: ")]
     assert done.code == (2 if refused else 0), done.err
     assert len(list((tmp_path / "out").glob("*_overlay.png"))) + len(refused) == 40
+
+
+@pytest.mark.slow
+def test_a_picture_of_144_million_pixels_is_predicted_in_less_than_2_gb(tmp_path, trained):
+    coarse = np.random.default_rng(0).integers(0, 256, (120, 120, 3), dtype=np.uint8)
+    Image.fromarray(coarse).resize((12_000, 12_000), Image.Resampling.BILINEAR).save(tmp_path / "large.jpg")
+    words = ("--memory", "300M", "dataset.size=null", "--out", "out")
+    probe = (
+        "import resource, runpy, sys\n"
+        "sys.argv = sys.argv[1:]\n"
+        "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "finally:\n    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+    )
+    script = Path(__file__).parents[1] / "scripts" / "predict.py"
+    done = subprocess.run(
+        [sys.executable, "-c", probe, script, trained / "run" / "best.ckpt", "large.jpg", *words],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert int(done.stdout.splitlines()[-1]) * 1024 < 2e9
+    mask = Image.open(tmp_path / "out" / "large.png")
+    assert (mask.size, mask.mode) == ((12_000, 12_000), "P")
+    mask.close()
+
+
+def test_a_picture_of_too_many_pixels_says_the_key(tmp_path, trained, commands):
+    pictures.saved("PNG")(tmp_path / "x.png")
+    done = commands("predict", trained / "run" / "best.ckpt", "x.png", "dataset.max_pixels=100", cwd=tmp_path)
+    assert done.code == 2
+    assert "more than 100 - shrink it or raise dataset.max_pixels" in done.out

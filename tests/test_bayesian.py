@@ -393,11 +393,12 @@ def test_evaluate_with_samples_scores_their_mean(trained, typed, capsys):
 
 def test_predict_shows_where_the_samples_disagree_and_writes_probabilities_if_asked(typed):
     assert typed("predict", "run/best.ckpt", "mine/images/val_0.png", "--out", "plain") == 0
-    assert {path.name for path in Path("plain").iterdir()} == {"val_0.png", "val_0_overlay.png"}
+    tables = {"predictions.jsonl", "statistics.csv"}
+    assert {path.name for path in Path("plain").iterdir()} == {"val_0.png", "val_0_overlay.png"} | tables
     asked = ("--samples", "4", "--probabilities", "--out", "drawn")
     assert typed("predict", "run/best.ckpt", "mine/images/val_0.png", *asked) == 0
     names = {"val_0.png", "val_0_overlay.png", "val_0_uncertainty.png", "val_0.npy"}
-    assert {path.name for path in Path("drawn").iterdir()} == names
+    assert {path.name for path in Path("drawn").iterdir()} == names | tables
     mask = np.array(fakes.opened(Path("drawn/val_0.png")))
     assert fakes.opened(Path("drawn/val_0_uncertainty.png")).size == mask.shape[::-1]
     probabilities = np.load("drawn/val_0.npy").astype(np.float32)

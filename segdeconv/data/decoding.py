@@ -54,6 +54,17 @@ def require_size(path: Path, width: int, height: int, max_pixels: int) -> None:
         )
 
 
+def header_pixels(path: Path) -> int:
+    """How many pixels a picture has, by its header; 0 where that cannot be told, which is said when it is read."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            return 0
+        with Image.open(path, formats=FORMATS) as image:
+            return image.width * image.height
+    except Exception:  # Pillow raises many types for a damaged file
+        return 0
+
+
 def damaged(path: Path, error: object) -> UsageError:
     """What is said of a file that no reader gets through."""
     said = " ".join(str(error).split())

@@ -15,6 +15,7 @@ from segdeconv.data.decoding import is_array, open_picture, read_array
 from segdeconv.errors import UsageError
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".npy"})
+BAND = 1024  # rows of a large picture that are converted at once
 MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs
 
 Exif = Literal["refuse", "apply", "ignore"]
@@ -63,7 +64,18 @@ def _rgb(image: Image.Image, path: Path) -> np.ndarray:
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, (0, 0, 0, 255)), rgba)
-    return np.asarray(image.convert("RGB"))
+    return _in_bands(image)
+
+
+def _in_bands(image: Image.Image) -> np.ndarray:
+    """(H, W, 3) uint8; a large picture some rows at a time, since Pillow's way to an array takes three more of it."""
+    if image.height <= BAND:
+        return np.asarray(image.convert("RGB"))
+    array = np.empty((image.height, image.width, 3), dtype=np.uint8)
+    for top in range(0, image.height, BAND):
+        below = min(image.height, top + BAND)
+        array[top:below] = np.asarray(image.crop((0, top, image.width, below)).convert("RGB"))
+    return array
 
 
 # What makes the upright picture of a stored one, by its EXIF orientation.
@@ -81,7 +93,12 @@ _TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 
 def turn_upright(image: np.ndarray, stored: int) -> np.ndarray:
     """A picture as its file stores it -> upright."""
-    return np.ascontiguousarray(_TURNS[stored](image))
+    return np.ascontiguousarray(turned_view(image, stored))
+
+
+def turned_view(image: np.ndarray, stored: int) -> np.ndarray:
+    """The upright view of a picture as its file stores it; what is written into one is in the other."""
+    return _TURNS[stored](image)
 
 
 def turn_back(mask: np.ndarray, stored: int) -> np.ndarray:
