@@ -20,7 +20,7 @@ LAYERS = [
     {"data.decoding", "data.channels", "data.reading", "data.download", "data.sampler", "data.splits", "data.store"},
     {"cards", "encoders", "balancing", "metrics", "draw", "crf", "boundary", "calibration"},
     {"losses", "losses.base", "losses.pixelwise", "losses.regions", "losses.combined"},
-    {"fields", "tracing", "describe"},
+    {"fields", "flow", "tracing", "describe"},
     {
         "models", "models.base", "models.basic", "models.deconvnet", "models.deeplab_largefov", "models.dropout",
         "models.fcn", "models.fpn", "models.segnet", "models.unet"
