@@ -53,6 +53,8 @@ def main() -> None:
         print(f"{what}: {it['name']}, {it['dtype']}, ({', '.join(map(str, it['shape']))})")
     largest = f", scores within {agreed['largest']:.1e} of their standard deviation" if agreed["largest"] else ""
     print(f"compared on {shapes}: {100 * agreed['same_class']:.2f} % of the pixels have the same class{largest}")
+    if agreed["same_class_as_full"] is not None:
+        print(f"weights of 16 bits: {100 * agreed['same_class_as_full']:.2f} % have the same class as with 32")
 
 
 if __name__ == "__main__":

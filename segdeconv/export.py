@@ -36,6 +36,7 @@ FEWEST_SAME = (
 LARGEST_MEAN = 1e-3  # of the differences of scores, in standard deviations of the scores
 # Of files that resize, on pictures of noise, up to an eighth of whose numbers they make one grey level brighter.
 FEWEST_SAME_RESIZED, LARGEST_MEAN_RESIZED = 0.99, 0.05
+FEWEST_SAME_HALF = 0.98  # of networks with weights of 16 and of 32 bits; rounding moves switches
 
 
 @dataclass(frozen=True)
@@ -43,13 +44,15 @@ class Agreement:
     """How a file and its network agreed on random images.
 
     shapes: of the inputs. same_class: share of the pixels. largest, mean: difference of scores, in standard deviations
-        of the scores; None where the file gives labels.
+        of the scores; None where the file gives labels. same_class_as_full: share of the pixels to which weights of 16
+        and of 32 bits give the same class; None where they have 32.
     """
 
     shapes: list[list[int]]
     same_class: float
     largest: float | None
     mean: float | None
+    same_class_as_full: float | None
 
 
 def export(
@@ -76,25 +79,26 @@ def export(
             )
     run, versions = (onnx_graph.runner, onnx_graph.require_libraries()) if path.suffix == ONNX else (_pt2_runner, {})
     preprocessing = Preprocessing.restore({**read.facts["preprocessing"], "size": read.config["dataset"]["size"]})
-    network = read.model()
+    network, full = read.model(), None
     folded = fold_norms(network)
     if half:
-        folded = network = onnx_graph.rounded(folded, path)
+        network, full = onnx_graph.rounded(folded, path), network
+        folded = network
     exported = Exported(folded, preprocessing, pixels=pixels, argmax=argmax).eval()
     smallest = _smallest(exported, path)
-    program = _traced(exported, preprocessing, smallest)
+    program = _traced(exported, preprocessing)
     found: list[Agreement] = []
 
     def verify(partial: Path) -> None:
         images = _images(exported, preprocessing, smallest)
-        found.append(_compared(run(partial), network, preprocessing, exported, images, path))
+        found.append(_compared(run(partial), network, full, preprocessing, exported, images, path))
         card_of(path).unlink(missing_ok=True)  # and written last, so that it never speaks of another file
 
     path.parent.mkdir(parents=True, exist_ok=True)
     operators: list[str] = []
     with replacing(path, before=verify) as file:
         if path.suffix == ONNX:
-            graph = onnx_graph.convert(program, output=exported.output, half=half, path=path)
+            graph = onnx_graph.convert(program, axes=exported.axes, output=exported.output, half=half, path=path)
             operators = sorted({node.op_type for node in graph.graph.node})
             file.write(graph.SerializeToString())
         else:
@@ -120,7 +124,7 @@ def _interface(read: Checkpoint, exported: Exported, preprocessing: Preprocessin
     pixels, argmax, size = exported.pixels, exported.argmax, preprocessing.size
     classes, stored = read.classes, f"uint{preprocessing.bits}"
     axes: dict[str, Any] = {"N": "N", "H": "H", "W": "W", "C": preprocessing.channels}
-    order = pixels.upper() if pixels else "NCHW"
+    order = exported.axes
     inside = "the graph" if pixels else "you"
     resize = "area average where both sides shrink, else bilinear with half-pixel centres; rounded to whole numbers"
     return {
@@ -159,20 +163,31 @@ def _interface(read: Checkpoint, exported: Exported, preprocessing: Preprocessin
 
 
 def _smallest(exported: Exported, path: Path) -> int:
-    """The smallest side that the file takes. torch.export takes a map of one cell for one that has no second."""
-    if exported.size:
-        return 1 if path.suffix == ONNX else 2
-    least = exported.network.minimum_size
-    return least if path.suffix == ONNX else max(33, least)
+    """The smallest side that the file takes."""
+    if path.suffix == ONNX:
+        return 1 if exported.size else exported.network.minimum_size
+    return _least_traced(exported)
 
 
-def _traced(exported: Exported, preprocessing: Preprocessing, smallest: int) -> ExportedProgram:
-    least = 2 if exported.size else max(33, smallest)
+def _least_traced(exported: Exported) -> int:
+    """The smallest side that a trace is right for: torch.export takes a map of one cell for one that never has two."""
+    return 2 if exported.size else 32 * -(-exported.network.minimum_size // 32) + 1
+
+
+def _traced(exported: Exported, preprocessing: Preprocessing) -> ExportedProgram:
+    least = _least_traced(exported)
     image = _example(exported, preprocessing, (2, least + 31, least + 63))
     height = 1 if exported.pixels == "nhwc" else 2
-    free = {0: Dim("N"), height: Dim("H", min=least), height + 1: Dim("W", min=least)}
-    with torch.no_grad():
-        return torch.export.export(exported, (image,), dynamic_shapes=(free,))
+    free = {0: Dim.DYNAMIC, height: Dim.DYNAMIC(min=least), height + 1: Dim.DYNAMIC(min=least)}
+    try:
+        with torch.no_grad():
+            return torch.export.export(exported, (image,), dynamic_shapes=(free,))
+    except Exception as error:  # of many types, of networks of a user's own
+        said = " ".join(str(error).split())[:200]
+        raise UsageError(
+            f"{type(exported.network).__name__} cannot be exported, since torch.export does not follow it with free "
+            f"sizes ({said}) - share its weights as {SUFFIX}"
+        ) from error
 
 
 def _example(exported: Exported, preprocessing: Preprocessing, shape: tuple[int, int, int]) -> Tensor:
@@ -192,7 +207,7 @@ def _example(exported: Exported, preprocessing: Preprocessing, shape: tuple[int,
 def _images(exported: Exported, preprocessing: Preprocessing, smallest: int) -> Iterator[np.ndarray]:
     """Two batches (N, H, W, C) of random pictures: one, as small as may be; two larger ones, of odd sides."""
     random = np.random.default_rng(key(0, "export"))
-    least = max(smallest, 33 if exported.size else smallest)
+    least = 33 if exported.size else smallest
     top = 2**preprocessing.bits
     larger = (2 * exported.size[0] + 1, 2 * exported.size[1] + 7) if exported.size else (least + 32, least + 21)
     for count, height, width in ((1, least, least + 14), (2, *larger)):
@@ -205,15 +220,19 @@ def _images(exported: Exported, preprocessing: Preprocessing, smallest: int) -> 
 def _compared(
     run: onnx_graph.Runner,
     network: SegmentationModel,
+    full: SegmentationModel | None,
     preprocessing: Preprocessing,
     exported: Exported,
     images: Iterator[np.ndarray],
     path: Path,
 ) -> Agreement:
-    """Run the file and the network, as `predict` uses it, on the same pictures; raises UsageError if they differ."""
+    """Run the file and the network, as `predict` uses it, on the same pictures; raises UsageError if they differ.
+
+    full: the network as it was before its weights were rounded, if they were.
+    """
     score = padded(network, network.minimum_size)
     shapes: list[list[int]] = []
-    same = pixels = 0
+    same = same_as_full = pixels = 0
     differences: list[Tensor] = []
     deviations: list[Tensor] = []
     for batch in images:
@@ -224,6 +243,9 @@ def _compared(
         ready = preprocessing.normalised(stacked(list(seen)))
         with torch.no_grad():
             expected = resized(score(ready), size)
+            if full is not None:
+                before = resized(padded(full, full.minimum_size)(ready), size)
+                same_as_full += int((labels(before, size) == labels(expected, size)).sum())
         given = {None: ready.contiguous().numpy(), "nhwc": batch, "nchw": batch.transpose(0, 3, 1, 2)}[exported.pixels]
         result = torch.from_numpy(run(np.ascontiguousarray(given)))
         shapes.append(list(given.shape))
@@ -239,16 +261,23 @@ def _compared(
         if not exported.argmax:
             differences.append((result - expected).abs().flatten())
             deviations.append(expected.std())
-    agreement = Agreement(shapes, same / pixels, None, None)
+    largest = mean = None
     if differences:
         spread = max(float(torch.stack(deviations).mean()), torch.finfo(torch.float32).tiny)
         every = torch.cat(differences) / spread
-        agreement = Agreement(shapes, same / pixels, float(every.max()), float(every.mean()))
+        largest, mean = float(every.max()), float(every.mean())
+    agreement = Agreement(shapes, same / pixels, largest, mean, None if full is None else same_as_full / pixels)
     fewest, most = (FEWEST_SAME_RESIZED, LARGEST_MEAN_RESIZED) if exported.size else (FEWEST_SAME, LARGEST_MEAN)
     if agreement.same_class < fewest or (agreement.mean or 0) > most:
         raise UsageError(
             f"{path} was not written: {100 * agreement.same_class:.2f} % of the pixels have the class that the network "
             f"gives them, and {100 * fewest:g} % should - export to another form, or without --preprocess"
+        )
+    if agreement.same_class_as_full is not None and agreement.same_class_as_full < FEWEST_SAME_HALF:
+        raise UsageError(
+            f"{path} was not written: weights of 16 bits give {100 * (1 - agreement.same_class_as_full):.1f} % of the "
+            f"pixels of random pictures another class, and {100 * (1 - FEWEST_SAME_HALF):g} % may have one - leave out "
+            "--half"
         )
     return agreement
 

@@ -41,6 +41,11 @@ class Exported(nn.Module):
             self.register_buffer(name, torch.tensor(getattr(preprocessing, name))[:, None, None], persistent=False)
 
     @property
+    def axes(self) -> str:
+        """Of what goes in, by letters."""
+        return self.pixels.upper() if self.pixels else "NCHW"
+
+    @property
     def output(self) -> str:
         """What comes out, by name."""
         return "labels" if self.argmax else "logits"

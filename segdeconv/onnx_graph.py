@@ -53,10 +53,11 @@ def runner(path: Path) -> Runner:
     return lambda image: session.run(None, {"image": image})[0]
 
 
-def convert(program: ExportedProgram, *, output: str, half: bool, path: Path) -> Any:
+def convert(program: ExportedProgram, *, axes: str, output: str, half: bool, path: Path) -> Any:
     """A traced network as a protocol buffer of ONNX, of which no operator is foreign to other programs.
 
-    output: its name; the input is `image`. half: keep weights in 16 bits. path: for the sentence if it cannot be.
+    axes: of the input, such as NCHW, whose name is `image`. output: its name. half: keep weights in 16 bits.
+    path: for the sentence if it cannot be.
     """
     size = sum(weight.nbytes for weight in program.state_dict.values())
     if size // (2 if half else 1) > LARGEST:
@@ -70,6 +71,12 @@ def convert(program: ExportedProgram, *, output: str, half: bool, path: Path) ->
             dynamo=True,
             verbose=False,
         ).model_proto  # type: ignore[union-attr]  # of dynamo=True it is a program
+    (given,), (gives,) = graph.graph.input, graph.graph.output
+    for value, names in ((given, axes), (gives, "NHW" if output == "labels" else "NCHW")):
+        for dimension, name in zip(value.type.tensor_type.shape.dim, names, strict=True):
+            if name != "C":
+                dimension.dim_param = name
+    del graph.graph.value_info[:]  # shapes in between, in the exporter's own names
     for node in graph.graph.node:  # where in which file of this machine each came from
         del node.metadata_props[:]
         node.ClearField("doc_string")
