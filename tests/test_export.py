@@ -196,6 +196,7 @@ def test_torch_export_gives_what_the_network_gives(tmp_path):
             torch.testing.assert_close(program(image), read.model()(image), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_half_the_bytes_and_the_numbers_of_16_bit_weights(segnet, tmp_path):
     place, read, *_ = segnet
     card = export(read, tmp_path / "half.onnx", half=True)
@@ -255,10 +256,7 @@ def test_weights_are_exported_too(segnet, tmp_path, commands):
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(path.stem, marks=[] if path.stem in ("unet",) else pytest.mark.slow, id=path.stem)
-        for path in CONFIGS
-    ],
+    [pytest.param(path.stem, marks=[] if path.stem == "unet" else pytest.mark.slow, id=path.stem) for path in CONFIGS],
 )
 def test_every_network_exports(tmp_path, name):
     read = made(tmp_path, slim(name))

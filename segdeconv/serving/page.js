@@ -134,10 +134,10 @@ function fit() {
   if (!seen) return;
   const room = $("left").clientWidth, height = Math.max(240, window.innerHeight - 215);
   let scale = Math.min(room / seen.width, height / seen.height);
-  if (scale > 1) scale = Math.max(1, Math.floor(scale)); // whole pixels of small pictures
+  if (scale > 3) scale = Math.floor(scale); // small pictures in whole pixels
   $("stage").style.width = `${Math.round(scale * seen.width)}px`;
   $("stage").style.height = `${Math.round(scale * seen.height)}px`;
-  $("stage").classList.toggle("pixels", scale > 1);
+  $("stage").classList.toggle("pixels", scale > 3);
 }
 
 function legend() {
@@ -172,8 +172,7 @@ function facts() {
   const said = [`${seen.width}×${seen.height} pixels, looked at as ${width}×${height} in ${seen.seconds.toFixed(2)} s.`];
   if (seen.reduced_from) {
     const [before, across] = seen.reduced_from;
-    const most = network.largest / 1e6;
-    said.push(`Reduced from ${across}×${before}, since no more than ${most} million pixels are shown.`);
+    said.push(`Reduced from ${across}×${before}, since ${network.largest / 1e6} million pixels are the most.`);
   }
   said.push(`Mean probability of the classes shown: ${percent(seen.mean_confidence)}.`);
   $("facts").textContent = said.join(" ");
@@ -236,7 +235,7 @@ async function explain(pixel) {
       const item = element("li"), bar = element("span", "bar"), fill = element("i");
       const name = element("span", "name");
       name.append(swatch(index), network.classes[index].name);
-      fill.style.width = percent(share);
+      fill.style.width = `${100 * share}%`;
       bar.append(fill);
       item.append(name, bar, element("span", "share", percent(share)));
       return item;

@@ -219,9 +219,9 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def _require_address(self) -> None:
-        given = self.headers.get("Host", "")
-        name = (urlsplit(f"//{given}").hostname or "") if given.isprintable() else ""
+        name, given = "", self.headers.get("Host", "")
         try:
+            name = urlsplit(f"//{given}").hostname or ""
             known = ipaddress.ip_address(name).is_loopback or not self.server.loopback
         except ValueError:
             known = name in ("localhost", self.server.host, socket.gethostname().lower())
