@@ -247,7 +247,14 @@ def _compared(
                 before = resized(padded(full, full.minimum_size)(ready), size)
                 same_as_full += int((labels(before, size) == labels(expected, size)).sum())
         given = {None: ready.contiguous().numpy(), "nhwc": batch, "nchw": batch.transpose(0, 3, 1, 2)}[exported.pixels]
-        result = torch.from_numpy(run(np.ascontiguousarray(given)))
+        try:
+            result = torch.from_numpy(run(np.ascontiguousarray(given)))
+        except Exception as error:  # of whatever runs it
+            said = " ".join(str(error).split())[:200]
+            raise UsageError(
+                f"{path} was not written: it does not run on an input of {tuple(given.shape)} ({said}) - export to "
+                "another form"
+            ) from error
         shapes.append(list(given.shape))
         shape = expected[:, 0].shape if exported.argmax else expected.shape
         if result.shape != shape or result.dtype != (torch.uint8 if exported.argmax else torch.float32):

@@ -17,7 +17,8 @@ const element = (name, className, text) => {
   if (text !== undefined) made.textContent = text;
   return made;
 };
-const percent = (share, digits = 1) => `${(100 * share).toFixed(digits)} %`;
+const percent = (share, digits = 1) =>
+  share > 0 && 100 * share < 0.5 * 10 ** -digits ? `< ${10 ** -digits} %` : `${(100 * share).toFixed(digits)} %`;
 const swatch = (index) => {
   const made = element("span", "swatch");
   made.style.background = `rgb(${network.classes[index].colour.join(",")})`;
