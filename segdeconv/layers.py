@@ -100,7 +100,7 @@ class BilinearDeconv(nn.ConvTranspose2d):
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:  # type: ignore[override]
         """(N, channels, h, w) -> (N, channels, *size): up to `stride` times the size, cut below and right."""
-        return super().forward(x)[..., : size[0], : size[1]]
+        return cut(super().forward(x), size)
 
 
 def cut(x: Tensor, size: Sequence[int], start: int = 0) -> Tensor:

@@ -269,20 +269,22 @@ def _pick_eager(x: Tensor, switches: Tensor) -> Tensor:
     return lower.bitwise_xor_(upper).bitwise_and_(row).bitwise_xor_(upper).view(x.dtype)
 
 
-# Plain. Parity of H and W is unknown while a graph is traced: the cells of all windows come from four shifted copies
-# (a shift fills the edge with what cannot win), and a pixel finds its window by halving its row and column.
+# Plain. Parity of H and W is unknown while a graph is traced: the cells of all windows come from a map that is wider by
+# one row and column of what cannot win, and windows are spread over four times the channels, shuffled into place and
+# cut to size.
 
 
-def _shifted(x: Tensor, code: int, fill: float) -> Tensor:
-    dy, dx = code // 2, code % 2
-    return F.pad(x, (-dx, dx, -dy, dy), value=fill)[..., ::2, ::2]
+def _cells(x: Tensor, fill: float) -> list[Tensor]:
+    """The four cells of every window, by code: four of (N, C, ceil(H/2), ceil(W/2))."""
+    height, width = x.shape[-2:]
+    wider = F.pad(x, (0, 1, 0, 1), value=fill)
+    return [wider[..., dy : height + dy : 2, dx : width + dx : 2] for dy in (0, 1) for dx in (0, 1)]
 
 
 def _pool_plain(x: Tensor) -> tuple[Tensor, Tensor]:
-    features = _shifted(x, 0, float("-inf"))
+    features, *others = _cells(x, float("-inf"))
     switches = torch.zeros_like(features, dtype=torch.uint8)
-    for code in range(1, 4):
-        cell = _shifted(x, code, float("-inf"))
+    for code, cell in enumerate(others, start=1):
         wins = (cell > features) | (cell != cell)
         features = torch.where(wins, cell, features)
         switches = torch.where(wins, code, switches)
@@ -290,15 +292,15 @@ def _pool_plain(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _place_plain(x: Tensor, switches: Tensor, height: int, width: int) -> Tensor:
-    rows = torch.arange(height, device=x.device)
-    columns = torch.arange(width, device=x.device)
-    parity = ((rows % 2)[:, None] * 2 + columns % 2).to(torch.uint8)
-    window = (rows // 2)[:, None], columns // 2
-    return torch.where(switches[..., window[0], window[1]] == parity, x[..., window[0], window[1]], 0)
+    codes = torch.arange(4, dtype=torch.uint8, device=x.device)[:, None, None]
+    cells = torch.where(switches[:, :, None] == codes, x[:, :, None], 0)  # (N, C, 4, h, w)
+    placed = F.pixel_shuffle(cells.flatten(1, 2), 2)
+    # By a negative padding: of a slice torch.export would keep its bounds, and not know that the size is this.
+    return F.pad(placed, (0, width - placed.shape[-1], 0, height - placed.shape[-2]))
 
 
 def _pick_plain(x: Tensor, switches: Tensor) -> Tensor:
-    picked = _shifted(x, 0, 0.0)
-    for code in range(1, 4):
-        picked = torch.where(switches == code, _shifted(x, code, 0.0), picked)
+    picked, *others = _cells(x, 0.0)
+    for code, cell in enumerate(others, start=1):
+        picked = torch.where(switches == code, cell, picked)
     return picked

@@ -41,9 +41,10 @@ LAYERS = [
     },
     {
         "data.module", "task", "report", "scoring", "prediction", "loggers", "recalibration", "ablation", "uncertainty",
-        "sheets", "views",
+        "sheets", "views", "exported", "onnx_graph",
     },
-    {"visualization"},
+    {"visualization", "export", "serving", "serving.look"},
+    {"serving.server"},
     {"processes", "memory", "transfer", "evaluation", "report_page", "inspection_page"},
     {"training", "run_folder", "segmenter"},
     {"callbacks", "labelling", "runs", "switch_curves", "tiling_check", "watch"},

@@ -29,7 +29,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from segdeconv.encoders import Encoder, SwitchSource
-from segdeconv.layers import BilinearDeconv, ConvBlock, Dropouts, init_he
+from segdeconv.layers import BilinearDeconv, ConvBlock, Dropouts, cut, init_he
 from segdeconv.models.base import SegmentationModel
 from segdeconv.models.dropout import DropoutAt, dropout_places
 from segdeconv.switches import unpool
@@ -233,7 +233,7 @@ class BilinearBasic(BasicModel):
         return self.classifier(x), [Level(pooling.size) for pooling in reversed(pooled)]
 
     def decode(self, x: Tensor, levels: list[Level]) -> Tensor:
-        for (height, width), *_ in levels:
+        for size, *_ in levels:
             # Twice the size and then cut, so that windows that reached over an odd edge stay where they were.
-            x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)[..., :height, :width]
+            x = cut(F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False), size)
         return x

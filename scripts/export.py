@@ -1,0 +1,61 @@
+"""Write a network as a file that other programs run.
+
+    python scripts/export.py CHECKPOINT --out FILE.onnx|FILE.pt2|FILE.safetensors [--preprocess] [--argmax] [--half]
+
+FILE.onnx runs in ONNX Runtime, OpenVINO, TensorRT and others, FILE.pt2 in torch without this package; FILE.safetensors
+is weights to share, which every command here takes as a CHECKPOINT. Beside each stands FILE.json: classes, colours,
+preprocessing, names and shapes. Images may have any size and number. A file is run beside the network and compared
+before it gets its name.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from segdeconv.errors import ArgumentParser, UsageError, run_command
+
+
+def main() -> None:
+    """Parse, read, export."""
+    parser = ArgumentParser("export.py", description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoint", help="a .ckpt that train.py wrote, a .safetensors, or a shipped network")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example dataset.size=[360,480]")
+    parser.add_argument("--out", type=Path, required=True, help="a file that ends in .onnx, .pt2 or .safetensors")
+    parser.add_argument("--preprocess", action="store_true", help="take images as they are stored, of any size")
+    parser.add_argument("--layout", choices=("nhwc", "nchw"), help="their axes, with --preprocess (default nhwc)")
+    parser.add_argument("--argmax", action="store_true", help="give class indices, not logits")
+    parser.add_argument("--half", action="store_true", help="keep weights in 16 bits: half the file")
+    parser.add_argument("--trust", action="append", default=[], help="a class of your own that the recipe names")
+    arguments = parser.parse_intermixed_args()
+    if arguments.layout and not arguments.preprocess:
+        raise UsageError(f"--layout {arguments.layout} is for images as they are stored - add --preprocess")
+
+    from segdeconv import cards, checkpoint
+
+    read = checkpoint.read(arguments.checkpoint, trust=arguments.trust, overrides=arguments.overrides)
+    out: Path = arguments.out
+    if out.suffix == cards.SUFFIX:
+        if arguments.preprocess or arguments.argmax:
+            raise UsageError(f"--preprocess and --argmax are of graphs, and {out} holds weights - leave them out")
+        checkpoint.write_weights(read, out, half=arguments.half)
+        print(f"{out}: {out.stat().st_size / 1e6:.1f} MB; recipe, classes and preprocessing in {cards.card_of(out)}")
+        return
+
+    from segdeconv.export import export
+    from segdeconv.exported import Layout
+
+    pixels: Layout | None = (arguments.layout or "nhwc") if arguments.preprocess else None
+    card = export(read, out, pixels=pixels, argmax=arguments.argmax, half=arguments.half)
+    agreed, given, gives = card["verified"], card["input"], card["output"]
+    shapes = " and ".join("x".join(map(str, shape)) for shape in agreed["shapes"])
+    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB; how to use it in {cards.card_of(out)}")
+    for what, it in (("input", given), ("output", gives)):
+        print(f"{what}: {it['name']}, {it['dtype']}, ({', '.join(map(str, it['shape']))})")
+    largest = f", scores within {agreed['largest']:.1e} of their standard deviation" if agreed["largest"] else ""
+    print(f"compared on {shapes}: {100 * agreed['same_class']:.2f} % of the pixels have the same class{largest}")
+    if agreed["same_class_as_full"] is not None:
+        print(f"weights of 16 bits: {100 * agreed['same_class_as_full']:.2f} % have the same class as with 32")
+
+
+if __name__ == "__main__":
+    run_command(main)
