@@ -134,8 +134,8 @@ def write(content: Mapping[str, Any], path: Path) -> None:
     with replacing(path, before=name_first) as file:
         try:
             torch.save(dict(content), file)
-        except RuntimeError as error:  # torch closes its archive, and hides that the disk was full
-            if isinstance(error.__context__, OSError):
+        except RuntimeError as error:  # torch closes its archive, and hides that the disk was full or a worker died
+            if error.__context__ is not None:
                 raise error.__context__ from None
             raise
 

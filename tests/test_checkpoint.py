@@ -1,5 +1,7 @@
 """Checkpoint files: whole or not at all, verified, and unable to run code."""
 
+import contextlib
+import io
 import json
 import os
 import pickle
@@ -191,6 +193,32 @@ def test_a_disk_that_is_full_at_any_byte_is_said_as_such_and_the_old_file_stays(
     assert "best.ckpt" in done.stdout
     assert path.read_bytes() == before
     assert sorted(os.listdir(tmp_path)) == ["best.ckpt", "best.ckpt.sha256"]
+
+
+@pytest.mark.parametrize("nth", [1, 2, 7])
+@pytest.mark.parametrize(
+    "struck", [RuntimeError("DataLoader worker (pid 5) is killed by signal: Killed. "), SystemExit(143)]
+)
+def test_what_a_signal_says_in_the_midst_of_a_write_is_what_is_heard(tmp_path, monkeypatch, nth, struck):
+    """torch raises the death of a worker wherever the program is, and then cannot close its archive either."""
+
+    class Struck(io.BytesIO):
+        writes = 0
+
+        def write(self, content):
+            self.writes += 1
+            if self.writes == nth:
+                raise struck
+            return super().write(content)
+
+    @contextlib.contextmanager
+    def replacing(path, before):
+        yield Struck()
+
+    path = written(tmp_path)
+    monkeypatch.setattr(checkpoint, "replacing", replacing)
+    with pytest.raises(type(struck), match=r"is killed by signal|143"):
+        checkpoint.write({"weights": torch.ones(5000)}, path)
 
 
 def test_a_writer_that_is_cut_twice_before_its_rename_leaves_a_checkpoint_that_its_sidecar_knows(tmp_path, monkeypatch):
