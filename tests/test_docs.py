@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+import cv2
 import fakes
 import numpy as np
 import pytest
@@ -20,8 +22,8 @@ from segdeconv.runs import check_recipe
 pytestmark = pytest.mark.slow
 OWN_CODE = ROOT / "docs" / "own_code"
 
-# Left out: other tests run these scripts, for hours of training in the pages are minutes in them.
-ELSEWHERE = {"study": "test_study.py", "benchmark": "test_benchmarks.py"}
+# Left out: other tests run these scripts, which take hours, or do not end by themselves.
+ELSEWHERE = {"study": "test_study.py", "benchmark": "test_benchmarks.py", "serve": "test_serve.py"}
 PROGRAMS = ("logger=wandb", "logger=mlflow")  # test_loggers.py has stand-ins for what they need
 
 # What makes a training command a matter of seconds, unless it says the key itself.
@@ -32,7 +34,10 @@ SLIM = {
 
 # Checkpoints that a page has from another run, by their path or its beginning, and a command that makes one.
 MADE_BY = {
+    "best.ckpt": "dataset=camvid model=segnet model.width=0.25",
+    "demo/": "experiment=demo dataset.num_train=8 dataset.num_val=4",
     "runs/camvid-segnet/": "dataset=camvid model=segnet",
+    "runs/camvid-unet/": "dataset=camvid model=unet",
     "runs/camvid-bayesian_segnet/": "dataset=camvid model=bayesian_segnet",
     "fcn8s.ckpt": "dataset=voc model=fcn",
     "RUN/": "experiment=segnet_basic_camvid_paper model=bayesian_segnet_basic",
@@ -61,8 +66,15 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     fakes.oxford_pets(data / "oxford-iiit-pet")
     own_data(place / "mine")
     (place / "photos").mkdir()
-    for index in range(2):
-        Image.fromarray(fakes.image_and_mask(index, 3)[0]).save(place / "photos" / f"{index}.jpg")
+    pictures = [fakes.image_and_mask(index, 3)[0] for index in range(3)]
+    for index, picture in enumerate(pictures):
+        Image.fromarray(picture).save(place / "photos" / f"{index}.jpg")
+    (place / "images.txt").write_text("scan.tif\n")
+    Image.fromarray(np.tile(pictures[0], (9, 9, 1))).save(place / "scan.tif")
+    film = cv2.VideoWriter(str(place / "film.mp4"), cv2.VideoWriter.fourcc(*"mp4v"), 25.0, pictures[0].shape[1::-1])
+    for picture in pictures:
+        film.write(picture)
+    film.release()
     return place
 
 
@@ -104,7 +116,7 @@ def test_every_command_of_a_page_runs(page: Path, site: Path, tmp_path: Path, co
         shutil.copytree(OWN_CODE, place, dirs_exist_ok=True)
     else:
         (place / "mine").symlink_to(site / "mine")
-    for name in ("data", "photos"):
+    for name in ("data", "photos", "images.txt", "scan.tif", "film.mp4"):
         (place / name).symlink_to(site / name)
     for line in commands_of(page):
         program, *words = shlex.split(line.replace("/data/", "data/"), comments=True)
@@ -115,6 +127,8 @@ def test_every_command_of_a_page_runs(page: Path, site: Path, tmp_path: Path, co
             words = [re.sub(r"^(trainer\.devices)=\d+$", r"\1=1", word) for word in words]
             words = [word for word in words if word != "model.pretrained=imagenet"]  # test_encoders.py, from a file
             words = [there(word, place, commands) for word in words]
+            if script == "train":
+                time.sleep(1)  # the folder of a run is named by its second
             if script in ("train", "find") and "--config-dir=configs" not in words:
                 words = slim(words)
             done = commands(script, *words, cwd=place, env={"PYTHONPATH": str(place)}, timeout=300)
