@@ -82,6 +82,7 @@ def fail():
     raise ValueError("no such network")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peaks are exact on Linux alone")
 def test_a_race_tells_the_times_and_the_memory_of_each():
     timings = harness.race({"small": partial(allocate, 8), "large": partial(allocate, 200)}, repeats=3)

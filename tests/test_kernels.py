@@ -22,6 +22,7 @@ def run(*arguments, **environment):
     )
 
 
+@pytest.mark.slow  # Triton interprets them
 @pytest.mark.parametrize("cases", ["kernel_cases", "fused_cases"])
 def test_the_kernels_have_torchs_numbers(cases):
     interpreted = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}

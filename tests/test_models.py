@@ -247,6 +247,7 @@ def assert_compiled_is_eager(model, backend, **tolerance):
             torch.testing.assert_close(ours, expected, **tolerance)
 
 
+@pytest.mark.slow
 def test_slimmest_segnet_compiles_whole_and_equals_eager():
     assert_compiled_is_eager(SegNet(3, depth=11, norm=False, width=SLIM), "aot_eager")
 
