@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -171,8 +172,13 @@ def test_a_program_without_torch_labels_a_picture_as_predict_does(segnet, tmp_pa
     words = []
     for name in ("plain", "ends"):
         words += [place / f"{name}.onnx", picture, tmp_path / f"{name}.png"]
-    words = [sys.executable, "-c", WITHOUT_TORCH, ROOT / "docs" / "onnx_consumer.py", *words]
-    subprocess.run([str(word) for word in words], check=True, timeout=60)
+    (short,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "export.md").read_text(), re.DOTALL)
+    (tmp_path / "short.py").write_text(short)
+    shortly = [tmp_path / "short.py", place / "ends.onnx", picture, tmp_path / "short.png"]
+    for program in ([ROOT / "docs" / "onnx_consumer.py", *words], shortly):
+        typed = [sys.executable, "-c", WITHOUT_TORCH, *program]
+        subprocess.run([str(word) for word in typed], check=True, timeout=60)
+    assert (tmp_path / "short.png").read_bytes() == (tmp_path / "ends.png").read_bytes()
     for name, seen_by in (("plain", read), ("ends", checkpoint.read(place / "unet.ckpt"))):
         preprocess = Preprocessing.restore({**seen_by.facts["preprocessing"], "size": [40, 56]})
         image, _ = read_upright(picture)
