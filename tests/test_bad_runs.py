@@ -540,7 +540,8 @@ TYPED = (
     (("train", *DATA, "hydra.run.dir=train.txt/run"), 2, "train.txt/run"),
     (("evaluate", "run/cut.ckpt"), 4, "run/cut.ckpt is not a checkpoint that can be read safely"),
     (("evaluate", "nothing.ckpt"), 2, "there is no checkpoint nothing.ckpt"),
-    (("predict", "run/best.ckpt", "train.txt"), 2, "1 of 1 files could not be read"),
+    (("predict", "run/best.ckpt", "run/config.yaml"), 2, "1 of 1 files could not be read"),
+    (("predict", "run/best.ckpt", "train.txt"), 2, "there is no train_0"),
     (("inspect_data", "dataset=folder", "dataset.root=train.txt"), 2, "train.txt is not a folder"),
     (("evaluate", "run/best.ckpt", "--nonsense"), 2, "unrecognized arguments: --nonsense"),
 )
