@@ -50,6 +50,16 @@ def test_a_bit_that_the_decoder_accepts_is_noticed(tmp_path, commands):
     assert done.code == 0, done.err
 
 
+def test_a_damaged_test_split_is_not_taken_for_none(tmp_path, commands):
+    root = fakes.camvid(tmp_path / "camvid", ("train", "val", "test"))
+    listing = listed(root)
+    min((root / "test").glob("*.png")).unlink()
+    words = ("dataset=camvid", "dataset.root=camvid", f"dataset.checksums={listing}")
+    done = commands("inspect_data", *words, cwd=tmp_path)
+    assert done.code == 2
+    assert "test_000.png cannot be read (No such file or directory) and is in" in done.sentence
+
+
 @pytest.mark.parametrize("binary", [False, True])
 def test_every_file_of_the_split_must_be_listed(tmp_path, binary):
     root = fakes.folder(tmp_path / "mine", layout="lists")
