@@ -28,9 +28,8 @@ def main() -> None:
 
     from segdeconv import checkpoint
     from segdeconv.serving.look import Looker
-    from segdeconv.serving.server import Server, end_on_signals
+    from segdeconv.serving.server import Server
 
-    end_on_signals()
     read = checkpoint.read(arguments.checkpoint, trust=arguments.trust, overrides=arguments.overrides)
     looker = Looker(read, precision=arguments.precision, samples=arguments.samples)
     server = Server(looker, arguments.host, arguments.port)

@@ -1,12 +1,17 @@
 """What every test gets: an own cache folder and one thread, so that results do not depend on the machine's load."""
 
 import os
+import signal
 
 import forked
 import pytest
 import torch
 
 torch.set_num_threads(1)
+
+# A shell starts what it runs in the background deaf to Ctrl-C, and so would be every command that a test starts.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

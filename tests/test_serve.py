@@ -319,22 +319,6 @@ def test_a_signal_ends_it_at_once_also_while_it_looks(path, number, code, said):
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_what_hears_no_interruption(number, code):
-    deaf = (
-        "import time\nfrom segdeconv.serving.server import end_on_signals\nend_on_signals(grace=0.2)\n"
-        "print('ready', flush=True)\n"
-        "while True:\n    try:\n        time.sleep(1)\n    except BaseException:\n        pass\n"
-    )
-    words = [sys.executable, "-c", deaf]
-    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "ready\n"
-        process.send_signal(number)
-        _, said = process.communicate(timeout=60)
-    assert process.returncode == code
-    assert said.splitlines()[-1].startswith("segdeconv: error: ")
-
-
 def test_mistakes_are_one_sentence(read, address, tmp_path, commands):
     done = commands("serve", read.path, "--port", "70000", cwd=tmp_path)
     assert (done.code, done.sentence) == (2, "--port 70000 is no port - give 0 to 65535")

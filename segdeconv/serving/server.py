@@ -7,21 +7,17 @@ somebody else's could point a name of its own here (DNS rebinding), and takes pi
 
 from __future__ import annotations
 
-import _thread
 import contextlib
 import errno
 import io
 import ipaddress
 import itertools
 import json
-import os
 import queue
-import signal
 import socket
 import struct
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -57,28 +53,6 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
 }
-
-
-def end_on_signals(grace: float = 3) -> None:
-    """Have SIGINT and SIGTERM end this process soon, whatever it is in the midst of; call it in the main thread.
-
-    They interrupt the main thread as ever. That waits for an operation of the network to end, and torch may meet the
-    interruption where it ignores errors; after so many seconds the process leaves all the same. Nothing is to be saved.
-    """
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        return
-    numbers = {signal.SIGINT, signal.SIGTERM}
-    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
-
-    def wait() -> None:
-        number = signal.Signals(signal.sigwait(numbers))
-        _thread.interrupt_main(number)
-        time.sleep(grace)
-        what = "interrupted" if number == signal.SIGINT else f"stopped by {number.name}"
-        print(f"segdeconv: error: {what} - run the same command again", file=sys.stderr, flush=True)
-        os._exit(128 + number)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 class Refused(Exception):
@@ -132,10 +106,7 @@ class Server(ThreadingHTTPServer):
         """Answer for ever. Looks at pictures here, in the caller's thread, which an interruption then ends."""
         threading.Thread(target=self.serve_forever, daemon=True).start()
         while True:
-            try:
-                work, answer = self.work.get(timeout=0.2)  # or nothing would be heard of `end_on_signals`
-            except queue.Empty:
-                continue
+            work, answer = self.work.get()
             if not answer.set_running_or_notify_cancel():
                 continue
             try:
