@@ -186,7 +186,7 @@ class Labelling:
                         self._video(name, path)
                     else:
                         image, stored, pixels = future.result()
-                        prediction, files = self._predict(name, path, image, stored)
+                        prediction, files = self._predict(name, image, stored)
                         written.append(writers.submit(self._write, name, path, prediction, files, pixels))
                         del image, prediction
                 except UsageError as error:
@@ -214,11 +214,11 @@ class Labelling:
             raise
         return image, stored, pixels
 
-    def _predict(self, name: str, path: Path, image: np.ndarray, stored: int) -> tuple[Prediction, list[Path]]:
+    def _predict(self, name: str, image: np.ndarray, stored: int) -> tuple[Prediction, list[Path]]:
         predict = partial(
             self.segmenter.predict,
             image,
-            name=str(path),
+            name=name,
             stored=stored,
             uncertainty=self.outputs.uncertainty,
             confidence=self.outputs.polygons,

@@ -158,6 +158,7 @@ class Segmenter:
     ) -> Prediction:
         """image: a file, a PIL image as it is, or (H, W, 3) uint8 RGB (what the network was trained on, if other).
 
+        name: what the image is called, in sentences about it and by what `look` reads or writes of it.
         sink: is given the probabilities, part by part; they are never held whole.
         """
         if isinstance(image, str | Path):
