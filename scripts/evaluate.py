@@ -109,7 +109,7 @@ def main() -> None:
     if arguments.ablate:
         facts["ablation"] = ablation.ablate(counted, done.confusion, done.boundaries, levels)
     if arguments.uncertainty:
-        facts["uncertainty"] = uncertainty.uncertainty(read, arguments.split, **settings)
+        facts["uncertainty"] = uncertainty.uncertainty(read, dataset, **settings)
     found = done.report(**facts)
     shown = {}
     if other:

@@ -13,12 +13,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from segdeconv.checkpoint import Checkpoint
+from segdeconv.data.dataset import SegmentationDataset
 from segdeconv.data.transforms import Preprocessing
 from segdeconv.errors import UsageError
 from segdeconv.flow import recorded
-from segdeconv.inference import autocast, padded, ready, resized, resolve_precision
+from segdeconv.inference import ready, resized, resolve_precision, scorer_on
 from segdeconv.models import SegmentationModel
-from segdeconv.scoring import restore_dataset, sampler_of, scorer_of
+from segdeconv.scoring import sampler_of, scorer_of
 from segdeconv.stability import NOISE, instability
 from segdeconv.switches import Pooling
 
@@ -63,12 +64,11 @@ def pools_of(
 ) -> Iterator[Callable[[Tensor], list[Pooling]]]:
     """A trained network as a function from normalised images to the poolings of its encoder; uses a copy of it."""
     network = ready(model, device, precision)
-    score = padded(network, network.minimum_size)
+    score = scorer_on(network, device, precision, network.minimum_size)
     with recorded(network) as pooled:
 
         def pools(image: Tensor) -> list[Pooling]:
-            with torch.inference_mode(), autocast(precision, device):
-                score(image.to(device).contiguous(memory_format=torch.channels_last))
+            score(image)
             return list(pooled)
 
         yield pools
@@ -82,7 +82,7 @@ def noise_of(preprocessing: Preprocessing) -> Tensor:
 
 def uncertainty(
     checkpoint: Checkpoint,
-    split_name: str,
+    dataset: SegmentationDataset,
     *,
     device: torch.device,
     precision: str = "auto",
@@ -96,8 +96,9 @@ def uncertainty(
     classes, and `mutual information`; for a network whose pools keep switches, `switches`, how often they change
     (`Instability.changed`, the mean over the levels), and `moved`, how much they move; `switches k`, `moved k`: of
     level k alone.
+
+    dataset: a split as `scoring.restore_dataset` gives it.
     """
-    dataset = restore_dataset(checkpoint, split_name)
     size = checkpoint.config["dataset"]["size"]
     preprocessing = Preprocessing.restore({**checkpoint.facts["preprocessing"], "size": size})
     precision = resolve_precision(precision, checkpoint.facts["precision"])
@@ -106,7 +107,7 @@ def uncertainty(
     draw = sampler_of(model, device, precision, samples, flip=flip) if samples else None
     rankings: dict[str, ErrorRanking] = {}
     noise = noise_of(preprocessing)
-    bar = tqdm(total=len(dataset), desc=f"looking for doubt in {split_name}", unit="image", disable=None)
+    bar = tqdm(total=len(dataset), desc=f"looking for doubt in {dataset.split}", unit="image", disable=None)
     with bar, pools_of(model, device, precision) as pools:
         for place in range(len(dataset)):
             image, stored, name = dataset[place]

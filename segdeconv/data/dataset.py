@@ -150,6 +150,10 @@ class View(SegmentationDataset):
         return self.dataset.image_files
 
     @property
+    def files(self) -> list[Path]:
+        return self.dataset.files
+
+    @property
     def stored_classes(self) -> Classes:
         return self.dataset.stored_classes
 
