@@ -24,6 +24,7 @@ from segdeconv.metrics import ConfusionMatrix, scores
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
 REAL_CAMVID = SHARED / "CamVid"
+needs_camvid = pytest.mark.skipif(not REAL_CAMVID.is_dir(), reason=f"no real CamVid in {REAL_CAMVID}")
 
 
 def raises(words: str) -> Any:
@@ -111,6 +112,30 @@ def test_camvid_without_its_folder_or_list_is_refused(tmp_path: Path) -> None:
         CamVid("val", str(fakes.camvid(tmp_path, splits=("train",))))
 
 
+def test_a_drive_of_camvid_becomes_val_and_leaves_train(tmp_path: Path) -> None:
+    fakes.camvid(tmp_path)
+    split = {name: CamVid(name, str(tmp_path), drive="train_002") for name in ("train", "val")}
+    assert split["train"].names == ["train_000", "train_001", "train_003"]
+    assert split["val"].names == ["train_002"]
+    np.testing.assert_array_equal(split["val"][0].image, CamVid("train", str(tmp_path))[2].image)
+    assert "begin with train_002" in split["val"].notes[0]
+    assert split["val"].fingerprint != CamVid("val", str(tmp_path)).fingerprint
+
+
+@pytest.mark.parametrize(("drive", "count"), [("0002", 0), ("train", 4)])
+def test_a_drive_of_camvid_that_is_none_or_all_of_train_is_refused(tmp_path: Path, drive: str, count: int) -> None:
+    with raises(
+        rf"dataset\.drive={drive}: names of {count} of the 4 images of .*train\.txt begin so - name one drive of"
+    ):
+        CamVid("val", str(fakes.camvid(tmp_path)), drive=drive)
+
+
+@needs_camvid
+def test_the_three_drives_of_the_real_train_split_have_the_known_frames() -> None:
+    counts = {drive: len(CamVid("val", str(REAL_CAMVID), drive=drive)) for drive in ("0001TP", "0006R0", "0016E5")}
+    assert counts == {"0001TP": 62, "0006R0": 101, "0016E5": 204}
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -154,8 +179,6 @@ COUNTED = {
     ],
 }  # fmt: skip
 TRAIN_IMAGES = [366, 365, 366, 367, 349, 319, 351, 173, 360, 317, 201, 367]
-
-needs_camvid = pytest.mark.skipif(not REAL_CAMVID.is_dir(), reason=f"no real CamVid in {REAL_CAMVID}")
 
 
 @needs_camvid
