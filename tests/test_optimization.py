@@ -6,7 +6,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from segdeconv.models import SegNetBasic
-from segdeconv.optimization import Constant, Cosine, Poly, Step, adamw, parameter_groups, sgd
+from segdeconv.optimization import Constant, Cosine, Poly, Step, adamw, muon, orthogonal, parameter_groups, sgd
 
 TOTAL = 40
 
@@ -115,7 +115,7 @@ def test_frozen_parameters_are_left_out():
     assert [id(parameter) for parameter in others["params"]] == [id(model.bias)]
 
 
-@pytest.mark.parametrize("make", [sgd, adamw])
+@pytest.mark.parametrize("make", [sgd, adamw, muon])
 def test_without_gradient_weights_shrink_and_biases_and_norms_stay(make):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -138,3 +138,92 @@ def test_sgd_step_with_momentum_by_hand():
         layer.weight.grad = torch.ones_like(layer.weight)
         optimizer.step()
         assert layer.weight.item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("shape", [(16, 8, 3, 3), (64, 2, 3, 3), (5, 40), (11, 32, 1, 1)])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_orthogonal_keeps_the_singular_vectors_and_brings_the_values_near_one(shape, precision, monkeypatch):
+    monkeypatch.setattr("segdeconv.optimization.fast_precision", lambda: precision)
+    filters = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    made = orthogonal(filters.to(memory_format=torch.channels_last) if len(shape) == 4 else filters)
+    assert made.shape == filters.shape
+    left, _, right = torch.linalg.svd(filters.flatten(1), full_matrices=False)
+    inside = left.T @ made.flatten(1) @ right.T  # the values, if the vectors are the same
+    torch.testing.assert_close(inside, inside.diagonal().diag(), rtol=0, atol=1e-4 if precision == "32-true" else 0.05)
+    assert inside.diagonal().min() > 0.6
+    assert inside.diagonal().max() < 1.25
+
+
+def test_muons_first_step_has_the_size_of_adamws_and_follows_every_direction():
+    layer, other = nn.Conv2d(16, 8, 3, bias=False), nn.Conv2d(16, 8, 3, bias=False)
+    other.load_state_dict(layer.state_dict())
+    gradient = torch.randn(layer.weight.shape, generator=torch.Generator().manual_seed(0))
+    steps = []
+    for module, make in ((layer, muon), (other, adamw)):
+        before = module.weight.detach().clone()
+        module.weight.grad = gradient.clone()
+        make(module, lr=0.01, weight_decay=0.0).step()
+        steps.append((before - module.weight.detach()).flatten(1))
+    mine, adams = steps
+    values = torch.linalg.svdvals(mine)
+    assert values.max() / values.min() < 2  # AdamW's and the gradient's: far apart
+    assert (mine * gradient.flatten(1)).sum() > 0
+    # AdamW's first step moves each weight by lr; later ones by about a fifth of that, which is what Muon aims at.
+    assert 0.001 < mine.square().mean().sqrt() < 1.3 * 0.2 * 0.01
+    assert adams.abs().mean().item() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_muon_steps_biases_and_norms_as_adamw():
+    generator = torch.Generator().manual_seed(0)
+    models = [nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers = [make(model, lr=0.01, weight_decay=0.1) for model, make in zip(models, (muon, adamw), strict=True)]
+    for _ in range(3):
+        for ours, theirs in zip(*(model.parameters() for model in models), strict=True):
+            ours.grad = torch.randn(ours.shape, generator=generator)
+            theirs.grad = ours.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for ours, theirs in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(ours, theirs) == (ours.ndim == 1)
+        assert ours.grad is not None
+
+
+def test_muon_with_momentum_by_hand():
+    # A 1x1 matrix: its orthogonal one is its sign. The mean gradient after 1 and -2 is 0.05 and -0.0525, ahead of them
+    # 0.0975 and -0.149875: one step down, one up, of 0.2 * lr each and of what five Newton-Schulz steps make of 1.
+    layer = nn.Linear(1, 1, bias=False)
+    nn.init.ones_(layer.weight)
+    optimizer = muon(layer, lr=0.1, weight_decay=0.5)
+    one = 1.0
+    for _ in range(5):
+        one = 3.4445 * one - 4.7750 * one**3 + 2.0315 * one**5
+    weight = 1.0
+    for gradient, sign in ((1.0, -1), (-2.0, 1)):
+        layer.weight.grad = torch.full((1, 1), gradient)
+        optimizer.step()
+        weight = weight * (1 - 0.1 * 0.5) + sign * 0.1 * 0.2 * one
+        assert layer.weight.item() == pytest.approx(weight, abs=2e-4)
+    assert optimizer.state[layer.weight]["momentum_buffer"].item() == pytest.approx(0.05 * 0.95 - 0.05 * 2)
+
+
+def test_muon_goes_on_from_its_state_to_the_same_bits():
+    def stepped(model, optimizer, seeds):
+        for seed in seeds:
+            generator = torch.Generator().manual_seed(seed)
+            for parameter in model.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            optimizer.step()
+
+    start = nn.Conv2d(3, 4, 3)
+    whole, parts = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
+    whole.load_state_dict(start.state_dict())
+    parts.load_state_dict(start.state_dict())
+    stepped(whole, muon(whole), range(4))
+    first = muon(parts)
+    stepped(parts, first, range(2))
+    second = muon(parts)
+    second.load_state_dict(first.state_dict())
+    stepped(parts, second, range(2, 4))
+    for ours, theirs in zip(parts.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
