@@ -135,14 +135,14 @@ def main() -> int:
 
 def made_by(arguments: argparse.Namespace, read: Any) -> dict[str, Any]:
     """What decides the content of every output: another one would write others under the same names."""
-    from segdeconv.data.download import hash_file
+    from segdeconv import cards
 
     settings = {key: value for key, value in vars(arguments).items() if key not in NOT_MADE_BY}
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in settings.items()}
     if arguments.ensemble:
-        settings["ensemble"] = hash_file(Path(arguments.ensemble))
+        settings["ensemble"] = cards.digest(cards.located(Path(arguments.ensemble)))
     keys = sorted(path for path in arguments.paths if is_override(path))
-    return {"checkpoint": hash_file(read.path), **settings, "keys": keys}
+    return {"checkpoint": read.sha256, **settings, "keys": keys}
 
 
 def verify(segmenter: Any, images: dict[str, Path]) -> int:

@@ -61,6 +61,7 @@ ADMITTED = frozenset(
         "segdeconv.optimization.Restarts",
         "segdeconv.optimization.Step",
         "segdeconv.optimization.adamw",
+        "segdeconv.optimization.muon",
         "segdeconv.optimization.sgd",
     }
     | {
@@ -96,6 +97,11 @@ class Checkpoint:
     def classes(self) -> Classes:
         """The classes that the network was trained for."""
         return Classes.restore(self.facts["classes"])
+
+    @property
+    def sha256(self) -> str:
+        """Of the file, or of what its pieces are together."""
+        return cards.digest(self.path)
 
     @property
     def weights(self) -> dict[str, torch.Tensor]:
@@ -141,14 +147,19 @@ def write(content: Mapping[str, Any], path: Path) -> None:
 
 
 def write_weights(
-    checkpoint: Checkpoint, path: Path, *, half: bool = False, about: Mapping[str, Any] | None = None
+    checkpoint: Checkpoint,
+    path: Path,
+    *,
+    half: bool = False,
+    pieces: bool = False,
+    about: Mapping[str, Any] | None = None,
 ) -> None:
     """Write what a checkpoint predicts with, PATH.safetensors, and its card, PATH.json; `read` takes them back.
 
-    half: see `cards.write`. about: what else the card shall say (scores, licence, author); plain data.
+    half, pieces: see `cards.write`. about: what else the card shall say (scores, licence, author); plain data.
     """
     ours = {"format": FORMAT, "config": checkpoint.config, "facts": checkpoint.facts}
-    cards.write(path, checkpoint.weights, {**(about or {}), **ours}, half=half)
+    cards.write(path, checkpoint.weights, {**(about or {}), **ours}, half=half, pieces=pieces)
 
 
 def sidecar_of(path: Path) -> Path:

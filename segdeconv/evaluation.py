@@ -17,7 +17,6 @@ from segdeconv.breakdown import Breakdown
 from segdeconv.calibration import Calibration
 from segdeconv.checkpoint import Checkpoint
 from segdeconv.data.dataset import SegmentationDataset
-from segdeconv.data.download import hash_file
 from segdeconv.gallery import Gallery
 from segdeconv.machine import machine
 
@@ -88,7 +87,7 @@ class Evaluation:
             boundaries=self.boundaries,
             breakdown=self.breakdown,
             checkpoint=str(self.checkpoint.path),
-            checkpoint_sha256=hash_file(self.checkpoint.path),
+            checkpoint_sha256=self.checkpoint.sha256,
             config=self.checkpoint.config,
             versions=_versions(self.device),
             split=self.dataset.split,

@@ -108,7 +108,7 @@ def export(
         "sha256": hash_file(path),
         "format": {ONNX: "ONNX", PT2: "torch.export"}[path.suffix],
         "network": type(network).__name__,
-        "checkpoint": {"file": read.path.name, "sha256": hash_file(read.path)},
+        "checkpoint": {"file": read.path.name, "sha256": read.sha256},
         **_interface(read, exported, preprocessing, smallest),
         "weights": "float16, computed in float32" if half else "float32",
         "verified": asdict(found[0]),
