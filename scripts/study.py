@@ -13,20 +13,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from segdeconv.errors import (
-    ArgumentParser,
-    DivergedError,
-    Interrupted,
-    SegdeconvError,
-    UsageError,
-    command,
-    did_you_mean,
-    run_command,
-)
+from segdeconv.errors import ArgumentParser, SegdeconvError, UsageError, command, run_command
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 GIVEN = {"model": "--models", "seed": "--seeds", "loss.balancing": "--balancing", "hydra.run.dir": "--out"}
@@ -51,8 +41,7 @@ def main() -> None:
     from segdeconv.data.module import build_split
     from segdeconv.inference import best_device
     from segdeconv.runs import check_recipe, finished
-    from segdeconv.study import costs, paper, table
-    from segdeconv.train import train
+    from segdeconv.study import costs, paper, series, table
 
     for word in arguments.overrides:
         key = word.partition("=")[0].lstrip("+")
@@ -61,9 +50,9 @@ def main() -> None:
     experiment = "decoder_study_quick" if arguments.quick else "decoder_study"
     plan = table.Plan(
         arguments.out or Path("runs") / experiment.replace("_", "-"),
-        chosen(arguments.models, table.NAMES, "--models") if arguments.models else tuple(table.NAMES),
-        chosen(arguments.balancing, paper.BALANCINGS, "--balancing"),
-        seeds(arguments.seeds),
+        series.chosen(arguments.models, table.NAMES, "--models") if arguments.models else tuple(table.NAMES),
+        series.chosen(arguments.balancing, paper.BALANCINGS, "--balancing"),
+        series.seeds(arguments.seeds),
         arguments.split,
     )
     if not any(word.startswith("experiment=") for word in arguments.overrides):
@@ -79,7 +68,7 @@ def main() -> None:
     nodes = {model: recipe(model, plan.balancings[0], plan.seeds[0]) for model in table.NAMES}
     jobs = [(seed, key) for seed in plan.seeds for key in plan.keys]
     for seed, (balancing, model) in jobs:
-        check_same(plan.run((balancing, model), seed), recipe(model, balancing, seed))
+        series.check_same(plan.run((balancing, model), seed), recipe(model, balancing, seed))
     dataset = nodes["segnet_basic"]["dataset"]
     split, _ = build_split(dataset, "train"), build_split(dataset, plan.split)
     size, device = dataset["size"] or dataset["crop"], best_device()
@@ -100,49 +89,12 @@ def main() -> None:
         if not arguments.table and not finished(run):
             print(f"\n=== {number} of {len(jobs)}: {table.NAMES[model]}, {balancing}, seed {seed}\n", flush=True)
             typed = command("train", [*words(model, balancing, seed), f"hydra.run.dir={run}"])
-            try:
-                train({**recipe(model, balancing, seed), "resume": "auto"}, run, typed=typed)
-            except DivergedError as error:
-                print(f"{table.NAMES[model]} has no scores: {error}", flush=True)
-            except Interrupted as error:
-                said = str(error).partition(" - ")[0]
-                raise Interrupted(f"{said} - go on with the same command", error.exit_code) from error
+            series.go_on(recipe(model, balancing, seed), run, name=table.NAMES[model], typed=typed)
         if finished(run) and not plan.report((balancing, model), seed).is_file():
             score(run, plan.split)
         table.write(plan, measured, facts)
     print("\n" + table.write(plan, measured, facts))
     print("\n".join(f"{plan.out / name}" for name in ("study.md", "study.csv", "study.json")))
-
-
-def chosen(text: str, options: Iterable[str], flag: str) -> tuple[str, ...]:
-    """The names in a comma-separated list, in the order of the options."""
-    names, known = text.split(","), list(options)
-    for name in names:
-        if name not in known:
-            raise UsageError(f"{flag}: there is no '{name}' - {did_you_mean(name, known)}")
-    return tuple(name for name in known if name in names)
-
-
-def seeds(text: str) -> tuple[int, ...]:
-    """The numbers in a comma-separated list."""
-    try:
-        return tuple(sorted({int(word) for word in text.split(",")}))
-    except ValueError:
-        raise UsageError(f"--seeds {text} are no numbers - write for example --seeds 0,1,2") from None
-
-
-def check_same(run: Path, recipe: dict[str, Any]) -> None:
-    """Refuse a run that is there and was trained by another recipe: a table has one."""
-    import yaml
-
-    from segdeconv.runs import differing_keys
-
-    if any(run.glob("*.ckpt")):
-        differing = differing_keys(yaml.safe_load((run / "config.yaml").read_text()), recipe)
-        if differing:
-            raise UsageError(
-                f"{run} was trained with other values of {', '.join(differing)} - give those, or choose another --out"
-            )
 
 
 def score(run: Path, split: str) -> None:

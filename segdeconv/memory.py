@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +74,8 @@ def estimate(
     """
     parameters = sum(parameter.nbytes for parameter in model.parameters())
     trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
-    slots = 2 if isinstance(optimizer, AdamW) else int(optimizer.param_groups[0].get("momentum", 0) > 0)
+    momentum = int(optimizer.param_groups[0].get("momentum", 0) > 0)
+    slots = 2 if isinstance(optimizer, AdamW) and not momentum else momentum  # Muon has AdamW's for vectors alone
     side = max(64, model.minimum_size)
     one, two = (_kept(model, loss, images, side, precision) for images in (1, 2))
     return Memory(
@@ -113,6 +116,22 @@ def available(device: torch.device) -> int | None:
     if device.type == "cpu" and hasattr(os, "sysconf"):
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return None
+
+
+def peak(*, anew: bool = False) -> int:
+    """Bytes held at most by this process so far, `anew` counting from now: on a GPU there, else in memory."""
+    if torch.cuda.is_available():
+        if anew:
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated()
+    if not sys.platform.startswith("linux"):
+        import resource  # not on Windows
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    if anew:  # getrusage would begin with what the parent held
+        Path("/proc/self/clear_refs").write_text("5")
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
 
 
 def readable(count: int) -> str:

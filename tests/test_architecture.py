@@ -53,7 +53,7 @@ LAYERS = [
         "benchmarks", "benchmarks.contestants", "benchmarks.harness", "benchmarks.input", "benchmarks.kernels",
         "benchmarks.parts", "benchmarks.peak", "benchmarks.plot", "benchmarks.usual",
     },
-    {"finders", "study", "study.paper", "study.costs", "study.table"},
+    {"finders", "study", "study.paper", "study.costs", "study.results", "study.series", "study.table"},
     {"cli"},
     {"__main__"},
 ]  # fmt: skip

@@ -86,6 +86,7 @@ def shipped():
     files |= {f"segdeconv/configs/{path.relative_to(ROOT / 'configs').as_posix()}" for path in
               (ROOT / "configs").rglob("*.yaml")}  # fmt: skip
     files |= {f"segdeconv/pages/{path.name}" for path in (ROOT / "segdeconv" / "pages").iterdir()}
+    files |= {f"segdeconv/study/tables/{path.name}" for path in (ROOT / "segdeconv/study/tables").glob("*.yaml")}
     files |= {f"segdeconv/weights/{path.name}" for path in (ROOT / "segdeconv" / "weights").glob("*.[sj]*")}
     files |= {f"segdeconv/serving/{path.name}" for path in (ROOT / "segdeconv" / "serving").glob("page.*")}
     return files | {f"segdeconv/data/{path.name}" for path in (ROOT / "segdeconv" / "data").glob("*.sha256")}

@@ -14,7 +14,7 @@ import segdeconv.train
 from segdeconv import config
 from segdeconv.errors import DivergedError, UsageError
 from segdeconv.runs import check_recipe
-from segdeconv.study import costs, paper, table
+from segdeconv.study import costs, paper, series, table
 
 ROOT = Path(__file__).parents[1]
 MODELS = tuple(variant.model for variant in paper.VARIANTS)
@@ -241,7 +241,7 @@ def test_a_study_that_was_cut_goes_on_and_runs_nothing_twice(tmp_path, monkeypat
             raise KeyboardInterrupt
         train(recipe, run, **options)
 
-    monkeypatch.setattr(segdeconv.train, "train", cut_after_one)
+    monkeypatch.setattr(series, "train", cut_after_one)
     monkeypatch.setattr(costs, "ENOUGH", 0.0)
     two = ("--models", "fcn_basic,bilinear_interpolation")
     with pytest.raises(KeyboardInterrupt):
@@ -267,7 +267,7 @@ def test_a_run_that_diverges_leaves_its_row_empty_and_the_others_go_on(tmp_path,
     def diverge(recipe, run, **options):
         raise DivergedError("the loss is nan")
 
-    monkeypatch.setattr(segdeconv.train, "train", diverge)
+    monkeypatch.setattr(series, "train", diverge)
     monkeypatch.setattr(costs, "ENOUGH", 0.0)
     done = study(monkeypatch, tmp_path, "--models", "fcn_basic,segnet_basic")
     assert [row["seeds"] for row in done["networks"]] == [[], []]

@@ -5,19 +5,17 @@ A process of its own also gives each its own peak of memory, which nothing can r
 
 from __future__ import annotations
 
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from segdeconv.errors import SegdeconvError
+from segdeconv.memory import peak
 
 Build = Callable[[], Callable[[], None]]  # makes a contestant ready; what it returns is one repetition
 
@@ -75,7 +73,7 @@ def _ask(name: str, line: Connection) -> tuple[float, int]:
 
 def _serve(line: Connection, build: Build) -> None:
     """In a contestant's process: build at the first request, repeat at every other one."""
-    before = _peak(anew=True)
+    before = peak(anew=True)
     step: Callable[[], None] | None = None
     while line.recv():
         started = time.perf_counter()
@@ -90,16 +88,4 @@ def _serve(line: Connection, build: Build) -> None:
             line.send(f"{type(error).__name__}: {error}")
             return
         seconds = time.perf_counter() - started
-        line.send((seconds, _peak() - before))
-
-
-def _peak(*, anew: bool = False) -> int:
-    """Bytes held at most by this process so far, `anew` counting from now: on a GPU there, else in memory."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    if not sys.platform.startswith("linux"):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    if anew:  # getrusage would begin with what the parent held
-        Path("/proc/self/clear_refs").write_text("5")
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+        line.send((seconds, peak() - before))

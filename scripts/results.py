@@ -1,0 +1,78 @@
+"""Train recipes side by side, over seeds and ways of splitting the data, and bring back what came of them.
+
+    python scripts/results.py TABLE [--seeds 0,1,2] [--rows a,b] [--views a,b] [--out DIR] [--table] [--weights]
+                              [key=value ...]
+
+TABLE is a file of segdeconv/study/tables, by its name, or any YAML file of that form: rows and views, each a name and
+words of train.py's command line. Every key=value is for all of them and stronger: dataset.root=DIR, trainer.max_epochs=2.
+Writes DIR/<row>/<view>/seed<n>/ for every run, and DIR/results.md, results.json and curves.png after each; --weights
+writes DIR/weights/ at the end, in half precision and in pieces of 16 MiB. What is finished is not run again, and what
+was cut goes on, when the same command is typed again.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from segdeconv.errors import ArgumentParser, UsageError, command, run_command
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+GIVEN = {"seed": "--seeds", "hydra.run.dir": "--out"}
+
+
+def main() -> None:
+    """Check every recipe, train what is not trained, write the table after each."""
+    parser = ArgumentParser("results.py", description=__doc__.splitlines()[0])
+    parser.add_argument("table", help="camvid, camvid_slim, or a path to a YAML file of that form")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example dataset.root=DIR")
+    parser.add_argument("--seeds", default="0", help="comma-separated (default 0)")
+    parser.add_argument("--rows", help="comma-separated, as folders are named (default: all)")
+    parser.add_argument("--views", help="alike (default: all)")
+    parser.add_argument("--out", type=Path, help="folder (default: runs/results/TABLE)")
+    parser.add_argument("--table", action="store_true", dest="only_table", help="train nothing, only write the table")
+    parser.add_argument("--weights", action="store_true", help="write the best weights of every run of the first view")
+    arguments = parser.parse_intermixed_args()
+    for word in arguments.overrides:
+        key = word.partition("=")[0].lstrip("+")
+        if key in GIVEN:
+            raise UsageError(f"{word} is the table's to say - use {GIVEN[key]}")
+
+    from segdeconv import config
+    from segdeconv.runs import check_recipe, finished
+    from segdeconv.study import results, series
+
+    path = results.table_path(arguments.table)
+    parts: dict[str, Any] = results.read(path)
+    for part in ("rows", "views"):
+        wanted = getattr(arguments, part)
+        if wanted:
+            slugs = {results.slug(name): name for name in parts[part]}
+            picked = [slugs[name] for name in series.chosen(wanted, slugs, f"--{part}")]
+            parts[part] = {name: parts[part][name] for name in picked}
+    out = arguments.out or Path("runs") / "results" / path.stem
+    plan = results.Plan(**parts, seeds=series.seeds(arguments.seeds), out=out, added=arguments.overrides)
+    # Before anything is trained: a mistake in any of them.
+    recipes = {}
+    for job in plan.jobs:
+        words = plan.recipe(*job)
+        recipes[job] = words, check_recipe(config.compose(words, CONFIGS)[0])
+        series.check_same(plan.run(*job), recipes[job][1])
+    facts = {"command": command("results", sys.argv[1:])}
+
+    for number, (job, (words, recipe)) in enumerate(recipes.items(), start=1):
+        run, name = plan.run(*job), f"{job[0]}, {job[1]}, seed {job[2]}"
+        if not arguments.only_table and not finished(run):
+            print(f"\n=== {number} of {len(recipes)}: {name}\n", flush=True)
+            series.go_on(recipe, run, name=name, typed=command("train", [*words, f"hydra.run.dir={run}"]))
+            results.write(plan, facts)
+    print("\n" + results.write(plan, facts))
+    written = [plan.out / name for name in ("results.md", "results.json", "curves.png")]
+    print("\n".join(str(path) for path in written if path.is_file()))
+    if arguments.weights:
+        print("\n".join(map(str, results.write_weights(plan))))
+
+
+if __name__ == "__main__":
+    run_command(main)
