@@ -10,7 +10,9 @@ before it gets its name.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 from segdeconv.errors import ArgumentParser, UsageError, run_command
 
@@ -25,6 +27,7 @@ def main() -> None:
     parser.add_argument("--layout", choices=("nhwc", "nchw"), help="their axes, with --preprocess (default nhwc)")
     parser.add_argument("--argmax", action="store_true", help="give class indices, not logits")
     parser.add_argument("--half", action="store_true", help="keep weights in 16 bits: half the file")
+    parser.add_argument("--about", type=Path, help="a YAML file of what a card shall say too: scores, licence, limits")
     parser.add_argument("--pieces", action="store_true", help="cut a .safetensors above 16 MiB into pieces of that")
     parser.add_argument("--trust", action="append", default=[], help="a class of your own that the recipe names")
     arguments = parser.parse_intermixed_args()
@@ -33,14 +36,16 @@ def main() -> None:
 
     from segdeconv import cards, checkpoint
 
-    if arguments.pieces and arguments.out.suffix != cards.SUFFIX:
-        raise UsageError(f"--pieces is for {cards.SUFFIX} - leave it out")
+    for flag in ("pieces", "about"):
+        if getattr(arguments, flag) and arguments.out.suffix != cards.SUFFIX:
+            raise UsageError(f"--{flag} is for {cards.SUFFIX} - leave it out")
+    about = read_about(arguments.about) if arguments.about else None
     read = checkpoint.read(arguments.checkpoint, trust=arguments.trust, overrides=arguments.overrides)
     out: Path = arguments.out
     if out.suffix == cards.SUFFIX:
         if arguments.preprocess or arguments.argmax:
             raise UsageError(f"--preprocess and --argmax are of graphs, and {out} holds weights - leave them out")
-        checkpoint.write_weights(read, out, half=arguments.half, pieces=arguments.pieces)
+        checkpoint.write_weights(read, out, half=arguments.half, pieces=arguments.pieces, about=about)
         files = [out] if out.is_file() else cards.pieces_of(out)
         size = sum(file.stat().st_size for file in files) / 1e6
         cut = f" in {len(files)} pieces" if len(files) > 1 else ""
@@ -61,6 +66,26 @@ def main() -> None:
     print(f"compared on {shapes}: {100 * agreed['same_class']:.2f} % of the pixels have the same class{largest}")
     if agreed["same_class_as_full"] is not None:
         print(f"weights of 16 bits: {100 * agreed['same_class_as_full']:.2f} % have the same class as with 32")
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """What a YAML file says, as a card can hold it."""
+    import yaml
+
+    try:
+        about = yaml.safe_load(path.read_text(encoding="utf-8"))
+        json.dumps(about)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError) as error:
+        raise UsageError(
+            f"--about {path} cannot be read as plain YAML ({type(error).__name__}) - write lines such as 'licence: "
+            "CC-BY-4.0'; quote dates"
+        ) from error
+    if not isinstance(about, dict) or {"format", "config", "facts", "sha256"} & set(about):
+        raise UsageError(
+            f"--about {path} should hold names of its own and what they say - 'format', 'config', 'facts' and 'sha256' "
+            "are the card's"
+        )
+    return about
 
 
 if __name__ == "__main__":

@@ -244,6 +244,8 @@ def test_a_file_that_gives_something_else_is_not_written(segnet, tmp_path, monke
 def test_mistakes_are_one_sentence(segnet, tmp_path, commands, monkeypatch):
     _, read, *_ = segnet
     (tmp_path / "there.safetensors").write_bytes(b"")
+    (tmp_path / "dates.yaml").write_text("made: 2026-01-02\n")
+    (tmp_path / "taken.yaml").write_text("config: mine\n")
     for words, sentence in [
         (("--out", "net.pb"), "--out net.pb is no form to export to - end it in .onnx, .pt2 or .safetensors"),
         (("--out", "there.onnx"), "there.safetensors is there, and there.json speaks of it - choose another name"),
@@ -253,11 +255,22 @@ def test_mistakes_are_one_sentence(segnet, tmp_path, commands, monkeypatch):
             "--layout nchw is for images as they are stored - add --preprocess",
         ),
         (("--out", "net.safetensors", "--argmax"), "--preprocess and --argmax are of graphs"),
+        (("--out", "net.onnx", "--pieces"), "--pieces is for .safetensors - leave it out"),
+        (("--out", "net.pt2", "--about", "a.yaml"), "--about is for .safetensors - leave it out"),
+        (
+            ("--out", "net.safetensors", "--about", "a.yaml"),
+            "--about a.yaml cannot be read as plain YAML (FileNotFound",
+        ),
+        (
+            ("--out", "net.safetensors", "--about", "dates.yaml"),
+            "cannot be read as plain YAML (TypeError) - write lines",
+        ),
+        (("--out", "net.safetensors", "--about", "taken.yaml"), "should hold names of its own and what they say"),
     ]:
         done = commands("export", read.path, *words, cwd=tmp_path)
         assert done.code == 2, done.err
         assert sentence in done.sentence
-    assert os.listdir(tmp_path) == ["there.safetensors"]
+    assert sorted(os.listdir(tmp_path)) == ["dates.yaml", "taken.yaml", "there.safetensors"]
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(UsageError, match=r"needs onnxscript - pip install onnx onnxscript onnxruntime, or write .pt2"):
         export(read, tmp_path / "net.onnx")
@@ -265,10 +278,14 @@ def test_mistakes_are_one_sentence(segnet, tmp_path, commands, monkeypatch):
 
 def test_weights_are_exported_too(segnet, tmp_path, commands):
     _, read, *_ = segnet
-    done = commands("export", read.path, "--out", "mine.safetensors", "--half", cwd=tmp_path)
+    (tmp_path / "about.yaml").write_text("licence: CC-BY-4.0\nscores: {val: {mIoU: 0.5}}\n")
+    words = ("--out", "mine.safetensors", "--half", "--pieces", "--about", "about.yaml")
+    done = commands("export", read.path, *words, cwd=tmp_path)
     assert done.code == 0, done.err
     again = checkpoint.read(tmp_path / "mine.safetensors")
     assert again.classes == read.classes
+    card = json.loads((tmp_path / "mine.json").read_text())
+    assert (card["licence"], card["scores"]) == ("CC-BY-4.0", {"val": {"mIoU": 0.5}})
 
 
 @pytest.mark.slow
