@@ -18,8 +18,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from segdeconv.errors import ArgumentParser, command, run_command
-from segdeconv.options import add_looks, looks_more, parted
+from segdeconv.errors import ArgumentParser, UsageError, command, run_command
+from segdeconv.options import add_looks, add_scales, looks_more, parted, scales_of
 
 
 def main() -> None:
@@ -28,7 +28,11 @@ def main() -> None:
     parser.add_argument("checkpoint", help="a .ckpt that train.py wrote")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example dataset.root=DIR")
     parser.add_argument("--split", default="val", help="train, val (default) or test")
-    parser.add_argument("--out", type=Path, help="folder for the report (default: evaluation/ beside the checkpoint)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder for the report (default: evaluation/ beside the checkpoint, or here if shipped)",
+    )
     parser.add_argument("--compare", metavar="CHECKPOINT", help="a second network of the same classes, put beside it")
     parser.add_argument("--masks", type=Path, help="folder for the predicted masks, exactly as counted")
     parser.add_argument("--pictures", type=Path, help="folder for image, truth, prediction and error of 12 images")
@@ -37,6 +41,7 @@ def main() -> None:
         "--no-boundary", action="store_true", help="without boundary scores (20 ms an image of 360x480)"
     )
     parser.add_argument("--flip", action="store_true", help="average over each image and its mirror image")
+    add_scales(parser)
     parser.add_argument(
         "--ablate", action="store_true", help="score it too with something else in place of the switches"
     )
@@ -46,17 +51,21 @@ def main() -> None:
     add_looks(parser)
     arguments = parser.parse_intermixed_args()
     overrides, crf_keys = parted(arguments.overrides)
+    scales, looking = scales_of(arguments), looks_more(arguments, crf_keys)
+    if looking and len(scales) > 1:
+        raise UsageError("--regions, --ensemble and --crf see images in a way of their own - leave out --scales")
     if arguments.regions and not any(override.startswith("dataset.examples=") for override in overrides):
         overrides.append("dataset.examples=images")  # what was trained on crops is scored on whole images
 
     import numpy as np
 
-    from segdeconv import ablation, checkpoint, draw, page, report, report_page, scoring, uncertainty
+    from segdeconv import ablation, cards, checkpoint, draw, page, report, report_page, scoring, uncertainty
     from segdeconv.boundary import Boundaries
     from segdeconv.evaluation import Evaluation
     from segdeconv.inference import best_device
     from segdeconv.prediction import predictor_of
     from segdeconv.regions import Predictor
+    from segdeconv.segmenter import Segmenter
 
     device = best_device()
     read = checkpoint.read(arguments.checkpoint, trust=arguments.trust, overrides=overrides)
@@ -66,7 +75,7 @@ def main() -> None:
         scoring.class_order(other, dataset.classes)  # refused before the first of two evaluations
     levels = ablation.require_unpooling(read.model()) if arguments.ablate else 0
     if arguments.uncertainty:
-        uncertainty.require_plain(looks_more(arguments, crf_keys))
+        uncertainty.require_plain(looking or len(scales) > 1)
 
     def save(one: scoring.Predicted) -> None:
         if arguments.masks:
@@ -85,9 +94,11 @@ def main() -> None:
     }
 
     def look_of(network: checkpoint.Checkpoint) -> Predictor | None:
-        if not looks_more(arguments, crf_keys):
+        if looking:
+            return predictor_of(network, network.model(), arguments, crf_keys, device)
+        if scales == [1.0]:
             return None
-        return predictor_of(network, network.model(), arguments, crf_keys, device)
+        return Segmenter(network, scales=scales, **settings).probabilities
 
     def evaluated(network: checkpoint.Checkpoint) -> Evaluation:
         return Evaluation.of(
@@ -104,7 +115,8 @@ def main() -> None:
         return scoring.evaluate(read, arguments.split, on=dataset, boundaries=outlines, look=look, **settings)[0]
 
     done = evaluated(read)
-    out = arguments.out or read.path.parent / "evaluation"
+    place = Path() if cards.SHIPPED in read.path.parents else read.path.parent
+    out = arguments.out or place / "evaluation"
     facts: dict[str, Any] = {"command": command("evaluate", sys.argv[1:])}
     if arguments.ablate:
         facts["ablation"] = ablation.ablate(counted, done.confusion, done.boundaries, levels)

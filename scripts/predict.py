@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from segdeconv.errors import ArgumentParser, UsageError, run_command
-from segdeconv.options import add_looks, looks_more, parted
+from segdeconv.options import add_looks, add_scales, looks_more, parted, scales_of
 
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 # What does not change what is written; all other arguments are part of what a folder was made by.
@@ -42,7 +42,7 @@ def main() -> int:
     add("--out", type=Path, default=Path("predictions"), help="folder (default: predictions)")
     add("--samples", type=int, default=0, help="average over this many passes with dropout (default 0)")
     add("--flip", action="store_true", help="average over each image and its mirror image")
-    add("--scales", default="1", metavar="S,S", help="average over these multiples of the size, such as 0.75,1,1.25")
+    add_scales(parser)
     add("--precision", default="auto", help="auto (default), 32-true, bf16-mixed or 16-mixed")
     add("--trust", action="append", default=[], help="a class of your own that the recipe names")
     add("--overwrite", action="store_true", help="begin anew where DIR holds predictions made by something else")
@@ -63,7 +63,7 @@ def main() -> int:
     add_looks(parser)
     arguments = parser.parse_intermixed_args()
     overrides, crf_keys = parted(path for path in arguments.paths if is_override(path))
-    tile, memory, scales = tile_size(arguments.tile), byte_count(arguments.memory), numbers(arguments.scales)
+    tile, memory, scales = tile_size(arguments.tile), byte_count(arguments.memory), scales_of(arguments)
     if arguments.min_area != 1 and not arguments.polygons:
         raise UsageError("--min-area does nothing without --polygons - add it")
     looking = looks_more(arguments, crf_keys)
@@ -177,14 +177,6 @@ def byte_count(text: str | None) -> int | None:
     if not found or float(found[1]) == 0:
         raise UsageError(f"--memory={text} is no amount of memory - write for example 500M or 2G")
     return int(float(found[1]) * UNITS[found[2].upper()])
-
-
-def numbers(text: str) -> list[float]:
-    """Of `0.75,1,1.25`."""
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise UsageError(f"--scales={text} are no numbers - write for example 0.75,1,1.25") from None
 
 
 def is_override(argument: str) -> bool:

@@ -31,6 +31,20 @@ def add_looks(parser: argparse.ArgumentParser) -> None:
     add("--crf", action="store_true", help="refine by a CRF at last; its settings are keys such as crf.colour_std=3")
 
 
+def add_scales(parser: argparse.ArgumentParser) -> None:
+    """Several sizes of the image."""
+    text = "average over these multiples of the size, such as 0.75,1,1.25"
+    parser.add_argument("--scales", default="1", metavar="S,S", help=text)
+
+
+def scales_of(arguments: argparse.Namespace) -> list[float]:
+    """What `add_scales` was told."""
+    try:
+        return [float(part) for part in arguments.scales.split(",")]
+    except ValueError:
+        raise UsageError(f"--scales={arguments.scales} are no numbers - write for example 0.75,1,1.25") from None
+
+
 def looks_more(arguments: argparse.Namespace, crf_keys: Sequence[str]) -> bool:
     """Whether any of it was asked for; raises UsageError for what would do nothing."""
     if crf_keys and not arguments.crf:

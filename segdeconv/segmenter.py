@@ -199,6 +199,18 @@ class Segmenter:
                     sink(part, probabilities[0].cpu().numpy())
         return Prediction(array, mask, self.classes, doubt, sure, stored, partial(self._again, array, name))
 
+    def probabilities(self, image: np.ndarray, name: str) -> Tensor:
+        """(1, C, H, W) float32 class probabilities of an image, (H, W, C) as `predict` takes it, held whole."""
+        found: Tensor | None = None
+        with self.turn:
+            for part, scores, likely, _ in self._parts(image, name):
+                one = scores if likely else scores.softmax(dim=1)
+                if found is None:
+                    found = one.new_empty((1, one.shape[1], *image.shape[:2]))
+                found[..., slice(*part[0]), slice(*part[1])] = one
+        assert found is not None
+        return found
+
     def _again(self, image: np.ndarray, name: str, sink: Sink) -> None:
         self.predict(image, name=name, sink=sink)
 

@@ -142,7 +142,7 @@ def require_plain(looks_more: bool) -> None:
     """Raise UsageError where predictions are more than one look at the whole image."""
     if looks_more:
         raise UsageError(
-            "--uncertainty sees each image whole, by one network - leave out --regions, --ensemble and --crf"
+            "--uncertainty looks once, by one network - leave out --scales, --regions, --ensemble and --crf"
         )
 
 

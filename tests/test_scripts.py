@@ -125,6 +125,28 @@ def test_predict_writes_palette_masks_of_the_inputs_size_and_goes_on_after_a_bad
         assert fakes.opened(tmp_path / "out" / f"{name}_overlay.png").mode == "RGB"
 
 
+def test_evaluate_at_several_scales_counts_what_predict_writes(trained, tmp_path, commands):
+    place, _ = trained
+    best, looks = place / "run" / "best.ckpt", ("--scales", "0.75,1.25", "--flip")
+    done = commands("evaluate", best, *looks, "--out", tmp_path / "there", "--masks", tmp_path / "counted", cwd=place)
+    assert done.code == 0, done.err
+    val = Folder("val", str(place / "mine"))
+    files = [val.image_files[place] for place in range(len(val))]
+    assert commands("predict", best, *files, *looks, "--out", tmp_path / "predicted", cwd=place).code == 0
+    truths, masks = [], []
+    for index, name in enumerate(val.names):
+        truths.append(np.asarray(val[index].mask))
+        masks.append(np.array(fakes.opened(tmp_path / "counted" / f"{name}.png")))
+        assert np.array_equal(masks[-1], np.array(fakes.opened(tmp_path / "predicted" / f"{files[index].stem}.png")))
+    ious = iou_by_hand(truths, masks, len(val.classes), 255)
+    report = json.loads((tmp_path / "there" / "report.json").read_text())
+    assert [entry["iou"] for entry in report["classes"]] == pytest.approx(ious, abs=1e-6)
+    done = commands("evaluate", best, "--scales", "1,x", cwd=place)
+    assert "--scales=1,x are no numbers" in done.sentence
+    done = commands("evaluate", best, "--scales", "1,2", "--crf", cwd=place)
+    assert "leave out --scales" in done.sentence
+
+
 def test_predict_takes_patterns_and_puts_the_mask_into_the_files_own_orientation(trained, tmp_path, commands):
     place, _ = trained
     image = Image.fromarray(np.zeros((20, 30, 3), np.uint8))
