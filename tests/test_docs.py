@@ -23,7 +23,9 @@ pytestmark = pytest.mark.slow
 OWN_CODE = ROOT / "docs" / "own_code"
 
 # Left out: other tests run these scripts, which take hours, or do not end by themselves.
-ELSEWHERE = {"study": "test_study.py", "benchmark": "test_benchmarks.py", "serve": "test_serve.py"}
+ELSEWHERE = {
+    "study": "test_study.py", "results": "test_results.py", "benchmark": "test_benchmarks.py", "serve": "test_serve.py"
+}  # fmt: skip
 PROGRAMS = ("logger=wandb", "logger=mlflow")  # test_loggers.py has stand-ins for what they need
 
 # What makes a training command a matter of seconds, unless it says the key itself.
