@@ -52,7 +52,7 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     overrides, crf_keys = parted(arguments.overrides)
     scales, looking = scales_of(arguments), looks_more(arguments, crf_keys)
-    if looking and len(scales) > 1:
+    if looking and scales != [1.0]:
         raise UsageError("--regions, --ensemble and --crf see images in a way of their own - leave out --scales")
     if arguments.regions and not any(override.startswith("dataset.examples=") for override in overrides):
         overrides.append("dataset.examples=images")  # what was trained on crops is scored on whole images
@@ -75,7 +75,7 @@ def main() -> None:
         scoring.class_order(other, dataset.classes)  # refused before the first of two evaluations
     levels = ablation.require_unpooling(read.model()) if arguments.ablate else 0
     if arguments.uncertainty:
-        uncertainty.require_plain(looking or len(scales) > 1)
+        uncertainty.require_plain(looking or scales != [1.0])
 
     def save(one: scoring.Predicted) -> None:
         if arguments.masks:
