@@ -16,7 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from segdeconv.errors import ArgumentParser, UsageError, command, run_command
+from segdeconv.errors import ArgumentParser, command, run_command
+from segdeconv.options import refuse_keys
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 GIVEN = {"seed": "--seeds", "hydra.run.dir": "--out"}
@@ -34,10 +35,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", dest="only_table", help="train nothing, only write the table")
     parser.add_argument("--weights", action="store_true", help="write the best weights of every run of the first view")
     arguments = parser.parse_intermixed_args()
-    for word in arguments.overrides:
-        key = word.partition("=")[0].lstrip("+")
-        if key in GIVEN:
-            raise UsageError(f"{word} is the table's to say - use {GIVEN[key]}")
+    refuse_keys(arguments.overrides, GIVEN, "the table's")
 
     from segdeconv import config
     from segdeconv.runs import check_recipe, finished

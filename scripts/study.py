@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from segdeconv.errors import ArgumentParser, SegdeconvError, UsageError, command, run_command
+from segdeconv.options import refuse_keys
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 GIVEN = {"model": "--models", "seed": "--seeds", "loss.balancing": "--balancing", "hydra.run.dir": "--out"}
@@ -43,10 +44,7 @@ def main() -> None:
     from segdeconv.runs import check_recipe, finished
     from segdeconv.study import costs, paper, series, table
 
-    for word in arguments.overrides:
-        key = word.partition("=")[0].lstrip("+")
-        if key in GIVEN:
-            raise UsageError(f"{word} is the study's to say - use {GIVEN[key]}")
+    refuse_keys(arguments.overrides, GIVEN, "the study's")
     experiment = "decoder_study_quick" if arguments.quick else "decoder_study"
     plan = table.Plan(
         arguments.out or Path("runs") / experiment.replace("_", "-"),

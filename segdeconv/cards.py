@@ -65,17 +65,18 @@ def write(
     numbers = {name: _halved(name, tensor) if half else tensor for name, tensor in weights.items()}
     content = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in numbers.items()})
     path.parent.mkdir(parents=True, exist_ok=True)
-    for old in (card_of(path), path, *pieces_of(path)):
-        old.unlink(missing_ok=True)
-    cuts = range(0, len(content), PIECE) if pieces else ()
-    for number, start in enumerate(cuts, start=1):
-        name = path if len(cuts) == 1 else path.with_name(f"{path.name}.{number:03d}")
+    card_of(path).unlink(missing_ok=True)
+    size = PIECE if pieces else len(content)
+    starts = range(0, len(content), size)
+    cut = [path.with_name(f"{path.name}.{number:03d}") for number in range(1, len(starts) + 1)]
+    files = cut if len(starts) > 1 else [path]
+    for name, start in zip(files, starts, strict=True):
         with replacing(name) as file:
-            file.write(content[start : start + PIECE])
-    if not pieces:
-        with replacing(path) as file:
-            file.write(content)
-    replace_text(card_of(path), json.dumps({**card, "sha256": digest(path)}, indent=1) + "\n")
+            file.write(content[start : start + size])
+    for old in {path, *pieces_of(path)} - set(files):
+        old.unlink(missing_ok=True)
+    sha256 = hashlib.sha256(content).hexdigest()
+    replace_text(card_of(path), json.dumps({**card, "sha256": sha256}, indent=1) + "\n")
 
 
 def _halved(name: str, tensor: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,14 @@ def looks_more(arguments: argparse.Namespace, crf_keys: Sequence[str]) -> bool:
     if arguments.ensemble_mode != "paper" and not arguments.ensemble:
         raise UsageError("--ensemble-mode does nothing without --ensemble CHECKPOINT - add it")
     return bool(arguments.regions or arguments.ensemble or arguments.crf)
+
+
+def refuse_keys(overrides: Iterable[str], options: Mapping[str, str], whose: str) -> None:
+    """Raise UsageError for a `key=value` whose key is set by an option. options: by key. whose: `the study's`."""
+    for word in overrides:
+        key = word.partition("=")[0].lstrip("+")
+        if key in options:
+            raise UsageError(f"{word} is {whose} to say - use {options[key]}")
 
 
 def parted(overrides: Iterable[str]) -> tuple[list[str], list[str]]:

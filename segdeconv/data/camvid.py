@@ -88,8 +88,10 @@ class CamVid(FileDataset):
             "train.txt, train/, trainannot/ and the same for val",
             f"give the folder as dataset.root=DIR, or leave dataset.root out to fetch CamVid into {DEFAULT_ROOT}",
         )
-        pairs = _pairs(folder, split) if drive is None or split == "test" else _apart(folder, split, drive)
-        if drive is not None and split != "test":
+        if drive is None or split == "test":
+            pairs = _pairs(folder, split)
+        else:
+            pairs = _apart(folder, split, drive)
             self.notes = (f"val: the frames of train whose names begin with {drive}; nothing is learnt from them",)
         super().__init__(split, CLASSES, pairs, exif=exif, max_pixels=max_pixels)
 
@@ -104,7 +106,7 @@ def _apart(folder: Path, split: str, drive: str) -> list[Pair]:
             f"dataset.drive={drive}: names of {len(chosen)} of the {len(pairs)} images of {folder / 'train.txt'} begin "
             f"so - name one drive of {', '.join(drives[:8])}"
         )
-    return chosen if split == "val" else [pair for pair in pairs if pair not in chosen]
+    return chosen if split == "val" else [pair for pair in pairs if not pair.name.startswith(drive)]
 
 
 def _pairs(folder: Path, split: str) -> list[Pair]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import re
 import statistics
@@ -18,7 +19,7 @@ from segdeconv.durable import replace_text
 from segdeconv.errors import UsageError, did_you_mean
 from segdeconv.report import write_json
 from segdeconv.runs import AnyName, finished
-from segdeconv.study.series import cost
+from segdeconv.study.series import Scored, around, cost, mean, percents, rows, spread
 
 TABLES = Path(__file__).parent / "tables"
 SCORES = {"mIoU": "miou", "G": "pixel_accuracy", "C": "mean_accuracy", "BF": "boundary_f1"}  # in report.json
@@ -104,40 +105,38 @@ def _are_words(value: Any) -> bool:
 
 def content(plan: Plan, facts: Mapping[str, Any]) -> dict[str, Any]:
     """What results.json holds. facts: what else to note."""
-    rows = []
+    found = []
     for row in plan.rows:
         views = {view: _scores([plan.run(row, view, seed) for seed in plan.seeds]) for view in plan.views}
         costs = [cost(plan.run(row, next(iter(plan.views)), seed)) for seed in plan.seeds]
-        known = [found for found in costs if found]
-        rows.append(
+        known = [one for one in costs if one]
+        found.append(
             {
                 "name": row,
                 "words": list(plan.rows[row]),
                 "parameters": _parameters(plan, row),
                 "views": views,
-                "seconds": statistics.mean(found["seconds"] for found in known) if known else None,
-                "memory": max((found["memory"] for found in known), default=None),
-                "devices": sorted({found["device"] for found in known}),
-                "commits": sorted({str(found["commit"]) for found in known}),
+                "seconds": statistics.mean(one["seconds"] for one in known) if known else None,
+                "memory": max((one["memory"] for one in known), default=None),
+                "devices": sorted({one["device"] for one in known}),
+                "commits": sorted({str(one["commit"]) for one in known}),
             }
         )
-    return {**facts, "title": plan.title, "words": list(plan.words), "seeds": list(plan.seeds), "rows": rows}
+    return {**facts, "title": plan.title, "words": list(plan.words), "seeds": list(plan.seeds), "rows": found}
 
 
 def _scores(runs: Sequence[Path]) -> dict[str, Any]:
     """Percents of every finished run by its folder's name, their mean and standard deviation."""
-    found: dict[str, dict[str, float | None]] = {}
+    found: dict[str, Scored] = {}
     for run in runs:
         if finished(run):
-            report = json.loads((run / "report.json").read_text())
-            values = {score: report.get(key) for score, key in SCORES.items()}
-            found[run.name] = {score: None if value is None else 100 * value for score, value in values.items()}
-    mean, spread = {}, {}
-    for score in SCORES:
-        known = [scores[score] for scores in found.values() if scores[score] is not None]
-        mean[score] = statistics.mean(known) if known else None  # type: ignore[type-var]
-        spread[score] = statistics.stdev(known) if len(known) > 1 else None  # type: ignore[type-var]
-    return {"runs": found, "mean": mean, "spread": spread}
+            found[run.name] = percents(run / "report.json", SCORES)
+    known = {score: [one[score] for one in found.values() if one[score] is not None] for score in SCORES}
+    return {
+        "runs": found,
+        "mean": {score: mean(values) for score, values in known.items()},
+        "spread": {score: spread(values) for score, values in known.items()},
+    }
 
 
 def _parameters(plan: Plan, row: str) -> int | None:
@@ -145,9 +144,13 @@ def _parameters(plan: Plan, row: str) -> int | None:
         for seed in plan.seeds:
             path = plan.run(row, view, seed) / "best.ckpt"
             if path.is_file():
-                model = checkpoint.read(path, trust=AnyName()).model()
-                return sum(parameter.numel() for parameter in model.parameters())
+                return _count(path)
     return None
+
+
+@functools.cache  # the table is written after every run, and the number does not change
+def _count(path: Path) -> int:
+    return sum(parameter.numel() for parameter in checkpoint.read(path, trust=AnyName()).model().parameters())
 
 
 def markdown(found: Mapping[str, Any]) -> str:
@@ -157,7 +160,7 @@ def markdown(found: Mapping[str, Any]) -> str:
     lines = [f"# {found['title']}", "", f"Scores of {first}, in percent, mean ± standard deviation over seeds.", ""]
     lines += [f"* {name}: {found[name]}" for name in ("command", "data") if name in found]
     lines += [f"* {name}: {', '.join(values)}" for name in ("devices", "commits") if (values := _all(found, name))]
-    table = [header, ["---"] * len(header)]
+    table = []
     for row in found["rows"]:
         views = row["views"]
         cells = [row["name"], *(_cell(views[first], score) for score in SCORES)]
@@ -166,7 +169,7 @@ def markdown(found: Mapping[str, Any]) -> str:
         cells.append("–" if row["seconds"] is None else f"{row['seconds'] / 60:.1f}")
         cells.append("–" if row["memory"] is None else f"{row['memory'] / 2**20:,.0f} MiB")
         table.append(cells)
-    lines += ["", *(f"| {' | '.join(cells)} |" for cells in table)]
+    lines += ["", *rows(header, table)]
     lines += ["", *([f"All with `{' '.join(found['words'])}`.", ""] if found["words"] else [])]
     lines += ["| recipe | words |", "|---|---|"]
     lines += [f"| {row['name']} | {_code(row['words'])} |" for row in found["rows"]]
@@ -182,10 +185,7 @@ def _code(words: Sequence[str]) -> str:
 
 
 def _cell(view: Mapping[str, Any], score: str) -> str:
-    middle, deviation = view["mean"][score], view["spread"][score]
-    if middle is None:
-        return "–"
-    return f"{middle:.1f}" + ("" if deviation is None else f" ± {deviation:.1f}")
+    return around(view["mean"][score], view["spread"][score])
 
 
 def curves(plan: Plan) -> dict[str, list[tuple[int, float]]]:

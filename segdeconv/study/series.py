@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from segdeconv.durable import replace_text
 from segdeconv.errors import DivergedError, Interrupted, UsageError, did_you_mean
 from segdeconv.runs import differing_keys, finished
 from segdeconv.train import train
+
+Scored = dict[str, float | None]  # a score's name -> percent, None where a report has none
 
 
 def chosen(text: str, options: Iterable[str], flag: str) -> tuple[str, ...]:
@@ -84,6 +87,37 @@ def _note_cost(run: Path, seconds: float) -> None:
         "commit": _commit(),
     }
     replace_text(run / "cost.json", json.dumps(noted, indent=1) + "\n")
+
+
+def percents(report: Path, names: Mapping[str, str]) -> Scored:
+    """The scores in a report.json. names: what a score is called there, by its name here."""
+    values = json.loads(report.read_text())
+    found = {score: values.get(name) for score, name in names.items()}
+    return {score: None if value is None else 100 * value for score, value in found.items()}
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    """None if there is no value, or one of them is missing."""
+    present = [value for value in values if value is not None]
+    return statistics.mean(present) if present and len(present) == len(values) else None
+
+
+def spread(values: Sequence[float | None]) -> float | None:
+    """Standard deviation, the runs being a sample; None for fewer than two."""
+    present = [value for value in values if value is not None]
+    return statistics.stdev(present) if len(present) > 1 else None
+
+
+def around(middle: float | None, deviation: float | None) -> str:
+    """A mean and its standard deviation as a cell of a table."""
+    if middle is None:
+        return "–"
+    return f"{middle:.1f}" + ("" if deviation is None else f" ± {deviation:.1f}")
+
+
+def rows(header: Sequence[str], cells: Iterable[Sequence[str]]) -> list[str]:
+    """A table's lines in Markdown."""
+    return [f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *cells)]
 
 
 def _commit() -> str | None:

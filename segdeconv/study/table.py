@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,8 +13,7 @@ from segdeconv.report import write_json
 from segdeconv.runs import finished
 from segdeconv.study.costs import Costs
 from segdeconv.study.paper import SCORES, VARIANTS, Key, Ordering, Variant, judge, orderings, published
-
-Scored = dict[str, float | None]  # a score's name -> percent, None where a report has none
+from segdeconv.study.series import Scored, around, mean, percents, rows, spread
 
 NAMES = {variant.model: variant.name for variant in VARIANTS}
 
@@ -55,22 +52,8 @@ def collect(plan: Plan) -> dict[Key, dict[int, Scored]]:
     for key in plan.keys:
         for seed in plan.seeds:
             if finished(plan.run(key, seed)) and plan.report(key, seed).is_file():
-                report = json.loads(plan.report(key, seed).read_text())
-                values = {score: report.get(name) for score, name in SCORES.items()}
-                found[key][seed] = {score: None if value is None else 100 * value for score, value in values.items()}
+                found[key][seed] = percents(plan.report(key, seed), SCORES)
     return found
-
-
-def mean(values: Sequence[float | None]) -> float | None:
-    """None if there is no value, or one of them is missing."""
-    present = [value for value in values if value is not None]
-    return statistics.mean(present) if present and len(present) == len(values) else None
-
-
-def spread(values: Sequence[float | None]) -> float | None:
-    """Standard deviation, the runs being a sample; None for fewer than two."""
-    present = [value for value in values if value is not None]
-    return statistics.stdev(present) if len(present) > 1 else None
 
 
 def content(plan: Plan, costs: Mapping[str, Costs], facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -158,32 +141,25 @@ def markdown(study: Mapping[str, Any]) -> str:
             f"## Scores, loss balanced by {balancing}" if balancing != "none" else "## Scores, plain loss",
             "",
         ]
-        lines += _table(["network", *SCORES, f"paper: {' / '.join(SCORES)}", "seeds"], map(_score_cells, networks))
+        lines += rows(["network", *SCORES, f"paper: {' / '.join(SCORES)}", "seeds"], map(_score_cells, networks))
     networks = list({network["model"]: network for network in study["networks"]}.values())
     header = [
         "network", "parameters", "at 64 channels", "paper", "forward", "paper", "kept for the decoder",
         "× SegNet-Basic", "paper",
     ]  # fmt: skip
-    lines += ["", "## Costs", "", *_table(header, map(_cost_cells, networks))]
+    lines += ["", "## Costs", "", *rows(header, map(_cost_cells, networks))]
     lines += ["", "## The paper's orderings", ""]
-    lines += _table(
+    lines += rows(
         ["the paper says", "loss", "score", "here", "smallest margin", "by seed", "in its own table"],
         map(_ordering_cells, study["orderings"]),
     )
     return "\n".join(lines) + "\n"
 
 
-def _table(header: Sequence[str], rows: Any) -> list[str]:
-    lines = [header, ["---"] * len(header), *rows]
-    return [f"| {' | '.join(cells)} |" for cells in lines]
-
-
 def _score_cells(network: Mapping[str, Any]) -> list[str]:
     cells = []
     for score in SCORES:
-        middle, deviation = network["mean"][score], network["spread"][score]
-        around = "" if deviation is None else f" ± {deviation:.1f}"
-        cells.append("–" if middle is None else f"{middle:.1f}{around}")
+        cells.append(around(network["mean"][score], network["spread"][score]))
     paper = " / ".join(
         f"{value:.2f}" if score == "BF" else f"{value:.1f}" for score, value in network["paper"]["scores"].items()
     )
