@@ -23,6 +23,7 @@ CE, DICE, LOVASZ = ({"_target_": f"segdeconv.losses.{name}"} for name in ("Cross
 EVERY = {
     "cross_entropy": CrossEntropy,
     "smoothed": lambda **given: CrossEntropy(label_smoothing=0.1, **given),
+    "adjusted": lambda **given: CrossEntropy(adjustment=0.75, **given),
     "focal": Focal,
     "ohem": OHEM,
     "ohem_threshold": lambda **given: OHEM(share=0.1, threshold=0.5, **given),
@@ -246,6 +247,24 @@ def test_label_smoothing_by_hand():
 
 
 # Focal.
+
+
+@pytest.mark.parametrize("adjustment", [0.0, 0.5, 1.0])
+def test_what_is_learnt_best_is_the_frequency_times_what_the_adjustment_leaves_of_the_weight(adjustment):
+    frequency, weights = torch.tensor([0.7, 0.2, 0.1]), torch.tensor(WEIGHTS)
+    mask = torch.arange(3).repeat_interleave(torch.tensor([70, 20, 10])).view(1, 10, 10)
+    best = (frequency * weights ** (1 - adjustment)).log()[None, :, None, None].repeat(1, 1, 10, 10).requires_grad_()
+    CrossEntropy(class_weights=WEIGHTS, adjustment=adjustment)(best, mask).backward()
+    torch.testing.assert_close(best.grad.sum((0, 2, 3)), torch.zeros(3), atol=1e-6, rtol=0)
+
+
+def test_an_adjustment_without_weights_or_for_a_class_of_weight_zero_is_none(batch):
+    logits, mask = batch
+    torch.testing.assert_close(CrossEntropy(adjustment=1.0)(logits, mask), CrossEntropy()(logits, mask))
+    mask[mask == 1] = 255
+    weights = (1.0, 0.0, 1.0)
+    expected = CrossEntropy(class_weights=weights)(logits, mask)
+    torch.testing.assert_close(CrossEntropy(class_weights=weights, adjustment=1.0)(logits, mask), expected)
 
 
 @pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0, 5.0])
