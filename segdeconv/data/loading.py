@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.multiprocessing.spawn import ProcessRaisedException
 from torch.utils.data import DataLoader, Dataset
 
-from segdeconv.data.dataset import SegmentationDataset
+from segdeconv.data.dataset import Sample, SegmentationDataset
+from segdeconv.data.mixing import Mixing
 from segdeconv.data.sampler import StatelessBatches
 from segdeconv.data.transforms import Augmentation, Preprocessing, resize_image, resize_mask, stacked
 from segdeconv.errors import UsageError
@@ -30,20 +31,36 @@ AHEAD = 2  # batches that each worker makes before they are asked for
 class TrainingBatches(Dataset[dict[str, Any]]):
     """Augmented samples, by (epoch, index): numbers as stored, which `for_network` normalises on the device."""
 
-    def __init__(self, dataset: SegmentationDataset, preprocessing: Preprocessing, augmentation: Augmentation) -> None:
+    def __init__(
+        self,
+        dataset: SegmentationDataset,
+        preprocessing: Preprocessing,
+        augmentation: Augmentation,
+        mixing: Mixing | None = None,
+    ) -> None:
         self.dataset, self.preprocessing, self.augmentation = dataset, preprocessing, augmentation
+        self.mixing = mixing
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, place: tuple[int, int]) -> dict[str, Any]:
         epoch, index = place
+        image, mask, name = self._augmented(index, epoch, index)
+        partner = self.mixing.partner(epoch, index, len(self)) if self.mixing else None
+        if self.mixing and partner is not None:
+            # Draws of its own: the partner may be in the batch by itself too, or be this very image.
+            other, labels, _ = self._augmented(partner, epoch, len(self) + index)
+            image, mask = self.mixing(image, mask, other, labels, epoch, index)
+        return {"image": image, "mask": mask, "name": name}
+
+    def _augmented(self, index: int, epoch: int, draw: int) -> Sample:
         image, mask, name = self.dataset[index]
         size = self.preprocessing.size
         if size is not None:
             image, mask = resize_image(image, size), resize_mask(mask, size)
-        image, mask = self.augmentation(image, mask, epoch, index)
-        return {"image": self.preprocessing.required(image, name), "mask": mask, "name": name}
+        image, mask = self.augmentation(image, mask, epoch, draw)
+        return Sample(self.preprocessing.required(image, name), mask, name)
 
 
 class EvaluationSample(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from pytorch_lightning import LightningDataModule, Trainer
@@ -25,6 +25,7 @@ from segdeconv.data.loading import (
     training_loader,
     worker_settings,
 )
+from segdeconv.data.mixing import Mix, Mixing
 from segdeconv.data.relabelled import Relabelled
 from segdeconv.data.transforms import (
     Augmentation,
@@ -49,6 +50,7 @@ class DataModule(LightningDataModule):
 
     size: (H, W) that the network sees, in training and prediction; None for each image's own.
     crop: (H, W) of training batches, cut at random after augmentation; None for `size`.
+    mix, mix_share: what of another training image is pasted into one, and into how many, see `Mixing`.
     batch_size: images per process and step. num_workers: None for as many as suit the machine.
         More than the machine has cores for are not started.
     timeout: seconds after which a batch that does not come ends the run.
@@ -69,6 +71,8 @@ class DataModule(LightningDataModule):
         *,
         size: tuple[Side, Side] | None = None,
         crop: tuple[Side, Side] | None = None,
+        mix: Literal["none"] | Mix = "none",
+        mix_share: Annotated[float, Field(ge=0, le=1)] = 0.5,
         batch_size: Side = 4,
         num_workers: Annotated[int, Field(ge=0)] | None = None,
         timeout: Annotated[float, Field(ge=0)] = 120.0,
@@ -94,10 +98,11 @@ class DataModule(LightningDataModule):
         image, mask, _ = train[0]
         bits = 8 * image.dtype.itemsize
         self.preprocessing = Preprocessing(_size(size), tuple(mean), tuple(std), bits, train.as_stored, order)
+        ignore_index = train.classes.ignore_index
         augmentation = Augmentation(
             transforms,
             crop=_size(crop) or _size(size),
-            ignore_index=train.classes.ignore_index,
+            ignore_index=ignore_index,
             fill=self.preprocessing.mean,
             seed=seed,
         )
@@ -112,7 +117,8 @@ class DataModule(LightningDataModule):
         if store is not None:
             train = train.through(lambda whole: Cached(whole, store, size=sizes[0]))
             val = val.through(lambda whole: Cached(whole, store, first=len(splits[0]), size=sizes[1], masks_too=False))
-        self.samples = TrainingBatches(train, self.preprocessing, augmentation)
+        mixing = None if mix == "none" else Mixing(mix, mix_share, ignore_index=ignore_index, seed=seed)
+        self.samples = TrainingBatches(train, self.preprocessing, augmentation, mixing)
         self.val_samples = EvaluationSamples(val, self.preprocessing)
 
     @property
