@@ -46,6 +46,7 @@ from segdeconv.data.inspection import inspect_all, table
 from segdeconv.data.loading import loader_failures_in_words
 from segdeconv.data.module import DataModule, build_split, build_transforms, normalisation
 from segdeconv.errors import TimeUp, UsageError, command
+from segdeconv.losses import build_loss
 from segdeconv.memory import memory_in_words
 from segdeconv.models import SegmentationModel, build_model
 from segdeconv.switch_curves import SwitchCurves
@@ -188,7 +189,7 @@ def prepare(recipe: Mapping[str, Any], *, fresh: bool = False) -> Prepared:
         data,
         classes,
         model,
-        config.build(loss_node, "loss", class_weights=weights, ignore_index=classes.ignore_index),
+        build_loss(loss_node, class_weights=weights, ignore_index=classes.ignore_index),
         config.build(recipe["optimizer"], "optimizer", model=model),
         {**source, **settings},
         {

@@ -11,10 +11,22 @@ import torch
 import torch.nn.functional as F
 from torchvision.ops import sigmoid_focal_loss
 
-from segdeconv import config
+from segdeconv import balancing, config
 from segdeconv.checkpoint import foreign
 from segdeconv.errors import UsageError
-from segdeconv.losses import OHEM, CrossEntropy, Dice, Focal, LovaszSoftmax, PixelLoss, Sum, check_loss, loss_sums
+from segdeconv.losses import (
+    OHEM,
+    Adjusted,
+    CrossEntropy,
+    Dice,
+    Focal,
+    LovaszSoftmax,
+    PixelLoss,
+    Sum,
+    build_loss,
+    check_loss,
+    loss_sums,
+)
 from segdeconv.losses.regions import _gradient
 from segdeconv.runs import check_recipe
 
@@ -23,7 +35,8 @@ CE, DICE, LOVASZ = ({"_target_": f"segdeconv.losses.{name}"} for name in ("Cross
 EVERY = {
     "cross_entropy": CrossEntropy,
     "smoothed": lambda **given: CrossEntropy(label_smoothing=0.1, **given),
-    "adjusted": lambda **given: CrossEntropy(adjustment=0.75, **given),
+    "adjusted": lambda **given: adjusted(CrossEntropy, 0.75, **given),
+    "adjusted_lovasz": lambda **given: adjusted(LovaszSoftmax, 0.75, **given),
     "focal": Focal,
     "ohem": OHEM,
     "ohem_threshold": lambda **given: OHEM(share=0.1, threshold=0.5, **given),
@@ -33,6 +46,12 @@ EVERY = {
     "lovasz": LovaszSoftmax,
     "sum": lambda **given: Sum(parts={"ce": {**CE, "factor": 0.5}, "dice": DICE, "lovasz": LOVASZ}, **given),
 }
+
+
+def adjusted(loss, adjustment, *, class_weights=None, **given):
+    return Adjusted(loss(class_weights=class_weights, **given), adjustment=adjustment, class_weights=class_weights)
+
+
 every = pytest.mark.parametrize("make", EVERY.values(), ids=EVERY.keys())
 
 
@@ -254,17 +273,38 @@ def test_what_is_learnt_best_is_the_frequency_times_what_the_adjustment_leaves_o
     frequency, weights = torch.tensor([0.7, 0.2, 0.1]), torch.tensor(WEIGHTS)
     mask = torch.arange(3).repeat_interleave(torch.tensor([70, 20, 10])).view(1, 10, 10)
     best = (frequency * weights ** (1 - adjustment)).log()[None, :, None, None].repeat(1, 1, 10, 10).requires_grad_()
-    CrossEntropy(class_weights=WEIGHTS, adjustment=adjustment)(best, mask).backward()
+    adjusted(CrossEntropy, adjustment, class_weights=WEIGHTS)(best, mask).backward()
     torch.testing.assert_close(best.grad.sum((0, 2, 3)), torch.zeros(3), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("loss", [CrossEntropy, OHEM, Dice, LovaszSoftmax])
+def test_an_adjusted_loss_is_the_loss_of_shifted_logits(batch, loss):
+    logits, mask = batch
+    shifted = logits + 0.5 * torch.tensor(WEIGHTS).log()[:, None, None]
+    expected = loss(class_weights=WEIGHTS)(shifted, mask)
+    torch.testing.assert_close(adjusted(loss, 0.5, class_weights=WEIGHTS)(logits, mask), expected)
 
 
 def test_an_adjustment_without_weights_or_for_a_class_of_weight_zero_is_none(batch):
     logits, mask = batch
-    torch.testing.assert_close(CrossEntropy(adjustment=1.0)(logits, mask), CrossEntropy()(logits, mask))
+    torch.testing.assert_close(adjusted(CrossEntropy, 1.0)(logits, mask), CrossEntropy()(logits, mask))
     mask[mask == 1] = 255
     weights = (1.0, 0.0, 1.0)
     expected = CrossEntropy(class_weights=weights)(logits, mask)
-    torch.testing.assert_close(CrossEntropy(class_weights=weights, adjustment=1.0)(logits, mask), expected)
+    torch.testing.assert_close(adjusted(CrossEntropy, 1.0, class_weights=weights)(logits, mask), expected)
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "ce_lovasz"])
+def test_the_command_line_adjusts_any_loss_by_the_weights_of_its_balancing(name):
+    words = [f"loss={name}", "loss.balancing=median_frequency", "loss.adjustment=0.5"]
+    node = composed(*words)
+    settings, own = config.split(node, balancing.class_weights)
+    weights = balancing.class_weights([90, 10], [100, 100], **settings)
+    built = build_loss(own, class_weights=weights, ignore_index=255)
+    assert isinstance(built, Adjusted)
+    torch.testing.assert_close(built.shift, 0.5 * torch.tensor(weights).log())
+    plain = build_loss({**own, "adjustment": 0.0}, class_weights=weights, ignore_index=255)
+    assert not isinstance(plain, Adjusted)
 
 
 @pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0, 5.0])
@@ -512,8 +552,8 @@ def composed(*arguments):
 def test_every_shipped_configuration_builds_and_may_stand_in_a_checkpoint(name, batch):
     node = composed(f"loss={name}")
     assert foreign(node) == []
-    arguments = {key: value for key, value in node.items() if key not in ("balancing", "temper")}
-    loss = config.build(arguments, "loss", class_weights=list(WEIGHTS), ignore_index=255)
+    _, own = config.split(node, balancing.class_weights)
+    loss = build_loss(own, class_weights=WEIGHTS, ignore_index=255)
     assert 0 < loss(*batch).item() < 10
 
 

@@ -1,8 +1,20 @@
 """Losses: modules from (logits, mask) to a scalar, none of which counts ignored pixels."""
 
-from segdeconv.losses.base import PixelLoss, loss_sums
-from segdeconv.losses.combined import Sum, check_loss
+from segdeconv.losses.base import Adjusted, PixelLoss, loss_sums
+from segdeconv.losses.combined import Sum, build_loss, check_loss
 from segdeconv.losses.pixelwise import OHEM, CrossEntropy, Focal
 from segdeconv.losses.regions import Dice, LovaszSoftmax
 
-__all__ = ["OHEM", "CrossEntropy", "Dice", "Focal", "LovaszSoftmax", "PixelLoss", "Sum", "check_loss", "loss_sums"]
+__all__ = [
+    "OHEM",
+    "Adjusted",
+    "CrossEntropy",
+    "Dice",
+    "Focal",
+    "LovaszSoftmax",
+    "PixelLoss",
+    "Sum",
+    "build_loss",
+    "check_loss",
+    "loss_sums",
+]

@@ -7,10 +7,13 @@ is another number wherever the pieces have unequal shares of ignored pixels.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 
@@ -29,6 +32,35 @@ class PixelLoss(nn.Module, ABC):
         """logits: (N, C, H, W); mask: (N, H, W) int64, class indices or ignore_index -> the mean, a scalar."""
         total, normaliser = self.sums(logits, mask)
         return total / torch.where(normaliser > 0, normaliser, 1.0)
+
+
+class Adjusted(PixelLoss):
+    """Any loss, of logits to which `adjustment * log weight` of each class is added.
+
+    Weights make a network say weight * p where it would say p: rare classes are learnt early, and are seen where they
+    are not. Here nothing of what is learnt changes, only that the network itself says weight**(1 - adjustment) * p: 0
+    leaves the weights in its scores, 1 nothing of them. Menon et al. 2021, section 4,
+    https://arxiv.org/abs/2007.07314, with weights in the place of their priors.
+
+    loss: has the same class weights. A class of weight 0 is left as it is.
+    """
+
+    shift: Tensor
+
+    def __init__(
+        self,
+        loss: nn.Module,
+        *,
+        adjustment: Annotated[float, Field(ge=0, le=1)] = 0.0,
+        class_weights: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__()
+        self.loss = loss
+        shift = [adjustment * math.log(weight) if weight else 0.0 for weight in class_weights or [1.0]]
+        self.register_buffer("shift", weights_buffer(shift), persistent=False)
+
+    def sums(self, logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        return loss_sums(self.loss, logits.float() + self.shift[:, None, None], mask)
 
 
 def loss_sums(loss: nn.Module, logits: Tensor | Sequence[Tensor], mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,9 +10,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from segdeconv.balancing import class_weights as balancing
-from segdeconv.config import Node, build, check, locate
+from segdeconv.config import Node, build, check, locate, split
 from segdeconv.errors import UsageError
-from segdeconv.losses.base import PixelLoss
+from segdeconv.losses.base import Adjusted, PixelLoss
 
 
 class Sum(PixelLoss):
@@ -53,14 +53,23 @@ class Sum(PixelLoss):
 
 
 def check_loss(node: Mapping[str, Any]) -> Node:
-    """The `loss` node of a recipe: arguments of the loss, and of the balancing that gives it class weights."""
-    return _check(node, "loss", balancing, supplied=["pixels", "image_pixels"])
+    """The `loss` node of a recipe: arguments of the loss, of the balancing that gives it class weights, and of the
+    adjustment that takes them out of the scores.
+    """
+    return _check(node, "loss", balancing, Adjusted, supplied=["pixels", "image_pixels", "loss"])
 
 
-def _check(node: Mapping[str, Any], where: str, beside: Any, *, supplied: Sequence[str] = ()) -> Node:
+def build_loss(node: Mapping[str, Any], *, class_weights: Sequence[float] | None, ignore_index: int) -> nn.Module:
+    """The loss of a checked `loss` node without the arguments of its balancing."""
+    settings, own = split(node, Adjusted)
+    loss: nn.Module = build(own, "loss", class_weights=class_weights, ignore_index=ignore_index)
+    return Adjusted(loss, class_weights=class_weights, **settings) if settings["adjustment"] else loss
+
+
+def _check(node: Mapping[str, Any], where: str, *beside: Any, supplied: Sequence[str] = ()) -> Node:
     """One loss, in a sum or by itself. beside: whose arguments stand in the same node."""
     schema = locate(node, where)
-    checked = check(node, where, [schema, beside], supplied=["class_weights", "ignore_index", *supplied])
+    checked = check(node, where, [schema, *beside], supplied=["class_weights", "ignore_index", *supplied])
     if schema is Sum:
         if not checked["parts"]:
             raise UsageError(f"{where}.parts is empty - name at least one loss, as configs/loss/ce_dice.yaml does")

@@ -23,10 +23,6 @@ class CrossEntropy(PixelLoss):
         the mean weight, which acts as another learning rate.
     label_smoothing: share of each pixel's truth that is spread evenly over all classes, each with its own weight, as
         torch does it. Szegedy et al. 2016, section 7, https://arxiv.org/abs/1512.00567.
-    adjustment: how much of the class weights the logits are freed of. Weights make a network say weight * p where it
-        would say p: rare classes are learnt early, and are seen where they are not. With an adjustment a the loss is
-        that of logits + a log weight, so that the network itself says weight**(1 - a) * p: 0 leaves all, 1 nothing.
-        Menon et al. 2021, section 4, https://arxiv.org/abs/2007.07314, with weights in the place of their priors.
 
     A batch in which every pixel is ignored has loss 0 and gradient 0.
 
@@ -41,22 +37,16 @@ class CrossEntropy(PixelLoss):
         *,
         normalisation: Literal["pixels", "weights"] = "pixels",
         label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0,
-        adjustment: Annotated[float, Field(ge=0, le=1)] = 0.0,
         class_weights: Sequence[float] | None = None,
         ignore_index: int = 255,
     ) -> None:
         super().__init__()
         self.normalisation, self.label_smoothing, self.ignore_index = normalisation, label_smoothing, ignore_index
-        self.adjustment = adjustment
         self.register_buffer("weights", weights_buffer(class_weights), persistent=False)
 
     def sums(self, logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        logits = logits.float()  # the sum over a batch of pixels is beyond bfloat16
-        if self.adjustment and self.weights is not None:
-            known = self.weights.where(self.weights > 0, 1.0)  # a class without a pixel has weight 0
-            logits = logits + self.adjustment * known.log()[:, None, None]
         total = F.cross_entropy(
-            logits,
+            logits.float(),  # the sum over a batch of pixels is beyond bfloat16
             mask,
             self.weights,
             ignore_index=self.ignore_index,
