@@ -17,7 +17,10 @@ LAYERS = [
         "boxes", "classes", "switches", "kernels", "fused", "fused_kernels", "layers", "lattice", "recomputation",
         "config",
     },
-    {"data.decoding", "data.channels", "data.reading", "data.download", "data.mixing", "data.sampler", "data.splits", "data.store"},
+    {
+        "data.decoding", "data.channels", "data.reading", "data.download", "data.mixing", "data.sampler",
+        "data.splits", "data.store",
+    },
     {
         "cards", "encoders", "balancing", "metrics", "draw", "outlines", "page", "sources", "video", "crf", "boundary",
         "calibration",
