@@ -22,18 +22,23 @@ def keep_freed(device: torch.device) -> None:
 
 
 def hand_back() -> None:
-    """Have this process give memory back again, as a process does that was told nothing.
+    """Have this process give memory back again, as a process does that was told nothing, and what is free at once.
 
     For images of which one alone fills a good part of the memory: what lies between the holes that they leave would
-    keep all of it.
+    keep all of it. And before memory is measured, which would begin with what was kept.
     """
     _set(mappings=65_536, trim=128 << 10)
+    _call("malloc_trim", 0)
 
 
 def _set(*, mappings: int, trim: int) -> None:
-    if not sys.platform.startswith("linux"):
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(M_MMAP_MAX, mappings)
-        mallopt(M_TRIM_THRESHOLD, trim)
+    _call("mallopt", M_MMAP_MAX, mappings)
+    _call("mallopt", M_TRIM_THRESHOLD, trim)
+
+
+def _call(name: str, *values: int) -> None:
+    """A function of glibc's, where there is one."""
+    if sys.platform.startswith("linux"):
+        function = getattr(ctypes.CDLL(None), name, None)
+        if function is not None:
+            function(*values)

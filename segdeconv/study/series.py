@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from segdeconv import memory
+from segdeconv.allocation import hand_back
 from segdeconv.durable import replace_text
 from segdeconv.errors import DivergedError, Interrupted, UsageError, did_you_mean
 from segdeconv.runs import differing_keys, finished
@@ -57,6 +58,7 @@ def go_on(recipe: Mapping[str, Any], run: Path, *, name: str, typed: str) -> Non
     if finished(run):
         return
     started = time.perf_counter()
+    hand_back()  # what the run before has kept would count
     memory.peak(anew=True)
     try:
         train({**recipe, "resume": "auto"}, run, typed=typed)
