@@ -80,7 +80,10 @@ def read(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text())
     except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"{path} is no YAML file ({type(error).__name__}) - see docs/results.md") from error
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}," if mark else ""
+        said = getattr(error, "problem", None) or type(error).__name__
+        raise UsageError(f"{path}{where} is no YAML ({said}) - see docs/results.md") from error
     content = content if isinstance(content, dict) else {}
     for part in ("rows", "views"):
         named = content.get(part)
