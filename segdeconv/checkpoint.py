@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,6 +25,9 @@ from segdeconv.data.download import hash_file
 from segdeconv.durable import replace_text, replacing
 from segdeconv.errors import CheckpointError, UsageError
 from segdeconv.models import SegmentationModel, build_model, check_model
+
+if TYPE_CHECKING:
+    from segdeconv.data.transforms import Preprocessing
 
 FORMAT = 1
 AVERAGED = "averaged."  # what the names of averaged weights begin with
@@ -97,6 +100,13 @@ class Checkpoint:
     def classes(self) -> Classes:
         """The classes that the network was trained for."""
         return Classes.restore(self.facts["classes"])
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """What is done to an image before the network sees it, at the recipe's `dataset.size`."""
+        from segdeconv.data.transforms import Preprocessing  # late: albumentations takes a second to import
+
+        return Preprocessing.restore({**self.facts["preprocessing"], "size": self.config["dataset"]["size"]})
 
     @property
     def sha256(self) -> str:

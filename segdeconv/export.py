@@ -78,7 +78,7 @@ def export(
                 f"{path.with_suffix(suffix)} is there, and {card_of(path).name} speaks of it - choose another name"
             )
     run, versions = (onnx_graph.runner, onnx_graph.require_libraries()) if path.suffix == ONNX else (_pt2_runner, {})
-    preprocessing = Preprocessing.restore({**read.facts["preprocessing"], "size": read.config["dataset"]["size"]})
+    preprocessing = read.preprocessing
     network, full = read.model(), None
     folded = fold_norms(network)
     if half:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,6 @@ from segdeconv import checkpoint, draw
 from segdeconv.checkpoint import Checkpoint
 from segdeconv.config import check, override
 from segdeconv.crf import CRF, refine
-from segdeconv.data.transforms import Preprocessing
 from segdeconv.errors import UsageError
 from segdeconv.inference import Scorer, resolve_precision
 from segdeconv.models import SegmentationModel
@@ -40,19 +40,15 @@ def predictor_of(
         )
     precision = resolve_precision(arguments.precision, read.facts["precision"])
     score = scorer_of(model, device, precision, flip=arguments.flip)
-    predict = _by_regions(read, score, arguments) if arguments.regions else whole(score, _preprocessing(read))
+    predict = _by_regions(read, score, arguments) if arguments.regions else whole(score, read.preprocessing)
     if arguments.ensemble:
         other = checkpoint.read(arguments.ensemble, trust=arguments.trust)
         order = _order(read, other)
         second = scorer_of(other.model(), device, resolve_precision(arguments.precision, other.facts["precision"]))
-        predict = ensemble(predict, whole(second, _preprocessing(other)), arguments.ensemble_mode, order)
+        predict = ensemble(predict, whole(second, other.preprocessing), arguments.ensemble_mode, order)
     elif not arguments.flip:
         predict = softmaxed(predict)
     return _refined(predict, crf_settings(crf_keys)) if arguments.crf else predict
-
-
-def _preprocessing(read: Checkpoint) -> Preprocessing:
-    return Preprocessing.restore({**read.facts["preprocessing"], "size": read.config["dataset"]["size"]})
 
 
 def _by_regions(read: Checkpoint, score: Scorer, arguments: argparse.Namespace) -> Predictor:
@@ -68,7 +64,7 @@ def _by_regions(read: Checkpoint, score: Scorer, arguments: argparse.Namespace) 
     propose = source(arguments.proposals)
     return by_regions(
         score,
-        Preprocessing.restore({**read.facts["preprocessing"], "size": seen_at}),
+        replace(read.preprocessing, size=(seen_at[0], seen_at[1])),
         lambda image, name: propose(draw.shown(image), name),
         num=arguments.regions,
         mode=arguments.region_mode,

@@ -10,7 +10,6 @@ from tqdm import tqdm
 
 from segdeconv.checkpoint import AVERAGED, Checkpoint
 from segdeconv.data.loading import EvaluationSamples, evaluation_loader
-from segdeconv.data.transforms import Preprocessing
 from segdeconv.errors import UsageError
 from segdeconv.inference import padded
 from segdeconv.scoring import restore_dataset
@@ -30,8 +29,7 @@ def recalibrated(checkpoint: Checkpoint, *, device: torch.device) -> Checkpoint:
     if not norms:
         raise UsageError(f"{checkpoint.path} has no batch norm, so there is nothing to recalibrate - use it as it is")
     settings = checkpoint.config["dataset"]
-    preprocessing = Preprocessing.restore({**checkpoint.facts["preprocessing"], "size": settings["size"]})
-    dataset = restore_dataset(checkpoint, "train")
+    dataset, preprocessing = restore_dataset(checkpoint, "train"), checkpoint.preprocessing
     loader = evaluation_loader(
         EvaluationSamples(dataset, preprocessing),
         batch_size=settings["batch_size"],

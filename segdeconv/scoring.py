@@ -18,7 +18,6 @@ from segdeconv.config import TARGET
 from segdeconv.data.dataset import SegmentationDataset
 from segdeconv.data.loading import EvaluationSamples, evaluation_loader, for_network, loader_failures_in_words
 from segdeconv.data.relabelled import in_order_of
-from segdeconv.data.transforms import Preprocessing
 from segdeconv.errors import UsageError
 from segdeconv.inference import (
     Samples,
@@ -157,7 +156,7 @@ def evaluate(
     batches: Iterable[dict[str, Any]]
     draw = None
     if look is None:
-        preprocessing = Preprocessing.restore({**checkpoint.facts["preprocessing"], "size": settings["size"]})
+        preprocessing = checkpoint.preprocessing
         loaded = evaluation_loader(
             EvaluationSamples(dataset, preprocessing),
             batch_size=settings["batch_size"],

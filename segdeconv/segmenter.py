@@ -19,7 +19,6 @@ from segdeconv.checkpoint import Checkpoint
 from segdeconv.classes import Classes
 from segdeconv.data.decoding import header_pixels
 from segdeconv.data.reading import MAX_PIXELS, read_upright, turn_back
-from segdeconv.data.transforms import Preprocessing
 from segdeconv.errors import UsageError
 from segdeconv.inference import (
     Samples,
@@ -119,10 +118,9 @@ class Segmenter:
             raise UsageError(f"scales={list(scales)} are no scales - give numbers such as 0.75,1,1.25")
         if samples and len(scales) > 1:
             raise UsageError("--samples and --scales are both means over looks - leave one of them out")
-        settings = read.config["dataset"]
         self.read, self.classes, self.flip, self.scales, self.look = read, read.classes, flip, tuple(scales), look
-        self.preprocess = Preprocessing.restore({**read.facts["preprocessing"], "size": settings["size"]})
-        self.max_pixels = settings.get("max_pixels") or MAX_PIXELS
+        self.preprocess = read.preprocessing
+        self.max_pixels = read.config["dataset"].get("max_pixels") or MAX_PIXELS
         self.device = device or best_device()
         free = available(self.device)
         self.memory = memory or max(LEAST_MEMORY, min(MOST_MEMORY, free // SHARE if free else MOST_MEMORY))

@@ -99,8 +99,7 @@ def uncertainty(
 
     dataset: a split as `scoring.restore_dataset` gives it.
     """
-    size = checkpoint.config["dataset"]["size"]
-    preprocessing = Preprocessing.restore({**checkpoint.facts["preprocessing"], "size": size})
+    preprocessing = checkpoint.preprocessing
     precision = resolve_precision(precision, checkpoint.facts["precision"])
     model = checkpoint.model()
     score = scorer_of(model, device, precision, flip=flip)

@@ -66,8 +66,7 @@ class Looker:
 
     def __init__(self, read: Checkpoint, device: torch.device, *, samples: int = 0) -> None:
         self.classes, self.device = read.classes, device
-        size = read.config["dataset"]["size"]
-        self.preprocessing = Preprocessing.restore({**read.facts["preprocessing"], "size": size})
+        self.preprocessing = read.preprocessing
         self.network = read.model().to(device)
         self.draw_samples = (
             sampled(lambda image: self.network(image).softmax(dim=1), self.network, samples) if samples else None

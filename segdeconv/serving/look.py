@@ -15,7 +15,7 @@ from torch import Tensor
 from segdeconv import draw, flow
 from segdeconv.checkpoint import Checkpoint
 from segdeconv.data.reading import MAX_PIXELS, read_upright
-from segdeconv.data.transforms import Preprocessing, Size, resize_image
+from segdeconv.data.transforms import Size, resize_image
 from segdeconv.errors import UsageError
 from segdeconv.inference import (
     best_device,
@@ -69,10 +69,9 @@ class Looker:
     """
 
     def __init__(self, read: Checkpoint, *, precision: str = "auto", samples: int = 0) -> None:
-        settings = read.config["dataset"]
         self.classes = read.classes
-        self.preprocess = Preprocessing.restore({**read.facts["preprocessing"], "size": settings["size"]})
-        self.max_pixels = settings.get("max_pixels", MAX_PIXELS)
+        self.preprocess = read.preprocessing
+        self.max_pixels = read.config["dataset"].get("max_pixels") or MAX_PIXELS
         self.device = best_device()
         self.precision = resolve_precision(precision, read.facts["precision"])
         self.network: SegmentationModel = ready(read.model(), self.device, self.precision)
