@@ -47,6 +47,15 @@ def test_every_command_names_a_script_and_keys_that_exist(line, monkeypatch):
             assert f'"{option}"' in source
 
 
+def test_the_house_has_every_module_and_script():
+    house = PAGES[0].read_text().split("## The house")[1].split("```")[1]
+    parts = [path.name for path in (ROOT / "segdeconv").glob("*.py") if not path.name.startswith("__")]
+    parts += [f"{path.name}/" for path in (ROOT / "segdeconv").iterdir() if path.is_dir() and path.name[0] not in "._"]
+    parts += [path.stem for path in (ROOT / "scripts").glob("*.py")]
+    assert [part for part in parts if not re.search(rf"(?<![\w.]){re.escape(part)}(?![\w.])", house)] == []
+    assert [name for name in re.findall(r"\w+\.py", house) if not (ROOT / "segdeconv" / name).is_file()] == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_file_a_page_shows_is_there(page):
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
