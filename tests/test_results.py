@@ -71,10 +71,11 @@ def test_scores_are_means_over_the_finished_runs_of_a_view(plan):
     assert "* commits: abc1234" in text
 
 
-def test_curves_pass_over_epochs_without_validation(plan):
-    run = write_run(plan, "One", "val", 0, 0.5)
-    (run / "metrics.csv").write_text("epoch,val/miou\n0,nan\n1,0.25\n2,nan\n3,0.5\n")
-    assert results.curves(plan) == {"One": [(2, 25.0), (4, 50.0)]}
+def test_curves_are_of_every_seed_and_pass_over_epochs_without_validation(plan):
+    first, second = (write_run(plan, "One", "val", seed, 0.5) for seed in (0, 1))
+    (first / "metrics.csv").write_text("epoch,val/miou\n0,nan\n1,0.25\n2,nan\n3,0.5\n")
+    (second / "metrics.csv").write_text("epoch,val/miou\n0,nan\n1,0.125\n")
+    assert results.curves(plan) == {"One": [[(2, 25.0), (4, 50.0)], [(2, 12.5)]]}
     assert results.draw(plan, plan.out / "curves.png")
     assert (plan.out / "curves.png").read_bytes().startswith(b"\x89PNG")
 

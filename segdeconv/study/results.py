@@ -191,18 +191,19 @@ def _cell(view: Mapping[str, Any], score: str) -> str:
     return around(view["mean"][score], view["spread"][score])
 
 
-def curves(plan: Plan) -> dict[str, list[tuple[int, float]]]:
-    """(epochs done, mean IoU on val in percent) of the first view and seed of each row that has them."""
-    found: dict[str, list[tuple[int, float]]] = {}
-    for row in plan.rows:
-        path = plan.run(row, next(iter(plan.views)), plan.seeds[0]) / "metrics.csv"
-        if path.is_file():
-            with path.open(newline="") as file:
-                read = [(int(line["epoch"]) + 1, float(line["val/miou"])) for line in csv.DictReader(file)]
-            points = [(epoch, 100 * miou) for epoch, miou in read if miou == miou]  # not the epochs without validation
-            if points:
-                found[row] = points
-    return found
+def curves(plan: Plan) -> dict[str, list[list[tuple[int, float]]]]:
+    """By row, a list of (epochs done, mean IoU on val in percent) for each seed of the first view that has them."""
+    view = next(iter(plan.views))
+    found = {row: [_curve(plan.run(row, view, seed) / "metrics.csv") for seed in plan.seeds] for row in plan.rows}
+    return {row: known for row, seeds in found.items() if (known := [points for points in seeds if points])}
+
+
+def _curve(path: Path) -> list[tuple[int, float]]:
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        read = [(int(line["epoch"]) + 1, float(line["val/miou"])) for line in csv.DictReader(file)]
+    return [(epoch, 100 * miou) for epoch, miou in read if miou == miou]  # not the epochs without validation
 
 
 def draw(plan: Plan, path: Path) -> bool:
@@ -218,9 +219,13 @@ def draw(plan: Plan, path: Path) -> bool:
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(9, 4.5), layout="constrained")
-    for number, (row, points) in enumerate(lines.items()):
+    for number, (row, seeds) in enumerate(lines.items()):
         style = ("-", "--", ":")[number // 10 % 3]  # ten colours
-        axis.plot(*zip(*points, strict=True), style, label=row, linewidth=1.5, marker="." if len(points) < 3 else None)
+        for turn, points in enumerate(seeds):  # of one colour, the first in full
+            axis.plot(
+                *zip(*points, strict=True), style, color=f"C{number % 10}", alpha=0.4 if turn else 1, linewidth=1.5,
+                label=None if turn else row, marker="." if len(points) < 3 else None,
+            )  # fmt: skip
     axis.set(xlabel="epoch", ylabel=f"mean IoU on {next(iter(plan.views))}, %", ylim=(0, None), title=plan.title)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8, loc="lower right")
