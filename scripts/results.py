@@ -26,7 +26,7 @@ GIVEN = {"seed": "--seeds", "hydra.run.dir": "--out"}
 def main() -> None:
     """Check every recipe, train what is not trained, write the table after each."""
     parser = ArgumentParser("results.py", description=__doc__.splitlines()[0])
-    parser.add_argument("table", help="camvid, camvid_slim, or a path to a YAML file of that form")
+    parser.add_argument("table", help="camvid, camvid_slim, camvid_small, camvid_steps, or a YAML file of that form")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example dataset.root=DIR")
     parser.add_argument("--seeds", default="0", help="comma-separated (default 0)")
     parser.add_argument("--rows", help="comma-separated, as folders are named (default: all)")
