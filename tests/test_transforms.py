@@ -333,6 +333,28 @@ def test_the_preprocessing_of_an_older_checkpoint_is_8_bit_rgb() -> None:
     assert Preprocessing.restore(older) == Preprocessing((4, 5), IMAGENET_MEAN, IMAGENET_STD, 8, as_stored=False)
 
 
+INTERPOLATING = [
+    name for name in NAMES if "mask_interpolation" in getattr(albumentations, name).InitSchema.model_fields
+]
+
+
+@pytest.mark.parametrize("name", INTERPOLATING)
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_mask_stays_where_its_image_is(name: str, axis: int) -> None:
+    """OpenCV's INTER_NEAREST, albumentations' default, takes the pixel before the nearest wherever it resizes."""
+    places = np.indices((120, 160), dtype=np.float32)[axis]
+    image, mask = np.repeat(places[..., None], 3, axis=2), places.astype(np.uint8)
+    inside = np.pad(np.ones((110, 150), dtype=bool), 5)  # beside a border, images are mixed with what fills it
+    differences = []
+    for seed in range(10):
+        compose = albumentations.Compose(built(name), additional_targets={"inside": "mask"}, seed=seed)
+        found = compose(image=image, mask=mask, inside=inside.astype(np.uint8))
+        kept = found["inside"] == 1
+        assert kept.sum() > 100
+        differences.append((found["mask"][kept] - found["image"][kept, 0]).mean())
+    assert np.abs(differences).mean() < 0.1  # pixels of the image before
+
+
 # What a person may get wrong
 
 

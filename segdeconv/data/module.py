@@ -32,7 +32,7 @@ from segdeconv.data.transforms import (
     Order,
     Preprocessing,
     Transform,
-    border_arguments,
+    mask_arguments,
     resize_image,
     resize_mask,
 )
@@ -226,6 +226,6 @@ def build_transforms(nodes: dict[str, Any], *, ignore_index: int, mean: Sequence
     transforms = {}
     for name, node in nodes.items():
         where = f"augment.{name}"
-        told = border_arguments(locate(node, where), node, ignore_index=ignore_index, fill=mean)
+        told = mask_arguments(locate(node, where), node, ignore_index=ignore_index, fill=mean)
         transforms[name] = build({key: node[key] for key in node if key not in told}, where, **told)
     return transforms
