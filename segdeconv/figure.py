@@ -144,7 +144,7 @@ def fitted(picture: np.ndarray, side: int) -> np.ndarray:
     """A picture in the middle of a light grey square, as large as fits; pixels stay sharp where it is enlarged."""
     factor = side / max(picture.shape[:2])
     height, width = (max(1, round(length * factor)) for length in picture.shape[:2])
-    interpolation = cv2.INTER_NEAREST if factor > 1 else cv2.INTER_AREA
+    interpolation = cv2.INTER_NEAREST_EXACT if factor > 1 else cv2.INTER_AREA
     resized = cv2.resize(picture, (width, height), interpolation=interpolation)
     canvas = np.full((side, side, 3), 235, dtype=np.uint8)
     top, left = (side - height) // 2, (side - width) // 2

@@ -138,7 +138,7 @@ def stages_sheet(
         values = map_.float().cpu().clamp(min=0).numpy()
         top = float(np.quantile(values[values > 0], 0.99)) if (values > 0).any() else 1.0
         picture = draw.heat(values, top)
-        return cv2.resize(np.ascontiguousarray(picture), size[::-1], interpolation=cv2.INTER_NEAREST)
+        return cv2.resize(np.ascontiguousarray(picture), size[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
 
     def thick(map_: Tensor) -> Tensor:
         """A sparse map as large as the image or smaller, every value as large as a pixel of the sheet at least."""
