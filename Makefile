@@ -39,7 +39,7 @@ bench: $(VENV)/.installed
 	$(RUN) scripts/benchmark.py speed memory growth input
 
 bench-gpu: $(VENV)/.installed
-	$(RUN) -m pytest -q -m "slow or not slow" tests/test_switches.py tests/test_kernels.py tests/test_compile.py
+	$(RUN) -m pytest -q -m "slow or not slow" tests/switches tests/models/test_compile.py
 	$(RUN) scripts/benchmark.py speed memory growth kernels input --batch 8 --repeats 20 --out benchmark-gpu
 
 clean:

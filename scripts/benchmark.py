@@ -18,7 +18,8 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
-from segdeconv.errors import ArgumentParser, UsageError, command, did_you_mean, run_command
+from segdeconv.cli.command import ArgumentParser, run_command
+from segdeconv.errors import UsageError, command, did_you_mean
 
 PARTS = ("speed", "memory", "growth", "kernels", "input")
 
@@ -45,9 +46,9 @@ def main() -> None:
     if min(height, width, arguments.batch, arguments.classes, arguments.repeats) < 1:
         raise UsageError("--size, --batch, --classes and --repeats are 1 or more")
 
-    from segdeconv.benchmarks import contestants, parts, plot
-    from segdeconv.inference import best_device
-    from segdeconv.report import write_json
+    from segdeconv.evaluation.report import write_json
+    from segdeconv.experiments.benchmarks import contestants, parts, plot
+    from segdeconv.system.devices import best_device
 
     task = contestants.Task(arguments.batch, (height, width), arguments.classes, best_device())
     measures: dict[str, Callable[[], list[parts.Table]]] = {

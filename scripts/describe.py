@@ -15,8 +15,9 @@ from typing import Any
 
 import yaml
 
-from segdeconv.errors import UsageError, command, did_you_mean, run_command
-from segdeconv.options import taken
+from segdeconv.cli.command import run_command
+from segdeconv.cli.options import taken
+from segdeconv.errors import UsageError, command, did_you_mean
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -27,9 +28,10 @@ def main() -> None:
     if {"-h", "--help"} & set(words):
         print(__doc__.replace("python scripts/describe.py", command("describe")))
         return
-    from segdeconv import config, report
-    from segdeconv.describe import describe, table
+    from segdeconv import config
+    from segdeconv.evaluation import report
     from segdeconv.models import build_model, check_model
+    from segdeconv.summary.summary import describe, table
 
     path = taken(words, "--json")
     asked = _value(taken(words, "size")), _value(taken(words, "classes"))

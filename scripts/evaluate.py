@@ -18,8 +18,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from segdeconv.errors import ArgumentParser, UsageError, command, run_command
-from segdeconv.options import add_looks, add_scales, looks_more, parted, scales_of
+from segdeconv.cli.command import ArgumentParser, run_command
+from segdeconv.cli.options import add_looks, add_scales, looks_more, parted, scales_of
+from segdeconv.errors import UsageError, command
 
 
 def main() -> None:
@@ -59,25 +60,28 @@ def main() -> None:
 
     import numpy as np
 
-    from segdeconv import ablation, cards, checkpoint, draw, page, report, report_page, scoring, uncertainty
-    from segdeconv.boundary import Boundaries
-    from segdeconv.evaluation import Evaluation
-    from segdeconv.inference import best_device
-    from segdeconv.prediction import predictor_of
-    from segdeconv.regions import Predictor
-    from segdeconv.segmenter import Segmenter
+    from segdeconv.analysis import ablation, uncertainty
+    from segdeconv.checkpoints import cards, checkpoint
+    from segdeconv.drawing import draw, html
+    from segdeconv.evaluation import evaluate, report, report_page
+    from segdeconv.evaluation.boundary import Boundaries
+    from segdeconv.evaluation.evaluation import Evaluation
+    from segdeconv.inference.predictors import predictor_of
+    from segdeconv.inference.regions import Predictor
+    from segdeconv.inference.segmenter import Segmenter
+    from segdeconv.system.devices import best_device
 
     device = best_device()
     read = checkpoint.read(arguments.checkpoint, trust=arguments.trust, overrides=overrides)
     other = arguments.compare and checkpoint.read(arguments.compare, trust=arguments.trust, overrides=overrides)
-    dataset = scoring.restore_dataset(read, arguments.split)
+    dataset = evaluate.restore_dataset(read, arguments.split)
     if other:
-        scoring.class_order(other, dataset.classes)  # refused before the first of two evaluations
+        evaluate.class_order(other, dataset.classes)  # refused before the first of two evaluations
     levels = ablation.require_unpooling(read.model()) if arguments.ablate else 0
     if arguments.uncertainty:
         uncertainty.require_plain(looking or scales != [1.0])
 
-    def save(one: scoring.Predicted) -> None:
+    def save(one: evaluate.Predicted) -> None:
         if arguments.masks:
             draw.save_mask(one.prediction, read.classes, arguments.masks / f"{dataset.names[one.place]}.png")
         if arguments.pictures and one.place in {int(chosen) for chosen in np.linspace(0, len(dataset) - 1, 12)}:
@@ -112,7 +116,7 @@ def main() -> None:
 
     def counted(outlines: Boundaries | None) -> np.ndarray:
         look = look_of(read)
-        return scoring.evaluate(read, arguments.split, on=dataset, boundaries=outlines, look=look, **settings)[0]
+        return evaluate.evaluate(read, arguments.split, on=dataset, boundaries=outlines, look=look, **settings)[0]
 
     done = evaluated(read)
     place = Path() if cards.SHIPPED in read.path.parents else read.path.parent
@@ -129,7 +133,9 @@ def main() -> None:
         found["compared"] = beside.report()
         shown["second"] = report_page.Evaluated(found["compared"], beside.gallery)
     report.write_json(found, out / "report.json")
-    page.write(report_page.html(report_page.Evaluated(found, done.gallery), dataset, **shown), out / "report.html")
+    html.write(
+        report_page.build_page(report_page.Evaluated(found, done.gallery), dataset, **shown), out / "report.html"
+    )
     print(f"{len(dataset)} images of {arguments.split}\n")
     print(done.table())
     if other:

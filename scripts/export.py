@@ -14,7 +14,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from segdeconv.errors import ArgumentParser, UsageError, run_command
+from segdeconv.cli.command import ArgumentParser, run_command
+from segdeconv.errors import UsageError
 
 
 def main() -> None:
@@ -34,7 +35,7 @@ def main() -> None:
     if arguments.layout and not arguments.preprocess:
         raise UsageError(f"--layout {arguments.layout} is for images as they are stored - add --preprocess")
 
-    from segdeconv import cards, checkpoint
+    from segdeconv.checkpoints import cards, checkpoint
 
     for flag in ("pieces", "about"):
         if getattr(arguments, flag) and arguments.out.suffix != cards.SUFFIX:
@@ -52,8 +53,8 @@ def main() -> None:
         print(f"{out}: {size:.1f} MB{cut}; recipe, classes and preprocessing in {cards.card_of(out)}")
         return
 
-    from segdeconv.export import export
-    from segdeconv.exported import Layout
+    from segdeconv.export.export import export
+    from segdeconv.export.module import Layout
 
     pixels: Layout | None = (arguments.layout or "nhwc") if arguments.preprocess else None
     card = export(read, out, pixels=pixels, argmax=arguments.argmax, half=arguments.half)

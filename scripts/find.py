@@ -12,7 +12,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from segdeconv.errors import UsageError, command, did_you_mean, run_command
+from segdeconv.cli.command import run_command
+from segdeconv.errors import UsageError, command, did_you_mean
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 WHAT = ("lr", "batch_size")
@@ -29,11 +30,12 @@ def main() -> None:
 
     import torch
 
-    from segdeconv import config, finders
-    from segdeconv.inference import best_device, resolve_precision
-    from segdeconv.memory import readable
-    from segdeconv.runs import check_recipe
-    from segdeconv.train import prepare
+    from segdeconv import config
+    from segdeconv.system.devices import best_device, resolve_precision
+    from segdeconv.system.memory import readable
+    from segdeconv.training import tuning
+    from segdeconv.training.config_check import check_recipe
+    from segdeconv.training.prepare import prepare
 
     recipe = check_recipe(config.compose(arguments, CONFIGS)[0])
     accelerator = recipe["trainer"]["accelerator"]
@@ -41,15 +43,15 @@ def main() -> None:
     precision = resolve_precision(recipe["trainer"]["precision"])
     made = prepare(recipe)
     if what == "lr":
-        tried = finders.try_rates(made, device, precision, num_workers=recipe["dataset"]["num_workers"] or 0)
+        tried = tuning.try_rates(made, device, precision, num_workers=recipe["dataset"]["num_workers"] or 0)
         highest = max(rate.smoothed for rate in tried)
         for rate in tried[:: max(1, len(tried) // 25)]:
             print(f"{rate.lr:9.1e}  {rate.smoothed:8.4f}  {'#' * round(60 * rate.smoothed / highest)}")
-        print(f"\nthe loss falls fastest at optimizer.lr={finders.best_rate(tried):.1e}")
+        print(f"\nthe loss falls fastest at optimizer.lr={tuning.best_rate(tried):.1e}")
         return
     print("batch size  seconds a step  images a second  memory")
     fits = []
-    for fit in finders.try_batch_sizes(made, device, precision, averaged=recipe["trainer"]["ema"] is not None):
+    for fit in tuning.try_batch_sizes(made, device, precision, averaged=recipe["trainer"]["ema"] is not None):
         fits.append(fit)
         speed = fit.batch_size / fit.seconds
         print(f"{fit.batch_size:>10}  {fit.seconds:>14.3f}  {speed:>15.1f}  {readable(fit.memory)}", flush=True)

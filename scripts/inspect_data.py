@@ -13,8 +13,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from segdeconv.errors import UsageError, command, run_command
-from segdeconv.options import taken
+from segdeconv.cli.command import run_command
+from segdeconv.cli.options import taken
+from segdeconv.errors import UsageError, command
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -25,7 +26,8 @@ def main() -> None:
     if {"-h", "--help"} & set(words):
         print(__doc__.replace("python scripts/inspect_data.py", command("inspect_data")))
         return
-    from segdeconv import balancing, config, inspection_page, page
+    from segdeconv import config
+    from segdeconv.data import inspection_page
     from segdeconv.data.inspection import MOST_SHOWN, inspect, overlaps, table
     from segdeconv.data.module import (
         DataModule,
@@ -35,6 +37,8 @@ def main() -> None:
         check_dataset,
         normalisation,
     )
+    from segdeconv.drawing import html
+    from segdeconv.losses import class_weights
 
     out = Path(taken(words, "--out") or "inspection")
     recipe, choices = config.compose(words, CONFIGS)
@@ -51,7 +55,7 @@ def main() -> None:
         print(note)
     inspections = [inspect(dataset) for dataset in splits]
     problems = [*overlaps(splits), *(problem for seen in inspections for problem in seen.problems)]
-    weights = balancing.median_frequency(inspections[0].pixels[:-1], inspections[0].image_pixels[:-1])
+    weights = class_weights.median_frequency(inspections[0].pixels[:-1], inspections[0].image_pixels[:-1])
     for seen in inspections:
         print(table(seen, classes, weights if seen.split == "train" else None), end="\n\n")
     print("weight: median frequency balancing (loss.balancing=median_frequency)")
@@ -62,7 +66,7 @@ def main() -> None:
         transforms = build_transforms(augment, ignore_index=classes.ignore_index, mean=settings["mean"])
         data = DataModule(splits[0], splits[1], transforms, recipe["seed"], **{**settings, "cache": "none"})
         training = data.samples
-    shown = inspection_page.html(
+    shown = inspection_page.build_page(
         splits,
         inspections,
         problems,
@@ -72,7 +76,7 @@ def main() -> None:
         command=command("inspect_data", sys.argv[1:]),
         recipe={"dataset": node, "augment": augment},
     )
-    page.write(shown, out / "inspect.html")
+    html.write(shown, out / "inspect.html")
     print(f"page:   {out / 'inspect.html'}")
     for problem in problems[:MOST_SHOWN]:
         print(f"problem: {problem}")

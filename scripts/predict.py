@@ -23,8 +23,9 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from segdeconv.errors import ArgumentParser, UsageError, run_command
-from segdeconv.options import add_looks, add_scales, looks_more, parted, scales_of
+from segdeconv.cli.command import ArgumentParser, run_command
+from segdeconv.cli.options import add_looks, add_scales, looks_more, parted, scales_of
+from segdeconv.errors import UsageError
 
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 # What does not change what is written; all other arguments are part of what a folder was made by.
@@ -75,13 +76,13 @@ def main() -> int:
 
     from tqdm import tqdm
 
-    from segdeconv import checkpoint
-    from segdeconv.inference import best_device
-    from segdeconv.journal import Journal
-    from segdeconv.labelling import Labelling, Outputs, write_tables
-    from segdeconv.prediction import predictor_of
-    from segdeconv.segmenter import Segmenter
-    from segdeconv.sources import find_images
+    from segdeconv.checkpoints import checkpoint
+    from segdeconv.inference.batch import Labelling, Outputs, write_tables
+    from segdeconv.inference.inputs import find_images
+    from segdeconv.inference.predictors import predictor_of
+    from segdeconv.inference.progress_log import Journal
+    from segdeconv.inference.segmenter import Segmenter
+    from segdeconv.system.devices import best_device
 
     def told(said: str) -> None:
         tqdm.write(said, file=sys.stdout)
@@ -135,7 +136,7 @@ def main() -> int:
 
 def made_by(arguments: argparse.Namespace, read: Any) -> dict[str, Any]:
     """What decides the content of every output: another one would write others under the same names."""
-    from segdeconv import cards
+    from segdeconv.checkpoints import cards
 
     settings = {key: value for key, value in vars(arguments).items() if key not in NOT_MADE_BY}
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in settings.items()}
@@ -147,7 +148,7 @@ def made_by(arguments: argparse.Namespace, read: Any) -> dict[str, Any]:
 
 def verify(segmenter: Any, images: dict[str, Path]) -> int:
     """Print how near the scores by tiles are to those of the whole; exit code 2 where they are not the same."""
-    from segdeconv.tiling_check import compare_tiling
+    from segdeconv.inference.tiling_check import compare_tiling
 
     wrong = 0
     for path in images.values():

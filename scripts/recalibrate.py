@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from segdeconv.errors import ArgumentParser, UsageError, command, run_command
+from segdeconv.cli.command import ArgumentParser, run_command
+from segdeconv.errors import UsageError, command
 
 
 def main() -> None:
@@ -23,9 +24,9 @@ def main() -> None:
     parser.add_argument("--trust", action="append", default=[], help="a class of your own that the recipe names")
     arguments = parser.parse_intermixed_args()
 
-    from segdeconv import checkpoint
-    from segdeconv.inference import best_device
-    from segdeconv.recalibration import recalibrated
+    from segdeconv.checkpoints import checkpoint
+    from segdeconv.system.devices import best_device
+    from segdeconv.training.batchnorm_recalibration import recalibrated
 
     read = checkpoint.read(arguments.checkpoint, trust=arguments.trust, overrides=arguments.overrides)
     out = arguments.out or read.path.with_name(f"{read.path.stem}_recalibrated.ckpt")

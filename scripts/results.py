@@ -3,8 +3,8 @@
     python scripts/results.py TABLE [--seeds 0,1,2] [--rows a,b] [--views a,b] [--out DIR] [--table] [--weights]
                               [key=value ...]
 
-TABLE is a file of segdeconv/study/tables, by its name, or any YAML file of that form: rows and views, each a name and
-words of train.py's command line. Every key=value is for all of them, and stronger: dataset.root=DIR.
+TABLE is a file of segdeconv/experiments/study/tables, by its name, or any YAML file of that form: rows and views, each
+a name and words of train.py's command line. Every key=value is for all of them, and stronger: dataset.root=DIR.
 Writes DIR/<row>/<view>/seed<n>/ for every run, and DIR/results.md, results.json and curves.png after each; --weights
 writes DIR/weights/ at the end, in half precision and in pieces of 16 MiB. What is finished is not run again, and what
 was cut goes on, when the same command is typed again.
@@ -16,8 +16,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from segdeconv.errors import ArgumentParser, command, run_command
-from segdeconv.options import refuse_keys
+from segdeconv.cli.command import ArgumentParser, run_command
+from segdeconv.cli.options import refuse_keys
+from segdeconv.errors import command
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 GIVEN = {"seed": "--seeds", "hydra.run.dir": "--out"}
@@ -38,8 +39,9 @@ def main() -> None:
     refuse_keys(arguments.overrides, GIVEN, "the table's")
 
     from segdeconv import config
-    from segdeconv.runs import check_recipe, finished
-    from segdeconv.study import results, series
+    from segdeconv.experiments.study import results, series
+    from segdeconv.training.config_check import check_recipe
+    from segdeconv.training.resume import finished
 
     path = results.table_path(arguments.table)
     parts: dict[str, Any] = results.read(path)

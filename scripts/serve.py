@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import sys
 
-from segdeconv.errors import ArgumentParser, UsageError, run_command
+from segdeconv.cli.command import ArgumentParser, run_command
+from segdeconv.errors import UsageError
 
 
 def main() -> None:
@@ -26,8 +27,8 @@ def main() -> None:
     if not 0 <= arguments.port <= 65535:
         raise UsageError(f"--port {arguments.port} is no port - give 0 to 65535")
 
-    from segdeconv import checkpoint
-    from segdeconv.serving.look import Looker
+    from segdeconv.checkpoints import checkpoint
+    from segdeconv.serving.predictor import Looker
     from segdeconv.serving.server import Server
 
     read = checkpoint.read(arguments.checkpoint, trust=arguments.trust, overrides=arguments.overrides)

@@ -16,8 +16,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from segdeconv.errors import ArgumentParser, SegdeconvError, UsageError, command, run_command
-from segdeconv.options import refuse_keys
+from segdeconv.cli.command import ArgumentParser, run_command
+from segdeconv.cli.options import refuse_keys
+from segdeconv.errors import SegdeconvError, UsageError, command
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 GIVEN = {"model": "--models", "seed": "--seeds", "loss.balancing": "--balancing", "hydra.run.dir": "--out"}
@@ -40,9 +41,10 @@ def main() -> None:
 
     from segdeconv import config
     from segdeconv.data.module import build_split
-    from segdeconv.inference import best_device
-    from segdeconv.runs import check_recipe, finished
-    from segdeconv.study import costs, paper, series, table
+    from segdeconv.experiments.study import costs, paper, series, table
+    from segdeconv.system.devices import best_device
+    from segdeconv.training.config_check import check_recipe
+    from segdeconv.training.resume import finished
 
     refuse_keys(arguments.overrides, GIVEN, "the study's")
     experiment = "decoder_study_quick" if arguments.quick else "decoder_study"

@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from segdeconv.errors import UsageError, command, run_command
+from segdeconv.cli.command import run_command
+from segdeconv.errors import UsageError, command
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -36,8 +37,8 @@ def main() -> None:
     def job(composed: Any) -> None:
         from hydra.core.hydra_config import HydraConfig
 
-        from segdeconv.processes import launched_from_outside, rank_from_outside
         from segdeconv.train import train  # late: Lightning takes 3 s to import
+        from segdeconv.training.processes import launched_from_outside, rank_from_outside
 
         try:
             if launched_from_outside() and not any(word.startswith("hydra.run.dir=") for word in sys.argv):
@@ -75,7 +76,8 @@ def folder_to_resume(arguments: list[str]) -> list[str]:
     if given.get("resume", "null") == "null":
         return []
     from segdeconv.config import compose
-    from segdeconv.runs import check_recipe, find_run
+    from segdeconv.training.config_check import check_recipe
+    from segdeconv.training.resume import find_run
 
     recipe, choices = compose(arguments, CONFIGS)
     named = Path(given["hydra.run.dir"]) if "hydra.run.dir" in given else None

@@ -14,7 +14,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from segdeconv.errors import ArgumentParser, UsageError, did_you_mean, run_command
+from segdeconv.cli.command import ArgumentParser, run_command
+from segdeconv.errors import UsageError, did_you_mean
 
 KINDS = "switches,flow,stages,stability,units"
 
@@ -49,10 +50,11 @@ def main() -> int:
 
     from tqdm import tqdm
 
-    from segdeconv import checkpoint, draw
-    from segdeconv.inference import best_device
-    from segdeconv.scoring import restore_dataset
-    from segdeconv.visualization import Looker, of_dataset, of_files
+    from segdeconv.analysis.visualization import Looker, of_dataset, of_files
+    from segdeconv.checkpoints import checkpoint
+    from segdeconv.drawing import draw
+    from segdeconv.evaluation.evaluate import restore_dataset
+    from segdeconv.system.devices import best_device
 
     read = checkpoint.read(arguments.checkpoint, trust=arguments.trust, overrides=overrides)
     names = read.classes.names
@@ -99,7 +101,7 @@ def write_index(out: Path, title: str, names: list[str]) -> None:
     """One page with all sheets."""
     from urllib.parse import quote
 
-    from segdeconv.durable import replace_text
+    from segdeconv.system.files import replace_text
 
     shown = "\n".join(
         f'<figure><img src="{quote(name)}" alt="{html.escape(name)}" style="max-width:100%"></figure>' for name in names
@@ -124,7 +126,7 @@ def is_override(argument: str) -> bool:
 
 def find_pictures(paths: list[str], out: Path) -> dict[str, Path]:
     """The pictures that the arguments mean, folders with their sub-folders, by the names of their sheets."""
-    from segdeconv.data.reading import SUFFIXES
+    from segdeconv.data.files.reading import SUFFIXES
 
     found: dict[str, Path] = {}
     for argument in paths:

@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     """`load`, when it is asked for: torch takes seconds to import."""
     if name == "load":
-        from segdeconv.segmenter import load
+        from segdeconv.inference.segmenter import load
 
         return load
     raise AttributeError(f"module 'segdeconv' has no attribute '{name}'")

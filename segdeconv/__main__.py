@@ -1,6 +1,6 @@
 """`python -m segdeconv COMMAND ...` is `segdeconv COMMAND ...`."""
 
-from segdeconv.cli import main
+from segdeconv.cli.main import main
 
 if __name__ == "__main__":
     main()

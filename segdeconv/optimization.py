@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from segdeconv.errors import UsageError, did_you_mean
-from segdeconv.inference import fast_precision
+from segdeconv.system.devices import fast_precision
 
 Rate = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]

@@ -34,11 +34,16 @@ if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
 import albumentations  # noqa: E402, F401
-import forked  # noqa: E402
+import forked_commands  # noqa: E402
 import torch  # noqa: E402
 import yaml  # noqa: E402
 
-from segdeconv import callbacks, checkpoint, durable, errors, report, scoring, task, train, training  # noqa: E402
+from segdeconv import errors, train  # noqa: E402
+from segdeconv.checkpoints import checkpoint  # noqa: E402
+from segdeconv.cli import command  # noqa: E402
+from segdeconv.evaluation import evaluate, report  # noqa: E402
+from segdeconv.system import files  # noqa: E402
+from segdeconv.training import callbacks, checkpointing, task  # noqa: E402
 
 PHASES = ("fork", "start", "training", "validation", "metrics", "checkpoint", "evaluation", "end")
 STREET = yaml.safe_load((ROOT / "configs/augment/street.yaml").read_text())
@@ -140,7 +145,7 @@ class Run:
             sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
             _mark_phases(self.marker)
             before()
-            errors.run_command(lambda: train.train(wanted, folder))
+            command.run_command(lambda: train.train(wanted, folder))
         except SystemExit as ended:
             code = int(ended.code or 0)
         except BaseException:
@@ -222,8 +227,8 @@ def _mark_phases(marker: mmap.mmap) -> None:
     marked(task.SegmentationTask, "on_validation_start", "validation", back=False)
     marked(task.SegmentationTask, "on_validation_end", "training", back=False)
     marked(callbacks.MetricsFile, "append", "metrics")
-    marked(training.Checkpoints, "keep", "checkpoint")
-    marked(scoring, "evaluate", "evaluation")
+    marked(checkpointing.Checkpoints, "keep", "checkpoint")
+    marked(evaluate, "evaluate", "evaluation")
     marked(report, "write_json", "end", back=False)
 
 
@@ -287,7 +292,7 @@ class Place(NamedTuple):
         ended = Run(recipe(**changes), self.folder).end()
         if ended.code != 0:
             return Trial(landed, f"exit {ended.code}: {ended.said[-2000:]}")
-        if left := [path.name for path in self.folder.glob(f"{durable.PARTIAL}*")]:
+        if left := [path.name for path in self.folder.glob(f"{files.PARTIAL}*")]:
             return Trial(landed, f"left behind: {left}")
         return Trial(landed, "" if learnt(self.folder) == self.expected else "another hash")
 
@@ -477,7 +482,7 @@ def _meet(fault: str, folder: Path) -> None:
     """What a child does to itself after its second validation."""
     if not fault.startswith("folder"):
         return
-    forked.restrict({"plain_user": True})
+    forked_commands.restrict({"plain_user": True})
     done, left = task.SegmentationTask.on_validation_end, [2]
 
     def spoil(of: Any) -> None:

@@ -3,7 +3,7 @@
 import os
 import signal
 
-import forked
+import forked_commands
 import pytest
 import torch
 
@@ -21,10 +21,10 @@ def _own_cache(tmp_path_factory, monkeypatch):
 
 @pytest.fixture(scope="session")
 def commands(tmp_path_factory):
-    """The real commands, at the price of a fork: see forked.py."""
+    """The real commands, at the price of a fork: see forked_commands.py."""
     before = os.environ.get("XDG_CACHE_HOME")
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.getbasetemp() / "cache")
-    server = forked.Commands()
+    server = forked_commands.Commands()
     if before is None:
         del os.environ["XDG_CACHE_HOME"]
     else:

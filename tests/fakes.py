@@ -350,10 +350,10 @@ def untrained(path: Path, dataset: dict[str, object], *, seed: int = 0, **model:
 
     model: further arguments of its `model` node.
     """
-    from segdeconv import checkpoint
+    from segdeconv.checkpoints import checkpoint
     from segdeconv.data.inspection import inspect
     from segdeconv.data.module import build_split, check_dataset, normalisation
-    from segdeconv.data.transforms import Preprocessing
+    from segdeconv.data.preprocessing import Preprocessing
     from segdeconv.models import build_model, check_model
 
     node = check_dataset({"batch_size": 2, "num_workers": 0, **dataset})

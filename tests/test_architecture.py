@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -10,69 +11,27 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "segdeconv"
 
-# Arrows go up only: a module imports modules of its own layer or below.
-LAYERS = [
-    {"allocation", "durable", "errors", "journal", "machine", "options", "png", "seeding"},
-    {
-        "boxes", "classes", "switches", "kernels", "fused", "fused_kernels", "layers", "lattice", "recomputation",
-        "config",
-    },
-    {
-        "data.decoding", "data.channels", "data.reading", "data.download", "data.mixing", "data.sampler",
-        "data.splits", "data.store",
-    },
-    {
-        "cards", "encoders", "balancing", "metrics", "draw", "outlines", "page", "sources", "video", "crf", "boundary",
-        "calibration",
-    },
-    {"breakdown", "gallery"},
-    {"losses", "losses.base", "losses.pixelwise", "losses.regions", "losses.combined"},
-    {"fields", "flow", "tracing", "describe", "tiling"},
-    {"stability", "zeiler_fergus", "decoder_stages", "switch_statistics", "figure"},
-    {
-        "models", "models.base", "models.basic", "models.deconvnet", "models.deeplab_largefov", "models.dropout",
-        "models.fcn", "models.fpn", "models.segnet", "models.unet"
-    },
-    {
-        "inference", "optimization", "proposals", "regions", "data.archives", "data.checksums", "data.published",
-        "data.dataset",
-        "data.relabelled", "data.transforms",
-    },
-    {
-        "data", "data.ade20k", "data.camvid", "data.cityscapes", "data.folder", "data.oxford_pets", "data.shapes",
-        "data.sunrgbd", "data.voc", "data.loading", "data.inspection", "data.instances", "data.cache", "checkpoint",
-    },
-    {
-        "data.module", "task", "report", "scoring", "prediction", "loggers", "recalibration", "ablation", "uncertainty",
-        "sheets", "views", "exported", "onnx_graph",
-    },
-    {"visualization", "export", "serving", "serving.look"},
-    {"serving.server"},
-    {"processes", "memory", "transfer", "evaluation", "report_page", "inspection_page"},
-    {"training", "run_folder", "segmenter"},
-    {"callbacks", "labelling", "runs", "switch_curves", "tiling_check", "watch"},
-    {"train"},
-    {
-        "benchmarks", "benchmarks.contestants", "benchmarks.harness", "benchmarks.input", "benchmarks.kernels",
-        "benchmarks.parts", "benchmarks.peak", "benchmarks.plot", "benchmarks.usual",
-    },
-    {"finders", "study", "study.paper", "study.costs", "study.results", "study.series", "study.table"},
-    {"cli"},
-    {"__main__"},
-]  # fmt: skip
+# Imports go leftwards only; what stands between two bars does not import its neighbours.
+ORDER = (
+    "errors | system, switches | config, classes | models, losses, optimization, drawing | summary | data | "
+    "checkpoints | inference | evaluation, export | analysis | training | serving | train | experiments | cli"
+)
+ENTRIES = 24  # of the package at most, so that a stranger who lists it sees the system
+
+# The only files that may import a library, at the top or inside a function.
 ONLY = {
+    "argparse": {"cli.command", "cli.options", "inference.predictors"},
     "hydra": {"config"},
     "omegaconf": {"config"},
-    "pytorch_lightning": {
-        "task", "training", "runs", "callbacks", "data.module", "loggers", "processes", "switch_curves", "watch"
-    },
-    "lightning_fabric": {"training", "processes"},
-    "albumentations": {"data.transforms"},
-    "jinja2": {"page"},
-    "torchvision": {"encoders"},
-    "triton": {"kernels", "fused_kernels"},
+    "pytorch_lightning": {"data.module", "training"},
+    "lightning_fabric": {"training"},
+    "albumentations": {"data.augmentation"},
+    "jinja2": {"drawing.html"},
+    "torchvision": {"models.vgg"},
+    "triton": {"switches.triton_kernels", "switches.fused_triton"},
     "lightning": set(),
-}  # fmt: skip
+    "unittest": {"analysis.ablation", "analysis.decoder_stages", "summary.tracing"},
+}
 
 
 def modules() -> dict[str, Path]:
@@ -83,48 +42,81 @@ def modules() -> dict[str, Path]:
     return names
 
 
-def imported(path: Path, *, late: bool) -> set[str]:
-    """Dotted names imported by a file; `late` counts those inside functions too."""
-    tree = ast.parse(path.read_text())
-    nodes = ast.walk(tree) if late else tree.body
-    found = set()
-    for node in nodes:
+MODULES = modules()
+
+
+def imported(path: Path) -> set[str]:
+    """Dotted names imported by a file, inside functions too."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
 
 
-def test_every_module_has_a_layer():
-    placed = set().union(*LAYERS)
-    assert set(modules()) - {""} == placed
+def ours(name: str) -> set[str]:
+    """The modules of the package that a module imports; of `from package import name` the package itself."""
+    inner = {full.removeprefix("segdeconv.") for full in imported(MODULES[name]) if full.startswith("segdeconv.")}
+    return {module for module in inner if module in MODULES} - {name}
 
 
-@pytest.mark.parametrize("name", sorted(set(modules()) - {""}))
-def test_imports_go_up_only(name):
-    layer = next(index for index, names in enumerate(LAYERS) if name in names)
-    allowed = set().union(*LAYERS[: layer + 1])
-    for found in imported(modules()[name], late=False):
-        if found.startswith("segdeconv."):
-            inner = found.removeprefix("segdeconv.")
-            if inner in modules():
-                assert inner in allowed, f"{name} imports {inner}, which lies above it"
+def test_imports_go_leftwards_only():
+    places = {name: place for place, names in enumerate(ORDER.split(" | ")) for name in names.split(", ")}
+    rooms = {name.partition(".")[0] for name in MODULES} - {"", "__main__"}
+    assert rooms == set(places)
+    wrong = [
+        f"{name} imports {other}"
+        for name in MODULES
+        for other in ours(name)
+        if name.partition(".")[0] not in (other.partition(".")[0], "", "__main__")
+        and places[other.partition(".")[0]] >= places[name.partition(".")[0]]
+    ]
+    assert wrong == []
+
+
+def test_no_circle_between_files():
+    arrows = {}
+    for name in MODULES:
+        others = ours(name)
+        # A package's own files come before it; what it hands on is imported through it from outside alone.
+        inside = {other for other in others if name.startswith(f"{other}.")}
+        arrows[name] = others - inside
+    del arrows[""]  # hands on `load`, lazily
+    try:
+        TopologicalSorter(arrows).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+def test_a_stranger_who_lists_the_package_sees_the_system():
+    entries = [path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"]
+    assert len(entries) <= ENTRIES
+    for path in PACKAGE.glob("*/__init__.py"):
+        docstring = ast.get_docstring(ast.parse(path.read_text()))
+        assert docstring, path
+        assert "may import" in docstring.lower(), path
+
+
+def test_experiments_are_imported_by_scripts_alone():
+    users = {name for name in MODULES if any(other.startswith("experiments") for other in ours(name))}
+    assert not {name for name in users if not name.startswith("experiments")}
 
 
 @pytest.mark.parametrize("library", sorted(ONLY))
 def test_a_library_is_imported_only_where_it_belongs(library):
     users = {
         name
-        for name, path in modules().items()
-        if any(found == library or found.startswith(f"{library}.") for found in imported(path, late=True))
+        for name, path in MODULES.items()
+        if any(full == library or full.startswith(f"{library}.") for full in imported(path))
     }
-    assert users <= ONLY[library]
+    assert {name for name in users if not {name, name.partition(".")[0]} & ONLY[library]} == set()
 
 
 def test_importing_everything_opens_no_connection():
     refuse = "import socket\ndef refuse(*_): raise AssertionError('a connection')\nsocket.socket.connect = refuse\n"
-    imports = "\n".join(f"import segdeconv.{name}" for name in modules() if name)
+    imports = "\n".join(f"import segdeconv.{name}" for name in MODULES if name)
     done = subprocess.run([sys.executable, "-c", refuse + imports], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from segdeconv import checkpoint, config
+from segdeconv import config
+from segdeconv.checkpoints import checkpoint
 from segdeconv.errors import UsageError
-from segdeconv.runs import check_recipe, differing_keys
+from segdeconv.training.config_check import check_recipe
+from segdeconv.training.resume import differing_keys
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 GROUPS = {

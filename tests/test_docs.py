@@ -17,7 +17,7 @@ from PIL import Image
 from test_readme import PAGES, ROOT
 
 from segdeconv import config
-from segdeconv.runs import check_recipe
+from segdeconv.training.config_check import check_recipe
 
 pytestmark = pytest.mark.slow
 OWN_CODE = ROOT / "docs" / "own_code"

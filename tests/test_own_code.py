@@ -16,9 +16,9 @@ import yaml
 from PIL import Image
 
 from segdeconv import config
-from segdeconv.checkpoint import foreign
+from segdeconv.checkpoints.checkpoint import foreign
 from segdeconv.errors import UsageError
-from segdeconv.runs import DEFAULTS, check_recipe
+from segdeconv.training.config_check import DEFAULTS, check_recipe
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"

@@ -1,14 +1,17 @@
-"""The data sets. Each is one class, which knows its own classes, and one YAML file in configs/dataset."""
+"""From files to batches: data sets (one file each in datasets/), decoding, inspection, augmentation, loading.
 
-from segdeconv.data.ade20k import ADE20K
-from segdeconv.data.camvid import CamVid
-from segdeconv.data.cityscapes import Cityscapes
+May import everything up to `summary`. A data set is one class and one YAML file in configs/dataset.
+"""
+
 from segdeconv.data.dataset import FileDataset, Pair, Sample, SegmentationDataset
-from segdeconv.data.folder import Folder
-from segdeconv.data.oxford_pets import OxfordPets
-from segdeconv.data.shapes import Shapes
-from segdeconv.data.sunrgbd import SUNRGBD
-from segdeconv.data.voc import VOC
+from segdeconv.data.datasets.ade20k import ADE20K
+from segdeconv.data.datasets.camvid import CamVid
+from segdeconv.data.datasets.cityscapes import Cityscapes
+from segdeconv.data.datasets.folder import Folder
+from segdeconv.data.datasets.oxford_pets import OxfordPets
+from segdeconv.data.datasets.shapes import Shapes
+from segdeconv.data.datasets.sunrgbd import SUNRGBD
+from segdeconv.data.datasets.voc import VOC
 
 __all__ = [
     "ADE20K",

@@ -16,8 +16,8 @@ import numpy as np
 
 from segdeconv.data.dataset import Sample, SegmentationDataset, View
 from segdeconv.data.inspection import cache
+from segdeconv.data.preprocessing import Size, resize_image, resize_mask
 from segdeconv.data.store import IN_MEMORY, ON_DISK, STAMP, Store
-from segdeconv.data.transforms import Size, resize_image, resize_mask
 from segdeconv.errors import UsageError
 
 Kind = Literal["auto", "none", "memory", "disk"]

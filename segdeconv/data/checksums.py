@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from segdeconv.data.dataset import SegmentationDataset
-from segdeconv.data.download import hash_file
-from segdeconv.data.reading import read_list
+from segdeconv.data.files.reading import read_list
 from segdeconv.errors import UsageError
+from segdeconv.system.files import hash_file
 
 
 def verify(dataset: SegmentationDataset, *, checksums: str | None = None) -> None:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from segdeconv.classes import Classes
-from segdeconv.data.reading import MAX_PIXELS, Exif, read_image, read_labels, read_mask
+from segdeconv.data.files.reading import MAX_PIXELS, Exif, read_image, read_labels, read_mask
 from segdeconv.errors import UsageError
 
 

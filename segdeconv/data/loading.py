@@ -19,10 +19,11 @@ from torch import Tensor
 from torch.multiprocessing.spawn import ProcessRaisedException
 from torch.utils.data import DataLoader, Dataset
 
+from segdeconv.data.augmentation import Augmentation
 from segdeconv.data.dataset import Sample, SegmentationDataset
 from segdeconv.data.mixing import Mixing
+from segdeconv.data.preprocessing import Preprocessing, resize_image, resize_mask, stacked
 from segdeconv.data.sampler import StatelessBatches
-from segdeconv.data.transforms import Augmentation, Preprocessing, resize_image, resize_mask, stacked
 from segdeconv.errors import UsageError
 
 AHEAD = 2  # batches that each worker makes before they are asked for

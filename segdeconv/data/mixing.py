@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 
 from segdeconv.errors import UsageError
-from segdeconv.seeding import key
+from segdeconv.system.seeding import key
 
 Mix = Literal["classes", "box"]
 

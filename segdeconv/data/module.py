@@ -12,11 +12,12 @@ from pytorch_lightning import LightningDataModule, Trainer
 from torch.utils.data import DataLoader
 
 from segdeconv.config import TARGET, build, check, locate, split
+from segdeconv.data.augmentation import Augmentation, Transform, mask_arguments
 from segdeconv.data.cache import Cached, Kind, make_room, open_store
 from segdeconv.data.checksums import verify
+from segdeconv.data.crops import Crops
 from segdeconv.data.dataset import SegmentationDataset
 from segdeconv.data.inspection import Inspection
-from segdeconv.data.instances import Crops
 from segdeconv.data.loading import (
     EvaluationSamples,
     TrainingBatches,
@@ -26,16 +27,8 @@ from segdeconv.data.loading import (
     worker_settings,
 )
 from segdeconv.data.mixing import Mix, Mixing
+from segdeconv.data.preprocessing import Order, Preprocessing, resize_image, resize_mask
 from segdeconv.data.relabelled import Relabelled
-from segdeconv.data.transforms import (
-    Augmentation,
-    Order,
-    Preprocessing,
-    Transform,
-    mask_arguments,
-    resize_image,
-    resize_mask,
-)
 from segdeconv.errors import UsageError
 
 Side = Annotated[int, Field(ge=1)]

@@ -70,7 +70,7 @@ def relabel(classes: Classes, label_map: Mapping[str, str]) -> tuple[Classes, np
 def describe(classes: Classes, label_map: Mapping[str, str]) -> str:
     """What becomes of which classes, in words.
 
-    >>> from segdeconv.data.camvid import CLASSES
+    >>> from segdeconv.data.datasets.camvid import CLASSES
     >>> describe(CLASSES, {"sky": "ignore", "pavement": "drivable", "road": "drivable"})
     'road, pavement -> drivable; sky -> ignored'
     """

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from torch.utils.data import Sampler
 
-from segdeconv.seeding import key
+from segdeconv.system.seeding import key
 
 
 class StatelessBatches(Sampler[list[tuple[int, int]]]):

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from segdeconv.errors import UsageError
-from segdeconv.seeding import key
+from segdeconv.system.seeding import key
 
 Groups = Mapping[str, list[str]]  # the names of the images of each group
 

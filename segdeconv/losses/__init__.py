@@ -1,4 +1,7 @@
-"""Losses: modules from (logits, mask) to a scalar, none of which counts ignored pixels."""
+"""Losses: modules from (logits, mask) to a scalar, none of which counts ignored pixels; class weights.
+
+May import `errors`, `system`, `switches`, `config` and `classes`.
+"""
 
 from segdeconv.losses.base import Adjusted, PixelLoss, loss_sums
 from segdeconv.losses.combined import Sum, build_loss, check_loss

@@ -9,10 +9,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from segdeconv.balancing import class_weights as balancing
 from segdeconv.config import Node, build, check, locate, split
 from segdeconv.errors import UsageError
 from segdeconv.losses.base import Adjusted, PixelLoss
+from segdeconv.losses.class_weights import class_weights as balancing
 
 
 class Sum(PixelLoss):

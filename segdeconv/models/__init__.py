@@ -1,4 +1,7 @@
-"""The networks: one architecture, one file, one paper."""
+"""The networks: one architecture, one file, one paper; layers, encoders, VGG and its weights.
+
+May import `errors`, `system`, `switches`, `config` and `classes`.
+"""
 
 from segdeconv.models.base import SegmentationModel, build_model, check_model
 from segdeconv.models.basic import BilinearBasic, FCNBasic, SegNetBasic

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from segdeconv.config import TARGET, build, check, locate
 from segdeconv.errors import UsageError
-from segdeconv.recomputation import Staged
+from segdeconv.models.activation_checkpointing import Staged
 
 
 class SegmentationModel(Staged, ABC):

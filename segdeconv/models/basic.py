@@ -28,11 +28,11 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from segdeconv.encoders import Encoder, SwitchSource
-from segdeconv.layers import BilinearDeconv, ConvBlock, Dropouts, cut, init_he
 from segdeconv.models.base import SegmentationModel
 from segdeconv.models.dropout import DropoutAt, dropout_places
-from segdeconv.switches import unpool
+from segdeconv.models.encoders import Encoder, SwitchSource
+from segdeconv.models.layers import BilinearDeconv, ConvBlock, Dropouts, cut, init_he
+from segdeconv.switches.ops import unpool
 
 DEPTH = 4  # encoders, and decoders
 

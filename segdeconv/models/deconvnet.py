@@ -18,11 +18,12 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from segdeconv.encoders import SwitchSource, load_fully_connected, load_vgg, vgg_encoder, vgg_weights
 from segdeconv.errors import UsageError
-from segdeconv.layers import ConvBlock, DeconvBlock, init_gaussian, init_he
 from segdeconv.models.base import SegmentationModel
-from segdeconv.switches import unpool
+from segdeconv.models.encoders import SwitchSource
+from segdeconv.models.layers import ConvBlock, DeconvBlock, init_gaussian, init_he
+from segdeconv.models.vgg import load_fully_connected, load_vgg, vgg_encoder, vgg_weights
+from segdeconv.switches.ops import unpool
 
 
 class DeconvNet(SegmentationModel):

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from segdeconv.encoders import load_vgg, vgg_encoder, vgg_weights
-from segdeconv.layers import ConvBlock, cut, init_gaussian, init_he
 from segdeconv.models.base import SegmentationModel
+from segdeconv.models.layers import ConvBlock, cut, init_gaussian, init_he
+from segdeconv.models.vgg import load_vgg, vgg_encoder, vgg_weights
 
 STRIDES = (2, 2, 2, 1, 1)  # of the pools
 DILATIONS = (1, 1, 1, 1, 2)  # of the convolutions

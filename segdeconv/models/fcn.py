@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from segdeconv.encoders import load_fully_connected, load_vgg, vgg_encoder, vgg_weights
-from segdeconv.layers import ConvBlock, bilinear_kernel, cut, init_he
 from segdeconv.models.base import SegmentationModel
+from segdeconv.models.layers import ConvBlock, bilinear_kernel, cut, init_he
+from segdeconv.models.vgg import load_fully_connected, load_vgg, vgg_encoder, vgg_weights
 
 # Which maps are scored beside the deepest one, coarse to fine.
 SKIPS: dict[int, tuple[str, ...]] = {32: (), 16: ("pool4",), 8: ("pool4", "pool3")}

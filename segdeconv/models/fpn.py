@@ -26,10 +26,11 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from segdeconv.encoders import Encoder, vgg_encoder
 from segdeconv.errors import UsageError
-from segdeconv.layers import cut, init_he
 from segdeconv.models.base import SegmentationModel
+from segdeconv.models.encoders import Encoder
+from segdeconv.models.layers import cut, init_he
+from segdeconv.models.vgg import vgg_encoder
 
 
 class FPN(SegmentationModel):

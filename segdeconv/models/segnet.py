@@ -16,12 +16,13 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from segdeconv.encoders import Encoder, Encoding, Stages, SwitchSource, vgg_encoder
-from segdeconv.layers import ConvBlock, Dropouts, init_he
+from segdeconv.models.activation_checkpointing import Staged
 from segdeconv.models.base import SegmentationModel
 from segdeconv.models.dropout import DropoutAt, dropout_places
-from segdeconv.recomputation import Staged
-from segdeconv.switches import unpool
+from segdeconv.models.encoders import Encoder, Encoding, Stages, SwitchSource
+from segdeconv.models.layers import ConvBlock, Dropouts, init_he
+from segdeconv.models.vgg import vgg_encoder
+from segdeconv.switches.ops import unpool
 
 
 class SegNet(SegmentationModel):

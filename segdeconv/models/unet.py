@@ -22,9 +22,10 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from segdeconv.encoders import Encoder, vgg_encoder
-from segdeconv.layers import ConvBlock, cut, init_he
 from segdeconv.models.base import SegmentationModel
+from segdeconv.models.encoders import Encoder
+from segdeconv.models.layers import ConvBlock, cut, init_he
+from segdeconv.models.vgg import vgg_encoder
 
 
 class UNet(SegmentationModel):

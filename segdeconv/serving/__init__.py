@@ -1,1 +1,4 @@
-"""A page on this machine to try a network: drop a picture, see what it is made of."""
+"""A page on this machine to try a network: drop a picture, see what it is made of.
+
+May import everything up to `training`.
+"""

@@ -31,7 +31,7 @@ import numpy as np
 from PIL import Image
 
 from segdeconv.errors import UsageError
-from segdeconv.serving.look import LARGEST, Looker, Seen, pixel
+from segdeconv.serving.predictor import LARGEST, Looker, Seen, pixel
 
 MAX_BYTES = 32 << 20  # of a picture's file
 SILENCE, REQUEST = 10, 60  # seconds that a browser may say nothing, and take for all that it has to say

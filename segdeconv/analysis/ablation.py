@@ -1,0 +1,154 @@
+"""What switches are worth: a trained network scored with something else in their place.
+
+The network and its weights stay as they are; only the way from a pooled map to the map before the pool changes, in all
+levels together and in each alone:
+
+    switches   as trained: a value goes into the cell that won, zeros into the other three
+    shuffled   as many values in each of the four cells as before, of every map by itself, but in other windows
+    corner     every value goes into the first cell of its window
+    bilinear   maps are enlarged bilinearly, a quarter of each value to a pixel, so that their sums stay
+
+`shuffled` keeps how often each cell is named and how empty the map is, and takes away the places: what it loses against
+`switches` is what the places say. `corner` adds a shift by half a pixel, `bilinear` a smoothness that no filter of the
+decoder has seen in training.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+from unittest.mock import patch
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from segdeconv.errors import UsageError
+from segdeconv.evaluation.boundary import Boundaries
+from segdeconv.evaluation.metrics import scores
+from segdeconv.models import SegmentationModel
+from segdeconv.summary.tracing import traced
+from segdeconv.switches import ops
+from segdeconv.system.seeding import key
+
+Upsampling = Literal["shuffled", "corner", "bilinear"]
+UPSAMPLINGS: tuple[Upsampling, ...] = ("shuffled", "corner", "bilinear")
+
+
+def require_unpooling(model: SegmentationModel) -> int:
+    """How many times a network unpools. Raises UsageError for one that does not."""
+    side = max(64, model.minimum_size)
+    levels = sum(layer.kind == "unpool" for layer in traced(model, (side, side)).layers)
+    if not levels:
+        raise UsageError(
+            f"{type(model).__name__} does not unpool, so it has no switches that could be replaced - leave out "
+            "--ablate, or give a SegNet or DeconvNet"
+        )
+    return levels
+
+
+@contextmanager
+def unpooling_by(upsampling: Upsampling, level: int | Literal["all"], *, seed: int = 0) -> Iterator[None]:
+    """While this is open, networks that unpool do it in another way, in one level or in all.
+
+    level: of the pool, 1 is the first, which pools the finest map.
+    seed: of `shuffled`. One permutation for each map of a level, drawn by (seed, level, channels and size) and thus the
+        same for every image, however they are batched. Windows that the image's end cuts keep what is left of theirs.
+    """
+    pool, unpool = ops._MaxPool.apply, ops._Unpool.apply
+    levels: Any = WeakTensorKeyDictionary()
+    last: tuple[int, tuple[int, int]] | None = None  # level and size of what the last pool of this pass gave
+
+    def watched_pool(x: Tensor, packed: bool) -> Any:
+        nonlocal last
+        features, codes = pool(x, packed)
+        # A larger map is another pass: the one before may have run out of memory on its way.
+        deeper = last is not None and x.shape[-2] <= last[1][0] and x.shape[-1] <= last[1][1]
+        levels[codes] = last[0] + 1 if last is not None and deeper else 1
+        last = levels[codes], (features.shape[-2], features.shape[-1])
+        return features, codes
+
+    def replaced(x: Tensor, codes: Tensor, height: int, width: int, *options: Any) -> Any:
+        nonlocal last
+        last = None
+        here = levels[codes]
+        if level not in ("all", here):
+            return unpool(x, codes, height, width, *options)
+        if upsampling == "bilinear":
+            # Twice the size and then cut, so that windows that reach over an odd edge stay where they are.
+            large = F.interpolate(x / 4, scale_factor=2, mode="bilinear", align_corners=False)
+            return large[..., :height, :width]
+        other = torch.zeros_like(codes)
+        if upsampling == "shuffled":
+            other = shuffled(ops._bytes(codes, x), (height, width), key(seed, "shuffled", here))
+        return unpool(x, other, height, width, *options)
+
+    with patch.object(ops._MaxPool, "apply", watched_pool), patch.object(ops._Unpool, "apply", replaced):
+        yield
+
+
+def shuffled(codes: Tensor, size: tuple[int, int], seed: int) -> Tensor:
+    """The switches of every map in another order of its windows, the same for every image of the batch.
+
+    codes: (N, C, h, w) uint8, one to a byte; size: the (H, W) that was pooled.
+    """
+    count, channels, height, width = codes.shape
+    generator = torch.Generator().manual_seed(key(seed, channels, height, width))
+    order = torch.rand(channels, height * width, generator=generator).argsort(dim=1).to(codes.device)
+    moved = codes.flatten(2).gather(2, order.expand(count, -1, -1)).view_as(codes)
+    if size[0] % 2:
+        moved[:, :, -1] &= 1
+    if size[1] % 2:
+        moved[..., -1] &= 2
+    return moved
+
+
+def ablate(
+    evaluate: Callable[[Boundaries | None], np.ndarray],
+    confusion: np.ndarray,
+    boundaries: Boundaries | None,
+    levels: int,
+) -> list[dict[str, Any]]:
+    """The rows of report["ablation"]: upsampling, level ("all", or from 1), miou and boundary_f1, null for none.
+
+    evaluate: counts once more what the network predicts: outlines into the boundaries that it is given, pixels into the
+        confusion matrix that it returns. confusion, boundaries: of the network as it is.
+    """
+    rows = [_row("switches", "all", confusion, boundaries)]
+    for upsampling in UPSAMPLINGS:
+        for level in ("all", *range(1, levels + 1)) if levels > 1 else ("all",):
+            outlines = Boundaries(boundaries.num_classes, boundaries.ignore_index) if boundaries else None
+            with unpooling_by(upsampling, level):
+                found = evaluate(outlines)
+            rows.append(_row(upsampling, level, found, outlines))
+    return rows
+
+
+def _row(upsampling: str, level: int | str, confusion: np.ndarray, boundaries: Boundaries | None) -> dict[str, Any]:
+    miou = scores(confusion).miou
+    f1 = boundaries.compute().f1 if boundaries else math.nan
+    numbers = {"miou": miou, "boundary_f1": f1}
+    return {"upsampling": upsampling, "level": level} | {
+        name: None if math.isnan(value) else float(value) for name, value in numbers.items()
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """For reading: a line for each kind of upsampling, a column for each level, mean IoU / boundary F1 in percent."""
+    levels = list(dict.fromkeys(row["level"] for row in rows))
+    cells = {
+        (row["upsampling"], row["level"]): f"{_percent(row['miou'])}/{_percent(row['boundary_f1'])}" for row in rows
+    }
+    lines = ["mean IoU / boundary F1 with something else in place of the switches, by level (1 is the finest)", ""]
+    lines.append(f"{'':<10}" + "".join(f"{level:>12}" for level in levels))
+    for upsampling in dict.fromkeys(row["upsampling"] for row in rows):
+        lines.append(f"{upsampling:<10}" + "".join(f"{cells.get((upsampling, level), ''):>12}" for level in levels))
+    return "\n".join(lines)
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"

@@ -1,0 +1,65 @@
+"""Numbers about switches: how often each cell wins, how often two are as good, how many windows changed their mind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from segdeconv.analysis.switch_paths import unpack_like
+from segdeconv.models.encoders import Encoder
+from segdeconv.switches.ops import Pooling, max_pool
+
+
+def shares(pooling: Pooling) -> list[float]:
+    """How often each of the four cells won, over all windows, channels and images: 0..1, the sum is 1."""
+    counts = torch.bincount(unpack_like(pooling).flatten().long(), minlength=4)
+    return (counts / counts.sum()).tolist()
+
+
+def flip_rate(before: Pooling, now: Pooling) -> float:
+    """The share of windows, over all channels and images, whose winner is another one than before: 0..1."""
+    return float((unpack_like(before) != unpack_like(now)).float().mean())
+
+
+def tie_rate(x: Tensor) -> float:
+    """The share of the 2x2 windows of maps (N, C, H, W) whose maximum is in more than one cell: 0..1.
+
+    There the first cell wins, whatever the image. Windows that the end cuts count by the cells that they have.
+
+    >>> tie_rate(torch.tensor([[[[0., 0., 1.], [0., 0., 2.]]]]))
+    0.5
+    """
+    highest = max_pool(x).features
+    height, width = x.shape[-2:]
+    rows, columns = (torch.arange(side, device=x.device) // 2 for side in (height, width))
+    best = (x == highest[..., rows[:, None], columns]).float()
+    counts = F.avg_pool2d(F.pad(best, (0, width % 2, 0, height % 2)), 2) * 4
+    return float((counts > 1.5).float().mean())
+
+
+@contextmanager
+def ties_counted(network: nn.Module) -> Iterator[list[float]]:
+    """While this is open every pass of a network leaves the tie rates of its encoder's pools, the finest first."""
+    rates: list[float] = []
+
+    def start(module: nn.Module, given: Any) -> None:
+        rates.clear()
+
+    def count(module: nn.Module, given: Any, maps: Tensor) -> None:
+        rates.append(tie_rate(maps))
+
+    hooks = []
+    for encoder in network.modules():
+        if isinstance(encoder, Encoder):
+            hooks.append(encoder.register_forward_pre_hook(start))
+            hooks += [stage.register_forward_hook(count) for stage in encoder.stages]
+    try:
+        yield rates
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,227 @@
+"""One checkpoint and images of any source: the sheets that `scripts/visualize.py` writes about them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from segdeconv.analysis import figures
+from segdeconv.analysis.decoder_stages import build_up
+from segdeconv.analysis.switch_paths import recorded
+from segdeconv.analysis.switch_stability import instability
+from segdeconv.analysis.switch_statistics import ties_counted
+from segdeconv.analysis.uncertainty import noise_of
+from segdeconv.analysis.unit_projection import METHODS, Method, Strongest, fields_of, on_grey, project
+from segdeconv.checkpoints.checkpoint import Checkpoint
+from segdeconv.data.dataset import SegmentationDataset
+from segdeconv.data.files.reading import MAX_PIXELS, read_upright
+from segdeconv.data.preprocessing import Preprocessing, resize_image, resize_mask
+from segdeconv.drawing import draw
+from segdeconv.errors import UsageError
+from segdeconv.inference.dropout_sampling import sampled
+from segdeconv.models.layers import DeconvBlock
+from segdeconv.switches.ops import Pooling
+from segdeconv.system.seeding import key
+
+OUTSIDE = 235  # the grey of what is not in the image
+
+
+class Picture(NamedTuple):
+    """An image to look at. load: gives it as it is stored, (H, W, C), and its mask where it has one."""
+
+    name: str
+    load: Callable[[], tuple[np.ndarray, np.ndarray | None]]
+
+
+def of_dataset(dataset: SegmentationDataset) -> list[Picture]:
+    """The images of a split."""
+
+    def loader(place: int) -> Callable[[], tuple[np.ndarray, np.ndarray | None]]:
+        return lambda: (dataset[place].image, dataset[place].mask)
+
+    return [Picture(name, loader(place)) for place, name in enumerate(dataset.names)]
+
+
+def of_files(files: dict[str, Path], preprocessing: Preprocessing, max_pixels: int = MAX_PIXELS) -> list[Picture]:
+    """Picture files by their names, upright."""
+    channels = preprocessing.channels if preprocessing.as_stored else None
+
+    def loader(path: Path) -> Callable[[], tuple[np.ndarray, np.ndarray | None]]:
+        return lambda: (read_upright(path, channels=channels, max_pixels=max_pixels)[0], None)
+
+    return [Picture(name, loader(path)) for name, path in files.items()]
+
+
+class Looker:
+    """A checkpoint's network, in float32, and what it shows of images.
+
+    preprocessing: as the network sees images. samples: passes with dropout beside the switches' stability, 0 for none.
+    """
+
+    def __init__(self, read: Checkpoint, device: torch.device, *, samples: int = 0) -> None:
+        self.classes, self.device = read.classes, device
+        self.preprocessing = read.preprocessing
+        self.network = read.model().to(device)
+        self.draw_samples = (
+            sampled(lambda image: self.network(image).softmax(dim=1), self.network, samples) if samples else None
+        )
+
+    def seen(self, picture: Picture) -> tuple[np.ndarray, Tensor, np.ndarray | None]:
+        """(image (H, W, C) at the network's size, it normalised as a batch of one, its mask); small ones padded."""
+        stored, mask = picture.load()
+        image = stored if self.preprocessing.size is None else resize_image(stored, self.preprocessing.size)
+        normalised = self.preprocessing.normalise(image, picture.name)[None].to(self.device)
+        least = self.network.minimum_size
+        below, right = max(0, least - image.shape[0]), max(0, least - image.shape[1])
+        if below or right:
+            image = np.pad(image, ((0, below), (0, right), (0, 0)))
+            normalised = F.pad(normalised, (0, right, 0, below))
+            mask = None
+        if mask is not None:
+            mask = resize_mask(mask, (image.shape[0], image.shape[1]))
+        return image, normalised, mask
+
+    def sheets(self, picture: Picture, kinds: Sequence[str], *, label: int | None) -> dict[str, np.ndarray]:
+        """The sheets about one image, by kind; those that the network cannot have are left out, see `lacking`."""
+        image, normalised, mask = self.seen(picture)
+        with torch.inference_mode(), recorded(self.network) as pooled, ties_counted(self.network) as ties:
+            probabilities = self.network(normalised).softmax(dim=1)
+        prediction = probabilities[0].argmax(dim=0).byte().cpu().numpy()
+        made = {}
+        if "switches" in kinds and pooled:
+            made["switches"] = figures.switches_sheet(picture.name, image, pooled, ties)
+        if "flow" in kinds and pooled:
+            made["flow"] = figures.flow_sheet(picture.name, image, pooled)
+        if "stages" in kinds and not self.lacking("stages"):
+            chosen = self._most_of(prediction) if label is None else label
+            deconv = any(isinstance(module, DeconvBlock) for module in self.network.modules())
+            filters = "deconvolutions" if deconv else "convolutions"
+            building = build_up(self.network, normalised, chosen)
+            made["stages"] = figures.stages_sheet(picture.name, image, building, self.classes, chosen, filters)
+        if "stability" in kinds and pooled:
+            drawn = self.draw_samples(normalised) if self.draw_samples else None
+            with torch.inference_mode(), recorded(self.network) as again:
+
+                def pools(batch: Tensor) -> list[Pooling]:
+                    self.network(batch)
+                    return list(again)
+
+                found = instability(pools, normalised, noise=noise_of(self.preprocessing))
+            made["stability"] = figures.stability_sheet(
+                picture.name, image, prediction, torch.special.entr(probabilities).sum(dim=1)[0].cpu().numpy(), found,
+                self.classes, mask=mask, variance=drawn.uncertainty[0].cpu().numpy() if drawn else None,
+            )  # fmt: skip
+        return made
+
+    def lacking(self, kind: str) -> str:
+        """Why the network has no sheet of a kind, in a sentence; empty where it has."""
+        name = type(self.network).__name__
+        side = max(64, self.network.minimum_size)
+        image = torch.zeros(1, self.network.in_channels, side, side, device=self.device)
+        if kind in ("switches", "flow", "stability"):
+            with torch.inference_mode(), recorded(self.network) as pooled:
+                self.network(image)
+            return "" if pooled else f"the pools of {name} keep no switches"
+        if kind == "stages":
+            try:
+                build_up(self.network, image, 0)
+            except UsageError as error:
+                return str(error)
+        return ""
+
+    def _most_of(self, prediction: np.ndarray) -> int:
+        """The class with the most pixels, the background left out where there is another."""
+        counts = np.bincount(prediction.ravel(), minlength=len(self.classes))
+        if self.classes.names[0] == "background" and counts[1:].any():
+            counts[0] = 0
+        return int(counts.argmax())
+
+    def layers(self) -> list[str]:
+        """The stages of the encoder, which are looked at unless others are named."""
+        encoder = getattr(self.network, "encoder", None)
+        count = len(encoder.stages) if encoder is not None and hasattr(encoder, "stages") else 0
+        return [f"encoder.stages.{index}" for index in range(count)]
+
+    def strongest(self, pictures: Sequence[Picture], layers: Sequence[str]) -> Strongest:
+        """The strongest activations of all units of some layers."""
+        per_image = -(-figures.NUM // len(pictures))
+        found = Strongest(self.network, layers, num=figures.NUM, per_image=per_image)
+        for number, picture in enumerate(pictures):
+            found.update(self.seen(picture)[1], number)
+        return found
+
+    def units_sheet(
+        self,
+        pictures: Sequence[Picture],
+        found: Strongest,
+        layer: str,
+        *,
+        maps: Sequence[int] | None,
+        num: int,
+        seed: int,
+    ) -> np.ndarray:
+        """What some units of a layer see: those numbered, or so many at random of those that were ever above zero."""
+        count = len(found.kept[layer][0])
+        if maps is None:
+            alive = found.alive(layer)
+            maps = sorted(random.Random(key(seed, layer)).sample(alive, min(num, len(alive))))
+        elif wrong := [number for number in maps if not 0 <= number < count]:
+            raise UsageError(f"--maps {wrong[0]}: {layer} has the maps 0 to {count - 1} - name some of these")
+        if not any(found.of(layer, number) for number in maps):
+            raise UsageError(f"no such unit of {layer} is above zero in any of the images - give others of either")
+        std = torch.tensor(self.preprocessing.std)
+        shown = []
+        sizes, boxes = [], dict[tuple[int, int], Callable[[int, int], tuple[int, int, int, int]]]()
+        for number in maps:
+            for activation in found.of(layer, number):
+                image, normalised, _ = self.seen(pictures[activation.image])
+                size = (image.shape[0], image.shape[1])
+                if size not in boxes:
+                    boxes[size] = fields_of(self.network, layer, size)
+                box = boxes[size]
+                top, left, bottom, right = box(activation.unit.row, activation.unit.column)
+                sizes.append((bottom - top, right - left))
+                made = {}
+                place = Place((top, left, bottom, right), size)
+                projections = project(self.network, normalised, layer, [activation.unit], methods=METHODS)
+                for method, (projection,) in projections.items():
+                    if self.preprocessing.order == "bgr":
+                        projection = projection.flip(0)
+                    grey = on_grey(projection[:, top:bottom, left:right], std).permute(1, 2, 0).cpu().numpy()
+                    made[method] = draw.shown((255 * grey).round().astype(np.uint8))
+                patch = draw.shown(image)[top:bottom, left:right]
+                shown.append((number, activation.value, place, patch, made))
+        field = (max(height for height, _ in sizes), max(width for _, width in sizes))
+        units: dict[int, list[tuple[float, np.ndarray, dict[Method, np.ndarray]]]] = {number: [] for number in maps}
+        for number, value, place, patch, made in shown:
+            whole = {method: place.in_field(picture, field) for method, picture in made.items()}
+            units[number].append((value, place.in_field(patch, field), whole))
+        return figures.units_sheet(layer, type(self.network).__name__, units, images=len(pictures), field=field)
+
+
+class Place(NamedTuple):
+    """Where a unit looks: box, (top, left, bottom, right) of its field in an image of size (H, W)."""
+
+    box: tuple[int, int, int, int]
+    size: tuple[int, int]
+
+    def in_field(self, picture: np.ndarray, field: tuple[int, int]) -> np.ndarray:
+        """A picture of the box, on a canvas as large as the whole field, at the side where the image did not cut it."""
+        canvas = np.full((*field, 3), OUTSIDE, dtype=np.uint8)
+        starts = []
+        for axis in (0, 1):
+            missing = field[axis] - picture.shape[axis]
+            cut_before, cut_behind = self.box[axis] == 0, self.box[axis + 2] == self.size[axis]
+            starts.append(
+                missing if cut_before and not cut_behind else 0 if cut_behind and not cut_before else missing // 2
+            )
+        top, left = starts
+        canvas[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
+        return canvas

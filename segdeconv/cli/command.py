@@ -1,0 +1,77 @@
+"""How a command runs: its argument parser, its exit code, and one line on stderr for an error."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from segdeconv.errors import SegdeconvError, Terminated, UsageError, command
+
+# Of a disk that is full, read-only, broken or not this user's; anything else is a bug of ours.
+OF_THE_DISK = (
+    errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENAMETOOLONG, errno.ENOSPC, errno.EPERM, errno.EROFS,
+)  # fmt: skip
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse for one of the scripts, with its errors as one sentence of ours."""
+
+    def __init__(self, script: str, **settings: Any) -> None:
+        super().__init__(command(Path(script).stem), **settings)
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} - see {self.prog} --help")
+
+
+def run_command(main: Callable[[], int | None]) -> NoReturn:
+    """Run a script's `main` and leave with the exit code of the contract.
+
+    0 done; 1 a bug of ours, with its traceback; 2 user, config or data; 3 diverged; 4 checkpoint;
+    5 disk; 130 interrupted; 143 terminated.
+    """
+    for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) == signal.SIG_DFL:  # nohup has it ignored
+            signal.signal(number, _terminate)
+    try:
+        code = main() or 0
+    except SegdeconvError as error:
+        code = _report(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        code = _report("interrupted - run the same command again", 130)
+    except Terminated as error:
+        code = _report(f"stopped by {error} - run the same command again", 143)
+    except BrokenPipeError:
+        # The reader of our output (`| head`) went away; point stdout elsewhere so that the
+        # interpreter's last flush does not raise again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except MemoryError:
+        code = _report("memory ran out - close other programs, or give smaller images or batches", 2)
+    except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+        what = f"{error.filename}: {(error.strerror or str(error)).lower()}"
+        code = _report(f"{what}, so it cannot be written as asked - choose another name or folder", 2)
+    except OSError as error:
+        if error.errno not in OF_THE_DISK:
+            raise
+        what = f"cannot read or write {error.filename or 'a file'}: {error.strerror}"
+        code = _report(f"{what} - free some space, change the permissions or choose another folder", 5)
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    raise Terminated(signal.Signals(number).name)
+
+
+def _report(message: str, code: int) -> int:
+    sys.stdout.flush()
+    print(f"segdeconv: error: {' '.join(message.split())}", file=sys.stderr)
+    return code

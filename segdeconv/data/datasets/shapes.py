@@ -1,0 +1,151 @@
+"""A synthetic data set that needs no files: shapes and textures in random colours, occluding one another."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import numpy as np
+from pydantic import Field
+
+from segdeconv.classes import Classes
+from segdeconv.data.dataset import Sample, SegmentationDataset, require_split
+from segdeconv.errors import UsageError
+from segdeconv.system.seeding import key
+
+CLASSES = Classes(
+    names=("background", "disc", "ring", "cross", "stripes", "checker", "speckle"),
+    colours=((0, 0, 0), (230, 80, 60), (60, 160, 230), (240, 190, 40), (90, 190, 90), (170, 90, 200), (240, 130, 180)),
+)
+NUM_OBJECTS = (1, 3)  # per image, inclusive
+MAX_KEPT = 128 << 20  # bytes of a split that may be kept in memory
+
+
+class Shapes(SegmentationDataset):
+    """Images of one to three objects on a mottled ground.
+
+    **What**: disc, ring and cross, each filled with fine grain of a random colour, are told apart by outline; stripes,
+    checker and speckle are blobs of any outline told apart by texture; the ground is mottled in two random
+    colours. Colours are drawn anew for every object and ground, so colour tells nothing and neither does any single
+    pixel. Later objects hide earlier ones; a border one to two
+    pixels wide around every object is void, as in PASCAL VOC.
+
+    **Layout**: none. Image i of a split is a function of (seed, split, i) alone, the same on every machine.
+
+    **Classes**: seven with the background; 255 is void.
+
+    **Cite**: made for this project.
+    """
+
+    classes = CLASSES
+    split_names = ("train", "val", "test")
+
+    def __init__(
+        self,
+        split: str,
+        *,
+        num_train: Annotated[int, Field(ge=1)] = 512,
+        num_val: Annotated[int, Field(ge=1)] = 128,
+        side: Annotated[int, Field(ge=32, le=4096)] = 64,
+        data_seed: int = 0,
+    ) -> None:
+        require_split(split, self.split_names)
+        self.split, self.side, self.data_seed = split, side, data_seed
+        self.names = [f"{split}_{index:05d}" for index in range(num_train if split == "train" else num_val)]
+        # Drawing takes 2 ms, as long as a training step of a small network per image: a set that fits is kept.
+        self._kept: dict[int, tuple[Sample, np.ndarray]] | None = {} if len(self) * side**2 * 5 <= MAX_KEPT else None
+
+    def __getitem__(self, index: int) -> Sample:
+        image, mask, name = self._drawn(index)[0]
+        return Sample(image.copy(), mask.copy(), name)
+
+    def instances(self, index: int) -> np.ndarray:
+        return self._drawn(index)[1].copy()
+
+    def _drawn(self, index: int) -> tuple[Sample, np.ndarray]:
+        if not 0 <= index < len(self):
+            raise UsageError(f"shapes has {len(self)} images in '{self.split}', there is no index {index}")
+        if self._kept is None:
+            return self._make(index)
+        if index not in self._kept:
+            self._kept[index] = self._make(index)
+        return self._kept[index]
+
+    def _make(self, index: int) -> tuple[Sample, np.ndarray]:
+        """The sample, and the numbers of its objects in the order in which they were laid over one another."""
+        random = np.random.Generator(np.random.Philox(key=key(self.data_seed, "shapes", self.split, index)))
+        side = self.side
+        image = _ground(random, side)
+        mask, instances = np.zeros((2, side, side), dtype=np.uint8)
+        for number in range(1, 1 + random.integers(NUM_OBJECTS[0], NUM_OBJECTS[1] + 1)):
+            label = int(random.integers(1, len(CLASSES)))
+            inside, texture = _draw(random, side, CLASSES.names[label])
+            border = _border(inside)
+            image = np.where(inside[:, :, None], texture, image)
+            mask[inside], instances[inside] = label, number
+            mask[border], instances[border] = CLASSES.ignore_index, CLASSES.ignore_index
+        return Sample(image.clip(0, 255).astype(np.uint8), mask, self.names[index]), instances
+
+    @property
+    def fingerprint(self) -> str:
+        return f"shapes 3 {self.split} {len(self)} {self.side} {self.data_seed}"
+
+
+def _noise(random: np.random.Generator, side: int) -> np.ndarray:
+    """(side, side, 3) float: one random colour with grain."""
+    return random.uniform(30, 225, size=3) + random.normal(0, 14, size=(side, side, 3))
+
+
+def _ground(random: np.random.Generator, side: int) -> np.ndarray:
+    """(side, side, 3) float: patches about 4 pixels wide, between two random colours."""
+    coarse = random.uniform(0, 1, size=(side // 4 + 2, side // 4 + 2))
+    place = np.arange(side) / 4
+    lower = place.astype(int)
+    share = place - lower
+    rows = coarse[lower] * (1 - share)[:, None] + coarse[lower + 1] * share[:, None]
+    patches = rows[:, lower] * (1 - share) + rows[:, lower + 1] * share
+    mix = (3 * patches - 1).clip(0, 1)[:, :, None]
+    return _noise(random, side) * mix + _noise(random, side) * (1 - mix)
+
+
+def _draw(random: np.random.Generator, side: int, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Where an object is, (side, side) bool, and what it looks like there, (side, side, 3) float."""
+    radius = random.uniform(0.18, 0.3) * side
+    centre = random.uniform(0.2, 0.8, size=2) * side
+    angle = random.uniform(0, 2 * np.pi)
+    rows, columns = np.mgrid[0:side, 0:side] + 0.5
+    y, x = rows - centre[0], columns - centre[1]
+    u, v = np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x  # the object's own axes
+    texture = _noise(random, side)
+    outline = name
+    if name in ("stripes", "checker", "speckle"):
+        turn = 2 * np.pi / random.uniform(5, 7)  # period in pixels
+        across, along = np.cos(turn * u), np.cos(turn * v)
+        speckle = random.uniform(-1, 1, size=(side, side))
+        wave = {"stripes": across, "checker": across * along, "speckle": speckle}[name]
+        texture = np.where((wave > 0)[:, :, None], texture, 255 - texture)
+        outline = ("disc", "square", "triangle", "cross")[random.integers(4)]
+    if outline == "disc":
+        inside = u**2 + v**2 < (0.95 * radius) ** 2
+    elif outline == "ring":
+        inside = (u**2 + v**2 < radius**2) & (u**2 + v**2 > (0.5 * radius) ** 2)
+    elif outline == "square":
+        inside = np.maximum(abs(u), abs(v)) < 0.84 * radius
+    elif outline == "triangle":  # three sides, each 0.6 radius from the centre
+        sides = [np.cos(turn) * u + np.sin(turn) * v for turn in (0, 2 * np.pi / 3, 4 * np.pi / 3)]
+        inside = np.max(sides, axis=0) < 0.6 * radius
+    else:
+        inside = (np.maximum(abs(u), abs(v)) < 1.15 * radius) & (np.minimum(abs(u), abs(v)) < 0.32 * radius)
+    return inside, texture
+
+
+def _border(inside: np.ndarray) -> np.ndarray:
+    """Pixels next to one of the other kind: one pixel on each side of the outline."""
+    border = np.zeros_like(inside)
+    for axis in (0, 1):
+        change = np.diff(inside, axis=axis)
+        before = [slice(None), slice(None)]
+        after = [slice(None), slice(None)]
+        before[axis], after[axis] = slice(None, -1), slice(1, None)
+        border[tuple(before)] |= change
+        border[tuple(after)] |= change
+    return border

@@ -1,0 +1,120 @@
+"""One evaluation as a table and as report.json."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from segdeconv.classes import Classes
+from segdeconv.evaluation.boundary import Boundaries
+from segdeconv.evaluation.breakdown import Breakdown
+from segdeconv.evaluation.calibration import Calibration
+from segdeconv.evaluation.metrics import Scores, scores
+from segdeconv.system.files import replace_text
+
+
+def report(
+    confusion: np.ndarray,
+    num_images: int,
+    classes: Classes,
+    *,
+    boundaries: Boundaries | None = None,
+    breakdown: Breakdown | None = None,
+    **facts: Any,
+) -> dict[str, Any]:
+    """The content of report.json: fractions in 0..1, null where there is nothing to score.
+
+    facts: what else to note: the command, the checkpoint, versions.
+    """
+    result = scores(confusion)
+    outlines = boundaries.compute() if boundaries is not None else None
+    images = breakdown.images_by_class if breakdown is not None else [None] * len(classes)
+    return {
+        "miou": _number(result.miou),
+        "pixel_accuracy": _number(result.pixel_accuracy),
+        "mean_accuracy": _number(result.mean_accuracy),
+        "frequency_weighted_iou": _number(result.frequency_weighted),
+        "boundary_f1": _number(outlines.f1) if outlines else None,
+        "boundary_f1_dilated": _number(outlines.f1_dilated) if outlines else None,
+        "boundary_iou": _number(outlines.iou) if outlines else None,
+        "num_images": num_images,
+        "num_pixels": int(confusion.sum()),
+        "classes": [
+            {
+                "name": name,
+                "iou": _number(result.iou[index]),
+                "accuracy": _number(result.accuracy[index]),
+                "precision": _number(result.precision[index]),
+                "pixels": int(result.pixels[index]),
+                "images": images[index],
+                "boundary_f1": _number(outlines.f1_by_class[index]) if outlines else None,
+                "boundary_f1_dilated": _number(outlines.f1_dilated_by_class[index]) if outlines else None,
+                "boundary_iou": _number(outlines.iou_by_class[index]) if outlines else None,
+            }
+            for index, name in enumerate(classes.names)
+        ],
+        "absent": [classes.names[index] for index in result.absent],
+        "ignore_index": classes.ignore_index,
+        "confusion": confusion.tolist(),
+        **(breakdown.report() if breakdown is not None else {}),
+        **facts,
+    }
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else float(value)
+
+
+def write_json(content: dict[str, Any], path: Path) -> None:
+    """Written whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def table(
+    confusion: np.ndarray,
+    classes: Classes,
+    calibration: Calibration | None = None,
+    boundaries: Boundaries | None = None,
+) -> str:
+    """The scores for reading: one line per class, then the means; what was left out is said."""
+    result = scores(confusion)
+    outlines = boundaries.compute() if boundaries is not None else None
+    width = max(len(name) for name in (*classes.names, "frequency-weighted IoU"))
+    lines = [f"{'class':<{width}}     IoU  accuracy  precision      pixels" + ("  boundary F1" if outlines else "")]
+    for index, name in enumerate(classes.names):
+        lines.append(
+            f"{name:<{width}}  {_percent(result.iou[index])}   {_percent(result.accuracy[index])}    "
+            f"{_percent(result.precision[index])}  {int(result.pixels[index]):>10}"
+            + (f"       {_percent(outlines.f1_by_class[index])}" if outlines else "")
+        )
+    lines.append("")
+    lines += [f"{name:<{width}}  {_percent(value)}" for name, value in summary(result)]
+    if outlines:
+        lines += [
+            f"{'boundary F1':<{width}}  {_percent(outlines.f1)}",
+            f"{'boundary IoU':<{width}}  {_percent(outlines.iou)}",
+        ]
+    if calibration is not None and confusion.any():
+        lines.append(calibration.sentence())
+    if result.absent:
+        names = ", ".join(classes.names[index] for index in result.absent)
+        lines.append(f"left out of the means, in neither truth nor prediction: {names}")
+    return "\n".join(lines)
+
+
+def summary(result: Scores) -> Iterable[tuple[str, float]]:
+    """The four numbers of a split, by their names."""
+    yield "mean IoU", result.miou
+    yield "pixel accuracy", result.pixel_accuracy
+    yield "mean accuracy", result.mean_accuracy
+    yield "frequency-weighted IoU", result.frequency_weighted
+
+
+def _percent(value: float) -> str:
+    return "   -  " if math.isnan(value) else f"{100 * value:5.1f}%"

@@ -1,0 +1,151 @@
+"""Pooling and unpooling, forward and backward, against the plain expression, torch's own pair and a copy of the map;
+and pooling with the batch norm before it, in one pass and in separate steps."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from segdeconv.switches import ops, torch_kernels
+from segdeconv.switches.fused import norm_relu_pool
+from segdeconv.switches.ops import Pooling, max_pool, unpool
+
+LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+Case = tuple[str, Callable[[], Any], int]  # what, the call that is timed, bytes
+
+
+def measure(
+    *,
+    shape: tuple[int, int, int, int] = (8, 64, 360, 480),
+    layouts: tuple[str, ...] = ("channels_last", "contiguous"),
+    dtypes: tuple[str, ...] = ("bf16", "fp32"),
+    device: str | torch.device | None = None,
+    seconds: float = 0.5,
+) -> list[dict[str, Any]]:
+    """Time everything on one device, the GPU if there is one.
+
+    shape: (N, C, H, W) of the map that is pooled. seconds: for each row, after one call that is not counted.
+
+    Returns rows of `what`, `ms` (median of a call), `gb_per_s` and `share_of_copy`. Bytes are those that the operation
+    has to move with switches of a byte (with packed ones, of two bits), whoever does it: torch's pair moves 8 bytes for
+    each index besides, so that equal shares are equal times. share_of_copy: gb_per_s over that of copying the map.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    rows = []
+    for layout in layouts:
+        for dtype in dtypes:
+            x = torch.randn(shape, device=device).to(DTYPES[dtype]).contiguous(memory_format=LAYOUTS[layout])
+            copied = 0.0
+            for what, call, nbytes in _cases(x):
+                median = _median(call, device, seconds)
+                rate = nbytes / median / 1e9
+                copied = copied or rate
+                rows.append(
+                    {
+                        "what": f"{what}, {layout} {dtype} {'x'.join(map(str, shape))}",
+                        "ms": 1000 * median,
+                        "gb_per_s": rate,
+                        "share_of_copy": rate / copied,
+                    }
+                )
+    return rows
+
+
+def _cases(x: Tensor) -> Iterator[Case]:
+    """The copy first."""
+    size = (x.shape[-2], x.shape[-1])
+    out = torch.empty_like(x)
+    yield "copy", lambda: out.copy_(x), 2 * x.nbytes
+
+    codes, features = max_pool(x).switches, max_pool(x).features
+    native, indices = F.max_pool2d(x, 2, 2, ceil_mode=True, return_indices=True)
+    for name, packed in (("segdeconv", False), ("segdeconv, packed switches", True)):
+        pooling = max_pool(x.requires_grad_(), packed=packed)
+        small = features.clone().requires_grad_()
+        restored = unpool(small, pooling.switches, size)
+        moved = x.nbytes + features.nbytes + pooling.switches.nbytes
+        with torch.no_grad():
+            yield f"pool forward, {name}", lambda packed=packed: max_pool(x, packed=packed), moved  # type: ignore[misc]
+        yield f"pool backward, {name}", _backward(pooling.features, x, features), moved
+        with torch.no_grad():
+            yield (
+                f"unpool forward, {name}",
+                lambda kept=pooling.switches: unpool(features, kept, size),  # type: ignore[misc]
+                moved,
+            )
+        yield f"unpool backward, {name}", _backward(restored, small, out), moved
+
+    moved = x.nbytes + features.nbytes + codes.nbytes
+    x = x.detach()
+    yield "pool forward, plain expression", lambda: torch_kernels.pool_plain(x), moved
+    yield "pool backward, plain expression", lambda: torch_kernels.place_plain(features + 0.0, codes, *size), moved
+    yield "unpool forward, plain expression", lambda: torch_kernels.place_plain(features, codes, *size), moved
+    yield "unpool backward, plain expression", lambda: torch_kernels.pick_plain(out, codes), moved
+
+    x.requires_grad_()
+    small = native.detach().clone().requires_grad_()
+    pooled = F.max_pool2d(x, 2, 2, ceil_mode=True, return_indices=True)[0]
+    restored = F.max_unpool2d(small, indices, (2, 2), (2, 2), output_size=size)
+    with torch.no_grad():
+        yield (
+            "pool forward, torch's pair",
+            lambda: F.max_pool2d(x, 2, 2, ceil_mode=True, return_indices=True),
+            moved,
+        )
+    yield "pool backward, torch's pair", _backward(pooled, x, features), moved
+    with torch.no_grad():
+        yield (
+            "unpool forward, torch's pair",
+            lambda: F.max_unpool2d(features, indices, (2, 2), (2, 2), output_size=size),
+            moved,
+        )
+    yield "unpool backward, torch's pair", _backward(restored, small, out), moved
+
+    # Forward the map is read twice, the statistics first; backward it is read once and its gradient written.
+    moved += x.nbytes
+    norm = nn.BatchNorm2d(x.shape[1]).to(x.device)
+    for order, relu_before in (("norm, pool and ReLU", False), ("norm, ReLU and pool", True)):
+        ways = {"separate steps": _separately}
+        if ops._kernels(x) is not None:
+            ways["one pass"] = norm_relu_pool
+        for way, function in ways.items():
+            call = functools.partial(function, x, norm, relu_before=relu_before)
+            with torch.no_grad():
+                yield f"{order} forward, {way}", call, moved
+            yield f"{order} backward, {way}", _backward(call().features, x, features), moved
+
+
+def _separately(x: Tensor, norm: nn.BatchNorm2d, *, relu_before: bool) -> Pooling:
+    if relu_before:
+        return max_pool(torch.relu_(norm(x)))
+    pooling = max_pool(norm(x))
+    return pooling._replace(features=torch.relu(pooling.features))
+
+
+def _backward(output: Tensor, given: Tensor, gradient: Tensor) -> Callable[[], Any]:
+    return lambda: torch.autograd.grad(output, given, gradient, retain_graph=True)
+
+
+def _median(call: Callable[[], Any], device: torch.device, seconds: float) -> float:
+    """Seconds of a call, the accelerator's work included."""
+
+    def timed() -> float:
+        started = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - started
+
+    timed()
+    times: list[float] = []
+    while len(times) < 3 or sum(times) < seconds:
+        times.append(timed())
+    return statistics.median(times)

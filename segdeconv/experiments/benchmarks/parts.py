@@ -1,0 +1,169 @@
+"""What scripts/benchmark.py measures, part by part: each gives tables, whose first column names the row."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from segdeconv.experiments.benchmarks import contestants, harness, peak
+from segdeconv.experiments.benchmarks import input as input_
+from segdeconv.experiments.benchmarks import kernels as kernels_
+from segdeconv.experiments.benchmarks.contestants import USUAL, Task
+from segdeconv.experiments.benchmarks.harness import Timing
+from segdeconv.models import SegNet
+from segdeconv.system.devices import fast_precision
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table for reading and for plotting.
+
+    rows: dicts with the same keys, which are the header; numbers are numbers.
+    lines: (x, y) of the columns to plot a line of for each name in the first column; None for bars of `bar`.
+    """
+
+    title: str
+    rows: list[dict[str, Any]]
+    bar: str | None = None
+    lines: tuple[str, str] | None = None
+    note: str = ""
+
+    def markdown(self) -> str:
+        header = list(self.rows[0])
+        cells = [header, ["---"] * len(header), *([_shown(row[name]) for name in header] for row in self.rows)]
+        text = "\n".join(f"| {' | '.join(line)} |" for line in cells)
+        return f"## {self.title}\n\n{text}\n" + (f"\n{self.note}\n" if self.note else "")
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "–"
+    if not isinstance(value, float):
+        return f"{value:,}" if isinstance(value, int) else str(value)
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.2f}"
+
+
+def speed(task: Task, repeats: int) -> list[Table]:
+    """Training steps and inference passes in turn, and the machine's own matrix products before and after them."""
+    types = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    tables = []
+    for training in (True, False):
+        before = {name: peak.matrix_peak(task.device, dtype) for name, dtype in types.items()}
+        timings = harness.race(contestants.runners(task, training=training), repeats=repeats)
+        peaks = {name: max(before[name], peak.matrix_peak(task.device, dtype)) for name, dtype in types.items()}
+        wanted = contestants.operations(SegNet(task.classes), task, training=training)
+        rows = [_speed_row(name, timing, timings[USUAL], task, wanted, peaks) for name, timing in timings.items()]
+        what = "Training step" if training else "Inference pass"
+        title = f"{what}, {task.batch} images of {task.size[0]}x{task.size[1]}, {task.classes} classes"
+        note = (
+            f"Medians of {repeats}, in turn; `best` is the shortest. {wanted / 1e9:.0f} GFLOP for the batch; matrix "
+            f"products reach {' and '.join(f'{speed / 1e9:.0f} GFLOP/s in {name}' for name, speed in peaks.items())}."
+        )
+        tables.append(Table(title, rows, bar="images a second", note=note))
+    return tables
+
+
+def _speed_row(
+    name: str, timing: Timing, usual: Timing, task: Task, wanted: int, peaks: Mapping[str, float]
+) -> dict[str, Any]:
+    row = {
+        "": name,
+        "seconds": timing.seconds,
+        "best": min(timing.times),
+        "images a second": task.batch / timing.seconds,
+        "times the usual": usual.seconds / timing.seconds,
+        "best times best": min(usual.times) / min(timing.times),
+        "peak memory, MiB": round(timing.memory / MIB),
+        "GFLOP/s at best": None,
+        "of the matrix peak": None,
+    }
+    if "SegNet" in name:  # the others have other arithmetic
+        fastest = wanted / min(timing.times)
+        peak_ = peaks["float32" if name == USUAL else "bfloat16"]
+        row |= {"GFLOP/s at best": fastest / 1e9, "of the matrix peak": fastest / peak_}
+    return row
+
+
+def memory(task: Task) -> list[Table]:
+    """Peaks of training and inference memory, ours against the usual, and the networks of the paper's table 6."""
+    tables = []
+    for training in (True, False):
+        for title, runners in (
+            ("against the usual SegNet", contestants.runners(task, training=training)),
+            ("networks on one encoder", contestants.peers(task, training=training)),
+        ):
+            timings = harness.race(runners, repeats=1)
+            first = next(iter(timings.values())).memory
+            rows = [
+                {"": name, "peak memory, MiB": round(timing.memory / MIB), "share of the first": timing.memory / first}
+                for name, timing in timings.items()
+            ]
+            what = "Training" if training else "Inference"
+            where = f"{task.batch} images of {task.size[0]}x{task.size[1]}"
+            tables.append(Table(f"{what} memory, {title}, {where}", rows, bar="peak memory, MiB"))
+    return tables
+
+
+def growth(task: Task, repeats: int) -> list[Table]:
+    """Seconds and memory of our training step against image area, batch and classes, one factor at a time."""
+    height, width = task.size
+    factors: Mapping[str, list[tuple[float, Task]]] = {
+        "pixels of an image": [
+            (float(h * w), task._replace(size=(h, w)))
+            for h, w in ((height // 4, width // 4), (height // 2, width // 2), (height, width))
+        ],
+        "images": [(float(batch), task._replace(batch=batch)) for batch in (1, 2, 4)],
+        "classes": [(float(classes), task._replace(classes=classes)) for classes in (2, 11, 40, 150)],
+    }
+    tables = []
+    for factor, points in factors.items():
+        runners = {
+            f"{value:.0f}": partial(contestants.our_segnet, point, fast_precision(), True) for value, point in points
+        }
+        timings = harness.race(runners, repeats=repeats)
+        rows = [
+            {"": "SegNet, training step", factor: int(float(name)), "seconds": timing.seconds,
+             "peak memory, MiB": round(timing.memory / MIB)}
+            for name, timing in timings.items()
+        ]  # fmt: skip
+        tables.append(Table(f"Growth with {factor}", rows, lines=(factor, "seconds")))
+    return tables
+
+
+def kernels(device: torch.device) -> list[Table]:
+    """Pooling and unpooling against torch's own, and against a copy."""
+    batch = 8 if device.type == "cuda" else 2
+    rows = [{"": row.pop("what"), **row} for row in kernels_.measure(device=device, shape=(batch, 64, 360, 480))]
+    return [Table(f"Pooling and unpooling, {batch} images of 64 maps of 360x480", rows, bar="share_of_copy")]
+
+
+def images(root: Path | None, size: tuple[int, int]) -> list[Table]:
+    """What decoding, augmentation and loading give."""
+    rows = input_.measure(None if root is None else str(root), size=size)
+    rows = [{"": row["what"], "images a second": row["images_per_s"], "of a core": row["per_core"]} for row in rows]
+    what = "CamVid" if root else "built-in pictures"
+    return [Table(f"Input, {what}, {size[0]}x{size[1]}", rows, bar="images a second")]
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What a reader has to know of where it was measured."""
+    name = torch.cuda.get_device_name() if device.type == "cuda" else _processor()
+    return {"device": name, "threads": torch.get_num_threads(), "cores": os.cpu_count(), "torch": torch.__version__}
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return "CPU"
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    known = [flag for flag in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if flag in flags.split()]
+    return f"CPU ({known[0]})" if known else "CPU"

@@ -1,0 +1,233 @@
+"""The decoder study's own table: from the reports of its runs to Markdown, CSV and JSON."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from segdeconv.evaluation.report import write_json
+from segdeconv.experiments.study.costs import Costs
+from segdeconv.experiments.study.paper import SCORES, VARIANTS, Key, Ordering, Variant, judge, orderings, published
+from segdeconv.experiments.study.series import Scored, around, mean, percents, rows, spread
+from segdeconv.training.resume import finished
+
+NAMES = {variant.model: variant.name for variant in VARIANTS}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a study trains, and where.
+
+    split: whose scores its table shows.
+    """
+
+    out: Path
+    models: tuple[str, ...]
+    balancings: tuple[str, ...]
+    seeds: tuple[int, ...]
+    split: str = "val"
+
+    @property
+    def keys(self) -> list[Key]:
+        """All networks, as they are compared."""
+        return [(balancing, model) for balancing in self.balancings for model in self.models]
+
+    def run(self, key: Key, seed: int) -> Path:
+        """The folder of one run."""
+        return self.out / key[0] / key[1] / f"seed{seed}"
+
+    def report(self, key: Key, seed: int) -> Path:
+        """The scores of one run: training writes those of val, scripts/study.py the others."""
+        run = self.run(key, seed)
+        return run / "report.json" if self.split == "val" else run / self.split / "report.json"
+
+
+def collect(plan: Plan) -> dict[Key, dict[int, Scored]]:
+    """The scores of every finished run, by network and seed."""
+    found: dict[Key, dict[int, Scored]] = {key: {} for key in plan.keys}
+    for key in plan.keys:
+        for seed in plan.seeds:
+            if finished(plan.run(key, seed)) and plan.report(key, seed).is_file():
+                found[key][seed] = percents(plan.report(key, seed), SCORES)
+    return found
+
+
+def content(plan: Plan, costs: Mapping[str, Costs], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What study.json holds.
+
+    costs: of every network of the paper, by its model. facts: what else to note.
+    """
+    found = collect(plan)
+    variants = {variant.model: variant for variant in VARIANTS}
+    return {
+        **facts,
+        "split": plan.split,
+        "seeds": list(plan.seeds),
+        "complete": all(len(runs) == len(plan.seeds) for runs in found.values()),
+        "networks": [_network(variants[key[1]], key[0], found[key], costs) for key in plan.keys],
+        "orderings": [_ordering(ordering, plan, found) for ordering in orderings(plan.balancings)],
+    }
+
+
+def _network(
+    variant: Variant, balancing: str, runs: Mapping[int, Scored], costs: Mapping[str, Costs]
+) -> dict[str, Any]:
+    columns = {score: [run[score] for run in runs.values()] for score in SCORES}
+    mine = costs[variant.model]
+    return {
+        "name": variant.name,
+        "model": variant.model,
+        "balancing": balancing,
+        "seeds": list(runs),
+        "mean": {score: mean(values) for score, values in columns.items()},
+        "spread": {score: spread(values) for score, values in columns.items()},
+        "runs": {str(seed): scores for seed, scores in runs.items()},
+        **asdict(mine),
+        "storage": mine.packed / costs["segnet_basic"].packed,
+        "paper": {
+            "scores": dict(zip(SCORES, variant.scores[balancing], strict=True)),
+            "parameters": variant.parameters,
+            "forward_ms": variant.milliseconds,
+            "storage": variant.storage,
+        },
+    }
+
+
+def _ordering(ordering: Ordering, plan: Plan, found: Mapping[Key, Mapping[int, Scored]]) -> dict[str, Any]:
+    here = judge(ordering, lambda key, score: mean([run[score] for run in found.get(key, {}).values()]))
+    by_seed = [
+        judge(ordering, lambda key, score, seed=seed: found.get(key, {}).get(seed, {}).get(score)).holds  # type: ignore[misc]
+        for seed in plan.seeds
+    ]
+    known = [margin for margin in here.margins if margin is not None]
+    return {
+        "claim": ordering.claim,
+        "balancing": ordering.balancing,
+        "score": ordering.score,
+        "holds": here.holds,
+        "holds_in_paper": judge(ordering, published).holds,
+        "comparisons": [
+            {"above": _names(comparison.above), "below": _names(comparison.below), "margin": margin}
+            for comparison, margin in zip(ordering.comparisons, here.margins, strict=True)
+        ],
+        "held": sum(margin > 0 for margin in known) if len(known) == len(here.margins) else None,
+        "seeds_held": sum(holds is True for holds in by_seed),
+        "seeds_judged": sum(holds is not None for holds in by_seed),
+    }
+
+
+def _names(keys: Sequence[Key]) -> list[str]:
+    return [NAMES[model] for _, model in keys]
+
+
+# For reading.
+
+
+def markdown(study: Mapping[str, Any]) -> str:
+    """study: what `content` gives."""
+    lines = ["# Decoder study", ""]
+    lines += [f"* {name}: {study[name]}" for name in ("command", "data", "device") if name in study]
+    lines += [
+        f"* scores: of {study['split']}, in percent, mean ± standard deviation over seeds; the paper's are of test"
+    ]
+    for balancing in dict.fromkeys(network["balancing"] for network in study["networks"]):
+        networks = [network for network in study["networks"] if network["balancing"] == balancing]
+        lines += [
+            "",
+            f"## Scores, loss balanced by {balancing}" if balancing != "none" else "## Scores, plain loss",
+            "",
+        ]
+        lines += rows(["network", *SCORES, f"paper: {' / '.join(SCORES)}", "seeds"], map(_score_cells, networks))
+    networks = list({network["model"]: network for network in study["networks"]}.values())
+    header = [
+        "network", "parameters", "at 64 channels", "paper", "forward", "paper", "kept for the decoder",
+        "× SegNet-Basic", "paper",
+    ]  # fmt: skip
+    lines += ["", "## Costs", "", *rows(header, map(_cost_cells, networks))]
+    lines += ["", "## The paper's orderings", ""]
+    lines += rows(
+        ["the paper says", "loss", "score", "here", "smallest margin", "by seed", "in its own table"],
+        map(_ordering_cells, study["orderings"]),
+    )
+    return "\n".join(lines) + "\n"
+
+
+def _score_cells(network: Mapping[str, Any]) -> list[str]:
+    cells = []
+    for score in SCORES:
+        cells.append(around(network["mean"][score], network["spread"][score]))
+    paper = " / ".join(
+        f"{value:.2f}" if score == "BF" else f"{value:.1f}" for score, value in network["paper"]["scores"].items()
+    )
+    return [network["name"], *cells, paper, str(len(network["seeds"]))]
+
+
+def _cost_cells(network: Mapping[str, Any]) -> list[str]:
+    paper = network["paper"]
+    packed = f" ({network['packed'] / 1024:,.0f} packed)" if network["packed"] != network["kept"] else ""
+    return [
+        network["name"],
+        f"{network['parameters']:,}",
+        f"{network['full_parameters']:,}",
+        f"{paper['parameters']:g} M",
+        f"{network['forward_ms']:.1f} ms",
+        f"{paper['forward_ms']:.1f} ms",
+        f"{network['kept'] / 1024:,.0f} KiB{packed}",
+        f"{network['storage']:.1f}",
+        "n/a" if paper["storage"] is None else str(paper["storage"]),
+    ]
+
+
+def _ordering_cells(ordering: Mapping[str, Any]) -> list[str]:
+    comparisons = ordering["comparisons"]
+    margins = [comparison["margin"] for comparison in comparisons]
+    here = _yes(ordering["holds"])
+    if len(comparisons) > 1 and ordering["held"] is not None:
+        here += f" ({ordering['held']} of {len(comparisons)})"
+    return [
+        ordering["claim"],
+        ordering["balancing"],
+        ordering["score"],
+        here,
+        "–" if None in margins else f"{min(margins):+.1f}",
+        f"{ordering['seeds_held']} of {ordering['seeds_judged']}",
+        _yes(ordering["holds_in_paper"]),
+    ]
+
+
+def _yes(holds: bool | None) -> str:
+    return "–" if holds is None else "holds" if holds else "does not hold"
+
+
+def as_csv(study: Mapping[str, Any]) -> str:
+    """One line for every network; what is missing is empty."""
+    text = io.StringIO()
+    fields = ("parameters", "full_parameters", "forward_ms", "kept", "packed", "storage")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(
+        ["network", "balancing", "split", "seeds", *fields]
+        + [f"{score}{what}" for score in SCORES for what in ("", "_spread", "_paper")]
+        + ["parameters_paper_millions", "forward_ms_paper", "storage_paper"]
+    )
+    for network in study["networks"]:
+        paper = network["paper"]
+        cells = [network["name"], network["balancing"], study["split"], len(network["seeds"])]
+        cells += [network[field] for field in fields]
+        for score in SCORES:
+            cells += [network["mean"][score], network["spread"][score], paper["scores"][score]]
+        writer.writerow([*cells, paper["parameters"], paper["forward_ms"], paper["storage"]])
+    return text.getvalue()
+
+
+def write(plan: Plan, costs: Mapping[str, Costs], facts: Mapping[str, Any]) -> str:
+    """Write study.json, study.md and study.csv into the study's folder; returns the Markdown."""
+    study = content(plan, costs, facts)
+    text = markdown(study)
+    write_json(study, plan.out / "study.json")
+    (plan.out / "study.md").write_text(text)
+    (plan.out / "study.csv").write_text(as_csv(study))
+    return text

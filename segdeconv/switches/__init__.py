@@ -1,0 +1,9 @@
+"""Max-pooling that records which cell of each 2x2 window won, and unpooling into it: functions, modules and kernels.
+
+May import `errors` alone.
+"""
+
+from segdeconv.switches.ops import Pooling, max_pool, unpool
+from segdeconv.switches.packing import pack, unpack
+
+__all__ = ["Pooling", "max_pool", "pack", "unpack", "unpool"]

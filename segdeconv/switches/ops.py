@@ -1,0 +1,185 @@
+"""Switches: which cell of each 2x2 window won, and putting a value back into that cell.
+
+A 2x2 max-pool loses the place of the maximum. Kept as a *switch*, two bits per window, it lets the decoder put a
+value back where the maximum was: the other three cells get zeros. Zeiler & Fergus 2013, section 2.1,
+https://arxiv.org/abs/1311.2901; Noh et al. 2015, section 3.2, https://arxiv.org/abs/1505.04366; Badrinarayanan et
+al. 2017, section 3, https://arxiv.org/abs/1511.00561.
+
+Pooling is ceil-mode, as in the originals: an odd side keeps its last row or column as a window of its own (45 -> 23),
+so any H, W works. Bit for bit the results are those of `max_pool2d(x, 2, 2, ceil_mode=True, return_indices=True)`
+and `max_unpool2d(..., output_size=size)`, in values, places, ties (the first cell wins) and gradients, but the
+switches take 1 byte instead of 8 and unpooling is legal under `torch.use_deterministic_algorithms(True)`.
+
+Each operation exists three times. *Eager*: the fastest that torch's own kernels give. *Plain*: one tensor expression
+with no indices and no scatter, for torch.compile and torch.export, with free sizes. On a GPU with Triton, *kernels.py*:
+one pass over memory. Pooling, unpooling and reading by switches are each other's gradients, so three small autograd
+functions close the circle and no input is kept for the backward pass.
+
+Switches come one to a byte, or *packed*, four channels to a byte: wherever switches are taken, both are, told apart by
+the number of channels (of a single channel they are the same).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import warnings
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from segdeconv.switches.packing import pack, unpack
+from segdeconv.switches.torch_kernels import pick_eager, pick_plain, place_eager, place_plain, pool_eager, pool_plain
+
+
+class Pooling(NamedTuple):
+    """What a max-pool returns.
+
+    features: (N, C, ceil(H/2), ceil(W/2)), the maxima.
+    switches: same shape, uint8, `2*dy + dx` in 0..3: the winning cell of each window; packed, (N, ceil(C/4), h, w).
+    size: (H, W) before pooling; unpooling needs it, since 45 and 46 both pool to 23.
+    """
+
+    features: Tensor
+    switches: Tensor
+    size: tuple[int, int]
+
+
+def max_pool(x: Tensor, *, packed: bool = False) -> Pooling:
+    """2x2 max-pool with stride 2 that remembers where each maximum was.
+
+    x: (N, C, H, W), any floating dtype, any H, W >= 1. A window with a NaN gives NaN; which cell it names is
+    unspecified.
+    packed: switches of two bits, see `pack`; what is kept for the backward pass is packed too.
+
+    >>> max_pool(torch.tensor([[[[1., 5., 2.], [3., 4., 9.], [8., 7., 6.]]]])).switches
+    tensor([[[[1, 2],
+              [0, 0]]]], dtype=torch.uint8)
+    """
+    features, switches = _MaxPool.apply(x, packed)
+    return Pooling(features, switches, (x.shape[-2], x.shape[-1]))
+
+
+def unpool(x: Tensor, switches: Tensor, size: tuple[int, int]) -> Tensor:
+    """Put every value of x into the cell its switch names, and zeros into the other three.
+
+    x: (N, C, h, w); switches: (N, C, h, w) uint8 from `max_pool`, or packed; size: the (H, W) that was pooled.
+    Returns (N, C, H, W).
+
+    >>> unpool(torch.tensor([[[[7.]]]]), torch.tensor([[[[3]]]], dtype=torch.uint8), (2, 2))
+    tensor([[[[0., 0.],
+              [0., 7.]]]])
+    """
+    if not torch.compiler.is_compiling():
+        _check(x, switches, size)
+    return _Unpool.apply(x, switches, size[0], size[1], False)
+
+
+def _check(x: Tensor, switches: Tensor, size: tuple[int, int]) -> None:
+    n, c, h, w = x.shape
+    shapes = ((n, c, h, w), (n, (c + 3) // 4, h, w))
+    pooled = ((size[0] + 1) // 2, (size[1] + 1) // 2)
+    if switches.dtype != torch.uint8 or tuple(switches.shape) not in shapes or (h, w) != pooled:
+        raise ValueError(
+            f"cannot unpool values of shape {tuple(x.shape)} to size {tuple(size)} with {switches.dtype} switches of "
+            f"shape {tuple(switches.shape)}: switches are uint8, of the shape of the values or four channels to a "
+            f"byte, and pool size to {pooled}"
+        )
+
+
+class _MaxPool(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, packed: bool) -> tuple[Tensor, Tensor]:
+        triton_kernels = _kernels(x)
+        if triton_kernels is not None:
+            return triton_kernels.pool(x, packed=packed)
+        features, switches = pool_plain(x) if torch.compiler.is_compiling() else pool_eager(x)
+        return features, pack(switches) if packed else switches
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, bool], output: tuple[Tensor, Tensor]) -> None:
+        (x, _), (_, switches) = inputs, output
+        ctx.mark_non_differentiable(switches)
+        ctx.save_for_backward(switches)
+        ctx.size = (x.shape[-2], x.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, None]:
+        (switches,) = ctx.saved_tensors
+        return _Unpool.apply(gradient, switches, *ctx.size, True), None
+
+
+class _Unpool(torch.autograd.Function):
+    """unsigned_zero: torch adds gradients into zeros, so that of -0.0 becomes 0.0; the gradient of pooling does too."""
+
+    @staticmethod
+    def forward(x: Tensor, switches: Tensor, height: int, width: int, unsigned_zero: bool) -> Tensor:
+        triton_kernels = _kernels(x)
+        if triton_kernels is not None:
+            return triton_kernels.place(x, switches, height, width, unsigned_zero=unsigned_zero)
+        place = place_plain if torch.compiler.is_compiling() else place_eager
+        return place(x + 0.0 if unsigned_zero else x, _bytes(switches, x), height, width)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int, int, bool], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (switches,) = ctx.saved_tensors
+        return _Pick.apply(gradient, switches), None, None, None, None
+
+
+class _Pick(torch.autograd.Function):
+    """Read the cell each switch names: the gradient of unpooling, and the transpose of it."""
+
+    @staticmethod
+    def forward(x: Tensor, switches: Tensor) -> Tensor:
+        triton_kernels = _kernels(x)
+        if triton_kernels is not None:
+            return triton_kernels.pick(x, switches)
+        pick = pick_plain if torch.compiler.is_compiling() else pick_eager
+        return pick(x, _bytes(switches, x))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        x, switches = inputs
+        ctx.save_for_backward(switches)
+        ctx.size = (x.shape[-2], x.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (switches,) = ctx.saved_tensors
+        return _Unpool.apply(gradient, switches, *ctx.size, False), None
+
+
+def _bytes(switches: Tensor, x: Tensor) -> Tensor:
+    """Switches one to a byte, for the channels of x."""
+    return switches if switches.shape[1] == x.shape[1] else unpack(switches, x.shape[1])
+
+
+def _kernels(x: Tensor) -> ModuleType | None:
+    return None if torch.compiler.is_compiling() or not x.is_cuda else triton_kernels(x.device)
+
+
+@functools.cache
+def triton_kernels(device: torch.device) -> ModuleType | None:
+    """The module `kernels` where a GPU can run it, else None: then torch's own kernels do the work, more slowly."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    one = torch.zeros(1, 1, 1, 1, device=device)
+    try:
+        from segdeconv.switches import triton_kernels
+
+        triton_kernels.pool(one)
+    except Exception as error:  # no C compiler, no Python headers, too old a GPU: each of its own type
+        reason = str(error).strip().partition("\n")[0]
+        warnings.warn(
+            f"Triton does not run on {device} ({type(error).__name__}: {reason}), so pooling and unpooling take "
+            "torch's slower kernels - Triton needs a C compiler and a GPU of compute capability 7.0 or more",
+            stacklevel=2,
+        )
+        return None
+    return triton_kernels

@@ -1,0 +1,99 @@
+"""Runs: what a recipe may say, the folder a run lives in, and finding the one to go on with."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from segdeconv.config import TARGET, check, locate
+from segdeconv.data.module import check_augment, check_dataset
+from segdeconv.errors import UsageError, did_you_mean
+from segdeconv.losses import check_loss
+from segdeconv.models import check_model
+from segdeconv.training.checkpointing import Checkpoints
+from segdeconv.training.loggers import check_logger
+from segdeconv.training.task import SegmentationTask
+from segdeconv.training.trainer import make_trainer
+
+# Who shares the keys of `trainer`, and what each of them gets from the program.
+TRAINER = (make_trainer, SegmentationTask, Checkpoints)
+
+
+SUPPLIED = (
+    "run", "resumed", "callbacks", "logger", "model", "loss", "optimizer", "schedule", "classes", "seed", "total_steps",
+    "remembered",
+)  # fmt: skip
+
+
+# The groups, and what each is where a recipe leaves it out: the defaults of configs/train.yaml, for use from Python.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "dataset": {TARGET: "segdeconv.data.Shapes", "batch_size": 16, "size": [64, 64]},
+    "augment": {"flip": {TARGET: "albumentations.HorizontalFlip", "p": 0.5}},
+    "model": {TARGET: "segdeconv.models.SegNet"},
+    "loss": {TARGET: "segdeconv.losses.CrossEntropy"},
+    "optimizer": {TARGET: "segdeconv.optimization.adamw"},
+    "schedule": {TARGET: "segdeconv.optimization.Poly"},
+    "trainer": {},
+    "logger": {TARGET: "segdeconv.training.loggers.TensorBoard"},
+}
+
+
+def check_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Hold a recipe against the constructors it names; returns it with their defaults, and those above, written in."""
+    recipe = {**DEFAULTS, **recipe}
+    known = {*DEFAULTS, "seed", "resume", "resume_force", "init_from", "max_time"}
+    for name in recipe:
+        if name not in known:
+            raise UsageError(f"there is no key {name} - {did_you_mean(str(name), known | {'experiment'})}")
+    for group in DEFAULTS:
+        if not isinstance(recipe[group], Mapping):
+            raise UsageError(f"{group}={recipe[group]} - give the name of a file in configs/{group}")
+    checked = {
+        "dataset": check_dataset(recipe["dataset"]),
+        "augment": check_augment(recipe["augment"]),
+        "model": check_model(recipe["model"]),
+        "loss": check_loss(recipe["loss"]),
+        "optimizer": check(
+            recipe["optimizer"], "optimizer", [locate(recipe["optimizer"], "optimizer")], supplied=["model"]
+        ),
+        "schedule": check(recipe["schedule"], "schedule", [locate(recipe["schedule"], "schedule")]),
+        "trainer": check(recipe["trainer"], "trainer", TRAINER, supplied=SUPPLIED),
+        "logger": check_logger(recipe["logger"]),
+    }
+    others = check({name: recipe[name] for name in known - set(DEFAULTS) if name in recipe}, "", [_scalars])
+    if others["max_time"] is not None:
+        seconds(others["max_time"])
+    return checked | others
+
+
+def _scalars(
+    *,
+    seed: Annotated[int, Field(ge=0)] = 0,
+    resume: str | None = None,
+    resume_force: bool = False,
+    init_from: str | None = None,
+    max_time: str | int | None = None,
+) -> None:
+    """The schema of a recipe's keys that are in no group."""
+
+
+UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def seconds(max_time: str | int) -> float:
+    """What `max_time=` means.
+
+    >>> seconds("1:30:00"), seconds("90m"), seconds(5400)
+    (5400.0, 5400.0, 5400.0)
+    """
+    text = str(max_time).strip().lower()
+    if re.fullmatch(r"\d+(\.\d+)?[smhd]?", text):
+        return float(text.rstrip("smhd")) * UNITS.get(text[-1], 1)
+    if re.fullmatch(r"(\d+:)?\d{1,2}:\d{2}:\d{2}", text):
+        return float(
+            sum(int(part) * unit for part, unit in zip(reversed(text.split(":")), UNITS.values(), strict=False))
+        )
+    raise UsageError(f"max_time={max_time} is no time - write hours:minutes:seconds, or a number with s, m, h or d")

@@ -1,0 +1,89 @@
+"""The lines that a run prints before it starts: data, network, optimizer, memory, input."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning import Trainer
+
+from segdeconv.config import TARGET
+from segdeconv.data.module import DataModule
+from segdeconv.system.memory import available, readable
+from segdeconv.training.memory import estimate
+from segdeconv.training.task import SegmentationTask
+
+
+def header(
+    recipe: Mapping[str, Any],
+    data: DataModule,
+    task: SegmentationTask,
+    trainer: Trainer,
+    run: Path,
+    resumed: Path | None,
+) -> str:
+    """What is about to be trained, on what, and where it goes."""
+    size, crop = data.preprocessing.size, recipe["dataset"]["crop"]
+    seen = "x".join(map(str, size)) if size else "its own size"
+    parameters = sum(parameter.numel() for parameter in task.model.parameters())
+    frozen = sum(parameter.numel() for parameter in task.model.parameters() if not parameter.requires_grad)
+    seen_at = crop or size
+    memory = seen_at and estimate(
+        task.model, task.loss, task.optimizer, seen_at, precision=str(trainer.precision), averaged=task.ema is not None
+    )
+    free = available(trainer.strategy.root_device)
+    rows = {
+        "data": f"{data.train.kind}: {len(data.train)} train, {len(data.val)} val images seen at {seen}"
+        + (f", crops of {crop[0]}x{crop[1]}" if crop else ""),
+        "classes": f"{len(task.classes)}: {', '.join(task.classes.names)}",
+        "network": f"{type(task.model).__name__}, {parameters:,} parameters"
+        + (f", {frozen:,} of them frozen" if frozen else ""),
+        "optimizer": f"{recipe['optimizer'][TARGET].rpartition('.')[2]}, learning rate {recipe['optimizer']['lr']:g}, "
+        f"{recipe['schedule'][TARGET].rpartition('.')[2].lower()}",
+        "training": f"{trainer.max_epochs} epochs, {task.total_steps} steps of {_batch(data, trainer)} on "
+        f"{trainer.strategy.root_device}, precision {trainer.precision}, channels last"
+        + (", compiled" if task.compiles(trainer.strategy.root_device) else ", not compiled")
+        + (", stages computed again in the backward pass" if task.recompute else ""),
+        "memory": f"about {readable(memory.total(data.batch_size))} a process: {readable(memory.weights)} for weights, "
+        f"gradients and optimizer, {readable(memory.image)} for each image"
+        + (f"; {readable(free)} are free" if free else "")
+        if memory
+        else "",
+        "loading": _loading(data),
+        "run": f"{run}" + (f", going on from {resumed.name}" if resumed else ""),
+    }
+    return "\n".join(f"{name + ':':<11}{text}" for name, text in rows.items() if text)
+
+
+def _loading(data: DataModule) -> str:
+    """Who makes the batches, and where decoded images stay."""
+    workers, ahead = data.loaders["num_workers"], data.loaders["prefetch_factor"]
+    made = f"{workers} worker{'s' if workers > 1 else ''}, {ahead} batches ahead each" if workers else "no workers"
+    room = data.room
+    if room.kind == "none":
+        return f"{made}; images are decoded every time"
+    where = f"on disk in {room.folder}" if room.folder else "in memory"
+    if room.needed <= room.capacity:
+        return f"{made}; decoded images are kept {where}, about {readable(room.needed)}"
+    return (
+        f"{made}; decoded images are kept {where}, {readable(room.capacity)} of about {readable(room.needed)}: the "
+        "others are decoded every time; dataset.cache_size=GiB"
+        + (" or dataset.cache=disk" * (room.folder is None))
+        + " keeps more"
+    )
+
+
+def _batch(data: DataModule, trainer: Trainer) -> str:
+    """How many images make a step; whoever uses more of them chooses the learning rate for them."""
+    factors = {
+        "processes": trainer.world_size,
+        "batches": trainer.accumulate_grad_batches,
+    }
+    several = [f"{count} {name}" for name, count in factors.items() if count > 1]
+    one = f"{data.batch_size} images"
+    if not several:
+        return one
+    total = data.batch_size * math.prod(factors.values())
+    return f"{total} images ({' x '.join([*several, one])}; the learning rate is not scaled by them)"

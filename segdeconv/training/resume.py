@@ -1,0 +1,174 @@
+"""Resuming: which run folder, from which checkpoint, and whether config, data and machine are still the same."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from segdeconv.checkpoints import checkpoint
+from segdeconv.classes import Classes
+from segdeconv.errors import CheckpointError, UsageError
+from segdeconv.system.devices import machine
+from segdeconv.system.files import replace_text
+from segdeconv.training.processes import rank_from_outside
+from segdeconv.training.run_folder import claim
+
+# Keys of a recipe that may differ when a run goes on: they do not change what is learnt.
+HARMLESS = (
+    "resume", "resume_force", "max_time", "logger", "dataset.num_workers", "dataset.timeout", "dataset.root",
+    "trainer.recompute", "dataset.cache", "dataset.cache_size", "dataset.checksums",
+)  # fmt: skip
+
+
+# Going on: which run, and whether it is the same.
+
+
+def find_run(resume: str, recipe: Mapping[str, Any], named: Path | None, runs: Path) -> Path | None:
+    """The folder of the run that `resume=` means, or None where there is nothing to go on with.
+
+    resume: `auto` takes `named` (the folder that hydra.run.dir gives) or else the newest unfinished run in `runs` of
+        the same recipe; otherwise the path of a run's folder or of a checkpoint in it.
+    """
+    if resume != "auto":
+        path = Path(resume)
+        folder = path if path.is_dir() else path.parent
+        if not path.exists() or not (folder / "config.yaml").is_file():
+            raise UsageError(f"resume={resume} is no run - give resume=auto or a folder that train.py wrote")
+        return folder
+    if named is not None:
+        return named
+    for folder in sorted(runs.glob("*/"), reverse=True):
+        config = folder / "config.yaml"
+        begun = config.is_file() and any(folder.glob("*.ckpt"))
+        if begun and not finished(folder) and _is_of(folder, recipe):
+            return folder
+    return None
+
+
+def finished(run: Path) -> bool:
+    """Whether a run has come to its end, and not to that of its time."""
+    try:
+        report = json.loads((run / "report.json").read_text())
+    except (FileNotFoundError, ValueError):  # ValueError: it is damaged, and written anew at the end
+        return False
+    return isinstance(report, dict) and bool(report.get("complete", True))
+
+
+def _is_of(run: Path, recipe: Mapping[str, Any]) -> bool:
+    try:
+        return not differing_keys(_recipe_of(run), recipe)
+    except UsageError:  # a folder that nobody named: it is passed over
+        return False
+
+
+def _recipe_of(run: Path) -> Any:
+    """What a run was started with: plain data, of which nothing is built."""
+    path = run / "config.yaml"
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        said = str(getattr(error, "problem", None) or type(error).__name__)
+        raise UsageError(f"{path} is not the recipe of a run ({said}) - choose another hydra.run.dir") from error
+    if not isinstance(recipe, dict):
+        raise UsageError(f"{path} is not the recipe of a run - choose another hydra.run.dir")
+    return recipe
+
+
+def open_run(run: Path, recipe: Mapping[str, Any]) -> Path | None:
+    """Make the folder of a run ready; the checkpoint to go on from, or None to start.
+
+    Raises UsageError if the folder holds a run and nothing was said about going on, if its recipe was another, or if
+    another process is at it.
+    """
+    claim(run)
+    config = run / "config.yaml"
+    begun = config.is_file() and any(run.glob("*.ckpt"))  # or it failed before it had learnt anything
+    if begun and recipe["resume"] is None:
+        raise UsageError(f"{run} already holds a run - go on with resume=auto or choose another hydra.run.dir")
+    resumed = None
+    if begun:
+        differing = differing_keys(_recipe_of(run), recipe)
+        if differing and not recipe["resume_force"]:
+            raise UsageError(
+                f"{run} was started with other values of {', '.join(differing)} - give those, or resume_force=true"
+            )
+        resumed = usable_checkpoint(run)
+    if rank_from_outside() == 0:  # every process that torchrun starts comes by here
+        replace_text(config, yaml.safe_dump(dict(recipe), sort_keys=False))
+    return resumed
+
+
+def usable_checkpoint(run: Path) -> Path | None:
+    """The newest whole checkpoint of a run to go on from; a damaged newest one is named and passed over.
+
+    None where there is none yet. Raises CheckpointError where there are some and none can be used.
+    """
+    refused = None
+    for path in (run / "last.ckpt", run / "previous.ckpt"):
+        if not path.is_file():
+            continue
+        try:
+            checkpoint.require_to_go_on(checkpoint.read(path, trust=AnyName()))
+        except CheckpointError as error:
+            print(f"passed over: {error}")
+            refused = refused or error
+            continue
+        return path
+    if refused is not None:
+        raise refused
+    return None
+
+
+def compare(resumed: Path, classes: Classes, fingerprints: Mapping[str, str]) -> None:
+    """Say what no key of the recipe does: that the files of a split are not what they were.
+
+    Raises UsageError if the data has other classes than it had.
+    """
+    read = checkpoint.read(resumed, trust=AnyName())
+    before = read.classes
+    if before.names != classes.names:
+        raise UsageError(
+            f"{resumed} was trained for {len(before)} classes ({', '.join(before.names)}) and the data now has "
+            f"{len(classes)} ({', '.join(classes.names)}) - restore the data, or start another run with "
+            f"init_from={resumed}, which keeps what it knows and begins the other classes anew"
+        )
+    known = read.facts.get("fingerprints", {})  # earlier versions wrote none
+    for split in [name for name, value in fingerprints.items() if known.get(name, value) != value]:
+        print(
+            f"watch: the files of the {split} split are not those, or not where, they were when {resumed} was written; "
+            "the run goes on with what is there now, and not to the same bits"
+        )
+
+
+def compare_machines(resumed: Path, device: torch.device) -> None:
+    """Say what of the machine is not as it was, for rounding depends on it."""
+    known, now = checkpoint.read(resumed, trust=AnyName()).content["segdeconv"].get("machine", {}), machine(device)
+    differing = [f"{name} {known[name]} -> {value}" for name, value in now.items() if known.get(name, value) != value]
+    if differing:
+        print(f"watch: going on, but not to the same bits: {', '.join(differing)}")
+
+
+class AnyName(frozenset[str]):
+    """Contains every name: nothing that a checkpoint names is built when a run goes on, its recipe is composed anew."""
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+
+def differing_keys(before: Any, now: Any, where: str = "") -> list[str]:
+    """The keys in which two recipes differ, those that change nothing left out."""
+    if where in HARMLESS:
+        return []
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        keys = sorted({*before, *now})
+        return [
+            key
+            for name in keys
+            for key in differing_keys(before.get(name), now.get(name), f"{where}.{name}" if where else str(name))
+        ]
+    return [] if before == now else [where]

@@ -1,0 +1,320 @@
+"""The task that Lightning trains: loss, scores, learning rate, and what a checkpoint remembers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal, NamedTuple, Self
+
+import numpy as np
+import torch
+import torch.distributed
+from pydantic import Field
+from pytorch_lightning import LightningModule
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
+
+from segdeconv import __version__
+from segdeconv.checkpoints.checkpoint import FORMAT
+from segdeconv.classes import Classes
+from segdeconv.errors import DivergedError, UsageError
+from segdeconv.evaluation.metrics import ConfusionMatrix, Scores, scores
+from segdeconv.inference.scorers import labels, padded, ready, resized
+from segdeconv.losses import loss_sums
+from segdeconv.models import SegmentationModel
+from segdeconv.models.activation_checkpointing import Staged
+from segdeconv.optimization import Schedule, average
+from segdeconv.switches.ops import triton_kernels
+from segdeconv.system.devices import machine
+from segdeconv.system.memory import keep_freed
+from segdeconv.system.seeding import key
+
+# Sums over pixels are divided by this before the backward pass, so that float16 can hold their gradients; a power of
+# two, which changes no digit.
+UNIT = 2.0**18
+LOWER = "lower optimizer.lr, add schedule.warmup_steps or clip with trainer.gradient_clip"
+
+
+class Results(NamedTuple):
+    """Of one split: the mean loss, the scores, and the (C, C) confusion matrix that they come from."""
+
+    loss: float
+    scores: Scores
+    confusion: np.ndarray
+
+
+class LossToCome(NamedTuple):
+    """Of a step: [sum, normaliser] of the loss on its way to the host, the event of its arrival, and what made it."""
+
+    sums: Tensor
+    arrived: torch.cuda.Event | None
+    step: int
+    lr: float
+    names: list[str]
+
+
+class SegmentationTask(LightningModule):
+    """A network, a loss and an optimizer, learning one data set.
+
+    remembered: the recipe and the facts of the data, plain, as a checkpoint keeps them.
+    norm: where batch norm takes its statistics in training: `batch`, this process's images; `sync`, the images of all
+        processes (accelerators only); `frozen`, nowhere: the running averages stay as they are. The norms of frozen
+        parts (`optimizer.part_lr`) are frozen too.
+    ema: decay of an exponential moving average of the weights, such as 0.999, which is then what is validated and
+        used. Running statistics of batch norm are averaged alike, since those of the last steps belong to other
+        weights. Over the first steps the decay is smaller, (1 + step) / (10 + step), to forget the start.
+    compile: train through torch.compile; `auto` on GPUs alone, since for a CPU it takes minutes. Checkpoints are the
+        same files, and what validates or uses them compiles nothing.
+    recompute: keep the inputs of each stage alone and compute it again in the backward pass, see `Staged`.
+    """
+
+    averaged: SegmentationModel | None
+
+    def __init__(
+        self,
+        model: SegmentationModel,
+        loss: nn.Module,
+        optimizer: Optimizer,
+        schedule: Schedule,
+        classes: Classes,
+        *,
+        seed: int,
+        total_steps: int,
+        remembered: Mapping[str, Any],
+        norm: Literal["batch", "sync", "frozen"] = "batch",
+        ema: Annotated[float, Field(gt=0, lt=1)] | None = None,
+        compile: Literal["auto", True, False] = "auto",
+        recompute: bool = False,
+    ) -> None:
+        super().__init__()
+        if compile is True and recompute:
+            raise UsageError(
+                "trainer.compile=true and trainer.recompute=true: torch.compile chooses by itself what to compute again"
+                " - leave one of them out"
+            )
+        self.model = model.to(memory_format=torch.channels_last)
+        self.loss = loss
+        self.optimizer, self.schedule = optimizer, schedule
+        self.classes, self.seed, self.total_steps, self.remembered = classes, seed, total_steps, dict(remembered)
+        self.norm, self.ema = norm, ema
+        self.compilation, self.recompute = compile, recompute
+        for part in self.model.modules():
+            if isinstance(part, Staged):
+                part.recompute = recompute
+        self._supervised: Callable[[Tensor], tuple[Tensor, ...]] = self.model.supervised
+        self.averaged = copy.deepcopy(model).requires_grad_(False) if ema is not None else None
+        self.train_matrix = ConfusionMatrix(len(classes), classes.ignore_index)
+        self.val_matrix = ConfusionMatrix(len(classes), classes.ignore_index)
+        # Of the loss, [sum, normaliser]: of all processes and finished steps; of this process's validation images.
+        self.train_sums = [0.0, 0.0]
+        self.val_sums: list[Tensor] = []
+        self._pieces: list[tuple[Tensor, Tensor, list[str]]] = []  # of the loss of the step that is being made
+        self.last_loss = 0.0  # of the last step
+        self._loss_to_come: LossToCome | None = None
+        self._last_names: list[str] = []  # of the last step's images
+        self._results: dict[str, Results] = {}
+        self._validated = False
+        self.train()  # Lightning takes the modes as they are
+
+    @property
+    def network(self) -> SegmentationModel:
+        """What is validated and used: the average of the weights if there is one."""
+        return self.model if self.averaged is None else self.averaged
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        for module in self.model.modules():
+            frozen = not any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+            if isinstance(module, _BatchNorm) and (self.norm == "frozen" or frozen):
+                module.eval()
+        if self.averaged is not None:
+            self.averaged.eval()
+        return self
+
+    def configure_optimizers(self) -> Optimizer:
+        return self.optimizer
+
+    def compiles(self, device: torch.device) -> bool:
+        """Whether training on this device goes through torch.compile."""
+        if self.compilation == "auto":
+            return not self.recompute and device.type == "cuda" and triton_kernels(device) is not None
+        return self.compilation
+
+    def on_fit_start(self) -> None:
+        keep_freed(self.device)
+        if self.compiles(self.device):
+            # The method, not the module, whose parameters would get other names in checkpoints.
+            self._supervised = torch.compile(self.model.supervised)
+        self.train_matrix.to(self.device)
+        self.val_matrix.to(self.device)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        # Everything random or scheduled is a function of the step, so that a resumed run repeats it.
+        micro_batch = batch_idx % self.trainer.accumulate_grad_batches
+        torch.manual_seed(key(self.seed, "step", self.global_step, micro_batch, self.global_rank))
+        factor = self.schedule(self.global_step, self.total_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        maps = self._forward(batch["image"])
+        total, normaliser = loss_sums(self.loss, maps, batch["mask"])
+        self.train_matrix.update(maps[0].detach().argmax(dim=1), batch["mask"])
+        self._pieces.append((total.detach(), normaliser.detach(), batch["name"]))
+        # Lightning divides by the number of micro-batches, which on_before_optimizer_step does not count on.
+        return total * (self.trainer.accumulate_grad_batches / UNIT)
+
+    def _forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        try:
+            return self._supervised(image)
+        except ValueError as error:
+            if "more than 1 value per channel" in str(error):
+                raise UsageError(
+                    f"batch norm sees a single value per channel in a batch of {len(image)} - raise dataset.batch_size "
+                    "or dataset.crop, or set trainer.norm=frozen"
+                ) from error
+            raise
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """From the gradient of the sum of the loss to that of its mean over all micro-batches and processes."""
+        totals = torch.stack([total for total, _, _ in self._pieces])
+        normalisers = torch.stack([normaliser for _, normaliser, _ in self._pieces])
+        names = [name for _, _, names in self._pieces for name in names]
+        self._pieces = []
+        sums = self._summed(torch.stack([totals.sum(), normalisers.sum()]).float())
+        self._hear_the_loss()  # of the step before, on a GPU
+        arrived, on_host = None, sums
+        if sums.is_cuda:
+            on_host = torch.empty(2, pin_memory=True).copy_(sums, non_blocking=True)
+            arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            arrived.record()
+        lr = self.optimizer.param_groups[0]["lr"]
+        self._loss_to_come = LossToCome(on_host, arrived, self.global_step, lr, names)
+        if arrived is None:
+            self._hear_the_loss()
+        # Several processes average their gradients, so the sum is world_size times that.
+        scale = torch.where(sums[1] > 0, UNIT * self.trainer.world_size / sums[1], 0.0)
+        torch._foreach_mul_([parameter.grad for parameter in self.parameters() if parameter.grad is not None], scale)
+
+    def _hear_the_loss(self) -> None:
+        """Take note of the last step's loss; one that is not finite ends the run, and nothing is saved after it.
+
+        On a GPU the host does not wait for the loss of the step that it has just asked for, but hears it a step later,
+        or before anything is shown, scored or saved.
+        """
+        if self._loss_to_come is None:
+            return
+        sums, arrived, step, lr, names = self._loss_to_come
+        self._loss_to_come = None
+        if arrived is not None:
+            arrived.synchronize()
+        total, normaliser = sums.tolist()
+        if not np.isfinite(total):
+            raise DivergedError(
+                f"the loss is {total} at step {step} with learning rate {lr:.3g} on {', '.join(names[:4])} - {LOWER}"
+            )
+        self._last_names = names
+        self.last_loss = total / normaliser if normaliser else 0.0
+        self.train_sums = [self.train_sums[0] + total, self.train_sums[1] + normaliser]
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Any,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        if self.averaged is not None and self.ema is not None:
+            average(self.averaged, self.model, decay=min(self.ema, (1 + self.global_step) / (10 + self.global_step)))
+
+    def on_validation_start(self) -> None:
+        self._hear_the_loss()
+        self._validated = True
+        # Running statistics are each process's own; the first one's are those that are kept.
+        if self.trainer.world_size > 1:
+            for buffer in self.network.buffers():
+                torch.distributed.broadcast(buffer, 0)
+        # As scripts/evaluate.py makes it, so that both give the same scores.
+        network = ready(self.network, self.device, str(self.trainer.precision))
+        self._scorer = padded(network, network.minimum_size)
+
+    def on_validation_end(self) -> None:
+        del self._scorer
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, list[np.ndarray]]:
+        """Scores stored pixels, as scripts/evaluate.py does; the predicted masks are for pictures."""
+        logits = self._scorer(batch["image"])
+        predictions = []
+        for position, mask in enumerate(batch["mask"]):
+            size = (mask.shape[0], mask.shape[1])
+            one = resized(logits[position : position + 1], size)
+            self.val_sums.append(torch.stack(loss_sums(self.loss, one, mask[None].long())))
+            prediction = labels(one, size)[0]
+            self.val_matrix.update(prediction, mask)
+            predictions.append(prediction.cpu().numpy())
+        return {"predictions": predictions}
+
+    def results(self, split: Literal["train", "val"]) -> Results | None:
+        """What a split has given since `forget`, in all processes; None if there was no validation.
+
+        Processes wait for each other here: every one has to ask.
+        """
+        if split == "val" and not self._validated:
+            return None
+        self._hear_the_loss()
+        if split not in self._results:
+            matrix = self.train_matrix if split == "train" else self.val_matrix
+            confusion = self._summed(matrix.counts).cpu().numpy()
+            total, normaliser = self.train_sums
+            if split == "val":
+                sums = torch.stack([*self.val_sums, torch.zeros(2, device=self.device)]).cpu().double().sum(dim=0)
+                total, normaliser = self._summed(sums.float().to(self.device)).tolist()
+            self._results[split] = Results(total / normaliser if normaliser else 0.0, scores(confusion), confusion)
+        return self._results[split]
+
+    def _summed(self, values: Tensor) -> Tensor:
+        """The sum over all processes, in each of them."""
+        values = values.clone()
+        if self.trainer.world_size > 1:
+            torch.distributed.all_reduce(values)
+        return values
+
+    def forget(self, split: Literal["train", "val"]) -> None:
+        """Start a split's scores anew."""
+        self._results.pop(split, None)
+        if split == "train":
+            self.train_matrix.reset()
+            self.train_sums = [0.0, 0.0]
+        else:
+            self.val_matrix.reset()
+            self.val_sums = []
+            self._validated = False
+
+    def _require_finite(self) -> None:
+        """A finite loss can still have a gradient that is not: what it has made of the weights is not kept."""
+        for name, tensor in self.state_dict().items():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise DivergedError(
+                    f"{name} is not finite after step {self.global_step} with learning rate "
+                    f"{self.optimizer.param_groups[0]['lr']:.3g} on {', '.join(self._last_names[:4])} - {LOWER}"
+                )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._hear_the_loss()
+        self._require_finite()
+        checkpoint["hyper_parameters"] = self.remembered
+        checkpoint["segdeconv"] = {
+            "format": FORMAT,
+            "version": __version__,
+            "machine": machine(self.device),
+            # So that the scores of an epoch that is cut in two are those of the epoch in one piece.
+            "train_counts": self._summed(self.train_matrix.counts).cpu(),
+            "train_loss": self.train_sums,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        counts = checkpoint["segdeconv"]["train_counts"]  # of all processes
+        self.train_matrix.counts = counts if self.global_rank == 0 else torch.zeros_like(counts)
+        self.train_sums = list(checkpoint["segdeconv"]["train_loss"])

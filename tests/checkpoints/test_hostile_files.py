@@ -1,0 +1,409 @@
+"""Files made to run code or to write where they should not: each fires under a careless reader and not under ours."""
+
+import contextlib
+import io
+import os
+import pickle
+import shutil
+import stat
+import sys
+import tarfile
+import warnings
+import zipfile
+from pathlib import Path
+
+import hydra.utils
+import numpy as np
+import pytest
+import torch
+import yaml
+from checkpoint_files import content
+from PIL import Image
+
+from segdeconv import config
+from segdeconv.checkpoints import checkpoint
+from segdeconv.data.datasets.folder import Folder
+from segdeconv.data.files.archives import unpack_tar, unpack_zip
+from segdeconv.data.files.reading import read_image, read_labels
+from segdeconv.errors import CheckpointError, SegdeconvError, UsageError
+from segdeconv.training.resume import find_run, open_run
+
+MARKER = "marker"  # in the current folder, which is each test's own
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path, monkeypatch):
+    (tmp_path / "place").mkdir()
+    monkeypatch.chdir(tmp_path / "place")
+
+
+def fired():
+    """Whether a payload has left its marker, here or a folder above; takes it away."""
+    found = [path for path in (Path(MARKER), Path("..") / MARKER) if os.path.lexists(path)]
+    for path in found:
+        path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+    return bool(found)
+
+
+class Call:
+    """Unpickled, it calls a function."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def through_getattr():
+    return Call(getattr, Path(MARKER), "touch")
+
+
+def built():
+    """A class whose state is set by a function of ours: BUILD instead of REDUCE."""
+    return Call(exec, f"import pathlib; pathlib.Path({MARKER!r}).touch()")
+
+
+def nested():
+    """torch.load inside a pickle, which reads a second pickle from bytes."""
+    inner = io.BytesIO()
+    torch.save(Call(os.system, f"touch {MARKER}"), inner)
+    return Call(_load_carelessly, inner.getvalue())
+
+
+def _load_carelessly(data):
+    return torch.load(io.BytesIO(data), weights_only=False)
+
+
+# Checkpoints: pickles
+
+PICKLES = {
+    "os.system": lambda: Call(os.system, f"touch {MARKER}"),
+    "eval": lambda: Call(eval, f"open({MARKER!r}, 'w').close()"),
+    "exec": built,
+    "open": lambda: Call(Path(MARKER).touch),
+    "mkdir by pathlib": lambda: Call(Path(MARKER).write_text, "x"),
+    "shutil.copy": lambda: Call(shutil.copy, os.devnull, MARKER),
+    "numpy": lambda: Call(np.savetxt, MARKER, [0]),
+    "numpy.load": lambda: Call(_numpy_pickle, pickle.dumps(Call(os.system, f"touch {MARKER}"))),
+    "nested torch.load": nested,
+    "torch.save": lambda: Call(torch.save, 1, MARKER),
+    "hydra": lambda: Call(hydra.utils.instantiate, {"_target_": "builtins.open", "file": MARKER, "mode": "w"}),
+    "yaml": lambda: Call(yaml.unsafe_load, f"!!python/object/apply:os.system ['touch {MARKER}']"),
+}
+
+
+def _numpy_pickle(data):
+    return pickle.loads(data)
+
+
+def whole_checkpoint(payload, path):
+    torch.save(content(payload=payload), path)
+
+
+def bare_pickle(payload, path):
+    path.write_bytes(pickle.dumps(payload))
+
+
+def old_format(payload, path):
+    torch.save(content(payload=payload), path, _use_new_zipfile_serialization=False)
+
+
+def in_the_weights(payload, path):
+    made = content()
+    torch.save({**made, "state_dict": {**made["state_dict"], "model.x": payload}}, path)
+
+
+FORMS = (whole_checkpoint, bare_pickle, old_format, in_the_weights)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
+@pytest.mark.parametrize("name", PICKLES)
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_checkpoint_that_carries_a_call_is_refused(name, form, monkeypatch):
+    path = Path("evil.ckpt")
+    form(PICKLES[name](), path)
+    torch.load(path, weights_only=False) if form is not bare_pickle else pickle.loads(path.read_bytes())
+    assert fired(), "the payload must fire under a careless load, or this test shows nothing"
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    for read in (checkpoint.read, checkpoint.load_plain):
+        with pytest.raises(CheckpointError, match=r"evil.ckpt is not a checkpoint that can be read safely"):
+            read(path)
+    assert not fired()
+
+
+def test_a_model_that_was_scripted_is_refused():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch will drop it one day
+        torch.jit.script(torch.nn.Linear(1, 1)).save("scripted.ckpt")
+    with pytest.raises(CheckpointError, match="can be read safely"):
+        checkpoint.read("scripted.ckpt")
+
+
+def test_a_checkpoint_that_inflates_is_refused_before_it_does():
+    torch.save(content(), "good.ckpt")
+    with zipfile.ZipFile("good.ckpt") as good, zipfile.ZipFile("evil.ckpt", "w", zipfile.ZIP_DEFLATED) as evil:
+        for entry in good.infolist():
+            evil.writestr(entry.filename, good.read(entry))
+        evil.writestr("good/data/999", bytes(50_000_000))
+    with pytest.raises(CheckpointError, match=r"can be read safely \(BadZipFile\)"):
+        checkpoint.read("evil.ckpt")
+
+
+# Recipes: what hydra.utils.instantiate runs
+
+RECIPES = {
+    "numpy.load": {"_target_": "numpy.load", "file": "evil.npy", "allow_pickle": True},
+    "torch.load": {"_target_": "torch.load", "f": "evil.pt", "weights_only": False},
+    "torch.hub": {"_target_": "torch.hub.load", "repo_or_dir": ".", "source": "local", "model": "entry"},
+    "collect_env": {"_target_": "torch.utils.collect_env.run", "command": f"touch {MARKER}"},
+    "numpy measure": {
+        "_target_": "numpy.testing.measure", "code_str": f"__import__('pathlib').Path({MARKER!r}).touch()",
+    },
+    "sitedir": {"_target_": "site.addsitedir", "sitedir": "."},
+    "open": {"_target_": "builtins.open", "file": MARKER, "mode": "w"},
+    "write_text": {"_target_": "pathlib.Path.write_text", "_args_": [
+        {"_target_": "pathlib.Path", "_args_": [MARKER]}, ""]},
+    "savetxt": {"_target_": "numpy.savetxt", "fname": MARKER, "X": [0]},
+    "torch.save": {"_target_": "torch.save", "obj": 1, "f": MARKER},
+    "mkdir": {"_target_": "os.mkdir", "path": MARKER},
+    "makedirs": {"_target_": "os.makedirs", "name": MARKER},
+    "copy": {"_target_": "shutil.copy", "src": os.devnull, "dst": MARKER},
+    "symlink": {"_target_": "os.symlink", "src": "/", "dst": MARKER},
+    "import": {"_target_": "evil.entry"},
+    "nested": {"_target_": "segdeconv.models.SegNet", "stages": [{"_target_": "shutil.copy", "src": os.devnull,
+        "dst": MARKER}]},
+    "partial": {"_target_": "shutil.copy", "_partial_": False, "src": os.devnull, "dst": MARKER},
+}  # fmt: skip
+PLACES = {
+    "model": lambda made, node: made["hyper_parameters"]["config"].update(model=node),
+    "augment": lambda made, node: made["hyper_parameters"]["config"].update(augment={"x": node}),
+    "facts": lambda made, node: made["hyper_parameters"]["facts"].update(more=[{"x": node}]),
+}
+
+
+@pytest.fixture
+def _bait(monkeypatch):
+    """The files that the payloads want beside them."""
+    call = Call(os.system, f"touch {MARKER}")
+    np.save("evil.npy", np.array([call], dtype=object), allow_pickle=True)
+    torch.save(call, "evil.pt")
+    touch = f"__import__('pathlib').Path({MARKER!r}).touch()"
+    Path("evil.py").write_text(f'"""\n>>> {touch}\n"""\n{touch}\ndef entry(): pass\n')
+    Path("hubconf.py").write_text(f"{touch}\ndef entry(): pass\n")
+    Path("evil.pth").write_text(f"import os; {touch}\n")
+    monkeypatch.syspath_prepend(".")
+    yield
+    sys.modules.pop("evil", None)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.usefixtures("_bait")
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_recipe_in_a_checkpoint_builds_nothing_that_is_not_ours(name):
+    node = RECIPES[name]
+    with contextlib.suppress(Exception):  # after it has fired, some payloads end badly
+        hydra.utils.instantiate(node)
+    assert fired(), "the payload must fire under a careless builder, or this test shows nothing"
+    for place, put in PLACES.items():
+        made = content()
+        put(made, node)
+        path = Path(f"{place}.ckpt")
+        checkpoint.write(made, path)
+        with pytest.raises(CheckpointError, match=r"which (is|are) not of segdeconv - if you know the author"):
+            checkpoint.read(path)
+    assert not fired()
+
+
+def test_a_key_of_the_command_line_cannot_change_what_a_checkpoint_builds():
+    for word in ("model._target_=os.system", "augment.x._target_=os.system", "_target_=os.system"):
+        with pytest.raises(UsageError, match=r"stays - leave it out|there is no key"):
+            config.override(content()["hyper_parameters"]["config"], [word])
+
+
+# Text: class tables, the recipe of a run, sidecars
+
+YAMLS = {
+    "apply": f"!!python/object/apply:os.system ['touch {MARKER}']",
+    "new": f"!!python/object/new:os.system ['touch {MARKER}']",
+    "in a value": f"a: !!python/object/apply:os.system ['touch {MARKER}']\nb: 1",
+    "in a key": f"? !!python/object/apply:os.system ['touch {MARKER}']\n: 1",
+}
+
+
+@pytest.mark.parametrize("name", YAMLS)
+def test_yaml_of_strangers_is_data(name):
+    yaml.unsafe_load(YAMLS[name])
+    assert fired(), "the payload must fire under a careless load, or this test shows nothing"
+    for sub in ("images", "masks"):
+        (Path("mine") / sub).mkdir(parents=True)
+        for stem in "ab":
+            Image.new("L", (4, 4)).save(Path("mine") / sub / f"{stem}.png")
+    Path("mine/classes.yaml").write_text(YAMLS[name])
+    with pytest.raises(UsageError, match=r"classes.yaml is not YAML"):
+        Folder("train", "mine")
+    with pytest.raises(UsageError, match=r"classes.yaml is not YAML"):
+        Folder("train", "mine", classes="mine/classes.yaml")
+    run = Path("runs/1")
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text(YAMLS[name])
+    (run / "last.ckpt").touch()
+    assert find_run("auto", {"seed": 0}, None, Path("runs")) is None
+    with pytest.raises(UsageError, match=r"config.yaml is not the recipe of a run"):
+        open_run(run, {"resume": "auto", "resume_force": False})
+    with pytest.raises(SegdeconvError):
+        config.override({"a": 1}, [f"a={YAMLS['apply']}"])
+    assert not fired()
+
+
+SIDECARS = {
+    "empty": b"",
+    "of another file": b"0" * 64 + b"  other.ckpt\n",
+    "binary": bytes(range(256)),
+    "huge": b"#" * 5000,
+    "page": b"<html></html>",
+}
+
+
+@pytest.mark.parametrize("name", SIDECARS)
+def test_a_sidecar_that_does_not_name_the_hash_is_refused(name):
+    checkpoint.write(content(), Path("best.ckpt"))
+    right = Path("best.ckpt.sha256").read_bytes()
+    Path("best.ckpt.sha256").write_bytes(SIDECARS[name] + (right if name == "huge" else b""))
+    with pytest.raises(CheckpointError, match="is damaged"):
+        checkpoint.read("best.ckpt")
+
+
+# Archives
+
+
+def link_chain(path):
+    """CVE-2025-4517: links so deep that realpath gives up, and the last step is taken outside."""
+    deep = "d" * 247
+    with tarfile.open(path, "w") as file:
+        at = ""
+        for letter in "abcdefghijklmnop":
+            folder = tarfile.TarInfo(f"{at}{deep}")
+            folder.type = tarfile.DIRTYPE
+            file.addfile(folder)
+            link = tarfile.TarInfo(f"{at}{letter}")
+            link.type, link.linkname = tarfile.SYMTYPE, deep
+            file.addfile(link)
+            at += f"{deep}/"
+        long = "/".join("abcdefghijklmnop")
+        for name, target in ((f"{long}/{'l' * 254}", "../" * 16), ("escape", f"{long}/{'l' * 254}/..")):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = tarfile.SYMTYPE, target
+            file.addfile(link)
+        info = tarfile.TarInfo(f"escape/{MARKER}")
+        file.addfile(info, io.BytesIO())
+
+
+def tar_with(**entry):
+    def make(path):
+        with tarfile.open(path, "w") as file:
+            for name, settings in entry["entries"]:
+                info = tarfile.TarInfo(name)
+                for key, value in settings.items():
+                    setattr(info, key, value)
+                file.addfile(info, io.BytesIO(bytes(info.size)))
+
+    return make
+
+
+ABSOLUTE = "ABSOLUTE"  # the folder above, whose name is known when the archive is written
+TARS = {
+    "parent": [(f"../{MARKER}", {})],
+    "deeper parent": [("a", {"type": tarfile.DIRTYPE}), (f"a/../../{MARKER}", {})],
+    "absolute": [(f"{ABSOLUTE}/{MARKER}", {})],
+    "through a link": [("out", {"type": tarfile.SYMTYPE, "linkname": ".."}), (f"out/{MARKER}", {})],
+    "through an absolute link": [("out", {"type": tarfile.SYMTYPE, "linkname": ABSOLUTE}), (f"out/{MARKER}", {})],
+    "hard link": [("soft", {"type": tarfile.SYMTYPE, "linkname": f"../{MARKER}"}), ("soft", {})],
+}
+
+
+@pytest.mark.parametrize("name", [*TARS, "chain"])
+def test_a_tar_writes_nothing_beside_its_folder(name, tmp_path):
+    above = str(tmp_path / "place")
+    if name == "chain":
+        link_chain("evil.tar")
+    else:
+        entries = [
+            (
+                path.replace(ABSOLUTE, above),
+                {k: v.replace(ABSOLUTE, above) if k == "linkname" else v for k, v in s.items()},
+            )
+            for path, s in TARS[name]
+        ]
+        tar_with(entries=entries)(Path("evil.tar"))
+    Path("careless").mkdir()
+    with tarfile.open("evil.tar") as file:
+        try:
+            file.extractall("careless", filter="fully_trusted")
+        except OSError:
+            assert name == "chain"  # some systems refuse the long names themselves
+    assert fired() or name == "chain", "the payload must fire under a careless extractor, or this test shows nothing"
+    with pytest.raises(UsageError, match="do not trust this archive"):
+        unpack_tar(Path("evil.tar"), Path("ours"))
+    assert not fired()
+    assert not os.path.lexists("ours")
+
+
+def unzip_carelessly(path, folder):
+    """As a simple loop over the entries does; zipfile's own extractall takes `..` away."""
+    with zipfile.ZipFile(path) as file:
+        for entry in file.infolist():
+            target = Path(folder) / entry.filename
+            if stat.S_ISLNK(entry.external_attr >> 16):
+                target.symlink_to(file.read(entry).decode())
+            else:
+                target.write_bytes(file.read(entry))
+
+
+ZIPS = {
+    "parent": [(f"../{MARKER}", b"", 0)],
+    "absolute": [(f"{ABSOLUTE}/{MARKER}", b"", 0)],
+    "through a link": [("out", b"..", stat.S_IFLNK), (f"out/{MARKER}", b"", 0)],
+}
+
+
+@pytest.mark.parametrize("name", ZIPS)
+def test_a_zip_writes_nothing_beside_its_folder(name, tmp_path):
+    with zipfile.ZipFile("evil.zip", "w") as file:
+        for path, data, kind in ZIPS[name]:
+            info = zipfile.ZipInfo(path.replace(ABSOLUTE, str(tmp_path / "place")))
+            info.external_attr = ((kind or stat.S_IFREG) | 0o777) << 16
+            file.writestr(info, data)
+    Path("careless").mkdir()
+    unzip_carelessly("evil.zip", "careless")
+    assert fired(), "the payload must fire under a careless extractor, or this test shows nothing"
+    with pytest.raises(UsageError, match="do not trust this archive"):
+        unpack_zip(Path("evil.zip"), Path("ours"))
+    assert not fired()
+    assert not os.path.lexists("ours")
+
+
+# Arrays
+
+
+@pytest.mark.parametrize("form", ["objects", "pickle with a new suffix", "record of objects"])
+def test_an_array_of_objects_is_refused(form):
+    call = Call(os.system, f"touch {MARKER}")
+    if form == "objects":
+        np.save("evil.npy", np.array([[call]], dtype=object), allow_pickle=True)
+    elif form == "record of objects":
+        np.save("evil.npy", np.array([(call,)], dtype=[("a", object)]), allow_pickle=True)
+    else:
+        Path("evil.npy").write_bytes(pickle.dumps(call))
+    np.load("evil.npy", allow_pickle=True)
+    assert fired(), "the payload must fire under a careless load, or this test shows nothing"
+    for read in (read_labels, lambda path: read_image(path, channels=1)):
+        with pytest.raises(UsageError, match=r"evil\.npy"):
+            read(Path("evil.npy"))
+    assert not fired()
+
+
+def test_there_are_forty_of_them():
+    counts = (len(PICKLES) * len(FORMS), len(RECIPES), len(YAMLS), len(SIDECARS), len(TARS) + 1, len(ZIPS), 3, 2)
+    assert sum(counts) >= 40
+    assert len(PICKLES) + sum(counts[1:]) >= 40  # counting each payload in one form only

@@ -1,0 +1,277 @@
+"""Masks, lists and folders through the real commands: taken as stated, or refused in one line before the first step."""
+
+import shutil
+from pathlib import Path
+
+import fakes
+import numpy as np
+import picture_files
+import pytest
+import tifffile
+from command_results import of_folder, require_refused, train
+from PIL import Image
+
+MASK = fakes.image_and_mask(0, 3)[1]  # (48, 64), labels 0..2
+COLOURED = np.array(fakes.COLOURS, dtype=np.uint8)[MASK]
+NAMED = "ground: [0, 0, 0]\nthing: [255, 0, 0]\nother: [0, 128, 255]\n"
+
+
+def labels(values, dtype=np.uint8):
+    mask = MASK.astype(dtype)
+    mask[:4, :4] = values
+    return mask
+
+
+def grey(values, dtype=np.uint8):
+    return lambda path: Image.fromarray(labels(values, dtype)).save(path, format="PNG")
+
+
+def array(content, **settings):
+    return lambda path: np.save(path.with_suffix(".npy"), content, **settings) or path.unlink(missing_ok=True)
+
+
+def coloured(path):
+    Image.fromarray(COLOURED).save(path)
+
+
+def coloured_with_alpha(path):
+    Image.fromarray(np.dstack([COLOURED, np.full(MASK.shape, 255, np.uint8)])).save(path)
+
+
+def unknown_colour(path):
+    changed = COLOURED.copy()
+    changed[5, 7] = (9, 9, 9)
+    Image.fromarray(changed).save(path)
+
+
+def int32(path):
+    tifffile.imwrite(path.with_suffix(".tif"), MASK.astype(np.int32))
+    path.unlink(missing_ok=True)
+
+
+class Marked:
+    """Unpickled, it says so on the disk."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path(self.path).touch, ()
+
+
+# A mask of one val image of a folder whose classes are found, or named by `classes.yaml`.
+TAKEN = {
+    "61 palette": (lambda path: fakes.mask_file(MASK, "palette").save(path), None),
+    "62 grey labels": (grey(0), None),
+    "63 16-bit labels": (grey(2, np.uint16), None),
+    "64 int32 tiff": (int32, None),
+    "65 known colours": (coloured, NAMED),
+    "67 colours without a table": (coloured, None),  # they are found and shown, as labels are
+    "68 known colours with alpha": (coloured_with_alpha, NAMED),
+    "72 255 is ignored": (grey(255), None),
+    "73 all ignored": (lambda path: Image.new("L", (64, 48), 255).save(path), None),
+    "74 all background": (lambda path: Image.new("L", (64, 48), 0).save(path), None),
+    "81 booleans": (lambda path: Image.fromarray(MASK > 0).save(path), None),
+}
+REFUSED = {
+    "66 unknown colour": (unknown_colour, NAMED, "has colour (9, 9, 9) at row 5, column 7"),
+    "69 jpeg": (lambda path: Image.fromarray(MASK).save(path, format="JPEG"), None, "is JPEG, which changes labels"),
+    "71 label 254": (grey(254), "a: 0\nb: 1\nc: 2\n", "has label 254; the classes have labels 0..2"),
+    "72 label 255 where 250 is ignored": (grey(255), "a: 0\nb: 1\nc: 2\nignore: 250\n", "has label 255"),
+    "75 smaller": (lambda path: Image.fromarray(MASK[:24, :32]).save(path), None, "is 24x32 and its image"),
+    "76 transposed": (lambda path: Image.fromarray(MASK.T.copy()).save(path), None, "is 64x48 and its image"),
+    "77 one pixel off": (lambda path: Image.fromarray(MASK[:, 1:].copy()).save(path), None, "is 48x63 and its image"),
+    "78 empty": (picture_files.written(b""), None, "is not a picture"),
+    "79 missing": (lambda path: path.unlink(), None, "has no mask"),
+    "80 text": (picture_files.written(b"labels"), None, "is not a picture"),
+    "83 float array": (array(labels(0, np.float32)), None, "holds float32 - save it as uint8 or uint16"),
+    "83 array with NaN": (array(labels(np.nan, np.float64)), None, "holds float64 - save it as uint8 or uint16"),
+}
+
+
+def with_mask(place, make, classes, masks="colours"):
+    kind = "colours" if make in (coloured, coloured_with_alpha, unknown_colour) else "labels"
+    fakes.folder(place / "mine", kind, layout="lists")
+    path = place / "mine" / "masks" / "val_0.png"
+    make(path)
+    if classes:
+        (place / "mine" / "classes.yaml").write_text(classes)
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_a_mask_that_can_be_read_is_trained_and_scored_with(tmp_path, commands, name):
+    with_mask(tmp_path, *TAKEN[name])
+    done = of_folder(commands, tmp_path)
+    assert done.code == 0, done.err
+    assert "  3: " in done.out or "3: " in done.out.partition("classes:")[2]
+    assert "nan" not in (tmp_path / "run" / "metrics.csv").read_text().lower()
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_mask_that_cannot_be_read_is_named_before_the_first_step(tmp_path, commands, name):
+    make, classes, words = REFUSED[name]
+    with_mask(tmp_path, make, classes)
+    done = of_folder(commands, tmp_path)
+    require_refused(done, tmp_path, words)
+    assert "val_0" in done.sentence or name.startswith("72")  # there the first mask is refused already
+
+
+def test_an_array_of_pickles_is_refused_and_runs_nothing(tmp_path, commands):
+    marker = tmp_path / "marker"
+    array(np.array([Marked(str(marker))], dtype=object))(tmp_path / "x.png")
+    np.load(tmp_path / "x.npy", allow_pickle=True)
+    assert marker.exists(), "the payload must fire under a careless load, or this test shows nothing"
+    marker.unlink()
+    fakes.folder(tmp_path / "mine", layout="lists")
+    (tmp_path / "mine" / "masks" / "val_0.png").unlink()
+    shutil.copy(tmp_path / "x.npy", tmp_path / "mine" / "masks" / "val_0.npy")
+    require_refused(of_folder(commands, tmp_path), tmp_path, "val_0.npy holds object")
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("70 label of the number of classes", "has label 12; the classes have labels 0..10 and 11 for ignored pixels"),
+        ("82 binary mask of a named set", "has label 255; the classes have labels 0..10 and 11 for ignored pixels"),
+    ],
+)
+def test_a_label_that_a_published_set_does_not_have_is_named(tmp_path, commands, name, words):
+    fakes.camvid(tmp_path / "camvid")
+    mask = np.full((48, 64), 12 if name.startswith("70") else 255, np.uint8)
+    Image.fromarray(mask).save(tmp_path / "camvid" / "valannot" / "val_000.png")
+    done = train(commands, tmp_path, "dataset=camvid", "dataset.root=camvid")
+    require_refused(done, tmp_path, words)
+    assert "val_000.png" in done.sentence
+
+
+def test_masks_of_0_and_255_are_two_classes_of_a_folder_and_it_is_said_before_training(tmp_path, commands):
+    fakes.folder(tmp_path / "mine", "binary", layout="lists")
+    done = of_folder(commands, tmp_path)
+    assert done.code == 0, done.err
+    assert "2: background, foreground" in done.out
+    assert done.out.index("foreground") < done.out.index("network:")
+
+
+def test_a_class_that_never_occurs_is_named_in_the_table(tmp_path, commands):
+    fakes.folder(tmp_path / "mine", layout="lists")
+    (tmp_path / "mine" / "classes.yaml").write_text("[a, b, c, ghost]")
+    done = of_folder(commands, tmp_path)
+    assert done.code == 0, done.err
+    line = next(line for line in done.out.splitlines() if line.strip().startswith("ghost"))
+    assert line.endswith("<- no pixel in this split")
+
+
+def test_every_pixel_ignored_is_a_loss_of_zero_and_finite_weights(tmp_path, commands):
+    import torch
+
+    fakes.folder(tmp_path / "mine", layout="lists")
+    (tmp_path / "mine" / "classes.yaml").write_text("[a, b, c]")
+    for mask in (tmp_path / "mine" / "masks").iterdir():
+        Image.new("L", (64, 48), 255).save(mask)
+    done = of_folder(commands, tmp_path)
+    assert done.code == 0, done.err
+    header, row = (line.split(",") for line in (tmp_path / "run" / "metrics.csv").read_text().splitlines())
+    assert float(row[header.index("train/loss")]) == 0
+    state = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["state_dict"]
+    assert all(bool(torch.isfinite(value).all()) for value in state.values())
+
+
+# Lists and data sets
+
+
+def lists(**texts):
+    def make(mine):
+        for name, text in texts.items():
+            (mine / f"{name}.txt").write_bytes(text.encode())
+
+    return make
+
+
+def case_clash(mine):
+    for sub in ("images", "masks"):
+        shutil.copy(mine / sub / "val_0.png", mine / sub / "VAL_0.png")
+
+
+LISTS = {
+    "87 empty train": (lists(train=""), "train.txt names no image"),
+    "88 empty val": (lists(val="\n \n"), "val.txt names no image"),
+    "90 listed twice": (lists(train="train_0\ntrain_1\ntrain_0\n"), "train.txt, line 3: 'train_0' is listed twice"),
+    "91 in train and val": (lists(val="val_0\ntrain_1\n"), "train_1.png is in train and in val"),
+    "92 names that differ in case": (case_clash, "differ only in upper and lower case"),
+    "93 fewer images than a batch": (lists(train="train_0\n"), "the train split has 1 images, fewer than one batch"),
+    "not text": (lambda mine: (mine / "val.txt").write_bytes(b"\xff\xfe\0v"), "val.txt is not UTF-8 text"),
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_a_list_that_makes_no_split_is_named(tmp_path, commands, name):
+    make, words = LISTS[name]
+    fakes.folder(tmp_path / "mine", layout="lists")
+    make(tmp_path / "mine")
+    require_refused(of_folder(commands, tmp_path), tmp_path, words)
+
+
+def test_lists_may_have_blank_lines_crlf_and_a_byte_order_mark_and_a_last_batch_of_one(tmp_path, commands):
+    fakes.folder(tmp_path / "mine", layout="lists")
+    lists(train="\ufefftrain_0\r\n\r\ntrain_1\r\ntrain_2", val="\r\nval_0\r\n\r\n")(tmp_path / "mine")
+    done = of_folder(commands, tmp_path)
+    assert done.code == 0, done.err
+    assert "3 train, 1 val images" in done.out
+    assert "1 epochs, 1 steps" in done.out  # batch norm never sees the single image that two and two leave over
+
+
+ROOTS = {
+    "95 unknown data set": (("dataset=camvit",), "there is no dataset 'camvit' - did you mean 'camvid'?"),
+    "96 missing root": (("dataset=folder", "dataset.root=nope"), "nope is not a folder; it should hold images/"),
+    "96 no root": (("dataset=folder",), "dataset.root: missing mandatory value"),
+    "96 empty root": (("dataset=folder", "dataset.root=empty"), "empty/images is not a folder"),
+    "96 root is a file": (("dataset=camvid", "dataset.root=file"), "file is not a folder; it should hold train.txt"),
+    "97 half of camvid": (("dataset=camvid", "dataset.root=half"), "half/train/train_002.png is missing"),
+    "97 half of voc": (("dataset=voc", "dataset.root=halfvoc"), "2007_000002.png is missing"),
+}
+
+
+@pytest.mark.parametrize("name", ROOTS)
+def test_a_data_set_that_is_not_there_or_not_whole_is_named_with_what_was_expected(tmp_path, commands, name):
+    words, sentence = ROOTS[name]
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    fakes.camvid(tmp_path / "half")
+    (tmp_path / "half" / "train" / "train_002.png").unlink()
+    fakes.voc(tmp_path / "halfvoc")
+    (tmp_path / "halfvoc" / "SegmentationClass" / "2007_000002.png").unlink()
+    require_refused(train(commands, tmp_path, *words), tmp_path, sentence)
+
+
+@pytest.mark.parametrize("what", ["classes", "table"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "!!python/object/apply:os.system ['touch marker']",
+        "!!python/object/new:os.system ['touch marker']",
+        "a: !!python/object/apply:builtins.open [marker, w]",
+        "a: &a [*a]",
+        "a: [b\n",
+        "\x00\x01",
+        "- a\n- b\n---\n- c\n",
+        "{a: 0, b: 0}",
+        "{a: 0, b: -1}",
+        "{a: 0, b: 1.5}",
+        "{a: 0, b: true}",
+        "{a: 0}",
+        "[]",
+        "",
+        "3",
+        "{? [x] : 0, b: 1}",
+    ],
+)
+def test_a_class_table_that_is_none_is_named_and_runs_nothing(tmp_path, commands, what, content):
+    fakes.folder(tmp_path / "mine", layout="lists")
+    place = tmp_path / ("mine/classes.yaml" if what == "classes" else "table.yaml")
+    place.write_text(content)
+    words = () if what == "classes" else ("dataset.classes=table.yaml",)
+    done = commands("inspect_data", "dataset=folder", "dataset.root=mine", *words, cwd=tmp_path)
+    assert done.code == 2, done.out + done.err
+    assert " - " in done.sentence
+    assert not list(tmp_path.rglob("marker"))

@@ -1,0 +1,614 @@
+"""Checkpoints, keys, disks and workers through the real commands: one line, the exit code of the contract, no harm."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import fakes
+import pytest
+import torch
+import yaml
+from forked_commands import Outcome
+
+from segdeconv.checkpoints import checkpoint
+
+ROOT = Path(__file__).parents[2]
+SLIM = (
+    "model.stages=[[4],[8]]", "dataset.batch_size=2", "dataset.num_workers=0", "trainer.max_epochs=1",
+    "trainer.precision=32-true", "logger=none", "dataset.size=[32,32]",
+)  # fmt: skip
+DATA = ("dataset=folder", "dataset.root=mine", *SLIM)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, commands):
+    place = tmp_path_factory.mktemp("runs")
+    fakes.folder(place / "mine", layout="lists")
+    done = commands("train", *DATA, "hydra.run.dir=run", cwd=place)
+    assert done.code == 0, done.err
+    return place
+
+
+@pytest.fixture
+def place(trained, tmp_path):
+    """A copy of the data and of a run that died after its only epoch, before it was finished."""
+    shutil.copytree(trained / "mine", tmp_path / "mine")
+    shutil.copytree(trained / "run", tmp_path / "run")
+    (tmp_path / "run" / "report.json").unlink()
+    return tmp_path
+
+
+def changed(path, **parts):
+    """The checkpoint with other parts, and the sidecar that belongs to it."""
+    checkpoint.write({**checkpoint.load_plain(path), **parts}, path)
+
+
+def resume(commands, place, *words, **settings):
+    return commands("train", *DATA, "hydra.run.dir=run", "resume=auto", *words, cwd=place, **settings)
+
+
+# Checkpoints
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flipped(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def with_nan(path):
+    state = dict(checkpoint.load_plain(path)["state_dict"])
+    name = next(name for name, value in state.items() if value.is_floating_point())
+    changed(path, state_dict={**state, name: torch.full_like(state[name], float("nan"))})
+
+
+def with_hyper_parameters(**more):
+    return lambda path: changed(path, hyper_parameters={**checkpoint.load_plain(path)["hyper_parameters"], **more})
+
+
+def without_facts(path):
+    remembered = checkpoint.load_plain(path)["hyper_parameters"]
+    changed(path, hyper_parameters={**remembered, "facts": {"classes": 3}})
+
+
+REFUSED = {
+    "110 cut": (cut, "is damaged: its sha256 is not the one in best.ckpt.sha256"),
+    "111 empty": (lambda path: path.write_bytes(b""), "is damaged"),
+    "112 flipped": (flipped, "is damaged"),
+    "113 page": (lambda path: path.write_bytes(b"<html>"), "is damaged"),
+    "117 instantiator": (with_hyper_parameters(_instantiator="os.system"), "is not a checkpoint of segdeconv"),
+    "118 class path": (with_hyper_parameters(_class_path="os.system"), "is not a checkpoint of segdeconv"),
+    "122 nan": (with_nan, "holds weights that are not finite"),
+    "123 newer": (lambda path: changed(path, segdeconv={"format": 999}), "has format 999"),
+    "124 without format": (lambda path: changed(path, segdeconv={}), "has format None"),
+    "wrong types": (lambda path: changed(path, segdeconv=[1]), "is not a checkpoint of segdeconv"),
+    "wrong weights": (lambda path: changed(path, state_dict={"a": 1}), "is not a checkpoint of segdeconv"),
+    "wrong facts": (without_facts, "does not say its classes and preprocessing"),
+    "foreign": (lambda path: checkpoint.write({"model": 3}, path), "is not a checkpoint of segdeconv"),
+}
+
+
+@pytest.mark.parametrize("script", ["evaluate", "predict"])
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_checkpoint_that_cannot_be_trusted_is_exit_code_4(place, commands, script, name):
+    damage, words = REFUSED[name]
+    damage(place / "run" / "best.ckpt")
+    more = ("mine/images", "--out", "out") if script == "predict" else ()
+    done = commands(script, "run/best.ckpt", *more, cwd=place)
+    assert done.code == 4, done.err
+    assert words in done.sentence
+    assert "run/best.ckpt" in done.sentence
+    assert not (place / "out").exists()
+
+
+@pytest.mark.parametrize("damage", [cut, flipped, with_nan, lambda path: path.write_bytes(b"")])
+def test_a_damaged_last_checkpoint_is_passed_over_and_the_one_before_it_used(place, commands, damage):
+    for name in ("last.ckpt", "last.ckpt.sha256"):
+        shutil.copy(place / "run" / name, place / "run" / name.replace("last", "previous"))
+    damage(place / "run" / "last.ckpt")
+    done = resume(commands, place)
+    assert done.code == 0, done.err
+    assert "passed over: run/last.ckpt" in done.out
+    assert "going on from previous.ckpt" in done.out
+
+
+def test_a_damaged_last_checkpoint_never_takes_the_place_of_the_whole_one_before_it(place, commands):
+    """Gone on with from previous.ckpt and cut at the next write, there must still be previous.ckpt."""
+    for name in ("previous.ckpt", "previous.ckpt.sha256"):
+        shutil.copy(place / "run" / name.replace("previous", "last"), place / "run" / name)
+    cut(place / "run" / "last.ckpt")
+    words = [word for word in DATA if "max_epochs" not in word]
+    done = commands(
+        "train", *words, "trainer.max_epochs=2", "hydra.run.dir=run", "resume=auto", "resume_force=true",
+        cwd=place, limits={"file_size": 15_000},
+    )  # fmt: skip
+    assert done.code == 5, done.err
+    assert "going on from previous.ckpt" in done.out
+    checkpoint.verify(place / "run" / "previous.ckpt")
+
+
+def test_a_run_none_of_whose_checkpoints_is_whole_is_not_started_anew_over_them(place, commands):
+    cut(place / "run" / "last.ckpt")
+    done = resume(commands, place)
+    assert done.code == 4
+    assert "run/last.ckpt is damaged" in done.sentence
+
+
+def test_weights_alone_are_nothing_to_go_on_from(place, commands):
+    content = checkpoint.load_plain(place / "run" / "last.ckpt")
+    checkpoint.write({part: content[part] for part in checkpoint.PARTS}, place / "run" / "last.ckpt")
+    done = resume(commands, place)
+    assert done.code == 4
+    assert "holds weights only, without global_step, loops, optimizer_states - start from it with init_from=" in (
+        done.sentence
+    )
+
+
+@pytest.mark.parametrize("script", ["evaluate", "predict", "recalibrate", "init_from", "ensemble", "resume"])
+def test_an_address_is_no_checkpoint_anywhere(place, commands, script):
+    address = "https://example.org/best.ckpt"
+    words = {
+        "evaluate": ("evaluate", address),
+        "predict": ("predict", address, "mine/images"),
+        "recalibrate": ("recalibrate", address),
+        "init_from": ("train", *DATA, f"init_from={address}", "hydra.run.dir=new"),
+        "ensemble": ("evaluate", "run/best.ckpt", "--regions", "2", "--whole-too", "--ensemble", address),
+        "resume": ("train", *DATA, f"resume={address}"),
+    }[script]
+    done = commands(*words, cwd=place, limits={"no_network": True})
+    assert done.code == 2, done.err
+    assert address in done.sentence or "example.org" in done.sentence
+
+
+def test_careless_loading_cannot_be_switched_on_from_outside(place, commands):
+    import os as system
+
+    class Payload:
+        def __reduce__(self):
+            return system.system, ("touch marker",)
+
+    torch.save({"x": Payload()}, place / "evil.ckpt")
+    done = commands("evaluate", "evil.ckpt", cwd=place, env={"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"})
+    assert done.code == 4
+    assert "is not a checkpoint that can be read safely" in done.sentence
+    assert not list(place.rglob("marker"))
+
+
+def test_a_checkpoint_saved_on_an_accelerator_is_read_without_one(place, commands):
+    """Its storages say cuda:0, as those of a run on one do."""
+    import zipfile
+
+    path = place / "run" / "best.ckpt"
+    with zipfile.ZipFile(path) as archive:
+        entries = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+    name = next(name for name in entries if name.endswith("data.pkl"))
+    here = b"X\x03\x00\x00\x00cpu"
+    assert here in entries[name]
+    entries[name] = entries[name].replace(here, b"X\x06\x00\x00\x00cuda:0")
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for entry, content in entries.items():
+            archive.writestr(entry, content)
+    path.with_name("best.ckpt.sha256").unlink()
+    done = commands("evaluate", "run/best.ckpt", cwd=place)
+    assert done.code == 0, done.err
+    assert "segdeconv: warning: best.ckpt.sha256 is missing, so run/best.ckpt cannot be verified" in done.err
+
+
+def test_data_of_other_classes_is_refused_by_name_and_mapped_when_asked(place, commands):
+    (place / "mine" / "classes.yaml").write_text("thing: 1\nground: 0\nother: 2\n")
+    words = ("evaluate", "run/best.ckpt", "dataset.classes=mine/classes.yaml", "--out")
+    done = commands(*words, "refused", cwd=place)
+    assert done.code == 2
+    assert "'thing' is in one only" in done.sentence
+    assert "dataset.label_map" in done.sentence
+    assert not (place / "refused").exists()
+    mapping = "dataset.label_map={thing: class_1, ground: class_0, other: class_2}"
+    done = commands(*words, "mapped", mapping, cwd=place)
+    assert done.code == 0, done.err
+    same = commands("evaluate", "run/best.ckpt", "--out", "same", cwd=place)
+    assert same.code == 0, same.err
+    found, expected = (yaml.safe_load((place / name / "report.json").read_text()) for name in ("mapped", "same"))
+    assert found["confusion"] == expected["confusion"]  # the classes came in another order and were told by name
+    assert [entry["name"] for entry in found["classes"]] == ["class_0", "class_1", "class_2"]
+
+
+def test_more_classes_begin_a_new_head_only_when_that_is_asked(place, commands):
+    (place / "mine" / "classes.yaml").write_text("[class_0, class_1, class_2, more]")
+    done = resume(commands, place)  # that the data has changed is in no key of the recipe
+    assert done.code == 2, done.err
+    assert "was trained for 3 classes (class_0, class_1, class_2) and the data now has 4" in done.sentence
+    assert "init_from=run/last.ckpt" in done.sentence
+    done = commands("train", *DATA, "init_from=run/last.ckpt", "hydra.run.dir=new", cwd=place)
+    assert done.code == 0, done.err
+    assert "classes that start anew: more" in done.out
+
+
+# Keys
+
+KEYS = {
+    "130 misspelt group": (("datset=voc",), "there is no key datset - did you mean 'dataset'?"),
+    "131 no number": (("optimizer.lr=abc",), "optimizer.lr=abc: input should be a valid number"),
+    "131 nan": (("optimizer.lr=nan",), "optimizer.lr=nan: input should be"),
+    "131 infinite": (("optimizer.lr=inf",), "optimizer.lr=inf: input should be"),
+    "132 negative epochs": (("trainer.max_epochs=-5",), "trainer.max_epochs=-5: input should be greater than"),
+    "132 no batch": (("dataset.batch_size=0",), "dataset.batch_size=0: input should be greater than"),
+    "132 no size": (("dataset.size=[0,5]",), "dataset.size=[0, 5]: input should be greater than"),
+    "132 negative seed": (("seed=-1",), "seed=-1: input should be greater than"),
+    "133 no value": (("optimizer.lr=",), "optimizer.lr=: input should be a valid number"),
+    "134 twice": (("dataset=shapes", "dataset=camvid"), "dataset is given twice"),
+    "136 misspelt argument": (("augment.flip.probability=1",), "there is no key augment.flip.probability"),
+    "139 file": (("hydra.run.dir=file",), "file: file exists, so it cannot be written as asked"),
+    "139 below a file": (("hydra.run.dir=file/run",), "file/run"),
+    "146 workers": (("dataset.num_workers=1000",), "dataset.num_workers=1000 and this process has"),
+    "148 devices": (("trainer.accelerator=cpu", "trainer.devices=0"), "trainer.devices=0 on the CPU"),
+    "62 secrets": (
+        ("dataset=camvid", "dataset.root=${oc.env:TOKEN}"),
+        "would write what the environment holds into config.yaml",
+    ),
+    "no key": (("3",), "'3' is not key=value"),
+    "quotes": (("dataset.root='x",), "is not key=value"),
+    "interpolation": (("seed=${nothing}",), "seed"),
+    "nothing to delete": (("~loss.nothing",), "the configuration cannot be composed: Could not delete"),
+}
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_a_key_that_makes_no_sense_is_named_before_anything_starts(tmp_path, commands, name):
+    words, sentence = KEYS[name]
+    (tmp_path / "file").touch()
+    given = [] if any(word.startswith("hydra.run.dir") for word in words) else ["hydra.run.dir=run"]
+    slim = [word for word in SLIM if not any(word.split("=")[0] == other.split("=")[0] for other in words)]
+    env = {"TOKEN": "a-secret-of-the-environment"}
+    done = commands("train", *slim, *words, *given, cwd=tmp_path, env=env)
+    assert done.code in (2, 5), done.out + done.err
+    assert sentence in done.sentence
+    assert " - " in done.sentence
+    assert "epoch 1" not in done.out
+    for path in tmp_path.rglob("*"):
+        assert not path.is_file() or b"a-secret" not in path.read_bytes()
+
+
+@pytest.mark.parametrize("accelerator", ["gpu", "mps"])
+def test_an_accelerator_that_the_machine_lacks_is_one_sentence(tmp_path, commands, accelerator):
+    if torch.cuda.is_available() or torch.backends.mps.is_available():
+        pytest.skip("this machine has an accelerator")
+    words = (f"trainer.accelerator={accelerator}", "trainer.devices=2", "hydra.run.dir=run")
+    done = commands("train", *SLIM, *words, cwd=tmp_path)
+    assert done.code == 2
+    assert "trainer" in done.sentence
+
+
+def test_crops_larger_than_the_images_are_padded_with_ignored_pixels(place, commands):
+    words = [word for word in DATA if not word.startswith("dataset.size")]
+    done = commands("train", *words, "dataset.size=null", "dataset.crop=[96,96]", "hydra.run.dir=new", cwd=place)
+    assert done.code == 0, done.err
+    header, row = ((place / "new" / "metrics.csv").read_text().splitlines()[line].split(",") for line in (0, 1))
+    assert float(row[header.index("train/loss")]) > 0
+
+
+# A changed recipe, and runs in one place
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "optimizer.lr=0.5", "dataset.batch_size=1", "dataset.size=[16,16]", "augment=none", "model.stages=[[4],[4]]",
+        "loss=dice", "schedule=cosine", "trainer.max_epochs=3", "seed=7",
+    ],
+)  # fmt: skip
+def test_going_on_with_another_recipe_is_refused_with_its_key(place, commands, word):
+    words = [given for given in DATA if given.split("=")[0] != word.split("=")[0]]
+    done = commands("train", *words, word, "hydra.run.dir=run", "resume=auto", cwd=place)
+    assert done.code == 2, done.out + done.err
+    assert f"other values of {word.split('=')[0]}" in done.sentence
+    assert "resume_force=true" in done.sentence
+
+
+@pytest.mark.parametrize("word", ["dataset.num_workers=1", "dataset.timeout=60", "logger=tensorboard", "max_time=1h"])
+def test_going_on_with_harmless_keys_changed_is_allowed(place, commands, word):
+    words = [given for given in DATA if given.split("=")[0] != word.split("=")[0]]
+    done = commands("train", *words, word, "hydra.run.dir=run", "resume=auto", cwd=place)
+    assert done.code == 0, done.out + done.err
+
+
+def test_a_finished_run_says_so_and_is_left_as_it_is(trained, tmp_path, commands):
+    for name in ("mine", "run"):
+        shutil.copytree(trained / name, tmp_path / name)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.suffix == ".ckpt"}
+    done = resume(commands, tmp_path)
+    assert done.code == 0
+    assert "run is finished; its scores are in run/report.json" in done.out
+    assert {path: path.read_bytes() for path in before} == before
+
+
+HOSTILE_CONFIGS = {
+    "python": "!!python/object/apply:os.system ['touch marker']",
+    "python in a key": "dataset: {root: !!python/object/apply:os.system ['touch marker']}",
+    "bad yaml": "a: [1",
+    "a list": "[1, 2]",
+    "empty": "",
+    "binary": "\x00",
+    "itself": "a: &a {a: *a}\ndataset: *a",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_CONFIGS)
+def test_a_recipe_in_the_folder_of_a_run_is_data_and_never_code(place, commands, name):
+    (place / "run" / "config.yaml").write_text(HOSTILE_CONFIGS[name])
+    done = resume(commands, place)
+    assert done.code == 2, done.err
+    assert "run" in done.sentence
+    assert not list(place.rglob("marker"))
+
+
+def test_a_report_that_was_cut_short_is_not_the_end_of_a_run(place, commands):
+    (place / "run" / "report.json").write_text('{"miou": 0.')
+    (place / "run" / "metrics.csv").write_text("no,numbers\nat,all\n")
+    assert resume(commands, place).code == 0
+    assert "miou" in yaml.safe_load((place / "run" / "report.json").read_text())
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from segdeconv.training.run_folder import claim
+claim(Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_two_runs_never_share_a_folder_and_the_lock_of_a_dead_one_is_taken_over(place, commands):
+    shutil.rmtree(place / "run")
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, "run"],
+        cwd=place,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    ) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        done = commands("train", *DATA, "hydra.run.dir=run", cwd=place)
+        holder.send_signal(signal.SIGKILL)
+    assert done.code == 2
+    assert f"run is in use by process {holder.pid} on " in done.sentence
+    assert sorted(path.name for path in (place / "run").iterdir()) == [".lock"]
+    assert commands("train", *DATA, "hydra.run.dir=run", cwd=place).code == 0
+
+
+# Disks
+
+
+def test_a_folder_that_cannot_be_written_is_exit_code_5_at_once(place, commands):
+    (place / "there").mkdir()
+    for limits in ({"read_only": [str(place / "there")]}, {"plain_user": True}):
+        (place / "there").chmod(0o555)
+        done = commands("train", *DATA, "hydra.run.dir=there/run", cwd=place, limits=limits)
+        assert done.code == 5, done.err
+        assert "there" in done.sentence
+        assert "train:" not in done.out
+
+
+@pytest.mark.parametrize("script", ["evaluate", "predict", "predict to a file"])
+def test_results_that_cannot_be_written_are_exit_code_5(place, commands, script):
+    (place / "there").mkdir(mode=0o555)
+    words = {
+        "evaluate": ("evaluate", "run/best.ckpt", "--out", "there/out"),
+        "predict": ("predict", "run/best.ckpt", "mine/images", "--out", "there/out"),
+        "predict to a file": ("predict", "run/best.ckpt", "mine/images", "--out", "mine/train.txt"),
+    }[script]
+    done = commands(*words, cwd=place, limits={"plain_user": True})
+    assert done.code == (2 if "file" in script else 5), done.err
+    assert ("mine/train.txt" if "file" in script else "there") in done.sentence
+
+
+def test_a_disk_that_is_too_small_for_the_checkpoints_is_said_before_the_first_step(place, commands):
+    (place / "small").mkdir()
+    words = [word for word in DATA if not word.startswith("model.stages")]
+    words += ["model.stages=[[64],[256,256]]", "hydra.run.dir=small/run"]
+    done = commands("train", *words, cwd=place, limits={"tmpfs": {str(place / "small"): "4m"}})
+    assert done.code == 5, done.err
+    assert "the checkpoints in small/run take" in done.sentence
+    assert "epoch 1" not in done.out
+
+
+@pytest.mark.parametrize("limits", ["full", "file size"])
+def test_a_disk_that_fills_up_leaves_the_old_checkpoint_whole(place, commands, limits):
+    """The last checkpoint is kept outside of the small disk, so that it can be looked at afterwards."""
+    run = place / "run"
+    before = {path.name: path.read_bytes() for path in run.glob("*.ckpt")}
+    size = sum(map(len, before.values()))
+    words = [word for word in DATA if "max_epochs" not in word]
+    given = {"file_size": 20_000} if limits == "file size" else {"tmpfs": {str(place / "tiny"): str(size // 8)}}
+    (place / "tiny").mkdir()
+    target = "run" if limits == "file size" else "tiny/run"
+    done = commands(
+        "train", *words, "trainer.max_epochs=9", f"hydra.run.dir={target}", "resume=auto", "resume_force=true",
+        cwd=place, limits=given,
+    )  # fmt: skip
+    assert done.code == 5, done.out + done.err
+    assert target in done.sentence or "a file" in done.sentence
+    assert not list(run.glob(".tmp-*"))
+    for name in before:
+        checkpoint.verify(run / name)
+        assert (run / name).read_bytes() == before[name]
+
+
+# Workers and memory
+
+MISBEHAVING = '''
+import os, signal, time
+from segdeconv.data.datasets.folder import Folder
+class Bad(Folder):
+    """A data set one of whose workers comes to harm."""
+    def __init__(self, split, root, *, harm: str = "") -> None:
+        super().__init__(split, root)
+        self.harm = harm
+    def __getitem__(self, index):
+        import torch
+        if torch.utils.data.get_worker_info() is not None:
+            if self.harm == "hang":
+                time.sleep(1000)
+            if self.harm == "exit":
+                os._exit(3)
+            if self.harm == "shm":
+                import numpy as np
+                image, mask, name = super().__getitem__(index)
+                return type(super().__getitem__(index))(np.tile(image, (60, 60, 1)), np.tile(mask, (60, 60)), name)
+            os.kill(os.getpid(), getattr(signal, self.harm))
+        return super().__getitem__(index)
+'''
+HARMS = {
+    "143 killed": ("SIGKILL", (), "a worker was killed, which the system does where memory runs out", 5),
+    "56 segmentation fault": ("SIGSEGV", (), "a worker died", 5),
+    "56 exit": ("exit", (), "a worker died", 8),
+    "144 hang": ("hang", ("dataset.timeout=2",), "a worker brought no batch in time", 15),
+}
+
+
+@pytest.mark.parametrize("name", HARMS)
+def test_a_worker_that_comes_to_harm_ends_the_run_in_one_line(place, commands, name):
+    harm, more, words, seconds = HARMS[name]
+    (place / "bad.py").write_text(MISBEHAVING)
+    given = [word for word in DATA[2:] if "num_workers" not in word]
+    done = commands(
+        "train", "dataset=folder", "dataset._target_=bad.Bad", "dataset.root=mine", f"dataset.harm={harm}", *given,
+        "dataset.num_workers=1", *more, "hydra.run.dir=new", cwd=place, timeout=60,
+    )  # fmt: skip
+    assert done.code == 2, done.err
+    assert words in done.sentence
+    assert "dataset.num_workers" in done.sentence
+    assert done.seconds < seconds + 5
+
+
+def test_too_little_shared_memory_is_said(place, commands):
+    (place / "bad.py").write_text(MISBEHAVING)
+    given = [word for word in DATA[2:] if "num_workers" not in word and "size=[" not in word]
+    done = commands(
+        "train", "dataset=folder", "dataset._target_=bad.Bad", "dataset.root=mine", "dataset.harm=shm", *given,
+        "dataset.size=[512,512]", "dataset.num_workers=1", "hydra.run.dir=new", cwd=place, timeout=60,
+        limits={"tmpfs": {"/dev/shm": "1m"}},
+    )  # fmt: skip
+    assert done.code == 2, done.err
+    assert "shared memory" in done.sentence
+
+
+def test_nothing_of_the_environment_is_written_into_a_run(place, commands):
+    words = [word for word in DATA if not word.startswith("logger")]
+    secrets = {"TOKEN": "a-planted-secret", "HOME": "/home/a-planted-name"}
+    done = commands("train", *words, "hydra.run.dir=new", cwd=place, env=secrets)
+    assert done.code == 0, done.err
+    written = [path for path in (place / "new").rglob("*") if path.is_file()]
+    assert any(path.name.startswith("events.out") for path in written)
+    assert not [path for path in written if b"a-planted" in path.read_bytes()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", sorted(path.stem for path in (ROOT / "configs" / "model").glob("*.yaml")))
+def test_every_network_trains_under_deterministic_algorithms(tmp_path, commands, model):
+    """Two runs of a small form of it have the same weights, bit by bit."""
+    small = ("model.fc_width=16",) if model in ("deconvnet", "fcn", "deeplab_largefov") else ()
+    small += () if "basic" in model or model == "bilinear_interpolation" else ("model.width=0.05",)
+    found = []
+    for name in ("one", "two"):
+        done = commands(
+            "train", f"model={model}", *small,
+            "dataset.num_train=2", "dataset.num_val=1", "dataset.batch_size=2", "dataset.num_workers=0",
+            f"dataset.size={[224, 224] if model == 'deconvnet' else [64, 64]}", "trainer.max_epochs=1",
+            "trainer.deterministic=true", "trainer.precision=32-true",
+            "logger=none", f"hydra.run.dir={name}", cwd=tmp_path,
+        )  # fmt: skip
+        assert done.code == 0, done.err
+        found.append(checkpoint.read(tmp_path / name / "last.ckpt").weights)
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
+# The same, as they are typed
+
+TYPED = (
+    (("train", "datset=voc"), 2, "there is no key datset"),
+    (("train", "optimizer.lr=abc"), 2, "optimizer.lr=abc"),
+    (("train", "dataset=folder", "dataset.root=nope"), 2, "nope is not a folder"),
+    (("train", *DATA, "hydra.run.dir=run"), 2, "run already holds a run"),
+    (("train", *DATA, "hydra.run.dir=train.txt/run"), 2, "train.txt/run"),
+    (("evaluate", "run/cut.ckpt"), 4, "run/cut.ckpt is not a checkpoint that can be read safely"),
+    (("evaluate", "nothing.ckpt"), 2, "there is no checkpoint nothing.ckpt"),
+    (("predict", "run/best.ckpt", "run/config.yaml"), 2, "1 of 1 files could not be read"),
+    (("predict", "run/best.ckpt", "train.txt"), 2, "there is no train_0"),
+    (("inspect_data", "dataset=folder", "dataset.root=train.txt"), 2, "train.txt is not a folder"),
+    (("evaluate", "run/best.ckpt", "--nonsense"), 2, "unrecognized arguments: --nonsense"),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(len(TYPED)))
+def test_what_a_person_types_ends_in_one_line_too(place, number):
+    (script, *words), code, sentence = TYPED[number]
+    shutil.copy(place / "mine" / "train.txt", place)
+    (place / "run" / "cut.ckpt").write_bytes((place / "run" / "best.ckpt").read_bytes()[:5000])
+    command = [sys.executable, str(ROOT / "scripts" / f"{script}.py"), *words]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == code, done.stderr
+    assert sentence in Outcome(done.returncode, done.stdout, done.stderr, 0).sentence
+
+
+# Diverging
+
+
+def test_a_gradient_that_is_not_finite_never_becomes_a_checkpoint(place, commands):
+    """The loss is finite, its gradient is not: the weights are what is looked at."""
+    (place / "bad.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "class Loss(nn.Module):\n"
+        "    def __init__(self, *, class_weights=None, ignore_index: int = 255) -> None:\n"
+        "        super().__init__()\n"
+        "    def forward(self, logits, mask):\n"
+        "        return (logits - logits.detach()).abs().sqrt().sum()\n"
+    )
+    words = ("loss._target_=bad.Loss", "hydra.run.dir=new", "trainer.max_epochs=2")
+    done = commands("train", *[word for word in DATA if "max_epochs" not in word], *words, cwd=place)
+    assert done.code == 3, done.out + done.err
+    assert "step 1 with learning rate" in done.sentence or "step 2 with learning rate" in done.sentence
+    assert "train_" in done.sentence
+    assert not list((place / "new").glob("*.ckpt"))
+
+
+# What changed while a run was not running
+
+
+def test_files_that_changed_since_a_run_was_stopped_are_said(place, commands):
+    given = [word for word in DATA if "max_epochs" not in word]
+
+    def said(epochs):
+        words = (f"trainer.max_epochs={epochs}", "resume_force=true", "hydra.run.dir=run", "resume=auto")
+        (place / "run" / "report.json").unlink(missing_ok=True)
+        done = commands("train", *given, *words, cwd=place)
+        assert done.code == 0, done.err
+        return [line.split()[5] for line in done.out.splitlines() if line.startswith("watch: the files of the ")]
+
+    assert said(2) == ["train", "val"]  # a copy, and so not where they were
+    assert said(3) == []
+    name = (place / "mine" / "train.txt").read_text().split()[0]
+    next((place / "mine" / "masks").glob(f"{Path(name).stem}.*")).touch()
+    assert said(4) == ["train"]
+
+
+def test_another_number_of_threads_is_said_when_a_run_goes_on(place, commands):
+    content = checkpoint.load_plain(place / "run" / "last.ckpt")
+    made_on = content["segdeconv"]["machine"]
+    assert set(made_on) == {"torch", "threads", "device"}
+    assert "going on, but not" not in resume(commands, place).out
+    (place / "run" / "report.json").unlink()
+    other = {**content["segdeconv"], "machine": {**made_on, "threads": "64", "torch": "1.0"}}
+    changed(place / "run" / "last.ckpt", segdeconv=other)
+    done = resume(commands, place)
+    assert done.code == 0, done.err
+    assert f"not to the same bits: torch 1.0 -> {torch.__version__}, threads 64 -> 1" in done.out

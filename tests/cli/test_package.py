@@ -1,0 +1,193 @@
+"""segdeconv as it is installed: one console command, from any folder, with everything inside and nothing else."""
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
+LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.egg-info", "build", "dist", "demo", "runs", ".*")
+SLIM = ("model.stages=[[4],[8]]", "trainer.max_epochs=1", "dataset.num_train=8", "dataset.num_val=4")
+
+
+def typed(*words, cwd, code=0, **environment):
+    done = subprocess.run(
+        [str(word) for word in words],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def segdeconv(*words, cwd, code=0):
+    return typed(sys.executable, "-m", "segdeconv", *words, cwd=cwd, code=code)
+
+
+@pytest.mark.parametrize("words", [(), ("--help",), ("-h",)])
+def test_the_commands_are_the_scripts_with_their_first_lines(tmp_path, words):
+    shown = segdeconv(*words, cwd=tmp_path).stdout
+    for script in SCRIPTS:
+        first = ast.get_docstring(ast.parse(script.read_text())).splitlines()[0]
+        assert [line.split(maxsplit=1) for line in shown.splitlines() if first in line] == [[script.stem, first]]
+
+
+def test_a_misspelt_command_is_one_line(tmp_path):
+    done = segdeconv("trian", cwd=tmp_path, code=2)
+    assert done.stderr.startswith("segdeconv: error: there is no command 'trian' - did you mean 'train'? Available: ")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_command_speaks_of_itself_as_it_was_typed(tmp_path):
+    assert "see segdeconv evaluate --help" in segdeconv("evaluate", cwd=tmp_path, code=2).stderr
+    assert segdeconv("predict", "--help", cwd=tmp_path).stdout.startswith("usage: segdeconv predict ")
+    for name in ("train", "inspect_data"):
+        shown = segdeconv(name, "--help", cwd=tmp_path).stdout
+        assert f"    segdeconv {name} [dataset=NAME]" in shown
+        assert "python scripts" not in shown
+    script = typed(sys.executable, ROOT / "scripts" / "evaluate.py", cwd=tmp_path, code=2)
+    assert "see python scripts/evaluate.py --help" in script.stderr
+
+
+def test_the_version_is_that_of_the_package(tmp_path):
+    metadata = {}
+    exec((ROOT / "segdeconv" / "__init__.py").read_text(), metadata)
+    assert segdeconv("--version", cwd=tmp_path).stdout == f"segdeconv {metadata['__version__']}\n"
+
+
+def test_every_folder_of_the_package_is_packed():
+    folders = {path.parent.relative_to(ROOT).as_posix() for path in (ROOT / "segdeconv").rglob("*.py")}
+    packed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert set(packed["packages"]) == {folder.replace("/", ".") for folder in folders} | {
+        "segdeconv.scripts",
+        "segdeconv.configs",
+    }
+
+
+def shipped():
+    """What a wheel should hold, by path: the package, and the scripts and configurations inside it."""
+    sources = {"segdeconv": ROOT / "segdeconv", "segdeconv/scripts": ROOT / "scripts"}
+    files = {f"{place}/{path.relative_to(base).as_posix()}" for place, base in sources.items() for path in
+             base.rglob("*.py")}  # fmt: skip
+    files |= {f"segdeconv/configs/{path.relative_to(ROOT / 'configs').as_posix()}" for path in
+              (ROOT / "configs").rglob("*.yaml")}  # fmt: skip
+    beside = (
+        "checkpoints/weights/*.[sj]*",
+        "data/datasets/*.sha256",
+        "drawing/pages/*",
+        "experiments/study/tables/*.yaml",
+        "serving/page.*",
+    )
+    return files | {
+        path.relative_to(ROOT).as_posix() for pattern in beside for path in (ROOT / "segdeconv").glob(pattern)
+    }
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """(wheel from the sources, wheel from the source archive): built offline from a copy, so that nothing old is in."""
+    place = tmp_path_factory.mktemp("built")
+    shutil.copytree(ROOT, place / "sources", ignore=LEFT_OUT)
+    build = "import sys; from setuptools import build_meta as b; print(getattr(b, sys.argv[1])(sys.argv[2]))"
+    from_sources = place / "wheel" / typed(
+        sys.executable, "-c", build, "build_wheel", place / "wheel", cwd=place / "sources"
+    ).stdout.splitlines()[-1]  # fmt: skip
+    name = typed(sys.executable, "-c", build, "build_sdist", place, cwd=place / "sources").stdout.splitlines()[-1]
+    with tarfile.open(place / name) as archive:
+        archive.extractall(place, filter="data")
+    unpacked = place / name.removesuffix(".tar.gz")
+    from_archive = place / "again" / typed(
+        sys.executable, "-c", build, "build_wheel", place / "again", cwd=unpacked
+    ).stdout.splitlines()[-1]  # fmt: skip
+    return from_sources, from_archive
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_package_its_commands_and_their_configurations_and_nothing_else(built):
+    contents = []
+    for wheel in built:
+        with zipfile.ZipFile(wheel) as archive:
+            files = {name: archive.read(name) for name in archive.namelist() if ".dist-info/" not in name}
+        assert set(files) == shipped()
+        contents.append(files)
+    assert contents[0] == contents[1]
+    for script in SCRIPTS:
+        assert contents[0][f"segdeconv/scripts/{script.name}"] == script.read_bytes()
+
+
+def environment(place, *install):
+    """The folder of commands of a new environment, with the libraries of this one and `pip install` run in it."""
+    typed(sys.executable, "-m", "venv", "--without-pip", place, cwd=place.parent)
+    python = Path(sysconfig.get_path("scripts", "venv", vars={"base": str(place)})) / Path(sys.executable).name
+    site = typed(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=place).stdout.strip()
+    # As a plain folder at the end of the path: its own .pth files, one of which may lead to this clone, are not read.
+    # pip and setuptools are its too.
+    (Path(site) / "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    options = ("--no-deps", "--no-index", "--no-build-isolation", "--ignore-installed")
+    typed(python, "-m", "pip", "install", *options, *install, cwd=place)
+    return python.parent
+
+
+def found_by(commands, cwd):
+    """Where an environment's `import segdeconv` leads."""
+    return Path(typed(commands / "python", "-c", "import segdeconv; print(segdeconv.__file__)", cwd=cwd).stdout.strip())
+
+
+@pytest.mark.slow
+def test_an_installed_package_trains_evaluates_and_predicts_in_an_empty_folder(built, tmp_path_factory, tmp_path):
+    place = tmp_path_factory.mktemp("environment")
+    commands = environment(place / "new", built[0])
+    assert found_by(commands, tmp_path).is_relative_to(place)
+    program = commands / "segdeconv"
+    listed = [line.split()[0] for line in typed(program, cwd=tmp_path).stdout.splitlines() if line.startswith("    ")]
+    assert listed == [script.stem for script in SCRIPTS]
+    shown = typed(program, "train", *SLIM, "dataset.batch_size=2", "dataset.num_workers=1", cwd=tmp_path).stdout
+    (run,) = tmp_path.glob("runs/shapes-segnet/*")
+    best = run.relative_to(tmp_path) / "best.ckpt"
+    assert f"segdeconv predict {best} IMAGE" in shown
+    assert json.loads((run / "report.json").read_text())["command"].startswith("segdeconv train ")
+    evaluate = ("evaluate", best, "--out", "scores", "--pictures", "pictures")
+    typed(program, *evaluate, cwd=tmp_path)
+    after, before = (json.loads((place / "report.json").read_text()) for place in (tmp_path / "scores", run))
+    assert after["miou"] == pytest.approx(before["miou"], abs=1e-6)
+    assert after["command"] == "segdeconv " + " ".join(map(str, evaluate))
+    typed(program, "predict", best, "pictures", "--out", "labelled", cwd=tmp_path)
+    assert len(list((tmp_path / "labelled").glob("*_overlay.png"))) == 4
+    typed(commands / "python", "-m", "segdeconv", "inspect_data", *SLIM[2:], cwd=tmp_path)
+    sweep = ("train", "--multirun", "seed=1,2", *SLIM, "dataset.batch_size=2", "hydra.sweep.dir=sweep")
+    typed(program, *sweep, cwd=tmp_path)
+    assert len(list(tmp_path.glob("sweep/*/report.json"))) == 2
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "runs",
+        "scores",
+        "pictures",
+        "labelled",
+        "sweep",
+        "inspection",
+    }
+
+
+@pytest.mark.slow
+def test_an_editable_install_has_the_same_commands(tmp_path):
+    clone, elsewhere = tmp_path / "clone", tmp_path / "elsewhere"
+    shutil.copytree(ROOT, clone, ignore=LEFT_OUT)
+    elsewhere.mkdir()
+    commands = environment(tmp_path / "new", "--editable", clone)
+    assert found_by(commands, elsewhere).is_relative_to(clone)
+    done = typed(commands / "segdeconv", "train", "model=segnt", cwd=elsewhere, code=2)
+    assert "there is no model 'segnt' - did you mean 'segnet'?" in done.stderr
+    assert "evaluate" in typed(commands / "segdeconv", cwd=elsewhere).stdout

@@ -1,0 +1,352 @@
+"""A person's own data: folds and groups, classes merged and ignored by name, any channels from file to mask."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import fakes
+import numpy as np
+import pytest
+import yaml
+from fresh_commands import command, iou_by_hand
+from PIL import Image
+from real_data import COUNTED, REAL_CAMVID, needs_camvid
+
+from segdeconv.checkpoints import checkpoint
+from segdeconv.data import CamVid, Folder, SegmentationDataset, Shapes
+from segdeconv.data.inspection import inspect, overlaps
+from segdeconv.data.module import build_split, check_dataset
+from segdeconv.data.relabelled import Relabelled, describe
+from segdeconv.data.splits import choose_val, group
+from segdeconv.errors import UsageError
+from segdeconv.evaluation.evaluate import restore_dataset
+from segdeconv.train import train
+
+
+def raises(words: str) -> Any:
+    return pytest.raises(UsageError, match=words)
+
+
+# Folds and groups
+
+
+def folds_of(names: list[str], count: int, pattern: str | None = None, seed: int = 0) -> list[set[str]]:
+    return [choose_val(names, 0.2, count, fold, pattern=pattern, seed=seed)[0] for fold in range(count)]
+
+
+@pytest.mark.parametrize("num", [2, 3, 10, 23])
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_every_image_is_val_in_exactly_one_fold_and_folds_are_of_one_size(num: int, count: int) -> None:
+    names = [f"image_{index}" for index in range(num)]
+    if count > num:
+        with raises(f"dataset.folds={count} and there are {num} images or groups of them - give at most {num}"):
+            folds_of(names, count)
+        return
+    parts = folds_of(names, count)
+    assert sorted(name for part in parts for name in part) == sorted(names)
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    assert parts == folds_of(names[::-1], count)
+    assert num < 10 or parts != folds_of(names, count, seed=1)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_groups_stay_together_in_folds_about_as_large_as_can_be(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    names = [f"p{patient}/{index}" for patient in range(9) for index in range(random.integers(1, 12))]
+    for count in (2, 3, 5):
+        parts = folds_of(names, count, r"^(p\d+)/", seed)
+        assert sorted(name for part in parts for name in part) == sorted(names)
+        owners = [{name.split("/")[0] for name in part} for part in parts]
+        assert sum(map(len, owners)) == 9
+        # Greedy: no part is larger than the smallest by more than one group.
+        largest = max(len(members) for members in group(names, "^(p.)").values())
+        assert max(map(len, parts)) - min(map(len, parts)) <= largest
+        assert parts == folds_of(names[::-1], count, r"^(p\d+)/", seed)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_share_takes_whole_groups_and_leaves_some_to_train(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    names = [f"p{patient}/{index}" for patient in range(7) for index in range(random.integers(1, 12))]
+    for part in (0.05, 0.3, 0.95):
+        val, _ = choose_val(names, part, None, 0, pattern="^(p.)", seed=seed)
+        train = set(names) - val
+        assert {name[:2] for name in val}.isdisjoint(name[:2] for name in train)
+        assert val
+        assert train
+        largest = max(len(members) for members in group(names, "^(p.)").values())
+        assert abs(len(val) - part * len(names)) <= largest
+
+
+def test_without_groups_a_share_is_what_it_was(tmp_path: Path) -> None:
+    """Counted before there were groups: a checkpoint evaluated now has the val images it was not trained on."""
+    names = [f"image_{index}" for index in range(20)]
+    val, notes = choose_val(names, 0.2, None, 0, pattern=None, seed=0)
+    assert sorted(val) == ["image_0", "image_1", "image_10", "image_11"]
+    assert notes == ()
+
+
+def test_folds_of_a_folder_are_its_splits(tmp_path: Path) -> None:
+    root = str(fakes.two_channels(tmp_path))
+    seen: list[str] = []
+    for fold in range(3):
+        train, val = (Folder(split, root, folds=3, fold=fold, group="^(site.)_") for split in ("train", "val"))
+        assert sorted(train.names + val.names) == sorted(path.stem for path in (tmp_path / "masks").iterdir())
+        assert {name[:5] for name in train.names}.isdisjoint(name[:5] for name in val.names)
+        assert train.notes == (
+            f"val: fold {fold} of 3, dealt by dataset.split_seed=0; 5 groups by '^(site.)_', none of them in both",
+        )
+        seen += val.names
+    assert len(seen) == len(set(seen)) == 20
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"folds": 5, "fold": 5}, r"dataset\.fold=5 of dataset\.folds=5: they are counted from 0 - give 0\.\.4"),
+        ({"fold": 1}, r"dataset\.fold=1 is one of how many\? - give dataset\.folds too"),
+        ({"folds": 9}, r"dataset\.folds=9 and there are 8 images or groups of them - give at most 8"),
+        ({"folds": 3, "group": "^(train|val)"}, r"dataset\.folds=3 and there are 2 .* - give at most 2"),
+        ({"group": "train"}, r"dataset\.group=train has no group - put what belongs together in parentheses"),
+        ({"group": "(train)"}, r"dataset\.group=\(train\) finds nothing in the image name 'val_0' - put"),
+        ({"group": "(x)?_"}, r"finds nothing in the image name 'train_0' - put"),
+        ({"group": "("}, r"dataset\.group=\( is not a regular expression \(.*\) - put"),
+        ({"group": "(_)"}, r"all images are of one group, \['_'\] - train and val need one each"),
+    ],
+)
+def test_folds_and_groups_that_make_no_sense_are_refused(tmp_path: Path, settings: Any, words: str) -> None:
+    with raises(words):
+        Folder("train", str(fakes.folder(tmp_path)), **settings)
+
+
+@pytest.mark.parametrize("layout", ["lists", "subfolders"])
+def test_stated_splits_are_not_dealt_again_but_held_against_the_groups(tmp_path: Path, layout: str) -> None:
+    root = str(fakes.folder(tmp_path, layout=layout))
+    with raises(r"dataset\.folds=2 and .* says itself what is train and val - leave dataset\.folds and"):
+        Folder("train", root, folds=2)
+    assert len(Folder("train", root, group="^(train|val)")) == fakes.NUM
+    with raises(r"'0' \(dataset\.group=_\(\[0-9\]\)\) is in train and in val: .* - put all its images into one"):
+        Folder("train", root, group="_([0-9])")
+
+
+# Classes by name
+
+MAP = {"road": "drivable", "pavement": "drivable", "sky": "ignore", "tree": "nature"}
+KEPT = ("building", "pole", "drivable", "nature", "sign_symbol", "fence", "car", "pedestrian", "bicyclist")
+
+
+def camvid_view(root: Path, split: str = "train", **settings: Any) -> SegmentationDataset:
+    node = {"_target_": "segdeconv.data.CamVid", "root": str(root), "label_map": MAP, **settings}
+    return build_split(check_dataset(node), split)
+
+
+def test_classes_are_merged_renamed_and_ignored_pixel_by_pixel(tmp_path: Path) -> None:
+    view, plain = camvid_view(fakes.camvid(tmp_path)), CamVid("train", str(tmp_path))
+    assert view.classes.names == KEPT
+    assert view.classes.ignore_index == 11
+    old = plain.classes
+    colour = dict(zip(old.names, old.colours, strict=True))
+    assert view.classes.colours[:4] == (colour["building"], colour["pole"], colour["road"], colour["tree"])
+    # By hand: sky building pole road pavement tree sign_symbol fence car pedestrian bicyclist void
+    by_hand = [11, 0, 1, 2, 2, 3, 4, 5, 6, 7, 8, 11]
+    for index in range(len(plain)):
+        image, mask, name = plain[index]
+        found = view[index]
+        np.testing.assert_array_equal(found.image, image)
+        assert found.name == name
+        assert found.mask.dtype == np.uint8
+        assert found.mask.tolist() == [[by_hand[label] for label in row] for row in mask.tolist()]
+
+
+@needs_camvid
+def test_the_merged_classes_of_the_real_camvid_have_the_sums_of_their_members() -> None:
+    sky, building, pole, road, pavement, tree, *others, void = COUNTED["val"]
+    seen = inspect(camvid_view(REAL_CAMVID, "val"), remember=False)
+    assert seen.pixels == [building, pole, road + pavement, tree, *others, sky + void]
+
+
+def test_a_view_is_inspected_apart_and_keeps_files_kind_and_overlaps(tmp_path: Path) -> None:
+    root = fakes.folder(tmp_path, layout="lists")
+    (root / "val.txt").write_text("val_0\ntrain_2\n")
+    plain = [Folder(split, str(root)) for split in ("train", "val")]
+    views = [Relabelled(dataset, {"class_1": "class_0"}) for dataset in plain]
+    assert views[0].split_names == ("train", "val")
+    assert [view.kind for view in views] == ["Folder", "Folder"]
+    assert len(overlaps(views)) == len(overlaps(plain)) == 1
+    (old, new) = (inspect(dataset).pixels for dataset in (plain[0], views[0]))
+    assert new == [old[0] + old[1], *old[2:]]
+    assert views[0].stored_classes == plain[0].classes
+    other = Relabelled(plain[0], {"class_2": "class_0"})
+    assert len({plain[0].fingerprint, views[0].fingerprint, other.fingerprint}) == 3
+
+
+def test_a_data_set_without_files_can_be_relabelled_too() -> None:
+    view = Relabelled(Shapes("val", num_val=3), {"disc": "background", "ring": "ignore"})
+    for index in range(3):
+        old, new = Shapes("val", num_val=3)[index].mask, view[index].mask
+        np.testing.assert_array_equal(new == 255, (old == 2) | (old == 255))
+        np.testing.assert_array_equal(new == 0, old < 2)
+
+
+@pytest.mark.parametrize(
+    ("label_map", "words"),
+    [
+        ({"raod": "x"}, r"dataset\.label_map: there is no class 'raod' - did you mean 'road'\?"),
+        ({"road": 3}, r"dataset\.label_map=.*: input should be a valid string"),
+    ],
+)
+def test_a_label_map_that_makes_no_sense_is_refused(tmp_path: Path, label_map: Any, words: str) -> None:
+    with raises(words):
+        camvid_view(fakes.camvid(tmp_path), label_map=label_map)
+
+
+def test_fewer_than_two_classes_left_are_refused(tmp_path: Path) -> None:
+    data = Folder("train", str(fakes.folder(tmp_path)))
+    for label_map in (dict.fromkeys(data.classes.names, "one"), {"class_0": "ignore", "class_1": "ignore"}):
+        with raises(r"1 class\(es\) .*: a network needs at least two"):
+            Relabelled(data, label_map)
+
+
+def test_what_was_merged_is_said_in_a_line() -> None:
+    view = Relabelled(
+        Shapes("val", num_val=1), {"ring": "round", "disc": "round", "cross": "plus", "checker": "ignore"}
+    )
+    assert view.notes == ("classes: disc, ring -> round; cross -> plus; checker -> ignored",)
+    assert describe(Shapes("val").classes, {"disc": "disc"}) == ""
+
+
+SLIM = {
+    "model": {"_target_": "segdeconv.models.SegNet", "stages": [[4], [8]]},
+    "trainer": {"max_epochs": 1},
+    "augment": {},
+}
+
+
+def test_a_checkpoint_remembers_the_map_and_the_classes_that_were_found_in_the_masks(tmp_path: Path) -> None:
+    root = fakes.folder(tmp_path / "mine", num=6)
+    label_map = {"class_2": "class_0"}
+    dataset = {"_target_": "segdeconv.data.Folder", "root": str(root), "label_map": label_map}
+    train({**SLIM, "dataset": {**dataset, "size": [32, 32], "num_workers": 0}}, tmp_path / "run")
+    read = checkpoint.read(tmp_path / "run" / "best.ckpt")
+    assert read.classes.names == ("class_0", "class_1")
+    assert read.config["dataset"]["classes"]["names"] == ["class_0", "class_1", "class_2"]
+    # A new label in a mask that a network knows nothing of is an error, not another class.
+    restored = build_split(check_dataset(read.config["dataset"]), "val")
+    assert restored.classes == read.classes
+    assert set(np.unique(restored[0].mask)) <= {0, 1, 255}
+
+
+# Channels, from file to mask
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A network trained by train.py on 16-bit TIFFs of two channels, neither of which tells the classes alone."""
+    place = tmp_path_factory.mktemp("channels")
+    fakes.two_channels(place / "tif")
+    fakes.two_channels(place / "npy", ".npy")
+    settings = ("size=[48,64]", "crop=[48,48]", "channels=2", "batch_size=4", "num_workers=0", "group='^(site.)_'")
+    done = command(
+        "train", "dataset=folder", "dataset.root=tif", *(f"dataset.{setting}" for setting in settings),
+        "model.stages=[[16],[16]]", "trainer.max_epochs=12", "optimizer.lr=0.01", "augment=turns", "hydra.run.dir=run",
+        cwd=place,
+    )  # fmt: skip
+    return place, done.stdout
+
+
+def test_two_channels_of_16_bit_are_learnt_beyond_what_one_of_them_tells(trained: tuple[Path, str]) -> None:
+    place, shown = trained
+    # From one channel alone half of the pixels at best, and never more than a third of mean IoU.
+    assert json.loads((place / "run" / "report.json").read_text())["miou"] > 0.8
+    assert "2 channel(s) of 16 bit, mean 2" in shown
+    assert "5 groups by '^(site.)_', none of them in both" in shown
+    facts = checkpoint.read(place / "run" / "best.ckpt").facts["preprocessing"]
+    assert (len(facts["mean"]), facts["bits"], facts["as_stored"]) == (2, 16, True)
+    train_split = Folder("train", str(place / "tif"), channels=2, group="^(site.)_")
+    pixels = np.concatenate([train_split[index].image.reshape(-1, 2) for index in range(len(train_split))])
+    assert facts["mean"] == pytest.approx(pixels.mean(axis=0), rel=1e-5)
+    assert facts["std"] == pytest.approx(pixels.std(axis=0), rel=1e-5)
+
+
+def test_a_checkpoint_alone_reads_two_channels_from_tiff_and_npy(
+    trained: tuple[Path, str], tmp_path: Path, commands: Any
+) -> None:
+    place, _ = trained
+    for name in ("best.ckpt", "best.ckpt.sha256"):
+        (tmp_path / name).write_bytes((place / "run" / name).read_bytes())
+    root = f"dataset.root={place / 'npy'}"
+    words = ("--out", "out", "--masks", "masks", "--pictures", "pictures", root)
+    assert commands("evaluate", "best.ckpt", *words, cwd=tmp_path).code == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["miou"] == json.loads((place / "run" / "report.json").read_text())["miou"]
+    val = Folder("val", str(place / "npy"), channels=2, group="^(site.)_")
+    masks = [np.array(fakes.opened(tmp_path / "masks" / f"{name}.png")) for name in val.names]
+    ious = iou_by_hand([val[index].mask for index in range(len(val))], masks, 3, 255)
+    assert [entry["iou"] for entry in report["classes"]] == pytest.approx(ious, abs=1e-6)
+
+    Image.fromarray(np.zeros((20, 20, 3), np.uint8)).save(tmp_path / "photo.png")
+    fakes.stored(tmp_path / "dark.npy", np.zeros((20, 20, 2), np.uint8))
+    paths = (place / "tif" / "images", "photo.png", "dark.npy")
+    done = commands("predict", "best.ckpt", *paths, "--out", "seen", cwd=tmp_path)
+    assert done.code == 2
+    for said in (
+        "photo.png has 3 channels of 8 bit and dataset.channels is 2 - ",
+        "dark.npy has 2 channel(s) of 8 bit and the network takes 2 of 16 bit - ",
+        "20 masks in seen",
+    ):
+        assert said in done.out
+    for name, mask in zip(val.names, masks, strict=True):
+        np.testing.assert_array_equal(np.array(fakes.opened(tmp_path / "seen" / f"{name}.png")), mask)
+        assert fakes.opened(tmp_path / "seen" / f"{name}_overlay.png").mode == "RGB"
+
+
+def test_another_number_of_channels_than_the_network_takes_is_refused(trained: tuple[Path, str]) -> None:
+    place, _ = trained
+    overrides = [f"dataset.root={place / 'tif'}", "dataset.channels=3"]
+    read = checkpoint.read(place / "run" / "best.ckpt", overrides=overrides)
+    with raises(r"was trained on images of 2 channel\(s\) and segdeconv\.data\.Folder gives 3 - leave"):
+        restore_dataset(read, "val")
+
+
+def test_grey_of_16_bit_is_learnt_as_it_is_stored(tmp_path: Path) -> None:
+    """12 bit in a 16-bit file: made 8-bit RGB, its 4096 values would be 16."""
+    root = fakes.folder(tmp_path / "mine", num=8)
+    for path in (root / "images").iterdir():
+        grey = np.array(fakes.opened(path))[:, :, 0].astype(np.uint16)
+        Image.fromarray(1000 + grey).save(path)
+    dataset = {
+        "_target_": "segdeconv.data.Folder",
+        "root": str(root),
+        "channels": 1,
+        "size": [48, 64],
+        "num_workers": 0,
+    }
+    recipe = {
+        "dataset": dataset, "augment": {}, "model": {"_target_": "segdeconv.models.SegNet", "stages": [[8], [8]]},
+        "optimizer": {"_target_": "segdeconv.optimization.adamw", "lr": 0.02}, "trainer": {"max_epochs": 8},
+    }  # fmt: skip
+    train(recipe, tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["miou"] > 0.7
+    read = checkpoint.read(tmp_path / "run" / "best.ckpt")
+    assert read.model().in_channels == 1
+    assert (read.facts["preprocessing"]["bits"], 1000 < read.facts["preprocessing"]["mean"][0] < 1255) == (16, True)
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert config["dataset"]["mean"] is None  # nobody chose it, so a run that goes on measures it again
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"mean": [1, 2, 3]}, r"dataset\.mean has 3 values and the images have 2 channel\(s\) - give one per channel"),
+        ({"std": [1.0]}, r"dataset\.std has 1 values and the images have 2 channel\(s\)"),
+        ({"channels": 1}, r"site0_.*\.tif has 2 channels of 16 bit and dataset\.channels is 1 - "),
+        ({"channels": None}, r"site0_.*\.tif is a TIFF .* - say dataset\.channels=N"),
+    ],
+)
+def test_what_does_not_fit_the_channels_is_refused_before_training(tmp_path: Path, settings: Any, words: str) -> None:
+    root = fakes.two_channels(tmp_path / "mine", num=5)
+    dataset = {"_target_": "segdeconv.data.Folder", "root": str(root), "channels": 2, "batch_size": 2, "num_workers": 0}
+    with raises(words):
+        train({**SLIM, "dataset": {**dataset, **settings}}, tmp_path / "run")

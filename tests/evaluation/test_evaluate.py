@@ -1,0 +1,59 @@
+"""The same masks give the same scores, whoever counts them: any batch size, any number of workers, and by hand."""
+
+import json
+
+import fakes
+import numpy as np
+import pytest
+
+from segdeconv.data.datasets.folder import Folder
+
+SLIM = (
+    "dataset=folder", "dataset.root=mine", "dataset.size=[32,40]", "model.stages=[[4],[8]]", "trainer.max_epochs=2",
+    "trainer.precision=32-true", "dataset.batch_size=2", "dataset.num_workers=0", "logger=none",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory, commands):
+    """One network, scored with several batch sizes and numbers of workers: {(batch size, workers): report}."""
+    place = tmp_path_factory.mktemp("truth")
+    fakes.folder(place / "mine", num=7, layout="lists")
+    assert commands("train", *SLIM, "hydra.run.dir=run", cwd=place).code == 0
+    reports = {}
+    for batch_size, workers in ((1, 0), (2, 0), (3, 1), (7, 2), (16, 0)):
+        out = f"{batch_size}-{workers}"
+        keys = (f"dataset.batch_size={batch_size}", f"dataset.num_workers={workers}")
+        done = commands("evaluate", "run/best.ckpt", *keys, "--out", out, "--masks", f"{out}/masks", cwd=place)
+        assert done.code == 0, done.err
+        reports[batch_size, workers] = json.loads((place / out / "report.json").read_text())
+    return place, reports
+
+
+def test_neither_batch_size_nor_workers_change_a_count(scored):
+    _, reports = scored
+    first = reports[1, 0]
+    for report in reports.values():
+        for key in ("confusion", "miou", "pixel_accuracy", "mean_accuracy", "frequency_weighted_iou", "boundary_f1"):
+            assert report[key] == first[key], key
+
+
+def test_the_scores_are_those_counted_pixel_by_pixel_from_the_written_masks(scored):
+    place, reports = scored
+    val = Folder("val", str(place / "mine"))
+    for (batch_size, workers), report in reports.items():
+        counts = np.zeros((3, 3), dtype=int)
+        for index, name in enumerate(val.names):
+            predicted = np.array(fakes.opened(place / f"{batch_size}-{workers}" / "masks" / f"{name}.png"))
+            for truth, prediction in zip(val[index].mask.ravel().tolist(), predicted.ravel().tolist(), strict=True):
+                if truth != 255:
+                    counts[truth][prediction] += 1
+        assert report["confusion"] == counts.tolist()
+        ious = [counts[c, c] / (counts[c].sum() + counts[:, c].sum() - counts[c, c]) for c in range(3)]
+        assert report["miou"] == pytest.approx(float(np.mean(ious)), abs=1e-12)
+        assert report["pixel_accuracy"] == pytest.approx(float(np.trace(counts) / counts.sum()), abs=1e-12)
+
+
+def test_the_scores_after_training_are_those_of_the_checkpoint(scored):
+    place, reports = scored
+    assert json.loads((place / "run" / "report.json").read_text())["confusion"] == reports[2, 0]["confusion"]

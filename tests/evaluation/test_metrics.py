@@ -1,0 +1,168 @@
+"""Scores against torchmetrics and against numbers worked by hand."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torchmetrics.classification import (
+    MulticlassAccuracy,
+    MulticlassConfusionMatrix,
+    MulticlassJaccardIndex,
+    MulticlassPrecision,
+)
+
+from segdeconv.evaluation.metrics import ConfusionMatrix, _counted_without_waiting, scores
+from segdeconv.losses import CrossEntropy
+from segdeconv.models import SegNet
+
+CLASSES = 5
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    prediction = torch.randint(0, CLASSES, (6, 20, 30), generator=generator)
+    mask = torch.where(
+        torch.rand(6, 20, 30, generator=generator) < 0.6,
+        prediction,
+        torch.randint(0, CLASSES, (6, 20, 30), generator=generator),
+    )
+    mask[torch.rand(6, 20, 30, generator=generator) < 0.1] = 255
+    return prediction, mask
+
+
+def confusion_of(prediction, mask, num_classes=CLASSES, ignore_index=255):
+    matrix = ConfusionMatrix(num_classes, ignore_index)
+    matrix.update(prediction, mask)
+    return matrix.compute()
+
+
+def test_confusion_is_torchmetrics(batch):
+    theirs = MulticlassConfusionMatrix(CLASSES, ignore_index=255)
+    theirs.update(*batch)
+    assert np.array_equal(confusion_of(*batch), theirs.compute().numpy())
+
+
+def test_rows_are_truth_and_columns_prediction():
+    confusion = confusion_of(torch.tensor([1, 1, 2]), torch.tensor([0, 0, 0]), num_classes=3)
+    assert confusion.tolist() == [[0, 2, 1], [0, 0, 0], [0, 0, 0]]
+
+
+def test_scores_are_torchmetrics(batch):
+    ours = scores(confusion_of(*batch))
+
+    def theirs(metric, average):
+        return metric(CLASSES, ignore_index=255, average=average)(*batch).numpy()
+
+    tolerance = {"rtol": 0, "atol": 1e-6}
+    np.testing.assert_allclose(ours.iou, theirs(MulticlassJaccardIndex, "none"), **tolerance)
+    np.testing.assert_allclose(ours.miou, theirs(MulticlassJaccardIndex, "macro"), **tolerance)
+    np.testing.assert_allclose(ours.frequency_weighted, theirs(MulticlassJaccardIndex, "weighted"), **tolerance)
+    np.testing.assert_allclose(ours.pixel_accuracy, theirs(MulticlassAccuracy, "micro"), **tolerance)
+    np.testing.assert_allclose(ours.mean_accuracy, theirs(MulticlassAccuracy, "macro"), **tolerance)
+    np.testing.assert_allclose(ours.accuracy, theirs(MulticlassAccuracy, "none"), **tolerance)
+    np.testing.assert_allclose(ours.precision, theirs(MulticlassPrecision, "none"), **tolerance)
+    assert ours.pixels.tolist() == torch.bincount(batch[1][batch[1] != 255]).tolist()
+
+
+def test_scores_do_not_depend_on_batches(batch):
+    whole = confusion_of(*batch)
+    matrix = ConfusionMatrix(CLASSES, 255)
+    for prediction, mask in zip(*(tensor.split([1, 3, 2]) for tensor in batch), strict=True):
+        matrix.update(prediction, mask)
+    assert np.array_equal(matrix.compute(), whole)
+    one_by_one = np.mean([scores(confusion_of(*pair)).miou for pair in zip(*batch, strict=True)])
+    assert one_by_one != pytest.approx(scores(whole).miou, abs=1e-6)  # the number that is not reported
+
+
+def test_perfect_prediction_scores_one():
+    mask = torch.tensor([0, 1, 2, 2, 255])
+    result = scores(confusion_of(mask.where(mask != 255, 1), mask, num_classes=3))
+    assert (result.miou, result.pixel_accuracy, result.mean_accuracy, result.frequency_weighted) == (1, 1, 1, 1)
+
+
+def test_worst_prediction_scores_zero():
+    result = scores(confusion_of(torch.tensor([1, 0]), torch.tensor([0, 1]), num_classes=2))
+    assert (result.miou, result.pixel_accuracy, result.mean_accuracy, result.frequency_weighted) == (0, 0, 0, 0)
+
+
+def test_half_of_each_class_right_is_one_third():
+    # Two pixels of each class, one of them right: intersection 1, union 3.
+    result = scores(confusion_of(torch.tensor([0, 1, 1, 0]), torch.tensor([0, 0, 1, 1]), num_classes=2))
+    assert result.miou == pytest.approx(1 / 3)
+    assert result.frequency_weighted == pytest.approx(1 / 3)
+    assert result.pixel_accuracy == result.mean_accuracy == 0.5
+
+
+def test_unequal_classes_by_hand():
+    # Truth: 6 of class 0, 2 of class 1. Right: 3 and 2; 3 of class 0 taken for class 1.
+    result = scores(np.array([[3, 3], [0, 2]]))
+    assert result.iou == pytest.approx([3 / 6, 2 / 5])
+    assert result.miou == pytest.approx((1 / 2 + 2 / 5) / 2)
+    assert result.pixel_accuracy == pytest.approx(5 / 8)
+    assert result.mean_accuracy == pytest.approx((1 / 2 + 1) / 2)
+    assert result.frequency_weighted == pytest.approx(6 / 8 * 1 / 2 + 2 / 8 * 2 / 5)
+    assert result.precision == pytest.approx([1, 2 / 5])
+
+
+def test_class_absent_from_truth_and_prediction_is_left_out():
+    result = scores(np.array([[4, 0, 0], [0, 0, 0], [0, 0, 4]]))
+    assert result.miou == result.mean_accuracy == 1
+    assert math.isnan(result.iou[1])
+    assert result.absent == [1]
+
+
+def test_class_only_predicted_counts_zero_in_miou_and_not_in_mean_accuracy():
+    result = scores(np.array([[3, 1], [0, 0]]))
+    assert result.iou == pytest.approx([0.75, 0])
+    assert result.miou == pytest.approx(0.375)
+    assert result.mean_accuracy == pytest.approx(0.75)
+    assert result.absent == []
+
+
+def test_nothing_to_score_is_nan_without_a_warning(recwarn):
+    result = scores(confusion_of(torch.tensor([0, 1]), torch.tensor([255, 255]), num_classes=2))
+    assert all(map(math.isnan, (result.miou, result.pixel_accuracy, result.mean_accuracy, result.frequency_weighted)))
+    assert result.absent == [0, 1]
+    assert not recwarn.list
+
+
+def test_uint8_masks_count_without_overflow():
+    # 20 * 21 + 20 = 440 is beyond uint8.
+    prediction, mask = torch.full((3,), 20, dtype=torch.uint8), torch.full((3,), 20, dtype=torch.uint8)
+    assert confusion_of(prediction, mask, num_classes=21)[20, 20] == 3
+
+
+def test_reset_forgets_and_compute_does_not_share_memory(batch):
+    matrix = ConfusionMatrix(CLASSES, 255)
+    matrix.update(*batch)
+    first = matrix.compute()
+    matrix.update(*batch)
+    assert np.array_equal(matrix.compute(), 2 * first)
+    matrix.reset()
+    assert matrix.compute().sum() == 0
+    assert first.sum() > 0
+
+
+@pytest.mark.parametrize("lanes", [1, 64])
+def test_the_counts_that_a_gpu_makes_are_those_of_bincount(lanes):
+    values = torch.randint(0, 10, (1000,))  # 10 and 11 are never met
+    expected = torch.bincount(values, minlength=12)
+    assert torch.equal(_counted_without_waiting(values, minlength=12, lanes=lanes), expected)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="without a GPU nobody waits for it")
+def test_loss_and_counts_of_a_training_step_never_wait_for_the_gpu():
+    network = SegNet(5, stages=((8,), (8,))).cuda()
+    image, mask = torch.randn(2, 3, 32, 48, device="cuda"), torch.randint(0, 5, (2, 32, 48), device="cuda")
+    matrix, loss = ConfusionMatrix(5, 255).to(torch.device("cuda")), CrossEntropy(class_weights=[1, 2, 3, 4, 5]).cuda()
+    for mode in ("default", "error"):  # first once without, for what is set up at the first use
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            logits = network(image)
+            total, _ = loss.sums(logits, mask)
+            total.backward()
+            matrix.update(logits.argmax(dim=1), mask)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

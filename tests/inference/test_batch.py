@@ -1,0 +1,509 @@
+"""predict: any size in tiles, on from where it was, videos, polygons, tables; and the same from Python."""
+
+import csv
+import io
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import fakes
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import segdeconv
+from segdeconv.checkpoints import checkpoint
+from segdeconv.classes import Classes, voc_colours
+from segdeconv.drawing.png import Png
+from segdeconv.errors import UsageError
+from segdeconv.inference.polygons import rasterised, regions
+from segdeconv.inference.progress_log import Journal
+from segdeconv.inference.segmenter import Segmenter
+from segdeconv.inference.tiling_check import compare_tiling
+from segdeconv.inference.video import open_video
+from segdeconv.inference.views import Tiler
+from segdeconv.models import SegNet
+
+ROOT = Path(__file__).parents[2]
+CLASSES = Classes(("ground", "thing", "sky, high"), voc_colours(3))
+MODEL = {"stages": ((4,), (8,)), "dropout_at": "central"}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a random network that has dropout and sees images at their own size, and some images."""
+    folder = tmp_path_factory.mktemp("anywhere")
+    torch.manual_seed(3)
+    model = SegNet(3, **MODEL)
+    config = {
+        "model": {"_target_": "segdeconv.models.SegNet", "stages": [[4], [8]], "dropout_at": "central"},
+        "dataset": {"size": None, "crop": None, "batch_size": 1},
+    }
+    facts = {
+        "classes": CLASSES.plain(),
+        "preprocessing": {"size": None, "mean": [120.0, 110, 100], "std": [60.0, 60, 60]},
+        "precision": "32-true",
+    }
+    content = {
+        "state_dict": {f"model.{name}": value for name, value in model.state_dict().items()},
+        "hyper_parameters": {"config": config, "facts": facts},
+        "segdeconv": {"format": 1},
+    }
+    checkpoint.write(content, folder / "best.ckpt")
+    random = np.random.default_rng(0)
+    for name, size in {"a": (130, 171), "deep/b": (40, 60), "deep/c": (17, 300)}.items():
+        path = folder / "photos" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        coarse = random.integers(0, 256, (size[0] // 6 + 1, size[1] // 6 + 1, 3), dtype=np.uint8)
+        noise = random.integers(-20, 20, (*size, 3))
+        image = np.kron(coarse, np.ones((6, 6, 1), int))[: size[0], : size[1]] + noise
+        Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(path)
+    return folder
+
+
+def files(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# Python.
+
+
+def test_two_lines_of_python_predict_what_the_network_says(place):
+    path = place / "photos" / "a.png"
+    found = segdeconv.load(place / "best.ckpt").predict(path)
+    image = np.asarray(fakes.opened(path))
+    ready = (image.astype(np.float32) - [120, 110, 100]) / 60
+    with torch.no_grad():
+        logits = checkpoint.read(place / "best.ckpt").model()(torch.tensor(ready).permute(2, 0, 1)[None].float())
+    assert np.array_equal(found.mask, logits[0].argmax(0).numpy())
+    assert np.allclose(found.probabilities(), logits[0].softmax(0).numpy(), atol=1e-5)
+    assert found.pixels() == {name: int((found.mask == index).sum()) for index, name in enumerate(CLASSES.names)}
+    assert found.overlay().ndim == 3
+    found.save(place / "mask.png")
+    assert np.array_equal(np.asarray(fakes.opened(place / "mask.png")), found.mask)
+
+
+@pytest.mark.parametrize("how", [Image.fromarray, np.asarray, lambda image: np.asfortranarray(image)])
+def test_arrays_and_pil_images_are_taken_as_they_are(place, how):
+    segmenter = segdeconv.load(place / "best.ckpt")
+    image = np.asarray(fakes.opened(place / "photos" / "a.png"))
+    assert np.array_equal(segmenter.predict(how(image)).mask, segmenter.predict(place / "photos" / "a.png").mask)
+
+
+def test_what_is_no_image_is_one_sentence(place):
+    segmenter = segdeconv.load(place / "best.ckpt")
+    with pytest.raises(UsageError, match=r"the image has shape \(4, 4\) - give \(H, W, 3\)"):
+        segmenter.predict(np.zeros((4, 4), np.uint8))
+    with pytest.raises(UsageError, match="the image has 3 channel"):
+        segmenter.predict(np.zeros((4, 4, 3), np.float32))
+    with pytest.raises(UsageError, match=r"leave one of them out"):
+        segdeconv.load(place / "best.ckpt", samples=2, scales=(1, 2))
+    with pytest.raises(AttributeError, match="module 'segdeconv' has no attribute 'laod'"):
+        segdeconv.laod  # noqa: B018
+
+
+def test_importing_the_package_imports_no_torch():
+    probe = "import sys, segdeconv; print([n for n in ('torch', 'numpy', 'pytorch_lightning') if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# Tiles.
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"flip": True},
+        {"scales": (0.5, 1, 1.3)},
+        {"scales": (0.7, 1.1), "flip": True},
+        {"overrides": ["dataset.size=[101,140]"]},
+    ],
+    ids=str,
+)
+def test_tiles_give_what_the_whole_gives(place, how):
+    path = place / "photos" / "a.png"
+    whole = segdeconv.load(place / "best.ckpt", precision="32-true", **how).predict(path, uncertainty=True)
+    segmenter = segdeconv.load(place / "best.ckpt", precision="32-true", tile=(70, 64), **how)
+    seen = []
+    score = segmenter.tiler.score
+    segmenter.tiler.score = lambda image: seen.append(image.shape[-2:]) or score(image)
+    tiled = segmenter.predict(path, uncertainty=True)
+    assert len(seen) > 5
+    assert max(height for height, _ in seen) <= 72
+    assert max(width for _, width in seen) <= 68
+    assert (whole.mask == tiled.mask).mean() >= 0.999
+    assert np.abs(whole.probabilities() - tiled.probabilities()).max() < 1e-4
+    assert np.abs(whole.uncertainty.astype(float) - tiled.uncertainty).max() < 2e-3  # float16
+
+
+def test_several_scales_are_the_mean_of_what_each_gives(place):
+    path = place / "photos" / "a.png"
+    both = segdeconv.load(place / "best.ckpt", scales=(0.5, 1)).predict(path).probabilities()
+    half = segdeconv.load(place / "best.ckpt", overrides=["dataset.size=[65,86]"]).predict(path)
+    logits = torch.tensor(half.probabilities()).log()  # of the enlarged scores, up to a constant
+    one = segdeconv.load(place / "best.ckpt").predict(path).probabilities()
+    assert np.allclose(both, (logits.softmax(0).numpy() + one) / 2, atol=1e-4)
+
+
+def test_samples_go_with_tiles_and_differ_where_the_dropout_does(place):
+    path = place / "photos" / "a.png"
+    whole, tiled = (
+        segdeconv.load(place / "best.ckpt", samples=30, tile=tile, precision="32-true") for tile in (None, (70, 64))
+    )
+    one, other = whole.predict(path), tiled.predict(path)
+    assert one.uncertainty.shape == other.uncertainty.shape == one.mask.shape
+    assert np.abs(one.probabilities() - other.probabilities()).mean() < 0.05  # 30 throws of other coins
+
+
+def test_little_memory_means_small_tiles_and_the_same_mask(place):
+    path = place / "photos" / "a.png"
+    whole = segdeconv.load(place / "best.ckpt").predict(path)
+    segmenter = segdeconv.load(place / "best.ckpt", memory=1 << 18)
+    step = segmenter.tiler.step((130, 171))
+    assert step is not None
+    assert segmenter.tiler.geometry.needed((step[0] + 32, step[1] + 32)) < 1 << 18
+    assert (segmenter.predict(path).mask == whole.mask).mean() >= 0.999
+
+
+def test_out_of_memory_means_smaller_tiles_until_nothing_is_smaller(place):
+    told = []
+    read = checkpoint.read(place / "best.ckpt")
+    segmenter = Segmenter(read, told=told.append, precision="32-true")
+    score = segmenter.tiler.score
+
+    def scarce(limit):
+        def seen(image):
+            if image.shape[-2] * image.shape[-1] > limit:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return score(image)
+
+        return seen
+
+    whole = segmenter.predict(place / "photos" / "a.png").mask
+    segmenter.tiler.score = scarce(6000)
+    found = segmenter.predict(place / "photos" / "a.png").mask
+    assert (found == whole).mean() >= 0.999
+    assert told[0] == "memory ran out at 130x171 pixels: going on with tiles of 130x85"
+    assert len(told) < 5
+    count = len(told)
+    segmenter.predict(place / "photos" / "a.png")
+    assert len(told) == count  # it has learnt
+    segmenter.tiler.score = scarce(100)
+    with pytest.raises(UsageError, match=r"memory ran out on 36x36 pixels, and SegNet takes no smaller tiles"):
+        segmenter.predict(place / "photos" / "a.png")
+
+
+def test_verify_tiling_says_how_near_and_notices_what_is_not(place, commands, monkeypatch):
+    words = ("predict", "best.ckpt", "photos/a.png", "--verify-tiling", "--tile", "72")
+    done = commands(*words, cwd=place)
+    assert done.code == 0, done.err
+    assert "12 tiles of 72x72 or smaller against the whole of 130x171" not in done.out
+    assert "of 72x72 or smaller against the whole of 130x171, float32: 100.0000 % of the labels are equal" in done.out
+    assert not (place / "predictions").exists()
+    segmenter = segdeconv.load(place / "best.ckpt", tile=(72, 72), precision="32-true")
+    right = type(segmenter.tiler.geometry).window
+    monkeypatch.setattr(type(segmenter.tiler.geometry), "window", lambda self, part, size: part)
+    assert not compare_tiling(segmenter, place / "photos" / "a.png").same
+    monkeypatch.setattr(type(segmenter.tiler.geometry), "window", right)
+    assert compare_tiling(segmenter, place / "photos" / "a.png").same
+
+
+# The command.
+
+
+def test_everything_that_can_be_written_is_written_and_agrees(place, commands):
+    words = ("--probabilities", "--uncertainty", "--class-masks", "--polygons", "--min-area", "4", "--scales", "1,1.5")
+    done = commands("predict", "best.ckpt", "photos", "--out", "full", *words, cwd=place)
+    assert done.code == 0, done.err
+    out = place / "full"
+    table = list(csv.DictReader(io.StringIO((out / "statistics.csv").read_text())))
+    coco = json.loads((out / "regions.json").read_text())
+    assert [category["name"] for category in coco["categories"]] == list(CLASSES.names)
+    assert [annotation["id"] for annotation in coco["annotations"]] == list(range(1, len(coco["annotations"]) + 1))
+    for number, name in enumerate(("a", "deep/b", "deep/c"), start=1):
+        mask = np.asarray(fakes.opened(out / f"{name}.png"))
+        likely = np.load(out / f"{name}.npy")
+        assert likely.dtype == np.float16
+        assert np.allclose(likely.astype(float).sum(axis=0), 1, atol=2e-3)
+        best = likely.astype(float).max(axis=0)
+        assert np.take_along_axis(likely, mask[None].astype(int), axis=0)[0] == pytest.approx(best, abs=1e-3)
+        assert fakes.opened(out / f"{name}_uncertainty.png").size == mask.shape[::-1]
+        for index, known in enumerate(("ground", "thing", "sky_high")):
+            assert np.array_equal(np.asarray(fakes.opened(out / f"{name}_{known}.png")), (mask == index) * 255)
+        rows = [row for row in table if row["name"] == name]
+        assert [int(row["pixels"]) for row in rows] == np.bincount(mask.ravel(), minlength=3).tolist()
+        assert sum(float(row["share"]) for row in rows) == pytest.approx(1, abs=1e-5)
+        image = coco["images"][number - 1]
+        assert (image["height"], image["width"]) == mask.shape
+        back = np.full(mask.shape, 255)
+        for annotation in (one for one in coco["annotations"] if one["image_id"] == number):
+            inside = rasterised(np.array(annotation["segmentation"][0]).reshape(-1, 2), mask.shape)
+            assert inside.sum() == annotation["area"] >= 4
+            assert annotation["score"] == pytest.approx(best[inside].mean(), abs=2e-3)
+            back[inside] = annotation["category_id"] - 1
+        drawn = back != 255
+        assert np.array_equal(back[drawn], mask[drawn])
+        assert drawn.mean() > 0.5
+
+
+def test_a_second_run_does_only_what_is_missing_and_another_checkpoint_is_refused(place, commands):
+    words = ("predict", "best.ckpt", "photos", "--out", "again")
+    assert commands(*words, cwd=place).code == 0
+    out = place / "again"
+    before = files(out)
+    (out / "a.png").unlink()
+    (out / "deep" / "b_overlay.png").write_bytes(b"cut")
+    done = commands(*words, cwd=place)
+    assert "1 of 3 were done before and are left as they are" in done.out
+    after = files(out)
+    assert {name: after[name] for name in after if name != "predictions.jsonl"} == {
+        name: before[name] for name in before if name != "predictions.jsonl"
+    }
+    done = commands(*words, "--flip", cwd=place)
+    assert done.code == 2
+    assert "again holds predictions made with flip=False, not True - choose another --out, or say --ov" in done.sentence
+    read = checkpoint.load_plain(place / "best.ckpt")
+    checkpoint.write({**read, "other": 1}, place / "other.ckpt")
+    done = commands("predict", "other.ckpt", "photos", "--out", "again", cwd=place)
+    assert "again holds predictions of another checkpoint - choose another --out" in done.sentence
+    assert commands("predict", "other.ckpt", "photos", "--out", "again", "--overwrite", cwd=place).code == 0
+
+
+def test_a_folder_that_is_killed_again_and_again_ends_as_one_that_was_not(place, tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    random = np.random.default_rng(1)
+    for number in range(40):
+        Image.fromarray(random.integers(0, 256, (30, 40, 3), dtype=np.uint8)).save(photos / f"{number:02d}.png")
+    # The command in a process that is forked from this one, so that it costs no import.
+    command = ["predict.py", str(place / "best.ckpt"), "photos", "--polygons", "--out"]
+    kills = 0
+    for delay in (0.05, 0.15, 0.3, 0.5, 60):
+        process = forked_predict([*command, "killed"], tmp_path)
+        deadline = time.monotonic() + delay
+        while time.monotonic() < deadline and os.waitpid(process, os.WNOHANG) == (0, 0):
+            time.sleep(0.01)
+        try:
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+            kills += 1
+        except (ProcessLookupError, ChildProcessError):
+            pass
+        journal = tmp_path / "killed" / "predictions.jsonl"
+        for line in (journal.read_bytes() if journal.exists() else b"").splitlines(keepends=True)[1:]:
+            if line.endswith(b"\n"):
+                for name, size in json.loads(line)["files"].items():
+                    assert (tmp_path / "killed" / name).stat().st_size == size
+    assert kills >= 2
+    os.waitpid(forked_predict([*command, "whole"], tmp_path), 0)
+    left, right = files(tmp_path / "killed"), files(tmp_path / "whole")
+    del left["predictions.jsonl"], right["predictions.jsonl"]
+    assert left == right
+    assert len(right) == 3 * 40 + 2
+
+
+def forked_predict(words, cwd):
+    """predict in a child process; its number."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        import runpy
+
+        os.chdir(cwd)
+        sys.argv = words
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(1, 2)
+        runpy.run_path(str(ROOT / "scripts" / "predict.py"), run_name="__main__")
+    except SystemExit as error:
+        os._exit(int(error.code or 0))
+    finally:
+        os._exit(1)
+
+
+def test_a_journal_is_cut_back_to_its_last_whole_line_and_belongs_to_one_process(tmp_path):
+    source = tmp_path / "a.png"
+    source.write_bytes(b"image")
+    out = tmp_path / "out"
+    journal = Journal(out, {"checkpoint": "x"})
+    (out / "a.png").write_bytes(b"mask")
+    journal.add("a", source, [out / "a.png"], pixels={})
+    with pytest.raises(UsageError, match="out is being written to by another predict - wait for it"):
+        Journal(out, {"checkpoint": "x"})
+    journal.close()
+    whole = (out / "predictions.jsonl").read_bytes()
+    for cut in range(len(whole)):
+        (out / "predictions.jsonl").write_bytes(whole[:cut])
+        again = Journal(out, {"checkpoint": "x"})
+        assert not again.has("a", source)
+        again.add("a", source, [out / "a.png"], pixels={})
+        again.close()
+        assert (out / "predictions.jsonl").read_bytes() == whole
+    again = Journal(out, {"checkpoint": "x"})
+    assert again.has("a", source)
+    source.write_bytes(b"another image")
+    assert not again.has("a", source)
+    again.close()
+
+
+def test_lists_patterns_and_stdin_name_images_as_they_lie(place, commands, tmp_path):
+    (tmp_path / "photos").symlink_to(place / "photos")
+    (tmp_path / "list.txt").write_text("photos/deep/b.png\n\nphotos/a.png\n")
+    done = commands("predict", place / "best.ckpt", "list.txt", "--no-overlay", "--out", "out", cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert sorted(files(tmp_path / "out")) == [
+        "photos/a.png", "photos/deep/b.png", "predictions.jsonl", "statistics.csv",
+    ]  # fmt: skip
+    (tmp_path / "list.txt").write_text("photos/a.png\nphotos/none.png\n")
+    done = commands("predict", place / "best.ckpt", "list.txt", "--out", "out2", cwd=tmp_path)
+    assert "list.txt, line 2: there is no photos/none.png - paths are as seen from this folder" in done.sentence
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--tile", "large"), "--tile=large is no size - write for example 1024, 768x1024 or auto"),
+        (("--tile", "20"), "tiles of 20x20 are too small: SegNet hears"),
+        (("--memory", "much"), "--memory=much is no amount of memory - write for example 500M or 2G"),
+        (("--scales", "1,b"), "--scales=1,b are no numbers - write for example 0.75,1,1.25"),
+        (("--scales", "0"), "scales=[0.0] are no scales"),
+        (("--min-area", "9"), "--min-area does nothing without --polygons - add it"),
+        (("--crf", "--tile", "64"), "--regions, --ensemble and --crf see images in a way of their own"),
+        (("--samples", "2", "--scales", "1,2"), "--samples and --scales are both means over looks - leave one"),
+        (("dataset.max_pixels=100",), "files could not be read"),
+    ],
+)
+def test_what_cannot_be_done_is_one_sentence(place, commands, words, message):
+    done = commands("predict", "best.ckpt", "photos/a.png", "--out", "refused", *words, cwd=place)
+    assert done.code == 2
+    assert message in done.sentence
+    assert "dataset.max_pixels" not in message or "raise dataset.max_pixels" in done.out
+
+
+# Videos.
+
+
+def video(path, frames, rate=5.0, code="mp4v"):
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*code), rate, frames[0].shape[1::-1])
+    for frame in frames:
+        writer.write(frame)
+    writer.release()
+
+
+def test_a_video_becomes_one_of_the_same_length_and_rate_and_a_cut_one_what_is_left_of_it(place, commands, tmp_path):
+    random = np.random.default_rng(0)
+    coarse = random.integers(0, 256, (12, 10, 13, 3), dtype=np.uint8)
+    frames = [np.kron(one, np.ones((8, 8, 1), np.uint8)) for one in coarse]
+    video(tmp_path / "film.mp4", frames)
+    video(tmp_path / "whole.avi", frames, code="MJPG")
+    content = (tmp_path / "whole.avi").read_bytes()
+    (tmp_path / "cut.avi").write_bytes(content[: len(content) // 2])
+    (tmp_path / "text.mp4").write_text("no video")
+    paths = ("film.mp4", "cut.avi", "text.mp4")
+    done = commands("predict", place / "best.ckpt", *paths, "--frames", "--out", "out", cwd=tmp_path)
+    assert done.code == 2
+    assert "1 of 3 files could not be read" in done.sentence
+    assert "skipped: text.mp4 is no video that can be read - convert it to MP4" in done.out
+    capture = cv2.VideoCapture(str(tmp_path / "out" / "film_overlay.mp4"))
+    assert capture.get(cv2.CAP_PROP_FPS) == 5
+    assert capture.get(cv2.CAP_PROP_FRAME_COUNT) == 12
+    there, first = capture.read()
+    assert there
+    assert first.shape[1] >= 256  # enlarged, so that the legend can be read
+    decoded = cv2.VideoCapture(str(tmp_path / "film.mp4"))
+    segmenter = segdeconv.load(place / "best.ckpt")
+    masks = sorted((tmp_path / "out" / "film").glob("*.png"))
+    assert [path.stem for path in masks] == [f"{number:06d}" for number in range(1, 13)]
+    for path in masks[:2]:
+        frame = decoded.read()[1]
+        assert np.array_equal(np.asarray(fakes.opened(path)), segmenter.predict(frame[:, :, ::-1]).mask)
+    left = len(list((tmp_path / "out" / "cut").glob("*.png")))
+    assert 3 <= left < 12
+    assert f"cut.avi gave {left} of 12 frames - it is cut or damaged; those are done" in done.out
+    again = commands("predict", place / "best.ckpt", *paths[:2], "--frames", "--out", "out", cwd=tmp_path)
+    assert "2 of 2 were done before" in again.out
+
+
+def test_a_video_that_is_stored_turned_is_seen_upright(tmp_path):
+    frame = np.zeros((48, 96, 3), np.uint8)
+    frame[:, :48] = 255
+    video(tmp_path / "lying.mp4", [frame] * 3)
+    content = bytearray((tmp_path / "lying.mp4").read_bytes())
+    matrix = content.index(b"tkhd") + 4 + 40  # ISO/IEC 14496-12, 8.3.2: where a track's header says its turn
+    content[matrix : matrix + 36] = struct.pack(">9i", 0, 65536, 0, -65536, 0, 0, 0, 0, 1 << 30)
+    (tmp_path / "turned.mp4").write_bytes(content)
+    first = next(open_video(tmp_path / "turned.mp4", 10_000).frames())
+    assert first.shape == (96, 48, 3)
+    assert first[10, 20].min() > 200  # what lay on the left is above
+    assert first[90, 20].max() < 60
+    with pytest.raises(UsageError, match="more than 100 - shrink it"):
+        open_video(tmp_path / "turned.mp4", 100)
+
+
+# Parts of it.
+
+
+@pytest.mark.parametrize("size", [(1, 1), (37, 61), (5, 300)])
+@pytest.mark.parametrize("kind", ["photo", "grey", "palette"])
+def test_a_png_that_is_written_row_by_row_is_what_pillow_reads(size, kind):
+    random = np.random.default_rng(0)
+    image = random.integers(0, 256, (*size, 3) if kind == "photo" else size, dtype=np.uint8)
+    file = io.BytesIO()
+    palette = CLASSES.table if kind == "palette" else None
+    picture = Png(file, size, channels=3 if kind == "photo" else 1, palette=palette)
+    for top in range(0, size[0], 7):
+        picture.write(image[top : top + 7])
+    picture.close()
+    found = Image.open(io.BytesIO(file.getvalue()))
+    assert found.mode == {"photo": "RGB", "grey": "L", "palette": "P"}[kind]
+    assert np.array_equal(np.asarray(found), image)
+
+
+def test_polygons_hold_the_pixels_of_their_regions_holes_and_corners_included():
+    random = np.random.default_rng(0)
+    for trial in range(30):
+        mask = random.integers(0, 3, random.integers(1, 20, 2), dtype=np.uint8)
+        mask = np.kron(mask, np.ones((1 + trial % 2, 1 + trial % 3), np.uint8))
+        back = np.full(mask.shape, 255)
+        count = 0
+        for region in regions(mask):
+            inside = rasterised(region.polygon, mask.shape)
+            assert inside.sum() == region.area
+            assert (back[inside] == 255).all()
+            back[inside] = region.class_index
+            count += 1
+        assert np.array_equal(back, mask)
+        by_hand = sum(
+            cv2.connectedComponents((mask == index).astype(np.uint8), connectivity=4)[0] - 1 for index in range(3)
+        )
+        assert count == by_hand
+
+
+def test_a_ring_is_one_polygon_whose_area_another_program_agrees_with():
+    mask = np.zeros((9, 9), np.uint8)
+    mask[1:8, 1:8] = 1
+    mask[3:6, 3:6] = 0
+    (ring,) = [region for region in regions(mask) if region.class_index == 1]
+    assert (ring.area, ring.box) == (49 - 9, (1, 1, 7, 7))
+    assert cv2.contourArea(ring.polygon.astype(np.float32)) == 40
+    large = cv2.fillPoly(np.zeros((90, 90), np.uint8), [ring.polygon * 10], 1)
+    differs = large != np.kron(mask, np.ones((10, 10), np.uint8))
+    outline = np.zeros((90, 90), np.uint8)
+    cv2.polylines(outline, [ring.polygon * 10], True, 1, thickness=3)
+    assert not (differs & (outline == 0)).any()
+
+
+def test_a_tiler_sees_whole_what_fits(place):
+    tiler = Tiler(lambda image: image, SegNet(3, **MODEL).eval().to("meta"), 32, memory=1 << 20)
+    assert tiler.step((10, 10)) is None
+    assert "geometry" not in vars(tiler)  # nobody had to look
+    assert tiler.step((1000, 1000)) is not None

@@ -1,0 +1,118 @@
+"""torch.compile: every network is one graph, and a compiled run is a run like any other."""
+
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tiny_runs import recipe, state
+
+from segdeconv.checkpoints import checkpoint
+from segdeconv.errors import UsageError
+from segdeconv.models import build_model, check_model
+from segdeconv.train import train
+from segdeconv.training import task
+from segdeconv.training.resume import AnyName
+from segdeconv.training.task import SegmentationTask
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "model").glob("*.yaml"))
+SLIM = {"width": 0.0625, "fc_width": 8, "depth": 11, "channels": 16, "supervise_levels": True, "pretrained": "none"}
+
+
+# AdamW would make steps of rounding: the gradient of a bias before a batch norm is 0 but for that.
+SGD = {"_target_": "segdeconv.optimization.sgd", "lr": 0.01}
+QUICK = ("segnet", "unet")
+
+
+def slim(path):
+    """A shipped network with few channels."""
+    node = check_model(yaml.safe_load(path.read_text()))
+    few = {**SLIM, "width": 4} if "basic" in path.stem or path.stem == "bilinear_interpolation" else SLIM
+    return build_model({name: few.get(name, value) for name, value in node.items()}, 3, 3)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=[] if path.stem in QUICK else pytest.mark.slow, id=path.stem) for path in CONFIGS],
+)
+def test_every_network_is_one_graph_in_training_and_in_use(path):
+    torch.manual_seed(0)
+    model = slim(path)
+    image = torch.randn(2, 3, *((225, 230) if model.minimum_size > 64 else (36, 45)))
+    torch._dynamo.reset()
+    for training in (True, False):
+        model.train(training)
+        compiled = torch.compile(model.supervised, fullgraph=True, backend="eager")  # refuses to break the graph
+        torch.manual_seed(1)
+        ours = compiled(image)
+        torch.manual_seed(1)
+        for one, other in zip(ours, model.supervised(image), strict=True):
+            torch.testing.assert_close(one, other)
+
+
+@pytest.fixture
+def without_a_compiler(monkeypatch):
+    """torch.compile that traces and compiles nothing; the calls that it gets."""
+    calls = []
+    real = functools.partial(torch.compile, backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", lambda function: calls.append(function) or real(function))
+    torch._dynamo.reset()
+    return calls
+
+
+def test_a_compiled_run_writes_the_checkpoints_of_any_run_and_goes_on(
+    tmp_path, monkeypatch, capsys, without_a_compiler
+):
+    train(recipe(optimizer=SGD, trainer__max_epochs=2), tmp_path / "plain")
+    assert "precision 32-true, channels last, not compiled" in capsys.readouterr().out
+    assert not without_a_compiler  # auto is for GPUs
+
+    train(recipe(optimizer=SGD, trainer__max_epochs=2, trainer__compile=True), tmp_path / "compiled")
+    assert "precision 32-true, channels last, compiled" in capsys.readouterr().out
+    assert len(without_a_compiler) == 1
+    plain, compiled = state(tmp_path / "plain"), state(tmp_path / "compiled")
+    assert plain.keys() == compiled.keys()
+    for name, value in plain.items():
+        torch.testing.assert_close(compiled[name], value, rtol=1e-3, atol=1e-4, msg=name)
+    assert torch.isfinite(checkpoint.read(tmp_path / "compiled" / "best.ckpt", trust=AnyName()).model()(
+        torch.zeros(1, 3, 32, 32)
+    )).all()  # fmt: skip
+
+    step = SegmentationTask.on_train_batch_start
+
+    def die(self, batch, batch_idx):
+        if self.global_step == 8:
+            raise ArithmeticError
+        step(self, batch, batch_idx)
+
+    monkeypatch.setattr(SegmentationTask, "on_train_batch_start", die)
+    with pytest.raises(ArithmeticError):
+        train(recipe(optimizer=SGD, trainer__max_epochs=2, trainer__compile=True), tmp_path / "cut")
+    monkeypatch.setattr(SegmentationTask, "on_train_batch_start", step)
+    train({**recipe(optimizer=SGD, trainer__max_epochs=2, trainer__compile=True), "resume": "auto"}, tmp_path / "cut")
+    resumed = state(tmp_path / "cut")
+    assert all(torch.equal(resumed[name], compiled[name]) for name in compiled)
+
+
+def test_errors_that_a_network_says_are_said_by_a_compiled_one(tmp_path, without_a_compiler):
+    small = {"_target_": "segdeconv.models.DeconvNet", "width": 0.0625, "fc_width": 8, "depth": 11}
+    with pytest.raises(UsageError, match=r"an image of 32x32 .* is too small for DeconvNet"):
+        train({**recipe(trainer__compile=True), "model": small}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("setting", "device", "runs", "expected"),
+    [
+        ("auto", "cpu", True, False),
+        ("auto", "cuda", True, True),
+        ("auto", "cuda", False, False),  # Triton does not run there
+        (True, "cpu", False, True),
+        (False, "cuda", True, False),
+    ],
+)
+def test_auto_compiles_where_triton_runs_on_a_gpu(setting, device, runs, expected, monkeypatch):
+    monkeypatch.setattr(task, "triton_kernels", lambda device: object() if runs else None)
+    made = SegmentationTask.__new__(SegmentationTask)
+    made.__dict__.update(compilation=setting, recompute=False)
+    assert made.compiles(torch.device(device)) is expected

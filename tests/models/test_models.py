@@ -1,0 +1,306 @@
+"""SegNet against the originals' tables, what holds of every network, and torch.compile."""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+
+from segdeconv.models import FCN, FPN, DeepLabLargeFOV, SegNet, SegNetBasic, UNet
+from segdeconv.models.vgg import VGG_STAGES
+
+SLIM = 0.0625
+SOURCES = ("pre_relu", "post_relu")
+NETWORKS = {
+    "SegNet": lambda **options: SegNet(3, width=SLIM, **options),
+    "SegNetBasic": lambda **o: SegNetBasic(3, **o),
+}
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def count(parameters):
+    return sum(parameter.numel() for parameter in parameters)
+
+
+def applied(model, image):
+    """(module, input, output shape) of every module without children, in the order of execution."""
+    calls, handles = [], []
+    for module in model.modules():
+        if not list(module.children()):
+            hook = lambda module, inputs, output: calls.append((module, inputs[0].shape, output.shape))  # noqa: E731
+            handles.append(module.register_forward_hook(hook))
+    with torch.no_grad():
+        model(image)
+    for handle in handles:
+        handle.remove()
+    return calls
+
+
+def of_type(calls, kind):
+    return [call for call in calls if isinstance(call[0], kind)]
+
+
+# The originals' numbers.
+
+
+@pytest.mark.parametrize(("num_classes", "parameters"), [(11, 29_449_355), (21, 29_455_125)])
+def test_segnet_has_the_originals_parameters(num_classes, parameters):
+    model = SegNet(num_classes)
+    assert count(model.parameters()) == parameters
+    convolutions = [module for module in model.encoder.modules() if isinstance(module, nn.Conv2d)]
+    assert count(p for convolution in convolutions for p in convolution.parameters()) == 14_714_688
+
+
+@pytest.mark.parametrize(("bias", "parameters"), [(True, 1_416_587), (False, 1_416_064)])
+def test_segnet_basic_has_the_originals_parameters(bias, parameters):
+    assert count(SegNetBasic(11, bias=bias).parameters()) == parameters
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_segnet_runs_26_convolutions_and_25_norms(source):
+    calls = applied(SegNet(3, width=SLIM, switch_source=source).eval(), torch.randn(1, 3, 32, 32))
+    kinds = Counter(type(module) for module, *_ in calls)
+    assert kinds[nn.Conv2d] == 26
+    assert kinds[nn.BatchNorm2d] == 25
+    # Before the ReLU, the five pools rectify their maxima themselves.
+    assert kinds[nn.ReLU] == (25 if source == "post_relu" else 20)
+    assert isinstance(calls[-1][0], nn.Conv2d)  # the classifier, nothing after it
+
+
+def test_segnet_basic_runs_9_convolutions_8_norms_and_4_relus():
+    calls = applied(SegNetBasic(3, switch_source="post_relu").eval(), torch.randn(1, 3, 32, 32))
+    kinds = Counter(type(module) for module, *_ in calls)
+    assert (kinds[nn.Conv2d], kinds[nn.BatchNorm2d], kinds[nn.ReLU]) == (9, 8, 4)
+    order = [type(module).__name__ for module, *_ in calls if not isinstance(module, nn.Identity)]
+    encoder, decoder = ["Conv2d", "BatchNorm2d", "ReLU"] * 4, ["Conv2d", "BatchNorm2d"] * 4
+    assert order == ["LocalResponseNorm", *encoder, *decoder, "Conv2d"]
+
+
+def test_segnet_basic_before_the_relu_applies_relu_4_times_too(monkeypatch):
+    relus = []
+    relu = torch.relu
+    monkeypatch.setattr(torch, "relu", lambda x: relus.append(x.shape) or relu(x))
+    calls = applied(SegNetBasic(3, switch_source="pre_relu").eval(), torch.randn(1, 3, 32, 32))
+    assert not of_type(calls, nn.ReLU)
+    assert [tuple(shape[-2:]) for shape in relus] == [(16, 16), (8, 8), (4, 4), (2, 2)]
+
+
+def test_segnet_is_the_originals_layer_table():
+    encoder = [64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512]
+    decoder = [512, 512, 512, 512, 512, 256, 256, 256, 128, 128, 64, 64, 11]
+    outputs = encoder + decoder
+    expected = [(before, after, (3, 3)) for before, after in zip([3, *outputs], outputs, strict=False)]
+    calls = of_type(applied(SegNet(11).eval(), torch.randn(1, 3, 32, 32)), nn.Conv2d)
+    assert [(module.in_channels, module.out_channels, module.kernel_size) for module, *_ in calls] == expected
+    assert all(module.bias is not None and module.padding == (1, 1) for module, *_ in calls)
+
+
+def test_segnet_basic_is_the_originals_layer_table():
+    expected = [(3, 64, (7, 7))] + [(64, 64, (7, 7))] * 7 + [(64, 11, (1, 1))]
+    calls = of_type(applied(SegNetBasic(11).eval(), torch.randn(1, 3, 32, 32)), nn.Conv2d)
+    assert [(module.in_channels, module.out_channels, module.kernel_size) for module, *_ in calls] == expected
+
+
+def test_segnet_runs_through_the_originals_sizes_at_360x480():
+    model = SegNet(3, width=SLIM).eval()
+    sizes = [tuple(shape[-2:]) for _, shape, _ in of_type(applied(model, torch.randn(1, 3, 360, 480)), nn.Conv2d)]
+    stages = [((360, 480), 2), ((180, 240), 2), ((90, 120), 3), ((45, 60), 3), ((23, 30), 3)]
+    encoder = [size for size, length in stages for _ in range(length)]
+    assert sizes == encoder + encoder[::-1]
+    with torch.no_grad():
+        assert tuple(model.encoder(torch.randn(1, 3, 360, 480)).features.shape[-2:]) == (12, 15)
+
+
+def test_segnet_basic_runs_through_the_originals_sizes_at_360x480():
+    sizes = [(360, 480), (180, 240), (90, 120), (45, 60)]
+    calls = of_type(applied(SegNetBasic(3).eval(), torch.randn(1, 3, 360, 480)), nn.Conv2d)
+    assert [tuple(shape[-2:]) for _, shape, _ in calls] == [*sizes, *sizes[::-1], (360, 480)]
+
+
+def test_receptive_field_of_segnet_basic_after_pool4_is_106():
+    # With positive weights a rising ramp makes the last cell of every window win, a falling one the first:
+    # together the gradients of one unit reach every pixel that it can see.
+    encoder = SegNetBasic(3).encoder.eval().double()
+    for module in encoder.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.constant_(module.weight, 1 / module.weight[0].numel())
+    ramp = torch.arange(240.0, dtype=torch.float64)
+    seen = torch.zeros(240, 240, dtype=torch.bool)
+    for image in (ramp[:, None] + ramp, 480 - ramp[:, None] - ramp):
+        image = image.expand(1, 3, -1, -1).clone().requires_grad_()
+        encoder(image).features[0, 0, 7, 7].backward()
+        seen |= image.grad[0].abs().sum(dim=0) > 0
+    rows, columns = seen.any(dim=1).nonzero(), seen.any(dim=0).nonzero()
+    assert (rows.max() - rows.min() + 1).item() == 106
+    assert (columns.max() - columns.min() + 1).item() == 106
+
+
+def test_segnet_basic_normalises_the_response_by_the_originals_formula():
+    image = torch.rand(2, 3, 5, 7) * 255
+    expected = image / (1 + 2e-5 * image.square().sum(dim=1, keepdim=True)) ** 0.75
+    torch.testing.assert_close(SegNetBasic(3).normalise(image), expected)
+
+
+def test_weights_start_as_caffes_msra_and_biases_at_zero():
+    for module in SegNet(11).modules():
+        if isinstance(module, nn.Conv2d):
+            fan_in = module.in_channels * 9
+            assert module.weight.std().item() == pytest.approx((2 / fan_in) ** 0.5, rel=0.1)
+            assert module.bias.eq(0).all()
+
+
+# What holds of every network.
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_parameter_gets_a_gradient(name, source):
+    model = NETWORKS[name](switch_source=source)
+    model(torch.randn(2, 3, 45, 50)).square().mean().backward()
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is not None, key
+        if not key.endswith("conv.bias"):  # the batch norm after it takes its effect away
+            assert parameter.grad.abs().sum() > 0, key
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_decoder_shares_no_weight_with_the_encoder(name):
+    model = NETWORKS[name]()
+    pointers = {part: {p.data_ptr() for p in getattr(model, part).parameters()} for part in ("encoder", "decoder")}
+    assert pointers["encoder"]
+    assert pointers["decoder"]
+    assert pointers["encoder"].isdisjoint(pointers["decoder"])
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_logits_can_be_negative_and_positive_in_every_class(name):
+    with torch.no_grad():
+        logits = NETWORKS[name]()(torch.randn(2, 3, 64, 64))
+    assert (logits < 0).any(dim=3).any(dim=2).any(dim=0).all()
+    assert (logits > 0).any(dim=3).any(dim=2).any(dim=0).all()
+
+
+@pytest.mark.parametrize("size", [(32, 32), (33, 47), (37, 50), (65, 32), (360, 480)])
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_logits_have_the_size_of_the_image(name, source, size):
+    model = NETWORKS[name](switch_source=source).eval()
+    with torch.no_grad():
+        assert model(torch.randn(1, 3, *size)).shape == (1, 3, *size)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 7])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_images_may_have_any_number_of_channels(name, channels):
+    model = NETWORKS[name](in_channels=channels).eval()
+    assert model.in_channels == channels
+    with torch.no_grad():
+        assert model(torch.randn(1, channels, 33, 47)).shape == (1, 3, 33, 47)
+
+
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("depth", VGG_STAGES)
+def test_decoder_mirrors_an_encoder_of_any_depth(depth, norm):
+    model = SegNet(3, depth=depth, norm=norm, width=SLIM).eval()
+    calls = applied(model, torch.randn(1, 3, 33, 47))
+    assert len(of_type(calls, nn.Conv2d)) == 2 * (depth - 3)
+    assert len(of_type(calls, nn.BatchNorm2d)) == (2 * (depth - 3) - 1 if norm else 0)
+    assert calls[-1][2] == (1, 3, 33, 47)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_pooled_values_and_gradients_are_the_same_before_and_after_the_relu(name):
+    before, after = (NETWORKS[name](switch_source=source) for source in SOURCES)
+    after.load_state_dict(before.state_dict())
+    image = torch.randn(2, 3, 45, 51)
+    encodings = [model.encoder(image) for model in (before, after)]
+    for first, second in zip(*(encoding.pooled for encoding in encodings), strict=True):
+        assert torch.equal(first.features.view(torch.int32), second.features.view(torch.int32))
+        # Where the maximum is positive both name its cell.
+        assert torch.equal(first.switches[first.features > 0], second.switches[first.features > 0])
+        assert second.switches[second.features == 0].eq(0).all()
+        assert first.switches[first.features == 0].unique().tolist() == [0, 1, 2, 3]
+    for encoding in encodings:
+        encoding.features.square().sum().backward()
+    for first, second in zip(before.encoder.parameters(), after.encoder.parameters(), strict=True):
+        assert torch.equal(first.grad, second.grad)
+
+
+# torch.compile.
+
+
+def assert_compiled_is_eager(model, backend, **tolerance):
+    compiled = torch.compile(model, fullgraph=True, backend=backend, dynamic=True)
+    for size in [(33, 47), (40, 64)]:
+        image = torch.randn(2, 3, *size)
+        results = []
+        for network in (compiled, model):
+            model.zero_grad()
+            logits = network(image)
+            logits.square().mean().backward()
+            results.append([logits.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
+        for ours, expected in zip(*results, strict=True):
+            torch.testing.assert_close(ours, expected, **tolerance)
+
+
+@pytest.mark.slow
+def test_slimmest_segnet_compiles_whole_and_equals_eager():
+    assert_compiled_is_eager(SegNet(3, depth=11, norm=False, width=SLIM), "aot_eager")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_network_compiles_whole_and_equals_eager(name):
+    assert_compiled_is_eager(NETWORKS[name](), "aot_eager")
+
+
+@pytest.mark.slow
+def test_segnet_compiled_by_inductor_equals_eager():
+    model = SegNet(3, depth=11, norm=False, width=0.03)
+    assert_compiled_is_eager(model, "inductor", rtol=1e-3, atol=1e-4)
+
+
+# The networks without switches.
+
+BASELINES = {
+    "FCN": lambda **o: FCN(3, fc_width=16, depth=11, width=SLIM, **o),
+    "FCN of padding 100": lambda **o: FCN(3, fc_width=16, depth=11, width=SLIM, padding=100, **o),
+    "DeepLabLargeFOV": lambda **o: DeepLabLargeFOV(3, fc_width=16, depth=11, width=SLIM, **o),
+    "UNet": lambda **o: UNet(3, depth=11, width=SLIM, norm=False, **o),
+}
+
+
+def without_chance(name):
+    """A baseline whose dropout drops nothing and whose scores do not start at zero."""
+    model = BASELINES[name](dropout=0.0)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and module.weight.eq(0).all():
+            nn.init.normal_(module.weight)
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BASELINES)
+def test_every_baseline_compiles_whole_and_equals_eager(name):
+    assert_compiled_is_eager(without_chance(name), "aot_eager")
+
+
+@pytest.mark.slow
+def test_a_pyramid_compiles_whole_and_equals_eager():
+    assert_compiled_is_eager(FPN(3, depth=11, width=SLIM, channels=16, norm=False), "aot_eager")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*BASELINES, "FPN"])
+def test_every_baseline_exports_with_free_sizes(name):
+    model = (FPN(3, depth=11, width=SLIM, channels=16) if name == "FPN" else without_chance(name)).eval()
+    free = {2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
+    exported = torch.export.export(model, (torch.randn(1, 3, 64, 80),), dynamic_shapes=(free,)).module()
+    for size in [(71, 45), (64, 96), (33, 40)]:
+        image = torch.randn(1, 3, *size)
+        with torch.no_grad():
+            torch.testing.assert_close(exported(image), model(image))

@@ -1,0 +1,73 @@
+"""What every page is checked for: rows of its tables, contrast, names that are markup."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import fakes
+from PIL import Image
+from playwright.sync_api import Page
+
+NAMES = ("<script>window.hit=1</script>", "a\"b'c & <b>bold</b>", "שלום 🙂")
+
+
+FILES = ("<img src=x onerror='window.hit=1'>", '\u202egnp.exe & "x"', "صورة 🚲", "plain")
+
+
+IGNORED = 255
+
+SIZES = ((24, 33), (20, 31), (1, 1), (32, 27), (24, 33), (17, 20), (25, 25), (30, 30))
+
+
+def hostile(folder: Path) -> Path:
+    """A folder of images of many sizes, whose files and classes have names that a page must not take for HTML."""
+    for index in range(16):
+        size = SIZES[index % len(SIZES)]
+        image, mask = fakes.image_and_mask(index, 3, size)
+        mask[: size[0] // 4, : size[1] // 3] = IGNORED
+        split = "train" if index < 8 else "val"
+        name = FILES[index - 8] if 8 <= index < 8 + len(FILES) else f"{split}_{index}"
+        for sub, array in (("images", image), ("masks", mask)):
+            (folder / split / sub).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(array).save(folder / split / sub / f"{name}.png")
+    return folder
+
+
+def rows(browser: Page, section: str, table: int = 0) -> list[list[str]]:
+    """The text of a table's body, as a browser shows it."""
+    body = browser.locator(f"#{section} table").nth(table).locator("tbody")
+    return body.evaluate("(body) => [...body.rows].map((row) => [...row.cells].map((cell) => cell.innerText.trim()))")
+
+
+def contrasts(browser: Page) -> list[list[object]]:
+    """Texts whose contrast with what is behind them is below 4.5, which WCAG 2 asks for, and how much it is."""
+    return browser.evaluate(
+        """() => {
+          const ink = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+          const rgba = (colour) => {
+            ink.clearRect(0, 0, 1, 1); ink.fillStyle = colour; ink.fillRect(0, 0, 1, 1);
+            return ink.getImageData(0, 0, 1, 1).data;
+          };
+          const light = ([r, g, b]) => {
+            const linear = (v) => v / 255 <= 0.04045 ? v / 3294.6 : ((v / 255 + 0.055) / 1.055) ** 2.4;
+            const [x, y, z] = [r, g, b].map(linear);
+            return 0.2126 * x + 0.7152 * y + 0.0722 * z;
+          };
+          const behind = (element) => {
+            for (; element; element = element.parentElement) {
+              const colour = rgba(getComputedStyle(element).backgroundColor);
+              if (colour[3] > 250) return colour;
+            }
+          };
+          const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT), low = [];
+          for (let node; (node = texts.nextNode()); ) {
+            const element = node.parentElement, box = element.getBoundingClientRect();
+            if (!node.data.trim() || !box.width || element.closest("dialog, script, template")) continue;
+            const style = getComputedStyle(element);
+            const one = light(rgba(element.closest("svg") ? style.fill : style.color)), other = light(behind(element));
+            const contrast = (Math.max(one, other) + 0.05) / (Math.min(one, other) + 0.05);
+            if (contrast < 4.5) low.push([node.data.trim(), contrast]);
+          }
+          return low;
+        }"""
+    )

@@ -1,0 +1,57 @@
+"""Files that are whole or not there."""
+
+import os
+
+import pytest
+
+from segdeconv.system.files import replace_link, replace_text, replacing
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_writer_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "a"
+    replace_text(path, "old")
+
+    def fail(partial):
+        assert partial.read_bytes() == b"new"
+        raise ArithmeticError
+
+    with pytest.raises(ArithmeticError), replacing(path, before=fail) as file:
+        file.write(b"new")
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["a"]
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name_and_the_folder_after(tmp_path, monkeypatch):
+    order = []
+    sync, replace = os.fsync, os.replace
+
+    def noted_sync(descriptor):
+        order.append(f"sync {os.path.basename(os.readlink(f'/proc/self/fd/{descriptor}'))}")
+        sync(descriptor)
+
+    def noted_replace(source, target, **named):
+        order.append("rename")
+        replace(source, target, **named)
+
+    monkeypatch.setattr(os, "fsync", noted_sync)
+    monkeypatch.setattr(os, "replace", noted_replace)
+    replace_text(tmp_path / "a", "text")
+    assert order == [f"sync .tmp-{os.getpid()}-a", "rename", f"sync {tmp_path.name}"]
+
+
+def test_a_second_name_for_the_same_file_leaves_nothing_behind(tmp_path):
+    """The kernel renames nothing where both names are of one file."""
+    (tmp_path / "last").write_text("x")
+    for _ in range(2):
+        replace_link(tmp_path / "previous", tmp_path / "last")
+        assert names(tmp_path) == ["last", "previous"]
+
+
+def test_a_name_as_long_as_a_name_may_be_is_written_too(tmp_path):
+    path = tmp_path / ("ä" * 127)
+    replace_text(path, "text")
+    assert path.read_text() == "text"

@@ -1,0 +1,170 @@
+"""Where curves and pictures go: what each logger gets, and that none is part of what is learnt."""
+
+import importlib.util
+import json
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+from pytorch_lightning.loggers import Logger
+
+from segdeconv import config
+from segdeconv.checkpoints import checkpoint
+from segdeconv.errors import UsageError
+from segdeconv.train import train
+from segdeconv.training.config_check import check_recipe
+from segdeconv.training.loggers import build_logger, check_logger, show_configuration
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+RECIPE = {
+    "dataset": {
+        "_target_": "segdeconv.data.Shapes",
+        "num_train": 4, "num_val": 2, "size": [32, 32], "batch_size": 2, "num_workers": 0,
+    },
+    "model": {"_target_": "segdeconv.models.SegNet", "stages": [[4], [8]]},
+    "trainer": {"max_epochs": 1, "precision": "32-true", "accelerator": "cpu"},
+}  # fmt: skip
+
+
+class Recording(Logger):
+    """Keeps what it is told."""
+
+    told: ClassVar[list["Recording"]] = []
+
+    def __init__(self, save_dir, *, colour="blue", **anything):
+        super().__init__()
+        self.folder, self.colour, self.anything = save_dir, colour, anything
+        self.metrics, self.parameters, self.pictures = [], None, []
+        self.told.append(self)
+
+    name = version = "recording"
+
+    def log_metrics(self, metrics, step=None):
+        self.metrics.append((step, metrics))
+
+    def log_hyperparams(self, params):
+        self.parameters = params
+
+    def log_image(self, key, images, step=None):
+        self.pictures += [(key, step, image) for image in images]
+
+
+class Lacking(Recording):
+    def __init__(self, save_dir):
+        raise ModuleNotFoundError("Requirement 'curves>=1.2' not met. HINT: Try running `pip install -U 'curves>=1.2'`")
+
+
+class Refused(Recording):
+    def log_hyperparams(self, params):
+        raise RuntimeError("not logged in.\nUse the login command.")
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    run = tmp_path_factory.mktemp("recorded") / "run"
+    train({**RECIPE, "logger": {"_target_": "test_loggers.Recording", "colour": "red", "team": "ours"}}, run)
+    sys.modules["test_loggers"].Recording.told[-1].run = run
+    return sys.modules["test_loggers"].Recording.told[-1]
+
+
+def test_a_logger_gets_scalars_pictures_and_the_recipe(recorded):
+    assert recorded.folder == str(recorded.run)
+    assert (recorded.colour, recorded.anything) == ("red", {"team": "ours"})
+    (step_of_switches, switches), (step, numbers) = recorded.metrics
+    assert step_of_switches == step == 2
+    assert set(switches) == {"switches/tie_rate/level 1", "switches/tie_rate/level 2"}
+    assert {"train/loss", "val/miou", "val/iou/disc", "lr"} <= set(numbers)
+    names = [name for name, _, _ in recorded.pictures]
+    assert {"confusion", "switches"} <= set(names)
+    assert "image, truth, prediction, error/val_00001" in names
+    assert all(picture.dtype == np.uint8 and picture.shape[2] == 3 for _, _, picture in recorded.pictures)
+    assert recorded.parameters["model"]["stages"] == [[4], [8]]
+    assert recorded.parameters["run"] == str(recorded.run)
+    assert not {"logger", "resume"} & set(recorded.parameters)
+
+
+def test_no_other_logger_writes_beside_the_chosen_one(recorded):
+    assert not list(recorded.run.glob("events.*"))
+
+
+def test_a_checkpoint_does_not_remember_the_logger(recorded):
+    read = checkpoint.read(recorded.run / "best.ckpt")  # without --trust
+    assert "logger" not in read.config
+    assert checkpoint.foreign(read.content["hyper_parameters"]) == []
+
+
+def test_another_logger_does_not_make_another_run(recorded, capsys):
+    report = recorded.run / "report.json"
+    before = json.loads(report.read_text())
+    report.unlink()  # as if the run had been stopped before its end
+    train({**RECIPE, "logger": {}, "resume": "auto", "trainer": {**RECIPE["trainer"]}}, recorded.run)
+    assert "going on from last.ckpt" in capsys.readouterr().out
+    assert json.loads(report.read_text())["miou"] == before["miou"]
+
+
+@pytest.mark.parametrize(("choice", "events"), [("none", 0), ("tensorboard", 1)])
+def test_a_run_holds_event_files_only_if_tensorboard_is_chosen(tmp_path, choice, events, capsys):
+    recipe, _ = config.compose([f"logger={choice}"], CONFIGS)
+    train({**RECIPE, "logger": recipe["logger"]}, tmp_path / "run")
+    assert len(list((tmp_path / "run").glob("events.*"))) == events
+    assert not list((tmp_path / "run").glob("hparams.yaml"))
+    assert ("tensorboard --logdir" in capsys.readouterr().out) == bool(events)
+
+
+@pytest.mark.parametrize(
+    ("node", "message"),
+    [
+        ({"_target_": "test_loggers.Lacking"}, "needs the package curves - pip install curves"),
+        ({"_target_": "test_loggers.Refused"}, "logger=Refused cannot start: not logged in. - mend that or choose"),
+        ({"_target_": "test_loggers.Lacking", "x": 1}, "there is no key logger.x"),
+        ({"_target_": "test_loggers.Recording", "save_dir": "/"}, "there is no key logger.save_dir"),
+        ({"project": "mine"}, "logger._target_ is None - give the dotted name of a class"),
+    ],
+)
+def test_a_logger_that_cannot_be_is_one_sentence(tmp_path, node, message):
+    with pytest.raises(UsageError) as caught:
+        show_configuration(build_logger(check_logger(node), tmp_path), {}, tmp_path)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("library", ["wandb", "mlflow"])
+def test_a_library_that_is_not_installed_is_named_with_its_pip_command(tmp_path, library):
+    if importlib.util.find_spec(library):
+        pytest.skip(f"{library} is installed")
+    recipe = check_recipe(config.compose([f"logger={library}"], CONFIGS)[0])
+    with pytest.raises(UsageError, match=f"needs the package {library} - pip install {library}"):
+        build_logger(recipe["logger"], tmp_path)
+
+
+def test_neither_library_is_imported_before_it_is_chosen():
+    probe = "import sys, segdeconv.train; print([name for name in ('wandb', 'mlflow') if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+@pytest.mark.slow
+def test_wandb_keeps_an_offline_run_in_the_folder_of_the_run(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    train({**RECIPE, "logger": config.compose(["logger=wandb"], CONFIGS)[0]["logger"]}, tmp_path / "run")
+    assert len(list(tmp_path.glob("run/wandb/offline-run-*/*.wandb"))) == 1
+    pictures = {path.name.split("_")[0] for path in tmp_path.glob("run/wandb/offline-run-*/files/media/**/*.png")}
+    assert pictures == {"confusion", "val"}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of what MLflow uses
+def test_mlflow_keeps_scalars_parameters_and_pictures(tmp_path, monkeypatch):
+    pytest.importorskip("mlflow")
+    monkeypatch.chdir(tmp_path)
+    train({**RECIPE, "logger": config.compose(["logger=mlflow"], CONFIGS)[0]["logger"]}, "run")
+    kept = sqlite3.connect(tmp_path / "mlflow.db")
+    assert kept.execute("select count(*) from metrics where key = 'val/miou'").fetchone() == (1,)
+    assert kept.execute("select value from params where key = 'model/stages'").fetchone() == ("[[4], [8]]",)
+    kept.close()
+    assert list(tmp_path.glob("mlruns/**/configuration.yaml"))
+    assert list(tmp_path.glob("mlruns/**/confusion*.png"))

@@ -1,0 +1,232 @@
+"""A run: learning, and going on to the bit after it was stopped anywhere."""
+
+import hashlib
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from segdeconv import config
+from segdeconv.checkpoints import checkpoint
+from segdeconv.errors import DivergedError, Interrupted, UsageError
+from segdeconv.train import train
+from segdeconv.training.callbacks import MetricsFile
+from segdeconv.training.checkpointing import canonical_loops
+from segdeconv.training.resume import find_run, usable_checkpoint
+from segdeconv.training.stopping import Stopping
+
+ROOT = Path(__file__).parents[2]
+STEPS_PER_EPOCH, EPOCHS = 3, 3
+ARGUMENTS = (
+    "augment=street",
+    "model.stages=[[4],[8],[8]]",
+    "dataset.num_train=13",
+    "dataset.num_val=6",
+    "dataset.batch_size=4",
+    "dataset.num_workers=0",
+    f"trainer.max_epochs={EPOCHS}",
+    "trainer.precision=32-true",
+    "schedule.warmup_steps=2",
+)
+
+
+def run(folder, *arguments, resume=None):
+    given = dict(argument.split("=", 1) for argument in (*ARGUMENTS, *arguments))
+    recipe, _ = config.compose([f"{key}={value}" for key, value in given.items()], ROOT / "configs")
+    train({**recipe, "resume": resume}, folder)
+
+
+def digest(folder):
+    """One hash over everything a run has learnt: weights, optimizer, counters, best score and metric history."""
+    content = checkpoint.load_plain(folder / "last.ckpt")
+    found = hashlib.sha256((folder / "metrics.csv").read_bytes())
+
+    def add(value):
+        if isinstance(value, torch.Tensor):
+            found.update(value.contiguous().view(torch.uint8).numpy().tobytes() if value.ndim else str(value).encode())
+        elif isinstance(value, dict):
+            for name in sorted(value, key=str):
+                found.update(str(name).encode())
+                add(value[name])
+        elif isinstance(value, list | tuple):
+            for item in value:
+                add(item)
+        else:
+            found.update(repr(value).encode())
+
+    for part in ("state_dict", "optimizer_states", "loops", "global_step", "epoch", "callbacks", "segdeconv"):
+        add(content[part])
+    return found.hexdigest()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run(folder)
+    return digest(folder)
+
+
+def test_a_run_leaves_what_the_contract_names(tmp_path, undisturbed, capsys):
+    run(tmp_path)
+    assert digest(tmp_path) == undisturbed
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"best.ckpt", "last.ckpt", "previous.ckpt", "config.yaml", "metrics.csv", "report.json"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    assert not [name for name in names if name.startswith(".tmp")]
+    rows = (tmp_path / "metrics.csv").read_text().splitlines()
+    assert len(rows) == 1 + EPOCHS
+    assert [int(row.split(",")[0]) for row in rows[1:]] == [3, 6, 9]
+    assert "val/miou" in rows[0]
+    assert "val/iou/disc" in rows[0]
+    shown = capsys.readouterr().out
+    for words in (
+        "Shapes: 13 train, 6 val images",
+        "7: background, disc",
+        "parameters",
+        "precision 32-true",
+        "best.ckpt",
+    ):
+        assert words in shown
+    with pytest.raises(UsageError, match="already holds a run - go on with resume=auto"):
+        run(tmp_path)
+
+
+def test_tensorboard_gets_scalars_pictures_the_confusion_and_the_configuration(tmp_path):
+    run(tmp_path, "trainer.max_epochs=1")
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    tags = events.Tags()
+    assert {"lr", "train/loss", "val/loss", "val/miou", "val/iou/disc", "train/iou/ring"} <= set(tags["scalars"])
+    assert "confusion" in tags["images"]
+    assert sum(name.startswith("image, truth, prediction, error/val_") for name in tags["images"]) == 4
+    assert tags["tensors"] == ["configuration/text_summary"]
+
+
+@pytest.mark.parametrize("step", range(1, STEPS_PER_EPOCH * EPOCHS + 1))
+def test_a_run_that_is_asked_to_stop_at_any_step_goes_on_to_the_same_bits(tmp_path, monkeypatch, undisturbed, step):
+    ask = Stopping.on_train_batch_end
+
+    def at_step(self, trainer, *arguments):
+        if trainer.global_step == step:
+            self.received = signal.SIGTERM
+        ask(self, trainer, *arguments)
+
+    monkeypatch.setattr(Stopping, "on_train_batch_end", at_step)
+    with pytest.raises(Interrupted, match=f"stopped by SIGTERM at step {step}, saved in") as caught:
+        run(tmp_path)
+    assert caught.value.exit_code == 143
+    monkeypatch.setattr(Stopping, "on_train_batch_end", ask)
+    run(tmp_path, resume="auto")
+    assert digest(tmp_path) == undisturbed
+
+
+@pytest.mark.parametrize("step", [2, 4, 6, 8])
+def test_a_run_that_died_at_any_step_goes_on_to_the_same_bits(tmp_path, monkeypatch, undisturbed, step):
+    ask = Stopping.on_train_batch_end
+
+    def at_step(self, trainer, *arguments):
+        if trainer.global_step == step:
+            raise ArithmeticError("the machine fell over")
+        ask(self, trainer, *arguments)
+
+    monkeypatch.setattr(Stopping, "on_train_batch_end", at_step)
+    with pytest.raises(ArithmeticError):
+        run(tmp_path)
+    monkeypatch.setattr(Stopping, "on_train_batch_end", ask)
+    run(tmp_path, resume="auto")
+    assert digest(tmp_path) == undisturbed
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_number_of_workers_changes_nothing(tmp_path, undisturbed, workers):
+    run(tmp_path, f"dataset.num_workers={workers}")
+    assert digest(tmp_path) == undisturbed
+
+
+def test_another_seed_learns_something_else(tmp_path, undisturbed):
+    run(tmp_path, "seed=1")
+    assert digest(tmp_path) != undisturbed
+
+
+def test_a_finished_run_says_so_and_stays(tmp_path, capsys):
+    run(tmp_path)
+    before = digest(tmp_path)
+    capsys.readouterr()
+    run(tmp_path, resume="auto")
+    assert "is finished" in capsys.readouterr().out
+    assert digest(tmp_path) == before
+
+
+def test_going_on_with_another_recipe_is_refused_and_the_keys_are_named(tmp_path):
+    run(tmp_path)
+    with pytest.raises(UsageError, match=r"started with other values of optimizer.lr - give those"):
+        run(tmp_path, "optimizer.lr=0.5", resume="auto")
+
+
+def test_a_run_that_failed_before_it_learnt_anything_does_not_block_its_folder(tmp_path):
+    with pytest.raises(UsageError, match="fewer than one batch"):
+        run(tmp_path, "dataset.batch_size=16")
+    run(tmp_path, "trainer.max_epochs=1")
+    assert (tmp_path / "best.ckpt").is_file()
+
+
+def test_a_damaged_last_checkpoint_is_named_and_the_one_before_it_used(tmp_path, capsys):
+    run(tmp_path)
+    (tmp_path / "last.ckpt").write_bytes(b"cut short")
+    assert usable_checkpoint(tmp_path) == tmp_path / "previous.ckpt"
+    assert "passed over: " in capsys.readouterr().out
+
+
+def test_resume_auto_finds_the_newest_unfinished_run_of_the_same_recipe(tmp_path):
+    recipe = {"seed": 0, "resume": "auto"}
+    for name, seed, finished in (("1", 0, False), ("2", 0, False), ("3", 1, False), ("4", 0, True)):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.yaml").write_text(yaml.safe_dump({"seed": seed, "resume": None}))
+        (folder / "last.ckpt").touch()
+        if finished:
+            (folder / "report.json").write_text("{}")
+    assert find_run("auto", recipe, None, tmp_path) == tmp_path / "2"
+    assert find_run(str(tmp_path / "1" / "last.ckpt"), recipe, None, tmp_path) == tmp_path / "1"
+    with pytest.raises(UsageError, match="is no run - give resume=auto or a folder"):
+        find_run(str(tmp_path / "9"), recipe, None, tmp_path)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_its_step_and_files(tmp_path):
+    with pytest.raises(
+        DivergedError, match=r"the loss is (nan|inf) at step \d+ with learning rate .* on train_000"
+    ) as caught:
+        run(tmp_path, "optimizer=sgd", "optimizer.lr=1e25", "trainer.max_epochs=5")
+    assert caught.value.exit_code == 3
+
+
+def test_max_steps_stops_in_the_middle_of_an_epoch_and_still_validates(tmp_path):
+    run(tmp_path, "trainer.max_steps=4")
+    rows = (tmp_path / "metrics.csv").read_text().splitlines()
+    assert [int(row.split(",")[0]) for row in rows[1:]] == [3, 4]
+    assert (tmp_path / "best.ckpt").is_file()
+
+
+def test_fewer_images_than_a_batch_is_one_sentence(tmp_path):
+    with pytest.raises(UsageError, match="the train split has 13 images, fewer than one batch of 16"):
+        run(tmp_path, "dataset.batch_size=16")
+
+
+def test_loop_counters_are_a_function_of_the_step_alone():
+    epoch, loops = canonical_loops({"fit_loop": {"epoch_progress": "anything"}}, 7, 5, 2)  # 3 steps an epoch
+    assert epoch == 2
+    assert loops["fit_loop"]["epoch_loop.batch_progress"]["current"]["completed"] == 2
+    assert loops["fit_loop"]["epoch_progress"]["current"] == {"ready": 3, "started": 3, "processed": 2, "completed": 2}
+
+
+def test_metrics_are_cut_back_to_the_step_a_run_goes_on_from(tmp_path):
+    metrics = MetricsFile(tmp_path / "metrics.csv")
+    for step in (3, 6, 9):
+        metrics.append({"step": step, "val/miou": step / 10})
+    with metrics.path.open("a") as file:
+        file.write("12")  # a row that a kill cut short
+    metrics.cut_back(6)
+    assert metrics.path.read_text() == "step,val/miou\n3,0.3\n6,0.6\n"

@@ -1,0 +1,349 @@
+"""What a trainer can be told: averages, frozen parts, an early end, time, another network to start from, the watch."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+from fakes import Uneven
+from tiny_runs import recipe, state
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from segdeconv.checkpoints import checkpoint
+from segdeconv.checkpoints.transfer import take_over
+from segdeconv.classes import Classes
+from segdeconv.errors import UsageError
+from segdeconv.losses import CrossEntropy
+from segdeconv.models import SegNet
+from segdeconv.optimization import Restarts, adamw, average, sgd
+from segdeconv.train import train
+from segdeconv.training.config_check import seconds
+from segdeconv.training.diagnostics import collapse
+from segdeconv.training.memory import estimate
+from segdeconv.training.resume import AnyName, find_run, finished
+from segdeconv.training.stopping import Stopping
+
+TRUST = AnyName()
+
+
+# The average of the weights.
+
+
+def test_the_average_is_torchs_own_buffers_included():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    ours = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    ours.load_state_dict(model.state_dict())
+    theirs = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+    theirs.update_parameters(model)  # its first one copies
+    for _ in range(5):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter))
+            model(torch.randn(2, 3, 8, 8) * 3 + 1)
+        average(ours, model, decay=0.9)
+        theirs.update_parameters(model)
+    for name, value in theirs.module.state_dict().items():
+        if value.is_floating_point():
+            torch.testing.assert_close(ours.state_dict()[name], value, msg=name)
+    assert ours[1].num_batches_tracked == 5  # a counter is copied: an average of counts means nothing
+
+
+def test_a_run_with_an_average_validates_and_ships_it(tmp_path):
+    train(recipe(trainer__ema=0.99), tmp_path)
+    read = checkpoint.read(tmp_path / "best.ckpt", trust=TRUST)
+    weights, kept = read.model().state_dict(), read.content["state_dict"]
+    assert all(torch.equal(weights[name], kept[f"averaged.{name}"]) for name in weights)
+    assert not torch.equal(kept["model.decoder.classifier.weight"], kept["averaged.decoder.classifier.weight"])
+    with (tmp_path / "metrics.csv").open() as file:
+        rows = {float(row["val/miou"]) for row in csv.DictReader(file)}
+    assert json.loads((tmp_path / "report.json").read_text())["miou"] == pytest.approx(max(rows), abs=1e-12)
+
+
+def test_the_average_forgets_the_start_quickly_and_then_slowly(tmp_path):
+    """By hand: decay of step n is min(0.99, (1 + n) / (10 + n))."""
+    seen = {}
+
+    def follow(into, model, *, decay):
+        seen[len(seen)] = decay
+        average(into, model, decay=decay)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("segdeconv.training.task.average", follow)
+        train(recipe(trainer__ema=0.5), tmp_path)
+    assert [round(seen[step], 4) for step in (0, 1, 2, 8, 17)] == [0.1, 0.1818, 0.25, 0.5, 0.5]
+
+
+def test_a_run_with_an_average_goes_on_to_the_same_bits(tmp_path, monkeypatch):
+    train(recipe(trainer__ema=0.9), tmp_path / "undisturbed")
+    ask = Stopping.on_train_batch_end
+
+    def die(self, trainer, *arguments):
+        if trainer.global_step == 8:
+            raise ArithmeticError
+        ask(self, trainer, *arguments)
+
+    monkeypatch.setattr(Stopping, "on_train_batch_end", die)
+    with pytest.raises(ArithmeticError):
+        train(recipe(trainer__ema=0.9), tmp_path / "cut")
+    monkeypatch.setattr(Stopping, "on_train_batch_end", ask)
+    train({**recipe(trainer__ema=0.9), "resume": "auto"}, tmp_path / "cut")
+    one, other = state(tmp_path / "undisturbed"), state(tmp_path / "cut")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+# Parts of a network.
+
+
+def test_parts_learn_at_their_own_rates_and_the_longest_name_counts():
+    model = SegNet(3, stages=((4,), (8,)))
+    optimizer = sgd(model, lr=0.1, bias_lr=2.0, part_lr={"encoder": 0.1, "encoder.stages.1": 0.5})
+    rates = {id(p): group["base_lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert rates[id(model.encoder.stages[0][0].conv.weight)] == pytest.approx(0.01)
+    assert rates[id(model.encoder.stages[1][0].conv.weight)] == pytest.approx(0.05)
+    assert rates[id(model.encoder.stages[1][0].conv.bias)] == pytest.approx(0.1)
+    assert rates[id(model.decoder.classifier.weight)] == pytest.approx(0.1)
+    assert len(rates) == len(list(model.parameters()))
+
+
+def test_a_frozen_part_does_not_change_in_weights_or_statistics(tmp_path):
+    train(recipe(trainer__max_epochs=1), tmp_path / "free")
+    train(recipe(trainer__max_epochs=1, optimizer__part_lr={"encoder": 0}), tmp_path / "frozen")
+    torch.manual_seed(0)
+    start = SegNet(3, stages=((4,), (8,))).state_dict()
+    free, frozen = state(tmp_path / "free"), state(tmp_path / "frozen")
+    for name, value in start.items():
+        same = torch.equal(frozen[f"model.{name}"], value)
+        assert same == (name.startswith("encoder.")) or name.endswith("conv.bias"), name
+        if name.endswith(("weight", "running_mean")):
+            assert not torch.equal(free[f"model.{name}"], value), name
+
+
+def test_a_part_that_is_not_there_is_named_with_those_that_are():
+    with pytest.raises(UsageError, match=r"part_lr: the network has no part 'encodr' - did you mean 'encoder'"):
+        adamw(SegNet(3, stages=((4,), (8,))), part_lr={"encodr": 0.1})
+
+
+# How long.
+
+
+def test_training_ends_after_so_many_validations_without_a_better_score(tmp_path, monkeypatch, capsys):
+    scores = iter([0.1, 0.3, 0.2, 0.25, 0.9])
+    keep = "segdeconv.training.checkpointing.Checkpoints.keep"
+    from segdeconv.training.checkpointing import Checkpoints
+
+    real = Checkpoints.keep
+    monkeypatch.setattr(keep, lambda self, trainer, miou: real(self, trainer, miou and next(scores)))
+    train(recipe(trainer__max_epochs=9, trainer__patience=2), tmp_path)
+    with (tmp_path / "metrics.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 4
+    assert "2 validations without a better mIoU than 0.3000: training ends here" in capsys.readouterr().out
+    assert finished(tmp_path)
+    assert checkpoint.load_plain(tmp_path / "best.ckpt")["global_step"] == 12
+
+
+def test_a_run_whose_patience_ran_out_as_it_died_does_not_go_on_training(tmp_path, monkeypatch):
+    train(recipe(trainer__max_epochs=2, trainer__patience=1), tmp_path)
+    content = checkpoint.load_plain(tmp_path / "last.ckpt")
+    (state_key,) = [name for name in content["callbacks"] if "Checkpoints" in name]
+    content["callbacks"][state_key] = {"best": 1.0, "waited": 1}
+    checkpoint.write(content, tmp_path / "last.ckpt")
+    (tmp_path / "report.json").unlink()
+    train({**recipe(trainer__max_epochs=2, trainer__patience=1), "resume": "auto"}, tmp_path)
+    assert checkpoint.load_plain(tmp_path / "last.ckpt")["global_step"] == content["global_step"]
+
+
+def test_time_that_is_over_saves_reports_and_can_be_gone_on_from_to_the_same_bits(tmp_path, capsys):
+    train(recipe(), tmp_path / "undisturbed")
+    train({**recipe(), "max_time": "0s"}, tmp_path / "cut")
+    said = capsys.readouterr().out
+    assert "max_time is over at step 1, saved in" in said
+    assert json.loads((tmp_path / "cut" / "report.json").read_text())["complete"] is False
+    assert not finished(tmp_path / "cut")
+    checked = {"seed": 0}
+    assert find_run("auto", checked, None, tmp_path) is None  # another recipe
+    train({**recipe(), "resume": "auto", "max_time": "1h"}, tmp_path / "cut")
+    assert finished(tmp_path / "cut")
+    one, other = state(tmp_path / "undisturbed"), state(tmp_path / "cut")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert (tmp_path / "cut" / "metrics.csv").read_text() == (tmp_path / "undisturbed" / "metrics.csv").read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("1:02:03", 3723), ("1:00:00:00", 86400), ("90", 90), (90, 90), ("1.5h", 5400)],
+)
+def test_times_are_read(text, expected):
+    assert seconds(text) == expected
+
+
+@pytest.mark.parametrize("text", ["soon", "1:2", "-5", "1h30", ""])
+def test_times_that_are_none_are_refused(text):
+    with pytest.raises(UsageError, match=r"max_time=.* is no time - write hours:minutes:seconds"):
+        seconds(text)
+
+
+def test_warm_restarts_start_again_each_cycle():
+    """By hand, equation 5 of the paper: cycles of 100, 200 and 400 steps."""
+    schedule = Restarts(cycles=3, growth=2, floor=0.1)
+    expected = {0: 1.0, 50: 0.55, 100: 1.0, 200: 0.55, 300: 1.0, 500: 0.55, 700: 0.1}
+    assert {step: round(schedule(step, 700), 6) for step in expected} == expected
+
+
+# Starting from another network.
+
+OLD = Classes(("road", "sky", "car"), ((0, 0, 0), (1, 1, 1), (2, 2, 2)))
+NEW = Classes(("car", "boat", "road", "dog"), ((0, 0, 0), (1, 1, 1), (2, 2, 2), (3, 3, 3)))
+
+
+def kept(model, classes, channels=3):
+    return checkpoint.Checkpoint(
+        "old.ckpt",
+        {"model": {"_target_": "segdeconv.models.SegNet"}},
+        {"classes": classes.plain(), "preprocessing": {"mean": [0.0] * channels}},
+        {"state_dict": {f"model.{name}": value for name, value in model.state_dict().items()}},
+    )
+
+
+def test_the_head_is_taken_over_by_the_names_of_the_classes():
+    torch.manual_seed(0)
+    old, new = SegNet(3, stages=((4,), (8,))), SegNet(4, stages=((4,), (8,)))
+    fresh = new.decoder.classifier.weight.detach().clone()
+    said = take_over(new, NEW, kept(old, OLD))
+    given, got = old.decoder.classifier.weight, new.decoder.classifier.weight
+    assert torch.equal(got[0], given[2])  # car
+    assert torch.equal(got[2], given[0])  # road
+    assert torch.equal(got[[1, 3]], fresh[[1, 3]])
+    assert torch.equal(new.encoder.stages[0][0].conv.weight, old.encoder.stages[0][0].conv.weight)
+    assert "classes it knows: car, road" in said
+    assert "classes that start anew: boat, dog" in said
+
+
+def test_classes_of_the_same_number_in_another_order_are_not_mixed_up():
+    old, new = SegNet(3, stages=((4,),)), SegNet(3, stages=((4,),))
+    turned = Classes(("sky", "car", "road"), OLD.colours)
+    take_over(new, turned, kept(old, OLD))
+    assert torch.equal(new.decoder.classifier.bias, old.decoder.classifier.bias[[1, 2, 0]])
+
+
+def test_what_does_not_fit_is_said():
+    said = take_over(SegNet(3, stages=((4,), (8,), (8,))), OLD, kept(SegNet(3, stages=((4,), (6,))), OLD))
+    assert "not taken over: encoder.stages.1.0.conv.weight (6x4x3x3 there, 8x4x3x3 here)" in said
+    assert "encoder.stages.2.0.conv.weight (not in it)" in said or "more" in said
+
+
+def test_a_first_convolution_of_other_channels_is_adapted():
+    torch.manual_seed(0)
+    old, new = SegNet(3, stages=((4,),)).eval(), SegNet(3, in_channels=1, stages=((4,),)).eval()
+    take_over(new, OLD, kept(old, OLD))
+    grey = torch.randn(1, 1, 8, 8)
+    torch.testing.assert_close(new(grey), old(grey.expand(1, 3, 8, 8)))
+
+
+def test_networks_without_a_common_layer_are_refused():
+    with pytest.raises(UsageError, match=r"init_from=old.ckpt and this network have no layer in common"):
+        take_over(SegNet(3, stages=((5,),), norm=False), OLD, kept(SegNet(3, stages=((7,),), norm=False), OLD))
+
+
+def test_a_run_starts_from_a_checkpoint_and_a_resumed_one_does_not_start_again(tmp_path, capsys):
+    train(recipe(trainer__max_epochs=1), tmp_path / "old")
+    given = str(tmp_path / "old" / "best.ckpt")
+    frozen = {**recipe(trainer__max_epochs=1, optimizer__part_lr={"encoder": 0}), "init_from": given}
+    capsys.readouterr()
+    train(frozen, tmp_path / "new")
+    assert f"started from {given}: " in capsys.readouterr().out
+    one, other = state(tmp_path / "old", "best"), state(tmp_path / "new")
+    same = [torch.equal(one[name], other[name]) for name in one if name.startswith("model.encoder")]
+    assert all(same)
+    assert same
+    (tmp_path / "new" / "report.json").unlink()
+    train({**frozen, "resume": "auto"}, tmp_path / "new")
+    assert "started from" not in capsys.readouterr().out
+
+
+# The watch.
+
+
+def test_the_watch_sees_a_network_that_predicts_one_class_only():
+    classes = Uneven.classes
+    assert collapse(np.array([[5, 0, 0], [3, 0, 0], [2, 0, 0]]), classes) == "dark"
+    assert collapse(np.array([[5, 0, 0], [3, 1, 0], [2, 0, 0]]), classes) is None
+    assert collapse(np.array([[5, 0, 0], [0, 0, 0], [0, 0, 0]]), classes) is None  # there was nothing else to find
+
+
+def test_a_collapse_is_said_in_words_with_the_score_it_equals(tmp_path, capsys, monkeypatch):
+    real = SegNet.forward
+    monkeypatch.setattr(SegNet, "forward", lambda self, x: real(self, x) + torch.tensor([0, 99, 0])[:, None, None])
+    train(recipe(), tmp_path)
+    said = capsys.readouterr().out
+    score = json.loads((tmp_path / "report.json").read_text())["miou"]
+    assert f"the network predicts 'bright' for every pixel: mIoU {score:.4f} equals all-bright" in said
+    assert said.count("equals all-bright") == 1  # not at every validation
+
+
+def test_few_images_for_batch_norm_are_said(tmp_path, capsys):
+    train(recipe(dataset__batch_size=2, trainer__accumulate=4, trainer__max_epochs=1), tmp_path / "2")
+    assert "watch: batch norm takes its statistics from 2 images at a time" in capsys.readouterr().out
+    train(recipe(dataset__batch_size=2, trainer__norm="frozen", trainer__max_epochs=1), tmp_path / "frozen")
+    train(recipe(dataset__batch_size=4, trainer__max_epochs=1), tmp_path / "4")
+    assert "batch norm takes" not in capsys.readouterr().out
+
+
+def test_one_value_per_channel_is_one_sentence(tmp_path):
+    changes = {"dataset__side": 4, "dataset__batch_size": 1, "dataset__size": (4, 4)}
+    with pytest.raises(UsageError, match=r"batch norm sees a single value per channel in a batch of 1 - raise"):
+        train(recipe(model__stages=[[4], [4], [4]], **changes), tmp_path)
+
+
+def test_waiting_for_images_is_said(tmp_path, capsys, monkeypatch):
+    import time
+
+    real = Uneven.__getitem__
+    monkeypatch.setattr("segdeconv.training.diagnostics.NOTICEABLE", 0.1)
+    monkeypatch.setattr(Uneven, "__getitem__", lambda self, index: (time.sleep(0.02), real(self, index))[1])
+    train(recipe(trainer__max_epochs=2), tmp_path)
+    said = capsys.readouterr().out
+    assert said.count("watch: input is the bottleneck: ") == 1
+    assert "dataset.num_workers (now 0)" in said
+
+
+# Memory.
+
+
+def test_the_memory_of_weights_is_counted_by_hand():
+    model = SegNet(3, stages=((4,), (8,)))
+    count = sum(parameter.numel() for parameter in model.parameters())
+    for optimizer, copies in ((sgd(model), 3), (sgd(model, momentum=0), 2), (adamw(model), 4)):
+        found = estimate(model, CrossEntropy(), optimizer, (64, 64), precision="32-true").weights
+        assert found == pytest.approx(4 * count * copies, abs=64)  # and a scalar or two of the loss
+    averaged = estimate(model, CrossEntropy(), adamw(model), (64, 64), precision="32-true", averaged=True)
+    assert averaged.weights == pytest.approx(4 * count * 5, abs=64)
+
+
+def test_weights_in_half_precision_count_once_and_not_for_every_image():
+    model = SegNet(3, stages=((32,), (64,)))
+    convolutions = sum(parameter.numel() for parameter in model.parameters() if parameter.ndim == 4)
+    full, half = (estimate(model, CrossEntropy(), sgd(model), (96, 96), precision=p) for p in ("32-true", "bf16-mixed"))
+    assert half.weights - full.weights == pytest.approx(2 * convolutions, rel=0.05)
+    assert half.image < 0.75 * full.image
+
+
+def test_the_memory_of_an_image_is_what_its_layers_keep():
+    """By hand for one stage without norm: image, convolution, switches, maxima, unpooled map, logits and softmax."""
+    model = SegNet(3, stages=((16,),), norm=False, switch_source="post_relu")
+    found = estimate(model, CrossEntropy(), sgd(model), (128, 128), precision="32-true").image
+    pixels = 128 * 128
+    least = 4 * pixels * (3 + 16 + 16 + 3) + pixels // 4 * 16
+    # Input, convolution, unpooled map and log-softmax in float32; switches in a byte each.
+    assert least <= found <= 1.6 * least
+
+
+# What Lightning refuses.
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_an_accelerator_that_is_not_there_is_one_sentence(tmp_path):
+    with pytest.raises(UsageError, match=r"trainer: .* - change trainer.accelerator or trainer.devices"):
+        train(recipe(trainer__accelerator="gpu"), tmp_path)

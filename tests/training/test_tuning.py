@@ -1,0 +1,75 @@
+"""Trying out: a rate where the loss falls fastest, batch sizes until memory or the data ends."""
+
+import math
+
+import pytest
+import torch
+from fakes import Uneven
+
+from segdeconv.errors import UsageError
+from segdeconv.training import tuning
+from segdeconv.training.config_check import check_recipe
+from segdeconv.training.prepare import prepare
+from segdeconv.training.tuning import Rate, best_rate, try_batch_sizes, try_rates
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def made():
+    return prepare(
+        check_recipe(
+            {
+                "dataset": {"_target_": "fakes.Uneven", "batch_size": 8, "num_workers": 0},
+                "model": {"_target_": "segdeconv.models.SegNet", "stages": [[8], [16]]},
+            }
+        )
+    )
+
+
+def test_the_best_rate_is_where_the_curve_is_steepest():
+    """A curve made by hand: a fall from 2 to 1 that is steepest at 1e-3, then a climb."""
+    rates = [10 ** (place / 20 - 6) for place in range(100)]
+    tried = []
+    for lr in rates:
+        at = math.log10(lr)
+        loss = 2 - 1 / (1 + math.exp(-4 * (at + 3))) + (5 * (at + 1.5) ** 2 if at > -1.5 else 0)
+        tried.append(Rate(lr, loss, loss))
+    assert best_rate(tried) == pytest.approx(1e-3, rel=0.3)
+
+
+def test_a_network_that_is_tried_learns_and_its_best_rate_trains(made):
+    tried = try_rates(made, CPU, "32-true", steps=60)
+    assert tried[0].lr == pytest.approx(1e-6)
+    assert [rate.lr for rate in tried] == sorted(rate.lr for rate in tried)
+    assert min(rate.smoothed for rate in tried) < 0.9 * tried[0].smoothed
+    assert 1e-4 < best_rate(tried) < 0.5
+
+
+def test_an_exploding_loss_ends_the_search(made):
+    made.optimizer.param_groups[0]["base_lr"] *= 1e4
+    tried = try_rates(made, CPU, "32-true", steps=60, highest=1e6)
+    assert len(tried) < 60
+    assert all(math.isfinite(rate.loss) for rate in tried)
+
+
+def test_a_loss_that_is_broken_from_the_start_is_one_sentence(made):
+    with torch.no_grad():
+        made.model.decoder.classifier.bias.fill_(math.nan)
+    with pytest.raises(UsageError, match=r"the loss explodes after 0 steps, at a learning rate of 1.0e-06 - look at"):
+        try_rates(made, CPU, "32-true")
+
+
+def test_batch_sizes_double_until_the_data_ends(made):
+    fits = list(try_batch_sizes(made, CPU, "32-true", averaged=False))
+    assert [fit.batch_size for fit in fits] == [1, 2, 4, 8, 16]
+    assert len(Uneven("train")) == 24
+    assert all(fit.seconds > 0 for fit in fits)
+    growth = fits[4].memory - fits[3].memory
+    assert growth == 8 * (fits[1].memory - fits[0].memory)
+
+
+def test_batch_sizes_end_before_memory_does(made, monkeypatch):
+    fits = list(try_batch_sizes(made, CPU, "32-true", averaged=False))
+    monkeypatch.setattr(tuning, "available", lambda device: int(fits[2].memory / 0.8) + 1)
+    assert [fit.batch_size for fit in try_batch_sizes(made, CPU, "32-true", averaged=False)] == [1, 2, 4]
