@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 
 from segdeconv.cli.command import ArgumentParser, run_command
+from segdeconv.cli.options import add_network_options
 from segdeconv.errors import UsageError
 
 
@@ -20,27 +21,28 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example dataset.max_pixels=50000000")
     parser.add_argument("--port", type=int, default=8000, help="0 for any that is free (default 8000)")
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen on (default: this machine alone)")
-    parser.add_argument("--samples", type=int, default=0, help="average over this many passes with dropout (default 0)")
-    parser.add_argument("--precision", default="auto", help="auto (default), 32-true, bf16-mixed or 16-mixed")
-    parser.add_argument("--trust", action="append", default=[], help="a class of your own that the recipe names")
+    add_network_options(parser)
     arguments = parser.parse_intermixed_args()
     if not 0 <= arguments.port <= 65535:
         raise UsageError(f"--port {arguments.port} is no port - give 0 to 65535")
 
     from segdeconv.checkpoints import checkpoint
-    from segdeconv.serving.predictor import Looker
+    from segdeconv.inference.predictors import PredictionSettings
+    from segdeconv.inference.segmenter import Segmenter
+    from segdeconv.serving.predictor import PicturePredictor
     from segdeconv.serving.server import Server
 
     read = checkpoint.read(arguments.checkpoint, trust=arguments.trust, overrides=arguments.overrides)
-    looker = Looker(read, precision=arguments.precision, samples=arguments.samples)
-    server = Server(looker, arguments.host, arguments.port)
+    settings = PredictionSettings(precision=arguments.precision, samples=arguments.samples)
+    predictor = PicturePredictor(Segmenter(read, settings))
+    server = Server(predictor, arguments.host, arguments.port)
     if not server.loopback:
         print(
             f"segdeconv: warning: --host {arguments.host} lets everyone on your network send pictures and see the "
             "answers; nothing is encrypted and nobody is asked who he is",
             file=sys.stderr,
         )
-    print(f"{looker.name}, {len(looker.classes)} classes: {server.url}", flush=True)
+    print(f"{predictor.name}, {len(predictor.classes)} classes: {server.url}", flush=True)
     print("Ctrl-C ends it.", flush=True)
     server.serve()
 

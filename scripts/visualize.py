@@ -2,7 +2,7 @@
 
     python scripts/visualize.py CHECKPOINT [IMAGE_OR_FOLDER ...] [--out DIR] [key=value ...]
 
-Without pictures it looks at the validation split of the checkpoint's data set. Writes PNG sheets, for the first images
+Without pictures it takes the validation split of the checkpoint's data set. Writes PNG figures, for the first images
 NAME_switches, NAME_flow, NAME_stages and NAME_stability, for each layer units_LAYER, and index.html with all of them.
 A network without unpooling has no stages, and one whose pools keep no switches only units; that is said.
 """
@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from segdeconv.cli.command import ArgumentParser, run_command
+from segdeconv.cli.options import add_network_options, is_override
 from segdeconv.errors import UsageError, did_you_mean
 
 KINDS = "switches,flow,stages,stability,units"
 
 
 def main() -> int:
-    """Parse, restore, look at each image and at each layer."""
+    """Parse, restore, draw each image and each layer."""
     parser = ArgumentParser("visualize.py", description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", help="a .ckpt that train.py wrote")
     parser.add_argument("paths", nargs="*", metavar="PATH", help="pictures or folders; then key=value")
@@ -29,13 +30,12 @@ def main() -> int:
     parser.add_argument("--only", default=KINDS, metavar="KIND,...", help=f"which sheets (default: {KINDS})")
     parser.add_argument("--images", type=int, default=3, help="how many images have sheets of their own (default 3)")
     parser.add_argument("--class", dest="label", help="whose way through the decoder is shown (default: the largest)")
-    parser.add_argument("--samples", type=int, default=0, help="show the variance over so many passes with dropout too")
     parser.add_argument("--layers", metavar="NAME,...", help="modules whose units are shown (default: encoder stages)")
     parser.add_argument("--maps", metavar="N,...", help="numbers of the units (default: some at random)")
     parser.add_argument("--num-maps", type=int, default=6, help="how many at random (default 6)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice at random (default 0)")
     parser.add_argument("--search", type=int, default=200, help="most images to search for activations (default 200)")
-    parser.add_argument("--trust", action="append", default=[], help="a class of your own that the recipe names")
+    add_network_options(parser)
     arguments = parser.parse_intermixed_args()
     overrides = [path for path in arguments.paths if is_override(path)]
     kinds = arguments.only.split(",")
@@ -50,11 +50,12 @@ def main() -> int:
 
     from tqdm import tqdm
 
-    from segdeconv.analysis.visualization import Looker, of_dataset, of_files
+    from segdeconv.analysis.visualization import Visualizer, of_dataset, of_files
     from segdeconv.checkpoints import checkpoint
     from segdeconv.drawing import draw
     from segdeconv.evaluation.evaluate import restore_dataset
-    from segdeconv.system.devices import best_device
+    from segdeconv.inference.predictors import PredictionSettings
+    from segdeconv.inference.segmenter import Segmenter
 
     read = checkpoint.read(arguments.checkpoint, trust=arguments.trust, overrides=overrides)
     names = read.classes.names
@@ -63,30 +64,33 @@ def main() -> int:
             f"--class {arguments.label} is no class of {read.path} - {did_you_mean(arguments.label, names)}"
         )
     label = names.index(arguments.label) if arguments.label is not None else None
-    looker = Looker(read, best_device(), samples=arguments.samples)
-    pictures = of_files(files, looker.preprocessing) if files else of_dataset(restore_dataset(read, "val"))
+    settings = PredictionSettings(precision=arguments.precision, samples=arguments.samples)
+    visualizer = Visualizer(Segmenter(read, settings))
+    pictures = of_files(files, read.preprocessing) if files else of_dataset(restore_dataset(read, "val"))
     written: list[str] = []
 
-    def write(name: str, sheet: Any) -> None:
-        draw.save_image(sheet, arguments.out / f"{name}.png")
+    def write(name: str, figure: Any) -> None:
+        draw.save_image(figure, arguments.out / f"{name}.png")
         written.append(f"{name}.png")
 
-    lacking = {kind: looker.lacking(kind) for kind in kinds}
+    lacking = {kind: visualizer.lacking(kind) for kind in kinds}
     for reason in dict.fromkeys(filter(None, lacking.values())):
         print(f"without {', '.join(kind for kind in kinds if lacking[kind] == reason)}: {reason}")
     if set(kinds) - {"units"}:
         for picture in tqdm(pictures[: arguments.images], unit="image", disable=None):
-            for kind, sheet in looker.sheets(picture, kinds, label=label).items():
-                write(f"{picture.name}_{kind}", sheet)
+            for kind, figure in visualizer.figures(picture, kinds, label=label).items():
+                write(f"{picture.name}_{kind}", figure)
     if "units" in kinds:
-        layers = arguments.layers.split(",") if arguments.layers else looker.layers()
+        layers = arguments.layers.split(",") if arguments.layers else visualizer.layers()
         if not layers:
             raise UsageError(f"{read.path} has no encoder with stages - name modules of it with --layers")
         step = max(1, len(pictures) // arguments.search)
         searched = pictures[::step][: arguments.search]
-        found = looker.strongest(searched, layers)
+        strongest = visualizer.strongest(searched, layers)
         for layer in tqdm(layers, unit="layer", disable=None):
-            sheet = looker.units_sheet(searched, found, layer, maps=maps, num=arguments.num_maps, seed=arguments.seed)
+            sheet = visualizer.units_sheet(
+                searched, strongest, layer, maps=maps, num=arguments.num_maps, seed=arguments.seed
+            )
             write(f"units_{layer}", sheet)
     if not written:
         raise UsageError(
@@ -116,12 +120,6 @@ def numbers(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
         raise UsageError(f"--maps {text} is no list of numbers - give for example --maps 0,5,9") from error
-
-
-def is_override(argument: str) -> bool:
-    """A `key=value`, and not a path that happens to have an equals sign in it."""
-    key, equals, _ = argument.partition("=")
-    return bool(equals) and key.replace(".", "").replace("_", "").isalnum() and not Path(argument).exists()
 
 
 def find_pictures(paths: list[str], out: Path) -> dict[str, Path]:

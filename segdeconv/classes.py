@@ -166,6 +166,27 @@ class Classes:
         )
 
 
+def match_classes(classes: Classes, others: Classes, *, owners: tuple[str, str], way_out: str) -> list[int]:
+    """Return, for each of `classes`, the index of the class of the same name among `others`.
+
+    Args:
+        owners: What has the classes and the others, for the message.
+        way_out: What to do where a class is in one only.
+
+    Raises:
+        UsageError: A class is in one only.
+    """
+    if different := [
+        name for name in (*classes.names, *others.names) if (name in classes.names) != (name in others.names)
+    ]:
+        described = (
+            f"{owner} has {len(one)} classes ({', '.join(one.names[:3])}{', ...' if len(one) > 3 else ''})"
+            for owner, one in zip(owners, (classes, others), strict=True)
+        )
+        raise UsageError(f"{' and '.join(described)}; '{different[0]}' is in one only - {way_out}")
+    return [others.names.index(name) for name in classes.names]
+
+
 def pack_colours(image: np.ndarray) -> np.ndarray:
     """(..., 3) RGB -> (...,) int32, one number per colour."""
     image = image.astype(np.int32)

@@ -29,7 +29,8 @@ from segdeconv.errors import TimeUp, UsageError, command
 from segdeconv.evaluation import report
 from segdeconv.evaluation.boundary import Boundaries
 from segdeconv.evaluation.calibration import Calibration
-from segdeconv.evaluation.evaluate import evaluate
+from segdeconv.evaluation.evaluate import evaluate, restore_dataset
+from segdeconv.inference.segmenter import Segmenter
 from segdeconv.training import config_check, loggers, processes, resume, run_folder
 from segdeconv.training.callbacks import Pictures, Progress, Recorder
 from segdeconv.training.checkpointing import Checkpoints
@@ -115,11 +116,12 @@ def train(recipe: Mapping[str, Any], run: str | Path, *, typed: str | None = Non
     calibration = Calibration(made.classes.ignore_index)
     boundaries = Boundaries(len(made.classes), made.classes.ignore_index)
     device = torch.device(trainer.strategy.root_device)
-    confusion, num_images = evaluate(best, "val", device=device, calibration=calibration, boundaries=boundaries)
+    dataset = restore_dataset(best, "val")
+    confusion = evaluate(Segmenter(best, device=device), dataset, calibration=calibration, boundaries=boundaries)
     noted: dict[str, Any] = {"command": typed, "checkpoint": str(best.path), "split": "val", "complete": complete}
     noted["calibration"] = calibration.report()
     report.write_json(
-        report.report(confusion, num_images, made.classes, boundaries=boundaries, **noted), run / "report.json"
+        report.report(confusion, len(dataset), made.classes, boundaries=boundaries, **noted), run / "report.json"
     )
     curves = loggers.close(logger)
     print("\n" + report.table(confusion, made.classes, calibration, boundaries))

@@ -40,9 +40,9 @@ def test_every_command_names_a_script_and_keys_that_exist(line, monkeypatch):
         recipe, _ = config.compose(keys, ROOT / "configs")
         check_recipe(recipe)
     else:
-        source = script.read_text()
-        if "segdeconv.cli.options" in source:  # what scripts share
-            source += (ROOT / "segdeconv" / "cli" / "options.py").read_text()
+        cli = ROOT / "segdeconv" / "cli"
+        sources = [script, cli / "options.py", *cli.glob(f"{script.stem}.py")]
+        source = "".join(path.read_text() for path in sources)
         for option in (word.split("=")[0] for word in words[1:] if word.startswith("--")):
             assert f'"{option}"' in source
 

@@ -1,10 +1,8 @@
-"""Which signs of doubt find the errors: entropy, Monte Carlo variance, unsteady switches, each by its AUROC."""
+"""Which uncertainty signals find the errors: entropy, Monte Carlo variance, unstable switches, each by its AUROC."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, Self
 
 import numpy as np
@@ -14,15 +12,13 @@ from tqdm import tqdm
 
 from segdeconv.analysis.switch_paths import recorded
 from segdeconv.analysis.switch_stability import NOISE, instability
-from segdeconv.checkpoints.checkpoint import Checkpoint
 from segdeconv.data.dataset import SegmentationDataset
 from segdeconv.data.preprocessing import Preprocessing
 from segdeconv.errors import UsageError
-from segdeconv.inference.dropout_sampling import sampler_of
-from segdeconv.inference.scorers import ready, resized, scorer_of, scorer_on
-from segdeconv.models import SegmentationModel
-from segdeconv.switches.ops import Pooling
-from segdeconv.system.devices import resolve_precision
+from segdeconv.inference.predictors import PredictionSettings
+from segdeconv.inference.scorers import entropy_of, resized
+from segdeconv.inference.segmenter import Segmenter
+from segdeconv.switches import Pooling
 
 # Values are put in order by the upper 20 of the 31 bits of a float32, which for numbers from 0 grow with the number:
 # steps of less than 0.05 % at any magnitude.
@@ -59,78 +55,53 @@ class ErrorRanking:
         return float((wrong * (below + right / 2)).sum() / pairs) if pairs else math.nan
 
 
-@contextmanager
-def pools_of(
-    model: SegmentationModel, device: torch.device, precision: str
-) -> Iterator[Callable[[Tensor], list[Pooling]]]:
-    """A trained network as a function from normalised images to the poolings of its encoder; uses a copy of it."""
-    network = ready(model, device, precision)
-    score = scorer_on(network, device, precision, network.minimum_size)
-    with recorded(network) as pooled:
-
-        def pools(image: Tensor) -> list[Pooling]:
-            score(image)
-            return list(pooled)
-
-        yield pools
-
-
 def noise_of(preprocessing: Preprocessing) -> Tensor:
     """(C,) the standard deviation of the noise of `stability.views`, in the units of normalised images."""
     noise = NOISE * (2**preprocessing.bits - 1) / torch.tensor(preprocessing.std)
     return noise.flip(0) if preprocessing.order == "bgr" else noise
 
 
-def uncertainty(
-    checkpoint: Checkpoint,
-    dataset: SegmentationDataset,
-    *,
-    device: torch.device,
-    precision: str = "auto",
-    flip: bool = False,
-    samples: int = 0,
-) -> list[dict[str, Any]]:
+def uncertainty(segmenter: Segmenter, dataset: SegmentationDataset) -> list[dict[str, Any]]:
     """The rows of report["uncertainty"]: signal, and the AUROC with which it finds wrong pixels, null for none.
 
-    Predictions, and thus errors, are those of `scoring.evaluate` with the same arguments. Signals: `confidence`, 1 less
-    the largest probability; `entropy` of the probabilities; with samples, `variance` over them, the mean over the
-    classes, and `mutual information`; for a network whose pools keep switches, `switches`, how often they change
+    Predictions, and thus errors, are those of `evaluate` with the same segmenter. Signals: `confidence`, 1 less the
+    largest probability; `entropy` of the probabilities; with samples, `variance` over them, the mean over the classes,
+    and `mutual information`; for a network whose pools keep switches, `switches`, how often they change
     (`Instability.changed`, the mean over the levels), and `moved`, how much they move; `switches k`, `moved k`: of
     level k alone.
 
-    dataset: a split as `scoring.restore_dataset` gives it.
+    dataset: a split as `restore_dataset` gives it.
     """
-    preprocessing = checkpoint.preprocessing
-    precision = resolve_precision(precision, checkpoint.facts["precision"])
-    model = checkpoint.model()
-    score = scorer_of(model, device, precision, flip=flip)
-    draw = sampler_of(model, device, precision, samples, flip=flip) if samples else None
+    network, preprocessing = segmenter.network, segmenter.preprocessing
     rankings: dict[str, ErrorRanking] = {}
     noise = noise_of(preprocessing)
-    bar = tqdm(total=len(dataset), desc=f"looking for doubt in {dataset.split}", unit="image", disable=None)
-    with bar, pools_of(model, device, precision) as pools:
-        for place in range(len(dataset)):
-            image, stored, name = dataset[place]
-            ready_image = preprocessing(image, name)[None].to(device)
-            mask = torch.from_numpy(stored).to(device)
-            drawn = draw(ready_image) if draw else None
-            scores = drawn.probabilities if drawn else score(ready_image)
-            one = resized(scores, (mask.shape[0], mask.shape[1])).float()
-            probabilities = one if flip or samples else one.softmax(dim=1)
+    bar = tqdm(total=len(dataset), desc=f"measuring uncertainty in {dataset.split}", unit="image", disable=None)
+    with bar, recorded(network.model) as pooled:
+
+        def pools(image: Tensor) -> list[Pooling]:
+            network.logits(image)
+            return list(pooled)
+
+        for stored_image, stored_mask, name in (dataset[place] for place in range(len(dataset))):
+            image = preprocessing(stored_image, name)[None].to(network.device)
+            mask = torch.from_numpy(stored_mask).to(network.device)
+            size = (mask.shape[0], mask.shape[1])
+            drawn = network(image)
+            scores = drawn.of_image(0, size)
+            probabilities = scores.probabilities().float()
             top, prediction = probabilities.max(dim=1)
-            signals = {"confidence": 1 - top, "entropy": torch.special.entr(probabilities).sum(dim=1)}
-            if drawn:
+            signals = {"confidence": 1 - top, "entropy": entropy_of(probabilities)}
+            if drawn.uncertainty is not None and drawn.information is not None:
                 signals |= {"variance": drawn.uncertainty, "mutual information": drawn.information}
-            if pools(ready_image):
-                found = instability(pools, ready_image, noise=noise)
-                for kind, levels in (("switches", found.changed), ("moved", found.moved)):
+            if pools(image):
+                unstable = instability(pools, image, noise=noise)
+                for kind, levels in (("switches", unstable.changed), ("moved", unstable.moved)):
                     signals[kind] = levels.mean(dim=0)
                     signals |= {f"{kind} {level}": one for level, one in enumerate(levels, start=1)}
             counted = mask != dataset.classes.ignore_index
             for signal, values in signals.items():
-                ranking = rankings.setdefault(signal, ErrorRanking().to(device))
-                ranking.update(resized(values[:, None], (mask.shape[0], mask.shape[1]))[0, 0],
-                               prediction[0] != mask, counted)  # fmt: skip
+                ranking = rankings.setdefault(signal, ErrorRanking().to(network.device))
+                ranking.update(resized(values[:, None], size)[0, 0], prediction[0] != mask, counted)
             bar.update()
     return [
         {"signal": signal, "auroc": None if math.isnan(ranking.auroc) else ranking.auroc}
@@ -138,9 +109,9 @@ def uncertainty(
     ]
 
 
-def require_plain(looks_more: bool) -> None:
-    """Raise UsageError where predictions are more than one look at the whole image."""
-    if looks_more:
+def require_plain(settings: PredictionSettings) -> None:
+    """Raise UsageError where a prediction is more than a forward pass over the whole image."""
+    if not settings.single_pass:
         raise UsageError(
             "--uncertainty looks once, by one network - leave out --scales, --regions, --ensemble and --crf"
         )

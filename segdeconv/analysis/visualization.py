@@ -1,9 +1,10 @@
-"""One checkpoint and images of any source: the sheets that `scripts/visualize.py` writes about them."""
+"""One checkpoint and images of any source: the figures that `scripts/visualize.py` writes about them."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,66 +20,72 @@ from segdeconv.analysis.switch_stability import instability
 from segdeconv.analysis.switch_statistics import ties_counted
 from segdeconv.analysis.uncertainty import noise_of
 from segdeconv.analysis.unit_projection import METHODS, Method, Strongest, fields_of, on_grey, project
-from segdeconv.checkpoints.checkpoint import Checkpoint
 from segdeconv.data.dataset import SegmentationDataset
 from segdeconv.data.files.reading import MAX_PIXELS, read_upright
 from segdeconv.data.preprocessing import Preprocessing, resize_image, resize_mask
 from segdeconv.drawing import draw
 from segdeconv.errors import UsageError
-from segdeconv.inference.dropout_sampling import sampled
+from segdeconv.inference.network import Network
+from segdeconv.inference.scorers import entropy_of
+from segdeconv.inference.segmenter import Segmenter
+from segdeconv.models import SegmentationModel
 from segdeconv.models.layers import DeconvBlock
-from segdeconv.switches.ops import Pooling
+from segdeconv.switches import Pooling
 from segdeconv.system.seeding import key
 
 OUTSIDE = 235  # the grey of what is not in the image
 
 
-class Picture(NamedTuple):
-    """An image to look at. load: gives it as it is stored, (H, W, C), and its mask where it has one."""
+class InputImage(NamedTuple):
+    """An image to visualize. load: gives it as it is stored, (H, W, C), and its mask where it has one."""
 
     name: str
     load: Callable[[], tuple[np.ndarray, np.ndarray | None]]
 
 
-def of_dataset(dataset: SegmentationDataset) -> list[Picture]:
+def of_dataset(dataset: SegmentationDataset) -> list[InputImage]:
     """The images of a split."""
 
     def loader(place: int) -> Callable[[], tuple[np.ndarray, np.ndarray | None]]:
         return lambda: (dataset[place].image, dataset[place].mask)
 
-    return [Picture(name, loader(place)) for place, name in enumerate(dataset.names)]
+    return [InputImage(name, loader(place)) for place, name in enumerate(dataset.names)]
 
 
-def of_files(files: dict[str, Path], preprocessing: Preprocessing, max_pixels: int = MAX_PIXELS) -> list[Picture]:
+def of_files(files: dict[str, Path], preprocessing: Preprocessing, max_pixels: int = MAX_PIXELS) -> list[InputImage]:
     """Picture files by their names, upright."""
     channels = preprocessing.channels if preprocessing.as_stored else None
 
     def loader(path: Path) -> Callable[[], tuple[np.ndarray, np.ndarray | None]]:
         return lambda: (read_upright(path, channels=channels, max_pixels=max_pixels)[0], None)
 
-    return [Picture(name, loader(path)) for name, path in files.items()]
+    return [InputImage(name, loader(path)) for name, path in files.items()]
 
 
-class Looker:
-    """A checkpoint's network, in float32, and what it shows of images.
+class Visualizer:
+    """A segmenter's network, and figures of what it does with images.
 
-    preprocessing: as the network sees images. samples: passes with dropout beside the switches' stability, 0 for none.
+    With `settings.samples` the figures of the switches' stability show the variance over forward passes with dropout.
+    Figures that follow gradients or single activations are of the network in float32.
     """
 
-    def __init__(self, read: Checkpoint, device: torch.device, *, samples: int = 0) -> None:
-        self.classes, self.device = read.classes, device
-        self.preprocessing = read.preprocessing
-        self.network = read.model().to(device)
-        self.draw_samples = (
-            sampled(lambda image: self.network(image).softmax(dim=1), self.network, samples) if samples else None
-        )
+    def __init__(self, segmenter: Segmenter) -> None:
+        self.classes, self.network = segmenter.classes, segmenter.network
+        self.preprocessing, self.checkpoint = segmenter.preprocessing, segmenter.checkpoint
 
-    def seen(self, picture: Picture) -> tuple[np.ndarray, Tensor, np.ndarray | None]:
-        """(image (H, W, C) at the network's size, it normalised as a batch of one, its mask); small ones padded."""
+    @cached_property
+    def exact(self) -> SegmentationModel:
+        """The network in float32, prepared for inference."""
+        if self.network.precision == "32-true":
+            return self.network.model
+        return Network.of(self.checkpoint, device=self.network.device, precision="32-true").model
+
+    def prepared(self, picture: InputImage) -> tuple[np.ndarray, Tensor, np.ndarray | None]:
+        """(image (H, W, C) at the input size, the same normalised as a batch of one, its mask); small ones padded."""
         stored, mask = picture.load()
         image = stored if self.preprocessing.size is None else resize_image(stored, self.preprocessing.size)
-        normalised = self.preprocessing.normalise(image, picture.name)[None].to(self.device)
-        least = self.network.minimum_size
+        normalised = self.preprocessing.normalise(image, picture.name)[None].to(self.network.device)
+        least = self.network.model.minimum_size
         below, right = max(0, least - image.shape[0]), max(0, least - image.shape[1])
         if below or right:
             image = np.pad(image, ((0, below), (0, right), (0, 0)))
@@ -88,11 +95,12 @@ class Looker:
             mask = resize_mask(mask, (image.shape[0], image.shape[1]))
         return image, normalised, mask
 
-    def sheets(self, picture: Picture, kinds: Sequence[str], *, label: int | None) -> dict[str, np.ndarray]:
-        """The sheets about one image, by kind; those that the network cannot have are left out, see `lacking`."""
-        image, normalised, mask = self.seen(picture)
-        with torch.inference_mode(), recorded(self.network) as pooled, ties_counted(self.network) as ties:
-            probabilities = self.network(normalised).softmax(dim=1)
+    def figures(self, picture: InputImage, kinds: Sequence[str], *, label: int | None) -> dict[str, np.ndarray]:
+        """The figures of one image, by kind; those that the network cannot have are left out, see `lacking`."""
+        image, normalised, mask = self.prepared(picture)
+        network = self.network
+        with recorded(network.model) as pooled, ties_counted(network.model) as ties:
+            probabilities = network.logits(normalised).float().softmax(dim=1)
         prediction = probabilities[0].argmax(dim=0).byte().cpu().numpy()
         made = {}
         if "switches" in kinds and pooled:
@@ -101,37 +109,37 @@ class Looker:
             made["flow"] = figures.flow_sheet(picture.name, image, pooled)
         if "stages" in kinds and not self.lacking("stages"):
             chosen = self._most_of(prediction) if label is None else label
-            deconv = any(isinstance(module, DeconvBlock) for module in self.network.modules())
+            deconv = any(isinstance(module, DeconvBlock) for module in network.model.modules())
             filters = "deconvolutions" if deconv else "convolutions"
-            building = build_up(self.network, normalised, chosen)
+            building = build_up(self.exact, normalised, chosen)
             made["stages"] = figures.stages_sheet(picture.name, image, building, self.classes, chosen, filters)
         if "stability" in kinds and pooled:
-            drawn = self.draw_samples(normalised) if self.draw_samples else None
-            with torch.inference_mode(), recorded(self.network) as again:
+            variance = network(normalised).uncertainty if network.samples else None
+            with recorded(network.model) as again:
 
                 def pools(batch: Tensor) -> list[Pooling]:
-                    self.network(batch)
+                    network.logits(batch)
                     return list(again)
 
-                found = instability(pools, normalised, noise=noise_of(self.preprocessing))
+                unstable = instability(pools, normalised, noise=noise_of(self.preprocessing))
             made["stability"] = figures.stability_sheet(
-                picture.name, image, prediction, torch.special.entr(probabilities).sum(dim=1)[0].cpu().numpy(), found,
-                self.classes, mask=mask, variance=drawn.uncertainty[0].cpu().numpy() if drawn else None,
+                picture.name, image, prediction, entropy_of(probabilities)[0].cpu().numpy(), unstable, self.classes,
+                mask=mask, variance=None if variance is None else variance[0].cpu().numpy(),
             )  # fmt: skip
         return made
 
     def lacking(self, kind: str) -> str:
-        """Why the network has no sheet of a kind, in a sentence; empty where it has."""
-        name = type(self.network).__name__
-        side = max(64, self.network.minimum_size)
-        image = torch.zeros(1, self.network.in_channels, side, side, device=self.device)
+        """Why the network has no figure of a kind; empty where it has."""
+        model = self.network.model
+        side = max(64, model.minimum_size)
+        image = torch.zeros(1, model.in_channels, side, side, device=self.network.device)
         if kind in ("switches", "flow", "stability"):
-            with torch.inference_mode(), recorded(self.network) as pooled:
-                self.network(image)
-            return "" if pooled else f"the pools of {name} keep no switches"
+            with recorded(model) as pooled:
+                self.network.logits(image)
+            return "" if pooled else f"the pools of {type(model).__name__} keep no switches"
         if kind == "stages":
             try:
-                build_up(self.network, image, 0)
+                build_up(self.exact, image, 0)
             except UsageError as error:
                 return str(error)
         return ""
@@ -144,22 +152,22 @@ class Looker:
         return int(counts.argmax())
 
     def layers(self) -> list[str]:
-        """The stages of the encoder, which are looked at unless others are named."""
-        encoder = getattr(self.network, "encoder", None)
+        """The stages of the encoder, whose units are shown unless others are named."""
+        encoder = getattr(self.network.model, "encoder", None)
         count = len(encoder.stages) if encoder is not None and hasattr(encoder, "stages") else 0
         return [f"encoder.stages.{index}" for index in range(count)]
 
-    def strongest(self, pictures: Sequence[Picture], layers: Sequence[str]) -> Strongest:
+    def strongest(self, pictures: Sequence[InputImage], layers: Sequence[str]) -> Strongest:
         """The strongest activations of all units of some layers."""
         per_image = -(-figures.NUM // len(pictures))
-        found = Strongest(self.network, layers, num=figures.NUM, per_image=per_image)
+        found = Strongest(self.exact, layers, num=figures.NUM, per_image=per_image)
         for number, picture in enumerate(pictures):
-            found.update(self.seen(picture)[1], number)
+            found.update(self.prepared(picture)[1], number)
         return found
 
     def units_sheet(
         self,
-        pictures: Sequence[Picture],
+        pictures: Sequence[InputImage],
         found: Strongest,
         layer: str,
         *,
@@ -181,16 +189,16 @@ class Looker:
         sizes, boxes = [], dict[tuple[int, int], Callable[[int, int], tuple[int, int, int, int]]]()
         for number in maps:
             for activation in found.of(layer, number):
-                image, normalised, _ = self.seen(pictures[activation.image])
+                image, normalised, _ = self.prepared(pictures[activation.image])
                 size = (image.shape[0], image.shape[1])
                 if size not in boxes:
-                    boxes[size] = fields_of(self.network, layer, size)
+                    boxes[size] = fields_of(self.exact, layer, size)
                 box = boxes[size]
                 top, left, bottom, right = box(activation.unit.row, activation.unit.column)
                 sizes.append((bottom - top, right - left))
                 made = {}
                 place = Place((top, left, bottom, right), size)
-                projections = project(self.network, normalised, layer, [activation.unit], methods=METHODS)
+                projections = project(self.exact, normalised, layer, [activation.unit], methods=METHODS)
                 for method, (projection,) in projections.items():
                     if self.preprocessing.order == "bgr":
                         projection = projection.flip(0)
@@ -203,7 +211,7 @@ class Looker:
         for number, value, place, patch, made in shown:
             whole = {method: place.in_field(picture, field) for method, picture in made.items()}
             units[number].append((value, place.in_field(patch, field), whole))
-        return figures.units_sheet(layer, type(self.network).__name__, units, images=len(pictures), field=field)
+        return figures.units_sheet(layer, type(self.exact).__name__, units, images=len(pictures), field=field)
 
 
 class Place(NamedTuple):

@@ -1,48 +1,59 @@
-"""Scoring a network on a split of the data set that it was trained on."""
+"""Evaluation of a network on a split: every image predicted, every pixel that is not ignored counted."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+import math
+import platform
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
+from segdeconv import __version__
 from segdeconv.checkpoints.checkpoint import Checkpoint
-from segdeconv.classes import Classes
+from segdeconv.classes import match_classes
 from segdeconv.config import TARGET
 from segdeconv.data.dataset import SegmentationDataset
 from segdeconv.data.loading import EvaluationSamples, evaluation_loader, for_network, loader_failures_in_words
 from segdeconv.data.relabelled import in_order_of
+from segdeconv.drawing.thumbnails import Gallery
 from segdeconv.errors import UsageError
+from segdeconv.evaluation import report
 from segdeconv.evaluation.boundary import Boundaries
+from segdeconv.evaluation.breakdown import Breakdown
 from segdeconv.evaluation.calibration import Calibration
 from segdeconv.evaluation.metrics import ConfusionMatrix
-from segdeconv.inference.dropout_sampling import entropy, sampler_of
-from segdeconv.inference.regions import Predictor
-from segdeconv.inference.scorers import (
-    labels_and_confidence,
-    resized,
-    scorer_of,
-)
-from segdeconv.system.devices import resolve_precision
+from segdeconv.inference.predictors import whole_image
+from segdeconv.inference.scorers import Scores, entropy, labels_and_confidence
+from segdeconv.inference.segmenter import Segmenter
+from segdeconv.system.devices import machine
+
+LIBRARIES = ("numpy", "opencv-python-headless", "pillow", "albumentations")  # that change pixels
 
 
 def restore_dataset(checkpoint: Checkpoint, split_name: str) -> SegmentationDataset:
-    """The split of the data set that a checkpoint's recipe names, whose classes must be the network's."""
+    """The split of the data set that a checkpoint's config names, with the network's classes in the network's order.
+
+    Raises:
+        UsageError: The data set has other classes, or images of another number of channels.
+    """
     from segdeconv.data.module import build_split, check_dataset  # late: Lightning takes 3 s to import
 
     node = check_dataset(checkpoint.config["dataset"])
     dataset = build_split(node, split_name)
+    class_order(
+        checkpoint,
+        dataset,
+        owner=node[TARGET],
+        way_out="use its own data set, or rename, merge and ignore classes with dataset.label_map={theirs: its, other: "
+        "ignore}",
+    )
     ours, theirs = checkpoint.classes, dataset.classes
-    if set(theirs.names) != set(ours.names):
-        first = next(name for name in (*theirs.names, *ours.names) if (name in theirs.names) != (name in ours.names))
-        raise UsageError(
-            f"{checkpoint.path} was trained for {len(ours)} classes ({_some(ours)}) and {node[TARGET]} has "
-            f"{len(theirs)} ({_some(theirs)}); '{first}' is in one only - use its own data set, or rename, merge and "
-            "ignore classes with dataset.label_map={theirs: its, other: ignore}"
-        )
     if (theirs.names, theirs.ignore_index) != (ours.names, ours.ignore_index):
         dataset = in_order_of(dataset, ours)
     channels = len(checkpoint.facts["preprocessing"]["mean"])
@@ -54,23 +65,19 @@ def restore_dataset(checkpoint: Checkpoint, split_name: str) -> SegmentationData
     return dataset
 
 
-def _some(classes: Classes) -> str:
-    return ", ".join(classes.names[:3]) + (", ..." if len(classes) > 3 else "")
-
-
-def class_order(checkpoint: Checkpoint, classes: Classes) -> list[int] | None:
-    """The network's index of each class, by name; None where that is the class's own."""
-    names = checkpoint.classes.names
-    if different := sorted(set(names) ^ set(classes.names)):
-        raise UsageError(
-            f"{checkpoint.path} was trained for {len(names)} classes and the data has {len(classes)}; "
-            f"'{different[0]}' is in one only - compare networks of the same classes, which are matched by their names"
-        )
-    return None if names == classes.names else [names.index(name) for name in classes.names]
+def class_order(
+    checkpoint: Checkpoint,
+    dataset: SegmentationDataset,
+    *,
+    owner: str = "the data",
+    way_out: str = "compare networks of the same classes, which are matched by their names",
+) -> list[int]:
+    """The network's index of each class of a data set, see `match_classes`. owner: of the data set's classes."""
+    return match_classes(dataset.classes, checkpoint.classes, owners=(owner, str(checkpoint.path)), way_out=way_out)
 
 
 class Predicted(NamedTuple):
-    """What a network says of one image of a data set.
+    """The prediction of one image of a data set.
 
     mask, prediction: (H, W) uint8, exactly as counted. uncertainty: (H, W) float32, the variance of its samples if
     there are some, averaged over the classes, otherwise the entropy of its class probabilities, in nats.
@@ -87,78 +94,152 @@ OnPrediction = Callable[[Predicted], None]
 
 
 def evaluate(
-    checkpoint: Checkpoint,
-    split_name: str,
+    segmenter: Segmenter,
+    dataset: SegmentationDataset,
     *,
-    device: torch.device,
-    precision: str = "auto",
-    flip: bool = False,
-    samples: int = 0,
     calibration: Calibration | None = None,
     boundaries: Boundaries | None = None,
-    look: Predictor | None = None,
-    on: SegmentationDataset | None = None,
     on_prediction: OnPrediction | None = None,
-) -> tuple[np.ndarray, int]:
-    """Predict every image of a split and count against its mask at the mask's own size.
+) -> np.ndarray:
+    """Predict every image of a split and count against its mask, at the mask's own size.
 
-    samples: passes with dropout whose mean is scored (`sampled`); 0 for one pass without, the average of the weights.
-    calibration: counts the pixels too. boundaries: compares the outlines.
-    look: gives an image's probabilities in place of one pass over the whole of it (`prediction.predictor_of`).
-    on: a data set in place of the checkpoint's own, of the same classes, in whose order is counted.
-    on_prediction: called with each image.
-    Returns the (C, C) int64 confusion matrix, rows = truth, and the number of images.
+    Args:
+        dataset: Of the network's classes, in any order; counted is in the data set's.
+        calibration: Counts the pixels too.
+        boundaries: Compares the outlines too.
+        on_prediction: Called with each image.
+
+    Returns:
+        The (C, C) int64 confusion matrix, rows = truth.
     """
-    dataset = restore_dataset(checkpoint, split_name) if on is None else on
-    order = class_order(checkpoint, dataset.classes)
-    settings = checkpoint.config["dataset"]
-    batches: Iterable[dict[str, Any]]
-    draw = None
-    if look is None:
-        preprocessing = checkpoint.preprocessing
-        loaded = evaluation_loader(
-            EvaluationSamples(dataset, preprocessing),
-            batch_size=settings["batch_size"],
-            num_workers=settings["num_workers"],
-            timeout=settings["timeout"],
-        )
-        moved = ({**batch, "image": batch["image"].to(device)} for batch in loaded)
-        batches = (for_network(batch, preprocessing) for batch in moved)
-        precision = resolve_precision(precision, checkpoint.facts["precision"])
-        model = checkpoint.model()
-        score = scorer_of(model, device, precision, flip=flip)
-        draw = sampler_of(model, device, precision, samples, flip=flip) if samples else None
-    else:
-        whole_ones = (dataset[place] for place in range(len(dataset)))
-        batches = ({"image": image, "mask": [torch.tensor(mask)], "name": name} for image, mask, name in whole_ones)
+    order, device = class_order(segmenter.checkpoint, dataset), segmenter.network.device
     if calibration is not None:
         calibration.to(device)
     matrix = ConfusionMatrix(len(dataset.classes), dataset.classes.ignore_index).to(device)
-    index = 0
-    bar = tqdm(total=len(dataset), desc=f"evaluating {split_name}", unit="image", disable=None)
+    bar = tqdm(total=len(dataset), desc=f"evaluating {dataset.split}", unit="image", disable=None)
     with loader_failures_in_words(), bar:
-        for batch in batches:
-            drawn = draw(batch["image"]) if draw else None
-            if look is not None:
-                scores = look(batch["image"], batch["name"])
-            else:
-                scores = drawn.probabilities if drawn else score(batch["image"])
-            scores = scores if order is None else scores[:, order]
-            for position, stored in enumerate(batch["mask"]):
-                mask, size = stored.to(device), (stored.shape[0], stored.shape[1])
-                one = resized(scores[position : position + 1], size)
-                known = flip or samples > 0 or look is not None
-                (prediction,), (confidence,) = labels_and_confidence(one, probabilities=known)
-                matrix.update(prediction, mask)
-                uncertainty = resized(drawn.uncertainty[position, None, None], size)[0, 0] if drawn else None
-                if calibration is not None:
-                    calibration.update(prediction, confidence, mask, uncertainty)
-                found = prediction.cpu().numpy()
-                if boundaries is not None:
-                    boundaries.update(found, stored.numpy())
-                if on_prediction is not None:
-                    spread = entropy(one, probabilities=known)[0] if uncertainty is None else uncertainty
-                    on_prediction(Predicted(dataset, index, stored.numpy(), found, spread.float().cpu().numpy()))
-                index += 1
-                bar.update()
-    return matrix.compute(), len(dataset)
+        for index, (scores, stored) in enumerate(_scores(segmenter, dataset)):
+            mask = stored.to(device)
+            if order != sorted(order):
+                scores = scores._replace(values=scores.values[:, order])
+            (prediction,), (confidence,) = labels_and_confidence(scores)
+            matrix.update(prediction, mask)
+            if calibration is not None:
+                uncertainty = None if scores.uncertainty is None else scores.uncertainty[0]
+                calibration.update(prediction, confidence, mask, uncertainty)
+            predicted = prediction.cpu().numpy()
+            if boundaries is not None:
+                boundaries.update(predicted, stored.numpy())
+            if on_prediction is not None:
+                (spread,) = entropy(scores) if scores.uncertainty is None else scores.uncertainty
+                on_prediction(Predicted(dataset, index, stored.numpy(), predicted, spread.float().cpu().numpy()))
+            bar.update()
+    return matrix.compute()
+
+
+def _scores(segmenter: Segmenter, dataset: SegmentationDataset) -> Iterator[tuple[Scores, Tensor]]:
+    """(scores at the size of the mask, N = 1; mask) of every image; in batches where one forward pass is all."""
+    if not segmenter.settings.single_pass:
+        for index in range(len(dataset)):
+            image, mask, name = dataset[index]
+            scores = whole_image(segmenter.predictor, image, name)
+            yield scores.of_image(0, (mask.shape[0], mask.shape[1])), torch.tensor(mask)
+        return
+    settings, preprocessing = segmenter.checkpoint.config["dataset"], segmenter.preprocessing
+    loader = evaluation_loader(
+        EvaluationSamples(dataset, preprocessing),
+        batch_size=settings["batch_size"],
+        num_workers=settings["num_workers"],
+        timeout=settings["timeout"],
+    )
+    for batch in loader:
+        on_device = {**batch, "image": batch["image"].to(segmenter.network.device)}
+        scores = segmenter.network(for_network(on_device, preprocessing)["image"])
+        for position, mask in enumerate(batch["mask"]):
+            yield scores.of_image(position, (mask.shape[0], mask.shape[1])), mask
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A network on a split, with all that report.json and report.html show.
+
+    confusion: (C, C) int64, rows = truth.
+    """
+
+    segmenter: Segmenter
+    dataset: SegmentationDataset
+    confusion: np.ndarray
+    calibration: Calibration
+    boundaries: Boundaries | None
+    breakdown: Breakdown
+    gallery: Gallery
+
+    @classmethod
+    def of(
+        cls,
+        segmenter: Segmenter,
+        dataset: SegmentationDataset,
+        *,
+        outlines: bool = True,
+        on_prediction: OnPrediction | None = None,
+    ) -> Self:
+        """Evaluate once. outlines: compare them too. on_prediction: called with each image."""
+        classes = dataset.classes
+        calibration = Calibration(classes.ignore_index)
+        boundaries = Boundaries(len(classes), classes.ignore_index) if outlines else None
+        breakdown = Breakdown(len(classes), classes.ignore_index)
+        gallery = Gallery(classes, largest_uncertainty(len(classes), segmenter.settings.samples))
+
+        def keep(one: Predicted) -> None:
+            breakdown.update(dataset.names[one.place], one.prediction, one.mask, one.uncertainty)
+            gallery.update(one.prediction, one.uncertainty)
+            if on_prediction is not None:
+                on_prediction(one)
+
+        confusion = evaluate(segmenter, dataset, calibration=calibration, boundaries=boundaries, on_prediction=keep)
+        return cls(segmenter, dataset, confusion, calibration, boundaries, breakdown, gallery)
+
+    def report(self, **facts: Any) -> dict[str, Any]:
+        """The content of report.json; facts: what else to note."""
+        return report.report(
+            self.confusion,
+            len(self.dataset),
+            self.dataset.classes,
+            boundaries=self.boundaries,
+            breakdown=self.breakdown,
+            checkpoint=str(self.segmenter.checkpoint.path),
+            checkpoint_sha256=self.segmenter.checkpoint.sha256,
+            config=self.segmenter.checkpoint.config,
+            versions=_versions(self.segmenter.network.device),
+            split=self.dataset.split,
+            samples=self.segmenter.settings.samples,
+            calibration=self.calibration.report(),
+            uncertainty_of_pixels=(
+                f"variance of {self.segmenter.settings.samples} samples, averaged over the classes"
+                if self.segmenter.settings.samples
+                else "entropy of the class probabilities, in nats"
+            ),
+            **facts,
+        )
+
+    def table(self) -> str:
+        """The scores for reading."""
+        return report.table(self.confusion, self.dataset.classes, self.calibration, self.boundaries)
+
+
+def largest_uncertainty(num_classes: int, samples: int) -> float:
+    """Of a pixel: all classes equally likely, or, of samples, each for another class.
+
+    >>> largest_uncertainty(2, 0), largest_uncertainty(2, 50)
+    (0.6931471805599453, 0.25)
+    """
+    return (1 - 1 / num_classes) / num_classes if samples else math.log(num_classes)
+
+
+def _versions(device: torch.device) -> dict[str, str]:
+    return {
+        "segdeconv": __version__,
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in LIBRARIES},
+        **machine(device),
+    }

@@ -23,7 +23,7 @@ from segdeconv.data.preprocessing import Preprocessing, resize_image, stacked
 from segdeconv.errors import UsageError
 from segdeconv.export import onnx
 from segdeconv.export.module import Exported, Layout
-from segdeconv.inference.scorers import labels, padded, resized
+from segdeconv.inference.scorers import labels, resized, with_padding
 from segdeconv.models import SegmentationModel
 from segdeconv.models.layers import fold_norms
 from segdeconv.system.files import hash_file, replace_text, replacing
@@ -230,7 +230,7 @@ def _compared(
 
     full: the network as it was before its weights were rounded, if they were.
     """
-    score = padded(network, network.minimum_size)
+    score = with_padding(network, network.minimum_size)
     shapes: list[list[int]] = []
     same = same_as_full = pixels = 0
     differences: list[Tensor] = []
@@ -244,7 +244,7 @@ def _compared(
         with torch.no_grad():
             expected = resized(score(ready), size)
             if full is not None:
-                before = resized(padded(full, full.minimum_size)(ready), size)
+                before = resized(with_padding(full, full.minimum_size)(ready), size)
                 same_as_full += int((labels(before, size) == labels(expected, size)).sum())
         given = {None: ready.contiguous().numpy(), "nhwc": batch, "nchw": batch.transpose(0, 3, 1, 2)}[exported.pixels]
         try:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segdeconv.data.preprocessing import Preprocessing, Size
-from segdeconv.inference.scorers import padded
+from segdeconv.inference.scorers import with_padding
 from segdeconv.models import SegmentationModel
 
 Layout = Literal["nhwc", "nchw"]
@@ -61,7 +61,7 @@ class Exported(nn.Module):
             image = (image - self.mean) / self.std
             if self.bgr:
                 image = image.flip(1)
-        scores = padded(self.network, self.network.minimum_size)(image)
+        scores = with_padding(self.network, self.network.minimum_size)(image)
         if self.size:
             scores = F.interpolate(scores, size=size, mode="bilinear", align_corners=False)
         return scores.argmax(dim=1).to(torch.uint8) if self.argmax else scores

@@ -230,7 +230,7 @@ class Labelling:
         return prediction, [self.outputs.path(name, ".npy")]
 
     def _write(self, name: str, path: Path, prediction: Prediction, files: list[Path], pixels: int) -> None:
-        files = files + self.outputs.write(name, prediction, not self.segmenter.samples)
+        files = files + self.outputs.write(name, prediction, not self.segmenter.settings.samples)
         size = list(turn_back(prediction.mask, prediction.stored).shape)
         self.journal.add(name, path, files, size=size, pixels=prediction.pixels())
         self.room.give(pixels)

@@ -11,19 +11,14 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from segdeconv.errors import UsageError
-from segdeconv.inference.scorers import (
-    _scorer,
-    ready,
-    softmaxed,
-)
-from segdeconv.models import SegmentationModel
+from segdeconv.inference.scorers import entropy_of
 from segdeconv.system.seeding import key
 
-Looked = TypeVar("Looked")  # whatever a scorer looks at: a batch, or a part of an image
+Input = TypeVar("Input")  # whatever is scored: a batch, or a part of an image
 
 
 class Samples(NamedTuple):
-    """What several passes with dropout say of a batch; all float32.
+    """Statistics of several forward passes with dropout; all float32.
 
     probabilities: (N, C, H, W), the mean softmax over the passes: what is predicted is its largest class.
     variance: (N, C, H, W), of each class's softmax over the passes (divided by their number).
@@ -44,9 +39,9 @@ class Samples(NamedTuple):
 
 
 def sampled(
-    scorer: Callable[[Looked], Tensor], network: nn.Module, samples: int, *, seed: int = 0
-) -> Callable[[Looked], Samples]:
-    """Monte Carlo dropout: so many passes, each with dropout of its own, batch norm as in any prediction.
+    scorer: Callable[[Input], Tensor], network: nn.Module, samples: int, *, seed: int = 0
+) -> Callable[[Input], Samples]:
+    """Monte Carlo dropout: several forward passes, each with its own dropout, batch norm as in any prediction.
 
     Kendall, Badrinarayanan, Cipolla 2017 (Bayesian SegNet), section 3, https://arxiv.org/abs/1511.02680.
 
@@ -65,28 +60,24 @@ def sampled(
             "or train model=bayesian_segnet or another with model.dropout_at=central"
         )
 
-    def draw(image: Looked) -> Samples:
+    def draw(image: Input) -> Samples:
         devices = {parameter.device for parameter in network.parameters() if parameter.is_cuda}
         with torch.no_grad(), torch.random.fork_rng(list(devices)), _on(dropouts):
             torch.manual_seed(key(seed, "sample", 0))
             first = scorer(image)
             # Welford's sums: squares less squared sums would lose the small variances.
-            mean, squares, within = first.clone(), torch.zeros_like(first), _entropy(first)
+            mean, squares, within = first.clone(), torch.zeros_like(first), entropy_of(first)
             for index in range(1, samples):
                 torch.manual_seed(key(seed, "sample", index))
                 one = scorer(image)
                 before = one - mean
                 mean += before / (index + 1)
                 squares += before * (one - mean)
-                within += _entropy(one)
-        entropy = _entropy(mean)
+                within += entropy_of(one)
+        entropy = entropy_of(mean)
         return Samples(mean, squares / samples, entropy, (entropy - within / samples).clamp(min=0))
 
     return draw
-
-
-def _entropy(probabilities: Tensor) -> Tensor:
-    return torch.special.entr(probabilities).sum(dim=1)
 
 
 @contextmanager
@@ -98,24 +89,3 @@ def _on(modules: list[_DropoutNd]) -> Iterator[None]:
     finally:
         for module in modules:
             module.eval()
-
-
-def entropy(scores: Tensor, *, probabilities: bool = False) -> Tensor:
-    """(N, C, H, W) logits, or probabilities -> (N, H, W) float32: of the class probabilities of each pixel, in nats."""
-    scores = scores.float()
-    if probabilities:
-        return _entropy(scores)
-    # The logarithm of a sum in place of one for every class.
-    below = scores - scores.max(dim=1, keepdim=True).values
-    weights = below.exp()
-    total = weights.sum(dim=1)
-    return (total.log() - below.mul_(weights).sum(dim=1) / total).clamp_(min=0)
-
-
-def sampler_of(
-    model: SegmentationModel, device: torch.device, precision: str, samples: int, *, flip: bool = False
-) -> Callable[[torch.Tensor], Samples]:
-    """A trained network with dropout as a function from normalised images of any size to what its samples say."""
-    network = ready(model, device, precision)
-    score = _scorer(network, device, precision, flip=flip)
-    return sampled(score if flip else softmaxed(score), network, samples)

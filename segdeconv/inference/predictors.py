@@ -1,98 +1,286 @@
-"""From the arguments of evaluate and predict to the function that labels an image by more than one look at it."""
+"""How an image becomes class scores: one type of function for tiles, regions, two networks and a CRF."""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from segdeconv.checkpoints import checkpoint
 from segdeconv.checkpoints.checkpoint import Checkpoint
-from segdeconv.config import check, override
+from segdeconv.classes import match_classes
+from segdeconv.data.preprocessing import Preprocessing
 from segdeconv.data.proposals import source
 from segdeconv.drawing import draw
 from segdeconv.errors import UsageError
 from segdeconv.inference.crf import CRF, refine
-from segdeconv.inference.regions import Predictor, by_regions, ensemble, softmaxed, whole
-from segdeconv.inference.scorers import Scorer, scorer_of
-from segdeconv.models import SegmentationModel
-from segdeconv.system.devices import resolve_precision
+from segdeconv.inference.dropout_sampling import sampled
+from segdeconv.inference.network import Network
+from segdeconv.inference.regions import Mode, by_regions
+from segdeconv.inference.scorers import Predictor, Scores, resized
+from segdeconv.inference.tiling import Part, Size, parts, whole
+from segdeconv.inference.views import ImageView, Tiler, resized_part
+from segdeconv.system.memory import available
+
+ENDLESS = 1 << 30  # pixels of a side
+LEAST_MEMORY = 1 << 30  # since what the system calls free leaves out what it uses as a cache
+MOST_MEMORY = 4 << 30  # bytes that maps take at most unless more is said
+SHARE = 4  # of the memory that is free, one part is for maps
+NUMBERS = 16  # bytes for each class and pixel of the result that is being made: scores, their softmax, and copies
+
+EnsembleMode = Literal["paper", "released"]
 
 
-def predictor_of(
-    read: Checkpoint,
-    model: SegmentationModel,
-    arguments: argparse.Namespace,
-    crf_keys: Iterable[str],
-    device: torch.device,
-) -> Predictor:
-    """What `options.add_looks` was told, for a checkpoint's network: an image and its name -> (1, C, H, W)
-    probabilities.
+@dataclass(frozen=True, kw_only=True)
+class RegionSettings:
+    """Prediction by object proposals, see `regions.by_regions`.
+
+    Attributes:
+        num: Regions an image, 1 or more.
+        proposals: `windows`, `selective_search`, `edge_boxes`, or a file of boxes.
+        save_to: Folder for NAME.npz of every image: boxes (N, 4), scores (N, C, h, w) float32.
     """
-    if arguments.samples or (arguments.flip and (arguments.regions or arguments.ensemble)):
-        raise UsageError(
-            "--samples and --flip give mean probabilities, and --regions and --ensemble take the scores before them - "
-            "leave one of them out (--crf goes with --flip)"
+
+    num: int
+    proposals: str = "windows"
+    mode: Mode = "paper"
+    least_side: int | None = None
+    with_whole: bool = False
+    save_to: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictionSettings:
+    """How a checkpoint predicts.
+
+    Attributes:
+        precision: `auto`, `32-true`, `bf16-mixed` or `16-mixed`.
+        flip: Average the probabilities of the image and its mirror image.
+        scales: Average the probabilities over the image at these multiples of the input size, each in (0, 16].
+        samples: Average this many forward passes with dropout; 0 for one without.
+        memory: Bytes that the network's maps may take; None for a quarter of what is free, between 1 and 4 GiB. An
+            image that needs more is predicted in tiles, with the same result.
+        tile: (H, W) of the largest tile, overlap included, in place of `memory`.
+        regions: Predict by object proposals, as DeconvNet does.
+        second: A second network of the same classes, whose probabilities are averaged with those of the first.
+        ensemble_mode: `paper` is the mean of both softmaxes; `released` the softmax of the product of both scores, each
+            without what is below 0.
+        crf: Refine the outlines at last.
+
+    Raises:
+        UsageError: Settings that exclude each other.
+    """
+
+    precision: str = "auto"
+    flip: bool = False
+    scales: Sequence[float] = (1.0,)
+    samples: int = 0
+    memory: int | None = None
+    tile: Size | None = None
+    regions: RegionSettings | None = None
+    second: Checkpoint | None = None
+    ensemble_mode: EnsembleMode = "paper"
+    crf: CRF | None = None
+
+    def __post_init__(self) -> None:
+        several = self.regions is not None or self.second is not None
+        if not self.scales or any(not 0 < scale <= 16 for scale in self.scales):
+            raise UsageError(f"scales={list(self.scales)} are no scales - give numbers such as 0.75,1,1.25")
+        if self.samples and len(self.scales) > 1:
+            raise UsageError("--samples and --scales are both means over looks - leave one of them out")
+        if (several or self.crf) and (self.samples or (self.flip and several)):
+            raise UsageError(
+                "--samples and --flip give mean probabilities, and --regions and --ensemble take the scores before them"
+                " - leave one of them out (--crf goes with --flip)"
+            )
+        if (several or self.crf) and (self.tile or tuple(self.scales) != (1.0,)):
+            raise UsageError(
+                "--regions, --ensemble and --crf see images in a way of their own - leave out --scales and --tile"
+            )
+        if self.regions and self.regions.num < 1:
+            raise UsageError(f"--regions={self.regions.num} is no number of regions - give 1 or more")
+
+    @property
+    def single_pass(self) -> bool:
+        """Whether an image is predicted by what the network says of it as a whole, so that images can be batched."""
+        return not (self.regions or self.second or self.crf or self.tile) and tuple(self.scales) == (1.0,)
+
+
+def build_predictor(
+    checkpoint: Checkpoint, network: Network, settings: PredictionSettings, *, report: Callable[[str], None] = print
+) -> Predictor:
+    """The function that predicts an image as the settings say.
+
+    Args:
+        checkpoint: What `network` was made of.
+        report: Called with a message where something continues otherwise than asked.
+    """
+    predictor: Predictor = (
+        _region_predictor(checkpoint, network, settings.regions)
+        if settings.regions
+        else TiledPredictor(
+            network,
+            checkpoint.preprocessing,
+            scales=settings.scales,
+            memory=settings.memory,
+            tile=settings.tile,
+            report=report,
         )
-    precision = resolve_precision(arguments.precision, read.facts["precision"])
-    score = scorer_of(model, device, precision, flip=arguments.flip)
-    predict = _by_regions(read, score, arguments) if arguments.regions else whole(score, read.preprocessing)
-    if arguments.ensemble:
-        other = checkpoint.read(arguments.ensemble, trust=arguments.trust)
-        order = _order(read, other)
-        second = scorer_of(other.model(), device, resolve_precision(arguments.precision, other.facts["precision"]))
-        predict = ensemble(predict, whole(second, other.preprocessing), arguments.ensemble_mode, order)
-    elif not arguments.flip:
-        predict = softmaxed(predict)
-    return _refined(predict, crf_settings(crf_keys)) if arguments.crf else predict
+    )
+    if settings.second is not None:
+        second = Network.of(settings.second, device=network.device, precision=settings.precision)
+        order = match_classes(
+            checkpoint.classes,
+            settings.second.classes,
+            owners=(str(checkpoint.path), str(settings.second.path)),
+            way_out="an ensemble needs networks of the same classes",
+        )
+        other = TiledPredictor(second, settings.second.preprocessing, report=report)
+        predictor = ensemble(predictor, other, settings.ensemble_mode, order)
+    return refined(predictor, settings.crf) if settings.crf else predictor
 
 
-def _by_regions(read: Checkpoint, score: Scorer, arguments: argparse.Namespace) -> Predictor:
-    settings = read.config["dataset"]
-    seen_at = settings["crop"] or settings["size"]  # the crop is what the network was trained on
-    if not seen_at:
+def whole_image(predictor: Predictor, image: np.ndarray, name: str) -> Scores:
+    """The scores of a whole image, (1, C, H, W) float32, put together from its parts."""
+    canvas: Scores | None = None
+    for (rows, columns), scores in predictor(image, name):
+        if scores.values.shape[-2:] == image.shape[:2]:
+            return scores
+        if canvas is None:
+            empty = scores.values.new_empty((1, scores.values.shape[1], *image.shape[:2]))
+            uncertainty = None if scores.uncertainty is None else empty.new_empty((1, *image.shape[:2]))
+            canvas = Scores(empty, scores.is_probability, uncertainty)
+        for map_, part in zip(canvas, scores, strict=True):
+            if isinstance(map_, Tensor) and isinstance(part, Tensor):
+                map_[..., slice(*rows), slice(*columns)] = part
+    assert canvas is not None
+    return canvas
+
+
+class TiledPredictor:
+    """Predict an image whole, or in tiles where it needs more memory than there is, at one or more scales.
+
+    Args:
+        network: Its `flip` and `samples` say what is averaged.
+        preprocessing: Its size is the network's input size at scale 1; None for each image's own.
+        scales, memory, tile: See `PredictionSettings`.
+        report: Called with a message when memory runs out and tiles become smaller.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        preprocessing: Preprocessing,
+        *,
+        scales: Sequence[float] = (1.0,),
+        memory: int | None = None,
+        tile: Size | None = None,
+        report: Callable[[str], None] = print,
+    ) -> None:
+        self.network, self.preprocessing, self.scales = network, preprocessing, scales
+        free = available(network.device)
+        self.memory = memory or max(LEAST_MEMORY, min(MOST_MEMORY, free // SHARE if free else MOST_MEMORY))
+        self.tiler = Tiler(network.source, memory=self.memory, tile=tile, report=report)
+        if tile is not None:
+            self.tiler.geometry.steps(tile, (ENDLESS, ENDLESS))  # raises now if it is too small
+
+    def __call__(self, image: np.ndarray, name: str) -> Iterator[tuple[Part, Scores]]:
+        size = (image.shape[0], image.shape[1])
+        views = [
+            ImageView(image, self._input_size(size, scale), self.network, self.preprocessing, self.tiler, name)
+            for scale in self.scales
+        ]
+        if self.network.samples:
+            yield from self._sampled(views[0], size)
+            return
+        several = len(views) > 1
+        known = {view: view.scores() for view in views if self.tiler.step(view.size) is None}
+        sources = [partial(_cut, known[view]) if view in known else view.scores for view in views]
+        for part in parts(size, self._step(views, size)):
+            total: Tensor | None = None
+            for view, scores in zip(views, sources, strict=True):
+                if part == whole(size) and view in known:
+                    one = resized(known[view], size).float()
+                else:
+                    one = resized_part(scores, view.size, size, part)
+                if several and not self.network.flip:
+                    one = one.softmax(dim=1)
+                total = one if total is None else total + one
+            assert total is not None
+            yield part, Scores(total / len(views) if several else total, self.network.flip or several)
+
+    def _sampled(self, view: ImageView, size: Size) -> Iterator[tuple[Part, Scores]]:
+        def probabilities(part: Part) -> Tensor:
+            return Scores(view.scores(part).float(), self.network.flip).probabilities()
+
+        draw_samples = sampled(probabilities, self.network.model, self.network.samples)
+
+        def both(part: Part) -> Tensor:
+            drawn = draw_samples(part)
+            return torch.cat([drawn.probabilities, drawn.uncertainty[:, None]], dim=1)
+
+        known = both(whole(view.size)) if self.tiler.step(view.size) is None else None
+        for part in parts(size, self._step([view], size)):
+            if known is not None and part == whole(size):
+                maps = resized(known, size)
+            else:
+                maps = resized_part(both if known is None else partial(_cut, known), view.size, size, part)
+            yield part, Scores(maps[:, :-1], True, maps[:, -1])
+
+    def _input_size(self, size: Size, scale: float) -> Size:
+        base = self.preprocessing.size or size
+        return max(1, round(scale * base[0])), max(1, round(scale * base[1]))
+
+    def _step(self, views: Sequence[ImageView], size: Size) -> Size:
+        """The size of the parts that the result is made in: those of the views, and few numbers at once."""
+        height, width = size
+        for view in views:
+            step = self.tiler.step(view.size)
+            if step is not None:
+                height = min(height, max(1, step[0] * size[0] // view.size[0]))
+                width = min(width, max(1, step[1] * size[1] // view.size[1]))
+        if height == size[0] and width == size[1]:
+            height = max(1, min(height, self.memory // (NUMBERS * self.network.source.num_classes * width)))
+        return height, width
+
+
+def _cut(scores: Tensor, part: Part) -> Tensor:
+    return scores[..., slice(*part[0]), slice(*part[1])]
+
+
+def _region_predictor(checkpoint: Checkpoint, network: Network, regions: RegionSettings) -> Predictor:
+    settings = checkpoint.config["dataset"]
+    input_size = settings["crop"] or settings["size"]  # the crop is what the network was trained on
+    if not input_size:
         raise UsageError("--regions resizes every region to one size - say which, for example dataset.crop=[224,224]")
-    if arguments.regions < 0:
-        raise UsageError(f"--regions={arguments.regions} is no number of regions - give 1 or more")
-    first = read.classes.names[0]
-    if first != "background" and not arguments.whole_too:
+    first = checkpoint.classes.names[0]
+    if first != "background" and not regions.with_whole:
         raise UsageError(f"what no region covers would become '{first}', the first class - add --whole-too")
-    propose = source(arguments.proposals)
+    propose = source(regions.proposals)
     return by_regions(
-        score,
-        replace(read.preprocessing, size=(seen_at[0], seen_at[1])),
+        lambda images: network(images).values,
+        replace(checkpoint.preprocessing, size=(input_size[0], input_size[1])),
         lambda image, name: propose(draw.shown(image), name),
-        num=arguments.regions,
-        mode=arguments.region_mode,
+        num=regions.num,
+        mode=regions.mode,
         context=settings.get("context", 1.2),
-        least_side=arguments.least_side,
-        with_whole=arguments.whole_too,
+        least_side=regions.least_side,
+        with_whole=regions.with_whole,
         batch_size=settings["batch_size"],
-        keep=_keeper(arguments.save_regions) if arguments.save_regions else None,
+        keep=_saver(regions.save_to) if regions.save_to else None,
     )
 
 
-def _order(read: Checkpoint, other: Checkpoint) -> list[int]:
-    """For each class of a checkpoint, its index in another's."""
-    names, others = read.classes.names, other.classes.names
-    if different := sorted(set(names) ^ set(others)):
-        raise UsageError(
-            f"{read.path} and {other.path} were trained for different classes ({', '.join(different[:3])}"
-            f"{', ...' if different[3:] else ''} in one alone) - an ensemble needs the same ones"
-        )
-    return [others.index(name) for name in names]
-
-
-def _keeper(folder: Path) -> Callable[[str, np.ndarray, Tensor], None]:
+def _saver(folder: Path) -> Callable[[str, np.ndarray, Tensor], None]:
     """Writes each image's regions into DIR/NAME.npz: boxes (N, 4), scores (N, C, h, w) float32."""
     kept: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
 
-    def keep(name: str, boxes: np.ndarray, scores: Tensor) -> None:
+    def save(name: str, boxes: np.ndarray, scores: Tensor) -> None:
         if name not in kept:
             kept.clear()
         kept.setdefault(name, []).append((boxes, scores.cpu().numpy()))
@@ -104,20 +292,38 @@ def _keeper(folder: Path) -> Callable[[str, np.ndarray, Tensor], None]:
             scores=np.concatenate([scores for _, scores in kept[name]]),
         )
 
-    return keep
+    return save
 
 
-def crf_settings(keys: Iterable[str]) -> CRF:
-    """What `crf.NAME=VALUE` arguments say.
+def ensemble(first: Predictor, second: Predictor, mode: EnsembleMode, order: Sequence[int]) -> Predictor:
+    """The probabilities of two networks together: EDeconvNet is DeconvNet and FCN-8s.
 
-    >>> crf_settings(["crf.iterations=5"]).iterations
-    5
+    Noh, Hong, Han 2015, section 4.4, https://arxiv.org/abs/1505.04366.
+
+    Args:
+        mode: See `PredictionSettings.ensemble_mode`.
+        order: For each class of the first, its index in the second.
     """
-    return CRF(**check(override({"crf": {}}, keys)["crf"], "crf", [CRF]))
+
+    def predict(image: np.ndarray, name: str) -> Iterator[tuple[Part, Scores]]:
+        one = whole_image(first, image, name)
+        other = whole_image(second, image, name)
+        other = other._replace(values=other.values[:, list(order)].to(one.values.device))
+        if mode == "paper":
+            mean = (one.probabilities() + other.probabilities()) / 2
+        else:
+            mean = (one.values.clamp(min=0) * other.values.clamp(min=0)).softmax(dim=1)
+        yield whole((image.shape[0], image.shape[1])), Scores(mean, True)
+
+    return predict
 
 
-def _refined(predictor: Predictor, settings: CRF) -> Predictor:
-    def predict(image: np.ndarray, name: str) -> Tensor:
-        return refine(predictor(image, name)[0], draw.shown(image), settings=settings)[None]
+def refined(predictor: Predictor, settings: CRF) -> Predictor:
+    """The probabilities of a predictor, refined by a fully connected CRF."""
+
+    def predict(image: np.ndarray, name: str) -> Iterator[tuple[Part, Scores]]:
+        probabilities = whole_image(predictor, image, name).probabilities()[0]
+        values = refine(probabilities, draw.shown(image), settings=settings)[None]
+        yield whole((image.shape[0], image.shape[1])), Scores(values, True)
 
     return predict

@@ -1,12 +1,12 @@
-"""An image labelled piece by piece, and by two networks: how DeconvNet predicts.
+"""Prediction by regions, as DeconvNet predicts.
 
-Noh, Hong, Han 2015, sections 3.3, 4.3 and 4.4, https://arxiv.org/abs/1505.04366. Paper and released code differ, and
-both are here: `paper` and `released`.
+Noh, Hong, Han 2015, sections 3.3 and 4.3, https://arxiv.org/abs/1505.04366. Paper and released code differ, and both
+are here: `paper` and `released`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -16,28 +16,16 @@ from torch import Tensor
 from segdeconv.data.boxes import cut, enlarged, squared
 from segdeconv.data.preprocessing import Preprocessing
 from segdeconv.data.proposals import Source
-from segdeconv.inference.scorers import Scorer, resized
-
-# (an image (H, W, channels) as it is stored, its name) -> (1, C, H, W) scores.
-Predictor = Callable[[np.ndarray, str], Tensor]
+from segdeconv.inference.scorers import Predictor, Scorer, Scores, resized
+from segdeconv.inference.tiling import Part, whole
 
 Mode = Literal["paper", "mean", "released"]
-EnsembleMode = Literal["paper", "released"]
 BLACK = 0
-
-
-def whole(scorer: Scorer, preprocess: Preprocessing) -> Predictor:
-    """The scores of an image seen whole."""
-
-    def predict(image: np.ndarray, name: str) -> Tensor:
-        return resized(scorer(preprocess(image, name)[None]), (image.shape[0], image.shape[1])).float()
-
-    return predict
 
 
 def by_regions(
     scorer: Scorer,
-    preprocess: Preprocessing,
+    preprocessing: Preprocessing,
     propose: Source,
     *,
     num: int = 50,
@@ -48,12 +36,12 @@ def by_regions(
     batch_size: int = 8,
     keep: Callable[[str, np.ndarray, Tensor], None] | None = None,
 ) -> Predictor:
-    """The scores of an image that is seen through up to `num` regions, the most likely proposals first.
+    """The scores of an image from up to `num` of its regions, the most likely proposals first.
 
     Each proposal is enlarged by `context` and extended to a square, which may leave the image (black there), and seen
     at the network's size; its scores, before any softmax, are resized back, and laid over those of the others.
 
-    scorer: gives logits. preprocess: its size is what a region is resized to.
+    scorer: gives logits. preprocessing: its size is what a region is resized to.
     mode: where regions overlap. `paper` is the maximum over all regions, each of which is 0 outside itself
         (equation 1); so a negative score counts only where every region covers a pixel. `mean` is equation 2, divided
         by the number of regions that cover a pixel, which changes no label. `released` is the maximum over regions
@@ -65,11 +53,11 @@ def by_regions(
 
     Takes the memory of one batch of regions and of one array of scores, whatever `num` is.
     """
-    assert preprocess.size is not None, "regions are resized to a size"
+    assert preprocessing.size is not None, "regions are resized to a size"
     if least_side is None:
-        least_side = min(preprocess.size) // 2 if mode == "released" else 1
+        least_side = min(preprocessing.size) // 2 if mode == "released" else 1
 
-    def predict(image: np.ndarray, name: str) -> Tensor:
+    def predict(image: np.ndarray, name: str) -> Iterator[tuple[Part, Scores]]:
         height, width = image.shape[:2]
         regions = squared(enlarged(propose(image, name), context))
         regions = regions[regions[:, 2] - regions[:, 0] >= least_side][:num]
@@ -79,7 +67,7 @@ def by_regions(
         covered = torch.zeros(height, width)
         for first in range(0, len(regions), batch_size):
             batch = regions[first : first + batch_size]
-            scores = scorer(torch.stack([preprocess(cut(image, box, BLACK), name) for box in batch])).float()
+            scores = scorer(torch.stack([preprocessing(cut(image, box, BLACK), name) for box in batch])).float()
             if keep is not None:
                 keep(name, batch, scores)
             if canvas is None:
@@ -94,13 +82,14 @@ def by_regions(
                 else:
                     torch.maximum(here, seen, out=here)
                 covered[rows, columns] += 1
-        if canvas is None:  # nothing was proposed, or all of it was too small: the network says how many classes
-            canvas = torch.zeros_like(whole(scorer, preprocess)(image, name)[0])
+        if canvas is None:  # nothing was proposed, or all of it was too small
+            logits = scorer(preprocessing(image, name)[None])  # says how many classes there are
+            canvas = logits.float().new_zeros(logits.shape[1], height, width)
         elif mode == "paper":
             canvas = torch.where(covered < len(regions), canvas.clamp(min=0), canvas)
         elif mode == "mean":
             canvas = canvas / covered.clamp(min=1)
-        return canvas[None]
+        yield whole((height, width)), Scores(canvas[None], False)
 
     return predict
 
@@ -111,26 +100,3 @@ def _laid_out(scores: Tensor, box: Sequence[int], height: int, width: int) -> tu
     rows, columns = slice(max(0, y1), min(height, y2)), slice(max(0, x1), min(width, x2))
     full = resized(scores[None], (y2 - y1, x2 - x1))[0]
     return rows, columns, full[:, rows.start - y1 : rows.stop - y1, columns.start - x1 : columns.stop - x1]
-
-
-def softmaxed(predictor: Predictor) -> Predictor:
-    """Probabilities for scores."""
-    return lambda image, name: predictor(image, name).softmax(dim=1)
-
-
-def ensemble(first: Predictor, second: Predictor, mode: EnsembleMode, order: Sequence[int]) -> Predictor:
-    """The probabilities of two networks together: EDeconvNet is DeconvNet and FCN-8s.
-
-    mode: `paper` is the mean of both softmaxes; `released` the softmax of the product of both scores, each without
-        what is below 0.
-    order: for each class of the first, its index in the second.
-    """
-
-    def predict(image: np.ndarray, name: str) -> Tensor:
-        one = first(image, name)
-        other = second(image, name)[:, list(order)].to(one.device)
-        if mode == "paper":
-            return (one.softmax(dim=1) + other.softmax(dim=1)) / 2
-        return (one.clamp(min=0) * other.clamp(min=0)).softmax(dim=1)
-
-    return predict

@@ -1,56 +1,56 @@
-"""From a network to labels: functions of one type, image batch -> class scores, that wrap each other."""
+"""From scores to labels, and functions of one type, image batch -> class scores, that wrap each other."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from segdeconv.errors import UsageError
-from segdeconv.models import SegmentationModel
-from segdeconv.models.layers import fold_norms
-from segdeconv.system.devices import _half, autocast
-from segdeconv.system.memory import keep_freed, ran_out_of_memory
+from segdeconv.inference.tiling import Part
+from segdeconv.system.memory import ran_out_of_memory
 
-Model = TypeVar("Model", bound=nn.Module)
-
-
-# (N, 3, H, W) normalised images -> (N, C, H, W) scores: logits, or anything whose largest channel wins.
+# (N, C, H, W) normalised images -> (N, K, H, W) scores: logits, or anything whose largest channel wins.
 Scorer = Callable[[Tensor], Tensor]
 
 
-def ready(model: Model, device: torch.device, precision: str) -> Model:
-    """A copy of a network as it is fastest to use: batch norms folded, on the device, channels last.
+class Scores(NamedTuple):
+    """Class scores of a batch of images, or of a part of one image.
 
-    The weights of convolutions are kept in the type that they are computed in (`autocast` would convert them in every
-    pass). The running statistics are part of the copy: make a new one after they have changed.
-    """
-    network = fold_norms(model).to(device).to(memory_format=torch.channels_last)
-    if precision.endswith("mixed"):
-        for module in network.modules():
-            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
-                module.to(_half(precision))
-    return network
-
-
-def scorer_on(network: nn.Module, device: torch.device, precision: str, minimum: int) -> Scorer:
-    """A network that was made `ready`, as a function of images of any size, on any device.
-
-    minimum: the smallest side in pixels that it takes.
+    Attributes:
+        values: (N, K, H, W), logits, or probabilities if `is_probability`.
+        is_probability: whether softmax has been taken.
+        uncertainty: (N, H, W) float32, the variance over dropout samples, averaged over the classes; None without.
+        information: (N, H, W) float32, the mutual information of dropout samples, in nats; None without.
     """
 
-    def score(image: Tensor) -> Tensor:
-        with torch.inference_mode(), autocast(precision, device):
-            return network(image.to(device).contiguous(memory_format=torch.channels_last))
+    values: Tensor
+    is_probability: bool
+    uncertainty: Tensor | None = None
+    information: Tensor | None = None
 
-    return padded(score, minimum)
+    def probabilities(self) -> Tensor:
+        """Class probabilities, (N, K, H, W); float32 where softmax is taken here."""
+        return self.values if self.is_probability else self.values.float().softmax(dim=1)
+
+    def of_image(self, index: int, size: tuple[int, int]) -> Scores:
+        """The scores of one image of the batch, resized to (H, W): N is 1."""
+        part = slice(index, index + 1)
+        maps = (None if map_ is None else resized(map_[part, None], size)[:, 0] for map_ in self[2:])
+        return Scores(resized(self.values[part], size), self.is_probability, *maps)
 
 
-def padded(scorer: Scorer, minimum: int) -> Scorer:
-    """Images smaller than the network takes are padded below and right, and the scores cut back."""
+# (an image (H, W, C) as stored, its name) -> its scores at its own size, in parts that cover it once. Prediction in
+# tiles, by regions, with two networks and refined by a CRF are such functions, and some wrap others.
+Predictor = Callable[[np.ndarray, str], Iterator[tuple[Part, Scores]]]
+
+
+def with_padding(scorer: Scorer, minimum: int) -> Scorer:
+    """Pad images smaller than the network takes below and right, and cut the scores back."""
 
     def score(image: Tensor) -> Tensor:
         height, width = image.shape[-2:]
@@ -63,8 +63,8 @@ def padded(scorer: Scorer, minimum: int) -> Scorer:
     return score
 
 
-def flipped(scorer: Scorer) -> Scorer:
-    """Mean softmax over the image and its mirror image, turned back."""
+def with_flip(scorer: Scorer) -> Scorer:
+    """Average the softmax over the image and its mirror image, turned back."""
 
     def score(image: Tensor) -> Tensor:
         straight = scorer(image).float().softmax(dim=1)
@@ -74,13 +74,8 @@ def flipped(scorer: Scorer) -> Scorer:
     return score
 
 
-def softmaxed(scorer: Scorer) -> Scorer:
-    """Probabilities for logits."""
-    return lambda image: scorer(image).float().softmax(dim=1)
-
-
-def thrifty(scorer: Scorer) -> Scorer:
-    """Where memory runs out a batch is scored in halves."""
+def with_oom_fallback(scorer: Scorer) -> Scorer:
+    """Score a batch in halves where memory runs out."""
 
     def score(image: Tensor) -> Tensor:
         try:
@@ -103,7 +98,7 @@ def thrifty(scorer: Scorer) -> Scorer:
 
 
 def resized(scores: Tensor, size: tuple[int, int]) -> Tensor:
-    """(N, C, h, w) scores -> (N, C, *size), bilinear; as they are where the size is theirs."""
+    """Resize (N, C, h, w) scores to (N, C, *size), bilinearly; unchanged where the size is theirs."""
     if tuple(scores.shape[-2:]) == tuple(size):
         return scores
     return F.interpolate(scores.float(), size=size, mode="bilinear", align_corners=False)
@@ -115,32 +110,26 @@ def labels(scores: Tensor, size: tuple[int, int]) -> Tensor:
     return resized(scores, size).max(dim=1).indices.to(torch.uint8)
 
 
-def labels_and_confidence(scores: Tensor, *, probabilities: bool = False) -> tuple[Tensor, Tensor]:
-    """(N, C, H, W) logits, or probabilities -> (N, H, W) uint8 class indices, and float32 their probabilities."""
-    top, index = scores.float().max(dim=1)
-    if not probabilities:
-        top = 1 / (scores - top[:, None]).exp_().sum(dim=1)
+def labels_and_confidence(scores: Scores) -> tuple[Tensor, Tensor]:
+    """(N, H, W) uint8 class indices, and (N, H, W) float32 their probabilities."""
+    top, index = scores.values.float().max(dim=1)
+    if not scores.is_probability:
+        top = 1 / (scores.values - top[:, None]).exp_().sum(dim=1)
     return index.to(torch.uint8), top
 
 
-def scorer_of(
-    model: SegmentationModel,
-    device: torch.device,
-    precision: str,
-    *,
-    flip: bool = False,
-) -> Scorer:
-    """A trained network as a function from normalised images of any size to class scores; uses a copy of it."""
-    return _scorer(ready(model, device, precision), device, precision, flip=flip)
+def entropy(scores: Scores) -> Tensor:
+    """(N, H, W) float32: the entropy of the class probabilities of each pixel, in nats."""
+    values = scores.values.float()
+    if scores.is_probability:
+        return entropy_of(values)
+    # The logarithm of a sum in place of one for every class.
+    below = values - values.max(dim=1, keepdim=True).values
+    weights = below.exp()
+    total = weights.sum(dim=1)
+    return (total.log() - below.mul_(weights).sum(dim=1) / total).clamp_(min=0)
 
 
-def _scorer(
-    network: SegmentationModel,
-    device: torch.device,
-    precision: str,
-    *,
-    flip: bool,
-) -> Scorer:
-    keep_freed(device)
-    whole = thrifty(scorer_on(network, device, precision, network.minimum_size))
-    return flipped(whole) if flip else whole
+def entropy_of(probabilities: Tensor) -> Tensor:
+    """(N, K, H, W) probabilities -> (N, H, W) their entropy, in nats."""
+    return torch.special.entr(probabilities).sum(dim=1)

@@ -131,6 +131,11 @@ class Geometry:
         return rows, columns
 
 
+def whole(size: Size) -> Part:
+    """All of an image."""
+    return (0, size[0]), (0, size[1])
+
+
 def parts(size: Size, step: Size) -> Iterator[Part]:
     """An image in parts of this size, row by row; those at the lower and right end are what is left."""
     for top in range(0, size[0], step[0]):

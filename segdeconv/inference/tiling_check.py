@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from segdeconv.inference.predictors import TiledPredictor
+from segdeconv.inference.scorers import Scores
 from segdeconv.inference.segmenter import Segmenter
 from segdeconv.inference.tiling import parts
-from segdeconv.inference.views import Tiler, View
+from segdeconv.inference.views import ImageView, Tiler
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,9 @@ def compare_tiling(segmenter: Segmenter, path: Path) -> Comparison:
     Without a tile that is smaller than the image the smallest that is used is taken, twice what lies around a part.
     """
     image, _ = segmenter.open(path)
-    tiler = segmenter.tiler
-    size = segmenter.preprocess.size or (image.shape[0], image.shape[1])
+    network, settings = segmenter.network, segmenter.settings
+    tiler = TiledPredictor(network, segmenter.preprocessing, memory=settings.memory, tile=settings.tile).tiler
+    size = segmenter.preprocessing.size or (image.shape[0], image.shape[1])
     tile, geometry = tiler.tile, tiler.geometry
     if tiler.step(size) is None:
         tile = (
@@ -50,10 +53,9 @@ def compare_tiling(segmenter: Segmenter, path: Path) -> Comparison:
         return Comparison(1.0, 1.0, 0.0, said)
     found = []
     for limit in (size, tile):
-        seen = Tiler(tiler.score, tiler.skeleton, tiler.minimum, memory=tiler.memory, tile=limit, told=tiler.told)
-        view = View(image, size, segmenter.preprocess, seen, flip=segmenter.flip, name=str(path))
-        scores = view.scores().float()
-        found.append(scores if segmenter.flip else scores.softmax(dim=1))
+        limited = Tiler(tiler.model, memory=tiler.memory, tile=limit)
+        view = ImageView(image, size, network, segmenter.preprocessing, limited, str(path))
+        found.append(Scores(view.scores().float(), network.flip).probabilities())
     whole, tiled = found
     count = len(list(parts(size, geometry.steps(tile, size))))
     equal = float((whole.argmax(dim=1) == tiled.argmax(dim=1)).double().mean())

@@ -1,7 +1,7 @@
-"""What a network sees of an image, whole or by tiles, and its scores wherever they are asked for.
+"""Views of an image at one size, whole or in tiles, and the network's scores of any part of them.
 
 Between an image and its mask nothing is held of which there is one number per class and pixel, but for a part at a
-time: `View.scores` computes what a part of the mask needs.
+time: `ImageView.scores` computes what a part of the mask needs.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from segdeconv.data.preprocessing import Preprocessing, resize_image
 from segdeconv.errors import UsageError
-from segdeconv.inference.scorers import Scorer
-from segdeconv.inference.tiling import Extent, Geometry, Part, Size, geometry_of, parts
+from segdeconv.inference.network import Network
+from segdeconv.inference.tiling import Extent, Geometry, Part, Size, geometry_of, parts, whole
+from segdeconv.models import SegmentationModel
 from segdeconv.system.memory import ran_out_of_memory
 
 # Bytes of maps for each pixel, beyond what any network here holds: an image that fits so is not asked further.
@@ -24,31 +25,31 @@ MOST_PER_PIXEL = 1 << 13
 
 
 class Tiler:
-    """A network and how much of an image it sees at once.
+    """How much of an image a network sees at once.
 
-    score: takes images of any size, normalised. skeleton: the same network on torch's meta device.
-    memory: bytes that its maps may take. tile: the largest window, (H, W), in place of what `memory` says.
-    told: called with a sentence when memory runs out and tiles become smaller.
+    Args:
+        model: The network on torch's meta device; its minimum size is the smallest tile.
+        memory: Bytes that its maps may take.
+        tile: The largest window, (H, W), in place of what `memory` allows.
+        report: Called with a message when memory runs out and tiles become smaller.
     """
 
     def __init__(
         self,
-        score: Scorer,
-        skeleton: nn.Module,
-        minimum: int,
+        model: SegmentationModel,
         *,
         memory: int,
         tile: Size | None = None,
-        told: Callable[[str], None] = print,
+        report: Callable[[str], None] = print,
     ) -> None:
-        self.score, self.skeleton, self.minimum, self.told = score, skeleton, minimum, told
+        self.model, self.report = model, report
         self.memory, self.tile, self.whole_only = memory, tile, False
         self.said = False
 
     @functools.cached_property
     def geometry(self) -> Geometry:
         """Of the network; taken when the first image needs it."""
-        return geometry_of(self.skeleton, self.minimum)
+        return geometry_of(self.model, self.model.minimum_size)
 
     def step(self, size: Size) -> Size | None:
         """The size of the parts that an image of this size is seen in; None if it is seen whole."""
@@ -61,14 +62,14 @@ class Tiler:
         try:
             tile = self.geometry.tile(size, self.memory)
         except UsageError as error:
-            self.told(f"images are seen whole, whatever memory they take: {error}")
+            self.report(f"images are seen whole, whatever memory they take: {error}")
             self.whole_only = True
             return None
         if tile is None:
             return None
         if not (self.geometry.exact or self.said):
             self.said = True
-            self.told(
+            self.report(
                 f"{self.geometry.network} sees a tile a little otherwise than the whole: scores are near, not equal"
             )
         return self.geometry.steps(tile, size)
@@ -88,24 +89,29 @@ class Tiler:
         tall = now[0] - smallest[0] >= now[1] - smallest[1]
         cut = (now[0] // 2, now[1]) if tall else (now[0], now[1] // 2)
         self.tile = (max(cut[0], smallest[0]), max(cut[1], smallest[1]))
-        self.told(f"memory ran out at {now[0]}x{now[1]} pixels: going on with tiles of {self.tile[0]}x{self.tile[1]}")
+        smaller = f"{self.tile[0]}x{self.tile[1]}"
+        self.report(f"memory ran out at {now[0]}x{now[1]} pixels: continuing with tiles of {smaller}")
 
 
-class View:
-    """An image at one size, (H, W, C) as stored.
+class ImageView:
+    """An image resized to one size, and the network's scores of any part of it.
 
-    flip: mean probabilities of it and of its mirror image; otherwise whatever the network gives, logits.
+    Args:
+        image: (H, W, C) as stored.
+        size: (H, W) that it is resized to.
+        network: Whose logits are computed; with `network.flip`, mean probabilities of the view and its mirror image.
+        name: Of the image, in messages.
     """
 
     def __init__(
-        self, image: np.ndarray, size: Size, preprocess: Preprocessing, tiler: Tiler, *, flip: bool, name: str
+        self, image: np.ndarray, size: Size, network: Network, preprocessing: Preprocessing, tiler: Tiler, name: str
     ) -> None:
-        self.image = preprocess.required(resize_image(image, size), name)
-        self.size, self.preprocess, self.tiler, self.flip, self.name = size, preprocess, tiler, flip, name
+        self.image = preprocessing.required(resize_image(image, size), name)
+        self.size, self.network, self.preprocessing, self.tiler, self.name = size, network, preprocessing, tiler, name
 
     def scores(self, part: Part | None = None) -> Tensor:
         """(1, C, h, w) scores of a part of the view, or of all of it."""
-        part = part or ((0, self.size[0]), (0, self.size[1]))
+        part = part or whole(self.size)
         while True:
             try:
                 return self._scores(part)
@@ -121,37 +127,37 @@ class View:
         step = self.tiler.step(self.size) or size
         pieces = list(parts(size, step))
         if len(pieces) == 1:
-            return self._looked(part)
+            return self._flip_averaged(part)
         canvas: Tensor | None = None
         for rows, columns in pieces:
-            one = self._looked(((top + rows[0], top + rows[1]), (left + columns[0], left + columns[1])))
+            one = self._flip_averaged(((top + rows[0], top + rows[1]), (left + columns[0], left + columns[1])))
             if canvas is None:
                 canvas = one.new_empty((1, one.shape[1], *size))
             canvas[..., slice(*rows), slice(*columns)] = one
         assert canvas is not None
         return canvas
 
-    def _looked(self, part: Part) -> Tensor:
-        if not self.flip:
-            return self._seen(self.image, part)
+    def _flip_averaged(self, part: Part) -> Tensor:
+        if not self.network.flip:
+            return self._logits(self.image, part)
         width = self.size[1]
         rows, (left, right) = part
-        straight = self._seen(self.image, part).float().softmax(dim=1)
-        turned = self._seen(self.image[:, ::-1], (rows, (width - right, width - left)))
+        straight = self._logits(self.image, part).float().softmax(dim=1)
+        turned = self._logits(self.image[:, ::-1], (rows, (width - right, width - left)))
         return (straight + turned.float().softmax(dim=1).flip(-1)) / 2
 
-    def _seen(self, image: np.ndarray, part: Part) -> Tensor:
-        window = ((0, self.size[0]), (0, self.size[1]))
+    def _logits(self, image: np.ndarray, part: Part) -> Tensor:
+        window = whole(self.size)
         if part != window:
             window = self.tiler.geometry.window(part, self.size)
         seen = np.ascontiguousarray(image[slice(*window[0]), slice(*window[1])])
-        scores = self.tiler.score(self.preprocess.normalise(seen, self.name)[None])
+        scores = self.network.logits(self.preprocessing.normalise(seen, self.name)[None])
         (top, bottom), (left, right) = part
         above, before = window[0][0], window[1][0]
         return scores[..., top - above : bottom - above, left - before : right - before]
 
 
-def enlarged(scores: Callable[[Part], Tensor], seen: Size, size: Size, part: Part) -> Tensor:
+def resized_part(scores: Callable[[Part], Tensor], seen: Size, size: Size, part: Part) -> Tensor:
     """A part of what `inference.resized` makes of the scores of a view: (1, C, h, w) float32.
 
     scores: gives a part of them. seen, size: of the view and of the result, of which `part` is wanted.

@@ -1,4 +1,4 @@
-"""One look of a network at a picture, with all that the page asks about it afterwards."""
+"""The prediction of one picture, with all that the page asks about it afterwards."""
 
 from __future__ import annotations
 
@@ -9,34 +9,29 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from segdeconv.analysis import switch_paths
-from segdeconv.checkpoints.checkpoint import Checkpoint
-from segdeconv.data.files.reading import MAX_PIXELS, read_upright
 from segdeconv.data.preprocessing import Size, resize_image
 from segdeconv.drawing import draw
 from segdeconv.errors import UsageError
-from segdeconv.inference.dropout_sampling import sampled
-from segdeconv.inference.scorers import labels_and_confidence, ready, resized, scorer_on, softmaxed, thrifty
-from segdeconv.models import SegmentationModel
+from segdeconv.inference.scorers import Scores, entropy_of, labels_and_confidence
+from segdeconv.inference.segmenter import Segmenter
 from segdeconv.switches.ops import Pooling
-from segdeconv.system.devices import best_device, resolve_precision
 
 LARGEST = 2_000_000  # pixels that are shown and labelled; larger pictures are reduced
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What a network made of a picture.
+class PicturePrediction:
+    """What a network says of a picture.
 
     picture: (H, W, 3) uint8, upright, as it is shown. reduced_from: the (H, W) that the file has, if that is more.
     probabilities: (C, H, W) float32, on the network's device.
     labels: (H, W) uint8; confidence: (H, W) float32, the probability of that class.
     uncertainty: (H, W) float32 in 0..1: the entropy of the probabilities as a share of the most that it can be.
-    pooled: of the encoder, for the paths of pixels; empty if its pools keep no switches. network_size: (H, W) that was
-        looked at. seconds: that it took.
+    pooled: of the encoder, for the paths of pixels; empty if its pools keep no switches. network_size: (H, W) of the
+        network's input. seconds: that it took.
     """
 
     picture: np.ndarray
@@ -55,37 +50,20 @@ class Seen:
         return self.picture.shape[0], self.picture.shape[1]
 
 
-class Looker:
-    """A checkpoint's network, ready to look at pictures as `predict` does.
+class PicturePredictor:
+    """A segmenter and all that the page shows of a picture."""
 
-    samples: average over so many passes with dropout; 0 for one without.
-    """
+    def __init__(self, segmenter: Segmenter) -> None:
+        self.segmenter, self.classes = segmenter, segmenter.classes
+        self.name = type(segmenter.network.model).__name__
 
-    def __init__(self, read: Checkpoint, *, precision: str = "auto", samples: int = 0) -> None:
-        self.classes = read.classes
-        self.preprocess = read.preprocessing
-        self.max_pixels = read.config["dataset"].get("max_pixels") or MAX_PIXELS
-        self.device = best_device()
-        self.precision = resolve_precision(precision, read.facts["precision"])
-        self.network: SegmentationModel = ready(read.model(), self.device, self.precision)
-        self.name = type(self.network).__name__
-        self.score = thrifty(scorer_on(self.network, self.device, self.precision, self.network.minimum_size))
-        self.draw = sampled(softmaxed(self.score), self.network, samples) if samples else None
-
-    def _probabilities(self, image: Tensor, size: Size) -> Tensor:
-        """(1, C, *size); the scores of a single pass are resized before their softmax, as in `predict`."""
-        if self.draw:
-            return resized(self.draw(image).probabilities, size)
-        return resized(self.score(image), size).float().softmax(dim=1)
-
-    def look(self, content: bytes) -> Seen:
-        """Look at the picture that a file holds; raises UsageError, about `this file`, for what is none."""
+    def predict(self, content: bytes) -> PicturePrediction:
+        """Predict the picture that a file holds; raises UsageError, about `this file`, if it cannot be read."""
         with tempfile.TemporaryDirectory(prefix="segdeconv-") as folder:
             path = Path(folder) / "picture"
             path.write_bytes(content)
             try:
-                channels = self.preprocess.channels if self.preprocess.as_stored else None
-                image, _ = read_upright(path, channels=channels, max_pixels=self.max_pixels)
+                image, _ = self.segmenter.open(path)
             except UsageError as error:
                 raise UsageError(str(error).replace(str(path), "this file")) from None
         started = time.monotonic()
@@ -94,12 +72,12 @@ class Looker:
         if shrink < 1:
             image = resize_image(image, (max(1, int(shrink * whole[0])), max(1, int(shrink * whole[1]))))
         size = (image.shape[0], image.shape[1])
-        given = self.preprocess(image, "this file")
-        with switch_paths.recorded(self.network) as pooled:
-            probabilities = self._probabilities(given[None], size)
-        index, confidence = labels_and_confidence(probabilities, probabilities=True)
-        entropy = torch.special.entr(probabilities[0]).sum(dim=0) / np.log(len(self.classes))
-        return Seen(
+        network, normalised = self.segmenter.network, self.segmenter.preprocessing(image, "this file")
+        with switch_paths.recorded(network.model) as pooled:
+            probabilities = network(normalised[None]).of_image(0, size).probabilities()
+        index, confidence = labels_and_confidence(Scores(probabilities, True))
+        entropy = entropy_of(probabilities)[0] / np.log(len(self.classes))
+        return PicturePrediction(
             draw.shown(image),
             whole if shrink < 1 else None,
             probabilities[0],
@@ -107,12 +85,12 @@ class Looker:
             confidence[0].cpu().numpy(),
             entropy.clamp(0, 1).cpu().numpy(),
             pooled,
-            (given.shape[-2], given.shape[-1]),
+            (normalised.shape[-2], normalised.shape[-1]),
             time.monotonic() - started,
         )
 
 
-def pixel(seen: Seen, y: int, x: int) -> dict[str, Any]:
+def pixel(seen: PicturePrediction, y: int, x: int) -> dict[str, Any]:
     """What is known of a pixel of the shown picture: every class's probability, and where its switches lead.
 
     Places and boxes are in pixels of the shown picture; box is left, top, right, bottom.

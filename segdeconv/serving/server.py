@@ -31,7 +31,7 @@ import numpy as np
 from PIL import Image
 
 from segdeconv.errors import UsageError
-from segdeconv.serving.predictor import LARGEST, Looker, Seen, pixel
+from segdeconv.serving.predictor import LARGEST, PicturePrediction, PicturePredictor, pixel
 
 MAX_BYTES = 32 << 20  # of a picture's file
 SILENCE, REQUEST = 10, 60  # seconds that a browser may say nothing, and take for all that it has to say
@@ -72,12 +72,12 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
 
-    def __init__(self, looker: Looker, host: str, port: int) -> None:
-        self.looker, self.host = looker, host
+    def __init__(self, predictor: PicturePredictor, host: str, port: int) -> None:
+        self.predictor, self.host = predictor, host
         self.work: queue.Queue[tuple[Callable[[], Any], Future[Any]]] = queue.Queue(WAITING)
         self.places = threading.BoundedSemaphore(CONNECTIONS)
         self.numbers = itertools.count(1)
-        self.seen: tuple[int, Seen] | None = None
+        self.seen: tuple[int, PicturePrediction] | None = None
         try:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
             self.address_family = found[0][0]
@@ -123,13 +123,13 @@ class Server(ThreadingHTTPServer):
             raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, "too many pictures wait already - try again soon") from None
         return answer.result()
 
-    def look(self, content: bytes) -> tuple[int, Seen]:
+    def look(self, content: bytes) -> tuple[int, PicturePrediction]:
         """Look at a picture and remember it, in place of the one before, for questions about its pixels."""
-        self.seen = (next(self.numbers), self.looker.look(content))
+        self.seen = (next(self.numbers), self.predictor.predict(content))
         return self.seen
 
     def pixel(self, number: int, y: int, x: int) -> dict[str, Any]:
-        """See `look.pixel`; of the picture of this number, if it is still the last."""
+        """See `predictor.pixel`; of the picture of this number, if it is still the last."""
         if self.seen is None or self.seen[0] != number:
             raise Refused(HTTPStatus.GONE, "another picture was looked at since - drop this one again")
         return pixel(self.seen[1], y, x)
@@ -234,7 +234,7 @@ class Handler(BaseHTTPRequestHandler):
             name, kind = PAGE[parts.path]
             return kind, resources.files("segdeconv.serving").joinpath(name).read_bytes()
         if parts.path == "/network":
-            return "application/json", json.dumps(about(self.server.looker)).encode()
+            return "application/json", json.dumps(about(self.server.predictor)).encode()
         if parts.path == "/pixel":
             try:
                 asked = parse_qs(parts.query, max_num_fields=3)
@@ -279,19 +279,19 @@ class Handler(BaseHTTPRequestHandler):
         """Nothing is logged: what is looked at is nobody's business."""
 
 
-def about(looker: Looker) -> dict[str, Any]:
+def about(predictor: PicturePredictor) -> dict[str, Any]:
     """What the page has to know before a picture comes."""
-    classes = zip(looker.classes.names, looker.classes.colours, strict=True)
+    classes = zip(predictor.classes.names, predictor.classes.colours, strict=True)
     return {
-        "network": looker.name,
+        "network": predictor.name,
         "classes": [{"name": name, "colour": list(colour)} for name, colour in classes],
         "max_bytes": MAX_BYTES,
         "largest": LARGEST,
-        "size": looker.preprocess.size,
+        "size": predictor.segmenter.preprocessing.size,
     }
 
 
-def packed(number: int, seen: Seen) -> bytes:
+def packed(number: int, seen: PicturePrediction) -> bytes:
     """An answer for the page: four bytes, the length of the JSON that follows, little-endian as all numbers; then, each
     (H, W), labels uint8, confidence uint16 in 0..65535 and uncertainty uint8 in 0..255; then the picture as PNG.
     """

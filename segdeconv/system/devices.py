@@ -37,10 +37,11 @@ def resolve_precision(wanted: str, trained: str | None = None) -> str:
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
     """The context in which a network of this precision runs."""
-    return torch.autocast(device.type, dtype=_half(precision), enabled=precision.endswith("mixed"))
+    return torch.autocast(device.type, dtype=half_dtype(precision), enabled=precision.endswith("mixed"))
 
 
-def _half(precision: str) -> torch.dtype:
+def half_dtype(precision: str) -> torch.dtype:
+    """The dtype in which a mixed precision computes."""
     return torch.float16 if precision == "16-mixed" else torch.bfloat16
 
 

@@ -12,7 +12,7 @@ from segdeconv.checkpoints.checkpoint import AVERAGED, Checkpoint
 from segdeconv.data.loading import EvaluationSamples, evaluation_loader
 from segdeconv.errors import UsageError
 from segdeconv.evaluation.evaluate import restore_dataset
-from segdeconv.inference.scorers import padded
+from segdeconv.inference.scorers import with_padding
 
 
 @torch.no_grad()
@@ -39,7 +39,7 @@ def recalibrated(checkpoint: Checkpoint, *, device: torch.device) -> Checkpoint:
     for norm in norms.values():
         norm.train()  # and nothing else: dropout stays off
         norm.reset_running_stats()
-    score = padded(model, model.minimum_size)
+    score = with_padding(model, model.minimum_size)
     seen = 0
     with tqdm(total=len(dataset), desc="recalibrating", unit="image", disable=None) as bar:
         for batch in loader:

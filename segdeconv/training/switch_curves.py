@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 from pytorch_lightning import Callback, Trainer
 
 from segdeconv.analysis.figures import switches_sheet
@@ -11,9 +10,7 @@ from segdeconv.analysis.switch_paths import recorded
 from segdeconv.analysis.switch_statistics import flip_rate, ties_counted
 from segdeconv.data.dataset import SegmentationDataset
 from segdeconv.data.preprocessing import Preprocessing, resize_image
-from segdeconv.inference.scorers import padded
 from segdeconv.switches.ops import Pooling
-from segdeconv.system.devices import autocast
 from segdeconv.training.loggers import show_picture
 from segdeconv.training.task import SegmentationTask
 
@@ -35,18 +32,15 @@ class SwitchCurves(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: SegmentationTask) -> None:  # type: ignore[override]
         if not trainer.is_global_zero or not trainer.loggers:
             return
-        network, device = pl_module.network, pl_module.device
-        score = padded(network, network.minimum_size)
+        network = pl_module.validation_network
+        assert network is not None
         now, ties, picture = [], [], None
         for place in self.places:
             image, _, name = self.dataset[place]
             if self.preprocessing.size is not None:
                 image = resize_image(image, self.preprocessing.size)
-            with (
-                torch.inference_mode(), autocast(str(trainer.precision), device), recorded(network) as pooled,
-                ties_counted(network) as rates,
-            ):  # fmt: skip
-                score(self.preprocessing.normalise(image, name)[None].to(device))
+            with recorded(network.model) as pooled, ties_counted(network.model) as rates:
+                network.logits(self.preprocessing.normalise(image, name)[None])
             if not pooled:
                 return  # its pools keep no switches
             if picture is None and pooled[0].size == image.shape[:2]:

@@ -20,7 +20,8 @@ from segdeconv.checkpoints.checkpoint import FORMAT
 from segdeconv.classes import Classes
 from segdeconv.errors import DivergedError, UsageError
 from segdeconv.evaluation.metrics import ConfusionMatrix, Scores, scores
-from segdeconv.inference.scorers import labels, padded, ready, resized
+from segdeconv.inference.network import Network
+from segdeconv.inference.scorers import labels, resized
 from segdeconv.losses import loss_sums
 from segdeconv.models import SegmentationModel
 from segdeconv.models.activation_checkpointing import Staged
@@ -70,6 +71,7 @@ class SegmentationTask(LightningModule):
     """
 
     averaged: SegmentationModel | None
+    validation_network: Network | None = None  # of a validation that is running
 
     def __init__(
         self,
@@ -236,16 +238,16 @@ class SegmentationTask(LightningModule):
         if self.trainer.world_size > 1:
             for buffer in self.network.buffers():
                 torch.distributed.broadcast(buffer, 0)
-        # As scripts/evaluate.py makes it, so that both give the same scores.
-        network = ready(self.network, self.device, str(self.trainer.precision))
-        self._scorer = padded(network, network.minimum_size)
+        # As evaluate makes it, so that both give the same scores.
+        self.validation_network = Network(self.network, self.device, str(self.trainer.precision))
 
     def on_validation_end(self) -> None:
-        del self._scorer
+        self.validation_network = None
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, list[np.ndarray]]:
         """Scores stored pixels, as scripts/evaluate.py does; the predicted masks are for pictures."""
-        logits = self._scorer(batch["image"])
+        assert self.validation_network is not None
+        logits = self.validation_network.logits(batch["image"])
         predictions = []
         for position, mask in enumerate(batch["mask"]):
             size = (mask.shape[0], mask.shape[1])

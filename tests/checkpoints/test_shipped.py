@@ -15,8 +15,9 @@ from segdeconv.checkpoints import cards, checkpoint
 from segdeconv.classes import Classes
 from segdeconv.data import CamVid
 from segdeconv.data.datasets.camvid import CLASSES
-from segdeconv.evaluation import evaluate
+from segdeconv.evaluation.evaluate import evaluate, restore_dataset
 from segdeconv.evaluation.metrics import scores
+from segdeconv.inference.segmenter import Segmenter
 from segdeconv.training.config_check import check_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -74,10 +75,11 @@ def test_camvid_small_knows_streets_of_val():
 @pytest.mark.slow
 def test_camvid_small_scores_what_its_card_says():
     read = checkpoint.read("camvid-small", overrides=[f"dataset.root={REAL_CAMVID}", "dataset.num_workers=0"])
-    confusion, images = evaluate.evaluate(read, "val", device=torch.device("cpu"))
+    dataset = restore_dataset(read, "val")
+    confusion = evaluate(Segmenter(read, device=torch.device("cpu")), dataset)
     said = json.loads(cards.card_of(read.path).read_text())["scores"]["val"]
     found = scores(confusion)
-    assert images == 101
+    assert len(dataset) == 101
     assert 100 * found.miou == pytest.approx(said["mIoU"], abs=0.2)
     assert 100 * found.pixel_accuracy == pytest.approx(said["G"], abs=0.2)
     assert 100 * found.mean_accuracy == pytest.approx(said["C"], abs=0.3)

@@ -25,8 +25,9 @@ from segdeconv.data.relabelled import Relabelled, in_order_of
 from segdeconv.drawing import html
 from segdeconv.evaluation import report_page
 from segdeconv.evaluation.boundary import Boundaries
-from segdeconv.evaluation.evaluation import Evaluation
-from segdeconv.inference.dropout_sampling import entropy
+from segdeconv.evaluation.evaluate import Evaluation
+from segdeconv.inference.scorers import Scores, entropy
+from segdeconv.inference.segmenter import Segmenter
 
 
 def node(root: Path, *order: int) -> dict[str, object]:
@@ -226,7 +227,7 @@ def network(tmp_path_factory) -> checkpoint.Checkpoint:
 def evaluated(network: checkpoint.Checkpoint, *masks: np.ndarray, **more: object) -> tuple[dict[str, Any], str]:
     """(report, page) of a network of seven classes on these masks; more: what else the report holds."""
     dataset = Few(*masks)
-    done = Evaluation.of(network, dataset, device=torch.device("cpu"), outlines=len(masks) < 10)
+    done = Evaluation.of(Segmenter(network, device=torch.device("cpu")), dataset, outlines=len(masks) < 10)
     report = {**done.report(command="evaluate"), **more}
     return report, report_page.build_page(report_page.Evaluated(report, done.gallery), dataset)
 
@@ -261,10 +262,10 @@ def test_a_page_of_many_images_stays_small_and_says_how_many_it_shows(network, n
 def test_entropy_is_that_of_the_class_probabilities():
     logits = torch.randn(2, 5, 3, 4, generator=torch.Generator().manual_seed(0)) * 4
     expected = torch.distributions.Categorical(logits=logits.permute(0, 2, 3, 1)).entropy()
-    torch.testing.assert_close(entropy(logits), expected)
-    torch.testing.assert_close(entropy(logits.softmax(dim=1), probabilities=True), expected)
+    torch.testing.assert_close(entropy(Scores(logits, False)), expected)
+    torch.testing.assert_close(entropy(Scores(logits.softmax(dim=1), True)), expected)
     sure = torch.tensor([0.0, 800.0, -800.0]).view(1, 3, 1, 1)
-    assert entropy(sure).item() == 0
+    assert entropy(Scores(sure, False)).item() == 0
 
 
 def test_tables_of_other_measurements_are_shown_if_they_are_there(network):
@@ -282,7 +283,8 @@ def test_networks_of_other_classes_are_not_compared(commands, place, tmp_path):
     other = fakes.untrained(tmp_path / "other.ckpt", {"_target_": "segdeconv.data.Shapes", "num_train": 2})
     done = commands("evaluate", place / '<b>run</b> & "co"' / "first.ckpt", "--compare", other, "--out", "x", cwd=place)
     assert done.code == 2
-    assert "other.ckpt was trained for 7 classes and the data has 3; '" in done.sentence
+    assert "the data has 3 classes (" in done.sentence
+    assert "other.ckpt has 7 classes (background, disc, ring, ...); '" in done.sentence
     assert "compare networks of the same classes, which are matched by their names" in done.sentence
     assert not (place / "x").exists()
 

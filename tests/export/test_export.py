@@ -25,7 +25,8 @@ from segdeconv.errors import UsageError
 from segdeconv.export import onnx as onnx_file
 from segdeconv.export.export import export
 from segdeconv.export.module import resized_as_stored
-from segdeconv.inference.scorers import labels, scorer_of
+from segdeconv.inference.network import Network
+from segdeconv.inference.scorers import labels
 from segdeconv.models import build_model, check_model
 
 ROOT = Path(__file__).parents[2]
@@ -182,7 +183,7 @@ def test_a_program_without_torch_labels_a_picture_as_predict_does(segnet, tmp_pa
     for name, seen_by in (("plain", read), ("ends", checkpoint.read(place / "unet.ckpt"))):
         preprocess = Preprocessing.restore({**seen_by.facts["preprocessing"], "size": [40, 56]})
         image, _ = read_upright(picture)
-        scores = scorer_of(seen_by.model(), torch.device("cpu"), "32-true")(preprocess(image)[None])
+        scores = Network(seen_by.model(), torch.device("cpu"), "32-true").logits(preprocess(image)[None])
         expected, found = labels(scores, (83, 121))[0].numpy(), fakes.opened(tmp_path / f"{name}.png")
         assert len(np.unique(expected)) > 1
         assert found.getpalette()[:9] == list(seen_by.classes.table[:3].ravel())

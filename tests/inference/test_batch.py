@@ -24,6 +24,7 @@ from segdeconv.classes import Classes, voc_colours
 from segdeconv.drawing.png import Png
 from segdeconv.errors import UsageError
 from segdeconv.inference.polygons import rasterised, regions
+from segdeconv.inference.predictors import PredictionSettings
 from segdeconv.inference.progress_log import Journal
 from segdeconv.inference.segmenter import Segmenter
 from segdeconv.inference.tiling_check import compare_tiling
@@ -134,8 +135,8 @@ def test_tiles_give_what_the_whole_gives(place, how):
     whole = segdeconv.load(place / "best.ckpt", precision="32-true", **how).predict(path, uncertainty=True)
     segmenter = segdeconv.load(place / "best.ckpt", precision="32-true", tile=(70, 64), **how)
     seen = []
-    score = segmenter.tiler.score
-    segmenter.tiler.score = lambda image: seen.append(image.shape[-2:]) or score(image)
+    score = segmenter.network.logits
+    segmenter.network.logits = lambda image: seen.append(image.shape[-2:]) or score(image)
     tiled = segmenter.predict(path, uncertainty=True)
     assert len(seen) > 5
     assert max(height for height, _ in seen) <= 72
@@ -168,17 +169,17 @@ def test_little_memory_means_small_tiles_and_the_same_mask(place):
     path = place / "photos" / "a.png"
     whole = segdeconv.load(place / "best.ckpt").predict(path)
     segmenter = segdeconv.load(place / "best.ckpt", memory=1 << 18)
-    step = segmenter.tiler.step((130, 171))
+    step = segmenter.predictor.tiler.step((130, 171))
     assert step is not None
-    assert segmenter.tiler.geometry.needed((step[0] + 32, step[1] + 32)) < 1 << 18
+    assert segmenter.predictor.tiler.geometry.needed((step[0] + 32, step[1] + 32)) < 1 << 18
     assert (segmenter.predict(path).mask == whole.mask).mean() >= 0.999
 
 
 def test_out_of_memory_means_smaller_tiles_until_nothing_is_smaller(place):
     told = []
     read = checkpoint.read(place / "best.ckpt")
-    segmenter = Segmenter(read, told=told.append, precision="32-true")
-    score = segmenter.tiler.score
+    segmenter = Segmenter(read, PredictionSettings(precision="32-true"), report=told.append)
+    score = segmenter.network.logits
 
     def scarce(limit):
         def seen(image):
@@ -189,15 +190,15 @@ def test_out_of_memory_means_smaller_tiles_until_nothing_is_smaller(place):
         return seen
 
     whole = segmenter.predict(place / "photos" / "a.png").mask
-    segmenter.tiler.score = scarce(6000)
+    segmenter.network.logits = scarce(6000)
     found = segmenter.predict(place / "photos" / "a.png").mask
     assert (found == whole).mean() >= 0.999
-    assert told[0] == "memory ran out at 130x171 pixels: going on with tiles of 130x85"
+    assert told[0] == "memory ran out at 130x171 pixels: continuing with tiles of 130x85"
     assert len(told) < 5
     count = len(told)
     segmenter.predict(place / "photos" / "a.png")
     assert len(told) == count  # it has learnt
-    segmenter.tiler.score = scarce(100)
+    segmenter.network.logits = scarce(100)
     with pytest.raises(UsageError, match=r"memory ran out on 36x36 pixels, and SegNet takes no smaller tiles"):
         segmenter.predict(place / "photos" / "a.png")
 
@@ -210,10 +211,10 @@ def test_verify_tiling_says_how_near_and_notices_what_is_not(place, commands, mo
     assert "of 72x72 or smaller against the whole of 130x171, float32: 100.0000 % of the labels are equal" in done.out
     assert not (place / "predictions").exists()
     segmenter = segdeconv.load(place / "best.ckpt", tile=(72, 72), precision="32-true")
-    right = type(segmenter.tiler.geometry).window
-    monkeypatch.setattr(type(segmenter.tiler.geometry), "window", lambda self, part, size: part)
+    right = type(segmenter.predictor.tiler.geometry).window
+    monkeypatch.setattr(type(segmenter.predictor.tiler.geometry), "window", lambda self, part, size: part)
     assert not compare_tiling(segmenter, place / "photos" / "a.png").same
-    monkeypatch.setattr(type(segmenter.tiler.geometry), "window", right)
+    monkeypatch.setattr(type(segmenter.predictor.tiler.geometry), "window", right)
     assert compare_tiling(segmenter, place / "photos" / "a.png").same
 
 
@@ -503,7 +504,7 @@ def test_a_ring_is_one_polygon_whose_area_another_program_agrees_with():
 
 
 def test_a_tiler_sees_whole_what_fits(place):
-    tiler = Tiler(lambda image: image, SegNet(3, **MODEL).eval().to("meta"), 32, memory=1 << 20)
+    tiler = Tiler(SegNet(3, **MODEL).eval().to("meta"), memory=1 << 20)
     assert tiler.step((10, 10)) is None
     assert "geometry" not in vars(tiler)  # nobody had to look
     assert tiler.step((1000, 1000)) is not None

@@ -18,15 +18,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from segdeconv.checkpoints import checkpoint
-from segdeconv.cli.options import add_looks, looks_more, parted
+from segdeconv.cli.options import add_prediction_options, crf_settings, parted, prediction_settings
 from segdeconv.data.boxes import cut, enlarged, squared
 from segdeconv.data.preprocessing import Preprocessing, resize_image
 from segdeconv.data.proposals import Source
 from segdeconv.errors import UsageError
-from segdeconv.evaluation import evaluate
+from segdeconv.evaluation.evaluate import evaluate, restore_dataset
 from segdeconv.inference.crf import CRF, refine
-from segdeconv.inference.predictors import crf_settings, predictor_of
-from segdeconv.inference.regions import by_regions, ensemble, softmaxed, whole
+from segdeconv.inference.predictors import PredictionSettings, ensemble, whole_image
+from segdeconv.inference.regions import by_regions
+from segdeconv.inference.scorers import Scores
+from segdeconv.inference.segmenter import Segmenter
+from segdeconv.inference.tiling import whole
 from segdeconv.train import train
 
 ROOT = Path(__file__).parents[2]
@@ -69,7 +72,8 @@ def layers(boxes: np.ndarray, image: np.ndarray = IMAGE) -> tuple[np.ndarray, np
 
 
 def predicted(**settings: Any) -> np.ndarray:
-    found = by_regions(network, SEEN, from_list(settings.pop("boxes", BOXES)), **settings)(IMAGE, "x")
+    predictor = by_regions(network, SEEN, from_list(settings.pop("boxes", BOXES)), **settings)
+    found = whole_image(predictor, IMAGE, "x").values
     assert found.shape == (1, 4, 30, 40)
     assert found.dtype == torch.float32
     return found[0].numpy()
@@ -138,7 +142,7 @@ def test_what_no_region_covers_is_0_for_every_class(mode: Any) -> None:
 
 
 def test_the_whole_image_may_be_a_region_beside_the_others() -> None:
-    alone = whole(network, SEEN)(IMAGE, "x")[0].numpy()
+    alone = F.interpolate(network(SEEN(IMAGE)[None]), size=(30, 40), mode="bilinear")[0].numpy()
     np.testing.assert_allclose(predicted(boxes=BOXES[:0], with_whole=True), alone, atol=1e-6)
     scores, _ = layers(CUT[:1])
     expected = np.maximum(alone, scores[0])
@@ -172,7 +176,8 @@ def test_what_lies_outside_the_image_is_black_before_the_mean_is_subtracted() ->
         seen.append(image)
         return network(image)
 
-    by_regions(scorer, SEEN, from_list(np.array([[-16, -16, 0, 0], [24, 14, 40, 30]])), context=1.0)(IMAGE, "x")
+    predictor = by_regions(scorer, SEEN, from_list(np.array([[-16, -16, 0, 0], [24, 14, 40, 30]])), context=1.0)
+    whole_image(predictor, IMAGE, "x")
     np.testing.assert_allclose(seen[0][0, :, 3, 4], -np.array(MEAN) / STD, rtol=1e-6)
     inside = (cut(IMAGE, np.array([24, 14, 40, 30]), 0) - np.float32(MEAN)) / np.float32(STD)
     np.testing.assert_allclose(seen[0][1].permute(1, 2, 0), inside, rtol=1e-5)
@@ -183,13 +188,14 @@ def test_what_lies_outside_the_image_is_black_before_the_mean_is_subtracted() ->
 
 def test_an_ensemble_by_hand() -> None:
     def says(*scores: float) -> Any:
-        return lambda image, name: torch.tensor(scores)[None, :, None, None].expand(1, 3, 1, 1)
+        values = torch.tensor(scores)[None, :, None, None].expand(1, 3, 30, 40)
+        return lambda image, name: iter([(whole((30, 40)), Scores(values, False))])
 
     first, second = says(2.0, -1.0, 0.5), says(1.0, 3.0, -2.0)  # the second's classes in another order: 2, 0, 1
-    found = ensemble(first, second, "paper", [2, 0, 1])(IMAGE, "x").flatten().tolist()
+    found = whole_image(ensemble(first, second, "paper", [2, 0, 1]), IMAGE, "x").values[0, :, 7, 9].tolist()
     a, b = (np.exp(scores) / np.exp(scores).sum() for scores in ([2.0, -1.0, 0.5], [-2.0, 1.0, 3.0]))
     np.testing.assert_allclose(found, (a + b) / 2, rtol=1e-6)
-    found = ensemble(first, second, "released", [2, 0, 1])(IMAGE, "x").flatten().tolist()
+    found = whole_image(ensemble(first, second, "released", [2, 0, 1]), IMAGE, "x").values[0, :, 7, 9].tolist()
     product = np.array([2.0 * 0, 0 * 1.0, 0.5 * 3.0])
     np.testing.assert_allclose(found, np.exp(product) / np.exp(product).sum(), rtol=1e-6)
 
@@ -218,22 +224,23 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return trained_on(tmp_path_factory.mktemp("regions") / "run", examples="objects")
 
 
-def arguments(*words: str) -> tuple[argparse.Namespace, list[str]]:
+def settings_of(*words: str) -> PredictionSettings:
     """As evaluate parses them."""
     parser = argparse.ArgumentParser()
     parser.add_argument("overrides", nargs="*")
-    parser.add_argument("--samples", type=int, default=0)
-    parser.add_argument("--flip", action="store_true")
-    parser.add_argument("--precision", default="32-true")
-    parser.add_argument("--trust", action="append", default=[])
-    add_looks(parser)
-    found = parser.parse_intermixed_args(words)
-    return found, parted(found.overrides)[1]
+    add_prediction_options(parser)
+    arguments = parser.parse_intermixed_args(["--precision=32-true", *words])
+    return prediction_settings(arguments, parted(arguments.overrides)[1])
+
+
+def segmenter_of(path: Path, *words: str, overrides: tuple[str, ...] = ()) -> Segmenter:
+    read = checkpoint.read(path, overrides=overrides)
+    return Segmenter(read, settings_of(*words), device=torch.device("cpu"))
 
 
 def looking(path: Path, *words: str, overrides: tuple[str, ...] = ()) -> Any:
-    read = checkpoint.read(path, overrides=overrides)
-    return predictor_of(read, read.model(), *arguments(*words), torch.device("cpu"))
+    segmenter = segmenter_of(path, *words, overrides=overrides)
+    return lambda image, name: whole_image(segmenter.predictor, image, name).probabilities()
 
 
 def scores_of(path: Path, image: np.ndarray, size: tuple[int, int]) -> Tensor:
@@ -296,7 +303,7 @@ def test_classes_of_an_ensemble_are_matched_by_name(trained: Path, tmp_path: Pat
     np.testing.assert_allclose(looking(trained, f"--ensemble={path}")(PICTURE, "x"), both, atol=1e-5)
     facts["classes"] = {**facts["classes"], "names": [*turned[:-1], "blob"]}
     checkpoint.write(content, path)
-    with pytest.raises(UsageError, match=r"different classes \(blob, disc in one alone\) - an ensemble needs the same"):
+    with pytest.raises(UsageError, match=r"'disc' is in one only - an ensemble needs networks of the same classes"):
         looking(trained, f"--ensemble={path}")
 
 
@@ -344,36 +351,25 @@ def test_the_settings_of_the_crf_are_its_defaults_unless_said() -> None:
 )
 def test_an_argument_that_would_do_nothing_is_refused(words: tuple[str, ...], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        looks_more(*arguments(*words))
-    assert not looks_more(*arguments())
-    assert looks_more(*arguments("--crf", "crf.iterations=3"))
+        settings_of(*words)
+    assert settings_of().single_pass
+    assert not settings_of("--crf", "crf.iterations=3").single_pass
 
 
 def test_evaluation_by_regions_counts_the_labels_that_prediction_gives(trained: Path) -> None:
-    read = checkpoint.read(trained, overrides=["dataset.examples=images"])
-    look = predictor_of(read, read.model(), *arguments("--regions=6", "--region-mode=released"), torch.device("cpu"))
+    words = ("--regions=6", "--region-mode=released")
+    segmenter = segmenter_of(trained, *words, overrides=("dataset.examples=images",))
+    data = restore_dataset(segmenter.checkpoint, "val")
     masks: dict[int, np.ndarray] = {}
-    confusion, count = evaluate.evaluate(
-        read,
-        "val",
-        device=torch.device("cpu"),
-        look=look,
-        on_prediction=lambda one: masks.update({one.place: one.prediction}),
-    )
-    data = evaluate.restore_dataset(read, "val")
+    confusion = evaluate(segmenter, data, on_prediction=lambda one: masks.update({one.place: one.prediction}))
     expected = np.zeros((7, 7), dtype=np.int64)
-    for index in range(count):
+    for index in range(len(data)):
         image, mask, name = data[index]
-        prediction = look(image, name)[0].argmax(dim=0).numpy()
+        prediction = whole_image(segmenter.predictor, image, name).values[0].argmax(dim=0).numpy()
         np.testing.assert_array_equal(masks[index], prediction)
         np.add.at(expected, (mask[mask != 255], prediction[mask != 255]), 1)
     np.testing.assert_array_equal(confusion, expected)
-    assert count == 2
-
-
-def test_softmaxed_is_the_softmax() -> None:
-    scores = torch.randn(1, 3, 2, 2, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(softmaxed(lambda image, name: scores)(IMAGE, "x"), scores.softmax(dim=1))
+    assert len(data) == 2
 
 
 @pytest.mark.slow

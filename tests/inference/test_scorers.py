@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from segdeconv.errors import UsageError
-from segdeconv.inference.scorers import flipped, labels, padded, ready, thrifty
+from segdeconv.inference.network import prepare_for_inference
+from segdeconv.inference.scorers import labels, with_flip, with_oom_fallback, with_padding
 from segdeconv.models import DeconvNet, SegNet, SegNetBasic
 from segdeconv.models.layers import ConvBlock, DeconvBlock, fold_norms
 from segdeconv.system.devices import autocast, resolve_precision
@@ -34,7 +35,7 @@ def scorer_of_size(seen):
 def test_padding_goes_below_and_right_up_to_the_minimum_and_is_cut_off(size, called_with):
     seen = []
     image = torch.randn(2, 3, *size)
-    assert torch.equal(padded(scorer_of_size(seen), 32)(image), image)
+    assert torch.equal(with_padding(scorer_of_size(seen), 32)(image), image)
     assert seen == [called_with]
 
 
@@ -44,14 +45,14 @@ def test_padded_network_sees_zeros_around_the_image():
     by_hand = torch.zeros(1, 3, 32, 40)
     by_hand[:, :, :9] = image
     with torch.no_grad():
-        assert torch.equal(padded(model, model.minimum_size)(image), model(by_hand)[:, :, :9])
+        assert torch.equal(with_padding(model, model.minimum_size)(image), model(by_hand)[:, :, :9])
 
 
 def test_flipped_is_the_mean_softmax_of_both_views():
     model = SegNet(3, width=0.0625).eval()
     image = torch.randn(2, 3, 33, 47)
     with torch.no_grad():
-        result = flipped(model)(image)
+        result = with_flip(model)(image)
         mirror = torch.stack([image[..., 46 - column] for column in range(47)], dim=-1)
         mirrored = model(mirror).softmax(1)
         back = torch.stack([mirrored[..., 46 - column] for column in range(47)], dim=-1)
@@ -64,7 +65,7 @@ def test_flipped_result_is_the_same_for_the_mirror_image():
     model = SegNet(3, width=0.0625).eval()
     image = torch.randn(1, 3, 32, 34)
     with torch.no_grad():
-        torch.testing.assert_close(flipped(model)(image.flip(-1)).flip(-1), flipped(model)(image))
+        torch.testing.assert_close(with_flip(model)(image.flip(-1)).flip(-1), with_flip(model)(image))
 
 
 def test_labels_are_the_largest_channel():
@@ -180,7 +181,7 @@ def test_memory_that_runs_out_is_met_with_half_the_batch():
         return image * 2
 
     images = torch.arange(5.0).reshape(5, 1, 1, 1)
-    assert torch.equal(thrifty(scorer)(images), images * 2)
+    assert torch.equal(with_oom_fallback(scorer)(images), images * 2)
     assert seen[:2] == [5, 3]
     assert max(seen[2:]) <= 3
 
@@ -191,9 +192,9 @@ def test_one_image_that_is_too_large_is_one_sentence():
 
     image = torch.full((1, 1, 300, 200), 3.0)
     with pytest.raises(UsageError, match=r"memory ran out on one image of 300x200 - give a smaller dataset.size"):
-        thrifty(scorer)(image)
+        with_oom_fallback(scorer)(image)
     with pytest.raises(RuntimeError, match="another fault"):
-        thrifty(_fails)(image)
+        with_oom_fallback(_fails)(image)
 
 
 def _fails(image):
@@ -213,7 +214,7 @@ def norms_in_use(network):
 def test_a_network_made_ready_is_a_faster_copy_that_says_the_same(precision):
     network, device = norms_in_use(SegNetBasic(5, width=8)), torch.device("cpu")
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    copy = ready(network, device, precision)
+    copy = prepare_for_inference(network, device, precision)
     assert not [module for module in copy.modules() if isinstance(module, nn.BatchNorm2d)]
     computed = {module.weight.dtype for module in copy.modules() if isinstance(module, nn.Conv2d)}
     assert computed == {torch.float32 if precision == "32-true" else torch.bfloat16}

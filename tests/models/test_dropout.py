@@ -21,7 +21,6 @@ from segdeconv.data.preprocessing import Preprocessing
 from segdeconv.drawing import draw
 from segdeconv.errors import UsageError
 from segdeconv.inference.dropout_sampling import sampled
-from segdeconv.inference.scorers import softmaxed
 from segdeconv.models import SegNet, SegNetBasic, build_model
 from segdeconv.models.layers import ConvBlock
 from segdeconv.system.seeding import key
@@ -36,6 +35,10 @@ SLIM = 0.0625
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+def probabilities_of(model):
+    return lambda image: model(image).float().softmax(dim=1)
 
 
 # Where.
@@ -163,7 +166,7 @@ def brute_force(model, image, samples, seed):
 def test_the_samples_are_those_of_a_plain_loop():
     model = SegNet(4, width=0.25, dropout_at="central").eval()
     image = torch.randn(2, 3, 40, 48)
-    drawn = sampled(softmaxed(model), model, 7, seed=3)(image)
+    drawn = sampled(probabilities_of(model), model, 7, seed=3)(image)
     passes = brute_force(model, image, 7, seed=3)
     mean = passes.mean(dim=0)
     entropy = -(mean * mean.log()).sum(dim=1)
@@ -181,11 +184,11 @@ def test_the_same_seed_draws_the_same_and_leaves_the_programs_random_numbers_alo
     model = SegNet(3, width=0.25, dropout_at="central").eval()
     image = torch.randn(1, 3, 40, 48)
     state = torch.get_rng_state()
-    first = sampled(softmaxed(model), model, 3)(image)
+    first = sampled(probabilities_of(model), model, 3)(image)
     assert torch.equal(torch.get_rng_state(), state)
     torch.rand(5)
-    again = sampled(softmaxed(model), model, 3)(image)
-    other = sampled(softmaxed(model), model, 3, seed=1)(image)
+    again = sampled(probabilities_of(model), model, 3)(image)
+    other = sampled(probabilities_of(model), model, 3, seed=1)(image)
     assert torch.equal(first.probabilities, again.probabilities)
     assert not torch.equal(first.probabilities, other.probabilities)
 
@@ -193,7 +196,7 @@ def test_the_same_seed_draws_the_same_and_leaves_the_programs_random_numbers_alo
 def test_batch_norm_stays_as_it_is_and_dropout_is_off_afterwards():
     model = SegNet(3, width=0.25, dropout_at="central").eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    sampled(softmaxed(model), model, 3)(torch.randn(2, 3, 40, 48))
+    sampled(probabilities_of(model), model, 3)(torch.randn(2, 3, 40, 48))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not any(module.training for module in model.modules())
 
@@ -203,19 +206,19 @@ def test_a_network_without_dropout_gets_one_sentence():
         with pytest.raises(
             UsageError, match=r"SegNet was trained without dropout, so all samples are the same - leave"
         ):
-            sampled(softmaxed(model), model, 5)
+            sampled(probabilities_of(model), model, 5)
     model = SegNet(3, width=SLIM, dropout_at="central")
     with pytest.raises(UsageError, match=r"--samples=-1 is no number of passes"):
-        sampled(softmaxed(model), model, -1)
+        sampled(probabilities_of(model), model, -1)
 
 
 PEAK = """
 import resource, sys, torch
-from segdeconv.inference import sampled, softmaxed
+from segdeconv.inference.dropout_sampling import sampled
 from segdeconv.models import SegNet
 torch.manual_seed(0)
 model = SegNet(12, width=0.125, dropout_at="central").eval()
-sampled(softmaxed(model), model, int(sys.argv[1]))(torch.randn(2, 3, 120, 160))
+sampled(lambda image: model(image).softmax(dim=1), model, int(sys.argv[1]))(torch.randn(2, 3, 120, 160))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 

@@ -27,10 +27,12 @@ from segdeconv.analysis import switch_paths
 from segdeconv.checkpoints import checkpoint
 from segdeconv.data.preprocessing import Preprocessing
 from segdeconv.errors import UsageError
+from segdeconv.inference.predictors import PredictionSettings
 from segdeconv.inference.scorers import resized
+from segdeconv.inference.segmenter import Segmenter
 from segdeconv.models import SegNet
 from segdeconv.serving import predictor, server
-from segdeconv.serving.predictor import Looker, pixel
+from segdeconv.serving.predictor import PicturePredictor, pixel
 
 ROOT = Path(__file__).parents[2]
 EVIL = "<img src=x onerror=alert(1)>"
@@ -80,7 +82,7 @@ def running(path, *words):
 @pytest.fixture(scope="module")
 def address(read):
     """Where a server in this process answers."""
-    one = server.Server(Looker(read), "127.0.0.1", 0)
+    one = server.Server(PicturePredictor(Segmenter(read)), "127.0.0.1", 0)
     threading.Thread(target=one.serve, daemon=True).start()
     yield f"127.0.0.1:{one.server_port}"
     one.shutdown()
@@ -253,7 +255,7 @@ def test_every_answer_says_what_a_browser_may_do_with_it(address):
 def test_who_says_nothing_or_takes_too_long_is_cut_off(read, monkeypatch):
     monkeypatch.setattr(server.Handler, "timeout", 0.2)
     monkeypatch.setattr(server, "REQUEST", 0.5)
-    one = server.Server(Looker(read), "127.0.0.1", 0)
+    one = server.Server(PicturePredictor(Segmenter(read)), "127.0.0.1", 0)
     threading.Thread(target=one.serve, daemon=True).start()
     address = ("127.0.0.1", one.server_port)
     head = b"POST /look HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/octet-stream\r\n"
@@ -323,13 +325,13 @@ def test_a_signal_ends_it_at_once_also_while_it_looks(path, number, code, said):
 def test_mistakes_are_one_sentence(read, address, tmp_path, commands):
     done = commands("serve", read.path, "--port", "70000", cwd=tmp_path)
     assert (done.code, done.sentence) == (2, "--port 70000 is no port - give 0 to 65535")
-    port, looker = int(address.rpartition(":")[2]), Looker(read)
+    port, predictor = int(address.rpartition(":")[2]), PicturePredictor(Segmenter(read))
     with pytest.raises(UsageError, match=f"port {port} is in use - choose another with --port, or 0 for any that is"):
-        server.Server(looker, "127.0.0.1", port)
+        server.Server(predictor, "127.0.0.1", port)
     with pytest.raises(UsageError, match=r"cannot listen on --host 192.0.2.1 \(.*\) - give an address of this machine"):
-        server.Server(looker, "192.0.2.1", 0)
+        server.Server(predictor, "192.0.2.1", 0)
     with pytest.raises(UsageError, match="--samples=-1 is no number of passes"):
-        Looker(read, samples=-1)
+        PicturePredictor(Segmenter(read, PredictionSettings(samples=-1)))
 
 
 @pytest.mark.slow
@@ -344,13 +346,13 @@ def test_a_host_that_others_reach_is_a_warning(path):
 
 def test_large_pictures_are_reduced_and_samples_averaged(read, monkeypatch):
     monkeypatch.setattr(predictor, "LARGEST", 5000)
-    looker = Looker(read, samples=3)
-    seen = looker.look(picture())
+    averaging = PicturePredictor(Segmenter(read, PredictionSettings(samples=3)))
+    seen = averaging.predict(picture())
     assert seen.reduced_from == (83, 121)
     assert 4800 < seen.size[0] * seen.size[1] <= 5000
     assert abs(seen.size[1] / seen.size[0] - 121 / 83) < 0.03
-    assert torch.equal(seen.probabilities, looker.look(picture()).probabilities)
-    alone = Looker(read).look(picture()).probabilities
+    assert torch.equal(seen.probabilities, averaging.predict(picture()).probabilities)
+    alone = PicturePredictor(Segmenter(read)).predict(picture()).probabilities
     assert 0.001 < (seen.probabilities - alone).abs().mean() < 0.2
     with pytest.raises(UsageError, match="pixel x=500, y=0 is not in a picture"):
         pixel(seen, 0, 500)

@@ -19,7 +19,10 @@ from segdeconv.checkpoints import checkpoint
 from segdeconv.data.module import IMAGENET_MEAN, IMAGENET_STD
 from segdeconv.data.sampler import StatelessBatches
 from segdeconv.errors import CheckpointError, Interrupted, SegdeconvError, UsageError, raised_elsewhere
-from segdeconv.evaluation import evaluate, report
+from segdeconv.evaluation import report
+from segdeconv.evaluation.evaluate import evaluate, restore_dataset
+from segdeconv.inference.predictors import PredictionSettings
+from segdeconv.inference.segmenter import Segmenter
 from segdeconv.models import SegNet
 from segdeconv.train import train
 from segdeconv.training.processes import count_processes
@@ -115,11 +118,13 @@ def test_two_processes_score_every_image_once_and_as_one_process_does(two_proces
     with (two_processes / "metrics.csv").open() as file:
         last = list(csv.DictReader(file))[-1]
     read = checkpoint.read(two_processes / "last.ckpt", trust=TRUST)
-    confusion, num_images = evaluate.evaluate(read, "val", device=torch.device("cpu"), precision="32-true")
+    dataset = restore_dataset(read, "val")
+    settings = PredictionSettings(precision="32-true")
+    confusion = evaluate(Segmenter(read, settings, device=torch.device("cpu")), dataset)
     val = Uneven("val")
-    assert num_images == 7
+    assert len(dataset) == 7
     assert confusion.sum() == sum((val[index].mask != 255).sum() for index in range(7))
-    scores = report.report(confusion, num_images, read.classes)
+    scores = report.report(confusion, len(dataset), read.classes)
     assert float(last["val/miou"]) == pytest.approx(scores["miou"], abs=1e-12)
     assert float(last["val/pixel_accuracy"]) == pytest.approx(scores["pixel_accuracy"], abs=1e-12)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from segdeconv.experiments.benchmarks.usual import UsualSegNet
-from segdeconv.inference.scorers import scorer_of
+from segdeconv.inference.network import Network
 from segdeconv.losses import CrossEntropy
 from segdeconv.models import FCN, SegmentationModel, SegNet, UNet
 from segdeconv.optimization import sgd
@@ -89,11 +89,11 @@ def our_training(network: SegmentationModel, task: Task, precision: str, *, comp
 
 def our_inference(network: SegmentationModel, task: Task, precision: str) -> Step:
     """A pass as evaluate.py and predict.py make it."""
-    score = scorer_of(network.eval(), task.device, precision)
+    prepared = Network(network.eval(), task.device, precision)
     image = task.images()
 
     def step() -> None:
-        score(image).max(dim=1)
+        prepared(image).values.max(dim=1)
 
     return step
 

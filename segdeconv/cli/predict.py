@@ -1,0 +1,155 @@
+"""The command `predict`: from its arguments to a folder of masks."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from segdeconv.cli.command import ArgumentParser
+from segdeconv.cli.options import add_prediction_options, is_override, parted, prediction_settings
+from segdeconv.errors import UsageError
+
+if TYPE_CHECKING:
+    from segdeconv.checkpoints.checkpoint import Checkpoint
+    from segdeconv.inference.segmenter import Segmenter
+
+UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+# What does not change what is written; all other arguments are part of what a folder was made by.
+NOT_MADE_BY = {"checkpoint", "paths", "out", "overwrite", "memory", "tile", "verify_tiling", "trust"}
+
+
+def parse(description: str) -> argparse.Namespace:
+    """The arguments of the command line."""
+    parser = ArgumentParser("predict.py", description=description)
+    add = parser.add_argument
+    text = "a .ckpt that train.py wrote, a .safetensors with its card, or the name of a shipped network"
+    add("checkpoint", help=text)
+    add("paths", nargs="+", metavar="PATH", help="pictures, folders, patterns, lists, videos, -; then key=value")
+    add("--out", type=Path, default=Path("predictions"), help="folder (default: predictions)")
+    add("--overwrite", action="store_true", help="begin anew where DIR holds predictions made by something else")
+    add = parser.add_argument_group("what is written beside masks and overlays").add_argument
+    add("--no-overlay", action="store_true", help="masks alone")
+    add("--probabilities", action="store_true", help="DIR/<name>.npy: (classes, H, W) float16")
+    add("--uncertainty", action="store_true", help="DIR/<name>_uncertainty.png: entropy, or variance with --samples")
+    add("--class-masks", action="store_true", help="DIR/<name>_<class>.png: 255 where the class is")
+    add("--polygons", action="store_true", help="DIR/regions.json: regions as polygons, in COCO's format")
+    add("--min-area", type=int, default=1, metavar="PIXELS", help="leave out smaller regions (default: 1)")
+    add("--frames", action="store_true", help="DIR/<name>/000001.png ...: the mask of each frame of a video")
+    add = parser.add_argument_group("large images").add_argument
+    add("--memory", metavar="SIZE", help="what the network's maps may take, such as 500M (default: 1G to 4G)")
+    add("--tile", default="auto", metavar="N|HxW", help="the largest tile, overlap included, in place of --memory")
+    add("--verify-tiling", action="store_true", help="compare tiles with the whole image, and write nothing")
+    add_prediction_options(parser)
+    return parser.parse_intermixed_args()
+
+
+def run(description: str) -> None:
+    """Restore, predict each image."""
+    arguments = parse(description)
+    overrides, crf_keys = parted(path for path in arguments.paths if is_override(path))
+    paths = [path for path in arguments.paths if not is_override(path)]
+    if arguments.min_area != 1 and not arguments.polygons:
+        raise UsageError("--min-area does nothing without --polygons - add it")
+    if arguments.verify_tiling and (arguments.regions or arguments.ensemble or arguments.crf):
+        raise UsageError("--verify-tiling is about one network's tiles - leave out --regions, --ensemble and --crf")
+    settings = prediction_settings(
+        arguments,
+        crf_keys,
+        memory=byte_count(arguments.memory),
+        tile=tile_size(arguments.tile),
+        precision="32-true" if arguments.verify_tiling else None,
+    )
+
+    from tqdm import tqdm
+
+    from segdeconv.checkpoints import checkpoint
+    from segdeconv.inference.batch import Labelling, Outputs, write_tables
+    from segdeconv.inference.inputs import find_images
+    from segdeconv.inference.progress_log import Journal
+    from segdeconv.inference.segmenter import Segmenter
+
+    def report(message: str) -> None:
+        tqdm.write(message, file=sys.stdout)
+
+    read = checkpoint.read(arguments.checkpoint, trust=arguments.trust, overrides=overrides)
+    outputs = Outputs(
+        arguments.out,
+        read.classes,
+        overlay=not arguments.no_overlay,
+        probabilities=arguments.probabilities,
+        uncertainty=arguments.uncertainty or arguments.samples > 0,
+        class_masks=arguments.class_masks,
+        polygons=arguments.polygons,
+        least_area=arguments.min_area,
+        frames=arguments.frames,
+    )
+    images = find_images(paths, arguments.out, outputs.endings())
+    segmenter = Segmenter(read, settings, report=report)
+    if arguments.verify_tiling:
+        verify(segmenter, images)
+        return
+    with closing(Journal(arguments.out, made_by(arguments, read), overwrite=arguments.overwrite)) as journal:
+        labelling = Labelling(segmenter, outputs, journal, report)
+        done = sum(journal.has(name, path) for name, path in images.items())
+        if done:
+            print(f"{done} of {len(images)} were done before and are left as they are")
+        with tqdm(total=len(images), initial=done, unit="image", disable=None) as bar:
+            for _ in labelling.run(images):
+                bar.update()
+        tables = write_tables(journal, outputs)
+    print(
+        f"{len(images) - labelling.failed} masks in {arguments.out}, with {' and '.join(path.name for path in tables)}"
+    )
+    if labelling.failed:
+        raise UsageError(
+            f"{labelling.failed} of {len(images)} files could not be read, named above - mend or leave them out"
+        )
+
+
+def made_by(arguments: argparse.Namespace, read: Checkpoint) -> dict[str, Any]:
+    """What decides the content of every output: another one would write others under the same names."""
+    from segdeconv.checkpoints import cards
+
+    settings = {key: value for key, value in vars(arguments).items() if key not in NOT_MADE_BY}
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in settings.items()}
+    if arguments.ensemble:
+        settings["ensemble"] = cards.digest(cards.located(Path(arguments.ensemble)))
+    keys = sorted(path for path in arguments.paths if is_override(path))
+    return {"checkpoint": read.sha256, **settings, "keys": keys}
+
+
+def verify(segmenter: Segmenter, images: dict[str, Path]) -> None:
+    """Print how near the scores by tiles are to those of the whole; UsageError where they are not the same."""
+    from segdeconv.inference.tiling_check import compare_tiling
+
+    wrong = 0
+    for path in images.values():
+        comparison = compare_tiling(segmenter, path)
+        print(comparison.sentence)
+        wrong += not comparison.same
+    if wrong:
+        raise UsageError(f"{wrong} of {len(images)} images come out otherwise in tiles - give them more --memory")
+
+
+def tile_size(text: str) -> tuple[int, int] | None:
+    """(H, W) of `N`, `HxW` or `auto`."""
+    if text == "auto":
+        return None
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    if not match or not all(int(side) for side in match.groups(text) if side):
+        raise UsageError(f"--tile={text} is no size - write for example 1024, 768x1024 or auto")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def byte_count(text: str | None) -> int | None:
+    """Bytes of `500M`, `2G`, `2GB`, `1.5GiB`."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMG]?)(?:i?B)?", text, re.IGNORECASE)
+    if not match or float(match[1]) == 0:
+        raise UsageError(f"--memory={text} is no amount of memory - write for example 500M or 2G")
+    return int(float(match[1]) * UNITS[match[2].upper()])

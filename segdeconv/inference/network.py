@@ -1,0 +1,95 @@
+"""The one place where a trained network becomes one that scores images: folded, on its device, padded, OOM-safe."""
+
+from __future__ import annotations
+
+from typing import Self, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from segdeconv.checkpoints.checkpoint import Checkpoint
+from segdeconv.inference.dropout_sampling import sampled
+from segdeconv.inference.scorers import Scores, with_flip, with_oom_fallback, with_padding
+from segdeconv.models import SegmentationModel
+from segdeconv.models.layers import fold_norms
+from segdeconv.system.devices import autocast, best_device, half_dtype, resolve_precision
+from segdeconv.system.memory import keep_freed
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class Network:
+    """A network prepared for inference: normalised images of any size and number -> `Scores`.
+
+    Args:
+        model: A trained network; a copy of it is used, so make a new one after it has learned.
+        device: Where it runs; images may be on any device.
+        precision: One of `devices.PRECISIONS`.
+        flip: Average the probabilities of each image and its mirror image.
+        samples: Average this many forward passes with dropout; 0 for one pass without.
+
+    Attributes:
+        model: The prepared copy, for hooks.
+        source: The model that it was copied from; of a checkpoint, on torch's meta device, without its weights.
+
+    Raises:
+        UsageError: `samples` is negative, or the network has no dropout to sample.
+    """
+
+    def __init__(
+        self, model: SegmentationModel, device: torch.device, precision: str, *, flip: bool = False, samples: int = 0
+    ) -> None:
+        keep_freed(device)
+        self.source, self.model = model, prepare_for_inference(model, device, precision)
+        self.device, self.precision, self.flip, self.samples = device, precision, flip, samples
+        self._padded = with_padding(self._forward, model.minimum_size)
+        scorer = with_oom_fallback(self._padded)
+        self._scorer = with_flip(scorer) if flip else scorer
+        self._sampler = sampled(self._probabilities, self.model, samples) if samples else None
+
+    @classmethod
+    def of(
+        cls,
+        checkpoint: Checkpoint,
+        *,
+        device: torch.device | None = None,
+        precision: str = "auto",
+        flip: bool = False,
+        samples: int = 0,
+    ) -> Self:
+        """The network of a checkpoint; by default on the best device, in the precision that is fast there."""
+        precision = resolve_precision(precision, checkpoint.facts["precision"])
+        network = cls(checkpoint.model(), device or best_device(), precision, flip=flip, samples=samples)
+        network.source.to("meta")
+        return network
+
+    def __call__(self, images: Tensor) -> Scores:
+        if self._sampler is None:
+            return Scores(self._scorer(images), self.flip)
+        drawn = self._sampler(images)
+        return Scores(drawn.probabilities, True, drawn.uncertainty, drawn.information)
+
+    def logits(self, images: Tensor) -> Tensor:
+        """(N, C, H, W) normalised images -> (N, K, H, W) logits of one pass; memory that runs out is the caller's."""
+        return self._padded(images)
+
+    def _forward(self, images: Tensor) -> Tensor:
+        with torch.inference_mode(), autocast(self.precision, self.device):
+            return self.model(images.to(self.device).contiguous(memory_format=torch.channels_last))
+
+    def _probabilities(self, images: Tensor) -> Tensor:
+        return Scores(self._scorer(images), self.flip).probabilities()
+
+
+def prepare_for_inference(model: Model, device: torch.device, precision: str) -> Model:
+    """Copy a network into its fastest form: batch norms folded, on the device, channels last.
+
+    The weights of convolutions are kept in the dtype that they are computed in (`autocast` would convert them in every
+    pass). Running statistics are part of the copy.
+    """
+    network = fold_norms(model).to(device).to(memory_format=torch.channels_last)
+    if precision.endswith("mixed"):
+        for module in network.modules():
+            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+                module.to(half_dtype(precision))
+    return network
