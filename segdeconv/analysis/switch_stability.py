@@ -28,7 +28,7 @@ STEPS = ((0, 1), (0, -1), (1, 0), (-1, 0))
 NUM_NOISY = 2
 
 
-class View(NamedTuple):
+class PerturbedImage(NamedTuple):
     """An image as it is seen again.
 
     image: (N, C, H, W). mirrored: whether columns are turned round. step: (dy, dx), by which the content was moved.
@@ -39,21 +39,21 @@ class View(NamedTuple):
     step: tuple[int, int] = (0, 0)
 
 
-def views(image: Tensor, noise: Tensor, *, seed: int = 0) -> Iterator[View]:
+def views(image: Tensor, noise: Tensor, *, seed: int = 0) -> Iterator[PerturbedImage]:
     """Mirrored, four times moved by a pixel, twice with noise.
 
     image: (N, C, H, W), normalised. noise: (C,), the standard deviation of each channel, in the same units. seed: of
         the noise, which is the same for every image of a size. What moves in repeats the edge.
     """
     height, width = image.shape[-2:]
-    yield View(image.flip(-1), mirrored=True)
+    yield PerturbedImage(image.flip(-1), mirrored=True)
     padded = F.pad(image, (1, 1, 1, 1), mode="replicate")
     for dy, dx in STEPS:
-        yield View(padded[..., 1 - dy : 1 - dy + height, 1 - dx : 1 - dx + width], step=(dy, dx))
+        yield PerturbedImage(padded[..., 1 - dy : 1 - dy + height, 1 - dx : 1 - dx + width], step=(dy, dx))
     for index in range(NUM_NOISY):
         generator = torch.Generator().manual_seed(key(seed, "noise", index))
         added = torch.randn(image.shape[1:], generator=generator).to(image.device)
-        yield View(image + added * noise.to(image.device)[:, None, None])
+        yield PerturbedImage(image + added * noise.to(image.device)[:, None, None])
 
 
 class Instability(NamedTuple):
@@ -112,7 +112,7 @@ def won(pooling: Pooling) -> Tensor:
     return _over_windows(codes, pooling.size) == (rows[:, None] * 2 + columns).to(torch.uint8)
 
 
-def found_again(there: Tensor, size: tuple[int, int], level: int, view: View) -> tuple[Tensor, Tensor]:
+def found_again(there: Tensor, size: tuple[int, int], level: int, view: PerturbedImage) -> tuple[Tensor, Tensor]:
     """Which cells have a winner of a view at their place.
 
     there: (N, C, h, w) bool, of the view, the cells before pool `level` that won; size: (H, W) of the image.

@@ -20,10 +20,10 @@ def bounding(inside: np.ndarray) -> np.ndarray:
     return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
 
 
-def enlarged(boxes: np.ndarray, factor: float) -> np.ndarray:
+def expanded(boxes: np.ndarray, factor: float) -> np.ndarray:
     """Boxes with sides `factor` times as long around the same centres, rounded outwards to whole pixels.
 
-    >>> enlarged(np.array([[10, 0, 20, 5]]), 1.2).tolist()
+    >>> expanded(np.array([[10, 0, 20, 5]]), 1.2).tolist()
     [[9, -1, 21, 6]]
     """
     grown = (boxes[:, 2:] - boxes[:, :2]) * (factor - 1) / 2

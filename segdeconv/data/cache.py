@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from segdeconv.data.dataset import Sample, SegmentationDataset, View
+from segdeconv.data.dataset import DatasetView, Sample, SegmentationDataset
 from segdeconv.data.inspection import cache
 from segdeconv.data.preprocessing import Size, resize_image, resize_mask
 from segdeconv.data.store import IN_MEMORY, ON_DISK, STAMP, Store
@@ -27,7 +27,7 @@ SHARE = 0.25  # of the memory or disk that is free: the bound where nobody gave 
 _HEAD = struct.Struct("<6I")  # image: height, width, channels, bytes of each; mask: height, width
 
 
-class Cached(View):
+class Cached(DatasetView):
     """A view of a data set that decodes an image the first time and takes it from `store` from then on.
 
     first: the store's number for image 0. size: (H, W) that images are kept at, None for their own; with `masks_too`
@@ -79,7 +79,7 @@ def _unpacked(content: bytes) -> tuple[np.ndarray, np.ndarray]:
 
 
 @dataclass(frozen=True)
-class Room:
+class CachePlan:
     """What is kept where. needed: bytes of all images, about. capacity: bytes that they may take."""
 
     kind: Literal["none", "memory", "disk"]
@@ -90,7 +90,7 @@ class Room:
 
 def make_room(
     kind: Kind, gibibytes: float | None, splits: Sequence[SegmentationDataset], sizes: Sequence[Size | None]
-) -> Room:
+) -> CachePlan:
     """Where the decoded images of whole data sets go.
 
     kind: `auto` is memory for images that lie in files, where the system can share it (Linux); never the disk, which
@@ -101,7 +101,7 @@ def make_room(
     if kind == "auto":
         kind = "memory" if IN_MEMORY and all(split.image_files for split in splits) else "none"
     if kind == "none":
-        return Room("none")
+        return CachePlan("none")
     if not (IN_MEMORY if kind == "memory" else ON_DISK):
         others = "disk or none" if kind == "memory" and ON_DISK else "none"
         raise UsageError(f"dataset.cache={kind} is not possible on {sys.platform} - use dataset.cache={others}")
@@ -114,7 +114,7 @@ def make_room(
         capacity = int(SHARE * (shutil.disk_usage(there).free + sum(size for _, size, _ in _kept_files(folder))))
     else:
         capacity = int(SHARE * free_memory() / _processes_here())
-    return Room("memory" if folder is None else "disk", needed, capacity, folder)
+    return CachePlan("memory" if folder is None else "disk", needed, capacity, folder)
 
 
 def _bytes_of_one(split: SegmentationDataset, size: Size | None) -> int:
@@ -124,7 +124,7 @@ def _bytes_of_one(split: SegmentationDataset, size: Size | None) -> int:
     return _HEAD.size + pixels * image.shape[2] * image.itemsize + max(pixels, mask.size)
 
 
-def open_store(room: Room, splits: Sequence[SegmentationDataset], sizes: Sequence[Size | None]) -> Store | None:
+def open_store(room: CachePlan, splits: Sequence[SegmentationDataset], sizes: Sequence[Size | None]) -> Store | None:
     """The store of all splits, one after another; None where nothing is kept."""
     count = sum(map(len, splits))
     if room.kind == "none":

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from segdeconv.classes import Classes
 from segdeconv.data import proposals as object_proposals
-from segdeconv.data.boxes import EMPTY, bounding, clipped, cut, enlarged, iou, squared
+from segdeconv.data.boxes import EMPTY, bounding, clipped, cut, expanded, iou, squared
 from segdeconv.data.dataset import Sample, SegmentationDataset
 from segdeconv.data.inspection import cache
 from segdeconv.errors import UsageError
@@ -162,10 +162,10 @@ class Crops(SegmentationDataset):
             objects = objects_of(mask, self.dataset.instances(index), self.classes, name)
             if propose is None:
                 boxes, owners = objects.boxes, np.arange(len(objects.boxes))
-                boxes = clipped(enlarged(boxes, self.context), mask.shape)
+                boxes = clipped(expanded(boxes, self.context), mask.shape)
             else:
                 boxes, owners = self._met(propose(image, name), objects)
-                boxes = squared(enlarged(boxes, self.context))
+                boxes = squared(expanded(boxes, self.context))
             images = np.full(len(boxes), index)
             columns = (images, *boxes.T, objects.numbers[owners], objects.classes[owners])
             return np.stack(columns, axis=1).astype(np.int32)

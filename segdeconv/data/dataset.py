@@ -130,7 +130,7 @@ class SegmentationDataset(ABC):
         return self.classes
 
 
-class View(SegmentationDataset):
+class DatasetView(SegmentationDataset):
     """A data set seen in another way: its images are those of `dataset`, and what is not said anew is what they say."""
 
     dataset: SegmentationDataset

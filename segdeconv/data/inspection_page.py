@@ -10,7 +10,7 @@ import numpy as np
 import yaml
 
 from segdeconv.classes import Classes, voc_colours
-from segdeconv.data.dataset import FileDataset, Pair, SegmentationDataset, View
+from segdeconv.data.dataset import DatasetView, FileDataset, Pair, SegmentationDataset
 from segdeconv.data.files.reading import read_image, read_labels
 from segdeconv.data.inspection import MOST_SHOWN, Inspection
 from segdeconv.data.loading import TrainingBatches
@@ -124,7 +124,7 @@ def _suspect(problem: str, splits: Sequence[SegmentationDataset]) -> Shown:
 def _pairs(splits: Sequence[SegmentationDataset]) -> Iterator[Pair]:
     for split in splits:
         dataset = split.whole
-        while isinstance(dataset, View):
+        while isinstance(dataset, DatasetView):
             dataset = dataset.dataset
         if isinstance(dataset, FileDataset):
             yield from dataset.pairs

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 import numpy as np
 
 from segdeconv.classes import Classes
-from segdeconv.data.dataset import Sample, SegmentationDataset, View
+from segdeconv.data.dataset import DatasetView, Sample, SegmentationDataset
 from segdeconv.errors import UsageError, did_you_mean
 
 IGNORE = "ignore"
 
 
-class Relabelled(View):
+class Relabelled(DatasetView):
     """A view of a data set through other classes; images, names and files stay.
 
     label_map: from a class's name to its new name, or to `ignore`. Classes that get one name become one class; a class

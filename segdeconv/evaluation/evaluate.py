@@ -29,7 +29,7 @@ from segdeconv.evaluation.breakdown import Breakdown
 from segdeconv.evaluation.calibration import Calibration
 from segdeconv.evaluation.metrics import ConfusionMatrix
 from segdeconv.inference.predictors import whole_image
-from segdeconv.inference.scorers import Scores, entropy, labels_and_confidence
+from segdeconv.inference.scorers import ClassScores, entropy, labels_and_confidence
 from segdeconv.inference.segmenter import Segmenter
 from segdeconv.system.devices import machine
 
@@ -137,7 +137,7 @@ def evaluate(
     return matrix.compute()
 
 
-def _scores(segmenter: Segmenter, dataset: SegmentationDataset) -> Iterator[tuple[Scores, Tensor]]:
+def _scores(segmenter: Segmenter, dataset: SegmentationDataset) -> Iterator[tuple[ClassScores, Tensor]]:
     """(scores at the size of the mask, N = 1; mask) of every image; in batches where one forward pass is all."""
     if not segmenter.settings.single_pass:
         for index in range(len(dataset)):

@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 
 from segdeconv.errors import UsageError
 
-Network = TypeVar("Network", bound=nn.Module)
+Module = TypeVar("Module", bound=nn.Module)
 Runner = Callable[[np.ndarray], np.ndarray]  # what a file gives for an input
 
 OPSET = 18  # of 2022, so that other programs know it
@@ -110,7 +110,7 @@ def _halve(graph: Any) -> None:
     graph.graph.node.extend([*casts, *others])
 
 
-def rounded(network: Network, path: Path) -> Network:
+def rounded(network: Module, path: Path) -> Module:
     """The network with the weights that --half keeps, in float32."""
     for name, parameter in network.named_parameters():
         if parameter.ndim > 1:

@@ -32,7 +32,7 @@ from segdeconv.system.files import PARTIAL, replacing
 AHEAD = 4  # images that are read before the network has seen the one before them
 BEHIND = 8  # images that are written while the network goes on
 WRITERS = 2  # threads
-ROOM = 1 << 26  # pixels that are held at once, unless one image has more
+HELD_PIXELS = 1 << 26  # pixels that are held at once, unless one image has more
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def _plain(name: str) -> str:
     return re.sub(r"[^\w.-]+", "_", name)
 
 
-class Room:
+class PixelBudget:
     """How many pixels may be held at once; whoever wants more waits, but a single image always has its turn."""
 
     def __init__(self, pixels: int) -> None:
@@ -163,7 +163,7 @@ class Labelling:
     journal: Journal
     told: Callable[[str], None] = print
     failed: int = 0
-    room: Room = field(default_factory=lambda: Room(ROOM))
+    budget: PixelBudget = field(default_factory=lambda: PixelBudget(HELD_PIXELS))
 
     def run(self, images: Mapping[str, Path]) -> Iterator[str]:
         """Label what the journal does not have; the name of each image, when the network has seen it."""
@@ -198,7 +198,7 @@ class Labelling:
             while written:
                 written.popleft().result()
         finally:
-            self.room.close()
+            self.budget.close()
             for pool in (reader, writers):
                 pool.shutdown(cancel_futures=True)
 
@@ -206,11 +206,11 @@ class Labelling:
         if path.suffix.lower() in VIDEOS:
             return None
         pixels = header_pixels(path)
-        self.room.take(pixels)
+        self.budget.take(pixels)
         try:
             image, stored = self.segmenter.open(path)
         except BaseException:
-            self.room.give(pixels)
+            self.budget.give(pixels)
             raise
         return image, stored, pixels
 
@@ -233,7 +233,7 @@ class Labelling:
         files = files + self.outputs.write(name, prediction, not self.segmenter.settings.samples)
         size = list(turn_back(prediction.mask, prediction.stored).shape)
         self.journal.add(name, path, files, size=size, pixels=prediction.pixels())
-        self.room.give(pixels)
+        self.budget.give(pixels)
 
     def _video(self, name: str, path: Path) -> None:
         video = open_video(path, self.segmenter.max_pixels)

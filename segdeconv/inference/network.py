@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from segdeconv.checkpoints.checkpoint import Checkpoint
 from segdeconv.inference.dropout_sampling import sampled
-from segdeconv.inference.scorers import Scores, with_flip, with_oom_fallback, with_padding
+from segdeconv.inference.scorers import ClassScores, with_flip, with_oom_fallback, with_padding
 from segdeconv.models import SegmentationModel
 from segdeconv.models.layers import fold_norms
 from segdeconv.system.devices import autocast, best_device, half_dtype, resolve_precision
@@ -19,7 +19,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class Network:
-    """A network prepared for inference: normalised images of any size and number -> `Scores`.
+    """A network prepared for inference: normalised images of any size and number -> `ClassScores`.
 
     Args:
         model: A trained network; a copy of it is used, so make a new one after it has learned.
@@ -63,11 +63,11 @@ class Network:
         network.source.to("meta")
         return network
 
-    def __call__(self, images: Tensor) -> Scores:
+    def __call__(self, images: Tensor) -> ClassScores:
         if self._sampler is None:
-            return Scores(self._scorer(images), self.flip)
+            return ClassScores(self._scorer(images), self.flip)
         drawn = self._sampler(images)
-        return Scores(drawn.probabilities, True, drawn.uncertainty, drawn.information)
+        return ClassScores(drawn.probabilities, True, drawn.uncertainty, drawn.information)
 
     def logits(self, images: Tensor) -> Tensor:
         """(N, C, H, W) normalised images -> (N, K, H, W) logits of one pass; memory that runs out is the caller's."""
@@ -78,7 +78,7 @@ class Network:
             return self.model(images.to(self.device).contiguous(memory_format=torch.channels_last))
 
     def _probabilities(self, images: Tensor) -> Tensor:
-        return Scores(self._scorer(images), self.flip).probabilities()
+        return ClassScores(self._scorer(images), self.flip).probabilities()
 
 
 def prepare_for_inference(model: Model, device: torch.device, precision: str) -> Model:

@@ -22,7 +22,7 @@ from segdeconv.inference.crf import CRF, refine
 from segdeconv.inference.dropout_sampling import sampled
 from segdeconv.inference.network import Network
 from segdeconv.inference.regions import Mode, by_regions
-from segdeconv.inference.scorers import Predictor, Scores, resized
+from segdeconv.inference.scorers import ClassScores, Predictor, resized
 from segdeconv.inference.tiling import Part, Size, parts, whole
 from segdeconv.inference.views import ImageView, Tiler, resized_part
 from segdeconv.system.memory import available
@@ -145,16 +145,16 @@ def build_predictor(
     return refined(predictor, settings.crf) if settings.crf else predictor
 
 
-def whole_image(predictor: Predictor, image: np.ndarray, name: str) -> Scores:
+def whole_image(predictor: Predictor, image: np.ndarray, name: str) -> ClassScores:
     """The scores of a whole image, (1, C, H, W) float32, put together from its parts."""
-    canvas: Scores | None = None
+    canvas: ClassScores | None = None
     for (rows, columns), scores in predictor(image, name):
         if scores.values.shape[-2:] == image.shape[:2]:
             return scores
         if canvas is None:
             empty = scores.values.new_empty((1, scores.values.shape[1], *image.shape[:2]))
             uncertainty = None if scores.uncertainty is None else empty.new_empty((1, *image.shape[:2]))
-            canvas = Scores(empty, scores.is_probability, uncertainty)
+            canvas = ClassScores(empty, scores.is_probability, uncertainty)
         for map_, part in zip(canvas, scores, strict=True):
             if isinstance(map_, Tensor) and isinstance(part, Tensor):
                 map_[..., slice(*rows), slice(*columns)] = part
@@ -189,7 +189,7 @@ class TiledPredictor:
         if tile is not None:
             self.tiler.geometry.steps(tile, (ENDLESS, ENDLESS))  # raises now if it is too small
 
-    def __call__(self, image: np.ndarray, name: str) -> Iterator[tuple[Part, Scores]]:
+    def __call__(self, image: np.ndarray, name: str) -> Iterator[tuple[Part, ClassScores]]:
         size = (image.shape[0], image.shape[1])
         views = [
             ImageView(image, self._input_size(size, scale), self.network, self.preprocessing, self.tiler, name)
@@ -212,11 +212,11 @@ class TiledPredictor:
                     one = one.softmax(dim=1)
                 total = one if total is None else total + one
             assert total is not None
-            yield part, Scores(total / len(views) if several else total, self.network.flip or several)
+            yield part, ClassScores(total / len(views) if several else total, self.network.flip or several)
 
-    def _sampled(self, view: ImageView, size: Size) -> Iterator[tuple[Part, Scores]]:
+    def _sampled(self, view: ImageView, size: Size) -> Iterator[tuple[Part, ClassScores]]:
         def probabilities(part: Part) -> Tensor:
-            return Scores(view.scores(part).float(), self.network.flip).probabilities()
+            return ClassScores(view.scores(part).float(), self.network.flip).probabilities()
 
         draw_samples = sampled(probabilities, self.network.model, self.network.samples)
 
@@ -230,7 +230,7 @@ class TiledPredictor:
                 maps = resized(known, size)
             else:
                 maps = resized_part(both if known is None else partial(_cut, known), view.size, size, part)
-            yield part, Scores(maps[:, :-1], True, maps[:, -1])
+            yield part, ClassScores(maps[:, :-1], True, maps[:, -1])
 
     def _input_size(self, size: Size, scale: float) -> Size:
         base = self.preprocessing.size or size
@@ -305,7 +305,7 @@ def ensemble(first: Predictor, second: Predictor, mode: EnsembleMode, order: Seq
         order: For each class of the first, its index in the second.
     """
 
-    def predict(image: np.ndarray, name: str) -> Iterator[tuple[Part, Scores]]:
+    def predict(image: np.ndarray, name: str) -> Iterator[tuple[Part, ClassScores]]:
         one = whole_image(first, image, name)
         other = whole_image(second, image, name)
         other = other._replace(values=other.values[:, list(order)].to(one.values.device))
@@ -313,7 +313,7 @@ def ensemble(first: Predictor, second: Predictor, mode: EnsembleMode, order: Seq
             mean = (one.probabilities() + other.probabilities()) / 2
         else:
             mean = (one.values.clamp(min=0) * other.values.clamp(min=0)).softmax(dim=1)
-        yield whole((image.shape[0], image.shape[1])), Scores(mean, True)
+        yield whole((image.shape[0], image.shape[1])), ClassScores(mean, True)
 
     return predict
 
@@ -321,9 +321,9 @@ def ensemble(first: Predictor, second: Predictor, mode: EnsembleMode, order: Seq
 def refined(predictor: Predictor, settings: CRF) -> Predictor:
     """The probabilities of a predictor, refined by a fully connected CRF."""
 
-    def predict(image: np.ndarray, name: str) -> Iterator[tuple[Part, Scores]]:
+    def predict(image: np.ndarray, name: str) -> Iterator[tuple[Part, ClassScores]]:
         probabilities = whole_image(predictor, image, name).probabilities()[0]
         values = refine(probabilities, draw.shown(image), settings=settings)[None]
-        yield whole((image.shape[0], image.shape[1])), Scores(values, True)
+        yield whole((image.shape[0], image.shape[1])), ClassScores(values, True)
 
     return predict

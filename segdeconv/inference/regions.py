@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from segdeconv.data.boxes import cut, enlarged, squared
+from segdeconv.data.boxes import cut, expanded, squared
 from segdeconv.data.preprocessing import Preprocessing
 from segdeconv.data.proposals import Source
-from segdeconv.inference.scorers import Predictor, Scorer, Scores, resized
+from segdeconv.inference.scorers import ClassScores, Predictor, Scorer, resized
 from segdeconv.inference.tiling import Part, whole
 
 Mode = Literal["paper", "mean", "released"]
@@ -57,9 +57,9 @@ def by_regions(
     if least_side is None:
         least_side = min(preprocessing.size) // 2 if mode == "released" else 1
 
-    def predict(image: np.ndarray, name: str) -> Iterator[tuple[Part, Scores]]:
+    def predict(image: np.ndarray, name: str) -> Iterator[tuple[Part, ClassScores]]:
         height, width = image.shape[:2]
-        regions = squared(enlarged(propose(image, name), context))
+        regions = squared(expanded(propose(image, name), context))
         regions = regions[regions[:, 2] - regions[:, 0] >= least_side][:num]
         if with_whole:
             regions = np.concatenate([[[0, 0, width, height]], regions])
@@ -89,7 +89,7 @@ def by_regions(
             canvas = torch.where(covered < len(regions), canvas.clamp(min=0), canvas)
         elif mode == "mean":
             canvas = canvas / covered.clamp(min=1)
-        yield whole((height, width)), Scores(canvas[None], False)
+        yield whole((height, width)), ClassScores(canvas[None], False)
 
     return predict
 

@@ -18,7 +18,7 @@ from segdeconv.system.memory import ran_out_of_memory
 Scorer = Callable[[Tensor], Tensor]
 
 
-class Scores(NamedTuple):
+class ClassScores(NamedTuple):
     """Class scores of a batch of images, or of a part of one image.
 
     Attributes:
@@ -37,16 +37,16 @@ class Scores(NamedTuple):
         """Class probabilities, (N, K, H, W); float32 where softmax is taken here."""
         return self.values if self.is_probability else self.values.float().softmax(dim=1)
 
-    def of_image(self, index: int, size: tuple[int, int]) -> Scores:
+    def of_image(self, index: int, size: tuple[int, int]) -> ClassScores:
         """The scores of one image of the batch, resized to (H, W): N is 1."""
         part = slice(index, index + 1)
         maps = (None if map_ is None else resized(map_[part, None], size)[:, 0] for map_ in self[2:])
-        return Scores(resized(self.values[part], size), self.is_probability, *maps)
+        return ClassScores(resized(self.values[part], size), self.is_probability, *maps)
 
 
 # (an image (H, W, C) as stored, its name) -> its scores at its own size, in parts that cover it once. Prediction in
 # tiles, by regions, with two networks and refined by a CRF are such functions, and some wrap others.
-Predictor = Callable[[np.ndarray, str], Iterator[tuple[Part, Scores]]]
+Predictor = Callable[[np.ndarray, str], Iterator[tuple[Part, ClassScores]]]
 
 
 def with_padding(scorer: Scorer, minimum: int) -> Scorer:
@@ -110,7 +110,7 @@ def labels(scores: Tensor, size: tuple[int, int]) -> Tensor:
     return resized(scores, size).max(dim=1).indices.to(torch.uint8)
 
 
-def labels_and_confidence(scores: Scores) -> tuple[Tensor, Tensor]:
+def labels_and_confidence(scores: ClassScores) -> tuple[Tensor, Tensor]:
     """(N, H, W) uint8 class indices, and (N, H, W) float32 their probabilities."""
     top, index = scores.values.float().max(dim=1)
     if not scores.is_probability:
@@ -118,7 +118,7 @@ def labels_and_confidence(scores: Scores) -> tuple[Tensor, Tensor]:
     return index.to(torch.uint8), top
 
 
-def entropy(scores: Scores) -> Tensor:
+def entropy(scores: ClassScores) -> Tensor:
     """(N, H, W) float32: the entropy of the class probabilities of each pixel, in nats."""
     values = scores.values.float()
     if scores.is_probability:

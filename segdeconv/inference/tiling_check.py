@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from segdeconv.inference.predictors import TiledPredictor
-from segdeconv.inference.scorers import Scores
+from segdeconv.inference.scorers import ClassScores
 from segdeconv.inference.segmenter import Segmenter
 from segdeconv.inference.tiling import parts
 from segdeconv.inference.views import ImageView, Tiler
@@ -55,7 +55,7 @@ def compare_tiling(segmenter: Segmenter, path: Path) -> Comparison:
     for limit in (size, tile):
         limited = Tiler(tiler.model, memory=tiler.memory, tile=limit)
         view = ImageView(image, size, network, segmenter.preprocessing, limited, str(path))
-        found.append(Scores(view.scores().float(), network.flip).probabilities())
+        found.append(ClassScores(view.scores().float(), network.flip).probabilities())
     whole, tiled = found
     count = len(list(parts(size, geometry.steps(tile, size))))
     equal = float((whole.argmax(dim=1) == tiled.argmax(dim=1)).double().mean())

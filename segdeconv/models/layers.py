@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-Network = TypeVar("Network", bound=nn.Module)
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class ConvBlock(nn.Module):
@@ -148,7 +148,7 @@ class Dropouts(nn.ModuleDict):
         return self[place](x) if place in self else x
 
 
-def fold_norms(network: Network) -> Network:
+def fold_norms(network: Module) -> Module:
     """A copy of a trained network whose batch norms are part of the convolutions before them, for inference.
 
     The running statistics become weights: W * scale / sqrt(var + eps), b' = (b - mean) * scale / sqrt(var + eps) +

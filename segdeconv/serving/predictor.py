@@ -15,7 +15,7 @@ from segdeconv.analysis import switch_paths
 from segdeconv.data.preprocessing import Size, resize_image
 from segdeconv.drawing import draw
 from segdeconv.errors import UsageError
-from segdeconv.inference.scorers import Scores, entropy_of, labels_and_confidence
+from segdeconv.inference.scorers import ClassScores, entropy_of, labels_and_confidence
 from segdeconv.inference.segmenter import Segmenter
 from segdeconv.switches.ops import Pooling
 
@@ -75,7 +75,7 @@ class PicturePredictor:
         network, normalised = self.segmenter.network, self.segmenter.preprocessing(image, "this file")
         with switch_paths.recorded(network.model) as pooled:
             probabilities = network(normalised[None]).of_image(0, size).probabilities()
-        index, confidence = labels_and_confidence(Scores(probabilities, True))
+        index, confidence = labels_and_confidence(ClassScores(probabilities, True))
         entropy = entropy_of(probabilities)[0] / np.log(len(self.classes))
         return PicturePrediction(
             draw.shown(image),

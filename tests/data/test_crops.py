@@ -12,7 +12,7 @@ from real_data import SHARED
 
 from segdeconv.classes import Classes
 from segdeconv.data import VOC, CamVid, Sample, SegmentationDataset, Shapes
-from segdeconv.data.boxes import bounding, clipped, cut, enlarged, iou, spread, squared
+from segdeconv.data.boxes import bounding, clipped, cut, expanded, iou, spread, squared
 from segdeconv.data.crops import Crops, objects_of
 from segdeconv.data.inspection import inspect
 from segdeconv.data.module import build_split, check_dataset
@@ -70,7 +70,7 @@ class Drawn(SegmentationDataset):
     ],
 )
 def test_a_box_is_enlarged_around_its_centre_and_rounded_outwards(box: Any, factor: float, expected: Any) -> None:
-    assert enlarged(boxes(box), factor).tolist() == [list(expected)]
+    assert expanded(boxes(box), factor).tolist() == [list(expected)]
 
 
 def test_squares_have_the_longer_side_and_may_leave_the_image() -> None:

@@ -6,7 +6,7 @@ import torch
 from torchmetrics.classification import MulticlassCalibrationError
 
 from segdeconv.evaluation.calibration import BINS, Calibration
-from segdeconv.inference.scorers import Scores, labels, labels_and_confidence
+from segdeconv.inference.scorers import ClassScores, labels, labels_and_confidence
 
 IGNORED = 255
 
@@ -36,7 +36,7 @@ def random_pixels(count, *, classes=5, seed=0):
 
 
 def confidence(logits):
-    return labels_and_confidence(Scores(logits, False))[1]
+    return labels_and_confidence(ClassScores(logits, False))[1]
 
 
 def calibrated(logits, mask, uncertainty=None, *, pieces=1):
@@ -161,10 +161,10 @@ def test_the_sentence_says_the_error_and_the_surest():
 def test_labels_come_with_their_probabilities():
     logits = torch.randn(2, 5, 6, 7) * 50
     expected = logits.double().softmax(dim=1).amax(dim=1)
-    prediction, sure = labels_and_confidence(Scores(logits, False))
+    prediction, sure = labels_and_confidence(ClassScores(logits, False))
     torch.testing.assert_close(sure.double(), expected, rtol=1e-5, atol=1e-6)
     assert torch.equal(prediction, labels(logits, (6, 7)))
     probabilities = logits.softmax(dim=1)
-    assert torch.equal(labels_and_confidence(Scores(probabilities, True))[1], probabilities.amax(dim=1))
+    assert torch.equal(labels_and_confidence(ClassScores(probabilities, True))[1], probabilities.amax(dim=1))
     equal = torch.tensor([1.0, 3.0, 3.0]).view(1, 3, 1, 1)
-    assert labels_and_confidence(Scores(equal, False))[0].item() == 1  # the first, as argmax takes it
+    assert labels_and_confidence(ClassScores(equal, False))[0].item() == 1  # the first, as argmax takes it

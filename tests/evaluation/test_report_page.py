@@ -26,7 +26,7 @@ from segdeconv.drawing import html
 from segdeconv.evaluation import report_page
 from segdeconv.evaluation.boundary import Boundaries
 from segdeconv.evaluation.evaluate import Evaluation
-from segdeconv.inference.scorers import Scores, entropy
+from segdeconv.inference.scorers import ClassScores, entropy
 from segdeconv.inference.segmenter import Segmenter
 
 
@@ -262,10 +262,10 @@ def test_a_page_of_many_images_stays_small_and_says_how_many_it_shows(network, n
 def test_entropy_is_that_of_the_class_probabilities():
     logits = torch.randn(2, 5, 3, 4, generator=torch.Generator().manual_seed(0)) * 4
     expected = torch.distributions.Categorical(logits=logits.permute(0, 2, 3, 1)).entropy()
-    torch.testing.assert_close(entropy(Scores(logits, False)), expected)
-    torch.testing.assert_close(entropy(Scores(logits.softmax(dim=1), True)), expected)
+    torch.testing.assert_close(entropy(ClassScores(logits, False)), expected)
+    torch.testing.assert_close(entropy(ClassScores(logits.softmax(dim=1), True)), expected)
     sure = torch.tensor([0.0, 800.0, -800.0]).view(1, 3, 1, 1)
-    assert entropy(Scores(sure, False)).item() == 0
+    assert entropy(ClassScores(sure, False)).item() == 0
 
 
 def test_tables_of_other_measurements_are_shown_if_they_are_there(network):

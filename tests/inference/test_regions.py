@@ -19,7 +19,7 @@ from torch import Tensor
 
 from segdeconv.checkpoints import checkpoint
 from segdeconv.cli.options import add_prediction_options, crf_settings, parted, prediction_settings
-from segdeconv.data.boxes import cut, enlarged, squared
+from segdeconv.data.boxes import cut, expanded, squared
 from segdeconv.data.preprocessing import Preprocessing, resize_image
 from segdeconv.data.proposals import Source
 from segdeconv.errors import UsageError
@@ -27,7 +27,7 @@ from segdeconv.evaluation.evaluate import evaluate, restore_dataset
 from segdeconv.inference.crf import CRF, refine
 from segdeconv.inference.predictors import PredictionSettings, ensemble, whole_image
 from segdeconv.inference.regions import by_regions
-from segdeconv.inference.scorers import Scores
+from segdeconv.inference.scorers import ClassScores
 from segdeconv.inference.segmenter import Segmenter
 from segdeconv.inference.tiling import whole
 from segdeconv.train import train
@@ -79,7 +79,7 @@ def predicted(**settings: Any) -> np.ndarray:
     return found[0].numpy()
 
 
-CUT = squared(enlarged(BOXES, 1.2))
+CUT = squared(expanded(BOXES, 1.2))
 
 
 def test_regions_are_proposals_in_their_context_made_square() -> None:
@@ -99,7 +99,7 @@ def test_the_papers_maximum_is_over_layers_that_are_0_outside_their_region(batch
 def test_a_negative_score_counts_in_the_papers_maximum_only_where_all_regions_cover() -> None:
     one = np.array([[-5, -10, 45, 40]])
     both = np.concatenate([one, one])
-    scores, _ = layers(squared(enlarged(one, 1.2)))
+    scores, _ = layers(squared(expanded(one, 1.2)))
     found = predicted(boxes=both)
     np.testing.assert_allclose(found, scores[0], atol=1e-5)
     assert found.min() < 0
@@ -115,11 +115,11 @@ def test_the_released_codes_maximum_starts_at_0_and_skips_small_boxes() -> None:
 
 def test_skipped_boxes_do_not_count_towards_the_number() -> None:
     order = np.concatenate([BOXES[2:3], BOXES[:2]])
-    scores, _ = layers(squared(enlarged(order[1:2], 1.2)))
+    scores, _ = layers(squared(expanded(order[1:2], 1.2)))
     np.testing.assert_allclose(
         predicted(boxes=order, mode="released", num=1), scores[0].clip(min=0), atol=1e-5
     )  # the first is too small
-    scores, _ = layers(squared(enlarged(order[:1], 1.2)))
+    scores, _ = layers(squared(expanded(order[:1], 1.2)))
     np.testing.assert_allclose(predicted(boxes=order, num=1), scores[0].clip(min=0) + scores[0].clip(max=0), atol=1e-5)
     assert (predicted(boxes=order, num=1, least_side=8) == predicted(boxes=order[1:], num=1)).all()
 
@@ -189,7 +189,7 @@ def test_what_lies_outside_the_image_is_black_before_the_mean_is_subtracted() ->
 def test_an_ensemble_by_hand() -> None:
     def says(*scores: float) -> Any:
         values = torch.tensor(scores)[None, :, None, None].expand(1, 3, 30, 40)
-        return lambda image, name: iter([(whole((30, 40)), Scores(values, False))])
+        return lambda image, name: iter([(whole((30, 40)), ClassScores(values, False))])
 
     first, second = says(2.0, -1.0, 0.5), says(1.0, 3.0, -2.0)  # the second's classes in another order: 2, 0, 1
     found = whole_image(ensemble(first, second, "paper", [2, 0, 1]), IMAGE, "x").values[0, :, 7, 9].tolist()

@@ -1,0 +1,124 @@
+"""A network in use: what it gives against the same computed by hand, and what its settings exclude."""
+
+import copy
+
+import fakes
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from segdeconv.checkpoints import checkpoint
+from segdeconv.errors import UsageError
+from segdeconv.inference.crf import CRF
+from segdeconv.inference.dropout_sampling import sampled
+from segdeconv.inference.network import Network
+from segdeconv.inference.predictors import PredictionSettings, RegionSettings, ensemble, whole_image
+from segdeconv.inference.scorers import ClassScores
+from segdeconv.inference.segmenter import Segmenter
+from segdeconv.inference.tiling import parts
+from segdeconv.models import SegNet
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return SegNet(5, stages=((4,), (8,)), dropout_at="central").eval()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    path = tmp_path_factory.mktemp("network") / "best.ckpt"
+    return fakes.untrained(path, {"_target_": "segdeconv.data.Shapes", "num_train": 2})
+
+
+def test_a_prediction_is_the_models_own_on_images_padded_to_its_minimum(model):
+    images = torch.randn(2, 3, 9, 40)
+    with torch.no_grad():
+        expected = model(F.pad(images, (0, 0, 0, 23)))[:, :, :9]
+    scores = Network(model, CPU, "32-true")(images)
+    torch.testing.assert_close(scores.values, expected, rtol=1e-4, atol=1e-5)
+    assert not scores.is_probability
+    assert scores.uncertainty is None
+
+
+def test_flipped_and_sampled_predictions_are_probabilities(model):
+    images = torch.randn(2, 3, 33, 40)
+    flipped = Network(model, CPU, "32-true", flip=True)(images)
+    with torch.no_grad():
+        expected = (model(images).softmax(1) + model(images.flip(-1)).softmax(1).flip(-1)) / 2
+    assert flipped.is_probability
+    torch.testing.assert_close(flipped.values, expected, rtol=1e-4, atol=1e-5)
+    drawn = Network(model, CPU, "32-true", samples=3)(images)
+    # Dropout draws its numbers in the order of memory.
+    last = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    by_hand = sampled(lambda batch: last(batch).softmax(dim=1), last, 3)(
+        images.contiguous(memory_format=torch.channels_last)
+    )
+    torch.testing.assert_close(drawn.probabilities(), by_hand.probabilities, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(drawn.uncertainty, by_hand.uncertainty, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(drawn.information, by_hand.information, rtol=1e-3, atol=1e-5)
+
+
+def test_scores_of_one_image_of_a_batch_are_resized_with_their_uncertainty():
+    values, uncertainty = torch.randn(3, 4, 6, 8), torch.rand(3, 6, 8)
+    one = ClassScores(values, False, uncertainty).of_image(1, (12, 9))
+    expected = F.interpolate(values[1:2], size=(12, 9), mode="bilinear", align_corners=False)
+    assert torch.equal(one.values, expected)
+    spread = F.interpolate(uncertainty[1:2, None], size=(12, 9), mode="bilinear", align_corners=False)[:, 0]
+    assert torch.equal(one.uncertainty, spread)
+    assert one.information is None
+
+
+def test_parts_of_any_predictor_are_put_together():
+    values, uncertainty = torch.randn(1, 4, 20, 30), torch.rand(1, 20, 30)
+
+    def predictor(image, name):
+        for rows, columns in parts((20, 30), (7, 11)):
+            place = (..., slice(*rows), slice(*columns))
+            yield (rows, columns), ClassScores(values[place], True, uncertainty[place])
+
+    scores = whole_image(predictor, np.zeros((20, 30, 3), np.uint8), "x")
+    assert torch.equal(scores.values, values)
+    assert torch.equal(scores.uncertainty, uncertainty)
+    assert scores.is_probability
+
+
+def test_two_networks_agree_with_themselves_in_tiles(trained):
+    """An ensemble of a network with itself, seen in tiles, is the network seen whole."""
+    read = checkpoint.read(trained, overrides=["dataset.size=null"])
+    image = np.random.default_rng(0).integers(0, 256, (130, 170, 3)).astype(np.uint8)
+    alone = Segmenter(read, PredictionSettings(precision="32-true"), device=CPU)
+    tiled = Segmenter(read, PredictionSettings(precision="32-true", tile=(72, 72)), device=CPU)
+    both = ensemble(tiled.predictor, tiled.predictor, "paper", range(len(read.classes)))
+    expected = whole_image(alone.predictor, image, "x").probabilities()
+    assert (whole_image(both, image, "x").values - expected).abs().max() < 1e-4
+
+
+def test_what_is_left_of_a_checkpoints_model_has_no_weights(trained):
+    network = Network.of(checkpoint.read(trained), device=CPU)
+    assert {parameter.device.type for parameter in network.source.parameters()} == {"meta"}
+    assert {parameter.device.type for parameter in network.model.parameters()} == {"cpu"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"scales": (0, 1)}, "are no scales"),
+        ({"samples": 3, "scales": (1, 2)}, "--samples and --scales"),
+        ({"crf": CRF(), "samples": 3}, "--samples and --flip give mean probabilities"),
+        ({"regions": RegionSettings(num=3), "flip": True}, "--samples and --flip give mean probabilities"),
+        ({"crf": CRF(), "tile": (64, 64)}, "leave out --scales and --tile"),
+        ({"regions": RegionSettings(num=-3)}, "is no number of regions"),
+    ],
+)
+def test_settings_that_exclude_each_other_are_refused(settings, message):
+    with pytest.raises(UsageError, match=message):
+        PredictionSettings(**settings)
+
+
+def test_a_setting_that_does_not_exist_is_a_type_error():
+    with pytest.raises(TypeError, match="flips"):
+        PredictionSettings(flips=True)
