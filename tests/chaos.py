@@ -41,7 +41,7 @@ import yaml  # noqa: E402
 from segdeconv import errors, train  # noqa: E402
 from segdeconv.checkpoints import checkpoint  # noqa: E402
 from segdeconv.cli import command  # noqa: E402
-from segdeconv.evaluation import evaluate, report  # noqa: E402
+from segdeconv.evaluation import report  # noqa: E402
 from segdeconv.system import files  # noqa: E402
 from segdeconv.training import callbacks, checkpointing, task  # noqa: E402
 
@@ -228,7 +228,7 @@ def _mark_phases(marker: mmap.mmap) -> None:
     marked(task.SegmentationTask, "on_validation_end", "training", back=False)
     marked(callbacks.MetricsFile, "append", "metrics")
     marked(checkpointing.Checkpoints, "keep", "checkpoint")
-    marked(evaluate, "evaluate", "evaluation")
+    marked(train, "evaluate", "evaluation")
     marked(report, "write_json", "end", back=False)
 
 

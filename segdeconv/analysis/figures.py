@@ -228,16 +228,16 @@ def units_sheet(
     images: int,
     field: tuple[int, int],
 ) -> np.ndarray:
-    """What the maps of a layer see: nine patches each, and what of them each method projects to pixels.
+    """What the maps of a layer see: nine crops each, and what of them each method projects to pixels.
 
-    units: of each map, the strongest first: activation, (h, w, 3) uint8 patch, and a projection of its size by method.
+    units: of each map, the strongest first: activation, (h, w, 3) uint8 crop, and a projection of its size by method.
     images: how many were looked at. field: (height, width) of the receptive field, in pixels.
     """
     rows, side = [], 64 if max(field) <= 64 else 100
     for number, strongest in units.items():
         values = ", ".join(f"{value:.3g}" for value, _, _ in strongest[:1])
-        patches = grid([patch for _, patch, _ in strongest], 3, side)
-        row = [Panel(patches, f"unit {number}: patches, strongest {values}")]
+        crops = grid([crop for _, crop, _ in strongest], 3, side)
+        row = [Panel(crops, f"unit {number}: crops, strongest {values}")]
         row += [
             Panel(grid([made[method] for _, _, made in strongest], 3, side), METHOD_NAMES[method]) for method in METHODS
         ]

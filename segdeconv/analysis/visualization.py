@@ -204,13 +204,13 @@ class Visualizer:
                         projection = projection.flip(0)
                     grey = on_grey(projection[:, top:bottom, left:right], std).permute(1, 2, 0).cpu().numpy()
                     made[method] = draw.shown((255 * grey).round().astype(np.uint8))
-                patch = draw.shown(image)[top:bottom, left:right]
-                shown.append((number, activation.value, place, patch, made))
+                crop = draw.shown(image)[top:bottom, left:right]
+                shown.append((number, activation.value, place, crop, made))
         field = (max(height for height, _ in sizes), max(width for _, width in sizes))
         units: dict[int, list[tuple[float, np.ndarray, dict[Method, np.ndarray]]]] = {number: [] for number in maps}
-        for number, value, place, patch, made in shown:
+        for number, value, place, crop, made in shown:
             whole = {method: place.in_field(picture, field) for method, picture in made.items()}
-            units[number].append((value, place.in_field(patch, field), whole))
+            units[number].append((value, place.in_field(crop, field), whole))
         return figures.units_sheet(layer, type(self.exact).__name__, units, images=len(pictures), field=field)
 
 
