@@ -5,6 +5,7 @@
 # make chaos  kill runs anywhere, fill their disks, stop them: hours; ARGS='kills=50 --seed 1'
 PYTHON ?= python3
 VENV ?= .venv
+JOBS ?= auto # processes that run tests side by side
 RUN = $(VENV)/bin/python
 
 .PHONY: demo test slow lint bench bench-gpu chaos clean
@@ -22,10 +23,10 @@ demo: $(VENV)/.installed
 	@echo "Look at demo/report.html; pictures are in demo/pictures, scores in demo/report.json, demo/metrics.csv."
 
 test: $(VENV)/.installed
-	$(RUN) -m pytest -q
+	$(RUN) -m pytest -q -n $(JOBS)
 
 slow: $(VENV)/.installed
-	$(RUN) -m pytest -q -m slow
+	$(RUN) -m pytest -q -n $(JOBS) -m slow
 
 chaos: $(VENV)/.installed
 	$(RUN) tests/chaos.py $(ARGS)
