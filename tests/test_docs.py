@@ -24,7 +24,8 @@ OWN_CODE = ROOT / "docs" / "own_code"
 
 # Left out: other tests run these scripts, which take hours, or do not end by themselves.
 ELSEWHERE = {
-    "study": "test_study.py", "results": "test_results.py", "benchmark": "test_benchmarks.py", "serve": "test_serve.py"
+    "study": "experiments/test_study.py", "results": "experiments/test_results.py",
+    "benchmark": "experiments/test_benchmarks.py", "serve": "serving/test_server.py",
 }  # fmt: skip
 PROGRAMS = ("logger=wandb", "logger=mlflow")  # test_loggers.py has stand-ins for what they need
 
@@ -127,7 +128,7 @@ def test_every_command_of_a_page_runs(page: Path, site: Path, tmp_path: Path, co
             assert (ROOT / "tests" / ELSEWHERE[script]).is_file()
         elif not any(word in PROGRAMS for word in words):
             words = [re.sub(r"^(trainer\.devices)=\d+$", r"\1=1", word) for word in words]
-            words = [word for word in words if word != "model.pretrained=imagenet"]  # test_encoders.py, from a file
+            words = [word for word in words if word != "model.pretrained=imagenet"]  # models/test_vgg.py, from a file
             words = [there(word, place, commands) for word in words]
             if script == "train":
                 time.sleep(1)  # the folder of a run is named by its second

@@ -54,6 +54,13 @@ def test_the_packages_and_scripts_are_listed():
     assert [name for name in names if not re.search(rf"(?<![\w.]){re.escape(name)}(?![\w.])", listed)] == []
 
 
+def test_every_answer_to_a_question_runs():
+    page = ROOT / "docs" / "questions.md"
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    assert len(blocks) == 9
+    exec(compile("\n".join(blocks), str(page), "exec"), {})
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_file_a_page_shows_is_there(page):
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
