@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules import module as everyones
 
-from segdeconv.switches.ops import Pooling, triton_kernels
+from segdeconv.switches.ops import Pooling, load_triton_kernels
 
 
 def fuses(stage: nn.Module, x: Tensor) -> bool:
@@ -104,4 +104,4 @@ def _hooked(module: nn.Module) -> bool:
 
 
 def _runs_on_its_device(x: Tensor) -> bool:
-    return x.is_cuda and not torch.compiler.is_compiling() and triton_kernels(x.device) is not None
+    return x.is_cuda and not torch.compiler.is_compiling() and load_triton_kernels(x.device) is not None

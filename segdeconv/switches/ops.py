@@ -161,12 +161,12 @@ def _bytes(switches: Tensor, x: Tensor) -> Tensor:
 
 
 def _kernels(x: Tensor) -> ModuleType | None:
-    return None if torch.compiler.is_compiling() or not x.is_cuda else triton_kernels(x.device)
+    return None if torch.compiler.is_compiling() or not x.is_cuda else load_triton_kernels(x.device)
 
 
 @functools.cache
-def triton_kernels(device: torch.device) -> ModuleType | None:
-    """The module `kernels` where a GPU can run it, else None: then torch's own kernels do the work, more slowly."""
+def load_triton_kernels(device: torch.device) -> ModuleType | None:
+    """The module `triton_kernels` where a GPU can run it, else None: torch's own kernels do the work, slower."""
     if importlib.util.find_spec("triton") is None:
         return None
     one = torch.zeros(1, 1, 1, 1, device=device)

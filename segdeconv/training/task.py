@@ -26,7 +26,7 @@ from segdeconv.losses import loss_sums
 from segdeconv.models import SegmentationModel
 from segdeconv.models.activation_checkpointing import Staged
 from segdeconv.optimization import Schedule, average
-from segdeconv.switches.ops import triton_kernels
+from segdeconv.switches.ops import load_triton_kernels
 from segdeconv.system.devices import machine
 from segdeconv.system.memory import keep_freed
 from segdeconv.system.seeding import key
@@ -140,7 +140,7 @@ class SegmentationTask(LightningModule):
     def compiles(self, device: torch.device) -> bool:
         """Whether training on this device goes through torch.compile."""
         if self.compilation == "auto":
-            return not self.recompute and device.type == "cuda" and triton_kernels(device) is not None
+            return not self.recompute and device.type == "cuda" and load_triton_kernels(device) is not None
         return self.compilation
 
     def on_fit_start(self) -> None:

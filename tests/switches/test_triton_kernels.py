@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from segdeconv.switches.ops import triton_kernels
+from segdeconv.switches.ops import load_triton_kernels
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
@@ -83,10 +83,10 @@ print(before, "triton" in sys.modules, *(name in sys.modules for name in names))
 
 
 def test_where_triton_does_not_run_it_is_said_and_torchs_kernels_are_taken(monkeypatch):
-    triton_kernels.cache_clear()
+    load_triton_kernels.cache_clear()
     with pytest.warns(UserWarning, match=r"Triton does not run on meta \(.*\), so pooling .* take torch's slower"):
-        assert triton_kernels(torch.device("meta")) is None  # no GPU, as for Triton an old one is none
-    triton_kernels.cache_clear()
+        assert load_triton_kernels(torch.device("meta")) is None  # no GPU, as for Triton an old one is none
+    load_triton_kernels.cache_clear()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert triton_kernels(torch.device("cuda")) is None
-    triton_kernels.cache_clear()
+    assert load_triton_kernels(torch.device("cuda")) is None
+    load_triton_kernels.cache_clear()
