@@ -30,7 +30,7 @@ ONLY = {
     "torchvision": {"models.vgg"},
     "triton": {"switches.triton_kernels", "switches.fused_triton"},
     "lightning": set(),
-    "unittest": {"analysis.ablation", "analysis.decoder_stages", "summary.tracing"},
+    "unittest": set(),
 }
 
 

@@ -19,20 +19,19 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
-from unittest.mock import patch
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
+from segdeconv.analysis.switch_paths import unpack_like
 from segdeconv.errors import UsageError
 from segdeconv.evaluation.boundary import Boundaries
 from segdeconv.evaluation.metrics import scores
 from segdeconv.models import SegmentationModel
-from segdeconv.summary.tracing import traced
-from segdeconv.switches import ops
+from segdeconv.switches import Pooling, Unpool, unpool
 from segdeconv.system.seeding import key
 
 Upsampling = Literal["shuffled", "corner", "bilinear"]
@@ -40,54 +39,41 @@ UPSAMPLINGS: tuple[Upsampling, ...] = ("shuffled", "corner", "bilinear")
 
 
 def require_unpooling(model: SegmentationModel) -> int:
-    """How many times a network unpools. Raises UsageError for one that does not."""
-    side = max(64, model.minimum_size)
-    levels = sum(layer.kind == "unpool" for layer in traced(model, (side, side)).layers)
+    """How many levels a network unpools. Raises UsageError for one without `Unpool` modules."""
+    levels = len({module.level for module in model.modules() if isinstance(module, Unpool)})
     if not levels:
         raise UsageError(
             f"{type(model).__name__} does not unpool, so it has no switches that could be replaced - leave out "
-            "--ablate, or give a SegNet or DeconvNet"
+            "--ablate, or use segdeconv.switches.Unpool, as SegNet and DeconvNet do"
         )
     return levels
 
 
 @contextmanager
 def unpooling_by(upsampling: Upsampling, level: int | Literal["all"], *, seed: int = 0) -> Iterator[None]:
-    """While this is open, networks that unpool do it in another way, in one level or in all.
+    """While this is open, the `Unpool` modules of every network do it in another way, those of one level or all.
 
-    level: of the pool, 1 is the first, which pools the finest map.
+    level: see `Unpool`.
     seed: of `shuffled`. One permutation for each map of a level, drawn by (seed, level, channels and size) and thus the
         same for every image, however they are batched. Windows that the image's end cuts keep what is left of theirs.
     """
-    pool, unpool = ops._MaxPool.apply, ops._Unpool.apply
-    levels: Any = WeakTensorKeyDictionary()
-    last: tuple[int, tuple[int, int]] | None = None  # level and size of what the last pool of this pass gave
 
-    def watched_pool(x: Tensor, packed: bool) -> Any:
-        nonlocal last
-        features, codes = pool(x, packed)
-        # A larger map is another pass: the one before may have run out of memory on its way.
-        deeper = last is not None and x.shape[-2] <= last[1][0] and x.shape[-1] <= last[1][1]
-        levels[codes] = last[0] + 1 if last is not None and deeper else 1
-        last = levels[codes], (features.shape[-2], features.shape[-1])
-        return features, codes
-
-    def replaced(x: Tensor, codes: Tensor, height: int, width: int, *options: Any) -> Any:
-        nonlocal last
-        last = None
-        here = levels[codes]
-        if level not in ("all", here):
-            return unpool(x, codes, height, width, *options)
+    def replacement(here: int, x: Tensor, switches: Tensor, size: tuple[int, int]) -> Tensor:
         if upsampling == "bilinear":
             # Twice the size and then cut, so that windows that reach over an odd edge stay where they are.
             large = F.interpolate(x / 4, scale_factor=2, mode="bilinear", align_corners=False)
-            return large[..., :height, :width]
-        other = torch.zeros_like(codes)
+            return large[..., : size[0], : size[1]]
+        other = torch.zeros_like(switches)
         if upsampling == "shuffled":
-            other = shuffled(ops._bytes(codes, x), (height, width), key(seed, "shuffled", here))
-        return unpool(x, other, height, width, *options)
+            other = shuffled(unpack_like(Pooling(x, switches, size)), size, key(seed, "shuffled", here))
+        return unpool(x, other, size)
 
-    with patch.object(ops._MaxPool, "apply", watched_pool), patch.object(ops._Unpool, "apply", replaced):
+    def replace(module: nn.Module, given: Any, named: Any, output: Any) -> Any:
+        if isinstance(module, Unpool) and level in ("all", module.level):
+            return replacement(module.level, *given, **named)
+        return output
+
+    with register_module_forward_hook(replace, with_kwargs=True):
         yield
 
 

@@ -7,16 +7,16 @@ places, the filters after it make it dense and leave what the class needs.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 
 from segdeconv.errors import UsageError
-from segdeconv.switches import ops
+from segdeconv.models.activation_checkpointing import Recomputable
+from segdeconv.switches import Unpool
 
 
 class Stage(NamedTuple):
@@ -76,7 +76,8 @@ def build_up(network: nn.Module, image: Tensor, label: int) -> Building:
 
 @dataclass
 class _Seen:
-    """What went into unpooling, what came out, and what the first module behind it made of that, the deepest first."""
+    """What went into unpooling, what came out, and what the rest of its stage, or without one the first module behind
+    it, made of that, the deepest first."""
 
     given: list[Tensor] = field(default_factory=list)
     unpooled: list[Tensor] = field(default_factory=list)
@@ -86,13 +87,8 @@ class _Seen:
 @contextmanager
 def _seen(network: nn.Module) -> Iterator[_Seen]:
     seen, filters = _Seen(), dict[nn.Module, int]()
-    unpool = ops._Unpool.apply
-
-    def watched(x: Tensor, *rest: Any) -> Tensor:
-        output: Tensor = unpool(x, *rest)
-        seen.given.append(x)
-        seen.unpooled.append(output)
-        return output
+    parents = [module for module in network.modules() if isinstance(module, Recomputable)]
+    stages = {child: parent for parent in parents for child in parent.children()}
 
     def before(module: nn.Module, given: Any) -> None:
         for index, unpooled in enumerate(seen.unpooled):
@@ -100,18 +96,20 @@ def _seen(network: nn.Module) -> Iterator[_Seen]:
                 filters[module] = index
 
     def after(module: nn.Module, given: Any, output: Any) -> None:
-        if module not in filters:
+        if isinstance(module, Unpool):
+            if module in stages:
+                filters[stages[module]] = len(seen.unpooled)
+            seen.given.append(given[0])
+            seen.unpooled.append(output)
+        elif module not in filters:
             return
-        if output is seen.unpooled[filters[module]]:
+        elif output is seen.unpooled[filters[module]]:
             del filters[module]  # an empty stage: what follows it is the classifier
         else:
             seen.dense.setdefault(filters[module], output)
 
-    hooks = [module.register_forward_pre_hook(before) for module in network.modules()]
-    hooks += [module.register_forward_hook(after) for module in network.modules()]
-    try:
-        with patch.object(ops._Unpool, "apply", watched):
-            yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as hooks:
+        for module in network.modules():
+            hooks.enter_context(module.register_forward_pre_hook(before))
+            hooks.enter_context(module.register_forward_hook(after))
+        yield seen

@@ -12,7 +12,7 @@ pool goes on as a channel of the next. `Rule` says whose word counts, in every p
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -137,9 +137,8 @@ def recorded(network: nn.Module) -> Iterator[list[Pooling]]:
     def keep(module: nn.Module, given: Any, encoding: Any) -> None:
         pooled[:] = encoding.pooled
 
-    hooks = [module.register_forward_hook(keep) for module in network.modules() if isinstance(module, Encoder)]
-    try:
+    with ExitStack() as hooks:
+        for module in network.modules():
+            if isinstance(module, Encoder):
+                hooks.enter_context(module.register_forward_hook(keep))
         yield pooled
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segdeconv.analysis.switch_paths import unpack_like
-from segdeconv.models.encoders import Encoder
-from segdeconv.switches.ops import Pooling, max_pool
+from segdeconv.switches import MaxPool, Pooling, max_pool
 
 
 def shares(pooling: Pooling) -> list[float]:
@@ -44,22 +43,14 @@ def tie_rate(x: Tensor) -> float:
 
 @contextmanager
 def ties_counted(network: nn.Module) -> Iterator[list[float]]:
-    """While this is open every pass of a network leaves the tie rates of its encoder's pools, the finest first."""
+    """While this is open every pass of a network leaves the tie rates of its `MaxPool` modules, level by level."""
     rates: list[float] = []
 
-    def start(module: nn.Module, given: Any) -> None:
-        rates.clear()
+    def count(pool: MaxPool, given: Any) -> None:
+        rates[pool.level - 1 :] = [tie_rate(*given)]
 
-    def count(module: nn.Module, given: Any, maps: Tensor) -> None:
-        rates.append(tie_rate(maps))
-
-    hooks = []
-    for encoder in network.modules():
-        if isinstance(encoder, Encoder):
-            hooks.append(encoder.register_forward_pre_hook(start))
-            hooks += [stage.register_forward_hook(count) for stage in encoder.stages]
-    try:
+    with ExitStack() as hooks:
+        for module in network.modules():
+            if isinstance(module, MaxPool):
+                hooks.enter_context(module.register_forward_pre_hook(count))
         yield rates
-    finally:
-        for hook in hooks:
-            hook.remove()

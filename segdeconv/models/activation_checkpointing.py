@@ -1,12 +1,13 @@
-"""Memory for time: stages of a network that keep their inputs alone and are computed again in the backward pass.
+"""Activation checkpointing: stages that keep only their inputs and are computed again in the backward pass.
 
 Chen et al. 2016, section 3, https://arxiv.org/abs/1604.06174.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,37 +16,43 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 
-class Staged(nn.Module):
-    """A network, or a part of one, that goes through its stages one by one.
+class Recomputable(nn.Module):
+    """A step of a network that `recompute_stages` computes again as a whole; a base class without behaviour."""
 
-    recompute: whether the backward pass computes each stage again, from its inputs, instead of keeping what is in it.
-        The same bits either way: dropout repeats itself, and batch norm's running statistics hear of a batch once.
+
+def recompute_stages(network: nn.Module) -> None:
+    """Make every `Recomputable` of a network keep only its inputs and run again in the backward pass.
+
+    It takes less memory and more time. The bits are the same: dropout repeats itself, and batch norm's running
+    statistics are updated once for a batch.
+    Names in the state dict stay, and a deep copy of the network recomputes its own stages.
     """
+    for stage in network.modules():
+        if isinstance(stage, Recomputable):
+            stage.forward = partial(_recomputed, stage)
 
-    recompute: bool = False
 
-    def run(self, stage: Callable[..., Any], *inputs: Any) -> Any:
-        """stage(*inputs), where `stage` uses modules of this part only."""
-        if not (self.recompute and torch.is_grad_enabled()):
-            return stage(*inputs)
-        return checkpoint(stage, *inputs, use_reentrant=False, context_fn=self._contexts)
-
-    def _contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), _statistics_kept(self)
+def _recomputed(stage: nn.Module, *inputs: Any) -> Any:
+    forward = partial(type(stage).forward, stage)
+    if not torch.is_grad_enabled():
+        return forward(*inputs)
+    parts = [stage, *(module for module in inputs if isinstance(module, nn.Module))]
+    norms = [norm for part in parts for norm in part.modules() if isinstance(norm, _BatchNorm)]
+    return checkpoint(
+        forward, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), _statistics_kept(norms))
+    )
 
 
 @contextmanager
-def _statistics_kept(part: nn.Module) -> Iterator[None]:
+def _statistics_kept(norms: list[_BatchNorm]) -> Iterator[None]:
     """Batch norm updates copies of its running statistics. (Without any, autograd would keep fewer tensors than before,
     which torch takes for another computation.)"""
-    norms = [module for module in part.modules() if isinstance(module, _BatchNorm) and module.training]
-    before = [dict(norm.named_buffers(recurse=False)) for norm in norms]
+    training = [norm for norm in norms if norm.training]
+    before = [(norm, name, buffer) for norm in training for name, buffer in norm.named_buffers(recurse=False)]
     try:
-        for norm, buffers in zip(norms, before, strict=True):
-            for name, buffer in buffers.items():
-                setattr(norm, name, buffer.clone())
+        for norm, name, buffer in before:
+            setattr(norm, name, buffer.clone())
         yield
     finally:
-        for norm, buffers in zip(norms, before, strict=True):
-            for name, buffer in buffers.items():
-                setattr(norm, name, buffer)
+        for norm, name, buffer in before:
+            setattr(norm, name, buffer)

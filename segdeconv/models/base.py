@@ -8,14 +8,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from segdeconv.config import TARGET, build, check, locate
 from segdeconv.errors import UsageError
-from segdeconv.models.activation_checkpointing import Staged
 
 
-class SegmentationModel(Staged, ABC):
+class SegmentationModel(nn.Module, ABC):
     """A network from images to class scores of the same height and width.
 
     num_classes: number of output channels. in_channels: of the images, 3 for RGB.

@@ -28,11 +28,12 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
+from segdeconv.models.activation_checkpointing import Recomputable
 from segdeconv.models.base import SegmentationModel
 from segdeconv.models.dropout import DropoutAt, dropout_places
 from segdeconv.models.encoders import Encoder, SwitchSource
 from segdeconv.models.layers import BilinearDeconv, ConvBlock, Dropouts, cut, init_he
-from segdeconv.switches.ops import unpool
+from segdeconv.switches.modules import Unpool
 
 DEPTH = 4  # encoders, and decoders
 
@@ -126,7 +127,7 @@ class SegNetBasic(BasicModel):
         self.encoder_addition = encoder_addition
         self.dropouts = self.encoder.dropouts = Dropouts(dropout_places(dropout_at, DEPTH), dropout)
         self.decoder = nn.ModuleList(
-            ConvBlock(width, width, kernel=7, activation=False, bias=bias, groups=groups) for _ in range(DEPTH)
+            UnpoolBlock(level, width, bias=bias, groups=groups) for level in range(DEPTH, 0, -1)
         )
         self.classifier = nn.Conv2d(width, num_classes, 1, bias=bias)
         init_he(self)
@@ -138,14 +139,21 @@ class SegNetBasic(BasicModel):
 
     def decode(self, x: Tensor, levels: list[Level]) -> Tensor:
         for index, (block, level) in enumerate(zip(self.decoder, levels, strict=True)):
-            assert level.switches is not None
-            x = self.run(self._unpooled, block, x, level.switches, level.size)
+            x = block(x, level.switches, level.size)
             x = self.dropouts.at(f"decoder{DEPTH - index}", x)
             x = x if level.features is None else x + level.features
         return self.classifier(x)
 
-    def _unpooled(self, block: nn.Module, x: Tensor, switches: Tensor, size: tuple[int, int]) -> Tensor:
-        return block(unpool(x, switches, size))
+
+class UnpoolBlock(Recomputable, ConvBlock):
+    """Unpooling, then a 7x7 convolution and batch norm: a step of SegNet-Basic's decoder. level: see `Unpool`."""
+
+    def __init__(self, level: int, width: int, *, bias: bool, groups: int) -> None:
+        super().__init__(width, width, kernel=7, activation=False, bias=bias, groups=groups)
+        self.unpool = Unpool(level)
+
+    def forward(self, x: Tensor, switches: Tensor, size: tuple[int, int]) -> Tensor:  # type: ignore[override]
+        return super().forward(self.unpool(x, switches, size))
 
 
 class FCNBasic(BasicModel):

@@ -21,9 +21,8 @@ from torch import Tensor, nn
 from segdeconv.errors import UsageError
 from segdeconv.models.base import SegmentationModel
 from segdeconv.models.encoders import SwitchSource
-from segdeconv.models.layers import ConvBlock, DeconvBlock, init_gaussian, init_he
+from segdeconv.models.layers import ConvBlock, DeconvBlock, UnpoolStage, init_gaussian, init_he
 from segdeconv.models.vgg import load_fully_connected, load_vgg, vgg_encoder, vgg_weights
-from segdeconv.switches.ops import unpool
 
 
 class DeconvNet(SegmentationModel):
@@ -88,7 +87,7 @@ class DeconvNet(SegmentationModel):
             blocks = (
                 DeconvBlock(before, after, norm=norm, mirrored=next(mirrored)) for before, after in pairwise(channels)
             )
-            self.decoder.append(nn.Sequential(*blocks))
+            self.decoder.append(UnpoolStage(position + 1, blocks))
         self.classifier = nn.Conv2d(stages[0][0], num_classes, 1)
         self._init(norm)
         if state is not None:
@@ -118,11 +117,8 @@ class DeconvNet(SegmentationModel):
         x = self.fc7(self.fc6(x))  # 1x1
         x = self.fc6_deconv(x)  # 7x7
         for stage, pooling in zip(self.decoder, reversed(pooled), strict=True):
-            x = self.run(self._unpooled, stage, x, pooling.switches, pooling.size)
+            x = stage(x, pooling.switches, pooling.size)
         return self.classifier(x)
-
-    def _unpooled(self, stage: nn.Module, x: Tensor, switches: Tensor, size: tuple[int, int]) -> Tensor:
-        return stage(unpool(x, switches, size))
 
     def _check(self, image: Tensor) -> None:
         batch, _, height, width = image.shape

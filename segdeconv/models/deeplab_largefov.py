@@ -75,7 +75,7 @@ class DeepLabLargeFOV(SegmentationModel):
     def forward(self, image: Tensor) -> Tensor:
         x = image
         for stage, stride in zip(self.encoder.stages, STRIDES, strict=True):
-            x = F.max_pool2d(self.run(stage, x), 3, stride, padding=1, ceil_mode=True)
+            x = F.max_pool2d(stage(x), 3, stride, padding=1, ceil_mode=True)
         x = F.avg_pool2d(x, 3, 1, padding=1)
         x = self.dropout(self.fc6(x))
         x = self.classifier(self.dropout(self.fc7(x)))

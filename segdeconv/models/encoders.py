@@ -10,10 +10,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from segdeconv.models.activation_checkpointing import Staged
-from segdeconv.models.layers import ConvBlock, Dropouts, init_he
+from segdeconv.models.activation_checkpointing import Recomputable
+from segdeconv.models.layers import Blocks, ConvBlock, Dropouts, init_he
 from segdeconv.switches.fused import fuses, norm_relu_pool
-from segdeconv.switches.ops import Pooling, max_pool
+from segdeconv.switches.modules import MaxPool
+from segdeconv.switches.ops import Pooling
 
 Stages = tuple[tuple[int, ...], ...]
 
@@ -32,7 +33,7 @@ class Encoding(NamedTuple):
     pooled: tuple[Pooling, ...]
 
 
-class Encoder(Staged):
+class Encoder(nn.Module):
     """Stages of ConvBlocks, each ended by a max-pool that keeps its switches.
 
     stages: output channels of every convolution, stage by stage.
@@ -76,26 +77,31 @@ class Encoder(Staged):
                     )
                 )  # fmt: skip
                 in_channels = channels
-            self.stages.append(nn.Sequential(*blocks))
+            self.stages.append(Blocks(*blocks))
+        self.pools = nn.ModuleList(MaxPool(level, packed=packed_switches) for level in range(1, len(stages) + 1))
+        self.fused = FusedStage()
         init_he(self)
 
     def forward(self, x: Tensor) -> Encoding:  # (N, 3, H, W)
         pooled = []
-        for number, stage in enumerate(self.stages, start=1):
-            pooling = self.run(self._pooled, number, stage, x)
+        for number, (stage, pool) in enumerate(zip(self.stages, self.pools, strict=True), start=1):
+            if f"stage{number}" not in self.dropouts and fuses(stage, pool, x):
+                pooling = self.fused(stage, pool, x)
+            else:
+                pooling = pool(self.dropouts.at(f"stage{number}", stage(x)))
+                if self.switch_source == "pre_relu":
+                    pooling = pooling._replace(features=torch.relu(pooling.features))
             pooled.append(pooling)
             x = self.dropouts.at(f"pool{number}", pooling.features)
         return Encoding(x, tuple(pooled))
 
-    def _pooled(self, number: int, stage: Any, x: Tensor) -> Pooling:  # stage: ConvBlocks in an nn.Sequential
-        if f"stage{number}" not in self.dropouts and fuses(stage, x):
-            *blocks, last = stage
-            for block in blocks:
-                x = block(x)
-            x = last.conv(x)
-            relu_before = self.switch_source == "post_relu"
-            return norm_relu_pool(x, last.norm, relu_before=relu_before, packed=self.packed_switches)
-        pooling = max_pool(self.dropouts.at(f"stage{number}", stage(x)), packed=self.packed_switches)
-        if self.switch_source == "pre_relu":
-            pooling = pooling._replace(features=torch.relu(pooling.features))
-        return pooling
+
+class FusedStage(Recomputable):
+    """A stage and its pool, with the last norm, the ReLU and the pool in one pass over memory, where `fuses` allows."""
+
+    def forward(self, stage: Any, pool: MaxPool, x: Tensor) -> Pooling:  # stage: ConvBlocks in an nn.Sequential
+        *blocks, last = stage
+        for block in blocks:
+            x = block(x)
+        relu_before = isinstance(last.activation, nn.ReLU)
+        return norm_relu_pool(last.conv(x), last.norm, relu_before=relu_before, packed=pool.packed)

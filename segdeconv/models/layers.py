@@ -11,6 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from segdeconv.models.activation_checkpointing import Recomputable
+from segdeconv.switches.modules import Unpool
+
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -80,6 +83,26 @@ class DeconvBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (N, in_channels, H, W) -> (N, out_channels, H, W)
         return self.activation(self.norm(self.deconv(x)))
+
+
+class Blocks(Recomputable, nn.Sequential):
+    """Blocks in a row."""
+
+
+class UnpoolStage(Recomputable, nn.Sequential):
+    """Unpooling, then blocks in a row, named by their numbers: a stage of a decoder. level: see `Unpool`."""
+
+    def __init__(self, level: int, blocks: Iterable[nn.Module]) -> None:
+        super().__init__(*blocks)
+        self.unpool = Unpool(level)
+
+    def forward(self, x: Tensor, switches: Tensor, size: tuple[int, int]) -> Tensor:  # type: ignore[override]
+        """(N, C, h, w) and the switches of the pool from (H, W) = size to (h, w) -> (N, C', H, W)."""
+        x = self.unpool(x, switches, size)
+        *blocks, _ = self  # the last of its modules is the unpooling
+        for block in blocks:
+            x = block(x)
+        return x
 
 
 class BilinearDeconv(nn.ConvTranspose2d):

@@ -16,13 +16,11 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from segdeconv.models.activation_checkpointing import Staged
 from segdeconv.models.base import SegmentationModel
 from segdeconv.models.dropout import DropoutAt, dropout_places
 from segdeconv.models.encoders import Encoder, Encoding, Stages, SwitchSource
-from segdeconv.models.layers import ConvBlock, Dropouts, init_he
+from segdeconv.models.layers import ConvBlock, Dropouts, UnpoolStage, init_he
 from segdeconv.models.vgg import vgg_encoder
-from segdeconv.switches.ops import unpool
 
 
 class SegNet(SegmentationModel):
@@ -76,7 +74,7 @@ class SegNet(SegmentationModel):
         return self.decoder(self.encoder(image))
 
 
-class SegNetDecoder(Staged):
+class SegNetDecoder(nn.Module):
     """The encoder's table read backwards: unpool, then as many convolutions as the encoder's stage has.
 
     The last convolution of a stage narrows to the channels of the stage above it (conv4_1_D: 512 -> 256). The last
@@ -92,16 +90,13 @@ class SegNetDecoder(Staged):
             blocks = [ConvBlock(before, after, norm=norm) for before, after in pairwise(channels)]
             if position > 0:
                 blocks.append(ConvBlock(channels[-1], stages[position - 1][-1], norm=norm))
-            self.stages.append(nn.Sequential(*blocks))
+            self.stages.append(UnpoolStage(position + 1, blocks))
         self.classifier = nn.Conv2d(stages[0][0], num_classes, 3, padding=1)
         init_he(self)
 
     def forward(self, encoding: Encoding) -> Tensor:
         x = encoding.features
         for index, (stage, pooling) in enumerate(zip(self.stages, reversed(encoding.pooled), strict=True)):
-            x = self.run(self._unpooled, stage, x, pooling.switches, pooling.size)
+            x = stage(x, pooling.switches, pooling.size)
             x = self.dropouts.at(f"decoder{len(self.stages) - index}", x)
         return self.classifier(x)
-
-    def _unpooled(self, stage: nn.Module, x: Tensor, switches: Tensor, size: tuple[int, int]) -> Tensor:
-        return stage(unpool(x, switches, size))

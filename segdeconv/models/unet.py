@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
+from segdeconv.models.activation_checkpointing import Recomputable
 from segdeconv.models.base import SegmentationModel
 from segdeconv.models.encoders import Encoder
 from segdeconv.models.layers import ConvBlock, cut, init_he
@@ -71,7 +72,7 @@ class UNet(SegmentationModel):
         self.ups, self.decoder = nn.ModuleList(), nn.ModuleList()
         for below, here in pairwise(reversed(outputs)):
             self.ups.append(nn.Sequential(nn.ConvTranspose2d(below, here, 2, stride=2), nn.ReLU(inplace=True)))
-            self.decoder.append(nn.Sequential(ConvBlock(2 * here, here, norm=norm), ConvBlock(here, here, norm=norm)))
+            self.decoder.append(JoinedStage(ConvBlock(2 * here, here, norm=norm), ConvBlock(here, here, norm=norm)))
         self.classifier = nn.Conv2d(outputs[0], num_classes, 1)
         for part in (self.ups, self.decoder, self.classifier):
             init_he(part)
@@ -83,16 +84,19 @@ class UNet(SegmentationModel):
         for level, stage in enumerate(self.encoder.stages):
             if level > 0:
                 x = F.max_pool2d(x, 2, ceil_mode=True)
-            x = self.run(stage, x)
+            x = stage(x)
             if level >= last - 1:
                 x = self.dropout(x)
             copies.append(x)
         copies.pop()
         for up, convolutions in zip(self.ups, self.decoder, strict=True):
             copy = copies.pop()
-            x = cut(up(x), copy.shape[-2:])
-            x = self.run(self._joined, convolutions, x, copy)
+            x = convolutions(cut(up(x), copy.shape[-2:]), copy)
         return self.classifier(x)
 
-    def _joined(self, convolutions: nn.Module, x: Tensor, copy: Tensor) -> Tensor:
-        return convolutions(torch.cat([x, copy], dim=1))
+
+class JoinedStage(Recomputable, nn.Sequential):
+    """Blocks in a row, of a map and the encoder's copy beside it."""
+
+    def forward(self, x: Tensor, copy: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(torch.cat([x, copy], dim=1))  # type: ignore[no-untyped-call]

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from segdeconv.summary import receptive_field
 from segdeconv.summary.receptive_field import Field, Span, Unknown
-from segdeconv.switches import ops
+from segdeconv.switches import MaxPool, Pooling, Unpool
 
 
 @dataclass
@@ -91,10 +90,8 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.alive[image] = True
         with ExitStack() as stack:
             for module in self.model.modules():
-                stack.callback(module.register_forward_pre_hook(self._enter).remove)
-                stack.callback(module.register_forward_hook(self._leave, with_kwargs=True).remove)
-            stack.enter_context(patch.object(ops._MaxPool, "apply", self._watched_pool(ops._MaxPool.apply)))
-            stack.enter_context(patch.object(ops._Unpool, "apply", self._watched_unpool(ops._Unpool.apply)))
+                stack.enter_context(module.register_forward_pre_hook(self._enter))
+                stack.enter_context(module.register_forward_hook(self._leave, with_kwargs=True))
             stack.enter_context(torch.no_grad())
             stack.enter_context(self)
             logits = self.model(image)
@@ -106,10 +103,15 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.within.append(self.names[module])
         if module is not self.model and not any(module.children()):
             self.leaf = []
+        self.looking = not isinstance(module, MaxPool | Unpool)
 
     def _leave(self, module: nn.Module, given: Any, named: Any, output: Any) -> None:
         name = self.within.pop()
-        operations, self.leaf = self.leaf, None
+        operations, self.leaf, self.looking = self.leaf, None, True
+        if isinstance(module, MaxPool):
+            return self._pooled(name, output, *given, **named)
+        if isinstance(module, Unpool):
+            return self._unpooled(name, output, *given, **named)
         inputs = [tensor for tensor in _tensors([*given, *named.values()]) if tensor in self.fields]
         if operations is None or not inputs or not isinstance(output, Tensor) or isinstance(module, nn.Identity):
             return
@@ -179,7 +181,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _see(self, func: Any, args: Sequence[Any], given: list[Tensor], made: list[Tensor]) -> None:
         name, operation = func.overloadpacket.__name__.strip("_"), _Operation.of(func, args, made)
         part = bool(made) and made[0].numel() * made[0].element_size() < made[0].untyped_storage().nbytes()
-        if part and func._schema.is_mutable and given != [made[0]]:
+        if part and func._schema.is_mutable and any(tensor is not made[0] for tensor in given):
             self.torn.add(made[0].untyped_storage()._cdata)
         known = [self.fields[tensor] for tensor in given]
         makers = {self.makers[tensor] for tensor in given}
@@ -211,45 +213,26 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     # Switches: one row for each pool and unpool, whatever they are made of.
 
-    @contextmanager
-    def _asleep(self) -> Iterator[None]:
-        self.looking = False
-        try:
-            yield
-        finally:
-            self.looking = True
+    def _pooled(self, name: str, pooling: Pooling, x: Tensor) -> None:
+        features, codes, _ = pooling
+        aten = torch.ops.aten.max_pool2d_with_indices.default
+        found = self.fields.get(x)
+        for tensor in (features, codes):
+            self.fields[tensor] = found and receptive_field.after(aten, (x, [2, 2]), [found], tensor)
+        row = self._row(name, "max_pool", x, features, _Operation("max_pool", (2, 2), None, (2, 2)))
+        row.kept = codes.nbytes
+        self.makers[codes] = self.makers[features]
+        self.pools[codes] = len(self.layers)
 
-    def _watched_pool(self, pool: Callable[..., Any]) -> Callable[..., Any]:
-        def watched(x: Tensor, packed: bool) -> tuple[Tensor, Tensor]:
-            with self._asleep():
-                features, codes = pool(x, packed)
-            aten = torch.ops.aten.max_pool2d_with_indices.default
-            found = self.fields.get(x)
-            for tensor in (features, codes):
-                self.fields[tensor] = found and receptive_field.after(aten, (x, [2, 2]), [found], tensor)
-            row = self._row(self.within[-1], "max_pool", x, features, _Operation("max_pool", (2, 2), None, (2, 2)))
-            row.kept = codes.nbytes
-            self.makers[codes] = self.makers[features]
-            self.pools[codes] = len(self.layers)
-            return features, codes
-
-        return watched
-
-    def _watched_unpool(self, unpool: Callable[..., Any]) -> Callable[..., Any]:
-        def watched(x: Tensor, codes: Tensor, height: int, width: int, *options: Any) -> Tensor:
-            with self._asleep():
-                output = unpool(x, codes, height, width, *options)
-            one, other = self.fields.get(x), self.fields.get(codes)
-            if one is None or other is None:
-                self.fields[output] = one or other
-            else:
-                tall = (one | other).along(2, lambda span: span.at(np.arange(height) // 2))
-                self.fields[output] = tall.along(3, lambda span: span.at(np.arange(width) // 2))
-            row = self._row(self.within[-1], "unpool", x, output, _Operation("unpool", (2, 2), None, (2, 2)))
-            row.then.append(f"switches of {self.pools[codes]}" if codes in self.pools else "switches")
-            return output
-
-        return watched
+    def _unpooled(self, name: str, output: Tensor, x: Tensor, switches: Tensor, size: tuple[int, int]) -> None:
+        one, other = self.fields.get(x), self.fields.get(switches)
+        if one is None or other is None:
+            self.fields[output] = one or other
+        else:
+            tall = (one | other).along(2, lambda span: span.at(np.arange(size[0]) // 2))
+            self.fields[output] = tall.along(3, lambda span: span.at(np.arange(size[1]) // 2))
+        row = self._row(name, "unpool", x, output, _Operation("unpool", (2, 2), None, (2, 2)))
+        row.then.append(f"switches of {self.pools[switches]}" if switches in self.pools else "switches")
 
 
 def traced(model: nn.Module, size: tuple[int, int]) -> Trace:

@@ -3,7 +3,8 @@
 May import `errors` alone.
 """
 
+from segdeconv.switches.modules import MaxPool, Unpool
 from segdeconv.switches.ops import Pooling, max_pool, unpool
 from segdeconv.switches.packing import pack, unpack
 
-__all__ = ["Pooling", "max_pool", "pack", "unpack", "unpool"]
+__all__ = ["MaxPool", "Pooling", "Unpool", "max_pool", "pack", "unpack", "unpool"]

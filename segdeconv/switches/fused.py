@@ -20,8 +20,8 @@ from torch.nn.modules import module as everyones
 from segdeconv.switches.ops import Pooling, load_triton_kernels
 
 
-def fuses(stage: nn.Module, x: Tensor) -> bool:
-    """Whether `norm_relu_pool` does what the last block of a stage and the pool after it do.
+def fuses(stage: nn.Module, pool: nn.Module, x: Tensor) -> bool:
+    """Whether `norm_relu_pool` does what the last block of a stage and its `MaxPool` do.
 
     stage: ConvBlocks in a row. x: what goes into the stage, (N, C, H, W).
     It does for plain batch norm in training, all of it float32, on a GPU with Triton, outside of torch.compile, and if
@@ -40,7 +40,7 @@ def fuses(stage: nn.Module, x: Tensor) -> bool:
         and norm.momentum is not None
         and all(tensor is not None and tensor.dtype == torch.float32 for tensor in numbers)
         and x.numel() > x.shape[1]  # of a single pixel torch refuses to take statistics, and says so
-        and not any(_hooked(module) for module in (stage, block, norm, block.activation))
+        and not any(_hooked(module) for module in (stage, block, norm, block.activation, pool))
     )
 
 

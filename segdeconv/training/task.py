@@ -24,7 +24,7 @@ from segdeconv.inference.network import Network
 from segdeconv.inference.scorers import labels, resized
 from segdeconv.losses import loss_sums
 from segdeconv.models import SegmentationModel
-from segdeconv.models.activation_checkpointing import Staged
+from segdeconv.models.activation_checkpointing import recompute_stages
 from segdeconv.optimization import Schedule, average
 from segdeconv.switches.ops import load_triton_kernels
 from segdeconv.system.devices import machine
@@ -67,7 +67,7 @@ class SegmentationTask(LightningModule):
         weights. Over the first steps the decay is smaller, (1 + step) / (10 + step), to forget the start.
     compile: train through torch.compile; `auto` on GPUs alone, since for a CPU it takes minutes. Checkpoints are the
         same files, and what validates or uses them compiles nothing.
-    recompute: keep the inputs of each stage alone and compute it again in the backward pass, see `Staged`.
+    recompute: keep the inputs of each stage alone and compute it again in the backward pass, see `recompute_stages`.
     """
 
     averaged: SegmentationModel | None
@@ -101,9 +101,8 @@ class SegmentationTask(LightningModule):
         self.classes, self.seed, self.total_steps, self.remembered = classes, seed, total_steps, dict(remembered)
         self.norm, self.ema = norm, ema
         self.compilation, self.recompute = compile, recompute
-        for part in self.model.modules():
-            if isinstance(part, Staged):
-                part.recompute = recompute
+        if recompute:
+            recompute_stages(self.model)
         self._supervised: Callable[[Tensor], tuple[Tensor, ...]] = self.model.supervised
         self.averaged = copy.deepcopy(model).requires_grad_(False) if ema is not None else None
         self.train_matrix = ConfusionMatrix(len(classes), classes.ignore_index)

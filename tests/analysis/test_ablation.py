@@ -23,7 +23,8 @@ def by_hand(model, image, change):
         x, pooled = model.encoder(image)
         for level, stage in zip((3, 2, 1), model.decoder.stages, strict=True):
             pooling = pooled[level - 1]
-            x = stage(change(x, pooling.switches, pooling.size, level))
+            *blocks, _ = stage
+            x = torch.nn.Sequential(*blocks)(change(x, pooling.switches, pooling.size, level))
         return model.decoder.classifier(x)
 
 

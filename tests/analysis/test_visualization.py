@@ -118,7 +118,8 @@ def test_the_decoder_is_followed_by_what_it_does():
         sparse = []
         for stage, pooling in zip(network.decoder.stages, reversed(pooled), strict=True):
             sparse.append(unpool(maps[-1], pooling.switches, pooling.size))
-            maps.append(stage(sparse[-1]))
+            *blocks, _ = stage
+            maps.append(nn.Sequential(*blocks)(sparse[-1]))
         logits = network.decoder.classifier(maps[-1])
     label = int(logits[0].argmax(dim=0).flatten().bincount(minlength=3).argmax())
     found = build_up(network, image, label)

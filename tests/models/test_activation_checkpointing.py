@@ -7,7 +7,7 @@ from torch import nn
 
 from segdeconv.errors import UsageError
 from segdeconv.models import FCN, FPN, DeconvNet, DeepLabLargeFOV, FCNBasic, SegNet, SegNetBasic, UNet
-from segdeconv.models.activation_checkpointing import Staged
+from segdeconv.models.activation_checkpointing import recompute_stages
 from segdeconv.train import train
 
 NETWORKS = {
@@ -30,9 +30,9 @@ def trained(name, *, recompute, frozen=False):
     """A network after two batches' gradients, and the bytes that the forward pass of the second one kept."""
     torch.manual_seed(0)
     network = NETWORKS[name]()
+    if recompute:
+        recompute_stages(network)
     for part in network.modules():
-        if isinstance(part, Staged):
-            part.recompute = recompute
         if frozen and isinstance(part, nn.BatchNorm2d):
             part.eval()
     side = 225 if name.startswith("DeconvNet") else 36
@@ -64,9 +64,7 @@ def test_each_stage_keeps_its_input_alone():
     """By hand, of two stages of 4 channels at 32x32 float32: nothing but what crosses between the stages."""
     network = SegNet(3, stages=((4, 4), (4, 4)))
     kept = {}
-    for part in network.modules():
-        if isinstance(part, Staged):
-            part.recompute = True
+    recompute_stages(network)
     image = torch.randn(1, 3, 32, 32)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.update({t.data_ptr(): t}) or t, lambda t: t):
         network(image)

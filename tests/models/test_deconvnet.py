@@ -243,7 +243,7 @@ def test_weights_start_as_in_the_training_files():
 
 def test_without_norm_a_transposed_convolution_keeps_the_size_of_what_is_rectified():
     model = slim(norm=False, width=0.5)
-    narrowing = model.decoder[1][-1]  # deconv4_3: 256 -> 128, so that inputs and outputs cannot be confused
+    narrowing = model.decoder[1][2]  # deconv4_3: 256 -> 128, so that inputs and outputs cannot be confused
     assert (narrowing.deconv.in_channels, narrowing.deconv.out_channels) == (256, 128)
     x = torch.randn(2, 256, 20, 20).relu()
     with torch.no_grad():

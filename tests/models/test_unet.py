@@ -77,7 +77,7 @@ def test_every_stage_is_copied_across():
     for position, up in enumerate(model.ups):
         seen = []
         handles = [other.register_forward_hook(lambda m, i, output: output * 0) for other in model.ups]
-        handles.append(model.decoder[position].register_forward_hook(lambda m, i, o, seen=seen: seen.append(i[0])))
+        handles.append(model.decoder[position][0].register_forward_hook(lambda m, i, o, seen=seen: seen.append(i[0])))
         model(torch.randn(1, 3, 40, 40))
         for handle in handles:
             handle.remove()
@@ -92,7 +92,7 @@ def test_dropout_is_at_the_end_of_the_two_deepest_stages_before_the_copy():
     seen = []
     model.dropout.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0].shape[1:], output)))
     copies = []
-    model.decoder[0].register_forward_hook(lambda module, inputs, output: copies.append(inputs[0]))
+    model.decoder[0][0].register_forward_hook(lambda module, inputs, output: copies.append(inputs[0]))
     model(torch.randn(2, 3, 64, 64))
     assert [shape for shape, _ in seen] == [(32, 8, 8), (32, 4, 4)]
     assert torch.equal(copies[0][:, 32:], seen[0][1])

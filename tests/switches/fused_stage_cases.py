@@ -10,7 +10,7 @@ from torch import nn
 from triton_kernel_cases import DEVICE
 
 from segdeconv.models import SegNet, encoders
-from segdeconv.models.activation_checkpointing import Staged
+from segdeconv.models.activation_checkpointing import recompute_stages
 from segdeconv.switches import fused, ops
 from segdeconv.switches.fused import norm_relu_pool
 from segdeconv.switches.ops import max_pool
@@ -232,9 +232,8 @@ def test_a_network_computes_the_same_with_and_without_it(monkeypatch, switch_sou
     for runs in (True, False):
         monkeypatch.setattr(fused, "_runs_on_its_device", lambda x, runs=runs: runs)
         network = make_network(switch_source=switch_source)
-        for part in network.modules():
-            if isinstance(part, Staged):
-                part.recompute = recompute
+        if recompute:
+            recompute_stages(network)
         *numbers, passes = trained(network)
         results.append(numbers)
         assert len(passes) == (2 if runs else 0)
@@ -268,6 +267,10 @@ def watched_stage(network):
     network.encoder.stages[1].register_forward_pre_hook(lambda *_: None)
 
 
+def watched_pool(network):
+    network.encoder.pools[1].register_forward_hook(lambda *_: None)
+
+
 def cumulative(network):
     network.encoder.stages[1][1].norm.momentum = None
 
@@ -297,8 +300,8 @@ def dropping(network):
 
 
 UNUSUAL = (
-    evaluated, watched, watched_norm, watched_stage, cumulative, another_norm, without_scale, without_statistics,
-    stopped_statistics, without_norm, dropping,
+    evaluated, watched, watched_norm, watched_stage, watched_pool, cumulative, another_norm, without_scale,
+    without_statistics, stopped_statistics, without_norm, dropping,
 )  # fmt: skip
 
 

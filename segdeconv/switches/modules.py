@@ -1,0 +1,47 @@
+"""Max-pooling with switches and unpooling as modules, on which hooks can be put. They have no parameters."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from segdeconv.switches.ops import Pooling, max_pool, unpool
+
+
+class MaxPool(nn.Module):
+    """2x2 max-pool of stride 2 that returns its switches, see `max_pool`.
+
+    Args:
+        level: Position among the pools of the network; 1 is the first, which pools the finest map.
+        packed: Whether the switches take two bits each instead of a byte, see `pack`.
+
+    >>> import torch
+    >>> MaxPool(1)(torch.zeros(1, 4, 5, 6)).features.shape
+    torch.Size([1, 4, 3, 3])
+    """
+
+    def __init__(self, level: int, *, packed: bool = False) -> None:
+        super().__init__()
+        self.level, self.packed = level, packed
+
+    def forward(self, x: Tensor) -> Pooling:  # (N, C, H, W)
+        return max_pool(x, packed=self.packed)
+
+
+class Unpool(nn.Module):
+    """The inverse of the `MaxPool` of the same level: values go back to where the maxima were, see `unpool`.
+
+    Args:
+        level: Level of the pool whose switches it reads; 1 is the first, which pools the finest map.
+
+    >>> import torch
+    >>> features, switches, size = MaxPool(1)(torch.zeros(1, 4, 5, 6))
+    >>> Unpool(1)(features, switches, size).shape
+    torch.Size([1, 4, 5, 6])
+    """
+
+    def __init__(self, level: int) -> None:
+        super().__init__()
+        self.level = level
+
+    def forward(self, x: Tensor, switches: Tensor, size: tuple[int, int]) -> Tensor:  # (N, C, h, w) -> (N, C, *size)
+        return unpool(x, switches, size)
