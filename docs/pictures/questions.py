@@ -13,9 +13,7 @@ from segdeconv.switches import max_pool, unpool
 HERE = Path(__file__).parent
 
 
-def save(
-    name: str, panels: list[tuple[str, torch.Tensor]], *, numbers: bool = False, top: float | None = None
-) -> None:
+def save(name: str, panels: list[tuple[str, torch.Tensor]], *, numbers: bool = False, top: float | None = None) -> None:
     """Maps side by side, each under its title. numbers: write every value into its cell. top: the brightest value."""
     figure, axes = plt.subplots(1, len(panels), figsize=(2.2 * len(panels), 2.5), layout="constrained")
     for axis, (title, map_) in zip(axes, panels, strict=True):

@@ -16,19 +16,19 @@ decoder has seen in training.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook
 
 from segdeconv.analysis.switch_paths import unpack_like
 from segdeconv.errors import UsageError
 from segdeconv.evaluation.boundary import Boundaries
+from segdeconv.evaluation.evaluate import Evaluation, evaluate
 from segdeconv.evaluation.metrics import scores
 from segdeconv.models import SegmentationModel
 from segdeconv.switches import Pooling, Unpool, unpool
@@ -50,8 +50,10 @@ def require_unpooling(model: SegmentationModel) -> int:
 
 
 @contextmanager
-def unpooling_by(upsampling: Upsampling, level: int | Literal["all"], *, seed: int = 0) -> Iterator[None]:
-    """While this is open, the `Unpool` modules of every network do it in another way, those of one level or all.
+def unpooling_by(
+    network: nn.Module, upsampling: Upsampling, level: int | Literal["all"], *, seed: int = 0
+) -> Iterator[None]:
+    """While this is open, the `Unpool` modules of a network do it in another way, those of one level or all.
 
     level: see `Unpool`.
     seed: of `shuffled`. One permutation for each map of a level, drawn by (seed, level, channels and size) and thus the
@@ -68,12 +70,13 @@ def unpooling_by(upsampling: Upsampling, level: int | Literal["all"], *, seed: i
             other = shuffled(unpack_like(Pooling(x, switches, size)), size, key(seed, "shuffled", here))
         return unpool(x, other, size)
 
-    def replace(module: nn.Module, given: Any, named: Any, output: Any) -> Any:
-        if isinstance(module, Unpool) and level in ("all", module.level):
-            return replacement(module.level, *given, **named)
-        return output
+    def replace(module: Unpool, given: Any, named: Any, output: Tensor) -> Tensor:
+        return replacement(module.level, *given, **named)
 
-    with register_module_forward_hook(replace, with_kwargs=True):
+    with ExitStack() as hooks:
+        for module in network.modules():
+            if isinstance(module, Unpool) and level in ("all", module.level):
+                hooks.enter_context(module.register_forward_hook(replace, with_kwargs=True))
         yield
 
 
@@ -93,24 +96,20 @@ def shuffled(codes: Tensor, size: tuple[int, int], seed: int) -> Tensor:
     return moved
 
 
-def ablate(
-    evaluate: Callable[[Boundaries | None], np.ndarray],
-    confusion: np.ndarray,
-    boundaries: Boundaries | None,
-    levels: int,
-) -> list[dict[str, Any]]:
+def ablate(evaluation: Evaluation) -> list[dict[str, Any]]:
     """The rows of report["ablation"]: upsampling, level ("all", or from 1), miou and boundary_f1, null for none.
 
-    evaluate: counts once more what the network predicts: outlines into the boundaries that it is given, pixels into the
-        confusion matrix that it returns. confusion, boundaries: of the network as it is.
+    evaluation: of the network as it is; the same images are evaluated again with every other upsampling.
     """
-    rows = [_row("switches", "all", confusion, boundaries)]
+    segmenter, boundaries = evaluation.segmenter, evaluation.boundaries
+    levels = require_unpooling(segmenter.network.model)
+    rows = [_row("switches", "all", evaluation.confusion, boundaries)]
     for upsampling in UPSAMPLINGS:
         for level in ("all", *range(1, levels + 1)) if levels > 1 else ("all",):
             outlines = Boundaries(boundaries.num_classes, boundaries.ignore_index) if boundaries else None
-            with unpooling_by(upsampling, level):
-                found = evaluate(outlines)
-            rows.append(_row(upsampling, level, found, outlines))
+            with unpooling_by(segmenter.network.model, upsampling, level):
+                confusion = evaluate(segmenter, evaluation.dataset, boundaries=outlines)
+            rows.append(_row(upsampling, level, confusion, outlines))
     return rows
 
 

@@ -45,7 +45,7 @@ def run(description: str) -> None:
     from segdeconv.checkpoints import cards, checkpoint
     from segdeconv.drawing import draw, html
     from segdeconv.evaluation import report, report_page
-    from segdeconv.evaluation.evaluate import Evaluation, Predicted, class_order, evaluate, restore_dataset
+    from segdeconv.evaluation.evaluate import Evaluation, Predicted, class_order, restore_dataset
     from segdeconv.inference.segmenter import Segmenter
 
     if arguments.uncertainty:
@@ -56,7 +56,8 @@ def run(description: str) -> None:
     if other:
         class_order(other, dataset)  # refused before the first of two evaluations
     segmenter = Segmenter(read, settings)
-    levels = ablation.require_unpooling(segmenter.network.source) if arguments.ablate else 0
+    if arguments.ablate:
+        ablation.require_unpooling(segmenter.network.model)
 
     def save(one: Predicted) -> None:
         if arguments.masks:
@@ -71,10 +72,7 @@ def run(description: str) -> None:
     evaluation = Evaluation.of(segmenter, dataset, outlines=outlines, on_prediction=save)
     facts: dict[str, Any] = {"command": command("evaluate", sys.argv[1:])}
     if arguments.ablate:
-        facts["ablation"] = ablation.ablate(
-            lambda boundaries: evaluate(segmenter, dataset, boundaries=boundaries),
-            evaluation.confusion, evaluation.boundaries, levels,
-        )  # fmt: skip
+        facts["ablation"] = ablation.ablate(evaluation)
     if arguments.uncertainty:
         facts["uncertainty"] = uncertainty.uncertainty(segmenter, dataset)
     content = evaluation.report(**facts)

@@ -45,7 +45,7 @@ def test_one_level_or_all_are_replaced(level):
         return F.interpolate(x, scale_factor=2, mode="bilinear")[..., : size[0], : size[1]] / 4
 
     for kind, change in (("corner", corner), ("bilinear", bilinear)):
-        with torch.no_grad(), unpooling_by(kind, level):
+        with torch.no_grad(), unpooling_by(model, kind, level):
             first, second = model(image), model(image)
         assert torch.equal(first, second)  # the next image begins anew
         torch.testing.assert_close(first, by_hand(model, image, change))
@@ -55,13 +55,13 @@ def test_one_level_or_all_are_replaced(level):
 
 def test_a_pass_that_broke_off_does_not_count():
     model, image = network(), torch.randn(1, 3, *SIZE)
-    with torch.no_grad(), unpooling_by("corner", 2):
+    with torch.no_grad(), unpooling_by(model, "corner", 2):
         expected = model(image)
 
     def run_out(module, given):
         raise MemoryError
 
-    with torch.no_grad(), unpooling_by("corner", 2):
+    with torch.no_grad(), unpooling_by(model, "corner", 2):
         hook = model.encoder.stages[2].register_forward_pre_hook(run_out)
         with pytest.raises(MemoryError):
             model(image)
@@ -93,8 +93,9 @@ def test_no_value_is_lost_where_the_image_cuts_windows():
 def test_packed_switches_are_replaced_alike():
     image = torch.randn(1, 3, *SIZE)
     for kind in UPSAMPLINGS:
-        with torch.no_grad(), unpooling_by(kind, "all"):
-            torch.testing.assert_close(network()(image), network(packed=True)(image))
+        one, other = network(), network(packed=True)
+        with torch.no_grad(), unpooling_by(one, kind, "all"), unpooling_by(other, kind, "all"):
+            torch.testing.assert_close(one(image), other(image))
 
 
 def test_levels_are_counted_and_none_is_a_sentence():

@@ -8,6 +8,7 @@ from torch import nn
 
 from segdeconv.models import FCN, FPN, DeepLabLargeFOV, SegNet, SegNetBasic, UNet
 from segdeconv.models.vgg import VGG_STAGES
+from segdeconv.switches import MaxPool
 
 SLIM = 0.0625
 SOURCES = ("pre_relu", "post_relu")
@@ -29,10 +30,14 @@ def count(parameters):
 def applied(model, image):
     """(module, input, output shape) of every module without children, in the order of execution."""
     calls, handles = [], []
+
+    def note(module, inputs, output):
+        map_ = output.features if isinstance(module, MaxPool) else output
+        calls.append((module, inputs[0].shape, map_.shape))
+
     for module in model.modules():
         if not list(module.children()):
-            hook = lambda module, inputs, output: calls.append((module, inputs[0].shape, output.shape))  # noqa: E731
-            handles.append(module.register_forward_hook(hook))
+            handles.append(module.register_forward_hook(note))
     with torch.no_grad():
         model(image)
     for handle in handles:
