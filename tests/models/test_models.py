@@ -81,7 +81,8 @@ def test_segnet_basic_runs_9_convolutions_8_norms_and_4_relus():
     kinds = Counter(type(module) for module, *_ in calls)
     assert (kinds[nn.Conv2d], kinds[nn.BatchNorm2d], kinds[nn.ReLU]) == (9, 8, 4)
     order = [type(module).__name__ for module, *_ in calls if not isinstance(module, nn.Identity)]
-    encoder, decoder = ["Conv2d", "BatchNorm2d", "ReLU"] * 4, ["Conv2d", "BatchNorm2d"] * 4
+    encoder = ["Conv2d", "BatchNorm2d", "ReLU", "MaxPool"] * 4
+    decoder = ["Unpool", "Conv2d", "BatchNorm2d"] * 4
     assert order == ["LocalResponseNorm", *encoder, *decoder, "Conv2d"]
 
 
