@@ -29,7 +29,6 @@ def main() -> None:
     parser.add_argument("--argmax", action="store_true", help="give class indices, not logits")
     parser.add_argument("--half", action="store_true", help="keep weights in 16 bits: half the file")
     parser.add_argument("--about", type=Path, help="a YAML file of what a card shall say too: scores, licence, limits")
-    parser.add_argument("--pieces", action="store_true", help="cut a .safetensors above 16 MiB into pieces of that")
     parser.add_argument("--trust", action="append", default=[], help="a class of your own that the recipe names")
     arguments = parser.parse_intermixed_args()
     if arguments.layout and not arguments.preprocess:
@@ -37,20 +36,16 @@ def main() -> None:
 
     from segdeconv.checkpoints import cards, checkpoint
 
-    for flag in ("pieces", "about"):
-        if getattr(arguments, flag) and arguments.out.suffix != cards.SUFFIX:
-            raise UsageError(f"--{flag} is for {cards.SUFFIX} - leave it out")
+    if arguments.about and arguments.out.suffix != cards.SUFFIX:
+        raise UsageError(f"--about is for {cards.SUFFIX} - leave it out")
     about = read_about(arguments.about) if arguments.about else None
     read = checkpoint.read(arguments.checkpoint, trust=arguments.trust, overrides=arguments.overrides)
     out: Path = arguments.out
     if out.suffix == cards.SUFFIX:
         if arguments.preprocess or arguments.argmax:
             raise UsageError(f"--preprocess and --argmax are of graphs, and {out} holds weights - leave them out")
-        checkpoint.write_weights(read, out, half=arguments.half, pieces=arguments.pieces, about=about)
-        files = [out] if out.is_file() else cards.pieces_of(out)
-        size = sum(file.stat().st_size for file in files) / 1e6
-        cut = f" in {len(files)} pieces" if len(files) > 1 else ""
-        print(f"{out}: {size:.1f} MB{cut}; recipe, classes and preprocessing in {cards.card_of(out)}")
+        checkpoint.write_weights(read, out, half=arguments.half, about=about)
+        print(f"{out}: {out.stat().st_size / 1e6:.1f} MB; recipe, classes and preprocessing in {cards.card_of(out)}")
         return
 
     from segdeconv.export.export import export

@@ -6,8 +6,8 @@
 TABLE is a file of segdeconv/experiments/study/tables, by its name, or any YAML file of that form: rows and views, each
 a name and words of train.py's command line. Every key=value is for all of them, and stronger: dataset.root=DIR.
 Writes DIR/<row>/<view>/seed<n>/ for every run, and DIR/results.md, results.json and curves.png after each; --weights
-writes DIR/weights/ at the end, in half precision and in pieces of 16 MiB. What is finished is not run again, and what
-was cut goes on, when the same command is typed again.
+writes DIR/weights/ at the end, in half precision. What is finished is not run again, and what was cut goes on, when
+the same command is typed again.
 """
 
 from __future__ import annotations

@@ -2,12 +2,10 @@
 
 A .safetensors file is numbers with their names and can hold nothing that runs; the card is plain JSON: recipe, facts
 and the sha256 of the numbers. The networks that the package ships lie in `segdeconv/checkpoints/weights` in this form.
-A large file may lie in pieces, NAME.safetensors.001 and so on, which are its bytes in order: `cat` makes it whole.
 """
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 from collections.abc import Mapping
@@ -19,12 +17,11 @@ import torch
 from torch import Tensor
 
 from segdeconv.errors import CheckpointError, UsageError, did_you_mean
-from segdeconv.system.files import hash_file, replace_text, replacing
+from segdeconv.system.files import replace_text, replacing
 
 SUFFIX = ".safetensors"
 SHIPPED = Path(__file__).resolve().parent / "weights"
 LONGEST = 1 << 24  # bytes of a card; nobody writes more
-PIECE = 1 << 24  # bytes of a piece at most: what mail, forms and repositories still take
 
 
 def card_of(path: Path) -> Path:
@@ -32,29 +29,11 @@ def card_of(path: Path) -> Path:
     return path.with_suffix(".json")
 
 
-def pieces_of(path: Path) -> list[Path]:
-    """The pieces of a file of weights that are there, in order."""
-    return sorted(path.parent.glob(f"{glob.escape(path.name)}.[0-9][0-9][0-9]"))
-
-
-def content_of(path: Path) -> bytes:
-    """What a file of weights holds, put together from its pieces if it lies in pieces."""
-    return path.read_bytes() if path.is_file() else b"".join(piece.read_bytes() for piece in pieces_of(path))
-
-
-def digest(path: Path) -> str:
-    """The sha256 of a file, or of what its pieces are together."""
-    return hash_file(path) if path.is_file() else hashlib.sha256(content_of(path)).hexdigest()
-
-
-def write(
-    path: Path, weights: Mapping[str, Tensor], card: Mapping[str, Any], *, half: bool = False, pieces: bool = False
-) -> None:
+def write(path: Path, weights: Mapping[str, Tensor], card: Mapping[str, Any], *, half: bool = False) -> None:
     """Write weights and their card, whose `sha256` becomes that of the weights.
 
     half: float16 for everything of two dimensions or more. Vectors stay as they are: they are few, and the running
         variances of raw pixels are beyond what float16 holds.
-    pieces: cut what is longer than `PIECE` into pieces; `path` itself is then not there.
 
     The card is taken away first and written last, so that a cut leaves weights without a card, which are refused, and
     never weights with the card of others.
@@ -65,15 +44,8 @@ def write(
     content = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in numbers.items()})
     path.parent.mkdir(parents=True, exist_ok=True)
     card_of(path).unlink(missing_ok=True)
-    size = PIECE if pieces else len(content)
-    starts = range(0, len(content), size)
-    cut = [path.with_name(f"{path.name}.{number:03d}") for number in range(1, len(starts) + 1)]
-    files = cut if len(starts) > 1 else [path]
-    for name, start in zip(files, starts, strict=True):
-        with replacing(name) as file:
-            file.write(content[start : start + size])
-    for old in {path, *pieces_of(path)} - set(files):
-        old.unlink(missing_ok=True)
+    with replacing(path) as file:
+        file.write(content)
     sha256 = hashlib.sha256(content).hexdigest()
     replace_text(card_of(path), json.dumps({**card, "sha256": sha256}, indent=1) + "\n")
 
@@ -88,7 +60,7 @@ def _halved(name: str, tensor: Tensor) -> Tensor:
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(card, weights) of a file, or of its pieces, verified by the card's sha256; half precision becomes float32.
+    """(card, weights) of a file, verified by the card's sha256; half precision becomes float32.
 
     Raises CheckpointError where the card is missing or damaged, or the weights are not those it was written with.
     """
@@ -101,7 +73,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         ) from None
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{card_of(path)} is no card ({type(error).__name__}) - use another copy") from error
-    content = content_of(path)
+    content = path.read_bytes()
     if not isinstance(card, dict) or hashlib.sha256(content).hexdigest() != card.get("sha256"):
         raise CheckpointError(
             f"{path} is damaged or not what {card_of(path).name} was written for: its sha256 is another - use another "
@@ -125,11 +97,9 @@ def shipped() -> list[str]:
 def located(path: Path) -> Path:
     """The file that a CHECKPOINT argument means: the one of this path if there is one, else the shipped network.
 
-    A piece means the whole file. Raises UsageError for what is neither.
+    Raises UsageError for what is neither.
     """
-    if path.suffix[1:].isdigit() and path.stem.endswith(SUFFIX):
-        path = path.with_suffix("")
-    if path.is_file() or pieces_of(path):
+    if path.is_file():
         return path
     names = shipped()
     if str(path) in names:

@@ -109,8 +109,8 @@ class Checkpoint:
 
     @property
     def sha256(self) -> str:
-        """Of the file, or of what its pieces are together."""
-        return cards.digest(self.path)
+        """Of the file."""
+        return hash_file(self.path)
 
     @property
     def weights(self) -> dict[str, torch.Tensor]:
@@ -160,15 +160,14 @@ def write_weights(
     path: Path,
     *,
     half: bool = False,
-    pieces: bool = False,
     about: Mapping[str, Any] | None = None,
 ) -> None:
     """Write what a checkpoint predicts with, PATH.safetensors, and its card, PATH.json; `read` takes them back.
 
-    half, pieces: see `cards.write`. about: what else the card shall say (scores, licence, author); plain data.
+    half: see `cards.write`. about: what else the card shall say (scores, licence, author); plain data.
     """
     ours = {"format": FORMAT, "config": checkpoint.config, "facts": checkpoint.facts}
-    cards.write(path, checkpoint.weights, {**(about or {}), **ours}, half=half, pieces=pieces)
+    cards.write(path, checkpoint.weights, {**(about or {}), **ours}, half=half)
 
 
 def sidecar_of(path: Path) -> Path:

@@ -113,11 +113,12 @@ def run(description: str) -> None:
 def made_by(arguments: argparse.Namespace, read: Checkpoint) -> dict[str, Any]:
     """What decides the content of every output: another one would write others under the same names."""
     from segdeconv.checkpoints import cards
+    from segdeconv.system.files import hash_file
 
     settings = {key: value for key, value in vars(arguments).items() if key not in NOT_MADE_BY}
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in settings.items()}
     if arguments.ensemble:
-        settings["ensemble"] = cards.digest(cards.located(Path(arguments.ensemble)))
+        settings["ensemble"] = hash_file(cards.located(Path(arguments.ensemble)))
     keys = sorted(path for path in arguments.paths if is_override(path))
     return {"checkpoint": read.sha256, **settings, "keys": keys}
 

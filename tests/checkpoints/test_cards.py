@@ -45,32 +45,6 @@ def test_shared_weights_build_the_network_that_was_shared(tmp_path, read, half):
     assert card["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_large_weights_in_pieces_are_read_by_the_name_of_the_whole_or_of_a_piece(tmp_path, read, monkeypatch):
-    monkeypatch.setattr(cards, "PIECE", 1000)
-    path, whole = tmp_path / "mine.safetensors", tmp_path / "whole.safetensors"
-    checkpoint.write_weights(read, whole)
-    checkpoint.write_weights(read, path)
-    checkpoint.write_weights(read, path, pieces=True)
-    names = [piece.name for piece in cards.pieces_of(path)]
-    assert names == [f"mine.safetensors.{number:03d}" for number in range(1, 1 + -(-whole.stat().st_size // 1000))]
-    assert sorted(os.listdir(tmp_path)) == sorted(
-        ["best.ckpt", "best.ckpt.sha256", "mine.json", "whole.json", "whole.safetensors", *names]
-    )
-    assert b"".join((tmp_path / name).read_bytes() for name in names) == whole.read_bytes()
-    for given in (path, tmp_path / names[1]):
-        again = checkpoint.read(given)
-        assert again.sha256 == hashlib.sha256(whole.read_bytes()).hexdigest()
-        assert all(torch.equal(again.weights[name], value) for name, value in read.weights.items())
-    (tmp_path / names[1]).unlink()
-    with pytest.raises(CheckpointError, match=r"mine.safetensors is damaged or not what mine.json was written for"):
-        checkpoint.read(path)
-    checkpoint.write_weights(read, path)
-    assert not cards.pieces_of(path)
-    monkeypatch.undo()
-    checkpoint.write_weights(read, path, pieces=True)
-    assert path.is_file()
-
-
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "other"])
 def test_weights_that_are_not_those_of_the_card_are_refused_before_they_are_read(tmp_path, read, damage, monkeypatch):
     path = tmp_path / "mine.safetensors"

@@ -256,7 +256,6 @@ def test_mistakes_are_one_sentence(segnet, tmp_path, commands, monkeypatch):
             "--layout nchw is for images as they are stored - add --preprocess",
         ),
         (("--out", "net.safetensors", "--argmax"), "--preprocess and --argmax are of graphs"),
-        (("--out", "net.onnx", "--pieces"), "--pieces is for .safetensors - leave it out"),
         (("--out", "net.pt2", "--about", "a.yaml"), "--about is for .safetensors - leave it out"),
         (
             ("--out", "net.safetensors", "--about", "a.yaml"),
@@ -280,7 +279,7 @@ def test_mistakes_are_one_sentence(segnet, tmp_path, commands, monkeypatch):
 def test_weights_are_exported_too(segnet, tmp_path, commands):
     _, read, *_ = segnet
     (tmp_path / "about.yaml").write_text("licence: CC-BY-4.0\nscores: {val: {mIoU: 0.5}}\n")
-    words = ("--out", "mine.safetensors", "--half", "--pieces", "--about", "about.yaml")
+    words = ("--out", "mine.safetensors", "--half", "--about", "about.yaml")
     done = commands("export", read.path, *words, cwd=tmp_path)
     assert done.code == 0, done.err
     again = checkpoint.read(tmp_path / "mine.safetensors")

@@ -235,7 +235,7 @@ def draw(plan: Plan, path: Path) -> bool:
 
 
 def write_weights(plan: Plan) -> list[Path]:
-    """The best weights of every finished run of the first view, halved and in pieces; the cards have their scores."""
+    """The best weights of every finished run of the first view, in half precision; the cards have their scores."""
     written = []
     view = next(iter(plan.views))
     for row in plan.rows:
@@ -249,7 +249,7 @@ def write_weights(plan: Plan) -> list[Path]:
                     "cost": cost(run),
                 }
                 best = checkpoint.read(run / "best.ckpt", trust=AnyName())
-                checkpoint.write_weights(best, path, half=True, pieces=True, about=about)
+                checkpoint.write_weights(best, path, half=True, about=about)
                 written.append(path)
     return written
 
