@@ -42,7 +42,6 @@ def write(path: Path, weights: Mapping[str, Tensor], card: Mapping[str, Any], *,
         raise UsageError(f"{path} is to hold weights with a card - name it {path.with_suffix(SUFFIX).name}")
     numbers = {name: _halved(name, tensor) if half else tensor for name, tensor in weights.items()}
     content = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in numbers.items()})
-    path.parent.mkdir(parents=True, exist_ok=True)
     card_of(path).unlink(missing_ok=True)
     with replacing(path) as file:
         file.write(content)

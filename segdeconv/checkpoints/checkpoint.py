@@ -23,7 +23,7 @@ from segdeconv.classes import Classes
 from segdeconv.config import override, targets
 from segdeconv.errors import CheckpointError, UsageError
 from segdeconv.models import SegmentationModel, build_model, check_model
-from segdeconv.system.files import hash_file, replace_text, replacing
+from segdeconv.system.files import hash_file, replace_text, replacing_path
 
 if TYPE_CHECKING:
     from segdeconv.data.preprocessing import Preprocessing
@@ -139,20 +139,17 @@ def write(content: Mapping[str, Any], path: Path) -> None:
     The sidecar `<name>.sha256` is renewed before the rename. It names the new hash first and then those that it named
     before, so that whichever file a cut leaves is one that the sidecar knows, and also when the next writer is cut too.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-
-    def name_first(partial: Path) -> None:
-        before = _known(path) if path.is_file() and sidecar_of(path).is_file() else []
-        known = list(dict.fromkeys([hash_file(partial), *before]))[:SIDECAR_LINES]
-        replace_text(sidecar_of(path), "".join(f"{digest}  {path.name}\n" for digest in known))
-
-    with replacing(path, before=name_first) as file:
+    with replacing_path(path) as partial:
         try:
-            torch.save(dict(content), file)
+            with partial.open("wb") as file:
+                torch.save(dict(content), file)
         except RuntimeError as error:  # torch closes its archive, and hides that the disk was full or a worker died
             if error.__context__ is not None:
                 raise error.__context__ from None
             raise
+        before = _known(path) if path.is_file() and sidecar_of(path).is_file() else []
+        known = list(dict.fromkeys([hash_file(partial), *before]))[:SIDECAR_LINES]
+        replace_text(sidecar_of(path), "".join(f"{digest}  {path.name}\n" for digest in known))
 
 
 def write_weights(

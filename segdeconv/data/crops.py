@@ -11,6 +11,7 @@ import hashlib
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -24,6 +25,7 @@ from segdeconv.data.boxes import EMPTY, bounding, clipped, cut, expanded, iou, s
 from segdeconv.data.dataset import Sample, SegmentationDataset
 from segdeconv.data.inspection import cache
 from segdeconv.errors import UsageError
+from segdeconv.system.files import replacing
 
 VERSION = 1  # of what is remembered; a new number forgets it
 BLACK = 0
@@ -144,14 +146,8 @@ class Crops(SegmentationDataset):
             except (ValueError, EOFError):
                 memory.unlink(missing_ok=True)  # cut short by a crash of the machine: look again
         found = self._find()
-        try:
-            memory.parent.mkdir(parents=True, exist_ok=True)
-            partial = memory.with_suffix(f".{os.getpid()}")
-            with partial.open("wb") as file:
-                np.save(file, found)
-            partial.replace(memory)
-        except OSError:
-            pass  # a home that cannot be written costs the next run the same look, nothing else
+        with suppress(OSError), replacing(memory) as file:  # or the next run has to look again
+            np.save(file, found)
         return found
 
     def _find(self) -> np.ndarray:

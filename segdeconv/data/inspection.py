@@ -8,6 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from tqdm import tqdm
 from segdeconv.classes import Classes
 from segdeconv.data.dataset import SegmentationDataset
 from segdeconv.errors import UsageError, command
+from segdeconv.system.files import replace_text
 
 VERSION = 3  # of what an inspection holds; a new number forgets the remembered ones
 MOST_SHOWN = 20
@@ -62,13 +64,8 @@ def inspect(dataset: SegmentationDataset, *, remember: bool = True) -> Inspectio
             memory.unlink(missing_ok=True)  # cut short by a crash of the machine: look again
     inspection = _inspect(dataset)
     if remember and not inspection.problems:
-        try:
-            memory.parent.mkdir(parents=True, exist_ok=True)
-            partial = memory.with_suffix(f".{os.getpid()}")
-            partial.write_text(json.dumps(asdict(inspection)))
-            partial.replace(memory)
-        except OSError:
-            pass  # a home that cannot be written costs the next run the same look, nothing else
+        with suppress(OSError):  # a home that cannot be written costs the next run the same look, nothing else
+            replace_text(memory, json.dumps(asdict(inspection)))
     return inspection
 
 

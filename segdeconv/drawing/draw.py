@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import colorsys
-import os
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import cv2
 import numpy as np
@@ -16,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from segdeconv.classes import Classes
 from segdeconv.drawing.png import Png
-from segdeconv.system.files import PARTIAL
+from segdeconv.system.files import replacing
 
 RIGHT, WRONG = (70, 160, 90), (220, 50, 47)
 LEGIBLE = 256  # pixels that a legend needs; narrower pictures are enlarged
@@ -26,7 +22,7 @@ GAP = 4  # pixels between the tiles of a grid
 
 def save_mask(mask: np.ndarray, classes: Classes, path: Path) -> None:
     """(H, W) uint8 class indices -> a palette PNG: its pixels are the indices, its palette the class colours."""
-    with _whole(path) as file:
+    with replacing(path) as file:
         picture = Png(file, (mask.shape[0], mask.shape[1]), palette=classes.table)
         picture.write(mask)
         picture.close()
@@ -34,7 +30,7 @@ def save_mask(mask: np.ndarray, classes: Classes, path: Path) -> None:
 
 def save_image(image: np.ndarray, path: Path) -> None:
     """(H, W, 3) uint8, or (H, W) for shades of grey -> PNG."""
-    with _whole(path) as file:
+    with replacing(path) as file:
         picture = Png(file, (image.shape[0], image.shape[1]), channels=image.shape[2] if image.ndim == 3 else 1)
         picture.write(image)
         picture.close()
@@ -48,7 +44,7 @@ def save_overlay(image: np.ndarray, mask: np.ndarray, classes: Classes, path: Pa
         return
     present = [index for index, count in enumerate(pixel_counts(mask)[: len(classes)]) if count]
     strip = legend(classes, present, width)
-    with _whole(path) as file:
+    with replacing(path) as file:
         picture = Png(file, (height + len(strip), width), channels=3)
         for top in range(0, height, BAND):
             above = max(0, top - 1)  # an outline lies below the row that differs
@@ -56,19 +52,6 @@ def save_overlay(image: np.ndarray, mask: np.ndarray, classes: Classes, path: Pa
             picture.write(overlay(image[rows], mask[rows], classes)[top - above :])
         picture.write(strip)
         picture.close()
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes its name when it is whole; what is cut is left under a short name that begins with PARTIAL."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{PARTIAL}{os.getpid()}-{threading.get_ident()}.png")
-    try:
-        with partial.open("wb") as file:
-            yield file
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def pixel_counts(mask: np.ndarray) -> list[int]:

@@ -56,7 +56,6 @@ def render(template: str, **content: Any) -> str:
 
 def write(html: str, path: Path) -> None:
     """Whole or not at all; what of a file's name is no Unicode becomes a question mark."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     replace_text(path, html.encode(errors="replace").decode())
 
 

@@ -72,7 +72,6 @@ def _number(value: float) -> float | None:
 
 def write_json(content: dict[str, Any], path: Path) -> None:
     """Written whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     replace_text(path, json.dumps(content, indent=1) + "\n")
 
 

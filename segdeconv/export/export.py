@@ -26,7 +26,7 @@ from segdeconv.export.module import Exported, Layout
 from segdeconv.inference.scorers import labels, resized, with_padding
 from segdeconv.models import SegmentationModel
 from segdeconv.models.layers import fold_norms
-from segdeconv.system.files import hash_file, replace_text, replacing
+from segdeconv.system.files import hash_file, replace_text, replacing_path
 from segdeconv.system.seeding import key
 
 ONNX, PT2 = ".onnx", ".pt2"
@@ -87,22 +87,18 @@ def export(
     exported = Exported(folded, preprocessing, pixels=pixels, argmax=argmax).eval()
     smallest = _smallest(exported, path)
     program = _traced(exported, preprocessing)
-    found: list[Agreement] = []
-
-    def verify(partial: Path) -> None:
-        images = _images(exported, preprocessing, smallest)
-        found.append(_compared(run(partial), network, full, preprocessing, exported, images, path))
-        card_of(path).unlink(missing_ok=True)  # and written last, so that it never speaks of another file
-
-    path.parent.mkdir(parents=True, exist_ok=True)
     operators: list[str] = []
-    with replacing(path, before=verify) as file:
+    with replacing_path(path) as partial:
         if path.suffix == ONNX:
             graph = onnx.convert(program, axes=exported.axes, output=exported.output, half=half, path=path)
             operators = sorted({node.op_type for node in graph.graph.node})
-            file.write(graph.SerializeToString())
+            partial.write_bytes(graph.SerializeToString())
         else:
-            torch.export.save(program, file)
+            with partial.open("wb") as file:
+                torch.export.save(program, file)
+        images = _images(exported, preprocessing, smallest)
+        agreement = _compared(run(partial), network, full, preprocessing, exported, images, path)
+        card_of(path).unlink(missing_ok=True)  # and written last, so that it never speaks of another file
     card = {
         "file": path.name,
         "sha256": hash_file(path),
@@ -111,7 +107,7 @@ def export(
         "checkpoint": {"file": read.path.name, "sha256": read.sha256},
         **_interface(read, exported, preprocessing, smallest),
         "weights": "float16, computed in float32" if half else "float32",
-        "verified": asdict(found[0]),
+        "verified": asdict(agreement),
         **({"opset": onnx.OPSET, "operators": operators} if operators else {}),
         "versions": {"segdeconv": __version__, "torch": torch.__version__, **versions},
     }

@@ -27,7 +27,7 @@ from segdeconv.inference.progress_log import Journal
 from segdeconv.inference.segmenter import Prediction, Segmenter
 from segdeconv.inference.tiling import Part
 from segdeconv.inference.video import VideoWriter, open_video
-from segdeconv.system.files import PARTIAL, replacing
+from segdeconv.system.files import replacing, replacing_path
 
 AHEAD = 4  # images that are read before the network has seen the one before them
 BEHIND = 8  # images that are written while the network goes on
@@ -100,12 +100,10 @@ class Outputs:
     def sink(self, name: str, size: tuple[int, int], stored: int) -> Iterator[Callable[[Part, np.ndarray], None]]:
         """Takes the probabilities of an image, a part at a time, into NAME.npy, which is on the disk, not in memory."""
         path = self.path(name, ".npy")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        begun = path.with_name(f"{PARTIAL}{threading.get_ident()}.npy")
         stored_size = size if stored < 5 else size[::-1]
-        try:
+        with replacing_path(path) as partial:
             shape = (len(self.classes), *stored_size)
-            array = np.lib.format.open_memmap(begun, mode="w+", dtype=np.float16, shape=shape)
+            array = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float16, shape=shape)
 
             def keep(part: Part, values: np.ndarray) -> None:
                 for channel, one in zip(array, values, strict=True):
@@ -113,9 +111,6 @@ class Outputs:
 
             yield keep
             array.flush()
-            begun.replace(path)
-        finally:
-            begun.unlink(missing_ok=True)
 
 
 def _plain(name: str) -> str:

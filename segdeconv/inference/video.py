@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -13,7 +14,7 @@ import numpy as np
 
 from segdeconv.data.files.decoding import first_bytes, require_size
 from segdeconv.errors import UsageError
-from segdeconv.system.files import PARTIAL
+from segdeconv.system.files import replacing_path
 
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # what FFmpeg says of a damaged file is no sentence of ours
 
@@ -65,12 +66,10 @@ class VideoWriter:
     """
 
     def __init__(self, path: Path, rate: float) -> None:
-        self.path, self.rate = path, rate
-        self.partial = path.with_name(f"{PARTIAL}{os.getpid()}{path.suffix}")
+        self.path, self.rate, self.file = path, rate, ExitStack()
         self.writer: cv2.VideoWriter | None = None
 
     def __enter__(self) -> VideoWriter:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         return self
 
     def write(self, frame: np.ndarray) -> None:
@@ -78,7 +77,8 @@ class VideoWriter:
         height, width = (side // 2 * 2 for side in frame.shape[:2])
         if self.writer is None:
             code = cv2.VideoWriter.fourcc(*"mp4v")
-            self.writer = cv2.VideoWriter(str(self.partial), code, self.rate, (width, height))
+            partial = self.file.enter_context(replacing_path(self.path))
+            self.writer = cv2.VideoWriter(str(partial), code, self.rate, (width, height))
             if not self.writer.isOpened():
                 raise UsageError(
                     f"{self.path} cannot be written as MP4 - this OpenCV has no encoder; install opencv-python-headless"
@@ -90,6 +90,4 @@ class VideoWriter:
     ) -> None:
         if self.writer is not None:
             self.writer.release()
-        if kind is None and self.partial.exists():
-            self.partial.replace(self.path)
-        self.partial.unlink(missing_ok=True)
+        self.file.__exit__(kind, error, trace)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+import secrets
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -13,28 +14,33 @@ PARTIAL = ".tmp-"  # what the names of files begin with that are being written
 
 
 @contextmanager
-def replacing(path: Path, *, before: Callable[[Path], None] | None = None) -> Iterator[BinaryIO]:
-    """A file to write into that takes the name `path` when it is whole and on the disk, in place of an older one.
+def replacing_path(path: Path) -> Iterator[Path]:
+    """A name to write a file under, which takes the name `path` when it is complete and on the disk.
 
-    It lies in the same folder, since only there a rename is one step. Nothing is left of one that fails; one whose
-    writer is killed stays under a name that begins with PARTIAL.
-    before: called with that name when everything is on the disk, just before the rename.
+    For libraries that open files themselves. The name lies in the same folder, which is made if it is missing, because
+    a rename is atomic only there. No other writer has it, in this process or another. A writer that fails leaves
+    nothing; one that is killed leaves a file whose name begins with PARTIAL.
     """
-    partial = path.with_name(f"{PARTIAL}{os.getpid()}-{path.name[-40:]}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{PARTIAL}{os.getpid()}-{secrets.token_hex(4)}-{path.name[-40:]}")
     try:
-        with partial.open("wb") as file:
-            yield file
-            file.flush()
+        yield partial
+        with partial.open("r+b") as file:  # Windows syncs only what is open for writing
             os.fsync(file.fileno())
-        if before is not None:
-            before(partial)
         partial.replace(path)
         _sync_folder(path.parent)
     except OSError as error:
         error.filename = str(path)  # the name that a person knows it by; a failed write says none
         raise
     finally:
-        partial.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)  # a rename from one name of a file to another of the same does nothing
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write into, by the way of `replacing_path`."""
+    with replacing_path(path) as partial, partial.open("wb") as file:
+        yield file
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -45,13 +51,8 @@ def replace_text(path: Path, text: str) -> None:
 
 def replace_link(path: Path, source: Path) -> None:
     """Give the file `source` a second name, in place of what had it."""
-    partial = path.with_name(f"{PARTIAL}{os.getpid()}-{path.name[-40:]}")
-    partial.unlink(missing_ok=True)
-    os.link(source, partial)
-    try:
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)  # a rename from one name of a file to another of the same does nothing
+    with replacing_path(path) as partial:
+        os.link(source, partial)
 
 
 def _sync_folder(folder: Path) -> None:

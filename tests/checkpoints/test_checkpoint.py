@@ -178,6 +178,9 @@ def test_what_a_signal_says_in_the_midst_of_a_write_is_what_is_heard(tmp_path, m
     class Struck(io.BytesIO):
         writes = 0
 
+        def open(self, mode):
+            return self
+
         def write(self, content):
             self.writes += 1
             if self.writes == nth:
@@ -185,11 +188,11 @@ def test_what_a_signal_says_in_the_midst_of_a_write_is_what_is_heard(tmp_path, m
             return super().write(content)
 
     @contextlib.contextmanager
-    def replacing(path, before):
+    def replacing_path(path):
         yield Struck()
 
     path = written(tmp_path)
-    monkeypatch.setattr(checkpoint, "replacing", replacing)
+    monkeypatch.setattr(checkpoint, "replacing_path", replacing_path)
     with pytest.raises(type(struck), match=r"is killed by signal|143"):
         checkpoint.write({"weights": torch.ones(5000)}, path)
 

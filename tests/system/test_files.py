@@ -1,10 +1,11 @@
 """Files that are whole or not there."""
 
 import os
+import threading
 
 import pytest
 
-from segdeconv.system.files import replace_link, replace_text, replacing
+from segdeconv.system.files import replace_link, replace_text, replacing, replacing_path
 
 
 def names(folder):
@@ -15,12 +16,16 @@ def test_a_writer_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "a"
     replace_text(path, "old")
 
-    def fail(partial):
-        assert partial.read_bytes() == b"new"
-        raise ArithmeticError
+    def fail(way, write):
+        with way(path) as new:
+            write(new)
+            assert path.read_text() == "old"
+            raise ArithmeticError
 
-    with pytest.raises(ArithmeticError), replacing(path, before=fail) as file:
-        file.write(b"new")
+    with pytest.raises(ArithmeticError):
+        fail(replacing_path, lambda new: new.write_bytes(b"new"))
+    with pytest.raises(ArithmeticError):
+        fail(replacing, lambda new: new.write(b"new"))
     assert path.read_text() == "old"
     assert names(tmp_path) == ["a"]
 
@@ -40,7 +45,27 @@ def test_a_file_is_on_the_disk_before_it_has_its_name_and_the_folder_after(tmp_p
     monkeypatch.setattr(os, "fsync", noted_sync)
     monkeypatch.setattr(os, "replace", noted_replace)
     replace_text(tmp_path / "a", "text")
-    assert order == [f"sync .tmp-{os.getpid()}-a", "rename", f"sync {tmp_path.name}"]
+    written, *rest = order
+    assert written.startswith(f"sync .tmp-{os.getpid()}-")
+    assert rest == ["rename", f"sync {tmp_path.name}"]
+
+
+def test_writers_of_the_same_file_in_two_threads_do_not_meet(tmp_path):
+    path, both = tmp_path / "sub" / "a", threading.Barrier(2, timeout=60)
+
+    def write(content):
+        with replacing(path) as file:
+            both.wait()  # each has its file open
+            file.write(content)
+            both.wait()
+
+    threads = [threading.Thread(target=write, args=[content]) for content in (b"one", b"three")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert path.read_bytes() in (b"one", b"three")
+    assert names(path.parent) == ["a"]
 
 
 def test_a_second_name_for_the_same_file_leaves_nothing_behind(tmp_path):
