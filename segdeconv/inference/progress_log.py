@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from segdeconv.errors import UsageError
-from segdeconv.system.files import PARTIAL
+from segdeconv.system.files import PARTIAL, lock_folder
 
 NAME = "predictions.jsonl"
 
@@ -29,9 +29,8 @@ class Journal:
 
     def __init__(self, out: Path, made_by: Mapping[str, Any], *, overwrite: bool = False) -> None:
         self.out, self.entries = out, {}  # type: Path, dict[str, dict[str, Any]]
-        out.mkdir(parents=True, exist_ok=True)
+        self.lock = lock_folder(out, "--out")
         self.file = (out / NAME).open("r+b") if (out / NAME).exists() else (out / NAME).open("x+b")
-        self._lock()
         for left in out.rglob(f"{PARTIAL}*"):  # of a writer that was killed, for we are alone here
             left.unlink(missing_ok=True)
         first, whole = self._read()
@@ -48,21 +47,6 @@ class Journal:
         self.file.seek(whole)
         if not whole:
             self._add(made_by)
-
-    def _lock(self) -> None:
-        if os.name == "nt":
-            return
-        import fcntl  # not on Windows
-
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.file.close()
-            raise UsageError(
-                f"{self.out} is being written to by another predict - wait for it, or choose another --out"
-            ) from None
-        except OSError:  # a file system without locks
-            return
 
     def _read(self) -> tuple[dict[str, Any] | None, int]:
         """(the first line, bytes up to the end of the last whole line)."""
@@ -109,6 +93,10 @@ class Journal:
     def close(self) -> None:
         """Let others have the folder."""
         self.file.close()
+        if self.lock is not None:
+            if os.name != "nt":  # where the lock's file goes with its release
+                Path(self.lock.lock_file).unlink(missing_ok=True)  # while it is held, so that it is nobody else's yet
+            self.lock.release()
 
 
 def stamp(path: Path) -> dict[str, Any]:

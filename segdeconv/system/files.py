@@ -1,16 +1,23 @@
-"""Files that are whole or not there, whatever happens while they are written."""
+"""Files that are whole or not there, whatever happens while they are written, and folders that one process holds."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import platform
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from filelock import FileLock, Timeout
+
+from segdeconv.errors import UsageError
+
 PARTIAL = ".tmp-"  # what the names of files begin with that are being written
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what a file system without locks answers
 
 
 @contextmanager
@@ -53,6 +60,43 @@ def replace_link(path: Path, source: Path) -> None:
     """Give the file `source` a second name, in place of what had it."""
     with replacing_path(path) as partial:
         os.link(source, partial)
+
+
+def lock_folder(folder: Path, way_out: str) -> FileLock | None:
+    """Make a folder and lock it for this process, until the lock is released or the process ends.
+
+    The kernel holds the lock: a killed process leaves none behind, and neither forked nor spawned children have it.
+
+    Args:
+        way_out: what the error message says to choose another of: `--out`.
+
+    Returns:
+        The lock, or None where the file system has no locks.
+
+    Raises:
+        UsageError: another process holds the folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / ".lock"
+
+    def sign(descriptor: int) -> None:
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode())
+
+    lock = FileLock(path, blocking=False, thread_local=False, on_acquired=sign)
+    try:
+        lock.acquire()
+    except Timeout:
+        holder = ""
+        with suppress(OSError):  # Windows lets nobody read a locked file
+            holder = path.read_text(errors="replace").strip()
+        holder = holder or "another process"
+        raise UsageError(f"{folder} is in use by {holder} - wait for it, or choose another {way_out}") from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        return None
+    return lock
 
 
 def _sync_folder(folder: Path) -> None:

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import platform
 import signal
 import struct
 import subprocess
@@ -338,7 +339,8 @@ def test_a_journal_is_cut_back_to_its_last_whole_line_and_belongs_to_one_process
     journal = Journal(out, {"checkpoint": "x"})
     (out / "a.png").write_bytes(b"mask")
     journal.add("a", source, [out / "a.png"], pixels={})
-    with pytest.raises(UsageError, match="out is being written to by another predict - wait for it"):
+    holder = f"process {os.getpid()} on {platform.node()}"
+    with pytest.raises(UsageError, match=f"out is in use by {holder} - wait for it, or choose another --out"):
         Journal(out, {"checkpoint": "x"})
     journal.close()
     whole = (out / "predictions.jsonl").read_bytes()

@@ -1,11 +1,17 @@
 """Files that are whole or not there."""
 
+import errno
+import fcntl
 import os
+import signal
+import subprocess
+import sys
 import threading
 
 import pytest
 
-from segdeconv.system.files import replace_link, replace_text, replacing, replacing_path
+from segdeconv.errors import UsageError
+from segdeconv.system.files import lock_folder, replace_link, replace_text, replacing, replacing_path
 
 
 def names(folder):
@@ -80,3 +86,41 @@ def test_a_name_as_long_as_a_name_may_be_is_written_too(tmp_path):
     path = tmp_path / ("ä" * 127)
     replace_text(path, "text")
     assert path.read_text() == "text"
+
+
+HOLD = """
+import os, sys, time
+from pathlib import Path
+from segdeconv.system.files import lock_folder
+held = lock_folder(Path(sys.argv[1]), "name")
+if os.fork() == 0:
+    print(os.getpid(), flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_worker_that_outlives_a_killed_process_does_not_keep_its_lock(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        worker = int(holder.stdout.readline())
+        try:
+            with pytest.raises(UsageError, match=rf"is in use by process {holder.pid} on .* choose another name"):
+                lock_folder(tmp_path, "name")
+            holder.kill()
+            holder.wait()
+            lock = lock_folder(tmp_path, "name")
+            assert lock is not None
+            lock.release()
+            os.kill(worker, 0)  # is still there
+        finally:
+            os.kill(worker, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("answer", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_locks_nothing(tmp_path, monkeypatch, answer):
+    def refuse(descriptor, operation):
+        raise OSError(answer, os.strerror(answer))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert lock_folder(tmp_path / "new", "name") is None
+    assert (tmp_path / "new").is_dir()
