@@ -17,6 +17,7 @@ import yaml
 
 from segdeconv.cli.command import run_command
 from segdeconv.cli.options import taken
+from segdeconv.cli.own_code import compose
 from segdeconv.errors import UsageError, command, did_you_mean
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -35,7 +36,7 @@ def main() -> None:
 
     path = taken(words, "--json")
     asked = _value(taken(words, "size")), _value(taken(words, "classes"))
-    recipe, _ = config.compose(words, CONFIGS)
+    recipe, _ = compose(words, CONFIGS)
     known = {*config.groups_in(CONFIGS), "size", "classes"}
     if unknown := sorted(set(recipe) - known - {"seed", "resume", "resume_force", "init_from", "max_time"}):
         raise UsageError(f"there is no key {unknown[0]} - {did_you_mean(unknown[0], known)}")

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from segdeconv.cli.command import run_command
+from segdeconv.cli.own_code import compose
 from segdeconv.errors import UsageError, command, did_you_mean
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -30,14 +31,13 @@ def main() -> None:
 
     import torch
 
-    from segdeconv import config
     from segdeconv.system.devices import best_device, resolve_precision
     from segdeconv.system.memory import readable
     from segdeconv.training import tuning
     from segdeconv.training.config_check import check_recipe
     from segdeconv.training.prepare import prepare
 
-    recipe = check_recipe(config.compose(arguments, CONFIGS)[0])
+    recipe = check_recipe(compose(arguments, CONFIGS)[0])
     accelerator = recipe["trainer"]["accelerator"]
     device = best_device() if accelerator == "auto" else torch.device({"gpu": "cuda"}.get(accelerator, accelerator))
     precision = resolve_precision(recipe["trainer"]["precision"])

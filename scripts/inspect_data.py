@@ -15,6 +15,7 @@ from pathlib import Path
 
 from segdeconv.cli.command import run_command
 from segdeconv.cli.options import taken
+from segdeconv.cli.own_code import compose
 from segdeconv.errors import UsageError, command
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -41,7 +42,7 @@ def main() -> None:
     from segdeconv.losses import class_weights
 
     out = Path(taken(words, "--out") or "inspection")
-    recipe, choices = config.compose(words, CONFIGS)
+    recipe, choices = compose(words, CONFIGS)
     node, augment = check_dataset(recipe["dataset"]), check_augment(recipe["augment"])
     splits = [build_split(node, split) for split in ("train", "val")]
     try:

@@ -18,6 +18,7 @@ from typing import Any
 
 from segdeconv.cli.command import ArgumentParser, run_command
 from segdeconv.cli.options import refuse_keys
+from segdeconv.cli.own_code import compose
 from segdeconv.errors import command
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -38,7 +39,6 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     refuse_keys(arguments.overrides, GIVEN, "the table's")
 
-    from segdeconv import config
     from segdeconv.experiments.study import results, series
     from segdeconv.training.config_check import check_recipe
     from segdeconv.training.resume import finished
@@ -57,7 +57,7 @@ def main() -> None:
     recipes = {}
     for job in plan.jobs:
         words = plan.recipe(*job)
-        recipes[job] = words, check_recipe(config.compose(words, CONFIGS)[0])
+        recipes[job] = words, check_recipe(compose(words, CONFIGS)[0])
         series.check_same(plan.run(*job), recipes[job][1])
     facts = {"command": command("results", sys.argv[1:])}
 

@@ -11,6 +11,7 @@ import sys
 
 from segdeconv.cli.command import ArgumentParser, run_command
 from segdeconv.cli.options import add_network_options
+from segdeconv.cli.own_code import find_own_code
 from segdeconv.errors import UsageError
 
 
@@ -32,6 +33,7 @@ def main() -> None:
     from segdeconv.serving.predictor import PicturePredictor
     from segdeconv.serving.server import Server
 
+    find_own_code(arguments.trust)
     read = checkpoint.read(arguments.checkpoint, trust=arguments.trust, overrides=arguments.overrides)
     settings = PredictionSettings(precision=arguments.precision, samples=arguments.samples)
     predictor = PicturePredictor(Segmenter(read, settings))

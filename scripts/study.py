@@ -18,6 +18,7 @@ from typing import Any
 
 from segdeconv.cli.command import ArgumentParser, run_command
 from segdeconv.cli.options import refuse_keys
+from segdeconv.cli.own_code import compose
 from segdeconv.errors import SegdeconvError, UsageError, command
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -39,7 +40,6 @@ def main() -> None:
 
     import torch
 
-    from segdeconv import config
     from segdeconv.data.module import build_split
     from segdeconv.experiments.study import costs, paper, series, table
     from segdeconv.system.devices import best_device
@@ -62,7 +62,7 @@ def main() -> None:
         return [*arguments.overrides, f"model={model}", f"loss.balancing={balancing}", f"seed={seed}"]
 
     def recipe(model: str, balancing: str, seed: int) -> dict[str, Any]:
-        return check_recipe(config.compose(words(model, balancing, seed), CONFIGS)[0])
+        return check_recipe(compose(words(model, balancing, seed), CONFIGS)[0])
 
     # Before anything is trained: a mistake in any of them, and what each of them costs.
     nodes = {model: recipe(model, plan.balancings[0], plan.seeds[0]) for model in table.NAMES}

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from segdeconv.cli.command import run_command
+from segdeconv.cli.own_code import compose, find_own_code
 from segdeconv.errors import UsageError, command
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -29,7 +30,7 @@ def main() -> None:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from segdeconv.config import front_door, plain
+    from segdeconv.config import front_door, plain, targets
 
     typed = command("train", sys.argv[1:])
     sys.argv[1:] = [*front_door(sys.argv[1:], CONFIGS), *folder_to_resume(sys.argv[1:])]
@@ -50,7 +51,9 @@ def main() -> None:
                 sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - one voice for all processes, until this one ends
             folder = Path(HydraConfig.get().runtime.output_dir)
             run = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
-            train(plain(composed), run, typed=typed)
+            recipe = plain(composed)
+            find_own_code(targets(recipe))
+            train(recipe, run, typed=typed)
         except Exception as error:
             raise _Failed(error) from error
 
@@ -75,7 +78,6 @@ def folder_to_resume(arguments: list[str]) -> list[str]:
     given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
     if given.get("resume", "null") == "null":
         return []
-    from segdeconv.config import compose
     from segdeconv.training.config_check import check_recipe
     from segdeconv.training.resume import find_run
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from segdeconv.cli.command import ArgumentParser, run_command
 from segdeconv.cli.options import add_network_options, is_override
+from segdeconv.cli.own_code import find_own_code
 from segdeconv.errors import UsageError, did_you_mean
 
 KINDS = "switches,flow,stages,stability,units"
@@ -57,6 +58,7 @@ def main() -> int:
     from segdeconv.inference.predictors import PredictionSettings
     from segdeconv.inference.segmenter import Segmenter
 
+    find_own_code(arguments.trust)
     read = checkpoint.read(arguments.checkpoint, trust=arguments.trust, overrides=overrides)
     names = read.classes.names
     if arguments.label is not None and arguments.label not in names:

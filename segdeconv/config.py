@@ -12,7 +12,6 @@ import importlib
 import importlib.util
 import inspect
 import os
-import sys
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -39,11 +38,7 @@ def targets(recipe: Any) -> Iterator[str]:
 
 
 def locate(node: Mapping[str, Any], where: str) -> Callable[..., Any]:
-    """Import what a node's `_target_` names. Only for nodes that the user typed, or that were found admissible.
-
-    A module that is not installed is looked for in the current folder. It joins the end of sys.path, where it can hide
-    nothing, and only now: whoever labels a folder of pictures runs no code that lies among them.
-    """
+    """Import what a node's `_target_` names. Only for nodes that the user typed, or that were found admissible."""
     name = node.get(TARGET)
     if not isinstance(name, str) or "." not in name:
         group = where.partition(".")[0]
@@ -51,8 +46,6 @@ def locate(node: Mapping[str, Any], where: str) -> Callable[..., Any]:
     module_name, _, attribute = name.rpartition(".")
     own = module_name.partition(".")[0]
     try:
-        if own not in sys.modules and importlib.util.find_spec(own) is None and os.getcwd() not in sys.path:
-            sys.path.append(os.getcwd())
         found = getattr(importlib.import_module(module_name), attribute)
     except Exception as error:  # a module of the user's own may raise anything
         missing = isinstance(error, ModuleNotFoundError) and error.name == own

@@ -17,6 +17,7 @@ from PIL import Image
 
 from segdeconv import config
 from segdeconv.checkpoints.checkpoint import foreign
+from segdeconv.cli import own_code
 from segdeconv.errors import UsageError
 from segdeconv.training.config_check import DEFAULTS, check_recipe
 
@@ -47,7 +48,7 @@ def run(*words, cwd, code=0):
 
 
 def recipe(*arguments):
-    return check_recipe(config.compose(arguments, CONFIGS)[0])
+    return check_recipe(own_code.compose(arguments, CONFIGS)[0])
 
 
 def test_a_recipe_names_classes_of_the_current_folder(own):
@@ -62,6 +63,22 @@ def test_a_recipe_names_classes_of_the_current_folder(own):
 def test_the_current_folder_is_on_no_path_until_a_recipe_names_something_in_it(own):
     recipe()
     assert os.getcwd() not in sys.path  # a file among pictures that are being labelled is never imported
+
+
+def test_from_python_the_path_is_the_callers(own):
+    before = list(sys.path)
+    with pytest.raises(UsageError, match=r"correct the name, or start in the folder that holds mine\.py"):
+        config.locate({"_target_": "mine.Poly"}, "loss")
+    assert sys.path == before
+
+
+def test_what_is_trusted_is_found_in_the_current_folder_and_what_is_installed_stays_where_it_is(own):
+    (own / "yaml.py").write_text("raise AssertionError")
+    own_code.find_own_code(["yaml.Loader", "albumentations.Resize", "", ".Poly"])
+    assert os.getcwd() not in sys.path
+    own_code.find_own_code(["mine.Poly", "mine.TinyNet"])
+    assert sys.path.count(os.getcwd()) == 1
+    assert config.locate({"_target_": "mine.Poly"}, "loss").__name__ == "Poly"
 
 
 def test_a_folder_of_configurations_adds_its_files_to_ours(own):
@@ -122,6 +139,7 @@ def test_a_callable_that_takes_any_argument_judges_it_itself():
 
 
 def test_the_pages_poly_loss_is_cross_entropy_where_epsilon_is_nothing_and_adds_as_published(own):
+    own_code.find_own_code(["mine.Poly"])
     poly = config.locate({"_target_": "mine.Poly"}, "loss")
     logits, mask = torch.randn(2, 3, 4, 5), torch.randint(3, (2, 4, 5))
     mask[0, 0] = 255

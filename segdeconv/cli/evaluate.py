@@ -9,6 +9,7 @@ from typing import Any
 
 from segdeconv.cli.command import ArgumentParser
 from segdeconv.cli.options import add_prediction_options, parted, prediction_settings
+from segdeconv.cli.own_code import find_own_code
 from segdeconv.errors import command
 
 
@@ -50,6 +51,7 @@ def run(description: str) -> None:
 
     if arguments.uncertainty:
         uncertainty.require_plain(settings)
+    find_own_code(arguments.trust)
     read = checkpoint.read(arguments.checkpoint, trust=arguments.trust, overrides=overrides)
     other = arguments.compare and checkpoint.read(arguments.compare, trust=arguments.trust, overrides=overrides)
     dataset = restore_dataset(read, arguments.split)

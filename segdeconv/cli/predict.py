@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from segdeconv.cli.command import ArgumentParser
 from segdeconv.cli.options import add_prediction_options, is_override, parted, prediction_settings
+from segdeconv.cli.own_code import find_own_code
 from segdeconv.errors import UsageError
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ def run(description: str) -> None:
     def report(message: str) -> None:
         tqdm.write(message, file=sys.stdout)
 
+    find_own_code(arguments.trust)
     read = checkpoint.read(arguments.checkpoint, trust=arguments.trust, overrides=overrides)
     outputs = Outputs(
         arguments.out,
