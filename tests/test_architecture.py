@@ -115,10 +115,24 @@ def test_a_library_is_imported_only_where_it_belongs(library):
     assert {name for name in users if not {name, name.partition(".")[0]} & ONLY[library]} == set()
 
 
-def test_importing_everything_opens_no_connection():
-    refuse = "import socket\ndef refuse(*_): raise AssertionError('a connection')\nsocket.socket.connect = refuse\n"
+def test_importing_everything_changes_nothing_process_wide():
+    """No connection, no handler, no limit of Pillow's, no path; of the environment only what albumentations needs."""
+    probe = """
+import os, signal, socket, sys
+def refuse(*_): raise AssertionError("a connection")
+socket.socket.connect = refuse
+from PIL import Image
+def state(): return (
+    Image.MAX_IMAGE_PIXELS, list(sys.path), [signal.getsignal(number) for number in (2, 15)],
+    {name: value for name, value in os.environ.items() if name != "NO_ALBUMENTATIONS_UPDATE"})
+import albumentations, pytorch_lightning, torchvision
+before = state()
+"""
     imports = "\n".join(f"import segdeconv.{name}" for name in MODULES if name)
-    done = subprocess.run([sys.executable, "-c", refuse + imports], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", f"import os; os.environ['NO_ALBUMENTATIONS_UPDATE'] = '1'{probe}{imports}\n"
+         "assert state() == before"], cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
 
 

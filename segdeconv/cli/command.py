@@ -12,7 +12,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from PIL import Image
+
 from segdeconv.errors import SegdeconvError, Terminated, UsageError, command
+from segdeconv.system import KEEP_FREED
 
 # Of a disk that is full, read-only, broken or not this user's; anything else is a bug of ours.
 OF_THE_DISK = (
@@ -31,11 +34,14 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:
-    """Run a script's `main` and leave with the exit code of the contract.
+    """Run a script's `main` as the owner of this process, and leave with the exit code of the contract.
 
     0 done; 1 a bug of ours, with its traceback; 2 user, config or data; 3 diverged; 4 checkpoint;
     5 disk; 130 interrupted; 143 terminated.
     """
+    Image.MAX_IMAGE_PIXELS = None  # dataset.max_pixels is checked from the header
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # what is wrong with a video our own error says
+    os.environ.setdefault(KEEP_FREED, "1")
     for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) == signal.SIG_DFL:  # nohup has it ignored

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,8 +14,6 @@ import numpy as np
 from segdeconv.data.files.decoding import first_bytes, require_size
 from segdeconv.errors import UsageError
 from segdeconv.system.files import replacing_path
-
-os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # what FFmpeg says of a damaged file is no sentence of ours
 
 USUAL_RATE = 25.0  # frames in a second, of a file that does not say
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from segdeconv.system import KEEP_FREED
+
 
 def ran_out_of_memory(error: BaseException) -> bool:
     """Whether an error is that of memory that is not there, of an accelerator or of the machine."""
@@ -58,7 +60,7 @@ def keep_freed(device: torch.device) -> None:
 
     Left to itself, glibc hands every large tensor back to the system and asks for it anew, and the system fills each
     page with zeros first: a fifth of a training step of SegNet. Of other C libraries nothing is asked. What the process
-    holds is then what it held at its peak.
+    holds is then what it held at its peak. Only in a command, which sets KEEP_FREED: from Python nothing is changed.
     """
     if device.type == "cpu":
         _set(mappings=0, trim=2**31 - 1)
@@ -80,8 +82,8 @@ def _set(*, mappings: int, trim: int) -> None:
 
 
 def _call(name: str, *values: int) -> None:
-    """A function of glibc's, where there is one."""
-    if sys.platform.startswith("linux"):
+    """A function of glibc's, where there is one, in a process that may tune it."""
+    if sys.platform.startswith("linux") and os.environ.get(KEEP_FREED):
         function = getattr(ctypes.CDLL(None), name, None)
         if function is not None:
             function(*values)

@@ -77,6 +77,32 @@ def files(folder):
 # Python.
 
 
+FROM_PYTHON = """
+import os, signal, sys
+from PIL import Image
+import albumentations, torchvision
+def state(): return (
+    Image.MAX_IMAGE_PIXELS, list(sys.path), [signal.getsignal(number) for number in (2, 15)],
+    {name: value for name, value in os.environ.items() if name != "NO_ALBUMENTATIONS_UPDATE"})
+before = state()
+import segdeconv
+segdeconv.load(sys.argv[1]).predict(sys.argv[2]).save(sys.argv[3])
+assert state() == before, (before, state())
+"""
+
+
+def test_loading_and_predicting_from_python_changes_nothing_process_wide(place, tmp_path):
+    words = [sys.executable, "-c", FROM_PYTHON, str(place / "best.ckpt"), str(place / "photos" / "a.png")]
+    environment = {**os.environ, "NO_ALBUMENTATIONS_UPDATE": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*words, str(tmp_path / "mask.png")], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_setting_that_a_segmenter_does_not_have_is_a_type_error(place):
+    with pytest.raises(TypeError, match="flips"):
+        segdeconv.load(place / "best.ckpt", flips=True)
+
+
 def test_two_lines_of_python_predict_what_the_network_says(place):
     path = place / "photos" / "a.png"
     found = segdeconv.load(place / "best.ckpt").predict(path)

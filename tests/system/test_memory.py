@@ -7,10 +7,12 @@ import sys
 
 import pytest
 
+from segdeconv.system import KEEP_FREED
+
 PROBE = """
 import resource, sys, torch
 from segdeconv.system.memory import keep_freed
-if sys.argv[1] == "kept":
+if sys.argv[1] != "given back":
     keep_freed(torch.device("cpu"))
 else:
     keep_freed(torch.device("meta"))  # another device: nothing is changed
@@ -26,7 +28,12 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 def faults(how):
-    done = subprocess.run([sys.executable, "-c", PROBE, how], capture_output=True, text=True, check=True)
+    environment = {name: value for name, value in os.environ.items() if name != KEEP_FREED}
+    if how != "from Python":
+        environment[KEEP_FREED] = "1"
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE, how], capture_output=True, text=True, check=True, env=environment
+    )
     return int(done.stdout)
 
 
@@ -34,6 +41,7 @@ def faults(how):
 def test_a_tensor_of_the_next_step_takes_the_memory_of_the_last_one():
     pages = (64 << 20) // 4096
     assert faults("kept") < pages / 10
+    assert faults("from Python") > pages  # whose process it is not to change
     assert faults("given back") > pages  # four times over, or a quarter of that in larger pages
 
 
@@ -53,7 +61,8 @@ print(kept, peak(anew=True) - start)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="this C library decides by itself")
 def test_what_was_kept_can_be_handed_back_before_memory_is_measured():
-    cpu = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}  # where there is a GPU its memory would be measured
+    # Where there is a GPU its memory would be measured.
+    cpu = {**os.environ, KEEP_FREED: "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, "-c", HELD], capture_output=True, text=True, check=True, env=cpu)
     kept, left = map(int, done.stdout.split())
     assert kept > 250 << 20  # of 256 MiB that are free

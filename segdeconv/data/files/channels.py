@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import threading
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -87,9 +89,8 @@ def _read_16_bit_colour(path: Path, *, grey: bool) -> np.ndarray:
 def _read_tiff(path: Path, channels: int, max_pixels: int) -> tuple[np.ndarray, int]:
     import tifffile
 
-    logging.getLogger("tifffile").setLevel(logging.CRITICAL + 1)  # what is wrong we say ourselves
     try:
-        with tifffile.TiffFile(path) as file:
+        with _silenced("tifffile"), tifffile.TiffFile(path) as file:
             pictures = [series for series in file.series if not series.keyframe.is_reduced]  # overviews are
             if len(pictures) != 1:
                 raise UsageError(f"{path} holds {len(pictures)} pictures - extract the one that is meant")
@@ -108,6 +109,21 @@ def _read_tiff(path: Path, channels: int, max_pixels: int) -> tuple[np.ndarray, 
         raise
     except Exception as error:  # tifffile raises many types for a damaged file
         raise damaged(path, error) from error
+
+
+@contextmanager
+def _silenced(name: str) -> Iterator[None]:
+    """Drop what this thread logs meanwhile: what is wrong with a file our own error says."""
+    logger, thread = logging.getLogger(name), threading.get_ident()
+
+    def of_another(record: logging.LogRecord) -> bool:
+        return record.thread != thread
+
+    logger.addFilter(of_another)
+    try:
+        yield
+    finally:
+        logger.removeFilter(of_another)
 
 
 def _layout(path: Path, series: Any, channels: int) -> tuple[tuple[int, ...], tuple[int, int, int]]:

@@ -4,21 +4,37 @@ from __future__ import annotations
 
 import errno
 import stat
+import struct
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import (
+    BmpImagePlugin,
+    Image,
+    JpegImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    UnidentifiedImageError,
+    WebPImagePlugin,
+)
 
 from segdeconv.errors import UsageError
 
 # What the rest of Pillow can open (EPS, PSD, FITS, ...) are more parsers for hostile files, not more data sets.
-FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")
+FORMATS: dict[str, Callable[[IO[bytes]], Image.Image]] = {
+    "JPEG": JpegImagePlugin.jpeg_factory,
+    "PNG": PngImagePlugin.PngImageFile,
+    "BMP": BmpImagePlugin.BmpImageFile,
+    "TIFF": TiffImagePlugin.TiffImageFile,
+    "WEBP": WebPImagePlugin.WebPImageFile,
+}
 ORIENTATION = 0x0112  # EXIF tag; 1 is upright
 SAMPLES = 0x0115  # TIFF tag: channels
 NPY = b"\x93NUMPY"
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-
-Image.MAX_IMAGE_PIXELS = None  # ours is checked from the header, with a message of ours
 
 
 def first_bytes(path: Path, count: int = 32) -> bytes:
@@ -54,12 +70,22 @@ def require_size(path: Path, width: int, height: int, max_pixels: int) -> None:
         )
 
 
+def _opened(file: IO[bytes]) -> Image.Image:
+    """`Image.open` without Pillow's limit of pixels, which is one for the process; `require_size` has ours."""
+    for factory in FORMATS.values():
+        file.seek(0)
+        with suppress(SyntaxError, IndexError, TypeError, struct.error):  # not of this format
+            return factory(file)
+    raise UnidentifiedImageError
+
+
 def header_pixels(path: Path) -> int:
     """How many pixels a picture has, by its header; 0 where that cannot be told, which is said when it is read."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             return 0
-        with Image.open(path, formats=FORMATS) as image:
+        with path.open("rb") as file:
+            image = _opened(file)
             return image.width * image.height
     except Exception:  # Pillow raises many types for a damaged file
         return 0
@@ -76,7 +102,7 @@ def open_picture(path: Path, max_pixels: int) -> tuple[Image.Image, int]:
     start = first_bytes(path)
     try:
         with path.open("rb") as file:
-            image = Image.open(file, formats=FORMATS)
+            image = _opened(file)
             require_size(path, image.width, image.height, max_pixels)
             frames = getattr(image, "n_frames", 1)
             if frames > 1 and image.format != "MPO":  # a telephone's photo with its depth map is one
@@ -100,6 +126,8 @@ def open_picture(path: Path, max_pixels: int) -> tuple[Image.Image, int]:
         raise UsageError(
             f"{path} is not a picture (empty, cut or another format) - formats are {', '.join(FORMATS)}"
         ) from None
+    except Image.DecompressionBombError as error:  # which WebP and TIFF ask for too
+        raise UsageError(f"{path}: {error} - shrink it, or raise PIL's Image.MAX_IMAGE_PIXELS") from error
     except (UsageError, MemoryError):
         raise
     except Exception as error:  # Pillow raises many types for a damaged file

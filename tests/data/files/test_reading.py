@@ -313,6 +313,20 @@ def test_max_pixels_is_the_largest_size_that_is_read(tmp_path: Path) -> None:
         read_image(path, max_pixels=48 * 64 - 1)
 
 
+@pytest.mark.parametrize("suffix", ["jpg", "png", "bmp", "tif", "webp"])
+def test_pillows_limit_of_the_process_stays_and_binds_only_what_asks_for_it_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    path = saved(tmp_path / f"x.{suffix}", RGB)
+    if suffix in ("tif", "webp"):  # where they take memory
+        with refused(path, r"exceeds limit of 20 pixels.* - shrink it, or raise PIL's Image\.MAX_IMAGE_PIXELS"):
+            read_image(path)
+    else:
+        assert read_image(path).shape == (48, 64, 3)
+    assert Image.MAX_IMAGE_PIXELS == 10
+
+
 @pytest.mark.parametrize("size", [(4000, 4000), (0, 10), (10, 0)])
 def test_a_header_that_lies_about_the_size_is_refused(tmp_path: Path, size: tuple[int, int]) -> None:
     path = tmp_path / "x.png"
