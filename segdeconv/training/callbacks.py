@@ -88,8 +88,8 @@ class Recorder(Checkpoint):  # Lightning calls callbacks of this base last, when
         train, val = task.results("train"), task.results("val")
         row |= _scalars("train", train, task) | _scalars("val", val, task)
         self.miou = val.scores.miou if val else None
-        task.forget("train")
-        task.forget("val")
+        task.reset("train")
+        task.reset("val")
         if trainer.is_global_zero:
             require_there(self.checkpoints.run)
             self.metrics.append(row)
@@ -163,12 +163,10 @@ class Progress(Callback):
             self._start, self._begun = time.monotonic(), trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self.bar is None:
-            return
-        if (batch_idx + 1) % trainer.accumulate_grad_batches and batch_idx + 1 != trainer.num_training_batches:
+        if self.bar is None or not pl_module.step_loss.step_is_complete:
             return
         # Averaged over about twenty steps: one batch's loss says little.
-        loss = pl_module.last_loss
+        loss = pl_module.step_loss.last
         self._loss = loss if self._loss is None else 0.95 * self._loss + 0.05 * loss
         best = f" miou {self.recorder.miou:.3f}" if self.recorder.miou is not None else ""
         self.bar.set_description(f"epoch {trainer.current_epoch + 1} loss {self._loss:.3f}{best}", refresh=False)
@@ -176,7 +174,7 @@ class Progress(Callback):
         self.bar.update()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
-        # Called before the Recorder forgets: Lightning calls its kind last. Every process has to ask for results.
+        # Called before the Recorder resets: Lightning calls its kind last. Every process has to ask for results.
         train, val = pl_module.results("train"), pl_module.results("val")
         if self.bar is None or not self.bar.disable:
             return

@@ -55,7 +55,7 @@ class Waiting(Callback):
 class Watch(Callback):
     """Says when one class is all that is predicted, when batch norm sees too few images, when training waits for input.
 
-    A loss that is not finite ends the run: see `SegmentationTask.on_before_optimizer_step`.
+    A loss that is not finite ends the run: see `StepLoss.sync_loss`.
     """
 
     def __init__(self, waiting: Waiting) -> None:

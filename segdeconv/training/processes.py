@@ -21,6 +21,7 @@ from pytorch_lightning import LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.accelerators import CUDAAccelerator
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.strategies.launchers import _MultiProcessingLauncher
+from torch import Tensor
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 from segdeconv.errors import Interrupted, SegdeconvError, UsageError, raised_elsewhere
@@ -110,6 +111,14 @@ def agreed(trainer: Trainer, number: int) -> int:
     numbers = torch.tensor(number, device=trainer.strategy.root_device)
     torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MAX)
     return int(numbers)
+
+
+def summed(trainer: Trainer, values: Tensor) -> Tensor:
+    """The sum over all processes, in each of them."""
+    values = values.clone()
+    if trainer.world_size > 1:
+        torch.distributed.all_reduce(values)
+    return values
 
 
 def fit(trainer: Trainer, task: LightningModule, data: LightningDataModule, *, resumed: Path | None) -> None:

@@ -75,7 +75,7 @@ class Stopping(Callback):
         # After an epoch's last batch comes its validation, and `at_epoch_end` after that. Between the batches that make
         # one step there is nothing that could be saved.
         last = batch_idx + 1 == trainer.num_training_batches or 0 < trainer.max_steps <= trainer.global_step
-        if last or (batch_idx + 1) % trainer.accumulate_grad_batches:
+        if last or not pl_module.step_loss.step_is_complete:
             return
         if reason := self._reason(trainer):
             self.checkpoints.keep(trainer, None)

@@ -30,11 +30,12 @@ from segdeconv.switches.ops import load_triton_kernels
 from segdeconv.system.devices import machine
 from segdeconv.system.memory import keep_freed
 from segdeconv.system.seeding import key
+from segdeconv.training.processes import summed
+from segdeconv.training.step_loss import LOWER, StepLoss
 
 # Sums over pixels are divided by this before the backward pass, so that float16 can hold their gradients; a power of
 # two, which changes no digit.
 UNIT = 2.0**18
-LOWER = "lower optimizer.lr, add schedule.warmup_steps or clip with trainer.gradient_clip"
 
 
 class Results(NamedTuple):
@@ -43,16 +44,6 @@ class Results(NamedTuple):
     loss: float
     scores: Scores
     confusion: np.ndarray
-
-
-class LossToCome(NamedTuple):
-    """Of a step: [sum, normaliser] of the loss on its way to the host, the event of its arrival, and what made it."""
-
-    sums: Tensor
-    arrived: torch.cuda.Event | None
-    step: int
-    lr: float
-    names: list[str]
 
 
 class SegmentationTask(LightningModule):
@@ -107,13 +98,8 @@ class SegmentationTask(LightningModule):
         self.averaged = copy.deepcopy(model).requires_grad_(False) if ema is not None else None
         self.train_matrix = ConfusionMatrix(len(classes), classes.ignore_index)
         self.val_matrix = ConfusionMatrix(len(classes), classes.ignore_index)
-        # Of the loss, [sum, normaliser]: of all processes and finished steps; of this process's validation images.
-        self.train_sums = [0.0, 0.0]
-        self.val_sums: list[Tensor] = []
-        self._pieces: list[tuple[Tensor, Tensor, list[str]]] = []  # of the loss of the step that is being made
-        self.last_loss = 0.0  # of the last step
-        self._loss_to_come: LossToCome | None = None
-        self._last_names: list[str] = []  # of the last step's images
+        self.step_loss = StepLoss()
+        self.val_sums: list[Tensor] = []  # [sum, normaliser] of the loss on each of this process's validation images
         self._results: dict[str, Results] = {}
         self._validated = False
         self.train()  # Lightning takes the modes as they are
@@ -162,7 +148,7 @@ class SegmentationTask(LightningModule):
         maps = self._forward(batch["image"])
         total, normaliser = loss_sums(self.loss, maps, batch["mask"])
         self.train_matrix.update(maps[0].detach().argmax(dim=1), batch["mask"])
-        self._pieces.append((total.detach(), normaliser.detach(), batch["name"]))
+        self.step_loss.add(total, normaliser, batch["name"])
         # Lightning divides by the number of micro-batches, which on_before_optimizer_step does not count on.
         return total * (self.trainer.accumulate_grad_batches / UNIT)
 
@@ -179,45 +165,10 @@ class SegmentationTask(LightningModule):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """From the gradient of the sum of the loss to that of its mean over all micro-batches and processes."""
-        totals = torch.stack([total for total, _, _ in self._pieces])
-        normalisers = torch.stack([normaliser for _, normaliser, _ in self._pieces])
-        names = [name for _, _, names in self._pieces for name in names]
-        self._pieces = []
-        sums = self._summed(torch.stack([totals.sum(), normalisers.sum()]).float())
-        self._hear_the_loss()  # of the step before, on a GPU
-        arrived, on_host = None, sums
-        if sums.is_cuda:
-            on_host = torch.empty(2, pin_memory=True).copy_(sums, non_blocking=True)
-            arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            arrived.record()
-        lr = self.optimizer.param_groups[0]["lr"]
-        self._loss_to_come = LossToCome(on_host, arrived, self.global_step, lr, names)
-        if arrived is None:
-            self._hear_the_loss()
+        sums = self.step_loss.reduce(self.trainer, self.optimizer.param_groups[0]["lr"])
         # Several processes average their gradients, so the sum is world_size times that.
         scale = torch.where(sums[1] > 0, UNIT * self.trainer.world_size / sums[1], 0.0)
         torch._foreach_mul_([parameter.grad for parameter in self.parameters() if parameter.grad is not None], scale)
-
-    def _hear_the_loss(self) -> None:
-        """Take note of the last step's loss; one that is not finite ends the run, and nothing is saved after it.
-
-        On a GPU the host does not wait for the loss of the step that it has just asked for, but hears it a step later,
-        or before anything is shown, scored or saved.
-        """
-        if self._loss_to_come is None:
-            return
-        sums, arrived, step, lr, names = self._loss_to_come
-        self._loss_to_come = None
-        if arrived is not None:
-            arrived.synchronize()
-        total, normaliser = sums.tolist()
-        if not np.isfinite(total):
-            raise DivergedError(
-                f"the loss is {total} at step {step} with learning rate {lr:.3g} on {', '.join(names[:4])} - {LOWER}"
-            )
-        self._last_names = names
-        self.last_loss = total / normaliser if normaliser else 0.0
-        self.train_sums = [self.train_sums[0] + total, self.train_sums[1] + normaliser]
 
     def optimizer_step(
         self,
@@ -231,7 +182,7 @@ class SegmentationTask(LightningModule):
             average(self.averaged, self.model, decay=min(self.ema, (1 + self.global_step) / (10 + self.global_step)))
 
     def on_validation_start(self) -> None:
-        self._hear_the_loss()
+        self.step_loss.sync_loss()
         self._validated = True
         # Running statistics are each process's own; the first one's are those that are kept.
         if self.trainer.world_size > 1:
@@ -258,36 +209,29 @@ class SegmentationTask(LightningModule):
         return {"predictions": predictions}
 
     def results(self, split: Literal["train", "val"]) -> Results | None:
-        """What a split has given since `forget`, in all processes; None if there was no validation.
+        """What a split has given since `reset`, in all processes; None if there was no validation.
 
         Processes wait for each other here: every one has to ask.
         """
         if split == "val" and not self._validated:
             return None
-        self._hear_the_loss()
+        self.step_loss.sync_loss()
         if split not in self._results:
             matrix = self.train_matrix if split == "train" else self.val_matrix
-            confusion = self._summed(matrix.counts).cpu().numpy()
-            total, normaliser = self.train_sums
+            confusion = summed(self.trainer, matrix.counts).cpu().numpy()
+            total, normaliser = self.step_loss.sums
             if split == "val":
                 sums = torch.stack([*self.val_sums, torch.zeros(2, device=self.device)]).cpu().double().sum(dim=0)
-                total, normaliser = self._summed(sums.float().to(self.device)).tolist()
+                total, normaliser = summed(self.trainer, sums.float().to(self.device)).tolist()
             self._results[split] = Results(total / normaliser if normaliser else 0.0, scores(confusion), confusion)
         return self._results[split]
 
-    def _summed(self, values: Tensor) -> Tensor:
-        """The sum over all processes, in each of them."""
-        values = values.clone()
-        if self.trainer.world_size > 1:
-            torch.distributed.all_reduce(values)
-        return values
-
-    def forget(self, split: Literal["train", "val"]) -> None:
-        """Start a split's scores anew."""
+    def reset(self, split: Literal["train", "val"]) -> None:
+        """Start the loss and the scores of a split for another epoch."""
         self._results.pop(split, None)
         if split == "train":
             self.train_matrix.reset()
-            self.train_sums = [0.0, 0.0]
+            self.step_loss.reset()
         else:
             self.val_matrix.reset()
             self.val_sums = []
@@ -299,11 +243,11 @@ class SegmentationTask(LightningModule):
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise DivergedError(
                     f"{name} is not finite after step {self.global_step} with learning rate "
-                    f"{self.optimizer.param_groups[0]['lr']:.3g} on {', '.join(self._last_names[:4])} - {LOWER}"
+                    f"{self.optimizer.param_groups[0]['lr']:.3g} on {', '.join(self.step_loss.names[:4])} - {LOWER}"
                 )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._hear_the_loss()
+        self.step_loss.sync_loss()
         self._require_finite()
         checkpoint["hyper_parameters"] = self.remembered
         checkpoint["segdeconv"] = {
@@ -311,11 +255,11 @@ class SegmentationTask(LightningModule):
             "version": __version__,
             "machine": machine(self.device),
             # So that the scores of an epoch that is cut in two are those of the epoch in one piece.
-            "train_counts": self._summed(self.train_matrix.counts).cpu(),
-            "train_loss": self.train_sums,
+            "train_counts": summed(self.trainer, self.train_matrix.counts).cpu(),
+            "train_loss": self.step_loss.sums,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         counts = checkpoint["segdeconv"]["train_counts"]  # of all processes
         self.train_matrix.counts = counts if self.global_rank == 0 else torch.zeros_like(counts)
-        self.train_sums = list(checkpoint["segdeconv"]["train_loss"])
+        self.step_loss.sums = list(checkpoint["segdeconv"]["train_loss"])
