@@ -31,7 +31,7 @@ from segdeconv.evaluation.boundary import Boundaries
 from segdeconv.evaluation.calibration import Calibration
 from segdeconv.evaluation.evaluate import evaluate, restore_dataset
 from segdeconv.inference.segmenter import Segmenter
-from segdeconv.training import config_check, loggers, processes, resume, run_folder
+from segdeconv.training import config_check, loggers, resume, run_folder
 from segdeconv.training.callbacks import Pictures, Progress, Recorder
 from segdeconv.training.checkpointing import Checkpoints
 from segdeconv.training.diagnostics import Waiting, Watch
@@ -41,7 +41,7 @@ from segdeconv.training.prepare import prepare
 from segdeconv.training.stopping import Stopping
 from segdeconv.training.switch_curves import SwitchCurves
 from segdeconv.training.task import SegmentationTask
-from segdeconv.training.trainer import count_steps, make_trainer
+from segdeconv.training.trainer import count_steps, fit, make_trainer
 
 
 def train(recipe: Mapping[str, Any], run: str | Path, *, typed: str | None = None) -> None:
@@ -99,7 +99,7 @@ def train(recipe: Mapping[str, Any], run: str | Path, *, typed: str | None = Non
     stopping.listen()
     try:
         with loader_failures_in_words(), memory_in_words(recipe["dataset"]["batch_size"]):
-            processes.fit(trainer, task, made.data, resumed=resumed)
+            fit(trainer, task, made.data, resumed=resumed)
         stopping.leave_if_asked()
     except TimeUp as sentence:
         print(sentence)

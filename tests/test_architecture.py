@@ -25,7 +25,7 @@ ONLY = {
     "hydra": {"config"},
     "omegaconf": {"config"},
     "pytorch_lightning": {"data.module", "training"},
-    "lightning_fabric": {"training"},
+    "lightning_fabric": set(),
     "albumentations": {"data.augmentation"},
     "jinja2": {"drawing.html"},
     "torchvision": {"models.vgg"},

@@ -1,19 +1,19 @@
-"""Lightning and checkpoints: our files behind its door, and its loop counters as they are at a step."""
+"""The checkpoints of a run: when last.ckpt, previous.ckpt and best.ckpt are written, through Lightning."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from lightning_fabric.plugins import CheckpointIO
 from pydantic import Field
 from pytorch_lightning import Callback, Trainer
+from pytorch_lightning.plugins import CheckpointIO
 from tqdm import tqdm
 
 from segdeconv.checkpoints import checkpoint
 from segdeconv.system.files import replace_link
+from segdeconv.training.lightning_internals import canonical_loops, resume_at_epoch_start
 from segdeconv.training.run_folder import require_there
 
 Count = Annotated[int, Field(ge=1)]
@@ -92,10 +92,9 @@ class Checkpoints(Callback):
         )
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        # Lightning takes a restart as being in the middle of an epoch; at an epoch's start nothing is to be finished.
         batches = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
         if trainer.global_step % batches == 0:
-            trainer.fit_loop.epoch_loop.restarting = False
+            resume_at_epoch_start(trainer)
         self._end_early(trainer)
 
 
@@ -105,46 +104,3 @@ def _keep_previous(path: Path) -> None:
     if checkpoint.sidecar_of(path).is_file():
         replace_link(checkpoint.sidecar_of(previous), checkpoint.sidecar_of(path))
     replace_link(previous, path)
-
-
-def canonical_loops(
-    loops: Mapping[str, Any], global_step: int, batches_per_epoch: int, accumulate: int
-) -> tuple[int, dict[str, Any]]:
-    """(epoch, loop counters) of Lightning as they are at a step, whatever hook the checkpoint was taken in.
-
-    Lightning's own counters depend on where in its hooks they are read, and a run resumed from them can skip or repeat
-    an epoch (7 of 100 random kills, with 2.6.6); these are a function of global_step alone.
-    """
-    epoch, steps = divmod(global_step, math.ceil(batches_per_epoch / accumulate))
-    batch = steps * accumulate
-    begun = epoch + (batch > 0)
-    total = epoch * batches_per_epoch + batch
-    fit = dict(loops["fit_loop"])
-    epochs = {"ready": begun, "started": begun, "processed": epoch, "completed": epoch}
-    fit["epoch_progress"] = {"total": dict(epochs), "current": dict(epochs)}
-    fit["epoch_loop.state_dict"] = {"_batches_that_stepped": global_step}
-    fit["epoch_loop.batch_progress"] = {
-        "total": _four(total),
-        "current": _four(batch),
-        "is_last_batch": False,
-    }
-    fit["epoch_loop.scheduler_progress"] = {"total": _two(0), "current": _two(0)}
-    fit["epoch_loop.automatic_optimization.optim_progress"] = {
-        "optimizer": {
-            "step": {"total": _two(global_step), "current": _two(steps)},
-            "zero_grad": {
-                "total": {**_two(global_step), "started": global_step},
-                "current": {**_two(steps), "started": steps},
-            },
-        }
-    }
-    fit["epoch_loop.val_loop.batch_progress"] = {"total": _four(0), "current": _four(0), "is_last_batch": False}
-    return epoch, {**loops, "fit_loop": fit}
-
-
-def _two(count: int) -> dict[str, int]:
-    return {"ready": count, "completed": count}
-
-
-def _four(count: int) -> dict[str, int]:
-    return {"ready": count, "started": count, "processed": count, "completed": count}

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Literal
 
 import torch
-from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pydantic import Field
-from pytorch_lightning import Callback, Trainer
+from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
+from pytorch_lightning.accelerators import CUDAAccelerator
 from pytorch_lightning.loggers import Logger
+from pytorch_lightning.utilities.exceptions import MisconfigurationException  # type: ignore[attr-defined]
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 from segdeconv.data.module import DataModule
-from segdeconv.errors import UsageError
+from segdeconv.errors import Interrupted, UsageError, raised_elsewhere
 from segdeconv.system.devices import fast_precision
 from segdeconv.training.checkpointing import Checkpoints, Count, VerifiedCheckpoints
-from segdeconv.training.processes import Processes, count_processes, quieten
+from segdeconv.training.lightning_internals import Processes, quieten, spawning_launcher
+from segdeconv.training.processes import STOP_SIGNALS
 
 
 def make_trainer(
@@ -90,3 +98,70 @@ def count_steps(data: DataModule, trainer: Trainer) -> int:
     assert trainer.max_epochs is not None
     steps = math.ceil(data.batches_per_epoch / trainer.accumulate_grad_batches) * trainer.max_epochs
     return min(steps, trainer.max_steps) if trainer.max_steps > 0 else steps
+
+
+def count_processes(accelerator: str, devices: int | str, num_nodes: int) -> int:
+    """How many processes a Trainer with these settings has."""
+    if accelerator == "gpu":
+        indices = CUDAAccelerator.parse_devices(-1 if devices == "auto" else devices)
+        return len(indices or []) * num_nodes
+    if accelerator == "mps" or devices == "auto":
+        return num_nodes
+    if not str(devices).isdecimal() or int(devices) < 1:
+        raise UsageError(f"trainer.devices={devices} on the CPU - give the number of processes")
+    return int(devices) * num_nodes
+
+
+def fit(trainer: Trainer, task: LightningModule, data: LightningDataModule, *, resumed: Path | None) -> None:
+    """trainer.fit, with what a process said when it ended raised here as if it had been this one."""
+    launcher = spawning_launcher(trainer)
+    if launcher is None:
+        trainer.fit(task, datamodule=data, ckpt_path=resumed, weights_only=True)
+        return
+    try:
+        with _signals_passed_on(launcher.kill) as received:
+            trainer.fit(task, datamodule=data, ckpt_path=resumed, weights_only=True)
+        if received:
+            raise _stopped(received[0])
+    except ProcessRaisedException as error:
+        said = raised_elsewhere(str(error))
+        if isinstance(said, Interrupted) and received:
+            said.exit_code = STOP_SIGNALS[received[0]]
+        if said is None and received:  # before it could answer to a signal, or of the same one
+            raise _stopped(received[0]) from None
+        if said is None:
+            raise
+        raise said from None
+    except ProcessExitedException as error:
+        if received:  # before it could answer to a signal
+            raise _stopped(received[0]) from None
+        raise UsageError(
+            f"a training process was ended from outside ({error}) - if the machine's memory ran out, lower "
+            "dataset.batch_size; go on with the same command and resume=auto"
+        ) from None
+
+
+def _stopped(number: int) -> Interrupted:
+    name = signal.Signals(number).name
+    return Interrupted(f"stopped by {name} - go on with the same command and resume=auto", STOP_SIGNALS[number])
+
+
+@contextmanager
+def _signals_passed_on(kill: Callable[[int], None]) -> Iterator[list[int]]:
+    """While the processes train, this one hands them the signals that it gets; they save and leave."""
+    received: list[int] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        if received.count(signal.SIGINT) == 2:
+            os._exit(130)
+        # Never SIGINT: a terminal has sent it to the processes too, and to them a second one means `at once`.
+        kill(signal.SIGTERM)
+
+    listened = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # as nohup has SIGHUP
+    before = {number: signal.signal(number, pass_on) for number in listened}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -25,8 +25,8 @@ from segdeconv.inference.predictors import PredictionSettings
 from segdeconv.inference.segmenter import Segmenter
 from segdeconv.models import SegNet
 from segdeconv.train import train
-from segdeconv.training.processes import count_processes
 from segdeconv.training.resume import AnyName
+from segdeconv.training.trainer import count_processes
 
 ROOT = Path(__file__).parents[2]
 TRUST = AnyName()

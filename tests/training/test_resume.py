@@ -14,7 +14,7 @@ from segdeconv.checkpoints import checkpoint
 from segdeconv.errors import DivergedError, Interrupted, UsageError
 from segdeconv.train import train
 from segdeconv.training.callbacks import MetricsFile
-from segdeconv.training.checkpointing import canonical_loops
+from segdeconv.training.lightning_internals import canonical_loops
 from segdeconv.training.resume import find_run, usable_checkpoint
 from segdeconv.training.stopping import Stopping
 

@@ -1,0 +1,125 @@
+"""What segdeconv uses of Lightning beyond its documented interface, in one place.
+
+tests/training/test_lightning_internals.py holds the installed release against it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+import warnings
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+from pytorch_lightning import Trainer
+from pytorch_lightning.strategies import DDPStrategy
+from pytorch_lightning.strategies.launchers import _MultiProcessingLauncher
+
+from segdeconv.errors import SegdeconvError
+from segdeconv.training.processes import launched_from_outside
+
+TIMEOUT = timedelta(seconds=120)  # of one process waiting for another
+
+
+class Processes(DDPStrategy):
+    """Data parallel training: gradients are averaged, everything else is each process's own or said so.
+
+    The processes are copies of this one (`spawn`), started when the fit begins, so that Hydra runs in one process only:
+    one run directory, each job of a multirun once. Where a launcher has started them already (torchrun, SLURM), every
+    one runs the whole command and Lightning finds its rank.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(start_method="popen" if launched_from_outside() else "spawn", timeout=TIMEOUT)
+
+    def setup_environment(self) -> None:
+        quieten()  # each process for itself
+        super().setup_environment()
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        # Not through DistributedDataParallel, whose forward waits for all processes: their slices of the validation
+        # images are of unequal length, since no image is counted twice.
+        assert self.lightning_module is not None
+        with self.precision_plugin.val_step_context():
+            return self.lightning_module.validation_step(*args, **kwargs)
+
+    def on_exception(self, exception: BaseException) -> None:
+        super().on_exception(exception)
+        if not isinstance(exception, SegdeconvError):
+            # Perhaps only the echo of another process's end: let that one be heard first.
+            time.sleep(3)
+
+
+def spawning_launcher(trainer: Trainer) -> _MultiProcessingLauncher | None:
+    """The launcher that starts this run's processes when the fit begins; None where one process trains, or a launcher
+    from outside has started them.
+    """
+    launcher = trainer.strategy.launcher
+    return launcher if isinstance(launcher, _MultiProcessingLauncher) else None
+
+
+def quieten() -> None:
+    """Lightning's own lines and tips: our header and progress say what matters."""
+    for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
+    for message in (
+        ".*does not have many workers.*",
+        ".*resuming from a checkpoint that ended before the epoch.*",  # ours resumes: its sampler asks global_step
+        ".*Checkpoint directory .* exists and is not empty.*",
+        ".*smaller than the logging interval.*",
+        ".*in eval mode at the start of training.*",  # frozen norms and averaged weights are
+        ".*`weights_only` was not set.*",  # ours are read with it
+        ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",  # pytorch#160843; Lightning 2.6.6 still asks that way
+    ):
+        warnings.filterwarnings("ignore", message)
+
+
+def resume_at_epoch_start(trainer: Trainer) -> None:
+    """Let a resumed epoch begin; Lightning takes every restart as being in the middle of an epoch."""
+    trainer.fit_loop.epoch_loop.restarting = False
+
+
+def canonical_loops(
+    loops: Mapping[str, Any], global_step: int, batches_per_epoch: int, accumulate: int
+) -> tuple[int, dict[str, Any]]:
+    """(epoch, loop counters) of Lightning as they are at a step, whatever hook the checkpoint was taken in.
+
+    Lightning's own counters depend on where in its hooks they are read, and a run resumed from them can skip or repeat
+    an epoch (7 of 100 random kills, with 2.6.6); these are a function of global_step alone.
+    """
+    epoch, steps = divmod(global_step, math.ceil(batches_per_epoch / accumulate))
+    batch = steps * accumulate
+    begun = epoch + (batch > 0)
+    total = epoch * batches_per_epoch + batch
+    fit = dict(loops["fit_loop"])
+    epochs = {"ready": begun, "started": begun, "processed": epoch, "completed": epoch}
+    fit["epoch_progress"] = {"total": dict(epochs), "current": dict(epochs)}
+    fit["epoch_loop.state_dict"] = {"_batches_that_stepped": global_step}
+    fit["epoch_loop.batch_progress"] = {
+        "total": _four(total),
+        "current": _four(batch),
+        "is_last_batch": False,
+    }
+    fit["epoch_loop.scheduler_progress"] = {"total": _two(0), "current": _two(0)}
+    fit["epoch_loop.automatic_optimization.optim_progress"] = {
+        "optimizer": {
+            "step": {"total": _two(global_step), "current": _two(steps)},
+            "zero_grad": {
+                "total": {**_two(global_step), "started": global_step},
+                "current": {**_two(steps), "started": steps},
+            },
+        }
+    }
+    fit["epoch_loop.val_loop.batch_progress"] = {"total": _four(0), "current": _four(0), "is_last_batch": False}
+    return epoch, {**loops, "fit_loop": fit}
+
+
+def _two(count: int) -> dict[str, int]:
+    return {"ready": count, "completed": count}
+
+
+def _four(count: int) -> dict[str, int]:
+    return {"ready": count, "started": count, "processed": count, "completed": count}
