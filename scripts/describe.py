@@ -67,7 +67,7 @@ def class_count(dataset: dict[str, Any]) -> int:
         return len(relabel(known, dataset.get("label_map") or {})[0])
     if dataset.get("root") is None:
         raise UsageError(f"{dataset[TARGET]} says its classes when its files are read - give dataset.root or classes=N")
-    from segdeconv.data.module import build_split, check_dataset  # late: Lightning takes 3 s to import
+    from segdeconv.data.module import build_split, check_dataset  # late: albumentations takes a second to import
 
     return len(build_split(check_dataset(dataset), "train").classes)
 

@@ -27,17 +27,9 @@ def main() -> None:
     if {"-h", "--help"} & set(words):
         print(__doc__.replace("python scripts/inspect_data.py", command("inspect_data")))
         return
-    from segdeconv import config
     from segdeconv.data import inspection_page
     from segdeconv.data.inspection import MOST_SHOWN, inspect, overlaps, table
-    from segdeconv.data.module import (
-        DataModule,
-        build_split,
-        build_transforms,
-        check_augment,
-        check_dataset,
-        normalisation,
-    )
+    from segdeconv.data.module import build_pipeline, build_split, check_augment, check_dataset, normalisation
     from segdeconv.drawing import html
     from segdeconv.losses import class_weights
 
@@ -63,10 +55,8 @@ def main() -> None:
 
     training = None
     if not inspections[0].problems:
-        settings = normalisation(config.split(node, DataModule)[0], splits[0], inspections[0])
-        transforms = build_transforms(augment, ignore_index=classes.ignore_index, mean=settings["mean"])
-        data = DataModule(splits[0], splits[1], transforms, recipe["seed"], **{**settings, "cache": "none"})
-        training = data.samples
+        dataset = {**normalisation(node, splits[0], inspections[0]), "cache": "none"}
+        training = build_pipeline(dataset, augment, splits[0], splits[1], seed=recipe["seed"]).samples
     shown = inspection_page.build_page(
         splits,
         inspections,

@@ -143,11 +143,14 @@ def build(node: Mapping[str, Any], where: str, **supplied: Any) -> Any:
         raise UsageError(f"{where} ({node[TARGET]}) refuses its arguments: {error} - correct them") from error
 
 
-def split(node: Mapping[str, Any], schema: Callable[..., Any]) -> tuple[Node, Node]:
-    """A node's keys that are parameters of `schema`, and the rest with its `_target_`."""
-    names = set(inspect.signature(schema).parameters)
-    mine = {name: value for name, value in node.items() if name in names}
-    return mine, {name: value for name, value in node.items() if name not in names}
+def deal(node: Mapping[str, Any], schemas: Sequence[Callable[..., Any]]) -> tuple[Node, ...]:
+    """Each schema's share of a node's arguments, in order, and last what none of them takes, with its `_target_`.
+
+    A key that several schemas name goes to each of them.
+    """
+    shares = [set(inspect.signature(schema).parameters) for schema in schemas]
+    shares.append(set(node).difference(*shares))
+    return tuple({name: value for name, value in node.items() if name in share} for share in shares)
 
 
 def override(recipe: Mapping[str, Any], arguments: Iterable[str]) -> dict[str, Any]:

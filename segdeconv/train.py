@@ -34,10 +34,12 @@ from segdeconv.inference.segmenter import Segmenter
 from segdeconv.training import config_check, loggers, resume, run_folder
 from segdeconv.training.callbacks import Pictures, Progress, Recorder
 from segdeconv.training.checkpointing import Checkpoints
+from segdeconv.training.data_module import DataModule
 from segdeconv.training.diagnostics import Waiting, Watch
 from segdeconv.training.header import header
 from segdeconv.training.memory import memory_in_words
 from segdeconv.training.prepare import prepare
+from segdeconv.training.settings import TrainerSettings
 from segdeconv.training.stopping import Stopping
 from segdeconv.training.switch_curves import SwitchCurves
 from segdeconv.training.task import SegmentationTask
@@ -62,10 +64,8 @@ def train(recipe: Mapping[str, Any], run: str | Path, *, typed: str | None = Non
     made = prepare(recipe, fresh=resumed is not None)
     if resumed is not None:
         resume.compare(resumed, made.classes, made.facts["fingerprints"])
-    for_trainer, for_task, for_checkpoints = (
-        config.split(recipe["trainer"], schema)[0] for schema in config_check.TRAINER
-    )
-    checkpoints = Checkpoints(run, resumed=resumed, **for_checkpoints)
+    settings = TrainerSettings(**recipe["trainer"])
+    checkpoints = Checkpoints(run, resumed=resumed, patience=settings.patience)
     deadline = started + config_check.seconds(recipe["max_time"]) if recipe["max_time"] is not None else None
     stopping = Stopping(checkpoints, deadline=deadline)
     recorder = Recorder(run, checkpoints, stopping)
@@ -73,7 +73,7 @@ def train(recipe: Mapping[str, Any], run: str | Path, *, typed: str | None = Non
     curves_of_switches = SwitchCurves(made.data.val, made.data.preprocessing)
     shown = [Pictures(made.data.val), curves_of_switches, Progress(recorder, waiting), Watch(waiting)]
     callbacks = [waiting, *shown, stopping, checkpoints, recorder]
-    trainer = make_trainer(run, callbacks, logger, **for_trainer)
+    trainer = make_trainer(run, callbacks, logger, settings)
     kept = {name: node for name, node in recipe.items() if name not in loggers.NOT_LEARNT}
     task = SegmentationTask(
         made.model,
@@ -87,7 +87,7 @@ def train(recipe: Mapping[str, Any], run: str | Path, *, typed: str | None = Non
             "config": {**kept, "dataset": made.dataset},
             "facts": {**made.facts, "precision": str(trainer.precision)},
         },
-        **for_task,
+        settings=settings,
     )
     loggers.show_configuration(logger, recipe, run)
     run_folder.require_space(run, task)
@@ -99,7 +99,7 @@ def train(recipe: Mapping[str, Any], run: str | Path, *, typed: str | None = Non
     stopping.listen()
     try:
         with loader_failures_in_words(), memory_in_words(recipe["dataset"]["batch_size"]):
-            fit(trainer, task, made.data, resumed=resumed)
+            fit(trainer, task, DataModule(made.data), resumed=resumed)
         stopping.leave_if_asked()
     except TimeUp as sentence:
         print(sentence)

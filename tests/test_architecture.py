@@ -24,7 +24,7 @@ ONLY = {
     "filelock": {"system.files"},
     "hydra": {"config"},
     "omegaconf": {"config"},
-    "pytorch_lightning": {"data.module", "training"},
+    "pytorch_lightning": {"training"},
     "lightning_fabric": set(),
     "albumentations": {"data.augmentation"},
     "jinja2": {"drawing.html"},

@@ -1,31 +1,21 @@
-"""The one LightningDataModule: any data set, as training and validation batches."""
+"""From a checked config to the samples of training and validation: the `dataset` and `augment` nodes."""
 
 from __future__ import annotations
 
-import math
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
-from pytorch_lightning import LightningDataModule, Trainer
-from torch.utils.data import DataLoader
 
-from segdeconv.config import TARGET, build, check, locate, split
+from segdeconv.config import TARGET, build, check, deal, locate
 from segdeconv.data.augmentation import Augmentation, Transform, mask_arguments
 from segdeconv.data.cache import Cached, Kind, make_room, open_store
 from segdeconv.data.checksums import verify
 from segdeconv.data.crops import Crops
 from segdeconv.data.dataset import SegmentationDataset
 from segdeconv.data.inspection import Inspection
-from segdeconv.data.loading import (
-    EvaluationSamples,
-    TrainingBatches,
-    evaluation_loader,
-    for_network,
-    training_loader,
-    worker_settings,
-)
+from segdeconv.data.loading import EvaluationSamples, TrainingBatches
 from segdeconv.data.mixing import Mix, Mixing
 from segdeconv.data.preprocessing import Order, Preprocessing, resize_image, resize_mask
 from segdeconv.data.relabelled import Relabelled
@@ -38,8 +28,8 @@ IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
 
 
-class DataModule(LightningDataModule):
-    """Train and val split of one data set.
+class DataPipeline:
+    """The train and val split of one data set, as samples of training and validation.
 
     size: (H, W) that the network sees, in training and prediction; None for each image's own.
     crop: (H, W) of training batches, cut at random after augmentation; None for `size`.
@@ -75,7 +65,6 @@ class DataModule(LightningDataModule):
         std: tuple[Positive, ...] | None = None,
         order: Order = "rgb",
     ) -> None:
-        super().__init__()
         self.train, self.val, self.seed, self.batch_size = train, val, seed, batch_size
         mean, std = mean or IMAGENET_MEAN, std or IMAGENET_STD
         for name, values in (("mean", mean), ("std", std)):
@@ -114,57 +103,17 @@ class DataModule(LightningDataModule):
         self.samples = TrainingBatches(train, self.preprocessing, augmentation, mixing)
         self.val_samples = EvaluationSamples(val, self.preprocessing)
 
-    @property
-    def _run(self) -> Trainer:
-        assert self.trainer is not None, "the data module belongs to a trainer before it makes batches"
-        return self.trainer
-
-    @property
-    def batches_per_epoch(self) -> int:
-        """Training batches of one epoch in one process."""
-        return len(self.train) // (self.batch_size * self._run.world_size)
-
-    def _position(self) -> tuple[int, int]:
-        """(epoch, batches of it done): global_step is the only truth."""
-        accumulate = self._run.accumulate_grad_batches
-        epoch, steps = divmod(self._run.global_step, math.ceil(self.batches_per_epoch / accumulate))
-        return epoch, steps * accumulate
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        return training_loader(
-            self.samples,
-            batch_size=self.batch_size,
-            seed=self.seed,
-            position=self._position,
-            rank=self._run.global_rank,
-            world_size=self._run.world_size,
-            **self.workers,
-        )
-
-    @property
-    def loaders(self) -> dict[str, Any]:
-        """The settings of both loaders, as torch's DataLoader takes them."""
-        return worker_settings(world_size=self._run.world_size, **self.workers)
-
-    def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        return for_network(batch, self.preprocessing)
-
-    def val_dataloader(self) -> DataLoader[Any]:
-        return evaluation_loader(
-            self.val_samples,
-            batch_size=self.batch_size,
-            rank=self._run.global_rank,
-            world_size=self._run.world_size,
-            **self.workers,
-        )
+    def batches_per_epoch(self, world_size: int) -> int:
+        """Training batches of one epoch in one of so many processes."""
+        return len(self.train) // (self.batch_size * world_size)
 
 
 def _size(size: Sequence[int] | None) -> tuple[int, int] | None:
     return (size[0], size[1]) if size else None
 
 
-def normalisation(settings: Mapping[str, Any], dataset: SegmentationDataset, seen: Inspection) -> dict[str, Any]:
-    """The data module's settings with the mean and std that nobody chose.
+def normalisation(node: Mapping[str, Any], dataset: SegmentationDataset, seen: Inspection) -> dict[str, Any]:
+    """A `dataset` node with the mean and std that nobody chose.
 
     seen: what was measured on the train split. A channel that is the same everywhere is left as it is.
     """
@@ -173,31 +122,29 @@ def normalisation(settings: Mapping[str, Any], dataset: SegmentationDataset, see
         "mean": list(IMAGENET_MEAN) if rgb else seen.mean,
         "std": list(IMAGENET_STD) if rgb else [value or 1.0 for value in seen.std],
     }
-    return {**settings, **{name: value for name, value in usual.items() if settings[name] is None}}
+    return {**node, **{name: value for name, value in usual.items() if node[name] is None}}
+
+
+# Who takes the keys of a `dataset` node beside the data set itself, and what the program supplies to them.
+SCHEMAS = (verify, Relabelled, Crops, DataPipeline)
+SUPPLIED = ("train", "val", "transforms", "seed", "dataset", "split")
+
+
+def check_dataset(node: dict[str, Any]) -> dict[str, Any]:
+    """The `dataset` node of a recipe: arguments of the data set, of the views of it, of the pipeline."""
+    return check(node, "dataset", [locate(node, "dataset"), *SCHEMAS], supplied=SUPPLIED)
 
 
 def build_split(node: Mapping[str, Any], split_name: str) -> SegmentationDataset:
     """One split of the data set that a checked `dataset` node names, its files held against their list if there is one;
     through its label_map, whole or in crops.
     """
-    source = split(node, DataModule)[1]
-    view, source = split(source, Relabelled)
-    crops, source = split(source, Crops)
-    listed, source = split(source, verify)
+    listed, view, crops, _, source = deal(node, SCHEMAS)
     dataset = typing.cast(SegmentationDataset, build(source, "dataset", split=split_name))
     verify(dataset, **listed)
     if view.get("label_map"):
         dataset = Relabelled(dataset, **view)
     return Crops(dataset, **crops) if crops.get("examples", "images") != "images" else dataset
-
-
-SUPPLIED = ("train", "val", "transforms", "seed", "dataset")
-
-
-def check_dataset(node: dict[str, Any]) -> dict[str, Any]:
-    """The `dataset` node of a recipe: arguments of the data set, of the views of it, of the data module."""
-    schemas: list[Callable[..., Any]] = [locate(node, "dataset"), verify, Relabelled, Crops, DataModule]
-    return check(node, "dataset", schemas, supplied=[*SUPPLIED, "split"])
 
 
 def check_augment(nodes: dict[str, Any]) -> dict[str, Any]:
@@ -212,6 +159,20 @@ def check_augment(nodes: dict[str, Any]) -> dict[str, Any]:
             defaults = check(node, where, [schema])
             checked[name] = {key: defaults[key] for key in (TARGET, *node) if key in defaults}
     return checked
+
+
+def build_pipeline(
+    node: Mapping[str, Any],
+    augment: dict[str, Any],
+    train: SegmentationDataset,
+    val: SegmentationDataset,
+    *,
+    seed: int,
+) -> DataPipeline:
+    """The pipeline of a checked `dataset` node that `normalisation` has completed, and of a checked `augment` node."""
+    transforms = build_transforms(augment, ignore_index=train.classes.ignore_index, mean=node["mean"])
+    _, _, _, settings, _ = deal(node, SCHEMAS)
+    return DataPipeline(train, val, transforms, seed, **settings)
 
 
 def build_transforms(nodes: dict[str, Any], *, ignore_index: int, mean: Sequence[float]) -> dict[str, Transform]:

@@ -42,7 +42,7 @@ def restore_dataset(checkpoint: Checkpoint, split_name: str) -> SegmentationData
     Raises:
         UsageError: The data set has other classes, or images of another number of channels.
     """
-    from segdeconv.data.module import build_split, check_dataset  # late: Lightning takes 3 s to import
+    from segdeconv.data.module import build_split, check_dataset  # late: albumentations takes a second to import
 
     node = check_dataset(checkpoint.config["dataset"])
     dataset = build_split(node, split_name)

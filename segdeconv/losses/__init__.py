@@ -4,7 +4,7 @@ May import `errors`, `system`, `switches`, `config` and `classes`.
 """
 
 from segdeconv.losses.base import Adjusted, PixelLoss, loss_sums
-from segdeconv.losses.combined import Sum, build_loss, check_loss
+from segdeconv.losses.combined import Sum, balance, build_loss, check_loss
 from segdeconv.losses.pixelwise import OHEM, CrossEntropy, Focal
 from segdeconv.losses.regions import Dice, LovaszSoftmax
 
@@ -17,6 +17,7 @@ __all__ = [
     "LovaszSoftmax",
     "PixelLoss",
     "Sum",
+    "balance",
     "build_loss",
     "check_loss",
     "loss_sums",

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from segdeconv.config import Node, build, check, locate, split
+from segdeconv.config import Node, build, check, deal, locate
 from segdeconv.errors import UsageError
 from segdeconv.losses.base import Adjusted, PixelLoss
 from segdeconv.losses.class_weights import class_weights as balancing
@@ -52,16 +52,25 @@ class Sum(PixelLoss):
         return torch.stack(values).sum() * counted, counted
 
 
+# Who takes the keys of a `loss` node beside the loss itself.
+SCHEMAS = (balancing, Adjusted)
+
+
 def check_loss(node: Mapping[str, Any]) -> Node:
     """The `loss` node of a recipe: arguments of the loss, of the balancing that gives it class weights, and of the
     adjustment that takes them out of the scores.
     """
-    return _check(node, "loss", balancing, Adjusted, supplied=["pixels", "image_pixels", "loss"])
+    return _check(node, "loss", *SCHEMAS, supplied=["pixels", "image_pixels", "loss"])
+
+
+def balance(node: Mapping[str, Any], pixels: Sequence[int], image_pixels: Sequence[int]) -> list[float] | None:
+    """Class weights by the balancing of a checked `loss` node; see `class_weights`."""
+    return balancing(pixels, image_pixels, **deal(node, SCHEMAS)[0])
 
 
 def build_loss(node: Mapping[str, Any], *, class_weights: Sequence[float] | None, ignore_index: int) -> nn.Module:
-    """The loss of a checked `loss` node without the arguments of its balancing."""
-    settings, own = split(node, Adjusted)
+    """The loss of a checked `loss` node, given the class weights that `balance` finds."""
+    _, settings, own = deal(node, SCHEMAS)
     loss: nn.Module = build(own, "loss", class_weights=class_weights, ignore_index=ignore_index)
     return Adjusted(loss, class_weights=class_weights, **settings) if settings["adjustment"] else loss
 

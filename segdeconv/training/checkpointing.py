@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field
 from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.plugins import CheckpointIO
 from tqdm import tqdm
@@ -15,8 +14,6 @@ from segdeconv.checkpoints import checkpoint
 from segdeconv.system.files import replace_link
 from segdeconv.training.lightning_internals import canonical_loops, resume_at_epoch_start
 from segdeconv.training.run_folder import require_there
-
-Count = Annotated[int, Field(ge=1)]
 
 
 class VerifiedCheckpoints(CheckpointIO):
@@ -39,10 +36,10 @@ class Checkpoints(Callback):
     checkpoint of a run that was cut are those of a run that was not.
 
     resumed: the checkpoint that training goes on from.
-    patience: validations in a row without a better mIoU after which training ends; None for no such end.
+    patience: see TrainerSettings.
     """
 
-    def __init__(self, run: Path, *, resumed: Path | None = None, patience: Count | None = None) -> None:
+    def __init__(self, run: Path, *, resumed: Path | None = None, patience: int | None = None) -> None:
         self.run, self.patience = run, patience
         # What was passed over as damaged must not take the place of the one that is whole.
         self._last_is_whole = resumed == self.last_path

@@ -1,4 +1,4 @@
-"""Runs: what a recipe may say, the folder a run lives in, and finding the one to go on with."""
+"""What a recipe may say. Only a `logger` node imports Lightning here, and it is checked last."""
 
 from __future__ import annotations
 
@@ -13,20 +13,7 @@ from segdeconv.data.module import check_augment, check_dataset
 from segdeconv.errors import UsageError, did_you_mean
 from segdeconv.losses import check_loss
 from segdeconv.models import check_model
-from segdeconv.training.checkpointing import Checkpoints
-from segdeconv.training.loggers import check_logger
-from segdeconv.training.task import SegmentationTask
-from segdeconv.training.trainer import make_trainer
-
-# Who shares the keys of `trainer`, and what each of them gets from the program.
-TRAINER = (make_trainer, SegmentationTask, Checkpoints)
-
-
-SUPPLIED = (
-    "run", "resumed", "callbacks", "logger", "model", "loss", "optimizer", "schedule", "classes", "seed", "total_steps",
-    "remembered",
-)  # fmt: skip
-
+from segdeconv.training.settings import TrainerSettings
 
 # The groups, and what each is where a recipe leaves it out: the defaults of configs/train.yaml, for use from Python.
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -60,13 +47,21 @@ def check_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
             recipe["optimizer"], "optimizer", [locate(recipe["optimizer"], "optimizer")], supplied=["model"]
         ),
         "schedule": check(recipe["schedule"], "schedule", [locate(recipe["schedule"], "schedule")]),
-        "trainer": check(recipe["trainer"], "trainer", TRAINER, supplied=SUPPLIED),
-        "logger": check_logger(recipe["logger"]),
+        "trainer": check(recipe["trainer"], "trainer", [TrainerSettings]),
     }
     others = check({name: recipe[name] for name in known - set(DEFAULTS) if name in recipe}, "", [_scalars])
     if others["max_time"] is not None:
         seconds(others["max_time"])
-    return checked | others
+    return {**checked, "logger": check_logger(recipe["logger"]), **others}
+
+
+def check_logger(node: Mapping[str, Any]) -> dict[str, Any]:
+    """The `logger` node of a recipe, empty for none, held against the logger's constructor."""
+    if not node:
+        return {}
+    # Its own defaults are not written in: they change with its version, and some come from the environment.
+    checked = check(node, "logger", [locate(node, "logger")], supplied=["save_dir"])
+    return {key: checked[key] for key in (TARGET, *node) if key in checked}
 
 
 def _scalars(

@@ -66,7 +66,7 @@ class Watch(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         statistics = any(isinstance(module, _BatchNorm) and module.training for module in pl_module.model.modules())
-        images = trainer.datamodule.batch_size * (trainer.world_size if pl_module.norm == "sync" else 1)  # type: ignore[attr-defined]
+        images = trainer.datamodule.pipeline.batch_size * (trainer.world_size if pl_module.norm == "sync" else 1)  # type: ignore[attr-defined]
         if statistics and images < FEW_IMAGES:
             synced = trainer.world_size > 1 and trainer.strategy.root_device.type != "cpu"
             _say(
@@ -79,7 +79,7 @@ class Watch(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         self._epochs += 1
         if self.waiting.share > WAITING and self.waiting.waited > NOTICEABLE and not self._said_waiting:
-            kept = trainer.datamodule.room.kind != "none"  # type: ignore[attr-defined]
+            kept = trainer.datamodule.pipeline.room.kind != "none"  # type: ignore[attr-defined]
             if not kept or self._epochs > 1:  # or the next epoch has its images decoded
                 self._said_waiting = True
                 workers = pl_module.trainer.train_dataloader.num_workers

@@ -10,7 +10,8 @@ from typing import Any
 from pytorch_lightning import Trainer
 
 from segdeconv.config import TARGET
-from segdeconv.data.module import DataModule
+from segdeconv.data.loading import worker_settings
+from segdeconv.data.module import DataPipeline
 from segdeconv.system.memory import available, readable
 from segdeconv.training.memory import estimate
 from segdeconv.training.task import SegmentationTask
@@ -18,7 +19,7 @@ from segdeconv.training.task import SegmentationTask
 
 def header(
     recipe: Mapping[str, Any],
-    data: DataModule,
+    data: DataPipeline,
     task: SegmentationTask,
     trainer: Trainer,
     run: Path,
@@ -51,15 +52,16 @@ def header(
         + (f"; {readable(free)} are free" if free else "")
         if memory
         else "",
-        "loading": _loading(data),
+        "loading": _loading(data, trainer.world_size),
         "run": f"{run}" + (f", going on from {resumed.name}" if resumed else ""),
     }
     return "\n".join(f"{name + ':':<11}{text}" for name, text in rows.items() if text)
 
 
-def _loading(data: DataModule) -> str:
+def _loading(data: DataPipeline, world_size: int) -> str:
     """Who makes the batches, and where decoded images stay."""
-    workers, ahead = data.loaders["num_workers"], data.loaders["prefetch_factor"]
+    loader = worker_settings(world_size=world_size, **data.workers)
+    workers, ahead = loader["num_workers"], loader["prefetch_factor"]
     made = f"{workers} worker{'s' if workers > 1 else ''}, {ahead} batches ahead each" if workers else "no workers"
     room = data.room
     if room.kind == "none":
@@ -75,7 +77,7 @@ def _loading(data: DataModule) -> str:
     )
 
 
-def _batch(data: DataModule, trainer: Trainer) -> str:
+def _batch(data: DataPipeline, trainer: Trainer) -> str:
     """How many images make a step; whoever uses more of them chooses the learning rate for them."""
     factors = {
         "processes": trainer.world_size,

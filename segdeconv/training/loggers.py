@@ -13,7 +13,7 @@ import numpy as np
 import yaml
 from pytorch_lightning.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
-from segdeconv.config import TARGET, build, check, locate
+from segdeconv.config import TARGET, build, locate
 from segdeconv.errors import UsageError
 
 # Whoever chooses a logger sends it a run, and not reports about himself to its maker.
@@ -33,15 +33,6 @@ class TensorBoard(TensorBoardLogger):
 
     def save(self) -> None:
         self.experiment.flush()
-
-
-def check_logger(node: Mapping[str, Any]) -> dict[str, Any]:
-    """The `logger` node of a recipe, empty for none, held against the logger's constructor."""
-    if not node:
-        return {}
-    # Its own defaults are not written in: they change with its version, and some come from the environment.
-    checked = check(node, "logger", [locate(node, "logger")], supplied=["save_dir"])
-    return {key: checked[key] for key in (TARGET, *node) if key in checked}
 
 
 def build_logger(node: Mapping[str, Any], run: Path) -> Logger | Literal[False]:

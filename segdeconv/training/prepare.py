@@ -14,8 +14,8 @@ from segdeconv import config
 from segdeconv.checkpoints import checkpoint, transfer
 from segdeconv.classes import Classes
 from segdeconv.data.inspection import inspect_all, table
-from segdeconv.data.module import DataModule, build_split, build_transforms, normalisation
-from segdeconv.losses import build_loss, class_weights
+from segdeconv.data.module import DataPipeline, build_pipeline, build_split, normalisation
+from segdeconv.losses import balance, build_loss
 from segdeconv.models import SegmentationModel, build_model
 from segdeconv.training import resume
 
@@ -26,7 +26,7 @@ class Prepared(NamedTuple):
     dataset: the `dataset` node as a checkpoint keeps it; facts: what the data is, plain.
     """
 
-    data: DataModule
+    data: DataPipeline
     classes: Classes
     model: SegmentationModel
     loss: nn.Module
@@ -43,26 +43,23 @@ def prepare(recipe: Mapping[str, Any], *, fresh: bool = False) -> Prepared:
     start = None
     if recipe["init_from"] is not None and not fresh:
         start = checkpoint.read(recipe["init_from"], trust=resume.AnyName())
-    settings, source = config.split(recipe["dataset"], DataModule)
     train_split, val_split = (build_split(recipe["dataset"], split) for split in ("train", "val"))
     classes = train_split.classes
     seen, _ = inspect_all([train_split, val_split])
-    loss_settings, loss_node = config.split(recipe["loss"], class_weights.class_weights)
-    weights = class_weights.class_weights(seen.pixels[:-1], seen.image_pixels[:-1], **loss_settings)
+    weights = balance(recipe["loss"], seen.pixels[:-1], seen.image_pixels[:-1])
     for note in train_split.notes:
         print(note)
     print(table(seen, classes, weights), end="\n\n")
-    settings = normalisation(settings, train_split, seen)
-    transforms = build_transforms(recipe["augment"], ignore_index=classes.ignore_index, mean=settings["mean"])
-    data = DataModule(train_split, val_split, transforms, recipe["seed"], **settings)
+    dataset = normalisation(recipe["dataset"], train_split, seen)
+    data = build_pipeline(dataset, recipe["augment"], train_split, val_split, seed=recipe["seed"])
 
     torch.manual_seed(recipe["seed"])
     channels = data.preprocessing.channels
     model = build_model(recipe["model"], len(classes), channels, fresh=fresh or start is not None)
     if start is not None:
         print(transfer.take_over(model, classes, start), end="\n\n")
-    if "classes" in source:  # found in the masks: from here on they are a choice, so that a new mask cannot change them
-        source = {**source, "classes": train_split.stored_classes.plain()}
+    if "classes" in dataset:  # found in the masks: from here on a choice, so that a new mask cannot change them
+        dataset = {**dataset, "classes": train_split.stored_classes.plain()}
     fingerprints = {
         split.split: hashlib.sha256(split.fingerprint.encode()).hexdigest() for split in (train_split, val_split)
     }
@@ -70,9 +67,9 @@ def prepare(recipe: Mapping[str, Any], *, fresh: bool = False) -> Prepared:
         data,
         classes,
         model,
-        build_loss(loss_node, class_weights=weights, ignore_index=classes.ignore_index),
+        build_loss(recipe["loss"], class_weights=weights, ignore_index=classes.ignore_index),
         config.build(recipe["optimizer"], "optimizer", model=model),
-        {**source, **settings},
+        dataset,
         {
             "classes": classes.plain(),
             "preprocessing": data.preprocessing.plain(),

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
 import torch.distributed
-from pydantic import Field
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -31,6 +30,7 @@ from segdeconv.system.devices import machine
 from segdeconv.system.memory import keep_freed
 from segdeconv.system.seeding import key
 from segdeconv.training.processes import summed
+from segdeconv.training.settings import TrainerSettings
 from segdeconv.training.step_loss import LOWER, StepLoss
 
 # Sums over pixels are divided by this before the backward pass, so that float16 can hold their gradients; a power of
@@ -50,15 +50,6 @@ class SegmentationTask(LightningModule):
     """A network, a loss and an optimizer, learning one data set.
 
     remembered: the recipe and the facts of the data, plain, as a checkpoint keeps them.
-    norm: where batch norm takes its statistics in training: `batch`, this process's images; `sync`, the images of all
-        processes (accelerators only); `frozen`, nowhere: the running averages stay as they are. The norms of frozen
-        parts (`optimizer.part_lr`) are frozen too.
-    ema: decay of an exponential moving average of the weights, such as 0.999, which is then what is validated and
-        used. Running statistics of batch norm are averaged alike, since those of the last steps belong to other
-        weights. Over the first steps the decay is smaller, (1 + step) / (10 + step), to forget the start.
-    compile: train through torch.compile; `auto` on GPUs alone, since for a CPU it takes minutes. Checkpoints are the
-        same files, and what validates or uses them compiles nothing.
-    recompute: keep the inputs of each stage alone and compute it again in the backward pass, see `recompute_stages`.
     """
 
     averaged: SegmentationModel | None
@@ -75,13 +66,10 @@ class SegmentationTask(LightningModule):
         seed: int,
         total_steps: int,
         remembered: Mapping[str, Any],
-        norm: Literal["batch", "sync", "frozen"] = "batch",
-        ema: Annotated[float, Field(gt=0, lt=1)] | None = None,
-        compile: Literal["auto", True, False] = "auto",
-        recompute: bool = False,
+        settings: TrainerSettings,
     ) -> None:
         super().__init__()
-        if compile is True and recompute:
+        if settings.compile is True and settings.recompute:
             raise UsageError(
                 "trainer.compile=true and trainer.recompute=true: torch.compile chooses by itself what to compute again"
                 " - leave one of them out"
@@ -90,12 +78,12 @@ class SegmentationTask(LightningModule):
         self.loss = loss
         self.optimizer, self.schedule = optimizer, schedule
         self.classes, self.seed, self.total_steps, self.remembered = classes, seed, total_steps, dict(remembered)
-        self.norm, self.ema = norm, ema
-        self.compilation, self.recompute = compile, recompute
-        if recompute:
+        self.norm, self.ema = settings.norm, settings.ema
+        self.compilation, self.recompute = settings.compile, settings.recompute
+        if self.recompute:
             recompute_stages(self.model)
         self._supervised: Callable[[Tensor], tuple[Tensor, ...]] = self.model.supervised
-        self.averaged = copy.deepcopy(model).requires_grad_(False) if ema is not None else None
+        self.averaged = copy.deepcopy(model).requires_grad_(False) if self.ema is not None else None
         self.train_matrix = ConfusionMatrix(len(classes), classes.ignore_index)
         self.val_matrix = ConfusionMatrix(len(classes), classes.ignore_index)
         self.step_loss = StepLoss()

@@ -25,6 +25,7 @@ from segdeconv.data.store import IN_MEMORY, Store
 from segdeconv.errors import Interrupted, UsageError
 from segdeconv.train import train
 from segdeconv.training.config_check import check_recipe
+from segdeconv.training.data_module import DataModule
 from segdeconv.training.prepare import prepare
 from segdeconv.training.stopping import Stopping
 
@@ -374,9 +375,9 @@ def test_a_resumed_run_decodes_nothing_of_the_batches_it_skips(tmp_path, monkeyp
         "model.stages=[[4]]",
     ]
     recipe, _ = config.compose([*arguments, "dataset.num_workers=0"], ROOT / "configs")
-    data = prepare(check_recipe(recipe)).data
+    data = DataModule(prepare(check_recipe(recipe)).data)
     data.trainer = SimpleNamespace(global_step=3, accumulate_grad_batches=1, global_rank=0, world_size=1)
-    seen = counted(data.train, monkeypatch)
+    seen = counted(data.pipeline.train, monkeypatch)
     assert len(list(data.train_dataloader())) == 1
     assert len(seen) == 2
 

@@ -88,7 +88,7 @@ def test_the_images_with_most_of_a_class_are_those_of_a_brute_force_look(tmp_pat
 
 
 def test_what_training_would_draw_is_shown_and_the_rarest_first(tmp_path, monkeypatch):
-    from segdeconv.data.module import DataModule, build_transforms
+    from segdeconv.data.module import DataPipeline, build_transforms
 
     dataset = CamVid("train", str(fakes.camvid(tmp_path / "camvid")))
     for place, pair in enumerate(dataset.pairs):  # road everywhere, and four pixels of a class in one image
@@ -99,7 +99,7 @@ def test_what_training_would_draw_is_shown_and_the_rarest_first(tmp_path, monkey
     transforms = build_transforms(
         {"flip": {"_target_": "albumentations.HorizontalFlip", "p": 1.0}}, ignore_index=11, mean=(0, 0, 0)
     )
-    training = DataModule(dataset, dataset, transforms, 0, size=(48, 64), cache="none").samples
+    training = DataPipeline(dataset, dataset, transforms, 0, size=(48, 64), cache="none").samples
     drawn = []
     monkeypatch.setattr(inspection_page, "_both", lambda image, mask, classes, how: drawn.append((image, mask)) or [])
     first = next(inspection_page._rarest(dataset, seen, training))

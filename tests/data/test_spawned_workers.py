@@ -15,6 +15,7 @@ import torch
 from segdeconv import config
 from segdeconv.checkpoints import checkpoint
 from segdeconv.training.config_check import check_recipe
+from segdeconv.training.data_module import DataModule
 from segdeconv.training.prepare import prepare
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -24,7 +25,7 @@ AUGMENTS = sorted(path.stem for path in (CONFIGS / "augment").glob("*.yaml"))
 def loaders(*arguments):
     """The training and the evaluation loader of a recipe, as a run has them."""
     recipe, _ = config.compose([*arguments, "dataset.num_workers=1", "model.stages=[[4]]"], CONFIGS)
-    data = prepare(check_recipe(recipe)).data
+    data = DataModule(prepare(check_recipe(recipe)).data)
     data.trainer = SimpleNamespace(global_step=0, accumulate_grad_batches=1, global_rank=0, world_size=1)
     return data.train_dataloader(), data.val_dataloader()
 

@@ -23,9 +23,9 @@ from segdeconv.losses import (
     LovaszSoftmax,
     PixelLoss,
     Sum,
+    balance,
     build_loss,
     check_loss,
-    class_weights,
     loss_sums,
 )
 from segdeconv.losses.regions import _gradient
@@ -299,12 +299,11 @@ def test_an_adjustment_without_weights_or_for_a_class_of_weight_zero_is_none(bat
 def test_the_command_line_adjusts_any_loss_by_the_weights_of_its_balancing(name):
     words = [f"loss={name}", "loss.balancing=median_frequency", "loss.adjustment=0.5"]
     node = composed(*words)
-    settings, own = config.split(node, class_weights.class_weights)
-    weights = class_weights.class_weights([90, 10], [100, 100], **settings)
-    built = build_loss(own, class_weights=weights, ignore_index=255)
+    weights = balance(node, [90, 10], [100, 100])
+    built = build_loss(node, class_weights=weights, ignore_index=255)
     assert isinstance(built, Adjusted)
     torch.testing.assert_close(built.shift, 0.5 * torch.tensor(weights).log())
-    plain = build_loss({**own, "adjustment": 0.0}, class_weights=weights, ignore_index=255)
+    plain = build_loss({**node, "adjustment": 0.0}, class_weights=weights, ignore_index=255)
     assert not isinstance(plain, Adjusted)
 
 
@@ -553,8 +552,7 @@ def composed(*arguments):
 def test_every_shipped_configuration_builds_and_may_stand_in_a_checkpoint(name, batch):
     node = composed(f"loss={name}")
     assert foreign(node) == []
-    _, own = config.split(node, class_weights.class_weights)
-    loss = build_loss(own, class_weights=WEIGHTS, ignore_index=255)
+    loss = build_loss(node, class_weights=WEIGHTS, ignore_index=255)
     assert 0 < loss(*batch).item() < 10
 
 

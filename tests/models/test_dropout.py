@@ -16,7 +16,7 @@ from torch import nn
 from segdeconv import config
 from segdeconv.checkpoints import checkpoint
 from segdeconv.data.datasets.folder import Folder
-from segdeconv.data.module import DataModule
+from segdeconv.data.module import DataPipeline
 from segdeconv.data.preprocessing import Preprocessing
 from segdeconv.drawing import draw
 from segdeconv.errors import UsageError
@@ -258,7 +258,7 @@ def test_bgr_is_refused_where_there_are_no_three_channels(tmp_path):
     for split in splits:
         split.channels = 4
     with pytest.raises(UsageError, match=r"dataset.order=bgr is an order of 3 channels and the images have 4"):
-        DataModule(*splits, {}, 0, mean=(0,) * 4, std=(1,) * 4, order="bgr")
+        DataPipeline(*splits, {}, 0, mean=(0,) * 4, std=(1,) * 4, order="bgr")
 
 
 # The authors' *_solver.prototxt and *_train.prototxt: base_lr, max_iter, decay_mult of batch norm's scale and shift,

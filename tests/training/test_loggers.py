@@ -16,8 +16,8 @@ from segdeconv import config
 from segdeconv.checkpoints import checkpoint
 from segdeconv.errors import UsageError
 from segdeconv.train import train
-from segdeconv.training.config_check import check_recipe
-from segdeconv.training.loggers import build_logger, check_logger, show_configuration
+from segdeconv.training.config_check import check_logger, check_recipe
+from segdeconv.training.loggers import build_logger, show_configuration
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPE = {

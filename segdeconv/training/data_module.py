@@ -1,0 +1,55 @@
+"""The data pipeline as Lightning asks for it: loaders that start where the trainer is."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from pytorch_lightning import LightningDataModule, Trainer
+from torch.utils.data import DataLoader
+
+from segdeconv.data.loading import evaluation_loader, for_network, training_loader
+from segdeconv.data.module import DataPipeline
+
+
+class DataModule(LightningDataModule):
+    """Training and validation batches of a pipeline, in the process and from the step that the trainer is at."""
+
+    def __init__(self, pipeline: DataPipeline) -> None:
+        super().__init__()
+        self.pipeline = pipeline
+
+    @property
+    def _run(self) -> Trainer:
+        assert self.trainer is not None, "the data module belongs to a trainer before it makes batches"
+        return self.trainer
+
+    def _position(self) -> tuple[int, int]:
+        """(epoch, batches of it done): global_step is the only truth."""
+        accumulate = self._run.accumulate_grad_batches
+        batches = self.pipeline.batches_per_epoch(self._run.world_size)
+        epoch, steps = divmod(self._run.global_step, math.ceil(batches / accumulate))
+        return epoch, steps * accumulate
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return training_loader(
+            self.pipeline.samples,
+            batch_size=self.pipeline.batch_size,
+            seed=self.pipeline.seed,
+            position=self._position,
+            rank=self._run.global_rank,
+            world_size=self._run.world_size,
+            **self.pipeline.workers,
+        )
+
+    def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        return for_network(batch, self.pipeline.preprocessing)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return evaluation_loader(
+            self.pipeline.val_samples,
+            batch_size=self.pipeline.batch_size,
+            rank=self._run.global_rank,
+            world_size=self._run.world_size,
+            **self.pipeline.workers,
+        )
