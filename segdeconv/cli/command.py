@@ -22,6 +22,9 @@ OF_THE_DISK = (
     errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENAMETOOLONG, errno.ENOSPC, errno.EPERM, errno.EROFS,
 )  # fmt: skip
 
+if os.environ.get(KEEP_FREED):  # a process that a command has spawned, which imports the command's script again
+    Image.MAX_IMAGE_PIXELS = None
+
 
 class ArgumentParser(argparse.ArgumentParser):
     """argparse for one of the scripts, with its errors as one sentence of ours."""

@@ -191,3 +191,33 @@ def test_an_editable_install_has_the_same_commands(tmp_path):
     done = typed(commands / "segdeconv", "train", "model=segnt", cwd=elsewhere, code=2)
     assert "there is no model 'segnt' - did you mean 'segnet'?" in done.stderr
     assert "evaluate" in typed(commands / "segdeconv", cwd=elsewhere).stdout
+
+
+SPAWNS = """
+import multiprocessing, os
+from PIL import Image
+from segdeconv.cli.command import run_command
+from segdeconv.system import KEEP_FREED
+
+def show():
+    print(Image.MAX_IMAGE_PIXELS, os.environ[KEEP_FREED], os.environ["OPENCV_FFMPEG_LOGLEVEL"], flush=True)
+
+def main():
+    show()
+    process = multiprocessing.get_context("spawn").Process(target=show)
+    process.start()
+    process.join()
+
+if __name__ == "__main__":
+    run_command(main)
+"""
+
+
+def test_a_command_and_what_it_spawns_have_its_settings_of_the_process(tmp_path):
+    (tmp_path / "script.py").write_text(SPAWNS)
+    names = ("SEGDECONV_KEEP_FREED_MEMORY", "OPENCV_FFMPEG_LOGLEVEL")
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    words = [sys.executable, str(tmp_path / "script.py")]
+    environment["PYTHONPATH"] = str(ROOT)
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.splitlines() == ["None 1 -8", "None 1 -8"]
