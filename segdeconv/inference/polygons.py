@@ -129,15 +129,3 @@ def _joined(loops: list[np.ndarray]) -> np.ndarray:
     for hole in loops[1:]:
         whole += [loops[0][:1], hole, hole[:1]]
     return np.concatenate([*whole, loops[0][:1]]) if len(loops) > 1 else loops[0]
-
-
-def rasterised(polygon: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """(H, W) bool: the pixels whose centres lie within a polygon along pixel edges (odd winding)."""
-    inside = np.zeros((size[0], size[1] + 1), dtype=bool)
-    for (x, y), (to_x, to_y) in zip(polygon, np.roll(polygon, -1, axis=0), strict=True):
-        low, high = sorted((int(y), int(to_y)))
-        rows = np.arange(low, high)
-        if len(rows):
-            crossing = x + (to_x - x) * (rows + 0.5 - y) / (to_y - y)
-            inside[rows, np.ceil(crossing - 0.5).astype(int).clip(0, size[1])] ^= True
-    return np.logical_xor.accumulate(inside, axis=1)[:, :-1]

@@ -24,7 +24,7 @@ from segdeconv.checkpoints import checkpoint
 from segdeconv.classes import Classes, voc_colours
 from segdeconv.drawing.png import Png
 from segdeconv.errors import UsageError
-from segdeconv.inference.polygons import rasterised, regions
+from segdeconv.inference.polygons import regions
 from segdeconv.inference.predictors import PredictionSettings
 from segdeconv.inference.progress_log import Journal
 from segdeconv.inference.segmenter import Segmenter
@@ -72,6 +72,18 @@ def place(tmp_path_factory):
 
 def files(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def rasterised(polygon: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(H, W) bool: the pixels whose centres lie within a polygon along pixel edges (odd winding)."""
+    inside = np.zeros((size[0], size[1] + 1), dtype=bool)
+    for (x, y), (to_x, to_y) in zip(polygon, np.roll(polygon, -1, axis=0), strict=True):
+        low, high = sorted((int(y), int(to_y)))
+        rows = np.arange(low, high)
+        if len(rows):
+            crossing = x + (to_x - x) * (rows + 0.5 - y) / (to_y - y)
+            inside[rows, np.ceil(crossing - 0.5).astype(int).clip(0, size[1])] ^= True
+    return np.logical_xor.accumulate(inside, axis=1)[:, :-1]
 
 
 # Python.

@@ -32,7 +32,7 @@ class Timing(NamedTuple):
     memory: int
 
 
-def race(contestants: Mapping[str, Build], *, repeats: int, warm_up: int = 1) -> dict[str, Timing]:
+def race(contestants: Mapping[str, Build], *, repeats: int) -> dict[str, Timing]:
     """Repeat each contestant so often, in turn; each is a function of a module or a partial of one, to be picklable."""
     context = get_context("spawn")
     lines: dict[str, Connection] = {}
@@ -45,7 +45,7 @@ def race(contestants: Mapping[str, Build], *, repeats: int, warm_up: int = 1) ->
             theirs.close()
             lines[name] = ours
             processes.append(process)
-            for _ in range(warm_up + 1):  # the first answer says that it is ready
+            for _ in range(2):  # the first answer says that it is ready, the second warms up
                 _ask(name, ours)
         times: dict[str, list[float]] = {name: [] for name in lines}
         memory: dict[str, int] = {}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -50,10 +49,3 @@ class UsualSegNet(nn.Module):
             indices, size = kept.pop()
             x = stage(F.max_unpool2d(x, indices, [2, 2], [2, 2], output_size=list(size)))
         return self.classifier(x)
-
-
-def load_from_ours(usual: UsualSegNet, ours: nn.Module) -> None:
-    """Give it the weights of `segdeconv.models.SegNet`, whose layers come in the same order."""
-    mine, theirs = usual.state_dict(), ours.state_dict()
-    matched = zip(mine, theirs.values(), strict=True)
-    usual.load_state_dict({name: torch.as_tensor(value) for name, value in matched})
