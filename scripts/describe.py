@@ -17,18 +17,13 @@ import yaml
 
 from segdeconv.cli.command import run_command
 from segdeconv.cli.options import taken
-from segdeconv.cli.own_code import compose
-from segdeconv.errors import UsageError, command, did_you_mean
-
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+from segdeconv.cli.own_code import CONFIGS, compose
+from segdeconv.errors import UsageError, did_you_mean
 
 
 def main() -> None:
     """Compose the recipe, trace the network, print the table."""
     words = sys.argv[1:]
-    if {"-h", "--help"} & set(words):
-        print(__doc__.replace("python scripts/describe.py", command("describe")))
-        return
     from segdeconv import config
     from segdeconv.evaluation import report
     from segdeconv.models import build_model, check_model
@@ -36,7 +31,7 @@ def main() -> None:
 
     path = taken(words, "--json")
     asked = _value(taken(words, "size")), _value(taken(words, "classes"))
-    recipe, _ = compose(words, CONFIGS)
+    recipe, _ = compose(words)
     known = {*config.groups_in(CONFIGS), "size", "classes"}
     if unknown := sorted(set(recipe) - known - {"seed", "resume", "resume_force", "init_from", "max_time"}):
         raise UsageError(f"there is no key {unknown[0]} - {did_you_mean(unknown[0], known)}")
@@ -80,4 +75,4 @@ def _value(text: str | None) -> Any:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, __doc__)

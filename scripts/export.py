@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from segdeconv.cli.command import ArgumentParser, run_command
-from segdeconv.cli.own_code import find_own_code
+from segdeconv.cli.own_code import read_checkpoint
 from segdeconv.errors import UsageError
 
 
@@ -40,8 +40,7 @@ def main() -> None:
     if arguments.about and arguments.out.suffix != cards.SUFFIX:
         raise UsageError(f"--about is for {cards.SUFFIX} - leave it out")
     about = read_about(arguments.about) if arguments.about else None
-    find_own_code(arguments.trust)
-    read = checkpoint.read(arguments.checkpoint, trust=arguments.trust, overrides=arguments.overrides)
+    read = read_checkpoint(arguments.checkpoint, arguments.trust, arguments.overrides)
     out: Path = arguments.out
     if out.suffix == cards.SUFFIX:
         if arguments.preprocess or arguments.argmax:

@@ -10,21 +10,16 @@ memory ends and shows what each costs. Nothing is written; a network trained her
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from segdeconv.cli.command import run_command
 from segdeconv.cli.own_code import compose
-from segdeconv.errors import UsageError, command, did_you_mean
+from segdeconv.errors import UsageError, did_you_mean
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 WHAT = ("lr", "batch_size")
 
 
 def main() -> None:
     """Compose the recipe, prepare it as train.py does, try."""
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(__doc__.replace("python scripts/find.py", command("find")))
-        return
     what, arguments = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("", [])
     if what not in WHAT:
         raise UsageError(f"the first word is '{what}' - {did_you_mean(what, WHAT)}")
@@ -37,7 +32,7 @@ def main() -> None:
     from segdeconv.training.config_check import check_recipe
     from segdeconv.training.prepare import prepare
 
-    recipe = check_recipe(compose(arguments, CONFIGS)[0])
+    recipe = check_recipe(compose(arguments)[0])
     accelerator = recipe["trainer"]["accelerator"]
     device = best_device() if accelerator == "auto" else torch.device({"gpu": "cuda"}.get(accelerator, accelerator))
     precision = resolve_precision(recipe["trainer"]["precision"])
@@ -65,4 +60,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, __doc__)

@@ -18,15 +18,10 @@ from segdeconv.cli.options import taken
 from segdeconv.cli.own_code import compose
 from segdeconv.errors import UsageError, command
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-
 
 def main() -> None:
     """Compose the recipe, inspect each split."""
     words = sys.argv[1:]
-    if {"-h", "--help"} & set(words):
-        print(__doc__.replace("python scripts/inspect_data.py", command("inspect_data")))
-        return
     from segdeconv.data import inspection_page
     from segdeconv.data.inspection import MOST_SHOWN, inspect, overlaps, table
     from segdeconv.data.module import build_pipeline, build_split, check_augment, check_dataset, normalisation
@@ -34,7 +29,7 @@ def main() -> None:
     from segdeconv.losses import class_weights
 
     out = Path(taken(words, "--out") or "inspection")
-    recipe, choices = compose(words, CONFIGS)
+    recipe, choices = compose(words)
     node, augment = check_dataset(recipe["dataset"]), check_augment(recipe["augment"])
     splits = [build_split(node, split) for split in ("train", "val")]
     try:
@@ -78,4 +73,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, __doc__)

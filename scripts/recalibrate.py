@@ -12,7 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from segdeconv.cli.command import ArgumentParser, run_command
-from segdeconv.cli.own_code import find_own_code
+from segdeconv.cli.own_code import read_checkpoint
 from segdeconv.errors import UsageError, command
 
 
@@ -29,8 +29,7 @@ def main() -> None:
     from segdeconv.system.devices import best_device
     from segdeconv.training.batchnorm_recalibration import recalibrated
 
-    find_own_code(arguments.trust)
-    read = checkpoint.read(arguments.checkpoint, trust=arguments.trust, overrides=arguments.overrides)
+    read = read_checkpoint(arguments.checkpoint, arguments.trust, arguments.overrides)
     out = arguments.out or read.path.with_name(f"{read.path.stem}_recalibrated.ckpt")
     if out.resolve() == read.path.resolve():
         raise UsageError(f"--out {out} is the checkpoint itself - give it another name")

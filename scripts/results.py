@@ -21,7 +21,6 @@ from segdeconv.cli.options import refuse_keys
 from segdeconv.cli.own_code import compose
 from segdeconv.errors import command
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 GIVEN = {"seed": "--seeds", "hydra.run.dir": "--out"}
 
 
@@ -57,7 +56,7 @@ def main() -> None:
     recipes = {}
     for job in plan.jobs:
         words = plan.recipe(*job)
-        recipes[job] = words, check_recipe(compose(words, CONFIGS)[0])
+        recipes[job] = words, check_recipe(compose(words)[0])
         series.check_same(plan.run(*job), recipes[job][1])
     facts = {"command": command("results", sys.argv[1:])}
 

@@ -11,7 +11,7 @@ import sys
 
 from segdeconv.cli.command import ArgumentParser, run_command
 from segdeconv.cli.options import add_network_options
-from segdeconv.cli.own_code import find_own_code
+from segdeconv.cli.own_code import read_checkpoint
 from segdeconv.errors import UsageError
 
 
@@ -27,14 +27,12 @@ def main() -> None:
     if not 0 <= arguments.port <= 65535:
         raise UsageError(f"--port {arguments.port} is no port - give 0 to 65535")
 
-    from segdeconv.checkpoints import checkpoint
     from segdeconv.inference.predictors import PredictionSettings
     from segdeconv.inference.segmenter import Segmenter
     from segdeconv.serving.predictor import PicturePredictor
     from segdeconv.serving.server import Server
 
-    find_own_code(arguments.trust)
-    read = checkpoint.read(arguments.checkpoint, trust=arguments.trust, overrides=arguments.overrides)
+    read = read_checkpoint(arguments.checkpoint, arguments.trust, arguments.overrides)
     settings = PredictionSettings(precision=arguments.precision, samples=arguments.samples)
     predictor = PicturePredictor(Segmenter(read, settings))
     server = Server(predictor, arguments.host, arguments.port)

@@ -21,7 +21,6 @@ from segdeconv.cli.options import refuse_keys
 from segdeconv.cli.own_code import compose
 from segdeconv.errors import SegdeconvError, UsageError, command
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 GIVEN = {"model": "--models", "seed": "--seeds", "loss.balancing": "--balancing", "hydra.run.dir": "--out"}
 
 
@@ -62,7 +61,7 @@ def main() -> None:
         return [*arguments.overrides, f"model={model}", f"loss.balancing={balancing}", f"seed={seed}"]
 
     def recipe(model: str, balancing: str, seed: int) -> dict[str, Any]:
-        return check_recipe(compose(words(model, balancing, seed), CONFIGS)[0])
+        return check_recipe(compose(words(model, balancing, seed))[0])
 
     # Before anything is trained: a mistake in any of them, and what each of them costs.
     nodes = {model: recipe(model, plan.balancings[0], plan.seeds[0]) for model in table.NAMES}

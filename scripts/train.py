@@ -15,17 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from segdeconv.cli.command import run_command
-from segdeconv.cli.own_code import compose, find_own_code
+from segdeconv.cli.own_code import CONFIGS, compose, find_own_code
 from segdeconv.errors import UsageError, command
-
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
 def main() -> None:
     """Give Hydra the command line; it calls `train` once per job, with the job's folder."""
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(__doc__.replace("python scripts/train.py", command("train")))
-        return
     import hydra
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
@@ -81,7 +76,7 @@ def folder_to_resume(arguments: list[str]) -> list[str]:
     from segdeconv.training.config_check import check_recipe
     from segdeconv.training.resume import find_run
 
-    recipe, choices = compose(arguments, CONFIGS)
+    recipe, choices = compose(arguments)
     named = Path(given["hydra.run.dir"]) if "hydra.run.dir" in given else None
     folder_of_runs = Path("runs") / f"{choices['dataset']}-{choices['model']}"
     folder = find_run(given["resume"], check_recipe(recipe), named, folder_of_runs)
@@ -89,4 +84,4 @@ def folder_to_resume(arguments: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, __doc__)

@@ -16,7 +16,7 @@ from typing import Any
 
 from segdeconv.cli.command import ArgumentParser, run_command
 from segdeconv.cli.options import add_network_options, is_override
-from segdeconv.cli.own_code import find_own_code
+from segdeconv.cli.own_code import read_checkpoint
 from segdeconv.errors import UsageError, did_you_mean
 
 KINDS = "switches,flow,stages,stability,units"
@@ -52,14 +52,12 @@ def main() -> int:
     from tqdm import tqdm
 
     from segdeconv.analysis.visualization import Visualizer, of_dataset, of_files
-    from segdeconv.checkpoints import checkpoint
     from segdeconv.drawing import draw
     from segdeconv.evaluation.evaluate import restore_dataset
     from segdeconv.inference.predictors import PredictionSettings
     from segdeconv.inference.segmenter import Segmenter
 
-    find_own_code(arguments.trust)
-    read = checkpoint.read(arguments.checkpoint, trust=arguments.trust, overrides=overrides)
+    read = read_checkpoint(arguments.checkpoint, arguments.trust, overrides)
     names = read.classes.names
     if arguments.label is not None and arguments.label not in names:
         raise UsageError(

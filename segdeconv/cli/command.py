@@ -22,6 +22,10 @@ OF_THE_DISK = (
     errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENAMETOOLONG, errno.ENOSPC, errno.EPERM, errno.EROFS,
 )  # fmt: skip
 
+PACKAGE = Path(__file__).resolve().parent.parent
+# An installed package carries scripts/ and configs/ inside itself; in a clone they lie beside it.
+HOME = PACKAGE if (PACKAGE / "scripts").is_dir() else PACKAGE.parent
+
 if os.environ.get(KEEP_FREED):  # a process that a command has spawned, which imports the command's script again
     Image.MAX_IMAGE_PIXELS = None
 
@@ -36,11 +40,14 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UsageError(f"{message} - see {self.prog} --help")
 
 
-def run_command(main: Callable[[], int | None]) -> NoReturn:
+def run_command(main: Callable[[], int | None], help_text: str = "") -> NoReturn:
     """Run a script's `main` as the owner of this process, and leave with the exit code of the contract.
 
     0 done; 1 a bug of ours, with its traceback; 2 user, config or data; 3 diverged; 4 checkpoint;
     5 disk; 130 interrupted; 143 terminated.
+
+    Args:
+        help_text: what -h and --help print; for a script without an `ArgumentParser`.
     """
     Image.MAX_IMAGE_PIXELS = None  # dataset.max_pixels is checked from the header
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # what is wrong with a video our own error says
@@ -49,7 +56,11 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) == signal.SIG_DFL:  # nohup has it ignored
             signal.signal(number, _terminate)
+    script = Path(sys.argv[0])
     try:
+        if help_text and {"-h", "--help"} & set(sys.argv[1:]):
+            print(help_text.replace(f"python scripts/{script.name}", command(script.stem)), flush=True)
+            sys.exit()
         code = main() or 0
     except SegdeconvError as error:
         code = _report(str(error), error.exit_code)

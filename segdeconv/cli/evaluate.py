@@ -9,7 +9,7 @@ from typing import Any
 
 from segdeconv.cli.command import ArgumentParser
 from segdeconv.cli.options import add_prediction_options, parted, prediction_settings
-from segdeconv.cli.own_code import find_own_code
+from segdeconv.cli.own_code import read_checkpoint
 from segdeconv.errors import command
 
 
@@ -43,7 +43,7 @@ def run(description: str) -> None:
     import numpy as np
 
     from segdeconv.analysis import ablation, uncertainty
-    from segdeconv.checkpoints import cards, checkpoint
+    from segdeconv.checkpoints import cards
     from segdeconv.drawing import draw, html
     from segdeconv.evaluation import report, report_page
     from segdeconv.evaluation.evaluate import Evaluation, Predicted, class_order, restore_dataset
@@ -51,9 +51,8 @@ def run(description: str) -> None:
 
     if arguments.uncertainty:
         uncertainty.require_plain(settings)
-    find_own_code(arguments.trust)
-    read = checkpoint.read(arguments.checkpoint, trust=arguments.trust, overrides=overrides)
-    other = arguments.compare and checkpoint.read(arguments.compare, trust=arguments.trust, overrides=overrides)
+    read = read_checkpoint(arguments.checkpoint, arguments.trust, overrides)
+    other = arguments.compare and read_checkpoint(arguments.compare, arguments.trust, overrides)
     dataset = restore_dataset(read, arguments.split)
     if other:
         class_order(other, dataset)  # refused before the first of two evaluations

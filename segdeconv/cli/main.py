@@ -1,7 +1,4 @@
-"""`segdeconv COMMAND ...`: the commands of scripts/, from any folder.
-
-An installed package carries scripts/ and configs/ inside itself; in a clone they lie beside it.
-"""
+"""`segdeconv COMMAND ...`: the commands of scripts/, from any folder."""
 
 from __future__ import annotations
 
@@ -13,14 +10,10 @@ from pathlib import Path
 from segdeconv import __version__, errors
 from segdeconv.cli import command
 
-PACKAGE = Path(__file__).resolve().parent.parent
-
 
 def commands() -> dict[str, Path]:
     """Every command by its name: whatever lies in the folder of scripts."""
-    inside = PACKAGE / "scripts"
-    folder = inside if inside.is_dir() else PACKAGE.parent / "scripts"
-    return {path.stem: path for path in sorted(folder.glob("*.py"))}
+    return {path.stem: path for path in sorted((command.HOME / "scripts").glob("*.py"))}
 
 
 def summary(script: Path) -> str:

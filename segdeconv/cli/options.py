@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from segdeconv.cli.own_code import read_checkpoint
 from segdeconv.errors import UsageError
 
 if TYPE_CHECKING:
@@ -72,7 +73,6 @@ def prediction_settings(
     except ValueError:
         raise UsageError(f"--scales={arguments.scales} are no numbers - write for example 0.75,1,1.25") from None
 
-    from segdeconv.checkpoints import checkpoint
     from segdeconv.inference.predictors import PredictionSettings, RegionSettings
 
     regions = None
@@ -93,7 +93,7 @@ def prediction_settings(
         memory=memory,
         tile=tile,
         regions=regions,
-        second=checkpoint.read(arguments.ensemble, trust=arguments.trust) if arguments.ensemble else None,
+        second=read_checkpoint(arguments.ensemble, arguments.trust) if arguments.ensemble else None,
         ensemble_mode=arguments.ensemble_mode,
         crf=crf_settings(crf_keys) if arguments.crf else None,
     )

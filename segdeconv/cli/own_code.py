@@ -6,8 +6,14 @@ import importlib.util
 import os
 import sys
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from segdeconv.cli.command import HOME
+
+if TYPE_CHECKING:
+    from segdeconv.checkpoints.checkpoint import Checkpoint
+
+CONFIGS = HOME / "configs"
 
 
 def find_own_code(names: Iterable[str]) -> None:
@@ -25,10 +31,18 @@ def find_own_code(names: Iterable[str]) -> None:
             sys.path.append(os.getcwd())
 
 
-def compose(arguments: Sequence[str], folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """`config.compose`, with the user's own modules importable that the configuration names."""
+def compose(arguments: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """`config.compose` from configs/, with the user's own modules importable that the configuration names."""
     from segdeconv import config  # late: Hydra takes a while to import
 
-    recipe, choices = config.compose(arguments, folder)
+    recipe, choices = config.compose(arguments, CONFIGS)
     find_own_code(config.targets(recipe))
     return recipe, choices
+
+
+def read_checkpoint(path: str, trust: Sequence[str], overrides: Sequence[str] = ()) -> Checkpoint:
+    """`checkpoint.read`, with the user's own modules importable that `--trust` names."""
+    from segdeconv.checkpoints import checkpoint  # late: torch takes seconds to import
+
+    find_own_code(trust)
+    return checkpoint.read(path, trust=trust, overrides=overrides)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from segdeconv.cli.command import ArgumentParser
 from segdeconv.cli.options import add_prediction_options, is_override, parted, prediction_settings
-from segdeconv.cli.own_code import find_own_code
+from segdeconv.cli.own_code import read_checkpoint
 from segdeconv.errors import UsageError
 
 if TYPE_CHECKING:
@@ -67,7 +67,6 @@ def run(description: str) -> None:
 
     from tqdm import tqdm
 
-    from segdeconv.checkpoints import checkpoint
     from segdeconv.inference.batch import Labelling, Outputs, write_tables
     from segdeconv.inference.inputs import find_images
     from segdeconv.inference.progress_log import Journal
@@ -76,8 +75,7 @@ def run(description: str) -> None:
     def report(message: str) -> None:
         tqdm.write(message, file=sys.stdout)
 
-    find_own_code(arguments.trust)
-    read = checkpoint.read(arguments.checkpoint, trust=arguments.trust, overrides=overrides)
+    read = read_checkpoint(arguments.checkpoint, arguments.trust, overrides)
     outputs = Outputs(
         arguments.out,
         read.classes,
