@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from segdeconv.cli.command import run_command
-from segdeconv.cli.own_code import CONFIGS, compose, find_own_code
+from segdeconv.cli.own_code import CONFIGS, find_own_code
 from segdeconv.errors import UsageError, command
 
 
@@ -28,29 +28,35 @@ def main() -> None:
     from segdeconv.config import front_door, plain, targets
 
     typed = command("train", sys.argv[1:])
-    sys.argv[1:] = [*front_door(sys.argv[1:], CONFIGS), *folder_to_resume(sys.argv[1:])]
+    sys.argv[1:] = front_door(sys.argv[1:], CONFIGS)
+    named = any(word.startswith(("hydra.run.dir=", "hydra.sweep.dir=")) for word in sys.argv)
 
     def job(composed: Any) -> None:
         from hydra.core.hydra_config import HydraConfig
 
-        from segdeconv.train import train  # late: Lightning takes 3 s to import
+        from segdeconv.train import train
         from segdeconv.training.processes import launched_from_outside, rank_from_outside
 
+        hydra_config = HydraConfig.get()
+        folder = Path(hydra_config.runtime.output_dir)
+        run = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+        runs = Path("runs") / "{dataset}-{model}".format(**hydra_config.runtime.choices)
         try:
-            if launched_from_outside() and not any(word.startswith("hydra.run.dir=") for word in sys.argv):
+            if launched_from_outside() and not named:
                 raise UsageError(
                     "torchrun or SLURM has started this command several times, each with a clock of its own - name one "
                     "folder for all with hydra.run.dir=DIR"
                 )
             if launched_from_outside() and rank_from_outside() > 0:
                 sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - one voice for all processes, until this one ends
-            folder = Path(HydraConfig.get().runtime.output_dir)
-            run = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
             recipe = plain(composed)
             find_own_code(targets(recipe))
-            train(recipe, run, typed=typed)
+            train(recipe, run, runs=None if named else runs, typed=typed)
         except Exception as error:
             raise _Failed(error) from error
+        finally:
+            if not named and not any(folder.iterdir()):
+                folder.rmdir()  # Hydra made it, and the run was another's or has not begun
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints lines of its own and leaves with 1
     try:
@@ -66,21 +72,6 @@ class _Failed(BaseException):
 
     def __init__(self, error: Exception) -> None:
         self.error = error
-
-
-def folder_to_resume(arguments: list[str]) -> list[str]:
-    """The override by which Hydra uses the folder of the run that `resume=` means."""
-    given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
-    if given.get("resume", "null") == "null":
-        return []
-    from segdeconv.training.config_check import check_recipe
-    from segdeconv.training.resume import find_run
-
-    recipe, choices = compose(arguments)
-    named = Path(given["hydra.run.dir"]) if "hydra.run.dir" in given else None
-    folder_of_runs = Path("runs") / f"{choices['dataset']}-{choices['model']}"
-    folder = find_run(given["resume"], check_recipe(recipe), named, folder_of_runs)
-    return [] if folder in (None, named) else [f"hydra.run.dir={folder}"]
 
 
 if __name__ == "__main__":

@@ -31,41 +31,46 @@ from segdeconv.evaluation.boundary import Boundaries
 from segdeconv.evaluation.calibration import Calibration
 from segdeconv.evaluation.evaluate import evaluate, restore_dataset
 from segdeconv.inference.segmenter import Segmenter
-from segdeconv.training import config_check, loggers, resume, run_folder
-from segdeconv.training.callbacks import Pictures, Progress, Recorder
-from segdeconv.training.checkpointing import Checkpoints
-from segdeconv.training.data_module import DataModule
-from segdeconv.training.diagnostics import Waiting, Watch
-from segdeconv.training.header import header
+from segdeconv.training import config_check, resume, run_folder
 from segdeconv.training.memory import memory_in_words
 from segdeconv.training.prepare import prepare
 from segdeconv.training.settings import TrainerSettings
-from segdeconv.training.stopping import Stopping
-from segdeconv.training.switch_curves import SwitchCurves
-from segdeconv.training.task import SegmentationTask
-from segdeconv.training.trainer import count_steps, fit, make_trainer
 
 
-def train(recipe: Mapping[str, Any], run: str | Path, *, typed: str | None = None) -> None:
+def train(recipe: Mapping[str, Any], run: str | Path, *, runs: Path | None = None, typed: str | None = None) -> None:
     """Look at the data, fit, evaluate the best checkpoint; all of it into the folder `run`.
 
     recipe: nodes `dataset`, `model` and so on as in configs/, each with `_target_` and arguments.
+    runs: where resume=auto looks for the run to resume; None where it lies in `run`, if there is one.
     typed: the command that was typed, for the report.
     """
     started = time.time()
-    run = Path(run)
     recipe = config_check.check_recipe(recipe)
+    run = resume.find_run(recipe, Path(run), runs)
     resumed = resume.open_run(run, recipe)
+    resumed_path = None if resumed is None else resumed.path
     if resume.finished(run):
         print(f"{run} is finished; its scores are in {run / 'report.json'}")
         return
+
+    # Late, so that a mistake in the recipe is said at once: Lightning takes 2 s to import.
+    from segdeconv.training import loggers
+    from segdeconv.training.callbacks import Pictures, Progress, Recorder
+    from segdeconv.training.checkpointing import Checkpoints
+    from segdeconv.training.data_module import DataModule
+    from segdeconv.training.diagnostics import Waiting, Watch
+    from segdeconv.training.header import header
+    from segdeconv.training.stopping import Stopping
+    from segdeconv.training.switch_curves import SwitchCurves
+    from segdeconv.training.task import SegmentationTask
+    from segdeconv.training.trainer import count_steps, fit, make_trainer
 
     logger = loggers.build_logger(recipe["logger"], run)
     made = prepare(recipe, fresh=resumed is not None)
     if resumed is not None:
         resume.compare(resumed, made.classes, made.facts["fingerprints"])
-    settings = TrainerSettings(**recipe["trainer"])
-    checkpoints = Checkpoints(run, resumed=resumed, patience=settings.patience)
+    settings = TrainerSettings(**config.deal(recipe["trainer"], [TrainerSettings])[0])
+    checkpoints = Checkpoints(run, resumed=resumed_path, patience=settings.patience)
     deadline = started + config_check.seconds(recipe["max_time"]) if recipe["max_time"] is not None else None
     stopping = Stopping(checkpoints, deadline=deadline)
     recorder = Recorder(run, checkpoints, stopping)
@@ -73,7 +78,7 @@ def train(recipe: Mapping[str, Any], run: str | Path, *, typed: str | None = Non
     curves_of_switches = SwitchCurves(made.data.val, made.data.preprocessing)
     shown = [Pictures(made.data.val), curves_of_switches, Progress(recorder, waiting), Watch(waiting)]
     callbacks = [waiting, *shown, stopping, checkpoints, recorder]
-    trainer = make_trainer(run, callbacks, logger, settings)
+    trainer = make_trainer(run, callbacks, logger, settings, resumed)
     kept = {name: node for name, node in recipe.items() if name not in loggers.NOT_LEARNT}
     task = SegmentationTask(
         made.model,
@@ -91,15 +96,16 @@ def train(recipe: Mapping[str, Any], run: str | Path, *, typed: str | None = Non
     )
     loggers.show_configuration(logger, recipe, run)
     run_folder.require_space(run, task)
-    print(header(recipe, made.data, task, trainer, run, resumed), flush=True)
+    print(header(recipe, made.data, task, trainer, run, resumed_path), flush=True)
     if resumed is not None:
         resume.compare_machines(resumed, torch.device(trainer.strategy.root_device))
+    del resumed  # the trainer loads its content, and then nothing holds it any more
 
     complete = True
     stopping.listen()
     try:
         with loader_failures_in_words(), memory_in_words(recipe["dataset"]["batch_size"]):
-            fit(trainer, task, DataModule(made.data), resumed=resumed)
+            fit(trainer, task, DataModule(made.data), resumed=resumed_path)
         stopping.leave_if_asked()
     except TimeUp as sentence:
         print(sentence)

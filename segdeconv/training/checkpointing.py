@@ -17,13 +17,20 @@ from segdeconv.training.run_folder import require_there
 
 
 class VerifiedCheckpoints(CheckpointIO):
-    """Lightning's door to our checkpoint files: see checkpoint.py."""
+    """Lightning's door to our checkpoint files: see checkpoint.py.
+
+    resumed: a checkpoint that is read already; its content is handed over once and then no longer held.
+    """
+
+    def __init__(self, resumed: checkpoint.Checkpoint | None = None) -> None:
+        self._resumed = resumed
 
     def save_checkpoint(self, checkpoint_: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         checkpoint.write(checkpoint_, Path(path))
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: Any = None) -> dict[str, Any]:
-        return checkpoint.load_plain(Path(path))
+        resumed, self._resumed = self._resumed, None
+        return resumed.content if resumed and resumed.path == path else checkpoint.load_plain(Path(path))
 
     def remove_checkpoint(self, path: Any) -> None:
         Path(path).unlink(missing_ok=True)

@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from segdeconv.checkpoints import checkpoint
+from segdeconv.checkpoints.checkpoint import Checkpoint
 from segdeconv.classes import Classes
 from segdeconv.errors import CheckpointError, UsageError
 from segdeconv.system.devices import machine
@@ -28,26 +29,23 @@ HARMLESS = (
 # Going on: which run, and whether it is the same.
 
 
-def find_run(resume: str, recipe: Mapping[str, Any], named: Path | None, runs: Path) -> Path | None:
-    """The folder of the run that `resume=` means, or None where there is nothing to go on with.
+def find_run(recipe: Mapping[str, Any], run: Path, runs: Path | None) -> Path:
+    """The folder of the run that a checked recipe means: the one that its `resume` names or finds, or else `run`.
 
-    resume: `auto` takes `named` (the folder that hydra.run.dir gives) or else the newest unfinished run in `runs` of
-        the same recipe; otherwise the path of a run's folder or of a checkpoint in it.
+    runs: where resume=auto looks for the newest unfinished run of the same recipe; None where `run` is the one.
     """
-    if resume != "auto":
+    resume = recipe["resume"]
+    if resume not in (None, "auto"):
         path = Path(resume)
         folder = path if path.is_dir() else path.parent
         if not path.exists() or not (folder / "config.yaml").is_file():
             raise UsageError(f"resume={resume} is no run - give resume=auto or a folder that train.py wrote")
         return folder
-    if named is not None:
-        return named
-    for folder in sorted(runs.glob("*/"), reverse=True):
-        config = folder / "config.yaml"
-        begun = config.is_file() and any(folder.glob("*.ckpt"))
+    for folder in sorted(runs.glob("*/"), reverse=True) if resume and runs else ():
+        begun = (folder / "config.yaml").is_file() and any(folder.glob("*.ckpt"))
         if begun and not finished(folder) and _is_of(folder, recipe):
             return folder
-    return None
+    return run
 
 
 def finished(run: Path) -> bool:
@@ -79,7 +77,7 @@ def _recipe_of(run: Path) -> Any:
     return recipe
 
 
-def open_run(run: Path, recipe: Mapping[str, Any]) -> Path | None:
+def open_run(run: Path, recipe: Mapping[str, Any]) -> Checkpoint | None:
     """Make the folder of a run ready; the checkpoint to go on from, or None to start.
 
     Raises UsageError if the folder holds a run and nothing was said about going on, if its recipe was another, or if
@@ -103,7 +101,7 @@ def open_run(run: Path, recipe: Mapping[str, Any]) -> Path | None:
     return resumed
 
 
-def usable_checkpoint(run: Path) -> Path | None:
+def usable_checkpoint(run: Path) -> Checkpoint | None:
     """The newest whole checkpoint of a run to go on from; a damaged newest one is named and passed over.
 
     None where there is none yet. Raises CheckpointError where there are some and none can be used.
@@ -113,41 +111,41 @@ def usable_checkpoint(run: Path) -> Path | None:
         if not path.is_file():
             continue
         try:
-            checkpoint.require_to_go_on(checkpoint.read(path, trust=AnyName()))
+            read = checkpoint.read(path, trust=AnyName())
+            checkpoint.require_to_go_on(read)
         except CheckpointError as error:
             print(f"passed over: {error}")
             refused = refused or error
             continue
-        return path
+        return read
     if refused is not None:
         raise refused
     return None
 
 
-def compare(resumed: Path, classes: Classes, fingerprints: Mapping[str, str]) -> None:
+def compare(resumed: Checkpoint, classes: Classes, fingerprints: Mapping[str, str]) -> None:
     """Say what no key of the recipe does: that the files of a split are not what they were.
 
     Raises UsageError if the data has other classes than it had.
     """
-    read = checkpoint.read(resumed, trust=AnyName())
-    before = read.classes
+    before = resumed.classes
     if before.names != classes.names:
         raise UsageError(
-            f"{resumed} was trained for {len(before)} classes ({', '.join(before.names)}) and the data now has "
+            f"{resumed.path} was trained for {len(before)} classes ({', '.join(before.names)}) and the data now has "
             f"{len(classes)} ({', '.join(classes.names)}) - restore the data, or start another run with "
-            f"init_from={resumed}, which keeps what it knows and begins the other classes anew"
+            f"init_from={resumed.path}, which keeps what it knows and begins the other classes anew"
         )
-    known = read.facts.get("fingerprints", {})  # earlier versions wrote none
+    known = resumed.facts.get("fingerprints", {})  # earlier versions wrote none
     for split in [name for name, value in fingerprints.items() if known.get(name, value) != value]:
         print(
-            f"watch: the files of the {split} split are not those, or not where, they were when {resumed} was written; "
-            "the run goes on with what is there now, and not to the same bits"
+            f"watch: the files of the {split} split are not those, or not where, they were when {resumed.path} was "
+            "written; the run goes on with what is there now, and not to the same bits"
         )
 
 
-def compare_machines(resumed: Path, device: torch.device) -> None:
+def compare_machines(resumed: Checkpoint, device: torch.device) -> None:
     """Say what of the machine is not as it was, for rounding depends on it."""
-    known, now = checkpoint.read(resumed, trust=AnyName()).content["segdeconv"].get("machine", {}), machine(device)
+    known, now = resumed.content["segdeconv"].get("machine", {}), machine(device)
     differing = [f"{name} {known[name]} -> {value}" for name, value in now.items() if known.get(name, value) != value]
     if differing:
         print(f"watch: going on, but not to the same bits: {', '.join(differing)}")

@@ -18,6 +18,7 @@ from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException  # type: ignore[attr-defined]
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
+from segdeconv.checkpoints.checkpoint import Checkpoint
 from segdeconv.data.module import DataPipeline
 from segdeconv.errors import Interrupted, UsageError, raised_elsewhere
 from segdeconv.system.devices import fast_precision
@@ -32,8 +33,12 @@ def make_trainer(
     callbacks: list[Callback],
     logger: Logger | Literal[False],
     settings: TrainerSettings,
+    resumed: Checkpoint | None,
 ) -> Trainer:
-    """Lightning's Trainer with what this project needs and nothing that talks."""
+    """Lightning's Trainer with what this project needs and nothing that talks.
+
+    resumed: what the run goes on from. Of several processes each reads the file for itself.
+    """
     quieten()
     accelerator, devices, num_nodes = settings.accelerator, settings.devices, settings.num_nodes
     if accelerator == "auto" and not torch.cuda.is_available():
@@ -46,10 +51,11 @@ def make_trainer(
             "(each process its own statistics) or trainer.norm=frozen"
         )
     try:
+        several = count_processes(accelerator, devices, num_nodes) > 1
         return Trainer(
             default_root_dir=run,
             accelerator=accelerator,
-            strategy=Processes() if count_processes(accelerator, devices, num_nodes) > 1 else "auto",
+            strategy=Processes() if several else "auto",
             accumulate_grad_batches=settings.accumulate,
             sync_batchnorm=settings.norm == "sync",
             devices=devices,
@@ -62,7 +68,7 @@ def make_trainer(
             deterministic=settings.deterministic,
             callbacks=callbacks,
             logger=logger,
-            plugins=[VerifiedCheckpoints()],
+            plugins=[VerifiedCheckpoints(None if several else resumed)],
             num_sanity_val_steps=0,
             use_distributed_sampler=False,  # our sampler slices by rank itself
             enable_checkpointing=any(isinstance(callback, Checkpoints) for callback in callbacks),

@@ -248,7 +248,7 @@ def test_yaml_of_strangers_is_data(name):
     run.mkdir(parents=True)
     (run / "config.yaml").write_text(YAMLS[name])
     (run / "last.ckpt").touch()
-    assert find_run("auto", {"seed": 0}, None, Path("runs")) is None
+    assert find_run({"seed": 0, "resume": "auto"}, Path("new"), Path("runs")) == Path("new")
     with pytest.raises(UsageError, match=r"config.yaml is not the recipe of a run"):
         open_run(run, {"resume": "auto", "resume_force": False})
     with pytest.raises(SegdeconvError):

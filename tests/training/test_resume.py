@@ -1,5 +1,6 @@
 """A run: learning, and going on to the bit after it was stopped anywhere."""
 
+import gc
 import hashlib
 import signal
 from pathlib import Path
@@ -13,6 +14,7 @@ from segdeconv import config
 from segdeconv.checkpoints import checkpoint
 from segdeconv.errors import DivergedError, Interrupted, UsageError
 from segdeconv.train import train
+from segdeconv.training import config_check
 from segdeconv.training.callbacks import MetricsFile
 from segdeconv.training.lightning_internals import canonical_loops
 from segdeconv.training.resume import find_run, usable_checkpoint
@@ -33,10 +35,10 @@ ARGUMENTS = (
 )
 
 
-def run(folder, *arguments, resume=None):
+def run(folder, *arguments, resume=None, runs=None):
     given = dict(argument.split("=", 1) for argument in (*ARGUMENTS, *arguments))
     recipe, _ = config.compose([f"{key}={value}" for key, value in given.items()], ROOT / "configs")
-    train({**recipe, "resume": resume}, folder)
+    train({**recipe, "resume": resume}, folder, runs=runs)
 
 
 def digest(folder):
@@ -176,12 +178,40 @@ def test_a_run_that_failed_before_it_learnt_anything_does_not_block_its_folder(t
 def test_a_damaged_last_checkpoint_is_named_and_the_one_before_it_used(tmp_path, capsys):
     run(tmp_path)
     (tmp_path / "last.ckpt").write_bytes(b"cut short")
-    assert usable_checkpoint(tmp_path) == tmp_path / "previous.ckpt"
+    assert usable_checkpoint(tmp_path).path == tmp_path / "previous.ckpt"
     assert "passed over: " in capsys.readouterr().out
 
 
+def test_a_resumed_run_reads_and_checks_once_and_holds_nothing_of_it(tmp_path, monkeypatch):
+    run(tmp_path, "max_time=0s")
+    last, calls = tmp_path / "last.ckpt", []
+
+    def counted(place, name):
+        real = getattr(place, name)
+
+        def call(path, *arguments, **settings):
+            if name == "check_recipe" or path == last:
+                calls.append(name)
+            return real(path, *arguments, **settings)
+
+        monkeypatch.setattr(place, name, call)
+
+    counted(checkpoint, "hash_file")
+    counted(torch, "load")
+    counted(config_check, "check_recipe")
+    ask = Stopping.on_train_batch_end
+
+    def held(self, trainer, *arguments):
+        assert not [item for item in gc.get_objects() if type(item) is checkpoint.Checkpoint]
+        ask(self, trainer, *arguments)
+
+    monkeypatch.setattr(Stopping, "on_train_batch_end", held)
+    run(tmp_path, resume="auto")
+    assert calls == ["check_recipe", "hash_file", "load"]
+
+
 def test_resume_auto_finds_the_newest_unfinished_run_of_the_same_recipe(tmp_path):
-    recipe = {"seed": 0, "resume": "auto"}
+    recipe, new = {"seed": 0, "resume": "auto"}, Path("new")
     for name, seed, finished in (("1", 0, False), ("2", 0, False), ("3", 1, False), ("4", 0, True)):
         folder = tmp_path / name
         folder.mkdir()
@@ -189,10 +219,13 @@ def test_resume_auto_finds_the_newest_unfinished_run_of_the_same_recipe(tmp_path
         (folder / "last.ckpt").touch()
         if finished:
             (folder / "report.json").write_text("{}")
-    assert find_run("auto", recipe, None, tmp_path) == tmp_path / "2"
-    assert find_run(str(tmp_path / "1" / "last.ckpt"), recipe, None, tmp_path) == tmp_path / "1"
+    assert find_run(recipe, new, tmp_path) == tmp_path / "2"
+    assert find_run(recipe, new, None) == new
+    assert find_run({**recipe, "resume": None}, new, tmp_path) == new
+    assert find_run({**recipe, "seed": 9}, new, tmp_path) == new
+    assert find_run({**recipe, "resume": str(tmp_path / "1" / "last.ckpt")}, new, tmp_path) == tmp_path / "1"
     with pytest.raises(UsageError, match="is no run - give resume=auto or a folder"):
-        find_run(str(tmp_path / "9"), recipe, None, tmp_path)
+        find_run({**recipe, "resume": str(tmp_path / "9")}, new, tmp_path)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_its_step_and_files(tmp_path):

@@ -162,8 +162,8 @@ def test_time_that_is_over_saves_reports_and_can_be_gone_on_from_to_the_same_bit
     assert "max_time is over at step 1, saved in" in said
     assert json.loads((tmp_path / "cut" / "report.json").read_text())["complete"] is False
     assert not finished(tmp_path / "cut")
-    checked = {"seed": 0}
-    assert find_run("auto", checked, None, tmp_path) is None  # another recipe
+    checked = {"seed": 0, "resume": "auto"}
+    assert find_run(checked, tmp_path / "new", tmp_path) == tmp_path / "new"  # another recipe
     train({**recipe(), "resume": "auto", "max_time": "1h"}, tmp_path / "cut")
     assert finished(tmp_path / "cut")
     one, other = state(tmp_path / "undisturbed"), state(tmp_path / "cut")
