@@ -24,6 +24,14 @@ from segdeconv.errors import UsageError, did_you_mean
 TARGET = "_target_"
 Node = dict[str, Any]
 
+# Classes that have moved: the names that recipes written before have for them, which are read as those of now.
+RENAMED = {"segdeconv.loggers.TensorBoard": "segdeconv.training.loggers.TensorBoard"}
+
+
+def current(value: Any) -> Any:
+    """A value of a recipe, and for the former name of a class the one that it has now."""
+    return RENAMED.get(value, value) if isinstance(value, str) else value
+
 
 def targets(recipe: Any) -> Iterator[str]:
     """Every `_target_` anywhere in a recipe, whatever its type."""
@@ -39,7 +47,7 @@ def targets(recipe: Any) -> Iterator[str]:
 
 def locate(node: Mapping[str, Any], where: str) -> Callable[..., Any]:
     """Import what a node's `_target_` names. Only for nodes that the user typed, or that were found admissible."""
-    name = node.get(TARGET)
+    name = current(node.get(TARGET))
     if not isinstance(name, str) or "." not in name:
         group = where.partition(".")[0]
         raise UsageError(f"{where}.{TARGET} is {name!r} - give the dotted name of a class, as in configs/{group}")
@@ -79,14 +87,13 @@ def check(
             if name not in given and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
         }
         hints |= _hints(schema)
-    checked: Node = {TARGET: node[TARGET]} if TARGET in node else {}
     for name in node:
         if name in given or (name != TARGET and name not in parameters and not takes_any):
             way_out = did_you_mean(str(name), parameters)
             if not str(node.get(TARGET, "segdeconv.")).startswith("segdeconv."):
                 way_out += f". {node[TARGET]} takes no {name}: if a YAML file sets it, take it out with ~{prefix}{name}"
             raise UsageError(f"there is no key {prefix}{name} - {way_out}")
-    checked |= {name: value for name, value in node.items() if name not in parameters}
+    checked = {name: current(value) for name, value in node.items() if name not in parameters}
     for name, parameter in parameters.items():
         if name in node:
             checked[name] = _typed(node[name], hints.get(name, Any), f"{prefix}{name}")

@@ -13,6 +13,7 @@ import yaml
 from segdeconv.checkpoints import checkpoint
 from segdeconv.checkpoints.checkpoint import Checkpoint
 from segdeconv.classes import Classes
+from segdeconv.config import current
 from segdeconv.errors import CheckpointError, UsageError
 from segdeconv.system.devices import machine
 from segdeconv.system.files import replace_text
@@ -169,4 +170,4 @@ def differing_keys(before: Any, now: Any, where: str = "") -> list[str]:
             for name in keys
             for key in differing_keys(before.get(name), now.get(name), f"{where}.{name}" if where else str(name))
         ]
-    return [] if before == now else [where]
+    return [] if current(before) == current(now) else [where]

@@ -17,7 +17,7 @@ from segdeconv.checkpoints import checkpoint
 from segdeconv.errors import UsageError
 from segdeconv.train import train
 from segdeconv.training.config_check import check_logger, check_recipe
-from segdeconv.training.loggers import build_logger, show_configuration
+from segdeconv.training.loggers import TensorBoard, build_logger, show_configuration
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPE = {
@@ -85,6 +85,15 @@ def test_a_logger_gets_scalars_pictures_and_the_recipe(recorded):
     assert recorded.parameters["model"]["stages"] == [[4], [8]]
     assert recorded.parameters["run"] == str(recorded.run)
     assert not {"logger", "resume"} & set(recorded.parameters)
+
+
+@pytest.mark.parametrize("name", ["segdeconv.loggers.TensorBoard", "segdeconv.training.loggers.TensorBoard"])
+def test_the_former_name_of_the_logger_is_read_as_that_of_now(tmp_path, name):
+    node = config.compose([f"logger._target_={name}"], CONFIGS)[0]["logger"]
+    assert node["_target_"] == name
+    checked = check_logger(node)
+    assert checked == {"_target_": "segdeconv.training.loggers.TensorBoard"}
+    assert type(build_logger(node, tmp_path)) is type(build_logger(checked, tmp_path)) is TensorBoard
 
 
 def test_no_other_logger_writes_beside_the_chosen_one(recorded):

@@ -17,7 +17,7 @@ from segdeconv.train import train
 from segdeconv.training import config_check
 from segdeconv.training.callbacks import MetricsFile
 from segdeconv.training.lightning_internals import canonical_loops
-from segdeconv.training.resume import find_run, usable_checkpoint
+from segdeconv.training.resume import differing_keys, find_run, usable_checkpoint
 from segdeconv.training.stopping import Stopping
 
 ROOT = Path(__file__).parents[2]
@@ -180,6 +180,32 @@ def test_a_damaged_last_checkpoint_is_named_and_the_one_before_it_used(tmp_path,
     (tmp_path / "last.ckpt").write_bytes(b"cut short")
     assert usable_checkpoint(tmp_path).path == tmp_path / "previous.ckpt"
     assert "passed over: " in capsys.readouterr().out
+
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "config-before-packages.yaml"
+
+
+def test_a_run_of_the_version_before_is_found_and_goes_on(tmp_path, undisturbed):
+    """Its config.yaml names the TensorBoard logger as it was called then."""
+    text = GOLDEN.read_text()
+    assert "_target_: segdeconv.loggers.TensorBoard" in text
+    run(tmp_path / "old", "max_time=0s")
+    (tmp_path / "old" / "config.yaml").write_text(text)
+    run(tmp_path / "new", resume="auto", runs=tmp_path)
+    assert not (tmp_path / "new").exists()
+    assert digest(tmp_path / "old") == undisturbed
+    now = yaml.safe_load((tmp_path / "old" / "config.yaml").read_text())
+    assert now["logger"] == {"_target_": "segdeconv.training.loggers.TensorBoard"}
+    before = yaml.safe_load(text)
+    assert {key for key in now if now[key] != before[key]} == {"logger", "resume"}
+    train(before, tmp_path / "again", runs=None)  # and as a recipe from Python
+    assert digest(tmp_path / "again") == undisturbed
+
+
+def test_the_former_name_of_a_class_is_no_difference():
+    old, new = ({"x": {"_target_": f"segdeconv.{place}loggers.TensorBoard"}} for place in ("", "training."))
+    assert differing_keys(old, new) == []
+    assert differing_keys(old, {"x": {"_target_": "mine.Logger"}}) == ["x._target_"]
 
 
 def test_a_resumed_run_reads_and_checks_once_and_holds_nothing_of_it(tmp_path, monkeypatch):
