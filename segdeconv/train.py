@@ -79,7 +79,7 @@ def train(recipe: Mapping[str, Any], run: str | Path, *, runs: Path | None = Non
     shown = [Pictures(made.data.val), curves_of_switches, Progress(recorder, waiting), Watch(waiting)]
     callbacks = [waiting, *shown, stopping, checkpoints, recorder]
     trainer = make_trainer(run, callbacks, logger, settings, resumed)
-    kept = {name: node for name, node in recipe.items() if name not in loggers.NOT_LEARNT}
+    kept = {name: node for name, node in recipe.items() if name not in resume.HARMLESS}
     task = SegmentationTask(
         made.model,
         made.loss,

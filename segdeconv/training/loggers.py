@@ -15,14 +15,7 @@ from pytorch_lightning.loggers import Logger, MLFlowLogger, TensorBoardLogger, W
 
 from segdeconv.config import TARGET, build, locate
 from segdeconv.errors import UsageError
-
-# Whoever chooses a logger sends it a run, and not reports about himself to its maker.
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-
-
-# Keys of a recipe that say where a run is shown and how it was started: no part of what it learns.
-NOT_LEARNT = ("logger", "resume", "resume_force", "max_time")
+from segdeconv.training.resume import learnt
 
 
 class TensorBoard(TensorBoardLogger):
@@ -40,6 +33,9 @@ def build_logger(node: Mapping[str, Any], run: Path) -> Logger | Literal[False]:
     if not node:
         return False
     supplied = {"save_dir": str(run)} if "save_dir" in inspect.signature(locate(node, "logger")).parameters else {}
+    # Whoever chooses a logger sends it a run, and not reports about himself to its maker.
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     try:
         logger: Logger = build(node, "logger", **supplied)
     except ModuleNotFoundError as error:
@@ -56,13 +52,11 @@ def show_configuration(logger: Logger | Literal[False], recipe: Mapping[str, Any
     if not logger:
         return
     text = yaml.safe_dump(dict(recipe), sort_keys=False)
-    # These may differ when a run goes on, and MLflow refuses to change a parameter.
-    parameters = {"run": str(run)} | {key: value for key, value in recipe.items() if key not in NOT_LEARNT}
     try:
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.add_text("configuration", f"```yaml\n{text}```")
         else:
-            logger.log_hyperparams(parameters)
+            logger.log_hyperparams({"run": str(run)} | learnt(recipe))
         if isinstance(logger, MLFlowLogger):  # whose parameters are cut at 250 characters
             logger.experiment.log_text(logger.run_id, text, "configuration.yaml")
     except Exception as error:

@@ -159,6 +159,15 @@ class AnyName(frozenset[str]):
         return True
 
 
+def learnt(node: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """A recipe without the keys that may differ; MLflow, for one, refuses to change a parameter when a run goes on."""
+    return {
+        name: learnt(value, f"{where}{name}.") if isinstance(value, Mapping) else value
+        for name, value in node.items()
+        if f"{where}{name}" not in HARMLESS
+    }
+
+
 def differing_keys(before: Any, now: Any, where: str = "") -> list[str]:
     """The keys in which two recipes differ, those that change nothing left out."""
     if where in HARMLESS:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import sqlite3
 import subprocess
 import sys
@@ -87,6 +88,13 @@ def test_a_logger_gets_scalars_pictures_and_the_recipe(recorded):
     assert not {"logger", "resume"} & set(recorded.parameters)
 
 
+def test_what_may_differ_when_a_run_goes_on_is_no_parameter(recorded):
+    """MLflow refuses to change a parameter, and a run may be resumed with more workers."""
+    assert not {"num_workers", "cache", "timeout"} & set(recorded.parameters["dataset"])
+    assert "recompute" not in recorded.parameters["trainer"]
+    assert {"batch_size", "size"} <= set(recorded.parameters["dataset"])
+
+
 @pytest.mark.parametrize("name", ["segdeconv.loggers.TensorBoard", "segdeconv.training.loggers.TensorBoard"])
 def test_the_former_name_of_the_logger_is_read_as_that_of_now(tmp_path, name):
     node = config.compose([f"logger._target_={name}"], CONFIGS)[0]["logger"]
@@ -94,6 +102,18 @@ def test_the_former_name_of_the_logger_is_read_as_that_of_now(tmp_path, name):
     checked = check_logger(node)
     assert checked == {"_target_": "segdeconv.training.loggers.TensorBoard"}
     assert type(build_logger(node, tmp_path)) is type(build_logger(checked, tmp_path)) is TensorBoard
+
+
+def test_no_environment_variable_is_set_before_a_logger_is_built():
+    probe = (
+        "import os; before = dict(os.environ); import segdeconv.training.loggers as loggers;"
+        "print([n for n in os.environ if n.startswith(('MLFLOW', 'WANDB')) and n not in before]);"
+        "loggers.build_logger({'_target_': 'segdeconv.training.loggers.TensorBoard'}, __import__('pathlib').Path('.'));"
+        "print(os.environ['MLFLOW_DISABLE_TELEMETRY'], os.environ['WANDB_ERROR_REPORTING'])"
+    )
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW", "WANDB"))}
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, env=kept)
+    assert done.stdout.split("\n")[:2] == ["[]", "true false"], done.stderr
 
 
 def test_no_other_logger_writes_beside_the_chosen_one(recorded):
