@@ -10,7 +10,6 @@ A network without unpooling has no stages, and one whose pools keep no switches 
 from __future__ import annotations
 
 import html
-import os
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ def main() -> int:
     """Parse, restore, draw each image and each layer."""
     parser = ArgumentParser("visualize.py", description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", help="a .ckpt that train.py wrote")
-    parser.add_argument("paths", nargs="*", metavar="PATH", help="pictures or folders; then key=value")
+    parser.add_argument("paths", nargs="*", metavar="PATH", help="pictures, folders, patterns, lists; then key=value")
     parser.add_argument("--out", type=Path, default=Path("visualized"), help="folder (default: visualized)")
     parser.add_argument("--only", default=KINDS, metavar="KIND,...", help=f"which sheets (default: {KINDS})")
     parser.add_argument("--images", type=int, default=3, help="how many images have sheets of their own (default 3)")
@@ -47,16 +46,18 @@ def main() -> int:
     for name in ("images", "num_maps", "search"):
         if getattr(arguments, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')}={getattr(arguments, name)} is too few - give 1 or more")
-    files = find_pictures([path for path in arguments.paths if not is_override(path)], arguments.out)
+    paths = [path for path in arguments.paths if not is_override(path)]
 
     from tqdm import tqdm
 
     from segdeconv.analysis.visualization import Visualizer, of_dataset, of_files
     from segdeconv.drawing import draw
     from segdeconv.evaluation.evaluate import restore_dataset
+    from segdeconv.inference.inputs import find_images
     from segdeconv.inference.predictors import PredictionSettings
     from segdeconv.inference.segmenter import Segmenter
 
+    files = find_images(paths, arguments.out, [f"_{kind}.png" for kind in kinds]) if paths else {}
     read = read_checkpoint(arguments.checkpoint, arguments.trust, overrides)
     names = read.classes.names
     if arguments.label is not None and arguments.label not in names:
@@ -120,28 +121,6 @@ def numbers(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
         raise UsageError(f"--maps {text} is no list of numbers - give for example --maps 0,5,9") from error
-
-
-def find_pictures(paths: list[str], out: Path) -> dict[str, Path]:
-    """The pictures that the arguments mean, folders with their sub-folders, by the names of their sheets."""
-    from segdeconv.data.files.reading import SUFFIXES
-
-    found: dict[str, Path] = {}
-    for argument in paths:
-        path = Path(argument)
-        if not path.exists():
-            raise UsageError(f"there is no {argument} - give pictures or folders")
-        if os.path.realpath(out) in (os.path.realpath(path), os.path.realpath(path.parent)):
-            raise UsageError(f"--out {out} is the folder of the images, which would mix both - choose another")
-        inside = sorted(path.rglob("*")) if path.is_dir() else [path]
-        files = [file for file in inside if file.suffix.lower() in SUFFIXES or file == path]
-        if not files:
-            raise UsageError(f"{path} holds no picture - the suffixes are {', '.join(sorted(SUFFIXES))}")
-        for file in files:
-            name = file.relative_to(path).with_suffix("").as_posix() if path.is_dir() else file.stem
-            if found.setdefault(name, file) != file:
-                raise UsageError(f"{file} and {found[name]} would both become {name} - give them in two commands")
-    return found
 
 
 if __name__ == "__main__":

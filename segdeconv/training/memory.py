@@ -36,10 +36,6 @@ class Memory:
         """Of a batch."""
         return self.weights + batch_size * self.image
 
-    def largest_batch(self, available: int) -> int:
-        """How many images fit into so many bytes."""
-        return max(0, (available - self.weights) // max(1, self.image))
-
 
 @contextmanager
 def memory_in_words(batch_size: int) -> Iterator[None]:
@@ -96,12 +92,8 @@ def _kept(model: SegmentationModel, loss: nn.Module, images: int, side: int, pre
     image = torch.zeros(images, model.in_channels, side, side).contiguous(memory_format=torch.channels_last)
     mask = torch.zeros(images, side, side, dtype=torch.int64)
     try:
-        with autocast(precision, torch.device("cpu")), saved_tensors_hooks(pack, _unpack):
+        with autocast(precision, torch.device("cpu")), saved_tensors_hooks(pack, lambda tensor: tensor):
             loss_sums(loss, model.supervised(image), mask)
     finally:
         model.train(training)
     return sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in own)
-
-
-def _unpack(tensor: Tensor) -> Tensor:
-    return tensor

@@ -72,17 +72,11 @@ def best_rate(tried: list[Rate]) -> float:
     """Where the smoothed loss falls fastest, per factor of learning rate, before it is lowest."""
     lowest = min(range(len(tried)), key=lambda place: tried[place].smoothed)
     width = max(2, len(tried) // 20)
-    places = range(width, max(width + 1, lowest - width + 1))
-    return min(
-        (tried[place] for place in places if place + width < len(tried)),
-        key=lambda rate: _slope(tried, rate, width),
-        default=tried[lowest],
-    ).lr
-
-
-def _slope(tried: list[Rate], rate: Rate, width: int) -> float:
-    place = tried.index(rate)
-    return tried[place + width].smoothed - tried[place - width].smoothed
+    places = range(width, min(max(width + 1, lowest - width + 1), len(tried) - width))
+    steepest = min(
+        places, key=lambda place: tried[place + width].smoothed - tried[place - width].smoothed, default=lowest
+    )
+    return tried[steepest].lr
 
 
 class Fit(NamedTuple):

@@ -94,7 +94,7 @@ def test_visualize_takes_pictures_a_class_and_units_by_number(trained, commands,
 
 
 @pytest.mark.parametrize(("words", "sentence"), [
-    (["nowhere"], "there is no nowhere - give pictures or folders"),
+    (["nowhere"], "there is no nowhere - give pictures, folders, or a pattern"),
     (["--only", "flows"], "--only flows is no kind of sheet - did you mean 'flow'"),
     (["--class", "rin"], "--class rin is no class of"),
     (["--only", "units", "--layers", "encoder.stage.0"], "the network has no layer 'encoder.stage.0' - did you mean"),
