@@ -31,25 +31,18 @@ class DataModule(LightningDataModule):
         epoch, steps = divmod(self._run.global_step, math.ceil(batches / accumulate))
         return epoch, steps * accumulate
 
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """What both loaders are told: whose batches, how large, and made by whom."""
+        ranks = {"rank": self._run.global_rank, "world_size": self._run.world_size}
+        return {"batch_size": self.pipeline.batch_size, **ranks, **self.pipeline.workers}
+
     def train_dataloader(self) -> DataLoader[Any]:
-        return training_loader(
-            self.pipeline.samples,
-            batch_size=self.pipeline.batch_size,
-            seed=self.pipeline.seed,
-            position=self._position,
-            rank=self._run.global_rank,
-            world_size=self._run.world_size,
-            **self.pipeline.workers,
-        )
+        pipeline = self.pipeline
+        return training_loader(pipeline.samples, seed=pipeline.seed, position=self._position, **self._settings)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return evaluation_loader(self.pipeline.val_samples, **self._settings)
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         return for_network(batch, self.pipeline.preprocessing)
-
-    def val_dataloader(self) -> DataLoader[Any]:
-        return evaluation_loader(
-            self.pipeline.val_samples,
-            batch_size=self.pipeline.batch_size,
-            rank=self._run.global_rank,
-            world_size=self._run.world_size,
-            **self.pipeline.workers,
-        )

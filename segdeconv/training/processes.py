@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from segdeconv.errors import Interrupted
+
 if TYPE_CHECKING:
     from pytorch_lightning import Trainer
 
@@ -17,6 +19,12 @@ STOP_SIGNALS: dict[int, int] = {
     for name, code in (("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 143))
     if hasattr(signal, name)  # Windows has no SIGHUP
 }
+GO_ON = "go on with the same command and resume=auto"
+
+
+def interrupted(number: int, saved: str = "") -> Interrupted:
+    """The end of a run that a signal stopped. saved: at which step and where, if anything was."""
+    return Interrupted(f"stopped by {signal.Signals(number).name}{saved} - {GO_ON}", STOP_SIGNALS[number])
 
 
 def launched_from_outside() -> bool:

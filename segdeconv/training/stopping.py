@@ -12,9 +12,9 @@ from typing import Any
 
 from pytorch_lightning import Callback, Trainer
 
-from segdeconv.errors import Interrupted, TimeUp
+from segdeconv.errors import TimeUp
 from segdeconv.training.checkpointing import Checkpoints
-from segdeconv.training.processes import STOP_SIGNALS, agreed
+from segdeconv.training.processes import GO_ON, STOP_SIGNALS, agreed, interrupted
 
 TIME_IS_UP = 1000  # beside the numbers of signals
 
@@ -93,18 +93,15 @@ class Stopping(Callback):
         return agreed(trainer, self.received or (TIME_IS_UP if late else 0))
 
     def _leave(self, reason: int, step: int) -> None:
-        saved = f"at step {step}, saved in {self.checkpoints.last_path} - go on with the same command and resume=auto"
+        saved = f" at step {step}, saved in {self.checkpoints.last_path}"
         if reason == TIME_IS_UP:
-            raise TimeUp(f"max_time is over {saved}")
-        raise Interrupted(f"stopped by {signal.Signals(reason).name} {saved}", STOP_SIGNALS[reason])
+            raise TimeUp(f"max_time is over{saved} - {GO_ON}")
+        raise interrupted(reason, saved)
 
     def leave_if_asked(self) -> None:
         """Outside of training, where there is nothing new to save."""
         if self.received:
-            raise Interrupted(
-                f"stopped by {signal.Signals(self.received).name} - go on with the same command and resume=auto",
-                STOP_SIGNALS[self.received],
-            )
+            raise interrupted(self.received)
 
     def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         self.listen_no_more()

@@ -24,7 +24,7 @@ from segdeconv.errors import Interrupted, UsageError, raised_elsewhere
 from segdeconv.system.devices import fast_precision
 from segdeconv.training.checkpointing import Checkpoints, VerifiedCheckpoints
 from segdeconv.training.lightning_internals import Processes, quieten, spawning_launcher
-from segdeconv.training.processes import STOP_SIGNALS
+from segdeconv.training.processes import STOP_SIGNALS, interrupted
 from segdeconv.training.settings import TrainerSettings
 
 
@@ -108,28 +108,23 @@ def fit(trainer: Trainer, task: LightningModule, data: LightningDataModule, *, r
         with _signals_passed_on(launcher.kill) as received:
             trainer.fit(task, datamodule=data, ckpt_path=resumed, weights_only=True)
         if received:
-            raise _stopped(received[0])
+            raise interrupted(received[0])
     except ProcessRaisedException as error:
         said = raised_elsewhere(str(error))
         if isinstance(said, Interrupted) and received:
             said.exit_code = STOP_SIGNALS[received[0]]
         if said is None and received:  # before it could answer to a signal, or of the same one
-            raise _stopped(received[0]) from None
+            raise interrupted(received[0]) from None
         if said is None:
             raise
         raise said from None
     except ProcessExitedException as error:
         if received:  # before it could answer to a signal
-            raise _stopped(received[0]) from None
+            raise interrupted(received[0]) from None
         raise UsageError(
             f"a training process was ended from outside ({error}) - if the machine's memory ran out, lower "
             "dataset.batch_size; go on with the same command and resume=auto"
         ) from None
-
-
-def _stopped(number: int) -> Interrupted:
-    name = signal.Signals(number).name
-    return Interrupted(f"stopped by {name} - go on with the same command and resume=auto", STOP_SIGNALS[number])
 
 
 @contextmanager
