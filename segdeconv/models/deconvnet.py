@@ -92,21 +92,19 @@ class DeconvNet(SegmentationModel):
         self._init(norm)
         if state is not None:
             load_vgg(self.encoder, state, source=pretrained)
-            load_fully_connected(self.fc6.conv, state, "classifier.0")
-            load_fully_connected(self.fc7.conv, state, "classifier.3")
+            load_fully_connected(self.fc6.conv, self.fc7.conv, state)
 
     def _init(self, norm: bool) -> None:
         """The training files' fillers; without batch norm He's, since 0.01 lets nothing through 15 layers without it.
 
         fc6 and fc7 had VGG's weights and no filler there; ours start as the encoder does.
         """
-        init_he(self.fc6)
-        init_he(self.fc7)
-        for part in (self.fc6_deconv, self.decoder, self.classifier):
-            if norm:
-                init_gaussian(part, std=0.01)
-            else:
-                init_he(part)
+        init_he(self.fc6, self.fc7)
+        deconvolutions = (self.fc6_deconv, self.decoder, self.classifier)
+        if norm:
+            init_gaussian(*deconvolutions, std=0.01)
+        else:
+            init_he(*deconvolutions)
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d):
                 nn.init.constant_(module.bias, 0.001)

@@ -64,8 +64,7 @@ class DeepLabLargeFOV(SegmentationModel):
         self.fc7 = ConvBlock(fc_width, fc_width, kernel=1, norm=norm)
         self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Conv2d(fc_width, num_classes, 1)
-        init_he(self.fc6)
-        init_he(self.fc7)
+        init_he(self.fc6, self.fc7)
         init_gaussian(self.classifier, std=0.01)
         if state is not None:
             load_vgg(self.encoder, state, source=pretrained)

@@ -88,12 +88,10 @@ class FCN(SegmentationModel):
             {name: Enlarge(num_classes, 2, padding=padding, learnt=learnt != "none") for name in SKIPS[stride]}
         )
         self.upscore = Enlarge(num_classes, stride, padding=padding, learnt=learnt == "all")
-        init_he(self.fc6)
-        init_he(self.fc7)
+        init_he(self.fc6, self.fc7)
         if state is not None:
             load_vgg(self.encoder, state, source=pretrained)
-            load_fully_connected(self.fc6.conv, state, "classifier.0")
-            load_fully_connected(self.fc7.conv, state, "classifier.3")
+            load_fully_connected(self.fc6.conv, self.fc7.conv, state)
 
     def forward(self, image: Tensor) -> Tensor:
         size = image.shape[-2:]

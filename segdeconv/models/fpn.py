@@ -28,7 +28,6 @@ from torch import Tensor, nn
 
 from segdeconv.errors import UsageError
 from segdeconv.models.base import SegmentationModel
-from segdeconv.models.encoders import Encoder
 from segdeconv.models.layers import cut, init_he
 from segdeconv.models.vgg import vgg_encoder
 
@@ -36,8 +35,7 @@ from segdeconv.models.vgg import vgg_encoder
 class FPN(SegmentationModel):
     """A feature pyramid on a VGG encoder, with one fully convolutional head shared by its levels.
 
-    depth, width, pretrained, norm: see `vgg_encoder`. stages: a table of your own in place of VGG's, the output
-        channels of every convolution, stage by stage; depth, width and pretrained then say nothing.
+    depth, width, pretrained, norm, stages: see `vgg_encoder`.
     num_levels: how many of the deepest pooled maps the pyramid has.
     channels: of the pyramid; the head has half as many.
     supervise_levels: train the logits of every level too, each enlarged to the image. The loss is then the mean over
@@ -75,10 +73,8 @@ class FPN(SegmentationModel):
     ) -> None:
         super().__init__(num_classes, in_channels=in_channels)
         self.supervise_levels = supervise_levels
-        self.encoder = (
-            Encoder(tuple(map(tuple, stages)), in_channels=in_channels, norm=norm)
-            if stages
-            else vgg_encoder(depth, in_channels=in_channels, norm=norm, width=width, pretrained=pretrained)
+        self.encoder = vgg_encoder(
+            depth, in_channels=in_channels, norm=norm, width=width, pretrained=pretrained, stages=stages
         )
         num_stages = len(self.encoder.channels)
         if num_levels > num_stages:
@@ -101,8 +97,7 @@ class FPN(SegmentationModel):
                 classifier=nn.Conv2d(inner, num_classes, 1),
             )
         )
-        for part in (self.laterals, self.smooths, self.head):
-            init_he(part)
+        init_he(self.laterals, self.smooths, self.head)
 
     def forward(self, image: Tensor) -> Tensor:
         return self.combine(self.levels(image), image)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, TypeVar
 
 import torch
@@ -225,7 +225,7 @@ class TiedDeconv(nn.Module):
         return deconv
 
 
-def init_he(network: nn.Module) -> None:
+def init_he(*parts: nn.Module) -> None:
     """Gaussian weights of standard deviation sqrt(2 / fan_in), zero biases: Caffe's `msra` filler.
 
     fan_in is how many products are summed into one output. A transposed convolution has its inputs in dimension 0 of
@@ -233,18 +233,22 @@ def init_he(network: nn.Module) -> None:
 
     He et al. 2015, section 2.2, https://arxiv.org/abs/1502.01852; what SegNet's training files ask for.
     """
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
-            mode: Literal["fan_in", "fan_out"] = "fan_out" if isinstance(module, nn.ConvTranspose2d) else "fan_in"
-            nn.init.kaiming_normal_(module.weight, mode=mode, nonlinearity="relu")
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+    for layer in _with_zero_biases(parts):
+        mode: Literal["fan_in", "fan_out"] = "fan_out" if isinstance(layer, nn.ConvTranspose2d) else "fan_in"
+        nn.init.kaiming_normal_(layer.weight, mode=mode, nonlinearity="relu")
 
 
-def init_gaussian(network: nn.Module, std: float) -> None:
+def init_gaussian(*parts: nn.Module, std: float) -> None:
     """Gaussian weights of one standard deviation, zero biases: Caffe's `gaussian` filler, for DeconvNet's decoder."""
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
-            nn.init.normal_(module.weight, std=std)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+    for layer in _with_zero_biases(parts):
+        nn.init.normal_(layer.weight, std=std)
+
+
+def _with_zero_biases(parts: Iterable[nn.Module]) -> Iterator[nn.Conv2d | nn.ConvTranspose2d]:
+    """The convolutions of all parts, in order, each once its bias is set to zero."""
+    for part in parts:
+        for layer in part.modules():
+            if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+                yield layer

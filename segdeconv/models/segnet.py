@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from segdeconv.models.base import SegmentationModel
 from segdeconv.models.dropout import DropoutAt, dropout_places
-from segdeconv.models.encoders import Encoder, Encoding, Stages, SwitchSource
+from segdeconv.models.encoders import Encoding, Stages, SwitchSource
 from segdeconv.models.layers import ConvBlock, Dropouts, UnpoolStage, init_he
 from segdeconv.models.vgg import vgg_encoder
 
@@ -29,9 +29,8 @@ class SegNet(SegmentationModel):
     Differences from the paper, both choices of ours: switches are taken before the ReLU unless
     `switch_source=post_relu`, and batch norm keeps running averages instead of a second pass over the training set.
 
-    depth, width, pretrained: see `vgg_encoder`. stages: a table of your own in place of VGG's, the output channels of
-    every convolution, stage by stage; depth, width and pretrained then say nothing. dropout: the probability of it at
-    the places that `dropout_at` names, see `dropout_places`; `central` makes this Bayesian SegNet.
+    depth, width, pretrained, stages: see `vgg_encoder`. dropout: the probability of it at the places that `dropout_at`
+    names, see `dropout_places`; `central` makes this Bayesian SegNet.
     packed_switches: see `Encoder`.
 
     >>> import torch
@@ -55,16 +54,9 @@ class SegNet(SegmentationModel):
         packed_switches: bool = False,
     ) -> None:
         super().__init__(num_classes, in_channels=in_channels)
-        self.encoder = (
-            Encoder(
-                tuple(map(tuple, stages)), in_channels=in_channels, norm=norm, switch_source=switch_source,
-                packed_switches=packed_switches,
-            )
-            if stages
-            else vgg_encoder(
-                depth, in_channels=in_channels, norm=norm, width=width, pretrained=pretrained,
-                switch_source=switch_source, packed_switches=packed_switches,
-            )
+        self.encoder = vgg_encoder(
+            depth, in_channels=in_channels, norm=norm, width=width, pretrained=pretrained, stages=stages,
+            switch_source=switch_source, packed_switches=packed_switches,
         )  # fmt: skip
         self.decoder = SegNetDecoder(self.encoder.channels, num_classes, norm=norm)
         dropouts = Dropouts(dropout_places(dropout_at, len(self.encoder.channels)), dropout)

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from segdeconv.models.activation_checkpointing import Recomputable
 from segdeconv.models.base import SegmentationModel
-from segdeconv.models.encoders import Encoder
 from segdeconv.models.layers import ConvBlock, cut, init_he
 from segdeconv.models.vgg import vgg_encoder
 
@@ -32,9 +31,8 @@ from segdeconv.models.vgg import vgg_encoder
 class UNet(SegmentationModel):
     """U-Net on a VGG encoder, whose five stages are the five levels of the paper's figure.
 
-    depth, width, pretrained: see `vgg_encoder`. stages: a table of your own in place of VGG's, the output channels of
-    every convolution, stage by stage; [[64,64],[128,128],[256,256],[512,512],[1024,1024]] is the paper's network of 23
-    convolutions. depth, width and pretrained then say nothing.
+    depth, width, pretrained, stages: see `vgg_encoder`. With [[64,64],[128,128],[256,256],[512,512],[1024,1024]] as
+    stages this is the paper's network of 23 convolutions.
     norm: batch norm after every 3x3 convolution; false for the paper's.
     dropout: at the end of the two deepest stages of the encoder, before the copy.
 
@@ -59,13 +57,9 @@ class UNet(SegmentationModel):
     ) -> None:
         super().__init__(num_classes, in_channels=in_channels)
         # Rectified before the pool, since it is the maps before the pools that are copied.
-        self.encoder = (
-            Encoder(tuple(map(tuple, stages)), in_channels=in_channels, norm=norm, switch_source="post_relu")
-            if stages
-            else vgg_encoder(
-                depth, in_channels=in_channels, norm=norm, width=width, pretrained=pretrained,
-                switch_source="post_relu",
-            )
+        self.encoder = vgg_encoder(
+            depth, in_channels=in_channels, norm=norm, width=width, pretrained=pretrained, stages=stages,
+            switch_source="post_relu",
         )  # fmt: skip
         self.dropout = nn.Dropout(dropout)
         outputs = [stage[-1] for stage in self.encoder.channels]
@@ -74,8 +68,7 @@ class UNet(SegmentationModel):
             self.ups.append(nn.Sequential(nn.ConvTranspose2d(below, here, 2, stride=2), nn.ReLU(inplace=True)))
             self.decoder.append(JoinedStage(ConvBlock(2 * here, here, norm=norm), ConvBlock(here, here, norm=norm)))
         self.classifier = nn.Conv2d(outputs[0], num_classes, 1)
-        for part in (self.ups, self.decoder, self.classifier):
-            init_he(part)
+        init_he(self.ups, self.decoder, self.classifier)
 
     def forward(self, image: Tensor) -> Tensor:
         x = image

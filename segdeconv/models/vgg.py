@@ -33,6 +33,7 @@ def vgg_encoder(
     norm: bool = True,
     width: float = 1.0,
     pretrained: str = "none",
+    stages: Stages | None = None,
     dilations: tuple[int, ...] | None = None,
     switch_source: SwitchSource = "pre_relu",
     packed_switches: bool = False,
@@ -44,11 +45,16 @@ def vgg_encoder(
     pretrained: `none`; `imagenet` (torchvision's weights of the same form, downloaded and checked by hash);
         `imagenet_plain` (the weights of the VGG without batch norm, also into an encoder with it: new norm layers
         after trained convolutions, as SegNet and DeconvNet started); or the path of a torchvision VGG file.
+    stages: a table of your own in place of VGG's, the output channels of every convolution, stage by stage; depth,
+        width and pretrained then say nothing.
     dilations, switch_source, packed_switches: see `Encoder`.
     """
-    stages = tuple(tuple(max(1, round(channels * width)) for channels in stage) for stage in VGG_STAGES[depth])
+    if stages:
+        table, pretrained = tuple(map(tuple, stages)), "none"
+    else:
+        table = tuple(tuple(max(1, round(channels * width)) for channels in stage) for stage in VGG_STAGES[depth])
     encoder = Encoder(
-        stages, in_channels=in_channels, norm=norm, dilations=dilations, switch_source=switch_source,
+        table, in_channels=in_channels, norm=norm, dilations=dilations, switch_source=switch_source,
         packed_switches=packed_switches,
     )  # fmt: skip
     state = vgg_weights(pretrained, depth=depth, norm=norm, width=width)
@@ -110,14 +116,15 @@ def load_vgg(encoder: Encoder, state: Mapping[str, Tensor], *, source: str) -> N
             block.norm.load_state_dict(norms[position])
 
 
-def load_fully_connected(convolution: nn.Conv2d, state: Mapping[str, Tensor], name: str) -> None:
-    """Copy VGG's fully connected layer into the convolution that it is, if it has the same number of weights.
+def load_fully_connected(fc6: nn.Conv2d, fc7: nn.Conv2d, state: Mapping[str, Tensor]) -> None:
+    """Copy VGG's fully connected layers into the convolutions that they are, each if the number of weights is the same.
 
-    name: `classifier.0` for fc6, `classifier.3` for fc7. torchvision flattens C, H, W in this order.
+    torchvision flattens C, H, W in this order.
     """
-    weight = state.get(f"{name}.weight")
-    if weight is not None and tuple(weight.shape) == tuple(convolution.weight.flatten(1).shape):
-        convolution.load_state_dict({"weight": weight.view_as(convolution.weight), "bias": state[f"{name}.bias"]})
+    for convolution, name in ((fc6, "classifier.0"), (fc7, "classifier.3")):
+        weight = state.get(f"{name}.weight")
+        if weight is not None and tuple(weight.shape) == tuple(convolution.weight.flatten(1).shape):
+            convolution.load_state_dict({"weight": weight.view_as(convolution.weight), "bias": state[f"{name}.bias"]})
 
 
 def adapt_channels(weight: Tensor, channels: int) -> Tensor:
