@@ -25,7 +25,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from segdeconv.analysis.switch_paths import unpack_like
 from segdeconv.errors import UsageError
 from segdeconv.evaluation.boundary import Boundaries
 from segdeconv.evaluation.evaluate import Evaluation, evaluate
@@ -67,7 +66,7 @@ def unpooling_by(
             return large[..., : size[0], : size[1]]
         other = torch.zeros_like(switches)
         if upsampling == "shuffled":
-            other = shuffled(unpack_like(Pooling(x, switches, size)), size, key(seed, "shuffled", here))
+            other = shuffled(Pooling(x, switches, size).codes, size, key(seed, "shuffled", here))
         return unpool(x, other, size)
 
     def replace(module: Unpool, given: Any, named: Any, output: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from segdeconv.analysis.decoder_stages import Building
-from segdeconv.analysis.switch_paths import path, sources, unpack_like, votes
+from segdeconv.analysis.switch_paths import path, sources, votes
 from segdeconv.analysis.switch_stability import Instability
 from segdeconv.analysis.switch_statistics import shares
 from segdeconv.analysis.unit_projection import METHODS, Method
@@ -60,7 +60,7 @@ def switches_sheet(name: str, image: np.ndarray, pooled: Sequence[Pooling], ties
     majority, single, charts = [], [], []
     top = max(max(shares(pooling)) for pooling in pooled)
     for level, (pooling, tied) in enumerate(zip(pooled, ties, strict=True), start=1):
-        codes = unpack_like(pooling)[0]
+        codes = pooling.codes[0]
         counts = votes(pooling)
         most, share = counts.argmax(dim=0), counts.amax(dim=0) / counts.sum(dim=0)
         strength = ((over_image(share, level, size) - 0.25) / 0.5).clip(0, 1)[..., None]

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from segdeconv.models.encoders import Encoder
 from segdeconv.switches.ops import Pooling
-from segdeconv.switches.packing import unpack
 
 # majority: the cell that wins in most channels of the window, of those whose maximum is above zero; where none is, of
 #     all channels. Of equals the first in reading order. (A channel with nothing above zero carries no value, and after
@@ -101,22 +100,16 @@ def winners(pooling: Pooling, *, rule: Rule = "majority", image: int = 0) -> Ten
     """(h, w) uint8: the cell, 0..3, of every window of one image that a rule names."""
     if rule == "strongest":
         strongest = pooling.features[image].argmax(dim=0, keepdim=True)
-        return unpack_like(pooling)[image].gather(0, strongest)[0]
+        return pooling.codes[image].gather(0, strongest)[0]
     return votes(pooling, image=image).argmax(dim=0).to(torch.uint8)
 
 
 def votes(pooling: Pooling, *, image: int = 0) -> Tensor:
     """(4, h, w) int64: in how many channels each cell of a window wins, of those whose maximum is above zero; where
     none is, of all."""
-    codes, counted = unpack_like(pooling)[image], pooling.features[image] > 0
+    codes, counted = pooling.codes[image], pooling.features[image] > 0
     counted = counted | ~counted.any(dim=0)
     return torch.stack([((codes == cell) & counted).sum(dim=0) for cell in range(4)])
-
-
-def unpack_like(pooling: Pooling) -> Tensor:
-    """(N, C, h, w) uint8, the switches one to a byte, however they are kept."""
-    features, codes = pooling.features, pooling.switches
-    return codes if codes.shape[1] == features.shape[1] else unpack(codes, features.shape[1])
 
 
 @contextmanager

@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from segdeconv.analysis.switch_paths import unpack_like
 from segdeconv.switches.ops import Pooling
 from segdeconv.system.seeding import key
 
@@ -107,7 +106,7 @@ def _over_windows(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 def won(pooling: Pooling) -> Tensor:
     """(N, C, H, W) bool: the cells, of the map that was pooled, which won their window."""
-    codes = unpack_like(pooling)
+    codes = pooling.codes
     rows, columns = (torch.arange(side, device=codes.device) % 2 for side in pooling.size)
     return _over_windows(codes, pooling.size) == (rows[:, None] * 2 + columns).to(torch.uint8)
 

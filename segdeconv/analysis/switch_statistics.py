@@ -10,19 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from segdeconv.analysis.switch_paths import unpack_like
 from segdeconv.switches import MaxPool, Pooling, max_pool
 
 
 def shares(pooling: Pooling) -> list[float]:
     """How often each of the four cells won, over all windows, channels and images: 0..1, the sum is 1."""
-    counts = torch.bincount(unpack_like(pooling).flatten().long(), minlength=4)
+    counts = torch.bincount(pooling.codes.flatten().long(), minlength=4)
     return (counts / counts.sum()).tolist()
 
 
 def flip_rate(before: Pooling, now: Pooling) -> float:
     """The share of windows, over all channels and images, whose winner is another one than before: 0..1."""
-    return float((unpack_like(before) != unpack_like(now)).float().mean())
+    return float((before.codes != now.codes).float().mean())
 
 
 def tie_rate(x: Tensor) -> float:

@@ -1,8 +1,8 @@
 """Triton kernels for the end of an encoder's stage: batch norm, ReLU and max-pool, forward and backward.
 
-Only `fused.py` calls them, under the conditions of `kernels.py`, whose tiles of windows these are. All arithmetic is in
-float32; what the separate steps would write is rounded to the type of the map before it is compared, so that equal
-values tie here if they tie there. No atomics, so the same bits every time.
+Only `fused.py` calls them, under the conditions of `triton_kernels.py`, whose tiles of windows these are. All
+arithmetic is in float32; what the separate steps would write is rounded to the type of the map before it is compared,
+so that equal values tie here if they tie there. No atomics, so the same bits every time.
 
 Bytes that must move for one window of values of b bytes (4 of float32, 2 of float16 and bfloat16), s = 1, or 1/4 of
 packed switches, after the statistics; beside them those of the separate steps, with the ReLU after or before the pool:
@@ -24,6 +24,7 @@ from segdeconv.switches.triton_kernels import (
     _better,
     _comparable,
     _dense,
+    _empty_pooling,
     _launch,
     _read_codes,
     _read_two,
@@ -33,11 +34,7 @@ from segdeconv.switches.triton_kernels import (
     _write_two,
 )
 
-# As in `kernels.py`.
-POINTERS = {
-    "x": None, "gradient": None, "features": None, "winners": None, "out": None, "switches": "*u8", "channels": "*fp32",
-    "sums": "*fp32",
-}  # fmt: skip
+POINTERS = {"gradient": None, "winners": None, "channels": "*fp32", "sums": "*fp32"}  # beside those of the other file
 
 SUMMED = 4096  # windows of a program that adds them up: few sums are left to add
 
@@ -72,39 +69,34 @@ def _norm_pool_kernel(
     OUTER: tl.constexpr, INNER: tl.constexpr, CHANNELS_LAST: tl.constexpr, PACKED: tl.constexpr,
     RELU_BEFORE: tl.constexpr,
 ):  # fmt: skip
-    outer, rows, inner, inside, first, lower, right = _windows(
+    outer, inner, rows, lower_rows, inside, right, upper, lower, places, mask = _windows(
         total, h, w, H, W, C, OUTER, INNER, CHANNELS_LAST
-    )  # fmt: skip
-    length = C if CHANNELS_LAST else w
-    below = W * C if CHANNELS_LAST else W
+    )
     mean = _of_channel(channels, outer, inner, h, C, CHANNELS_LAST)
     scale = _of_channel(channels + C, outer, inner, h, C, CHANNELS_LAST)
     shift = _of_channel(channels + 2 * C, outer, inner, h, C, CHANNELS_LAST)
-    zero, one = _read_two(x, first, rows, right, inner, inside, W, C, 0.0, OUTER, INNER, CHANNELS_LAST)
-    two, three = _read_two(x, first + below, rows & lower, right, inner, inside, W, C, 0.0, OUTER, INNER, CHANNELS_LAST)
+    zero, one = _read_two(x, upper, rows, right, inner, inside, W, C, 0.0, OUTER, INNER, CHANNELS_LAST)
+    two, three = _read_two(x, lower, lower_rows, right, inner, inside, W, C, 0.0, OUTER, INNER, CHANNELS_LAST)
 
-    lower = lower[:, None]
+    below = lower_rows[:, None]
     right = right[:, None] if CHANNELS_LAST else (2 * inner + 1 < W)[None, :]
     best = _normalised(zero, mean, scale, shift, rows[:, None], RELU_BEFORE)
     codes = tl.zeros((OUTER, INNER), tl.int32)
     best, codes = _better(best, codes, _normalised(one, mean, scale, shift, right, RELU_BEFORE), 1)
-    best, codes = _better(best, codes, _normalised(two, mean, scale, shift, lower, RELU_BEFORE), 2)
-    best, codes = _better(best, codes, _normalised(three, mean, scale, shift, lower & right, RELU_BEFORE), 3)
+    best, codes = _better(best, codes, _normalised(two, mean, scale, shift, below, RELU_BEFORE), 2)
+    best, codes = _better(best, codes, _normalised(three, mean, scale, shift, below & right, RELU_BEFORE), 3)
     winner = tl.where(codes == 1, one, zero)
     winner = tl.where(codes == 2, two, winner)
     winner = tl.where(codes == 3, three, winner)
 
-    places = (outer.to(tl.int64) * length)[:, None] + inner[None, :]
-    mask = rows[:, None] & inside[None, :]
     tl.store(features + places, _rectified(best), mask=mask)
     tl.store(winners + places, winner, mask=mask)
-    _write_codes(switches, codes, outer, rows, inner, inside, C, length, OUTER, INNER, PACKED)
+    _write_codes(switches, codes, outer, rows, places, mask, C, OUTER, INNER, PACKED)
 
 
 @triton.jit
-def _gradient_of_maxima(gradient, features, outer, inner, mask, length):
+def _gradient_of_maxima(gradient, features, places, mask):
     """What the ReLU lets through of the gradient of the features, float32."""
-    places = (outer.to(tl.int64) * length)[:, None] + inner[None, :]
     given = tl.load(gradient + places, mask=mask, other=0.0).to(tl.float32)
     return tl.where(tl.load(features + places, mask=mask, other=0.0).to(tl.float32) <= 0, 0.0, given)
 
@@ -114,23 +106,21 @@ def _norm_pool_sums_kernel(
     gradient, features, winners, channels, sums, total, h, w, H, W, C,
     OUTER: tl.constexpr, INNER: tl.constexpr, CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
-    outer, rows, inner, inside, _, _, _ = _windows(total, h, w, H, W, C, OUTER, INNER, CHANNELS_LAST)  # fmt: skip
-    length = C if CHANNELS_LAST else w
-    mask = rows[:, None] & inside[None, :]
-    dy = _gradient_of_maxima(gradient, features, outer, inner, mask, length)
-    winner = tl.load(winners + (outer.to(tl.int64) * length)[:, None] + inner[None, :], mask=mask, other=0.0)
+    outer, inner, rows, _, inside, _, _, _, windows, mask = _windows(total, h, w, H, W, C, OUTER, INNER, CHANNELS_LAST)
+    dy = _gradient_of_maxima(gradient, features, windows, mask)
+    winner = tl.load(winners + windows, mask=mask, other=0.0)
     deviation = winner.to(tl.float32) - _of_channel(channels, outer, inner, h, C, CHANNELS_LAST)
     # A window that is not there has dy = 0. What a program leaves: a row of channels, or a column of rows.
     if CHANNELS_LAST:
-        places, those = sums + tl.program_id(0) * C + inner, inside
+        places = sums + tl.program_id(0) * C + inner
         second = tl.num_programs(0) * C
-        tl.store(places, tl.sum(dy, axis=0), mask=those)
-        tl.store(places + second, tl.sum(dy * deviation, axis=0), mask=those)
+        tl.store(places, tl.sum(dy, axis=0), mask=inside)
+        tl.store(places + second, tl.sum(dy * deviation, axis=0), mask=inside)
     else:
-        places, those = sums + outer * tl.num_programs(1) + tl.program_id(1), rows
+        places = sums + outer * tl.num_programs(1) + tl.program_id(1)
         second = total * tl.num_programs(1)
-        tl.store(places, tl.sum(dy, axis=1), mask=those)
-        tl.store(places + second, tl.sum(dy * deviation, axis=1), mask=those)
+        tl.store(places, tl.sum(dy, axis=1), mask=rows)
+        tl.store(places + second, tl.sum(dy * deviation, axis=1), mask=rows)
 
 
 @triton.jit
@@ -138,30 +128,26 @@ def _norm_pool_gradient_kernel(
     x, gradient, features, switches, channels, out, total, h, w, H, W, C,
     OUTER: tl.constexpr, INNER: tl.constexpr, CHANNELS_LAST: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    outer, rows, inner, inside, first, lower, right = _windows(
+    outer, inner, rows, lower_rows, inside, right, upper, lower, places, mask = _windows(
         total, h, w, H, W, C, OUTER, INNER, CHANNELS_LAST
-    )  # fmt: skip
-    length = C if CHANNELS_LAST else w
-    below = W * C if CHANNELS_LAST else W
-    mask = rows[:, None] & inside[None, :]
+    )
     mean = _of_channel(channels, outer, inner, h, C, CHANNELS_LAST)
     scale = _of_channel(channels + C, outer, inner, h, C, CHANNELS_LAST)
     offset = _of_channel(channels + 2 * C, outer, inner, h, C, CHANNELS_LAST)
     slope = _of_channel(channels + 3 * C, outer, inner, h, C, CHANNELS_LAST)
-    won = scale * _gradient_of_maxima(gradient, features, outer, inner, mask, length)
-    codes = _read_codes(switches, outer, inner, mask, h, w, C, length, CHANNELS_LAST, PACKED)
+    won = scale * _gradient_of_maxima(gradient, features, places, mask)
+    codes = _read_codes(switches, outer, inner, places, mask, h, w, C, CHANNELS_LAST, PACKED)
 
-    zero, one = _read_two(x, first, rows, right, inner, inside, W, C, 0.0, OUTER, INNER, CHANNELS_LAST)
+    zero, one = _read_two(x, upper, rows, right, inner, inside, W, C, 0.0, OUTER, INNER, CHANNELS_LAST)
     zero = tl.where(codes == 0, won, 0.0) - (offset + slope * (zero.to(tl.float32) - mean))
     one = tl.where(codes == 1, won, 0.0) - (offset + slope * (one.to(tl.float32) - mean))
     zero, one = zero.to(out.dtype.element_ty), one.to(out.dtype.element_ty)
-    _write_two(out, first, rows, right, inner, inside, W, C, zero, one, OUTER, INNER, CHANNELS_LAST)
-    below, lower = first + below, rows & lower
-    two, three = _read_two(x, below, lower, right, inner, inside, W, C, 0.0, OUTER, INNER, CHANNELS_LAST)
+    _write_two(out, upper, rows, right, inner, inside, W, C, zero, one, OUTER, INNER, CHANNELS_LAST)
+    two, three = _read_two(x, lower, lower_rows, right, inner, inside, W, C, 0.0, OUTER, INNER, CHANNELS_LAST)
     two = tl.where(codes == 2, won, 0.0) - (offset + slope * (two.to(tl.float32) - mean))
     three = tl.where(codes == 3, won, 0.0) - (offset + slope * (three.to(tl.float32) - mean))
     two, three = two.to(out.dtype.element_ty), three.to(out.dtype.element_ty)
-    _write_two(out, below, lower, right, inner, inside, W, C, two, three, OUTER, INNER, CHANNELS_LAST)
+    _write_two(out, lower, lower_rows, right, inner, inside, W, C, two, three, OUTER, INNER, CHANNELS_LAST)
 
 
 def norm_pool(x: Tensor, channels: Tensor, *, relu_before: bool, packed: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -171,17 +157,10 @@ def norm_pool(x: Tensor, channels: Tensor, *, relu_before: bool, packed: bool) -
     Returns the features, (N, C, h, w); the switches, packed or not; and the cells of x that won, as the features.
     """
     x, layout = _dense(x)
-    n, c, height, width = x.shape
-    pooled = (n, c, (height + 1) // 2, (width + 1) // 2)
-    features, winners = (
-        torch.empty(pooled, dtype=x.dtype, device=x.device, memory_format=layout) for _ in range(2)
-    )  # fmt: skip
-    within = packed and layout == torch.channels_last
-    switches = torch.empty(
-        (n, (c + 3) // 4 if within else c, *pooled[2:]), dtype=torch.uint8, device=x.device, memory_format=layout
-    )
+    features, switches, within = _empty_pooling(x, layout, packed)
+    winners = torch.empty_like(features)
     _launch(
-        _norm_pool_kernel, x, channels, features, winners, switches, (height, width), features, layout,
+        _norm_pool_kernel, x, channels, features, winners, switches, x.shape[2:], features, layout,
         PACKED=within, RELU_BEFORE=relu_before,
     )  # fmt: skip
     return features, pack(switches) if packed and not within else switches, winners
@@ -195,7 +174,7 @@ def norm_pool_sums(gradient: Tensor, features: Tensor, winners: Tensor, channels
     features, layout = _dense(features)
     gradient, winners = (tensor.contiguous(memory_format=layout) for tensor in (gradient, winners))
     n, c, h, _ = features.shape
-    _, _, (first, second) = _tiles(features, layout, SUMMED)
+    *_, (first, second) = _tiles(features, layout, SUMMED)
     shape = (2, first, c) if layout == torch.channels_last else (2, n, c, h, second)
     sums = torch.empty(shape, dtype=torch.float32, device=features.device)
     size = (2 * h, 2 * features.shape[3])  # of no consequence: no cell is read
@@ -214,7 +193,7 @@ def norm_pool_gradient(x: Tensor, gradient: Tensor, features: Tensor, switches: 
     )  # fmt: skip
     out = torch.empty_like(x)
     _launch(
-        _norm_pool_gradient_kernel, x, gradient, features, switches, channels, out, (x.shape[2], x.shape[3]), features,
+        _norm_pool_gradient_kernel, x, gradient, features, switches, channels, out, x.shape[2:], features,
         layout, PACKED=switches.shape[1] != x.shape[1],
     )  # fmt: skip
     return out

@@ -11,9 +11,9 @@ and `max_unpool2d(..., output_size=size)`, in values, places, ties (the first ce
 switches take 1 byte instead of 8 and unpooling is legal under `torch.use_deterministic_algorithms(True)`.
 
 Each operation exists three times. *Eager*: the fastest that torch's own kernels give. *Plain*: one tensor expression
-with no indices and no scatter, for torch.compile and torch.export, with free sizes. On a GPU with Triton, *kernels.py*:
-one pass over memory. Pooling, unpooling and reading by switches are each other's gradients, so three small autograd
-functions close the circle and no input is kept for the backward pass.
+with no indices and no scatter, for torch.compile and torch.export, with free sizes. On a GPU with Triton,
+*triton_kernels.py*: one pass over memory. Pooling, unpooling and reading by switches are each other's gradients, so
+three small autograd functions close the circle and no input is kept for the backward pass.
 
 Switches come one to a byte, or *packed*, four channels to a byte: wherever switches are taken, both are, told apart by
 the number of channels (of a single channel they are the same).
@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from segdeconv.switches.packing import pack, unpack
+from segdeconv.switches.packing import one_to_a_byte, pack
 from segdeconv.switches.torch_kernels import pick_eager, pick_plain, place_eager, place_plain, pool_eager, pool_plain
 
 
@@ -45,6 +45,11 @@ class Pooling(NamedTuple):
     features: Tensor
     switches: Tensor
     size: tuple[int, int]
+
+    @property
+    def codes(self) -> Tensor:
+        """(N, C, h, w) uint8, the switches one to a byte, however they are kept."""
+        return one_to_a_byte(self.switches, self.features.shape[1])
 
 
 def max_pool(x: Tensor, *, packed: bool = False) -> Pooling:
@@ -120,7 +125,7 @@ class _Unpool(torch.autograd.Function):
         if triton_kernels is not None:
             return triton_kernels.place(x, switches, height, width, unsigned_zero=unsigned_zero)
         place = place_plain if torch.compiler.is_compiling() else place_eager
-        return place(x + 0.0 if unsigned_zero else x, _bytes(switches, x), height, width)
+        return place(x + 0.0 if unsigned_zero else x, one_to_a_byte(switches, x.shape[1]), height, width)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int, int, bool], output: Tensor) -> None:
@@ -141,7 +146,7 @@ class _Pick(torch.autograd.Function):
         if triton_kernels is not None:
             return triton_kernels.pick(x, switches)
         pick = pick_plain if torch.compiler.is_compiling() else pick_eager
-        return pick(x, _bytes(switches, x))
+        return pick(x, one_to_a_byte(switches, x.shape[1]))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -153,11 +158,6 @@ class _Pick(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (switches,) = ctx.saved_tensors
         return _Unpool.apply(gradient, switches, *ctx.size, False), None
-
-
-def _bytes(switches: Tensor, x: Tensor) -> Tensor:
-    """Switches one to a byte, for the channels of x."""
-    return switches if switches.shape[1] == x.shape[1] else unpack(switches, x.shape[1])
 
 
 def _kernels(x: Tensor) -> ModuleType | None:

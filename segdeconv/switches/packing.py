@@ -42,6 +42,11 @@ def unpack(packed: Tensor, channels: int) -> Tensor:
     return switches
 
 
+def one_to_a_byte(switches: Tensor, channels: int) -> Tensor:
+    """Switches of so many channels, packed or not, as `unpack` gives them."""
+    return switches if switches.shape[1] == channels else unpack(switches, channels)
+
+
 def layout(x: Tensor) -> torch.memory_format:
     channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return torch.channels_last if channels_last else torch.contiguous_format

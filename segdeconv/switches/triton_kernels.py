@@ -1,7 +1,7 @@
 """Triton kernels for CUDA: pooling, unpooling and reading by switches, each in one pass over memory.
 
-Only `switches.py` calls them, and imports this file only once a tensor lies on a GPU: Triton is not everywhere. Bit for
-bit they give what `switches.py` gives without them. No atomics, so the same bits every time.
+Only `ops.py` calls them, and imports this file only once a tensor lies on a GPU: Triton is not everywhere. Bit for
+bit they give what `ops.py` gives without them. No atomics, so the same bits every time.
 
 A *tile* is OUTER x INNER windows, and what lies side by side in it lies side by side in memory:
 
@@ -38,7 +38,9 @@ TILE = 1024  # windows of a program: eight in each thread of four warps, 16 byte
 def _windows(total, h, w, H, W, C, OUTER: tl.constexpr, INNER: tl.constexpr, CHANNELS_LAST: tl.constexpr):
     """Where the windows of this program are.
 
-    Returns outer, its mask, inner, its mask, the place of each first cell, and whether a lower and a right one exist.
+    Returns outer, inner, the masks of outer for windows and for those that have lower cells, the mask of inner, whether
+    right cells exist, the places of the upper and the lower cells on the left, and (OUTER, INNER) each, place and mask
+    of a window in a map that has one value a window.
     """
     outer = tl.program_id(0) * OUTER + tl.arange(0, OUTER)
     inner = tl.program_id(1) * INNER + tl.arange(0, INNER)
@@ -47,13 +49,16 @@ def _windows(total, h, w, H, W, C, OUTER: tl.constexpr, INNER: tl.constexpr, CHA
         n, i = row // h, row % h
         first = ((n.to(tl.int64) * H + 2 * i) * W + 2 * j) * C
         right = 2 * j + 1 < W
-        inside = inner < C
+        length, below = C, W * C
     else:
         plane, i = outer // h, outer % h
         first = (plane.to(tl.int64) * H + 2 * i) * W
         right = outer >= 0  # the mask of a row says it, column by column
-        inside = inner < w
-    return outer, outer < total, inner, inside, first, 2 * i + 1 < H, right
+        length, below = w, W
+    rows, inside = outer < total, inner < length
+    places = (outer.to(tl.int64) * length)[:, None] + inner[None, :]
+    lower_rows, mask = rows & (2 * i + 1 < H), rows[:, None] & inside[None, :]
+    return outer, inner, rows, lower_rows, inside, right, first, first + below, places, mask
 
 
 @triton.jit
@@ -89,9 +94,7 @@ def _write_two(
 
 
 @triton.jit
-def _read_codes(
-    switches, outer, inner, mask, h, w, C, length, CHANNELS_LAST: tl.constexpr, PACKED: tl.constexpr
-):  # fmt: skip
+def _read_codes(switches, outer, inner, places, mask, h, w, C, CHANNELS_LAST: tl.constexpr, PACKED: tl.constexpr):
     """The switch of each window, 0 to 3, from a byte of its own or from two bits of one that four channels share."""
     if PACKED:
         groups = (C + 3) // 4
@@ -105,15 +108,13 @@ def _read_codes(
             shift = (c % 4 * 2)[:, None]
         codes = (tl.load(switches + places, mask=mask, other=0).to(tl.int32) >> shift) & 3
     else:
-        places = (outer.to(tl.int64) * length)[:, None] + inner[None, :]
         codes = tl.load(switches + places, mask=mask, other=0).to(tl.int32)
     return codes
 
 
 @triton.jit
 def _write_codes(
-    switches, codes, outer, rows, inner, inside, C, length, OUTER: tl.constexpr, INNER: tl.constexpr,
-    PACKED: tl.constexpr,
+    switches, codes, outer, rows, places, mask, C, OUTER: tl.constexpr, INNER: tl.constexpr, PACKED: tl.constexpr
 ):  # fmt: skip
     """PACKED: four neighbours into a byte, which are four channels of a window in channels_last alone."""
     if PACKED:
@@ -124,8 +125,7 @@ def _write_codes(
         places = (outer.to(tl.int64) * groups)[:, None] + group[None, :]
         tl.store(switches + places, packed.to(tl.uint8), mask=rows[:, None] & (group < groups)[None, :])
     else:
-        places = (outer.to(tl.int64) * length)[:, None] + inner[None, :]
-        tl.store(switches + places, codes.to(tl.uint8), mask=rows[:, None] & inside[None, :])
+        tl.store(switches + places, codes.to(tl.uint8), mask=mask)
 
 
 @triton.jit
@@ -147,23 +147,18 @@ def _pool_kernel(
     x, features, switches, total, h, w, H, W, C,
     OUTER: tl.constexpr, INNER: tl.constexpr, CHANNELS_LAST: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    outer, rows, inner, inside, first, lower, right = _windows(
+    outer, inner, rows, lower_rows, inside, right, upper, lower, places, mask = _windows(
         total, h, w, H, W, C, OUTER, INNER, CHANNELS_LAST
-    )  # fmt: skip
-    length = C if CHANNELS_LAST else w
-    below = W * C if CHANNELS_LAST else W
-    fill = float("-inf")
-    best, one = _read_two(x, first, rows, right, inner, inside, W, C, fill, OUTER, INNER, CHANNELS_LAST)
-    two, three = _read_two(
-        x, first + below, rows & lower, right, inner, inside, W, C, fill, OUTER, INNER, CHANNELS_LAST
     )
+    fill = float("-inf")
+    best, one = _read_two(x, upper, rows, right, inner, inside, W, C, fill, OUTER, INNER, CHANNELS_LAST)
+    two, three = _read_two(x, lower, lower_rows, right, inner, inside, W, C, fill, OUTER, INNER, CHANNELS_LAST)
     codes = tl.zeros((OUTER, INNER), tl.int32)
     best, codes = _better(best, codes, one, 1)
     best, codes = _better(best, codes, two, 2)
     best, codes = _better(best, codes, three, 3)
-    places = (outer.to(tl.int64) * length)[:, None] + inner[None, :]
-    tl.store(features + places, best, mask=rows[:, None] & inside[None, :])
-    _write_codes(switches, codes, outer, rows, inner, inside, C, length, OUTER, INNER, PACKED)
+    tl.store(features + places, best, mask=mask)
+    _write_codes(switches, codes, outer, rows, places, mask, C, OUTER, INNER, PACKED)
 
 
 @triton.jit
@@ -172,23 +167,18 @@ def _place_kernel(
     OUTER: tl.constexpr, INNER: tl.constexpr, CHANNELS_LAST: tl.constexpr, PACKED: tl.constexpr,
     UNSIGNED_ZERO: tl.constexpr,
 ):  # fmt: skip
-    outer, rows, inner, inside, first, lower, right = _windows(
+    outer, inner, rows, lower_rows, inside, right, upper, lower, places, mask = _windows(
         total, h, w, H, W, C, OUTER, INNER, CHANNELS_LAST
-    )  # fmt: skip
-    length = C if CHANNELS_LAST else w
-    below = W * C if CHANNELS_LAST else W
-    mask = rows[:, None] & inside[None, :]
-    value = tl.load(x + (outer.to(tl.int64) * length)[:, None] + inner[None, :], mask=mask, other=0.0)
-    codes = _read_codes(switches, outer, inner, mask, h, w, C, length, CHANNELS_LAST, PACKED)
+    )
+    value = tl.load(x + places, mask=mask, other=0.0)
+    codes = _read_codes(switches, outer, inner, places, mask, h, w, C, CHANNELS_LAST, PACKED)
     zero = tl.zeros_like(value)
     if UNSIGNED_ZERO:
         value = tl.where(_comparable(value) == 0, zero, value)
     left, right_cells = tl.where(codes == 0, value, zero), tl.where(codes == 1, value, zero)
-    _write_two(out, first, rows, right, inner, inside, W, C, left, right_cells, OUTER, INNER, CHANNELS_LAST)
+    _write_two(out, upper, rows, right, inner, inside, W, C, left, right_cells, OUTER, INNER, CHANNELS_LAST)
     left, right_cells = tl.where(codes == 2, value, zero), tl.where(codes == 3, value, zero)
-    _write_two(
-        out, first + below, rows & lower, right, inner, inside, W, C, left, right_cells, OUTER, INNER, CHANNELS_LAST
-    )
+    _write_two(out, lower, lower_rows, right, inner, inside, W, C, left, right_cells, OUTER, INNER, CHANNELS_LAST)
 
 
 @triton.jit
@@ -196,33 +186,34 @@ def _pick_kernel(
     x, switches, out, total, h, w, H, W, C,
     OUTER: tl.constexpr, INNER: tl.constexpr, CHANNELS_LAST: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    outer, rows, inner, inside, first, lower, right = _windows(
+    outer, inner, rows, lower_rows, inside, right, upper, lower, places, mask = _windows(
         total, h, w, H, W, C, OUTER, INNER, CHANNELS_LAST
-    )  # fmt: skip
-    length = C if CHANNELS_LAST else w
-    below = W * C if CHANNELS_LAST else W
-    mask = rows[:, None] & inside[None, :]
-    codes = _read_codes(switches, outer, inner, mask, h, w, C, length, CHANNELS_LAST, PACKED)
-    picked, one = _read_two(x, first, rows, right, inner, inside, W, C, 0.0, OUTER, INNER, CHANNELS_LAST)
-    two, three = _read_two(x, first + below, rows & lower, right, inner, inside, W, C, 0.0, OUTER, INNER, CHANNELS_LAST)
+    )
+    codes = _read_codes(switches, outer, inner, places, mask, h, w, C, CHANNELS_LAST, PACKED)
+    picked, one = _read_two(x, upper, rows, right, inner, inside, W, C, 0.0, OUTER, INNER, CHANNELS_LAST)
+    two, three = _read_two(x, lower, lower_rows, right, inner, inside, W, C, 0.0, OUTER, INNER, CHANNELS_LAST)
     picked = tl.where(codes == 1, one, picked)
     picked = tl.where(codes == 2, two, picked)
     picked = tl.where(codes == 3, three, picked)
-    tl.store(out + (outer.to(tl.int64) * length)[:, None] + inner[None, :], picked, mask=mask)
+    tl.store(out + places, picked, mask=mask)
 
 
 def pool(x: Tensor, *, packed: bool = False) -> tuple[Tensor, Tensor]:
     """The maxima and switches of (N, C, H, W): see `switches.max_pool`, and `switches.pack` for `packed`."""
     x, layout = _dense(x)
-    n, c, height, width = x.shape
-    pooled = (n, c, (height + 1) // 2, (width + 1) // 2)
-    features = torch.empty(pooled, dtype=x.dtype, device=x.device, memory_format=layout)
-    within = packed and layout == torch.channels_last
-    switches = torch.empty(
-        (n, (c + 3) // 4 if within else c, *pooled[2:]), dtype=torch.uint8, device=x.device, memory_format=layout
-    )
-    _launch(_pool_kernel, x, features, switches, (height, width), features, layout, PACKED=within)
+    features, switches, within = _empty_pooling(x, layout, packed)
+    _launch(_pool_kernel, x, features, switches, x.shape[2:], features, layout, PACKED=within)
     return features, pack(switches) if packed and not within else switches
+
+
+def _empty_pooling(x: Tensor, layout: torch.memory_format, packed: bool) -> tuple[Tensor, Tensor, bool]:
+    """Features and switches for a kernel to write, and whether it packs these; in contiguous ones `pack` has to."""
+    n, c, height, width = x.shape
+    pooled = ((height + 1) // 2, (width + 1) // 2)
+    within = packed and layout == torch.channels_last
+    features = torch.empty((n, c, *pooled), dtype=x.dtype, device=x.device, memory_format=layout)
+    shape = (n, (c + 3) // 4 if within else c, *pooled)
+    return features, torch.empty(shape, dtype=torch.uint8, device=x.device, memory_format=layout), within
 
 
 def place(x: Tensor, switches: Tensor, height: int, width: int, *, unsigned_zero: bool = False) -> Tensor:
@@ -245,7 +236,7 @@ def pick(x: Tensor, switches: Tensor) -> Tensor:
     shape = (*x.shape[:2], *switches.shape[2:])
     out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
     packed = switches.shape[1] != x.shape[1]
-    _launch(_pick_kernel, x, switches, out, (x.shape[2], x.shape[3]), out, layout, PACKED=packed)
+    _launch(_pick_kernel, x, switches, out, x.shape[2:], out, layout, PACKED=packed)
     return out
 
 
@@ -258,13 +249,13 @@ def _dense(x: Tensor) -> tuple[Tensor, torch.memory_format]:
     return x.contiguous(), torch.contiguous_format
 
 
-def _tiles(small: Tensor, layout: torch.memory_format, tile: int) -> tuple[int, int, tuple[int, int]]:
-    """OUTER, INNER and the numbers of programs for a tensor that has one value a window."""
+def _tiles(small: Tensor, layout: torch.memory_format, tile: int) -> tuple[int, int, int, tuple[int, int]]:
+    """How many outer there are, OUTER, INNER and the numbers of programs for a tensor that has one value a window."""
     n, c, h, w = small.shape
     total, length = (n * h * w, c) if layout == torch.channels_last else (n * c * h, w)
     inner = max(4, min(256, triton.next_power_of_2(length)))
     outer = tile // inner
-    return outer, inner, (triton.cdiv(total, outer), triton.cdiv(length, inner))
+    return total, outer, inner, (triton.cdiv(total, outer), triton.cdiv(length, inner))
 
 
 def _launch(
@@ -274,14 +265,12 @@ def _launch(
     **constants: bool,
 ) -> None:
     *tensors, (height, width), small, layout = given
-    n, c, h, w = small.shape
+    _, c, h, w = small.shape
     if small.numel() == 0:
         return
-    channels_last = layout == torch.channels_last
-    total = n * h * w if channels_last else n * c * h
-    outer, inner, grid = _tiles(small, layout, tile)
+    total, outer, inner, grid = _tiles(small, layout, tile)
     with torch.cuda.device_of(small):  # Triton launches on the current one
         kernel[grid](
             *tensors, total, h, w, height, width, c,
-            OUTER=outer, INNER=inner, CHANNELS_LAST=channels_last, **constants,
+            OUTER=outer, INNER=inner, CHANNELS_LAST=layout == torch.channels_last, **constants,
         )  # fmt: skip
