@@ -49,7 +49,7 @@ def main() -> None:
     experiment = "decoder_study_quick" if arguments.quick else "decoder_study"
     plan = table.Plan(
         arguments.out or Path("runs") / experiment.replace("_", "-"),
-        series.chosen(arguments.models, table.NAMES, "--models") if arguments.models else tuple(table.NAMES),
+        series.chosen(arguments.models, paper.BY_MODEL, "--models") if arguments.models else tuple(paper.BY_MODEL),
         series.chosen(arguments.balancing, paper.BALANCINGS, "--balancing"),
         series.seeds(arguments.seeds),
         arguments.split,
@@ -64,7 +64,7 @@ def main() -> None:
         return check_recipe(compose(words(model, balancing, seed))[0])
 
     # Before anything is trained: a mistake in any of them, and what each of them costs.
-    nodes = {model: recipe(model, plan.balancings[0], plan.seeds[0]) for model in table.NAMES}
+    nodes = {model: recipe(model, plan.balancings[0], plan.seeds[0]) for model in paper.BY_MODEL}
     jobs = [(seed, key) for seed in plan.seeds for key in plan.keys]
     for seed, (balancing, model) in jobs:
         series.check_same(plan.run((balancing, model), seed), recipe(model, balancing, seed))
@@ -84,11 +84,11 @@ def main() -> None:
     }
 
     for number, (seed, (balancing, model)) in enumerate(jobs, start=1):
-        run = plan.run((balancing, model), seed)
+        run, name = plan.run((balancing, model), seed), paper.BY_MODEL[model].name
         if not arguments.table and not finished(run):
-            print(f"\n=== {number} of {len(jobs)}: {table.NAMES[model]}, {balancing}, seed {seed}\n", flush=True)
+            print(f"\n=== {number} of {len(jobs)}: {name}, {balancing}, seed {seed}\n", flush=True)
             typed = command("train", [*words(model, balancing, seed), f"hydra.run.dir={run}"])
-            series.go_on(recipe(model, balancing, seed), run, name=table.NAMES[model], typed=typed)
+            series.go_on(recipe(model, balancing, seed), run, name=name, typed=typed)
         if finished(run) and not plan.report((balancing, model), seed).is_file():
             score(run, plan.split)
         table.write(plan, measured, facts)

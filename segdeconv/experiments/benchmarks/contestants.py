@@ -109,18 +109,14 @@ def usual_segnet(task: Task, precision: str, training: bool) -> Step:
     return usual_training(network, task, precision) if training else usual_inference(network, task, precision)
 
 
-def our_segnet(task: Task, precision: str, training: bool, compiled: bool = False) -> Step:
-    """SegNet as train.py trains it, or evaluate.py uses it."""
-    network = SegNet(task.classes)
+def ours(
+    task: Task, precision: str, training: bool, kind: type[SegmentationModel] = SegNet, *, compiled: bool = False
+) -> Step:
+    """SegNet, or another network on the same encoder, as train.py trains it, or evaluate.py uses it."""
+    network = kind(task.classes)
     if training:
         return our_training(network, task, precision, compiled=compiled)
     return our_inference(network, task, precision)
-
-
-def our_peer(task: Task, precision: str, training: bool, name: str) -> Step:
-    """U-Net or FCN-8s on the same encoder."""
-    network: SegmentationModel = {"unet": UNet, "fcn": FCN}[name](task.classes)
-    return our_training(network, task, precision) if training else our_inference(network, task, precision)
 
 
 def smp_unet(task: Task, precision: str, training: bool) -> Step:
@@ -138,10 +134,10 @@ def runners(task: Task, *, training: bool) -> dict[str, Callable[[], Step]]:
     found: dict[str, Callable[[], Step]] = {USUAL: partial(usual_segnet, task, "32-true", training)}
     if fast != "32-true":
         found[f"usual SegNet, {short}"] = partial(usual_segnet, task, fast, training)
-    found[f"segdeconv SegNet, {short}"] = partial(our_segnet, task, fast, training)
+    found[f"segdeconv SegNet, {short}"] = partial(ours, task, fast, training)
     if task.device.type == "cuda":
         if training:
-            found[f"segdeconv SegNet, {short}, compiled"] = partial(our_segnet, task, fast, training, True)
+            found[f"segdeconv SegNet, {short}, compiled"] = partial(ours, task, fast, training, compiled=True)
         if find_spec("segmentation_models_pytorch"):
             found[f"segmentation-models-pytorch U-Net, {short}"] = partial(smp_unet, task, fast, training)
     return found
@@ -150,10 +146,8 @@ def runners(task: Task, *, training: bool) -> dict[str, Callable[[], Step]]:
 def peers(task: Task, *, training: bool) -> Mapping[str, Callable[[], Step]]:
     """The networks of the SegNet paper's table 6, all ours, on the same encoder."""
     fast = fast_precision()
-    names = {"U-Net": "unet", "FCN-8s": "fcn"}
-    return {"SegNet": partial(our_segnet, task, fast, training)} | {
-        shown: partial(our_peer, task, fast, training, name) for shown, name in names.items()
-    }
+    kinds: dict[str, type[SegmentationModel]] = {"SegNet": SegNet, "U-Net": UNet, "FCN-8s": FCN}
+    return {name: partial(ours, task, fast, training, kind) for name, kind in kinds.items()}
 
 
 def operations(network: nn.Module, task: Task, *, training: bool) -> int:

@@ -125,9 +125,7 @@ def growth(task: Task, repeats: int) -> list[Table]:
     }
     tables = []
     for factor, points in factors.items():
-        runners = {
-            f"{value:.0f}": partial(contestants.our_segnet, point, fast_precision(), True) for value, point in points
-        }
+        runners = {f"{value:.0f}": partial(contestants.ours, point, fast_precision(), True) for value, point in points}
         timings = harness.race(runners, repeats=repeats)
         rows = [
             {"": "SegNet, training step", factor: int(float(name)), "seconds": timing.seconds,

@@ -52,7 +52,7 @@ VARIANTS = (
     Variant("FCN-Basic-NoAddition-NoDimReduction", "fcn_basic_no_addition_no_dim_reduction", 1.625, 0, 43.9,
             _published(80.5, 61.6, 45.9, 30.47, 83.7, 54.8, 45.5, 33.17)),
 )  # fmt: skip
-NAMES = {variant.model: variant.name for variant in VARIANTS}
+BY_MODEL = {variant.model: variant for variant in VARIANTS}
 
 
 # The orderings that the paper states, and no others.
@@ -96,7 +96,7 @@ def orderings(balancings: Sequence[str]) -> list[Ordering]:
 
     The last three need both. What the paper says of every measure is one ordering for each of the four.
     """
-    models = [variant.model for variant in VARIANTS]
+    models = list(BY_MODEL)
     keeping = ("segnet_basic_encoder_addition", "fcn_basic_no_dim_reduction")
     larger = (
         ("segnet_basic", "segnet_basic_single_channel_decoder"),
@@ -153,5 +153,4 @@ def judge(ordering: Ordering, score_of: ScoreOf) -> Verdict:
 def published(key: Key, score: str) -> float | None:
     """The paper's own number."""
     balancing, model = key
-    variant = next(variant for variant in VARIANTS if variant.model == model)
-    return variant.scores[balancing][list(SCORES).index(score)]
+    return BY_MODEL[model].scores[balancing][list(SCORES).index(score)]

@@ -17,7 +17,7 @@ import yaml
 from segdeconv.checkpoints import checkpoint
 from segdeconv.errors import UsageError, did_you_mean
 from segdeconv.evaluation.report import write_json
-from segdeconv.experiments.study.series import Scored, around, cost, mean, percents, rows, spread
+from segdeconv.experiments.study.series import around, averages, cost, percents, rows
 from segdeconv.system.files import replace_text
 from segdeconv.training.resume import AnyName, finished
 
@@ -130,25 +130,14 @@ def content(plan: Plan, facts: Mapping[str, Any]) -> dict[str, Any]:
 
 def _scores(runs: Sequence[Path]) -> dict[str, Any]:
     """Percents of every finished run by its folder's name, their mean and standard deviation."""
-    found: dict[str, Scored] = {}
-    for run in runs:
-        if finished(run):
-            found[run.name] = percents(run / "report.json", SCORES)
+    found = {run.name: percents(run / "report.json", SCORES) for run in runs if finished(run)}
     known = {score: [one[score] for one in found.values() if one[score] is not None] for score in SCORES}
-    return {
-        "runs": found,
-        "mean": {score: mean(values) for score, values in known.items()},
-        "spread": {score: spread(values) for score, values in known.items()},
-    }
+    return {"runs": found, **averages(known)}
 
 
 def _parameters(plan: Plan, row: str) -> int | None:
-    for view in plan.views:
-        for seed in plan.seeds:
-            path = plan.run(row, view, seed) / "best.ckpt"
-            if path.is_file():
-                return _count(path)
-    return None
+    paths = (plan.run(row, view, seed) / "best.ckpt" for view in plan.views for seed in plan.seeds)
+    return next((_count(path) for path in paths if path.is_file()), None)
 
 
 @functools.cache  # the table is written after every run, and the number does not change
@@ -166,8 +155,8 @@ def markdown(found: Mapping[str, Any]) -> str:
     table = []
     for row in found["rows"]:
         views = row["views"]
-        cells = [row["name"], *(_cell(views[first], score) for score in SCORES)]
-        cells += [_cell(views[view], "mIoU") for view in others]
+        cells = [row["name"], *(around(views[first], score) for score in SCORES)]
+        cells += [around(views[view], "mIoU") for view in others]
         cells += [str(len(views[first]["runs"])), "–" if row["parameters"] is None else f"{row['parameters']:,}"]
         cells.append("–" if row["seconds"] is None else f"{row['seconds'] / 60:.1f}")
         cells.append("–" if row["memory"] is None else f"{row['memory'] / 2**20:,.0f} MiB")
@@ -185,10 +174,6 @@ def _all(found: Mapping[str, Any], name: str) -> list[str]:
 
 def _code(words: Sequence[str]) -> str:
     return f"`{' '.join(words)}`" if words else ""
-
-
-def _cell(view: Mapping[str, Any], score: str) -> str:
-    return around(view["mean"][score], view["spread"][score])
 
 
 def curves(plan: Plan) -> dict[str, list[list[tuple[int, float]]]]:

@@ -110,8 +110,17 @@ def spread(values: Sequence[float | None]) -> float | None:
     return statistics.stdev(present) if len(present) > 1 else None
 
 
-def around(middle: float | None, deviation: float | None) -> str:
-    """A mean and its standard deviation as a cell of a table."""
+def averages(columns: Mapping[str, Sequence[float | None]]) -> dict[str, dict[str, float | None]]:
+    """`mean` and `spread` of every score."""
+    return {
+        "mean": {score: mean(values) for score, values in columns.items()},
+        "spread": {score: spread(values) for score, values in columns.items()},
+    }
+
+
+def around(found: Mapping[str, Any], score: str) -> str:
+    """The mean of a score and its standard deviation, of what holds `averages`, as a cell of a table."""
+    middle, deviation = found["mean"][score], found["spread"][score]
     if middle is None:
         return "–"
     return f"{middle:.1f}" + ("" if deviation is None else f" ± {deviation:.1f}")

@@ -11,11 +11,9 @@ from typing import Any
 
 from segdeconv.evaluation.report import write_json
 from segdeconv.experiments.study.costs import Costs
-from segdeconv.experiments.study.paper import SCORES, VARIANTS, Key, Ordering, Variant, judge, orderings, published
-from segdeconv.experiments.study.series import Scored, around, mean, percents, rows, spread
+from segdeconv.experiments.study.paper import BY_MODEL, SCORES, Key, Ordering, Variant, judge, orderings, published
+from segdeconv.experiments.study.series import Scored, around, averages, mean, percents, rows
 from segdeconv.training.resume import finished
-
-NAMES = {variant.model: variant.name for variant in VARIANTS}
 
 
 @dataclass(frozen=True)
@@ -62,13 +60,12 @@ def content(plan: Plan, costs: Mapping[str, Costs], facts: Mapping[str, Any]) ->
     costs: of every network of the paper, by its model. facts: what else to note.
     """
     found = collect(plan)
-    variants = {variant.model: variant for variant in VARIANTS}
     return {
         **facts,
         "split": plan.split,
         "seeds": list(plan.seeds),
         "complete": all(len(runs) == len(plan.seeds) for runs in found.values()),
-        "networks": [_network(variants[key[1]], key[0], found[key], costs) for key in plan.keys],
+        "networks": [_network(BY_MODEL[key[1]], key[0], found[key], costs) for key in plan.keys],
         "orderings": [_ordering(ordering, plan, found) for ordering in orderings(plan.balancings)],
     }
 
@@ -76,15 +73,13 @@ def content(plan: Plan, costs: Mapping[str, Costs], facts: Mapping[str, Any]) ->
 def _network(
     variant: Variant, balancing: str, runs: Mapping[int, Scored], costs: Mapping[str, Costs]
 ) -> dict[str, Any]:
-    columns = {score: [run[score] for run in runs.values()] for score in SCORES}
     mine = costs[variant.model]
     return {
         "name": variant.name,
         "model": variant.model,
         "balancing": balancing,
         "seeds": list(runs),
-        "mean": {score: mean(values) for score, values in columns.items()},
-        "spread": {score: spread(values) for score, values in columns.items()},
+        **averages({score: [run[score] for run in runs.values()] for score in SCORES}),
         "runs": {str(seed): scores for seed, scores in runs.items()},
         **asdict(mine),
         "storage": mine.packed / costs["segnet_basic"].packed,
@@ -121,7 +116,7 @@ def _ordering(ordering: Ordering, plan: Plan, found: Mapping[Key, Mapping[int, S
 
 
 def _names(keys: Sequence[Key]) -> list[str]:
-    return [NAMES[model] for _, model in keys]
+    return [BY_MODEL[model].name for _, model in keys]
 
 
 # For reading.
@@ -157,13 +152,10 @@ def markdown(study: Mapping[str, Any]) -> str:
 
 
 def _score_cells(network: Mapping[str, Any]) -> list[str]:
-    cells = []
-    for score in SCORES:
-        cells.append(around(network["mean"][score], network["spread"][score]))
     paper = " / ".join(
         f"{value:.2f}" if score == "BF" else f"{value:.1f}" for score, value in network["paper"]["scores"].items()
     )
-    return [network["name"], *cells, paper, str(len(network["seeds"]))]
+    return [network["name"], *(around(network, score) for score in SCORES), paper, str(len(network["seeds"]))]
 
 
 def _cost_cells(network: Mapping[str, Any]) -> list[str]:
