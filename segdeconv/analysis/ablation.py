@@ -15,7 +15,6 @@ decoder has seen in training.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 from segdeconv.errors import UsageError
 from segdeconv.evaluation.boundary import Boundaries
 from segdeconv.evaluation.evaluate import Evaluation, evaluate
-from segdeconv.evaluation.metrics import scores
+from segdeconv.evaluation.metrics import number, scores
 from segdeconv.models import SegmentationModel
 from segdeconv.switches import Pooling, Unpool, unpool
 from segdeconv.system.seeding import key
@@ -113,12 +112,8 @@ def ablate(evaluation: Evaluation) -> list[dict[str, Any]]:
 
 
 def _row(upsampling: str, level: int | str, confusion: np.ndarray, boundaries: Boundaries | None) -> dict[str, Any]:
-    miou = scores(confusion).miou
-    f1 = boundaries.compute().f1 if boundaries else math.nan
-    numbers = {"miou": miou, "boundary_f1": f1}
-    return {"upsampling": upsampling, "level": level} | {
-        name: None if math.isnan(value) else float(value) for name, value in numbers.items()
-    }
+    f1 = number(boundaries.compute().f1) if boundaries else None
+    return {"upsampling": upsampling, "level": level, "miou": number(scores(confusion).miou), "boundary_f1": f1}
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from segdeconv.analysis.decoder_stages import Building
-from segdeconv.analysis.switch_paths import path, sources, votes
+from segdeconv.analysis.switch_paths import over_windows, path, sources, votes
 from segdeconv.analysis.switch_stability import Instability
 from segdeconv.analysis.switch_statistics import shares
 from segdeconv.analysis.unit_projection import METHODS, Method
@@ -44,9 +44,8 @@ def fit(picture: np.ndarray) -> np.ndarray:
 
 
 def over_image(map_: Tensor, level: int, size: tuple[int, int]) -> np.ndarray:
-    """(h, w, ...) of windows of a level -> (H, W, ...) of pixels."""
-    rows, columns = (torch.arange(side) >> level for side in size)
-    found: np.ndarray = map_.cpu()[rows[:, None], columns].numpy()
+    """(h, w) of windows of a level -> (H, W) of pixels."""
+    found: np.ndarray = over_windows(map_.cpu(), size, level).numpy()
     return found
 
 

@@ -84,7 +84,6 @@ def path(pooled: Sequence[Pooling], pixel: tuple[int, int], *, rule: Rule = "maj
 
 def sources(pooled: Sequence[Pooling], *, rule: Rule = "majority", image: int = 0) -> Tensor:
     """Where the path of every pixel ends: (H, W, 2) int64, (y, x). What `path` says, of all pixels at once."""
-    height, width = pooled[0].size
     deepest = pooled[-1].features
     places = torch.stack(
         torch.meshgrid(*(torch.arange(side, device=deepest.device) for side in deepest.shape[-2:]), indexing="ij"), -1
@@ -92,8 +91,13 @@ def sources(pooled: Sequence[Pooling], *, rule: Rule = "majority", image: int = 
     for pooling in reversed(pooled):
         cell = winners(pooling, rule=rule, image=image)[places[..., 0], places[..., 1]].long()
         places = 2 * places + torch.stack([cell // 2, cell % 2], dim=-1)
-    rows, columns = (torch.arange(side, device=deepest.device) >> len(pooled) for side in (height, width))
-    return places[rows[:, None], columns]
+    return over_windows(places.permute(2, 0, 1), pooled[0].size, len(pooled)).permute(1, 2, 0)
+
+
+def over_windows(x: Tensor, size: tuple[int, int], levels: int = 1) -> Tensor:
+    """(..., h, w) -> (..., *size): of every cell or pixel, the value of its window, so many pools deeper."""
+    rows, columns = (torch.arange(side, device=x.device) >> levels for side in size)
+    return x[..., rows[:, None], columns]
 
 
 def winners(pooling: Pooling, *, rule: Rule = "majority", image: int = 0) -> Tensor:

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from segdeconv.analysis.switch_paths import over_windows
 from segdeconv.switches.ops import Pooling
 from segdeconv.system.seeding import key
 
@@ -88,27 +89,20 @@ def instability(
             lost = here & ~found & inside
             sums[level][0] += lost.sum(dim=1)
             sums[level][1] += (here & inside).sum(dim=1)
-            sums[level][2] += (lost * _over_windows(pooled[level].features, pooled[level].size)).sum(dim=1)
+            sums[level][2] += (lost * over_windows(pooled[level].features, pooled[level].size)).sum(dim=1)
     changed, moved = [], []
     for level, (pooling, (some, all_, lost_sum)) in enumerate(zip(pooled, map(_window_sums, sums), strict=True), 1):
         held = pooling.features.float().sum(dim=1).mean(dim=(1, 2), keepdim=True)
-        rows, columns = (torch.arange(side, device=some.device) >> level for side in size)
-        changed.append((some / all_.clamp(min=1))[:, rows[:, None], columns])
-        moved.append((lost_sum / (num_views * held.clamp(min=1e-12)))[:, rows[:, None], columns])
+        changed.append(over_windows(some / all_.clamp(min=1), size, level))
+        moved.append(over_windows(lost_sum / (num_views * held.clamp(min=1e-12)), size, level))
     return Instability(torch.stack(changed), torch.stack(moved))
-
-
-def _over_windows(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """(N, C, h, w) -> (N, C, *size): of every cell, the value of its 2x2 window."""
-    rows, columns = (torch.arange(side, device=x.device) // 2 for side in size)
-    return x[..., rows[:, None], columns]
 
 
 def won(pooling: Pooling) -> Tensor:
     """(N, C, H, W) bool: the cells, of the map that was pooled, which won their window."""
     codes = pooling.codes
     rows, columns = (torch.arange(side, device=codes.device) % 2 for side in pooling.size)
-    return _over_windows(codes, pooling.size) == (rows[:, None] * 2 + columns).to(torch.uint8)
+    return over_windows(codes, pooling.size) == (rows[:, None] * 2 + columns).to(torch.uint8)
 
 
 def found_again(there: Tensor, size: tuple[int, int], level: int, view: PerturbedImage) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from segdeconv.analysis.switch_paths import over_windows
 from segdeconv.switches import MaxPool, Pooling, max_pool
 
 
@@ -34,8 +35,7 @@ def tie_rate(x: Tensor) -> float:
     """
     highest = max_pool(x).features
     height, width = x.shape[-2:]
-    rows, columns = (torch.arange(side, device=x.device) // 2 for side in (height, width))
-    best = (x == highest[..., rows[:, None], columns]).float()
+    best = (x == over_windows(highest, (height, width))).float()
     counts = F.avg_pool2d(F.pad(best, (0, width % 2, 0, height % 2)), 2) * 4
     return float((counts > 1.5).float().mean())
 

@@ -15,6 +15,7 @@ from segdeconv.analysis.switch_stability import NOISE, instability
 from segdeconv.data.dataset import SegmentationDataset
 from segdeconv.data.preprocessing import Preprocessing
 from segdeconv.errors import UsageError
+from segdeconv.evaluation.metrics import number
 from segdeconv.inference.predictors import PredictionSettings
 from segdeconv.inference.scorers import entropy_of, resized
 from segdeconv.inference.segmenter import Segmenter
@@ -103,10 +104,7 @@ def uncertainty(segmenter: Segmenter, dataset: SegmentationDataset) -> list[dict
                 ranking = rankings.setdefault(signal, ErrorRanking().to(network.device))
                 ranking.update(resized(values[:, None], size)[0, 0], prediction[0] != mask, counted)
             bar.update()
-    return [
-        {"signal": signal, "auroc": None if math.isnan(ranking.auroc) else ranking.auroc}
-        for signal, ranking in rankings.items()
-    ]
+    return [{"signal": signal, "auroc": number(ranking.auroc)} for signal, ranking in rankings.items()]
 
 
 def require_plain(settings: PredictionSettings) -> None:

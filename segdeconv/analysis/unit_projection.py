@@ -20,6 +20,7 @@ in a window is above zero: the least negative cell and not the first.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -112,7 +113,6 @@ def _run_to(network: nn.Module, image: Tensor, layers: Sequence[str]) -> dict[st
     """The outputs of the modules named, each as it was when it came out; the network runs no further than the last."""
     modules = dict(network.named_modules())
     found: dict[str, Tensor] = {}
-    hooks = []
 
     def keep(layer: str) -> Callable[..., None]:
         def hear(module: nn.Module, given: Any, output: Any) -> None:
@@ -122,17 +122,12 @@ def _run_to(network: nn.Module, image: Tensor, layers: Sequence[str]) -> dict[st
 
         return hear
 
-    for layer in layers:
-        if layer not in modules:
-            raise UsageError(f"the network has no layer '{layer}' - {did_you_mean(layer, modules)}")
-        hooks.append(modules[layer].register_forward_hook(keep(layer)))
-    try:
+    with ExitStack() as hooks, suppress(_Seen):
+        for layer in layers:
+            if layer not in modules:
+                raise UsageError(f"the network has no layer '{layer}' - {did_you_mean(layer, modules)}")
+            hooks.enter_context(modules[layer].register_forward_hook(keep(layer)))
         network(image)
-    except _Seen:
-        pass
-    finally:
-        for hook in hooks:
-            hook.remove()
     for layer in layers:
         if not isinstance(found.get(layer), Tensor) or found[layer].ndim != 4:
             raise UsageError(

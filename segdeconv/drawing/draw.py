@@ -109,11 +109,11 @@ def heat(values: np.ndarray, top: float) -> np.ndarray:
 
 def legend(classes: Classes, present: Sequence[int], width: int) -> np.ndarray:
     """A strip of the given width with a colour patch and a name for each class present, in as many rows as it takes."""
-    font = _font(12)
+    letters = font(12)
     rows: list[list[tuple[int, int]]] = [[]]  # (x, class index) per row
     x = 6
     for index in present:
-        length = 20 + int(font.getlength(classes.names[index])) + 12
+        length = 20 + int(letters.getlength(classes.names[index])) + 12
         if x + length > width and rows[-1]:
             rows.append([])
             x = 6
@@ -125,7 +125,7 @@ def legend(classes: Classes, present: Sequence[int], width: int) -> np.ndarray:
         for x, index in entries:
             y = 20 * row + 4
             draw.rectangle((x, y, x + 14, y + 14), fill=classes.colours[index], outline=(90, 90, 90))
-            draw.text((x + 20, y), classes.names[index], fill=(20, 20, 20), font=font)
+            draw.text((x + 20, y), classes.names[index], fill=(20, 20, 20), font=letters)
     return np.asarray(strip)
 
 
@@ -166,17 +166,17 @@ def enlarged(picture: np.ndarray, least: int) -> np.ndarray:
 
 def confusion_picture(confusion: np.ndarray, classes: Classes) -> np.ndarray:
     """The confusion matrix as a picture: rows are the truth, each row's shares of the predictions as shades."""
-    cell, font = 34, _font(11)
-    margin = 10 + int(max(font.getlength(name) for name in classes.names))
+    cell, letters = 34, font(11)
+    margin = 10 + int(max(letters.getlength(name) for name in classes.names))
     side = margin + cell * len(classes) + 8
     picture = Image.new("RGB", (side, side), (255, 255, 255))
     draw = ImageDraw.Draw(picture)
     shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     for truth, name in enumerate(classes.names):
         start = margin + truth * cell
-        draw.text((margin - 6 - font.getlength(name), start + 10), name, fill=(20, 20, 20), font=font)
+        draw.text((margin - 6 - letters.getlength(name), start + 10), name, fill=(20, 20, 20), font=letters)
         turned = Image.new("RGB", (margin, 16), (255, 255, 255))
-        ImageDraw.Draw(turned).text((6, 2), name, fill=(20, 20, 20), font=font)
+        ImageDraw.Draw(turned).text((6, 2), name, fill=(20, 20, 20), font=letters)
         picture.paste(turned.rotate(90, expand=True), (start + 8, 0))
         for prediction in range(len(classes)):
             share = float(shares[truth, prediction])
@@ -185,9 +185,10 @@ def confusion_picture(confusion: np.ndarray, classes: Classes) -> np.ndarray:
             fill = tuple(int(255 * channel) for channel in shade)
             draw.rectangle((x, start, x + cell - 2, start + cell - 2), fill=fill)
             if share >= 0.005:
-                draw.text((x + 6, start + 10), f"{100 * share:.0f}", fill=(20, 20, 20), font=font)
+                draw.text((x + 6, start + 10), f"{100 * share:.0f}", fill=(20, 20, 20), font=letters)
     return np.asarray(picture)
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """The font that comes with Pillow."""
     return ImageFont.load_default(size)

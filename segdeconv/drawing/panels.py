@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
-from segdeconv.drawing.draw import enlarged, heat
+from segdeconv.drawing.draw import enlarged, font, heat
 
 Colour = tuple[int, int, int]
 INK, FAINT, WHITE = (25, 25, 25), (110, 110, 110), (255, 255, 255)
@@ -67,11 +67,6 @@ def broken(text: str, width: int, *, size: int) -> list[str]:
         else:
             lines.append(word)
     return lines
-
-
-def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """The font that comes with Pillow."""
-    return ImageFont.load_default(size)
 
 
 def swatches(entries: Sequence[tuple[Colour, str]]) -> np.ndarray:

@@ -9,7 +9,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from segdeconv.evaluation.metrics import Scores, scores_of
+from segdeconv.evaluation.metrics import number, scores_of
 
 BANDS = (0, 2, 4, 8, 16, 32)  # where each band of distances from a boundary begins, in pixels
 MOST_SIZES = 6  # of images, that are each scored by itself
@@ -30,11 +30,6 @@ class ImageCounts:
     truth: np.ndarray
     predicted: np.ndarray
     uncertainty: float
-
-    @property
-    def scores(self) -> Scores:
-        """Of this image alone: its mean IoU is that of the classes in its truth or its prediction."""
-        return scores_of(self.right, self.truth, self.predicted)
 
 
 class Breakdown:
@@ -87,9 +82,8 @@ class Breakdown:
                 {
                     "name": one.name,
                     "size": list(one.size),
-                    "pixels": int(one.truth.sum()),
-                    **_scored(one.scores),
-                    "uncertainty": None if np.isnan(one.uncertainty) else one.uncertainty,
+                    **_scored(one.right, one.truth, one.predicted),
+                    "uncertainty": number(one.uncertainty),
                 }
                 for one in self.images
             ],
@@ -98,8 +92,7 @@ class Breakdown:
                 {
                     "from": first,
                     "to": None if first == BANDS[-1] else after - 1,
-                    "pixels": int(counts[1].sum()),
-                    **_scored(scores_of(*counts)),
+                    **_scored(*counts),
                 }
                 for first, after, counts in zip(BANDS, (*BANDS[1:], 0), self.bands, strict=True)
             ],
@@ -113,8 +106,7 @@ class Breakdown:
             "smallest": list(sizes[0]),
             "largest": list(sizes[-1]),
             "num_images": len(group),
-            "pixels": int(counts[1].sum()),
-            **_scored(scores_of(*counts)),
+            **_scored(*counts),
         }
 
 
@@ -148,6 +140,11 @@ def _area(size: tuple[int, int]) -> tuple[int, int]:
     return size[0] * size[1], size[0]
 
 
-def _scored(result: Scores) -> dict[str, float | None]:
-    pairs = (("miou", result.miou), ("pixel_accuracy", result.pixel_accuracy))
-    return {name: None if np.isnan(value) else value for name, value in pairs}
+def _scored(right: np.ndarray, truth: np.ndarray, predicted: np.ndarray) -> dict[str, Any]:
+    """Of these pixels alone: their mean IoU is that of the classes in their truth or their prediction."""
+    result = scores_of(right, truth, predicted)
+    return {
+        "pixels": int(truth.sum()),
+        "miou": number(result.miou),
+        "pixel_accuracy": number(result.pixel_accuracy),
+    }

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from segdeconv.evaluation.metrics import number
+
 BINS = 15
 SHARES = (0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 
@@ -112,9 +114,9 @@ class Calibration:
         """As plain data for report.json: fractions in 0..1, null where there is no pixel."""
         kinds = [kind for kind in ("confidence", "uncertainty") if getattr(self, f"by_{kind}").any()]
         return {
-            "expected_calibration_error": _number(self.error),
+            "expected_calibration_error": number(self.error),
             "accuracy_of_surest": {
-                f"by_{kind}": {f"{share:g}": _number(self.accuracy_of_surest(share, by=kind)) for share in SHARES}
+                f"by_{kind}": {f"{share:g}": number(self.accuracy_of_surest(share, by=kind)) for share in SHARES}
                 for kind in kinds
             },
             "bins": [
@@ -122,8 +124,8 @@ class Calibration:
                     "confidence_from": one.low,
                     "confidence_to": one.high,
                     "pixels": one.pixels,
-                    "confidence": _number(one.confidence),
-                    "accuracy": _number(one.accuracy),
+                    "confidence": number(one.confidence),
+                    "accuracy": number(one.accuracy),
                 }
                 for one in self.bins
             ],
@@ -146,7 +148,3 @@ def _histogram(place: Tensor, kind: Tensor, size: int) -> Tensor:
 def _rank(value: Tensor) -> Tensor:
     """Values from 0, ordered and grouped: an index in 0..RANKS - 1 that grows with the value."""
     return (value.float().clamp(min=0).contiguous().view(torch.int32) >> 16).long()
-
-
-def _number(value: float) -> float | None:
-    return None if np.isnan(value) else float(value)

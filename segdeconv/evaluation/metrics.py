@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Self
 
@@ -63,6 +64,11 @@ def scores_of(right: np.ndarray, truth: np.ndarray, predicted: np.ndarray) -> Sc
         precision=precision,
         pixels=truth,
     )
+
+
+def number(value: float) -> float | None:
+    """A score as plain data for a report: None for NaN."""
+    return None if math.isnan(value) else float(value)
 
 
 def _mean(values: np.ndarray) -> float:

@@ -14,7 +14,7 @@ from segdeconv.classes import Classes
 from segdeconv.evaluation.boundary import Boundaries
 from segdeconv.evaluation.breakdown import Breakdown
 from segdeconv.evaluation.calibration import Calibration
-from segdeconv.evaluation.metrics import Scores, scores
+from segdeconv.evaluation.metrics import Scores, number, scores
 from segdeconv.system.files import replace_text
 
 
@@ -35,26 +35,26 @@ def report(
     outlines = boundaries.compute() if boundaries is not None else None
     images = breakdown.images_by_class if breakdown is not None else [None] * len(classes)
     return {
-        "miou": _number(result.miou),
-        "pixel_accuracy": _number(result.pixel_accuracy),
-        "mean_accuracy": _number(result.mean_accuracy),
-        "frequency_weighted_iou": _number(result.frequency_weighted),
-        "boundary_f1": _number(outlines.f1) if outlines else None,
-        "boundary_f1_dilated": _number(outlines.f1_dilated) if outlines else None,
-        "boundary_iou": _number(outlines.iou) if outlines else None,
+        "miou": number(result.miou),
+        "pixel_accuracy": number(result.pixel_accuracy),
+        "mean_accuracy": number(result.mean_accuracy),
+        "frequency_weighted_iou": number(result.frequency_weighted),
+        "boundary_f1": number(outlines.f1) if outlines else None,
+        "boundary_f1_dilated": number(outlines.f1_dilated) if outlines else None,
+        "boundary_iou": number(outlines.iou) if outlines else None,
         "num_images": num_images,
         "num_pixels": int(confusion.sum()),
         "classes": [
             {
                 "name": name,
-                "iou": _number(result.iou[index]),
-                "accuracy": _number(result.accuracy[index]),
-                "precision": _number(result.precision[index]),
+                "iou": number(result.iou[index]),
+                "accuracy": number(result.accuracy[index]),
+                "precision": number(result.precision[index]),
                 "pixels": int(result.pixels[index]),
                 "images": images[index],
-                "boundary_f1": _number(outlines.f1_by_class[index]) if outlines else None,
-                "boundary_f1_dilated": _number(outlines.f1_dilated_by_class[index]) if outlines else None,
-                "boundary_iou": _number(outlines.iou_by_class[index]) if outlines else None,
+                "boundary_f1": number(outlines.f1_by_class[index]) if outlines else None,
+                "boundary_f1_dilated": number(outlines.f1_dilated_by_class[index]) if outlines else None,
+                "boundary_iou": number(outlines.iou_by_class[index]) if outlines else None,
             }
             for index, name in enumerate(classes.names)
         ],
@@ -64,10 +64,6 @@ def report(
         **(breakdown.report() if breakdown is not None else {}),
         **facts,
     }
-
-
-def _number(value: float) -> float | None:
-    return None if math.isnan(value) else float(value)
 
 
 def write_json(content: dict[str, Any], path: Path) -> None:
