@@ -13,6 +13,7 @@ import torch
 import segdeconv.train
 from segdeconv import config
 from segdeconv.errors import DivergedError, UsageError
+from segdeconv.experiments.benchmarks import harness
 from segdeconv.experiments.study import costs, paper, series, table
 from segdeconv.training.config_check import check_recipe
 
@@ -190,7 +191,7 @@ def test_seeds_are_judged_one_by_one_beside_their_mean(plan):
 
 
 def test_what_is_kept_is_bytes_of_switches_quarters_of_them_packed_and_four_bytes_of_maps(monkeypatch):
-    monkeypatch.setattr(costs, "median_time", lambda forward: 0.25)
+    monkeypatch.setattr(costs, "median_time", lambda forward, **limits: 0.25)
     pixels = 45 * 60 + 23 * 30 + 12 * 15  # of 90x120, where the second and fourth pool see odd sides
     windows = pixels + 6 * 8
     expected = {
@@ -213,8 +214,8 @@ def test_what_is_kept_is_bytes_of_switches_quarters_of_them_packed_and_four_byte
 
 def test_the_median_time_is_not_moved_by_one_slow_pass(monkeypatch):
     clock = iter([0, 9, 10, 11, 20, 21, 30, 80])  # passes of 9 (warming up), 1, 1 and 50 seconds
-    monkeypatch.setattr(costs.time, "perf_counter", lambda: next(clock))
-    assert costs.median_time(lambda: torch.zeros(1)) == 1
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: next(clock))
+    assert harness.median_time(lambda: None, seconds=costs.ENOUGH, most=costs.FORWARDS) == 1
 
 
 # The command.

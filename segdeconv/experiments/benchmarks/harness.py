@@ -5,6 +5,7 @@ A process of its own also gives each its own peak of memory, which nothing can r
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -58,6 +59,24 @@ def race(contestants: Mapping[str, Build], *, repeats: int) -> dict[str, Timing]
             process.kill()
             process.join()
     return {name: Timing(statistics.median(every), tuple(every), memory[name]) for name, every in times.items()}
+
+
+def median_time(call: Callable[[], object], *, seconds: float, most: float = math.inf) -> float:
+    """Seconds of a call, which has to wait for its result; not their mean, since machines do other things too.
+
+    seconds, most: so long or so often it is repeated, three times at least, after one call that is not counted.
+    """
+
+    def timed() -> float:
+        started = time.perf_counter()
+        call()
+        return time.perf_counter() - started
+
+    timed()
+    times: list[float] = []
+    while len(times) < 3 or (len(times) < most and sum(times) < seconds):
+        times.append(timed())
+    return statistics.median(times)
 
 
 def _ask(name: str, line: Connection) -> tuple[float, int]:

@@ -57,12 +57,9 @@ def measure(
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
     try:
-        if root is not None:
-            return _rows(CamVid("train", root), size, batch_size, num_images, augment or RECIPE, workers)
         with tempfile.TemporaryDirectory() as folder:
-            return _rows(
-                _written(Path(folder), size, num_images), size, batch_size, num_images, augment or RECIPE, workers
-            )
+            dataset = CamVid("train", root) if root is not None else _written(Path(folder), size, num_images)
+            return _rows(dataset, size, batch_size, num_images, augment or RECIPE, workers)
     finally:
         torch.set_num_threads(threads)
         cv2.setNumThreads(threads_of_cv)

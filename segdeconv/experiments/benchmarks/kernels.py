@@ -4,8 +4,6 @@ and pooling with the batch norm before it, in one pass and in separate steps."""
 from __future__ import annotations
 
 import functools
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from segdeconv.experiments.benchmarks.harness import median_time
 from segdeconv.switches import ops, torch_kernels
 from segdeconv.switches.fused import norm_relu_pool
 from segdeconv.switches.ops import Pooling, max_pool, unpool
@@ -45,7 +44,7 @@ def measure(
             x = torch.randn(shape, device=device).to(DTYPES[dtype]).contiguous(memory_format=LAYOUTS[layout])
             copied = 0.0
             for what, call, nbytes in _cases(x):
-                median = _median(call, device, seconds)
+                median = median_time(functools.partial(_waited, call, device), seconds=seconds)
                 rate = nbytes / median / 1e9
                 copied = copied or rate
                 rows.append(
@@ -134,18 +133,8 @@ def _backward(output: Tensor, given: Tensor, gradient: Tensor) -> Callable[[], A
     return lambda: torch.autograd.grad(output, given, gradient, retain_graph=True)
 
 
-def _median(call: Callable[[], Any], device: torch.device, seconds: float) -> float:
-    """Seconds of a call, the accelerator's work included."""
-
-    def timed() -> float:
-        started = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - started
-
-    timed()
-    times: list[float] = []
-    while len(times) < 3 or sum(times) < seconds:
-        times.append(timed())
-    return statistics.median(times)
+def _waited(call: Callable[[], Any], device: torch.device) -> None:
+    """A call, the accelerator's work included."""
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-import statistics
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from segdeconv.experiments.benchmarks.harness import median_time
 from segdeconv.models import build_model
 from segdeconv.models.basic import BasicModel
 
@@ -48,7 +46,7 @@ def measure(
     image = torch.rand(1, in_channels, *size, device=device).contiguous(memory_format=torch.channels_last)
     with torch.inference_mode():
         _, levels = model.encode(image)
-        forward = median_time(lambda: model(image))
+        forward = median_time(lambda: model(image).flatten()[0].item(), seconds=ENOUGH, most=FORWARDS)
     switches = [level.switches for level in levels if level.switches is not None]
     maps = sum(level.features.nbytes for level in levels if level.features is not None)
     return Costs(
@@ -63,18 +61,3 @@ def measure(
 
 def _count(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def median_time(forward: Callable[[], Tensor]) -> float:
-    """Seconds of a forward pass, an accelerator's work included; not their mean, since machines do other things too."""
-
-    def timed() -> float:
-        started = time.perf_counter()
-        forward().flatten()[0].item()  # waits for the result
-        return time.perf_counter() - started
-
-    timed()
-    times: list[float] = []
-    while len(times) < 3 or (len(times) < FORWARDS and sum(times) < ENOUGH):
-        times.append(timed())
-    return statistics.median(times)
