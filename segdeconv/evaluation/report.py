@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from segdeconv.classes import Classes
 from segdeconv.evaluation.boundary import Boundaries
 from segdeconv.evaluation.breakdown import Breakdown
 from segdeconv.evaluation.calibration import Calibration
-from segdeconv.evaluation.metrics import Scores, number, scores
+from segdeconv.evaluation.metrics import number, scores
 from segdeconv.system.files import replace_text
 
 
@@ -88,27 +87,20 @@ def table(
             f"{_percent(result.precision[index])}  {int(result.pixels[index]):>10}"
             + (f"       {_percent(outlines.f1_by_class[index])}" if outlines else "")
         )
-    lines.append("")
-    lines += [f"{name:<{width}}  {_percent(value)}" for name, value in summary(result)]
-    if outlines:
-        lines += [
-            f"{'boundary F1':<{width}}  {_percent(outlines.f1)}",
-            f"{'boundary IoU':<{width}}  {_percent(outlines.iou)}",
-        ]
+    means = {
+        "mean IoU": result.miou,
+        "pixel accuracy": result.pixel_accuracy,
+        "mean accuracy": result.mean_accuracy,
+        "frequency-weighted IoU": result.frequency_weighted,
+        **({"boundary F1": outlines.f1, "boundary IoU": outlines.iou} if outlines else {}),
+    }
+    lines += ["", *(f"{name:<{width}}  {_percent(value)}" for name, value in means.items())]
     if calibration is not None and confusion.any():
         lines.append(calibration.sentence())
     if result.absent:
         names = ", ".join(classes.names[index] for index in result.absent)
         lines.append(f"left out of the means, in neither truth nor prediction: {names}")
     return "\n".join(lines)
-
-
-def summary(result: Scores) -> Iterable[tuple[str, float]]:
-    """The four numbers of a split, by their names."""
-    yield "mean IoU", result.miou
-    yield "pixel accuracy", result.pixel_accuracy
-    yield "mean accuracy", result.mean_accuracy
-    yield "frequency-weighted IoU", result.frequency_weighted
 
 
 def _percent(value: float) -> str:
