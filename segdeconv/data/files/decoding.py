@@ -5,13 +5,12 @@ from __future__ import annotations
 import errno
 import stat
 import struct
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
 import numpy as np
-from PIL import (
+from PIL import (  # noqa: F401
     BmpImagePlugin,
     Image,
     JpegImagePlugin,
@@ -23,14 +22,9 @@ from PIL import (
 
 from segdeconv.errors import UsageError
 
-# What the rest of Pillow can open (EPS, PSD, FITS, ...) are more parsers for hostile files, not more data sets.
-FORMATS: dict[str, Callable[[IO[bytes]], Image.Image]] = {
-    "JPEG": JpegImagePlugin.jpeg_factory,
-    "PNG": PngImagePlugin.PngImageFile,
-    "BMP": BmpImagePlugin.BmpImageFile,
-    "TIFF": TiffImagePlugin.TiffImageFile,
-    "WEBP": WebPImagePlugin.WebPImageFile,
-}
+# What the rest of Pillow can open (EPS, PSD, FITS, ...) are more parsers for hostile files, not more data sets. The
+# modules imported above register these.
+FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")
 ORIENTATION = 0x0112  # EXIF tag; 1 is upright
 SAMPLES = 0x0115  # TIFF tag: channels
 NPY = b"\x93NUMPY"
@@ -72,10 +66,13 @@ def require_size(path: Path, width: int, height: int, max_pixels: int) -> None:
 
 def _opened(file: IO[bytes]) -> Image.Image:
     """`Image.open` without Pillow's limit of pixels, which is one for the process; `require_size` has ours."""
-    for factory in FORMATS.values():
-        file.seek(0)
-        with suppress(SyntaxError, IndexError, TypeError, struct.error):  # not of this format
-            return factory(file)
+    start = file.read(16)
+    for name in FORMATS:
+        factory, accept = Image.OPEN[name]
+        if accept is None or accept(start) is True:
+            file.seek(0)
+            with suppress(SyntaxError, IndexError, TypeError, struct.error):  # not of this format
+                return factory(file, "")
     raise UnidentifiedImageError
 
 
