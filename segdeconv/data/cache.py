@@ -44,9 +44,8 @@ class Cached(DatasetView):
         size: Size | None = None,
         masks_too: bool = True,
     ) -> None:
-        self.dataset, self.store, self.first, self.size, self.masks_too = dataset, store, first, size, masks_too
-        self.classes, self.split, self.names = dataset.classes, dataset.split, dataset.names
-        self.channels, self.as_stored = dataset.channels, dataset.as_stored
+        super().__init__(dataset)
+        self.store, self.first, self.size, self.masks_too = store, first, size, masks_too
 
     def __getitem__(self, index: int) -> Sample:
         stamp = hashlib.blake2b(self.dataset.stamp(index).encode(), digest_size=STAMP).digest()

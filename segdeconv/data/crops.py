@@ -22,7 +22,7 @@ from tqdm import tqdm
 from segdeconv.classes import Classes
 from segdeconv.data import proposals as object_proposals
 from segdeconv.data.boxes import EMPTY, bounding, clipped, cut, expanded, iou, squared
-from segdeconv.data.dataset import Sample, SegmentationDataset
+from segdeconv.data.dataset import DatasetView, Sample, SegmentationDataset
 from segdeconv.data.inspection import cache
 from segdeconv.errors import UsageError
 from segdeconv.system.files import replacing
@@ -40,7 +40,7 @@ class Objects(NamedTuple):
     classes: np.ndarray
 
 
-class Crops(SegmentationDataset):
+class Crops(DatasetView):
     """A view of a data set that says which pixels are of one object: parts of its images, an index each.
 
     examples: `objects`, the tight box of each object, enlarged and cut at the image's border, in which all other pixels
@@ -76,11 +76,9 @@ class Crops(SegmentationDataset):
                 f"dataset.examples={examples} needs a class '{BACKGROUND}', which is what lies around an object, and "
                 f"{dataset.kind} has {', '.join(dataset.classes.names[:4])}, ... - use examples=images"
             )
-        self.dataset, self.examples, self.context, self.overlap = dataset, examples, context, overlap
+        super().__init__(dataset)
+        self.examples, self.context, self.overlap = examples, context, overlap
         self.proposals, self.most = proposals, most
-        self.classes, self.split, self.split_names = dataset.classes, dataset.split, dataset.split_names
-        self.channels, self.as_stored = dataset.channels, dataset.as_stored
-        self.way_out_of_overlap = dataset.way_out_of_overlap
         self._settings = f"{examples} {context} {proposals} {overlap} {most} {repeats}"
         # (N, 7): image, x1, y1, x2, y2, number of the object, its class
         found = self._remembered()
@@ -118,21 +116,11 @@ class Crops(SegmentationDataset):
     def stamp(self, index: int) -> str:
         return self.dataset.stamp(int(self.table[index, 0]))
 
+    instances = SegmentationDataset.instances  # a crop has none
+
     @property
     def fingerprint(self) -> str:
         return f"{self.kind} {self._settings} {self.dataset.fingerprint}"
-
-    @property
-    def kind(self) -> str:
-        return self.dataset.kind
-
-    @property
-    def image_files(self) -> list[Path]:
-        return self.dataset.image_files
-
-    @property
-    def stored_classes(self) -> Classes:
-        return self.dataset.stored_classes
 
     def _remembered(self) -> np.ndarray:
         """The crops; looked for once, since proposals of ten thousand images take minutes."""

@@ -133,7 +133,11 @@ class SegmentationDataset(ABC):
 class DatasetView(SegmentationDataset):
     """A data set seen in another way: its images are those of `dataset`, and what is not said anew is what they say."""
 
-    dataset: SegmentationDataset
+    def __init__(self, dataset: SegmentationDataset) -> None:
+        self.dataset, self.split, self.split_names = dataset, dataset.split, dataset.split_names
+        self.names, self.classes, self.notes = dataset.names, dataset.classes, dataset.notes
+        self.channels, self.as_stored = dataset.channels, dataset.as_stored
+        self.way_out_of_overlap = dataset.way_out_of_overlap
 
     def stamp(self, index: int) -> str:
         return self.dataset.stamp(index)

@@ -22,10 +22,8 @@ class Relabelled(DatasetView):
     """
 
     def __init__(self, dataset: SegmentationDataset, label_map: dict[str, str] | None = None) -> None:
-        self.dataset, self.label_map = dataset, label_map or {}
-        self.split, self.names, self.split_names = dataset.split, dataset.names, dataset.split_names
-        self.channels, self.as_stored = dataset.channels, dataset.as_stored
-        self.way_out_of_overlap = dataset.way_out_of_overlap
+        super().__init__(dataset)
+        self.label_map = label_map or {}
         self.classes, self._table = relabel(dataset.classes, self.label_map)
         changed = describe(dataset.classes, self.label_map)
         self.notes = (*dataset.notes, *([f"classes: {changed}"] if changed else []))

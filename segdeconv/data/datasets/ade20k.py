@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from segdeconv.classes import Classes
 from segdeconv.data.dataset import FileDataset, Pair, require_root, require_split
 from segdeconv.data.files.archives import unpack_zip
-from segdeconv.data.files.published import Archive, take
+from segdeconv.data.files.published import Archive, take, unpacked
 from segdeconv.data.files.reading import MAX_PIXELS, Exif
 from segdeconv.errors import UsageError
 
@@ -117,9 +116,7 @@ class ADE20K(FileDataset):
 
 
 def _find_or_unpack(root: str | None) -> Path:
-    if root is not None:
-        require_root(root, EXPECTED)
-    place = Path(DEFAULT_PLACE if root is None else root).expanduser()
+    place = Path(DEFAULT_PLACE) if root is None else require_root(root, EXPECTED)
     for folder in (place, place / IN_PLACE):
         if (folder / MASKS / "training").is_dir():
             return folder
@@ -127,9 +124,6 @@ def _find_or_unpack(root: str | None) -> Path:
     if folder.exists():
         raise UsageError(f"{folder} has no {MASKS}/training - complete it, or move it away to have it made anew")
     for _, path in take([ARCHIVE], place, root, lacking=EXPECTED, instead=f"an unpacked {IN_PLACE}"):
-        unpacked = place / f"{IN_PLACE}.unpacking"
-        shutil.rmtree(unpacked, ignore_errors=True)
-        unpack_zip(path, unpacked, only=tuple(f"{IN_PLACE}/{part}/" for part in (IMAGES, MASKS)))
-        (unpacked / IN_PLACE).rename(folder)
-        unpacked.rmdir()
+        with unpacked(unpack_zip, path, folder, tuple(f"{IN_PLACE}/{part}/" for part in (IMAGES, MASKS))) as new:
+            (new / IN_PLACE).rename(folder)
     return folder

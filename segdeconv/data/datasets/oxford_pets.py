@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -13,7 +12,7 @@ from pydantic import Field
 from segdeconv.classes import Classes, voc_colours
 from segdeconv.data.dataset import FileDataset, Pair, require_root, require_split
 from segdeconv.data.files.archives import unpack_tar
-from segdeconv.data.files.published import Archive, take
+from segdeconv.data.files.published import Archive, take, unpacked
 from segdeconv.data.files.reading import MAX_PIXELS, Exif, read_list, read_mask
 from segdeconv.data.splits import choose_val
 from segdeconv.errors import UsageError
@@ -160,9 +159,7 @@ def _listed(listing: Path) -> dict[str, _Animal]:
 
 
 def _find_or_unpack(root: str | None) -> Path:
-    if root is not None:
-        require_root(root, EXPECTED)
-    place = Path(DEFAULT_PLACE if root is None else root).expanduser()
+    place = Path(DEFAULT_PLACE) if root is None else require_root(root, EXPECTED)
     if not (place / ANNOTATIONS).is_dir() and (place / IN_PLACE).is_dir():
         place = place / IN_PLACE
     missing = [part for part in ARCHIVES if not (place / part).is_dir()]
@@ -170,9 +167,6 @@ def _find_or_unpack(root: str | None) -> Path:
     archives = [ARCHIVES[part] for part in missing]
     for archive, path in take(archives, place, root, lacking=lacking, instead="the folder that holds them unpacked"):
         part = archive.name.removesuffix(".tar.gz")
-        unpacked = place / f"{part}.unpacking"
-        shutil.rmtree(unpacked, ignore_errors=True)
-        unpack_tar(path, unpacked, only=WANTED[part])
-        (unpacked / part).rename(place / part)
-        unpacked.rmdir()
+        with unpacked(unpack_tar, path, place / part, WANTED[part]) as new:
+            (new / part).rename(place / part)
     return place

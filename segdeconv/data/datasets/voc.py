@@ -13,7 +13,7 @@ from tqdm import tqdm
 from segdeconv.classes import Classes, voc_colours
 from segdeconv.data.dataset import FileDataset, Pair, PublishedScores, require_root, require_split
 from segdeconv.data.files.archives import unpack_tar
-from segdeconv.data.files.published import Archive, take
+from segdeconv.data.files.published import Archive, take, unpacked
 from segdeconv.data.files.reading import MAX_PIXELS, Exif, read_list
 from segdeconv.drawing import draw
 from segdeconv.errors import UsageError
@@ -170,9 +170,7 @@ def _augmented_names(folder: Path) -> list[str]:
 
 def _find_or_unpack(root: str | None, *, augmented: bool) -> Path:
     """The folder VOC2012, with SBD's masks if they are wanted."""
-    if root is not None:
-        require_root(root, EXPECTED)
-    place = Path(DEFAULT_PLACE if root is None else root).expanduser()
+    place = Path(DEFAULT_PLACE) if root is None else require_root(root, EXPECTED)
     folder = next((at for at in (place, place / "VOC2012", place / VOC_IN_PLACE) if (at / LISTS).is_dir()), None)
     missing = [VOC_ARCHIVE] if folder is None else []
     if augmented and (folder is None or not (folder / SBD_MASKS).is_dir()):
@@ -191,17 +189,14 @@ def _find_or_unpack(root: str | None, *, augmented: bool) -> Path:
 
 def _unpack_voc(path: Path, place: Path) -> Path:
     folder = place / VOC_IN_PLACE
-    unpacked = place / "VOC2012.unpacking"
-    shutil.rmtree(unpacked, ignore_errors=True)
     wanted = tuple(f"{(VOC_IN_PLACE / part).as_posix()}/" for part in (IMAGES, MASKS, OBJECTS, LISTS))
-    unpack_tar(path, unpacked, only=wanted)
-    found = unpacked / VOC_IN_PLACE
-    for name in _check_lists(found / LISTS, VOC_ARCHIVE):
-        for file in (found / IMAGES / f"{name}.jpg", found / MASKS / f"{name}.png"):
-            _require(file, VOC_ARCHIVE)
-    folder.parent.mkdir(exist_ok=True)
-    found.rename(folder)
-    shutil.rmtree(unpacked)
+    with unpacked(unpack_tar, path, place / "VOC2012", wanted) as new:
+        found = new / VOC_IN_PLACE
+        for name in _check_lists(found / LISTS, VOC_ARCHIVE):
+            for file in (found / IMAGES / f"{name}.jpg", found / MASKS / f"{name}.png"):
+                _require(file, VOC_ARCHIVE)
+        folder.parent.mkdir(exist_ok=True)
+        found.rename(folder)
     return folder
 
 
@@ -209,23 +204,21 @@ def _convert_sbd(path: Path, folder: Path) -> None:
     """SBD's masks, MATLAB files of the structs GTcls and GTinst, as PNGs with VOC's palette."""
     from scipy.io import loadmat  # type: ignore[import-untyped]  # needed once, and slow to import
 
-    unpacked = folder / f"{SBD_MASKS}.unpacking"
-    shutil.rmtree(unpacked, ignore_errors=True)
     lists = tuple((SBD_IN_ARCHIVE / f"{split}.txt").as_posix() for split in SBD_ARCHIVE.lists)
     kinds = (("inst", "GTinst", SBD_OBJECTS), ("cls", "GTcls", SBD_MASKS))
-    unpack_tar(path, unpacked, only=(*lists, *(f"{(SBD_IN_ARCHIVE / sub).as_posix()}/" for sub, _, _ in kinds)))
-    for name in tqdm(_check_lists(unpacked / SBD_IN_ARCHIVE, SBD_ARCHIVE), desc="converting SBD's masks", disable=None):
-        for sub, struct, made in kinds:
-            file = unpacked / SBD_IN_ARCHIVE / sub / f"{name}.mat"
-            _require(file, SBD_ARCHIVE)
-            stored = np.asarray(loadmat(file)[struct]["Segmentation"][0, 0])
-            mask = CLASSES.from_labels(stored) if made == SBD_MASKS else stored.astype(np.uint8)
-            draw.save_mask(mask, CLASSES, unpacked / made / f"{name}.png")
-    # The masks last: they are what says that the conversion is done.
-    shutil.rmtree(folder / SBD_OBJECTS, ignore_errors=True)
-    for _, _, made in kinds:
-        (unpacked / made).rename(folder / made)
-    shutil.rmtree(unpacked)
+    wanted = (*lists, *(f"{(SBD_IN_ARCHIVE / sub).as_posix()}/" for sub, _, _ in kinds))
+    with unpacked(unpack_tar, path, folder / SBD_MASKS, wanted) as new:
+        for name in tqdm(_check_lists(new / SBD_IN_ARCHIVE, SBD_ARCHIVE), desc="converting SBD's masks", disable=None):
+            for sub, struct, made in kinds:
+                file = new / SBD_IN_ARCHIVE / sub / f"{name}.mat"
+                _require(file, SBD_ARCHIVE)
+                stored = np.asarray(loadmat(file)[struct]["Segmentation"][0, 0])
+                mask = CLASSES.from_labels(stored) if made == SBD_MASKS else stored.astype(np.uint8)
+                draw.save_mask(mask, CLASSES, new / made / f"{name}.png")
+        # The masks last: they are what says that the conversion is done.
+        shutil.rmtree(folder / SBD_OBJECTS, ignore_errors=True)
+        for _, _, made in kinds:
+            (new / made).rename(folder / made)
 
 
 def _check_lists(folder: Path, archive: Archive) -> list[str]:

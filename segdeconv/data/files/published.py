@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -49,6 +51,16 @@ def take(
             path = path.rename(f"{path}.part")  # a run that is stopped now leaves what the next one knows to be fetched
             yield archive, path
             path.unlink()
+
+
+@contextmanager
+def unpacked(unpack: Callable[..., None], archive: Path, place: Path, only: str | tuple[str, ...]) -> Iterator[Path]:
+    """A folder of what is wanted of an archive, from which parts are moved to their places; gone afterwards."""
+    folder = place.with_name(f"{place.name}.unpacking")
+    shutil.rmtree(folder, ignore_errors=True)
+    unpack(archive, folder, only=only)
+    yield folder
+    shutil.rmtree(folder)
 
 
 def _by_hand(archives: Sequence[Archive], place: Path) -> str:
