@@ -19,7 +19,8 @@ from torch.export import Dim, ExportedProgram
 from segdeconv import __version__
 from segdeconv.checkpoints.cards import SUFFIX, card_of
 from segdeconv.checkpoints.checkpoint import Checkpoint
-from segdeconv.data.preprocessing import Preprocessing, resize_image, stacked
+from segdeconv.classes import Classes
+from segdeconv.data.preprocessing import resize_image, stacked
 from segdeconv.errors import UsageError
 from segdeconv.export import onnx
 from segdeconv.export.module import Exported, Layout
@@ -30,9 +31,8 @@ from segdeconv.system.files import hash_file, replace_text, replacing_path
 from segdeconv.system.seeding import key
 
 ONNX, PT2 = ".onnx", ".pt2"
-FEWEST_SAME = (
-    0.999  # of pixels, of whose class file and network agree: what an equal prediction is (docs/robustness.md)
-)
+# Of pixels, of whose class file and network agree: what an equal prediction is (docs/robustness.md).
+FEWEST_SAME = 0.999
 LARGEST_MEAN = 1e-3  # of the differences of scores, in standard deviations of the scores
 # Of files that resize, on pictures of noise, up to an eighth of whose numbers they make one grey level brighter.
 FEWEST_SAME_RESIZED, LARGEST_MEAN_RESIZED = 0.99, 0.05
@@ -78,15 +78,15 @@ def export(
                 f"{path.with_suffix(suffix)} is there, and {card_of(path).name} speaks of it - choose another name"
             )
     run, versions = (onnx.runner, onnx.require_libraries()) if path.suffix == ONNX else (_pt2_runner, {})
-    preprocessing = read.preprocessing
     network, full = read.model(), None
     folded = fold_norms(network)
     if half:
-        network, full = onnx.rounded(folded, path), network
-        folded = network
-    exported = Exported(folded, preprocessing, pixels=pixels, argmax=argmax).eval()
-    smallest = _smallest(exported, path)
-    program = _traced(exported, preprocessing)
+        full, folded = network, onnx.rounded(folded, path)
+        network = folded
+    exported = Exported(folded, read.preprocessing, pixels=pixels, argmax=argmax).eval()
+    least = _least_traced(exported)
+    smallest = least if path.suffix == PT2 else 1 if exported.size else folded.minimum_size  # side that the file takes
+    program = _traced(exported, least)
     operators: list[str] = []
     with replacing_path(path) as partial:
         if path.suffix == ONNX:
@@ -96,8 +96,7 @@ def export(
         else:
             with partial.open("wb") as file:
                 torch.export.save(program, file)
-        images = _images(exported, preprocessing, smallest)
-        agreement = _compared(run(partial), network, full, preprocessing, exported, images, path)
+        agreement = _compared(run(partial), network, full, exported, _images(exported, smallest), path)
         card_of(path).unlink(missing_ok=True)  # and written last, so that it never speaks of another file
     card = {
         "file": path.name,
@@ -105,7 +104,7 @@ def export(
         "format": {ONNX: "ONNX", PT2: "torch.export"}[path.suffix],
         "network": type(network).__name__,
         "checkpoint": {"file": read.path.name, "sha256": read.sha256},
-        **_interface(read, exported, preprocessing, smallest),
+        **_interface(exported, read.classes, smallest),
         "weights": "float16, computed in float32" if half else "float32",
         "verified": asdict(agreement),
         **({"opset": onnx.OPSET, "operators": operators} if operators else {}),
@@ -115,13 +114,10 @@ def export(
     return card
 
 
-def _interface(read: Checkpoint, exported: Exported, preprocessing: Preprocessing, smallest: int) -> dict[str, Any]:
+def _interface(exported: Exported, classes: Classes, smallest: int) -> dict[str, Any]:
     """What a program has to know to use the file."""
-    pixels, argmax, size = exported.pixels, exported.argmax, preprocessing.size
-    classes, stored = read.classes, f"uint{preprocessing.bits}"
-    axes: dict[str, Any] = {"N": "N", "H": "H", "W": "W", "C": preprocessing.channels}
-    order = exported.axes
-    inside = "the graph" if pixels else "you"
+    preprocessing, pixels, argmax = exported.preprocessing, exported.pixels, exported.argmax
+    size = preprocessing.size
     resize = "area average where both sides shrink, else bilinear with half-pixel centres; rounded to whole numbers"
     return {
         "classes": [
@@ -130,9 +126,9 @@ def _interface(read: Checkpoint, exported: Exported, preprocessing: Preprocessin
         "ignore_index": classes.ignore_index,
         "input": {
             "name": "image",
-            "dtype": stored if pixels else "float32",
-            "axes": order,
-            "shape": [axes[axis] for axis in order],
+            "dtype": f"uint{preprocessing.bits}" if pixels else "float32",
+            "axes": exported.axes,
+            "shape": [preprocessing.channels if axis == "C" else axis for axis in exported.axes],
             "channels": "as stored" if preprocessing.as_stored else "rgb" if pixels else preprocessing.order,
             "minimum_size": smallest,  # a smaller side is padded below or right with `fill`
             "fill": [round(value) for value in preprocessing.mean] if pixels else 0,
@@ -147,7 +143,7 @@ def _interface(read: Checkpoint, exported: Exported, preprocessing: Preprocessin
             else "that of the input",
         },
         "preprocessing": {
-            "done_by": inside,
+            "done_by": "the graph" if pixels else "you",
             "steps": [
                 f"resize to {size[0]}x{size[1]} (HxW): {resize}" if size else "keep the size",
                 "subtract mean and divide by std, channel by channel, in the units of the stored numbers",
@@ -158,22 +154,16 @@ def _interface(read: Checkpoint, exported: Exported, preprocessing: Preprocessin
     }
 
 
-def _smallest(exported: Exported, path: Path) -> int:
-    """The smallest side that the file takes."""
-    if path.suffix == ONNX:
-        return 1 if exported.size else exported.network.minimum_size
-    return _least_traced(exported)
-
-
 def _least_traced(exported: Exported) -> int:
     """The smallest side that a trace is right for: torch.export takes a map of one cell for one that never has two."""
     return 2 if exported.size else 32 * -(-exported.network.minimum_size // 32) + 1
 
 
-def _traced(exported: Exported, preprocessing: Preprocessing) -> ExportedProgram:
-    least = _least_traced(exported)
-    image = _example(exported, preprocessing, (2, least + 31, least + 63))
-    height = 1 if exported.pixels == "nhwc" else 2
+def _traced(exported: Exported, least: int) -> ExportedProgram:
+    lengths = {"N": 2, "H": least + 31, "W": least + 63, "C": exported.preprocessing.channels}
+    dtype = getattr(torch, f"uint{exported.preprocessing.bits}") if exported.pixels else torch.float32
+    image = torch.zeros([lengths[axis] for axis in exported.axes], dtype=dtype)
+    height = exported.axes.index("H")
     free = {0: Dim.DYNAMIC, height: Dim.DYNAMIC(min=least), height + 1: Dim.DYNAMIC(min=least)}
     try:
         with torch.no_grad():
@@ -186,38 +176,26 @@ def _traced(exported: Exported, preprocessing: Preprocessing) -> ExportedProgram
         ) from error
 
 
-def _example(exported: Exported, preprocessing: Preprocessing, shape: tuple[int, int, int]) -> Tensor:
-    """An input of (N, H, W) zeros."""
-    count, height, width = shape
-    if exported.pixels is None:
-        return torch.zeros(count, preprocessing.channels, height, width)
-    image = torch.zeros(
-        count, height, width, preprocessing.channels, dtype=torch.uint8 if preprocessing.bits == 8 else torch.uint16
-    )
-    return image if exported.pixels == "nhwc" else image.permute(0, 3, 1, 2).contiguous()
-
-
 # Verification.
 
 
-def _images(exported: Exported, preprocessing: Preprocessing, smallest: int) -> Iterator[np.ndarray]:
+def _images(exported: Exported, smallest: int) -> Iterator[np.ndarray]:
     """Two batches (N, H, W, C) of random pictures: one, as small as may be; two larger ones, of odd sides."""
     random = np.random.default_rng(key(0, "export"))
     least = 33 if exported.size else smallest
-    top = 2**preprocessing.bits
+    bits, channels = exported.preprocessing.bits, exported.preprocessing.channels
     larger = (2 * exported.size[0] + 1, 2 * exported.size[1] + 7) if exported.size else (least + 32, least + 21)
     for count, height, width in ((1, least, least + 14), (2, *larger)):
-        blocks = random.integers(0, top, (count, -(-height // 8), -(-width // 8), preprocessing.channels))
+        blocks = random.integers(0, 2**bits, (count, -(-height // 8), -(-width // 8), channels))
         blocks = blocks.repeat(8, 1).repeat(8, 2)[:, :height, :width]
-        noise = random.integers(0, top // 4, blocks.shape)
-        yield (blocks * 3 // 4 + noise).astype(np.uint8 if preprocessing.bits == 8 else np.uint16)
+        noise = random.integers(0, 2**bits // 4, blocks.shape)
+        yield (blocks * 3 // 4 + noise).astype(f"uint{bits}")
 
 
 def _compared(
     run: onnx.Runner,
     network: SegmentationModel,
     full: SegmentationModel | None,
-    preprocessing: Preprocessing,
     exported: Exported,
     images: Iterator[np.ndarray],
     path: Path,
@@ -233,15 +211,14 @@ def _compared(
     deviations: list[Tensor] = []
     for batch in images:
         size = (batch.shape[1], batch.shape[2])
-        seen = batch
-        if exported.size:
-            seen = np.stack([resize_image(image, exported.size) for image in batch])
-        ready = preprocessing.normalised(stacked(list(seen)))
+        seen = [resize_image(image, exported.size or size) for image in batch]
+        ready = exported.preprocessing.normalised(stacked(seen))
         with torch.no_grad():
             expected = resized(score(ready), size)
+            wanted = labels(expected, size)
             if full is not None:
                 before = resized(with_padding(full, full.minimum_size)(ready), size)
-                same_as_full += int((labels(before, size) == labels(expected, size)).sum())
+                same_as_full += int((labels(before, size) == wanted).sum())
         given = {None: ready.contiguous().numpy(), "nhwc": batch, "nchw": batch.transpose(0, 3, 1, 2)}[exported.pixels]
         try:
             result = torch.from_numpy(run(np.ascontiguousarray(given)))
@@ -259,7 +236,7 @@ def _compared(
                 f"{tuple(shape)} - report this with the checkpoint's config.yaml"
             )
         found = result if exported.argmax else labels(result, size)
-        same += int((found == labels(expected, size)).sum())
+        same += int((found == wanted).sum())
         pixels += found.numel()
         if not exported.argmax:
             differences.append((result - expected).abs().flatten())

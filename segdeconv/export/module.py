@@ -34,7 +34,7 @@ class Exported(nn.Module):
         self, network: SegmentationModel, preprocessing: Preprocessing, *, pixels: Layout | None, argmax: bool
     ) -> None:
         super().__init__()
-        self.network, self.pixels, self.argmax = network, pixels, argmax
+        self.network, self.preprocessing, self.pixels, self.argmax = network, preprocessing, pixels, argmax
         self.size = preprocessing.size if pixels else None
         self.bgr = preprocessing.order == "bgr"
         for name in ("mean", "std"):
@@ -68,8 +68,8 @@ class Exported(nn.Module):
 
 
 def resized_as_stored(image: Tensor, size: Size) -> Tensor:
-    """`data.transforms.resize_image` for (N, C, H, W) whole numbers in float32: area average where both sides shrink,
-    else bilinear, rounded to whole numbers.
+    """`data.preprocessing.resize_image` for (N, C, H, W) whole numbers in float32: area average where both sides
+    shrink, else bilinear, rounded to whole numbers.
 
     As two matrix products, since no resizing that graphs know averages areas. Differs from OpenCV by at most one grey
     level, where that rounds in between.

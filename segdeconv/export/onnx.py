@@ -23,12 +23,10 @@ OPSET = 18  # of 2022, so that other programs know it
 LARGEST = 2**31 - 1  # bytes of an ONNX file: of a protocol buffer
 
 # TensorRT, OpenVINO and CoreML know none of these, or not with free sizes; nor a MaxPool that gives its indices.
-FORBIDDEN = frozenset(
-    {
-        "GatherElements", "GatherND", "If", "Loop", "MaxUnpool", "NonZero", "Scan", "Scatter", "ScatterElements",
-        "ScatterND",
-    }
-)  # fmt: skip
+FORBIDDEN = {
+    "GatherElements", "GatherND", "If", "Loop", "MaxUnpool", "NonZero", "Scan", "Scatter", "ScatterElements",
+    "ScatterND",
+}  # fmt: skip
 
 
 def require_libraries() -> dict[str, str]:
@@ -89,7 +87,7 @@ def convert(program: ExportedProgram, *, axes: str, output: str, half: bool, pat
 
 def foreign_operators(graph: Any) -> set[str]:
     """What stands in an ONNX graph that TensorRT, OpenVINO or CoreML would not take."""
-    found = {node.op_type for node in graph.graph.node if node.op_type in FORBIDDEN}
+    found = FORBIDDEN & {node.op_type for node in graph.graph.node}
     found |= {f"{node.domain}.{node.op_type}" for node in graph.graph.node if node.domain not in ("", "ai.onnx")}
     indices = any(node.op_type == "MaxPool" and len(node.output) > 1 and node.output[1] for node in graph.graph.node)
     return found | ({"MaxPool with indices"} if indices else set())

@@ -12,6 +12,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import numpy as np
@@ -48,10 +50,7 @@ class Span:
 
     def over(self, windows: Sequence[np.ndarray]) -> Span:
         """The union of the places that several lists name."""
-        found = self.at(windows[0])
-        for places in windows[1:]:
-            found |= self.at(places)
-        return found
+        return reduce(or_, map(self.at, windows))
 
     def whole(self) -> Span:
         """All places as one."""
@@ -136,10 +135,7 @@ def _together(fields: Sequence[Field], args: Sequence[Any], output: Tensor) -> F
     """The union of maps that are broadcast with each other, whose dimensions count from the last."""
     if len(fields) > 1 and any(arg.ndim != output.ndim for arg in args if isinstance(arg, Tensor) and arg.ndim):
         raise Unknown
-    found = fields[0]
-    for field in fields[1:]:
-        found |= field
-    return found
+    return reduce(or_, fields)
 
 
 # What each operation makes of one axis.
@@ -255,12 +251,9 @@ def _pad(fields: Sequence[Field], args: Sequence[Any], output: Tensor) -> Field:
 
 def _concatenation(fields: Sequence[Field], args: Sequence[Any], output: Tensor) -> Field:
     dim = (args[1] if len(args) > 1 else 0) % output.ndim
-    found = fields[0]
-    if dim in found.dims:
+    if dim in fields[0].dims:
         raise Unknown
-    for field in fields[1:]:
-        found |= field
-    return found
+    return reduce(or_, fields)
 
 
 def _split(fields: Sequence[Field], args: Sequence[Any], output: Tensor) -> Field:

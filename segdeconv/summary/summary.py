@@ -135,14 +135,13 @@ def _measure_fields(model: nn.Module, seen: Trace, size: tuple[int, int]) -> Non
 def table(description: Description, width: int = 200) -> str:
     """One line a layer, then the totals; columns that a width has no room for are left out, and named."""
     rows = [_row(number, layer) for number, layer in enumerate(description.layers, 1)]
-    columns = list(rows[0])
     left_out = []
     for name in ("input", "then", "MB", "mult-adds"):
-        if max(len(line) for line in _lined([{name: row[name] for name in columns} for row in rows])) <= width:
+        if max(map(len, _lined(rows))) <= width:
             break
-        columns.remove(name)
+        rows = [{column: text for column, text in row.items() if column != name} for row in rows]
         left_out.append(name)
-    lines = _lined([{name: row[name] for name in columns} for row in rows])
+    lines = _lined(rows)
     if left_out:
         lines += ["", f"without {', '.join(left_out)}: {width} columns are too narrow; --json FILE holds everything"]
     return "\n".join([*lines, "", *_totals(description)])

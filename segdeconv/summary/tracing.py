@@ -51,11 +51,6 @@ class Layer:
     kept: int = 0
     then: list[str] = dataclasses.field(default_factory=list)
 
-    @property
-    def weighted(self) -> bool:
-        """Whether it is a layer with filters, as the papers count them."""
-        return self.filter_depth is not None
-
 
 class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees every operation of one run of a network.
@@ -126,7 +121,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.makers[output] = maker
             return
         said = next((operation for operation in operations if operation.kind), _Operation(kind))
-        row = self._row(name, said.kind, inputs[0], output, said)
+        row = self._row(name, said, inputs[0], output)
         row.parameters, row.multiply_adds = parameters, work
 
     def _count(self, parameters: Iterable[nn.Parameter]) -> int:
@@ -135,12 +130,10 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.counted |= set(fresh)
         return sum(fresh.values())
 
-    def _row(self, name: str, kind: str, given: Tensor, output: Tensor, said: _Operation | None = None) -> Layer:
-        row = Layer(name, kind, tuple(given.shape[1:]), tuple(output.shape[1:]), memory=output.numel() * 4)
-        if said is not None:
-            row.kernel, row.filter_depth, row.stride, row.dilation = (
-                said.kernel, said.filter_depth, said.stride, said.dilation
-            )  # fmt: skip
+    def _row(self, name: str, said: _Operation, given: Tensor, output: Tensor) -> Layer:
+        shapes = tuple(given.shape[1:]), tuple(output.shape[1:])
+        row = Layer(name, said.kind, *shapes, said.kernel, said.filter_depth, said.stride, said.dilation)
+        row.memory = output.numel() * 4
         found = self.fields[output]
         self.layers.append(row)
         self.spans.append(found.spans if found is not None else None)
@@ -198,7 +191,8 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self.leaf is not None:
             self.leaf.append(operation)
         elif operation.kind or (placewise and len(makers) > 1):
-            row = self._row(self.within[-1], operation.kind or name, given[0], made[0], operation)
+            operation.kind = operation.kind or name
+            row = self._row(self.within[-1], operation, given[0], made[0])
             row.parameters = self._count(tensor for tensor in _tensors(args) if isinstance(tensor, nn.Parameter))
             row.multiply_adds = operation.multiply_adds
         elif maker is not None and placewise and made[0].is_floating_point():
@@ -219,7 +213,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         found = self.fields.get(x)
         for tensor in (features, codes):
             self.fields[tensor] = found and receptive_field.after(aten, (x, [2, 2]), [found], tensor)
-        row = self._row(name, "max_pool", x, features, _Operation("max_pool", (2, 2), None, (2, 2)))
+        row = self._row(name, _Operation("max_pool", (2, 2), None, (2, 2)), x, features)
         row.kept = codes.nbytes
         self.makers[codes] = self.makers[features]
         self.pools[codes] = len(self.layers)
@@ -231,7 +225,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         else:
             tall = (one | other).along(2, lambda span: span.at(np.arange(size[0]) // 2))
             self.fields[output] = tall.along(3, lambda span: span.at(np.arange(size[1]) // 2))
-        row = self._row(name, "unpool", x, output, _Operation("unpool", (2, 2), None, (2, 2)))
+        row = self._row(name, _Operation("unpool", (2, 2), None, (2, 2)), x, output)
         row.then.append(f"switches of {self.pools[switches]}" if switches in self.pools else "switches")
 
 
