@@ -27,7 +27,7 @@ def main() -> None:
     from segdeconv import config
     from segdeconv.evaluation import report
     from segdeconv.models import build_model, check_model
-    from segdeconv.summary.summary import describe, table
+    from segdeconv.summary.summary import describe, layer_table
 
     path = taken(words, "--json")
     asked = _value(taken(words, "size")), _value(taken(words, "classes"))
@@ -44,7 +44,7 @@ def main() -> None:
         raise UsageError(f"classes={num_classes} is no number of classes - write for example classes=21")
     channels = dataset.get("channels") or 3
     found = describe(lambda: build_model(model, num_classes, channels, fresh=True), (size[0], size[1]))
-    print(table(found, shutil.get_terminal_size((120, 24)).columns if sys.stdout.isatty() else 1000))
+    print(layer_table(found, shutil.get_terminal_size((120, 24)).columns if sys.stdout.isatty() else 1000))
     if path:
         report.write_json(found.plain(), Path(path))
         print(f"\neverything: {path}")

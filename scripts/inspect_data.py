@@ -23,7 +23,7 @@ def main() -> None:
     """Compose the recipe, inspect each split."""
     words = sys.argv[1:]
     from segdeconv.data import inspection_page
-    from segdeconv.data.inspection import MOST_SHOWN, inspect, overlaps, table
+    from segdeconv.data.inspection import MOST_SHOWN, class_table, inspect, overlaps
     from segdeconv.data.module import build_pipeline, build_split, check_augment, check_dataset, normalisation
     from segdeconv.drawing import html
     from segdeconv.losses import class_weights
@@ -45,7 +45,7 @@ def main() -> None:
     problems = [*overlaps(splits), *(problem for seen in inspections for problem in seen.problems)]
     weights = class_weights.median_frequency(inspections[0].pixels[:-1], inspections[0].image_pixels[:-1])
     for seen in inspections:
-        print(table(seen, classes, weights if seen.split == "train" else None), end="\n\n")
+        print(class_table(seen, classes, weights if seen.split == "train" else None), end="\n\n")
     print("weight: median frequency balancing (loss.balancing=median_frequency)")
 
     training = None

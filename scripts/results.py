@@ -43,7 +43,7 @@ def main() -> None:
     from segdeconv.training.resume import finished
 
     path = results.table_path(arguments.table)
-    parts: dict[str, Any] = results.read(path)
+    parts: dict[str, Any] = results.read_results(path)
     for part in ("rows", "views"):
         wanted = getattr(arguments, part)
         if wanted:

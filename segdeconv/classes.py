@@ -77,13 +77,13 @@ class Classes:
         return len(self.names)
 
     @cached_property
-    def table(self) -> np.ndarray:
+    def palette(self) -> np.ndarray:
         """(256, 3) uint8: the colour of every mask value; black where there is no class."""
-        table = np.zeros((256, 3), dtype=np.uint8)
+        colours = np.zeros((256, 3), dtype=np.uint8)
         if self.ignore_colour is not None:
-            table[self.ignore_index] = self.ignore_colour
-        table[: len(self)] = self.colours
-        return table
+            colours[self.ignore_index] = self.ignore_colour
+        colours[: len(self)] = self.colours
+        return colours
 
     @cached_property
     def _indices(self) -> np.ndarray:

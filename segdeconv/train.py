@@ -130,7 +130,7 @@ def train(recipe: Mapping[str, Any], run: str | Path, *, runs: Path | None = Non
         report.report(confusion, len(dataset), made.classes, boundaries=boundaries, **noted), run / "report.json"
     )
     curves = loggers.close(logger)
-    print("\n" + report.table(confusion, made.classes, calibration, boundaries))
+    print("\n" + report.score_table(confusion, made.classes, calibration, boundaries))
     print(f"\nbest checkpoint: {best.path}\nscores:          {run / 'report.json'}, {run / 'metrics.csv'}")
     if curves:
         print(f"curves:          {curves}")

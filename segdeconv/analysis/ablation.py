@@ -116,7 +116,7 @@ def _row(upsampling: str, level: int | str, confusion: np.ndarray, boundaries: B
     return {"upsampling": upsampling, "level": level, "miou": number(scores(confusion).miou), "boundary_f1": f1}
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def ablation_table(rows: list[dict[str, Any]]) -> str:
     """For reading: a line for each kind of upsampling, a column for each level, mean IoU / boundary F1 in percent."""
     levels = list(dict.fromkeys(row["level"] for row in rows))
     cells = {

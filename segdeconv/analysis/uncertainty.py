@@ -115,7 +115,7 @@ def require_plain(settings: PredictionSettings) -> None:
         )
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def uncertainty_table(rows: list[dict[str, Any]]) -> str:
     """For reading: a line for each signal."""
     lines = ["which signs of doubt find wrong pixels (AUROC: 50 % by chance, 100 % all before the right ones)", ""]
     lines += [f"{row['signal']:<20}" + ("-" if row["auroc"] is None else f"{100 * row['auroc']:.1f}%") for row in rows]

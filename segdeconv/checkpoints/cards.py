@@ -58,7 +58,7 @@ def _halved(name: str, tensor: Tensor) -> Tensor:
     return half
 
 
-def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(card, weights) of a file, verified by the card's sha256; half precision becomes float32.
 
     Raises CheckpointError where the card is missing or damaged, or the weights are not those it was written with.

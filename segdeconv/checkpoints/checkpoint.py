@@ -211,7 +211,7 @@ def load_plain(path: Path) -> dict[str, Any]:
 
 def _load_weights(path: Path) -> dict[str, Any]:
     """Weights and their card, as the content of a checkpoint."""
-    card, weights = cards.read(path)
+    card, weights = cards.read_weights(path)
     return {
         "hyper_parameters": {"config": card.get("config"), "facts": card.get("facts")},
         "segdeconv": {"format": card.get("format")},

@@ -88,13 +88,13 @@ def run(description: str) -> None:
     first = report_page.Evaluated(content, evaluation.gallery)
     html.write(report_page.build_page(first, dataset, second=second), out / "report.html")
     print(f"{len(dataset)} images of {arguments.split}\n")
-    print(evaluation.table())
+    print(evaluation.score_table())
     if other:
-        print(f"\n{other.path}:\n\n{compared.table()}")
+        print(f"\n{other.path}:\n\n{compared.score_table()}")
     if arguments.ablate:
-        print(f"\n{ablation.table(facts['ablation'])}")
+        print(f"\n{ablation.ablation_table(facts['ablation'])}")
     if arguments.uncertainty:
-        print(f"\n{uncertainty.table(facts['uncertainty'])}")
+        print(f"\n{uncertainty.uncertainty_table(facts['uncertainty'])}")
     print(f"\nreport:   {out / 'report.json'}, {out / 'report.html'}")
     for what in ("masks", "pictures"):
         if getattr(arguments, what):

@@ -182,7 +182,7 @@ def overlaps(datasets: Iterable[SegmentationDataset]) -> list[str]:
     return sentences
 
 
-def table(inspection: Inspection, classes: Classes, weights: list[float] | None) -> str:
+def class_table(inspection: Inspection, classes: Classes, weights: list[float] | None) -> str:
     """The counts of one split, for reading.
 
     weights: by class, shown as a last column.

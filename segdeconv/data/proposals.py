@@ -38,7 +38,7 @@ def source(name: str, *, every: bool = False) -> Source:
         contributed()  # or the first image would say that it is missing
         find = selective_search if name == "selective_search" else edge_boxes
         return lambda image, _: find(image)
-    return read(Path(name))
+    return read_boxes(Path(name))
 
 
 # Windows: a grid of boxes, ranked by how much their colours differ from those around them.
@@ -193,7 +193,7 @@ FORMATS = (
 )
 
 
-def read(path: Path) -> Source:
+def read_boxes(path: Path) -> Source:
     """Boxes of images by name, from a file or folder as FORMATS says; sorted by score, or in their order without one.
 
     Pixels of the image as it is stored; a box may leave it, but must share a pixel with it.

@@ -23,7 +23,7 @@ GAP = 4  # pixels between the tiles of a grid
 def save_mask(mask: np.ndarray, classes: Classes, path: Path) -> None:
     """(H, W) uint8 class indices -> a palette PNG: its pixels are the indices, its palette the class colours."""
     with replacing(path) as file:
-        picture = Png(file, (mask.shape[0], mask.shape[1]), palette=classes.table)
+        picture = Png(file, (mask.shape[0], mask.shape[1]), palette=classes.palette)
         picture.write(mask)
         picture.close()
 
@@ -77,7 +77,7 @@ def shown(image: np.ndarray) -> np.ndarray:
 
 def colourise(mask: np.ndarray, classes: Classes) -> np.ndarray:
     """(H, W) class indices -> (H, W, 3) uint8 class colours."""
-    return classes.table[mask]
+    return classes.palette[mask]
 
 
 def overlay(image: np.ndarray, mask: np.ndarray, classes: Classes, *, strength: float = 0.55) -> np.ndarray:

@@ -222,9 +222,9 @@ class Evaluation:
             **facts,
         )
 
-    def table(self) -> str:
+    def score_table(self) -> str:
         """The scores for reading."""
-        return report.table(self.confusion, self.dataset.classes, self.calibration, self.boundaries)
+        return report.score_table(self.confusion, self.dataset.classes, self.calibration, self.boundaries)
 
 
 def largest_uncertainty(num_classes: int, samples: int) -> float:

@@ -70,7 +70,7 @@ def write_json(content: dict[str, Any], path: Path) -> None:
     replace_text(path, json.dumps(content, indent=1) + "\n")
 
 
-def table(
+def score_table(
     confusion: np.ndarray,
     classes: Classes,
     calibration: Calibration | None = None,

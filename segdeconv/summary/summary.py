@@ -132,7 +132,7 @@ def _measure_fields(model: nn.Module, seen: Trace, size: tuple[int, int]) -> Non
 # For reading.
 
 
-def table(description: Description, width: int = 200) -> str:
+def layer_table(description: Description, width: int = 200) -> str:
     """One line a layer, then the totals; columns that a width has no room for are left out, and named."""
     rows = [_row(number, layer) for number, layer in enumerate(description.layers, 1)]
     left_out = []

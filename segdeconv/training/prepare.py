@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from segdeconv import config
 from segdeconv.checkpoints import checkpoint, transfer
 from segdeconv.classes import Classes
-from segdeconv.data.inspection import inspect_all, table
+from segdeconv.data.inspection import class_table, inspect_all
 from segdeconv.data.module import DataPipeline, build_pipeline, build_split, normalisation
 from segdeconv.losses import balance, build_loss
 from segdeconv.models import SegmentationModel, build_model
@@ -49,7 +49,7 @@ def prepare(recipe: Mapping[str, Any], *, fresh: bool = False) -> Prepared:
     weights = balance(recipe["loss"], seen.pixels[:-1], seen.image_pixels[:-1])
     for note in train_split.notes:
         print(note)
-    print(table(seen, classes, weights), end="\n\n")
+    print(class_table(seen, classes, weights), end="\n\n")
     dataset = normalisation(recipe["dataset"], train_split, seen)
     data = build_pipeline(dataset, recipe["augment"], train_split, val_split, seed=recipe["seed"])
 

@@ -125,7 +125,7 @@ def test_labels_become_indices_one_by_one_or_the_first_unknown_one_is_named(clas
 @given(tables(), st.integers(0, 2**31))
 def test_a_mask_survives_its_colours_and_a_table_its_plain_form(classes, seed):
     mask = np.random.default_rng(seed).integers(0, len(classes), (3, 4)).astype(np.uint8)
-    assert (classes.from_colours(classes.table[mask]) == mask).all()
+    assert (classes.from_colours(classes.palette[mask]) == mask).all()
     assert Classes.restore(yaml.safe_load(yaml.safe_dump(classes.plain()))) == classes
 
 

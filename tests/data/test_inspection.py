@@ -14,7 +14,7 @@ from PIL import Image
 
 from segdeconv.classes import Classes
 from segdeconv.data import CamVid, Folder, SegmentationDataset, Shapes, inspection
-from segdeconv.data.inspection import inspect, inspect_all, overlaps, table
+from segdeconv.data.inspection import class_table, inspect, inspect_all, overlaps
 from segdeconv.errors import UsageError
 
 
@@ -284,7 +284,7 @@ def test_the_table_shows_classes_labels_colours_counts_and_weights() -> None:
         [],
     )
     classes = Classes(("sky", "pavement"), ((128, 0, 255), (1, 2, 3)), labels=(3, 40))
-    assert table(seen, classes, [1.5, 0.25]).splitlines() == [
+    assert class_table(seen, classes, [1.5, 0.25]).splitlines() == [
         "val: 2 images (1 of 5x10, 1 of 5x9, 1 of 5x8 and 1 other sizes)",
         "  class     label  colour       images        pixels   share  weight",
         "  sky           3  #8000ff           2            75  75.00%  1.5000",
@@ -298,11 +298,11 @@ def test_the_table_shows_channels_that_are_not_8_bit_rgb() -> None:
         "train", 1, [9, 1, 0], [9, 9, 0], [1, 1, 0], [(1, 9, 1)], 16, [1234.5, 6], [70.25, 8], []
     )
     classes = Classes(("sky", "road"), ((0, 0, 0), (1, 2, 3)))
-    assert table(seen, classes, None).splitlines()[1] == "  2 channel(s) of 16 bit, mean 1234.5, 6, std 70.25, 8"
+    assert class_table(seen, classes, None).splitlines()[1] == "  2 channel(s) of 16 bit, mean 1234.5, 6, std 70.25, 8"
 
 
 def test_a_table_without_weights_has_none(camvid: CamVid) -> None:
-    lines = table(inspect(camvid), camvid.classes, None).splitlines()
+    lines = class_table(inspect(camvid), camvid.classes, None).splitlines()
     assert lines[0] == "train: 4 images (3 of 48x64, 1 of 16x32)"
     assert len(lines) == 2 + 12
     assert all(line.endswith("-") for line in lines[2:])

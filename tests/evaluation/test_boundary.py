@@ -11,7 +11,7 @@ from scipy.optimize import linear_sum_assignment
 from segdeconv.classes import Classes
 from segdeconv.evaluation import boundary
 from segdeconv.evaluation.boundary import Boundaries, Outlines, boundary_f1
-from segdeconv.evaluation.report import report, table
+from segdeconv.evaluation.report import report, score_table
 
 
 def pixels(places):
@@ -288,11 +288,11 @@ def test_the_report_and_the_table_hold_the_boundary_scores():
     assert (content["boundary_f1"], content["boundary_f1_dilated"], content["boundary_iou"]) == (1.0, 1.0, 1.0)
     assert [entry["boundary_f1"] for entry in content["classes"]] == [1.0, 1.0, None]
     assert report(confusion, 1, classes)["boundary_f1"] is None
-    shown = table(confusion, classes, boundaries=found).splitlines()
+    shown = score_table(confusion, classes, boundaries=found).splitlines()
     assert shown[0].endswith("boundary F1")
     assert shown[2].endswith("100.0%")
     assert any(line.split() == ["boundary", "F1", "100.0%"] for line in shown)
-    assert "boundary" not in table(confusion, classes)
+    assert "boundary" not in score_table(confusion, classes)
 
 
 def test_the_tolerances_are_the_published_ones():

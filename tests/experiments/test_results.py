@@ -98,12 +98,12 @@ def test_a_file_that_is_no_table_is_refused(tmp_path, text, message):
     path = tmp_path / "mine.yaml"
     path.write_text(text)
     with pytest.raises(UsageError, match=message):
-        results.read(path)
+        results.read_results(path)
 
 
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
 def test_every_recipe_of_every_table_composes_and_is_another_one(path, tmp_path):
-    plan = results.Plan(**results.read(path), seeds=(0,), out=tmp_path)
+    plan = results.Plan(**results.read_results(path), seeds=(0,), out=tmp_path)
     recipes = [check_recipe(config.compose(plan.recipe(*job), CONFIGS)[0]) for job in plan.jobs]
     assert all(recipe not in recipes[:place] for place, recipe in enumerate(recipes))
 

@@ -186,7 +186,7 @@ def test_a_program_without_torch_labels_a_picture_as_predict_does(segnet, tmp_pa
         scores = Network(seen_by.model(), torch.device("cpu"), "32-true").logits(preprocess(image)[None])
         expected, found = labels(scores, (83, 121))[0].numpy(), fakes.opened(tmp_path / f"{name}.png")
         assert len(np.unique(expected)) > 1
-        assert found.getpalette()[:9] == list(seen_by.classes.table[:3].ravel())
+        assert found.getpalette()[:9] == list(seen_by.classes.palette[:3].ravel())
         assert (np.array(found) == expected).mean() >= 0.999, name
 
 

@@ -499,7 +499,7 @@ def test_a_png_that_is_written_row_by_row_is_what_pillow_reads(size, kind):
     random = np.random.default_rng(0)
     image = random.integers(0, 256, (*size, 3) if kind == "photo" else size, dtype=np.uint8)
     file = io.BytesIO()
-    palette = CLASSES.table if kind == "palette" else None
+    palette = CLASSES.palette if kind == "palette" else None
     picture = Png(file, size, channels=3 if kind == "photo" else 1, palette=palette)
     for top in range(0, size[0], 7):
         picture.write(image[top : top + 7])

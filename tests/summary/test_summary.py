@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from segdeconv import models
 from segdeconv.models import SegmentationModel
-from segdeconv.summary.summary import BEYOND, describe, table
+from segdeconv.summary.summary import BEYOND, describe, layer_table
 from segdeconv.switches import ops
 
 ROOT = Path(__file__).parents[2]
@@ -259,11 +259,11 @@ def test_a_field_of_the_whole_image_is_all_and_an_unknown_one_is_not_made_up():
     whole = describe(lambda: Whole(2), (40, 50))
     assert whole.layers[0].field == (3, 3)
     assert whole.layers[-1].field == (None, None)
-    assert "allxall" in table(whole)
+    assert "allxall" in layer_table(whole)
     odd = describe(lambda: Whole(2, odd=True), (40, 50))
     assert odd.layers[-1].field is None
     assert [layer.kind for layer in odd.layers] == ["conv", "flip", "conv"]
-    assert table(odd).splitlines()[3].split()[6] == "?"
+    assert layer_table(odd).splitlines()[3].split()[6] == "?"
 
 
 class Writing(SegmentationModel):
@@ -344,13 +344,13 @@ def test_weights_take_no_memory_and_the_model_is_left_as_it_was():
 
 def test_a_table_fits_the_terminal_and_says_what_it_leaves_out(segnet):
     for width in (200, 110, 90, 80):
-        shown = table(segnet, width)
+        shown = layer_table(segnet, width)
         rows = shown.split("\n\n")[0].splitlines()
         assert max(map(len, rows)) <= width
         assert len(rows) == 37
         assert ("without" in shown) == (width < 200)
-    assert "29,449,355" in table(segnet)
-    assert "117 MB" in table(segnet)
+    assert "29,449,355" in layer_table(segnet)
+    assert "117 MB" in layer_table(segnet)
 
 
 def test_the_beyond_keeps_what_is_odd():

@@ -75,7 +75,7 @@ def table_path(given: str) -> Path:
     raise UsageError(f"there is no table {given} - {did_you_mean(given, known)}")
 
 
-def read(path: Path) -> dict[str, Any]:
+def read_results(path: Path) -> dict[str, Any]:
     """title, words, rows and views of a table: of a YAML file like those in TABLES."""
     try:
         content = yaml.safe_load(path.read_text())

@@ -16,7 +16,7 @@ from PIL import Image
 
 from segdeconv.data import ADE20K
 from segdeconv.data.datasets import ade20k
-from segdeconv.data.inspection import inspect, table
+from segdeconv.data.inspection import class_table, inspect
 from segdeconv.errors import UsageError
 
 # Class names as another library has them (open-mmlab/mmsegmentation, mmseg/datasets/ade.py).
@@ -92,7 +92,7 @@ def test_a_mask_of_the_whole_ade20k_is_refused(tmp_path: Path) -> None:
 
 def test_the_table_shows_the_labels_of_the_files(tmp_path: Path) -> None:
     data = ADE20K("train", str(fakes.ade20k(tmp_path)))
-    lines = table(inspect(data, remember=False), data.classes, None).splitlines()
+    lines = class_table(inspect(data, remember=False), data.classes, None).splitlines()
     assert lines[2].split()[:2] == ["wall", "1"]
     assert lines[151].split()[:2] == ["flag", "150"]
     assert lines[152].split()[:3] == ["(ignored)", "0", "#000000"]

@@ -13,7 +13,7 @@ import torchvision
 from PIL import Image
 
 from segdeconv.data import Cityscapes
-from segdeconv.data.inspection import inspect, table
+from segdeconv.data.inspection import class_table, inspect
 from segdeconv.errors import UsageError
 
 
@@ -166,6 +166,6 @@ def test_a_missing_mask_and_a_mask_of_another_size_are_problems_by_name(tmp_path
 
 def test_the_table_shows_label_ids_and_that_several_are_ignored(tmp_path: Path) -> None:
     data = Cityscapes("train", str(fakes.cityscapes(tmp_path)))
-    lines = table(inspect(data, remember=False), data.classes, None).splitlines()
+    lines = class_table(inspect(data, remember=False), data.classes, None).splitlines()
     assert lines[2].split()[:3] == ["road", "7", "#804080"]
     assert lines[-1].split()[:3] == ["(ignored)", "other", "#000000"]
