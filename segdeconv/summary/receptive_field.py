@@ -114,10 +114,12 @@ def after(func: Any, args: Sequence[Any], fields: Sequence[Field], output: Tenso
     Raises Unknown.
     """
     name = func.overloadpacket.__name__.removesuffix("_")
-    placewise = torch.Tag.pointwise in func.tags or name in _PLACEWISE
-    if not placewise and (name not in _RULES or (fields[0].flat and name not in _OF_FLAT)):
+    if torch.Tag.pointwise in func.tags or name in _PLACEWISE:
+        found = _together(fields, args, output)
+    elif name not in {*_BY_AXIS, *_RULES} or (fields[0].flat and name not in _OF_FLAT):
         raise Unknown
-    found = _together(fields, args, output) if placewise else _RULES[name](fields, args, output)
+    else:
+        found = _each(name, fields, args, output) if name in _BY_AXIS else _RULES[name](fields, args, output)
     spans = [_fitted(span, dim, found, output) for span, dim in zip(found.spans, found.dims, strict=True)]
     return Field((spans[0], spans[1]), found.dims)
 
@@ -138,7 +140,7 @@ def _together(fields: Sequence[Field], args: Sequence[Any], output: Tensor) -> F
     return reduce(or_, fields)
 
 
-# What each operation makes of one axis.
+# What each operation makes of one axis, 0 for rows or 1 for columns, given its span and its new length.
 
 
 def _gathered(span: Span, out: int, kernel: int, stride: int, padding: int, dilation: int) -> Span:
@@ -163,74 +165,62 @@ def _pair(value: Any) -> list[int]:
     return value * 2 if len(value) == 1 else value[-2:]
 
 
-def _each(field: Field, output: Tensor, change: Callable[[Span, int, int], Span]) -> Field:
-    """Both axes changed; change gets the span, its new length, and 0 for rows or 1 for columns."""
-    spans = []
-    for axis, (span, dim) in enumerate(zip(field.spans, field.dims, strict=True)):
-        spans.append(span if dim is None else change(span, output.shape[dim], axis))
-    return Field((spans[0], spans[1]), field.dims)
+def _convolution(span: Span, out: int, axis: int, args: Sequence[Any]) -> Span:
+    stride, padding, dilation = (_pair(value)[axis] for value in args[3:6])
+    return (_spread if args[6] else _gathered)(span, out, args[1].shape[2 + axis], stride, padding, dilation)
 
 
-def _convolution(fields: Sequence[Field], args: Sequence[Any], output: Tensor) -> Field:
-    weight, (stride, padding, dilation), transposed = args[1], (_pair(value) for value in args[3:6]), args[6]
-    kernel = weight.shape[-2:]
-    if weight.ndim != 4 or len(fields) > 1:
-        raise Unknown
-
-    def change(span: Span, out: int, axis: int) -> Span:
-        make = _spread if transposed else _gathered
-        return make(span, out, kernel[axis], stride[axis], padding[axis], dilation[axis])
-
-    return _each(fields[0], output, change)
-
-
-def _pool(fields: Sequence[Field], args: Sequence[Any], output: Tensor) -> Field:
+def _pool(span: Span, out: int, axis: int, args: Sequence[Any]) -> Span:
     given = dict(enumerate(args))
     kernel = _pair(given[1])
     stride, padding = _pair(given.get(2) or kernel), _pair(given.get(3, 0))
     # The fifth argument of a max-pool is its dilation, of an average pool whether sizes are rounded up.
     dilation = [1, 1] if isinstance(given.get(4, False), bool) else _pair(given[4])
-    return _each(
-        fields[0],
-        output,
-        lambda span, out, axis: _gathered(span, out, kernel[axis], stride[axis], padding[axis], dilation[axis]),
-    )
+    return _gathered(span, out, kernel[axis], stride[axis], padding[axis], dilation[axis])
 
 
-def _adaptive(fields: Sequence[Field], args: Sequence[Any], output: Tensor) -> Field:
-    def change(span: Span, out: int, axis: int) -> Span:
-        places = np.arange(out)
-        first, last = places * len(span) // out, -(-(places + 1) * len(span) // out) - 1
-        return span.over([np.minimum(first + tap, last) for tap in range(int((last - first).max()) + 1)])
-
-    return _each(fields[0], output, change)
+def _adaptive(span: Span, out: int, axis: int, args: Sequence[Any]) -> Span:
+    places = np.arange(out)
+    first, last = places * len(span) // out, -(-(places + 1) * len(span) // out) - 1
+    return span.over([np.minimum(first + tap, last) for tap in range(int((last - first).max()) + 1)])
 
 
-def _nearest(fields: Sequence[Field], args: Sequence[Any], output: Tensor) -> Field:
-    def change(span: Span, out: int, axis: int) -> Span:
-        source = np.floor(np.arange(out) * _ratio(args[2:4], axis, len(span), out) + 1e-9).astype(np.int64)
-        return span.at(source.clip(0, len(span) - 1))
-
-    return _each(fields[0], output, change)
+def _nearest(span: Span, out: int, axis: int, args: Sequence[Any]) -> Span:
+    source = np.floor(np.arange(out) * _ratio(args[2:4], axis, len(span), out) + 1e-9).astype(np.int64)
+    return span.at(source.clip(0, len(span) - 1))
 
 
-def _bilinear(fields: Sequence[Field], args: Sequence[Any], output: Tensor) -> Field:
-    def change(span: Span, out: int, axis: int) -> Span:
-        places = np.arange(out)
-        if args[2]:  # corners on corners
-            source = places * ((len(span) - 1) / max(1, out - 1))
-        else:
-            source = ((places + 0.5) * _ratio(args[3:5], axis, len(span), out) - 0.5).clip(0)
-        before, after = np.floor(source + 1e-9), np.ceil(source - 1e-9)
-        return span.over([side.astype(np.int64).clip(0, len(span) - 1) for side in (before, after)])
+def _bilinear(span: Span, out: int, axis: int, args: Sequence[Any]) -> Span:
+    places = np.arange(out)
+    if args[2]:  # corners on corners
+        source = places * ((len(span) - 1) / max(1, out - 1))
+    else:
+        source = ((places + 0.5) * _ratio(args[3:5], axis, len(span), out) - 0.5).clip(0)
+    before, after = np.floor(source + 1e-9), np.ceil(source - 1e-9)
+    return span.over([side.astype(np.int64).clip(0, len(span) - 1) for side in (before, after)])
 
-    return _each(fields[0], output, change)
+
+def _shuffle(span: Span, out: int, axis: int, args: Sequence[Any]) -> Span:
+    return span.at(np.arange(out) // args[1])
 
 
 def _ratio(scales: Sequence[float | None], axis: int, length: int, out: int) -> float:
     """Old places per new one: as the caller gave it, else as the sizes have it."""
     scale = scales[axis] if axis < len(scales) else None
     return 1 / scale if scale else length / out
+
+
+def _each(name: str, fields: Sequence[Field], args: Sequence[Any], output: Tensor) -> Field:
+    """Both axes changed by a rule of `_BY_AXIS`."""
+    if len(fields) > 1 or (name == "convolution" and args[1].ndim != 4):
+        raise Unknown
+    spans = []
+    for axis, (span, dim) in enumerate(zip(fields[0].spans, fields[0].dims, strict=True)):
+        spans.append(span if dim is None else _BY_AXIS[name](span, output.shape[dim], axis, args))
+    return Field((spans[0], spans[1]), fields[0].dims)
+
+
+# What each operation makes of both axes together.
 
 
 def _slice(fields: Sequence[Field], args: Sequence[Any], output: Tensor) -> Field:
@@ -322,10 +312,6 @@ def _softmax(fields: Sequence[Field], args: Sequence[Any], output: Tensor) -> Fi
     return fields[0].along(dim, lambda span: span.whole().at(np.zeros(len(span), dtype=np.int64)))
 
 
-def _shuffle(fields: Sequence[Field], args: Sequence[Any], output: Tensor) -> Field:
-    return _each(fields[0], output, lambda span, out, axis: span.at(np.arange(out) // args[1]))
-
-
 def _squeeze(fields: Sequence[Field], args: Sequence[Any], output: Tensor) -> Field:
     gone = [dim % args[0].ndim for dim in ([args[1]] if isinstance(args[1], int) else args[1])]
     gone = [dim for dim in gone if args[0].shape[dim] == 1]
@@ -338,12 +324,14 @@ _PLACEWISE = {
     "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "native_group_norm", "native_layer_norm",
     "_prelu_kernel", "expand",
 }  # fmt: skip
-_RULES: dict[str, Callable[..., Field]] = {
-    "convolution": _convolution, "addmm": _product, "mm": _product,
-    "max_pool2d_with_indices": _pool, "avg_pool2d": _pool, "avg_pool3d": _pool,
+_BY_AXIS: dict[str, Callable[..., Span]] = {
+    "convolution": _convolution, "max_pool2d_with_indices": _pool, "avg_pool2d": _pool, "avg_pool3d": _pool,
     "_adaptive_avg_pool2d": _adaptive, "adaptive_max_pool2d": _adaptive,
-    "mean": _reduction, "sum": _reduction, "amax": _reduction,
     "upsample_nearest2d": _nearest, "upsample_bilinear2d": _bilinear, "pixel_shuffle": _shuffle,
+}  # fmt: skip
+_RULES: dict[str, Callable[..., Field]] = {
+    "addmm": _product, "mm": _product,
+    "mean": _reduction, "sum": _reduction, "amax": _reduction,
     "constant_pad_nd": _pad, "slice": _slice, "split": _split, "split_with_sizes": _split, "cat": _concatenation,
     "_softmax": _softmax, "_log_softmax": _softmax,
     "permute": _permute, "transpose": _transpose, "unsqueeze": _unsqueeze, "squeeze": _squeeze,
