@@ -8,22 +8,19 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 from pydantic import Field
-from tqdm import tqdm
 
 from segdeconv.classes import Classes
 from segdeconv.data import proposals as object_proposals
 from segdeconv.data.boxes import EMPTY, bounding, clipped, cut, expanded, iou, squared
 from segdeconv.data.dataset import DatasetView, Sample, SegmentationDataset
-from segdeconv.data.inspection import cache
+from segdeconv.data.inspection import cache, look_at_all
 from segdeconv.errors import UsageError
 from segdeconv.system.files import replacing
 
@@ -154,12 +151,7 @@ class Crops(DatasetView):
             columns = (images, *boxes.T, objects.numbers[owners], objects.classes[owners])
             return np.stack(columns, axis=1).astype(np.int32)
 
-        # Threads suffice: decoding and counting release the interpreter's lock.
-        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            looks = pool.map(look, range(len(self.dataset)))
-            about = f"looking for {self.examples} in {self.split}"
-            found = list(tqdm(looks, total=len(self.dataset), desc=about, leave=False, disable=None))
-        return np.concatenate(found)
+        return np.concatenate(look_at_all(len(self.dataset), look, f"looking for {self.examples} in {self.split}"))
 
     def _met(self, boxes: np.ndarray, objects: Objects) -> tuple[np.ndarray, np.ndarray]:
         """The proposals that meet an object, and which object each is of: the one that it meets best."""

@@ -6,12 +6,12 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import cv2
 import numpy as np
@@ -25,6 +25,9 @@ from segdeconv.system.files import replace_text
 VERSION = 3  # of what an inspection holds; a new number forgets the remembered ones
 MOST_SHOWN = 20
 LARGEST = 3  # images of each class whose numbers are kept
+
+
+Seen = TypeVar("Seen")
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,13 @@ def cache(kind: str) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "segdeconv" / kind
 
 
+def look_at_all(count: int, look: Callable[[int], Seen], about: str) -> list[Seen]:
+    """What `look` says of each index, with a progress bar."""
+    # Threads suffice: decoding and counting release the interpreter's lock.
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        return list(tqdm(pool.map(look, range(count)), total=count, desc=about, leave=False, disable=None))
+
+
 class _Look(NamedTuple):
     """One image's share: counts by class, the ignored last; size; bits; sums of each channel and of its squares."""
 
@@ -104,22 +114,20 @@ def _inspect(dataset: SegmentationDataset) -> Inspection:
     of_bits: dict[int, list[str]] = {}
     problems = []
     largest: list[list[tuple[int, int]]] = [[] for _ in range(num_classes)]  # (pixels, -index)
-    # Threads suffice: decoding releases the interpreter's lock.
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        looks = pool.map(look, range(len(dataset)))
-        bar = tqdm(looks, total=len(dataset), desc=f"inspecting {dataset.split}", leave=False, disable=None)
-        for index, (name, seen) in enumerate(zip(dataset.names, bar, strict=True)):
-            if isinstance(seen, str):
-                problems.append(seen)
-                continue
-            pixels += seen.counts
-            image_pixels[seen.counts > 0] += seen.size[0] * seen.size[1]
-            images += seen.counts > 0
-            for label in np.flatnonzero(seen.counts[:-1]):
-                largest[label] = sorted([*largest[label], (int(seen.counts[label]), -index)], reverse=True)[:LARGEST]
-            sizes[seen.size] += 1
-            of_bits.setdefault(seen.bits, []).append(name)
-            sums += seen.sums
+    for index, (name, seen) in enumerate(
+        zip(dataset.names, look_at_all(len(dataset), look, f"inspecting {dataset.split}"), strict=True)
+    ):
+        if isinstance(seen, str):
+            problems.append(seen)
+            continue
+        pixels += seen.counts
+        image_pixels[seen.counts > 0] += seen.size[0] * seen.size[1]
+        images += seen.counts > 0
+        for label in np.flatnonzero(seen.counts[:-1]):
+            largest[label] = sorted([*largest[label], (int(seen.counts[label]), -index)], reverse=True)[:LARGEST]
+        sizes[seen.size] += 1
+        of_bits.setdefault(seen.bits, []).append(name)
+        sums += seen.sums
     if len(of_bits) > 1:
         problems.append(f"{of_bits[8][0]} has 8 bit and {of_bits[16][0]} 16 bit per channel - save all images alike")
     mean, square = sums / max(1, sum(height * width * count for (height, width), count in sizes.items()))

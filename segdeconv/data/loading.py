@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import cv2
 import numpy as np
@@ -64,16 +64,8 @@ class TrainingBatches(Dataset[dict[str, Any]]):
         return Sample(self.preprocessing.required(image, name), mask, name)
 
 
-class EvaluationSample(NamedTuple):
-    """image: (h, w, C) uint8 or uint16, of the size that the network sees; mask: (H, W) uint8 as stored; name."""
-
-    image: np.ndarray
-    mask: np.ndarray
-    name: str
-
-
-class EvaluationSamples(Dataset[EvaluationSample]):
-    """Images as the network sees them, masks as they are stored: scores count stored pixels."""
+class EvaluationSamples(Dataset[Sample]):
+    """Images of the size that the network sees, masks as they are stored: scores count stored pixels."""
 
     def __init__(self, dataset: SegmentationDataset, preprocessing: Preprocessing) -> None:
         self.dataset, self.preprocessing = dataset, preprocessing
@@ -81,11 +73,11 @@ class EvaluationSamples(Dataset[EvaluationSample]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> EvaluationSample:
+    def __getitem__(self, index: int) -> Sample:
         image, mask, name = self.dataset[index]
         image = self.preprocessing.required(image, name)
         size = self.preprocessing.size
-        return EvaluationSample(image if size is None else resize_image(image, size), mask, name)
+        return Sample(image if size is None else resize_image(image, size), mask, name)
 
 
 def collate_training(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -98,7 +90,7 @@ def collate_training(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def collate_evaluation(samples: Sequence[EvaluationSample]) -> dict[str, Any]:
+def collate_evaluation(samples: Sequence[Sample]) -> dict[str, Any]:
     """-> image (N, C, h, w) as stored, see `stacked`; mask: list of (H, W) uint8, each of its own size; name: list."""
     names = [sample.name for sample in samples]
     return {
@@ -180,11 +172,10 @@ def evaluation_loader(
     """
     if samples.preprocessing.size is None:
         batch_size = 1
-    turns = range(rank, len(samples), world_size)
     return Loader(
         samples,
         batch_size=batch_size,
-        sampler=turns,
+        sampler=range(rank, len(samples), world_size),
         collate_fn=collate_evaluation,
         **worker_settings(world_size=world_size, **workers),
     )
@@ -194,11 +185,18 @@ def worker_settings(*, num_workers: int | None, timeout: float, world_size: int 
     """num_workers: None for as many as suit this machine, which has only so many cores for each process of ours.
     timeout: seconds a batch may take before we give up.
     """
-    cores = cores_each(world_size)
+    # In a container a process may use fewer cores than the machine has.
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = max(1, usable // world_size)
     if num_workers is None:
         # With an accelerator the cores have only the data to do; without one they also train.
         num_workers = min(16, cores) if torch.cuda.is_available() else min(2, cores)
-    _require_sensible(num_workers, cores)
+    most = max(64, 8 * cores)
+    if num_workers > most:
+        raise UsageError(
+            f"dataset.num_workers={num_workers} and this process has {cores} cores - give {most} or fewer, or leave it "
+            "out for as many as suit the machine"
+        )
     return {
         "num_workers": num_workers,
         "persistent_workers": num_workers > 0,
@@ -207,21 +205,6 @@ def worker_settings(*, num_workers: int | None, timeout: float, world_size: int 
         "worker_init_fn": prepare_worker,
         "pin_memory": torch.cuda.is_available(),
     }
-
-
-def cores_each(processes: int) -> int:
-    """The cores that each of so many processes may use, which in a container are fewer than the machine has."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, usable // processes)
-
-
-def _require_sensible(num_workers: int, cores: int) -> None:
-    most = max(64, 8 * cores)
-    if num_workers > most:
-        raise UsageError(
-            f"dataset.num_workers={num_workers} and this process has {cores} cores - give {most} or fewer, or leave it "
-            "out for as many as suit the machine"
-        )
 
 
 SHARED = Path("/dev/shm")  # where workers put their batches, on Linux

@@ -16,10 +16,7 @@ from segdeconv.errors import UsageError
 
 MOST = 4  # channels that OpenCV averages, or fills with a value each
 
-
 Size = tuple[int, int]  # (H, W)
-
-
 Order = Literal["rgb", "bgr"]
 
 
@@ -97,14 +94,7 @@ class Preprocessing:
 
     def plain(self) -> dict[str, Any]:
         """As plain data, for a checkpoint."""
-        return {
-            "size": list(self.size) if self.size else None,
-            "mean": list(self.mean),
-            "std": list(self.std),
-            "bits": self.bits,
-            "as_stored": self.as_stored,
-            "order": self.order,
-        }
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
 
     @classmethod
     def restore(cls, data: Mapping[str, Any]) -> Preprocessing:

@@ -125,11 +125,6 @@ class Store:
             fields = _FIELDS.pack(offset, room, len(content), zlib.crc32(content), stamp)
             self._write(fields + _CHECK.pack(zlib.crc32(fields)), _USED.size + number * _RECORD)
 
-    @property
-    def size(self) -> int:
-        """Bytes that it takes now."""
-        return os.fstat(self._file).st_size if self._file is not None else 0
-
     def _entry(self, number: int) -> _Entry | None:
         record = os.pread(self._file, _RECORD, _USED.size + number * _RECORD)
         fields = record[: _FIELDS.size]

@@ -83,14 +83,9 @@ class Cityscapes(FileDataset):
         if not images:
             raise UsageError(f"{folder / IMAGES / split} holds no CITY/NAME{IMAGE_ENDING} - {_by_hand(folder)}")
         names = [image.name.removesuffix(IMAGE_ENDING) for image in images]
-        masks = {
-            kind: [
-                folder / MASKS / split / image.parent.name / f"{name}{ending}"
-                for image, name in zip(images, names, strict=True)
-            ]
-            for kind, ending in ENDINGS.items()
-            if labels in ("auto", kind)
-        }
+        stems = [folder / MASKS / split / image.parent.name / name for image, name in zip(images, names, strict=True)]
+        kinds = ENDINGS if labels == "auto" else (labels,)
+        masks = {kind: [Path(f"{stem}{ENDINGS[kind]}") for stem in stems] for kind in kinds}
         there = {kind: sum(mask.is_file() for mask in paths) for kind, paths in masks.items()}
         kind = max(there, key=lambda kind: there[kind])  # of as many, the first: what was published
         if not there[kind]:

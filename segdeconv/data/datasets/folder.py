@@ -176,7 +176,6 @@ def _listed(listing: Path, pairs: list[Pair]) -> list[Pair]:
 def _read_classes(folder: Path, given: str | Mapping[str, Any] | list[str] | None) -> Classes | None:
     if isinstance(given, Mapping) and {"names", "colours", "labels"} <= set(given):
         return Classes.restore(given)  # what a checkpoint remembers
-    source = "dataset.classes"
     if given is None:
         path = folder / "classes.yaml"
         if not path.is_file():
@@ -186,7 +185,7 @@ def _read_classes(folder: Path, given: str | Mapping[str, Any] | list[str] | Non
         if not path.is_file():
             raise UsageError(f"dataset.classes={given} is not a file - give a YAML file of class names")
     else:
-        return _parse_classes(given, source)
+        return _parse_classes(given, "dataset.classes")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -217,8 +216,7 @@ def _parse_classes(content: Any, source: str) -> Classes:
         return Classes(names, colours, IGNORE, ignore_colour=ignored if isinstance(ignored, tuple) else None)
     labels = tuple(entry for entry in entries.values() if isinstance(entry, int))
     # Masks inside the program have 0..C-1, so any ignored label that is none of those can stay as it is.
-    free = isinstance(ignored, int) and ignored >= len(names)
-    if isinstance(ignored, int) and not free:
+    if isinstance(ignored, int) and ignored < len(names):
         raise UsageError(
             f"{source}: the ignored label {ignored} lies among the class indices 0..{len(names) - 1} - label ignored "
             "pixels 255"
@@ -240,31 +238,25 @@ def _label_or_colour(value: Any, name: str, source: str) -> int | Colour:
 
 def find_classes(masks: Iterable[Path]) -> Classes:
     """The classes that the masks themselves show."""
-    labels: set[int] = set()
-    colours: set[int] = set()
+    found: dict[int, set[int]] = {2: set(), 3: set()}  # labels, and colours, by the dimensions of their masks
     shown: list[Colour] | None = None
     example = {}
     for path in masks:
         mask = read_labels(path)
         if mask.ndim == 2:
-            values = set(np.unique(mask).tolist())
-            labels |= values
             shown = shown or palette(path)
-        else:
-            values = set(np.unique(pack_colours(mask)).tolist())
-            colours |= values
+        values = set(np.unique(mask if mask.ndim == 2 else pack_colours(mask)).tolist())
+        found[mask.ndim] |= values
         example[mask.ndim] = path
-        if len(values) > MOST_FOUND or max(len(labels), len(colours)) > MAX_CLASSES:
+        if len(values) > MOST_FOUND or max(map(len, found.values())) > MAX_CLASSES:
             kind = "labels" if mask.ndim == 2 else "colours"
             raise UsageError(
                 f"mask {path} has {len(values)} different {kind}, too many to be classes - it looks like a photograph "
                 "or a mask that was resized with smoothing; name the classes in classes.yaml or save labels"
             )
-    if labels and colours:
+    if all(found.values()):
         raise UsageError(f"mask {example[2]} holds labels and mask {example[3]} colours - save all masks one way")
-    if colours:
-        return _found_colours(sorted(colours))
-    return _found_labels(sorted(labels), shown)
+    return _found_colours(sorted(found[3])) if found[3] else _found_labels(sorted(found[2]), shown)
 
 
 def _found_labels(labels: list[int], shown: list[Colour] | None) -> Classes:

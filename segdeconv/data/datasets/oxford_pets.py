@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import Field
@@ -94,7 +94,7 @@ class OxfordPets(FileDataset):
     ) -> None:
         require_split(split, self.split_names)
         folder = _find_or_unpack(root)
-        listed = _listed(folder / ANNOTATIONS / ("test.txt" if split == "test" else "trainval.txt"))
+        listed = _listed(folder / ANNOTATIONS / ("test.txt" if split == "test" else "trainval.txt"), detail)
         if split != "test":
             val, _ = choose_val(list(listed), val_share, None, 0, pattern=None, seed=split_seed)
             listed = {name: animal for name, animal in listed.items() if (name in val) == (split == "val")}
@@ -113,7 +113,7 @@ class OxfordPets(FileDataset):
             ignored_labels=TRIMAP.labels[2:] if border == "ignore" else (),
         )
         super().__init__(split, classes, pairs, exif=exif, max_pixels=max_pixels)
-        self.animals = [1 + ANIMALS[detail].index(getattr(animal, detail)) for animal in listed.values()]
+        self.animals = list(listed.values())
 
     def read_mask(self, index: int) -> np.ndarray:
         trimap = read_mask(self.pairs[index].mask, TRIMAP, max_pixels=self.max_pixels)
@@ -127,18 +127,11 @@ class OxfordPets(FileDataset):
         return f"{super().fingerprint}\n{self.animals}"
 
 
-class _Animal(NamedTuple):
-    """What a list says of an image: a class of each detail."""
-
-    species: str
-    breed: str
-    pet: str = "pet"
-
-
-def _listed(listing: Path) -> dict[str, _Animal]:
+def _listed(listing: Path, detail: Detail) -> dict[str, int]:
+    """The class of the animal in each image, by name."""
     if not listing.is_file():
         raise UsageError(f"{listing} is missing - restore it from annotations.tar.gz")
-    listed: dict[str, _Animal] = {}
+    listed: dict[str, int] = {}
     for number, line in read_list(listing):
         if line.startswith("#"):
             continue
@@ -152,7 +145,7 @@ def _listed(listing: Path) -> dict[str, _Animal]:
             raise UsageError(f"{listing}, line {number}: {name} has class {found[3]}, {breed} - restore the list")
         if name in listed:
             raise UsageError(f"{listing}, line {number}: '{name}' is listed twice - an image counts once")
-        listed[name] = _Animal(SPECIES[int(found[4]) - 1], breed)
+        listed[name] = {"pet": 1, "species": int(found[4]), "breed": int(found[3])}[detail]
     if not listed:
         raise UsageError(f"{listing} names no image - restore it from annotations.tar.gz")
     return listed

@@ -140,12 +140,9 @@ def _draw(random: np.random.Generator, side: int, name: str) -> tuple[np.ndarray
 
 def _border(inside: np.ndarray) -> np.ndarray:
     """Pixels next to one of the other kind: one pixel on each side of the outline."""
-    border = np.zeros_like(inside)
-    for axis in (0, 1):
-        change = np.diff(inside, axis=axis)
-        before = [slice(None), slice(None)]
-        after = [slice(None), slice(None)]
-        before[axis], after[axis] = slice(None, -1), slice(1, None)
-        border[tuple(before)] |= change
-        border[tuple(after)] |= change
+    border, down, across = np.zeros_like(inside), np.diff(inside, axis=0), np.diff(inside, axis=1)
+    border[:-1] |= down
+    border[1:] |= down
+    border[:, :-1] |= across
+    border[:, 1:] |= across
     return border

@@ -79,8 +79,7 @@ def _opened(file: IO[bytes]) -> Image.Image:
 def header_pixels(path: Path) -> int:
     """How many pixels a picture has, by its header; 0 where that cannot be told, which is said when it is read."""
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            return 0
+        first_bytes(path, 0)
         with path.open("rb") as file:
             image = _opened(file)
             return image.width * image.height

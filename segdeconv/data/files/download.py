@@ -17,11 +17,7 @@ from segdeconv.errors import UsageError
 from segdeconv.system.files import hash_file
 
 CHUNK = 1 << 20
-
-
 TRIES = 5  # at one address, as long as each brings some bytes
-
-
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
