@@ -11,8 +11,6 @@ input   images a second, from the disk and from the cache
 Without a word: speed. Writes DIR/benchmark.md, benchmark.json and, where matplotlib is installed, benchmark.png.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec

@@ -6,8 +6,6 @@ Nothing is computed: the network needs no memory and any size is quick. The numb
 of the data set (dataset=NAME), the size what it is seen at (dataset.size), or 360x480.
 """
 
-from __future__ import annotations
-
 import shutil
 import sys
 from pathlib import Path

@@ -12,8 +12,6 @@ second network, as EDeconvNet does with FCN-8s; --crf refines the outlines. --ab
 --uncertainty which signs of doubt find the errors.
 """
 
-from __future__ import annotations
-
 from segdeconv.cli.command import run_command
 from segdeconv.cli.evaluate import run
 

@@ -8,8 +8,6 @@ preprocessing, names and shapes. Images may have any size and number. A file is 
 before it gets its name.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

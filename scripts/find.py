@@ -7,8 +7,6 @@ lr trains 100 steps at rising rates and names the one where the loss falls faste
 memory ends and shows what each costs. Nothing is written; a network trained here is thrown away.
 """
 
-from __future__ import annotations
-
 import sys
 
 from segdeconv.cli.command import run_command

@@ -8,8 +8,6 @@ the sizes, samples before and after augmentation, and the files that cannot be u
 its first step too.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

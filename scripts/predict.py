@@ -14,8 +14,6 @@ proposals, --ensemble CHECKPOINT adds a second network and --crf refines the out
 one line and the rest goes on; the exit code is then 2.
 """
 
-from __future__ import annotations
-
 from segdeconv.cli.command import run_command
 from segdeconv.cli.predict import run
 

@@ -7,8 +7,6 @@ Writes <name>_recalibrated.ckpt beside the checkpoint, to use like any other. da
 make a batch (default: as many as in training).
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from segdeconv.cli.command import ArgumentParser, run_command

@@ -10,8 +10,6 @@ writes DIR/weights/ at the end, in half precision. What is finished is not run a
 the same command is typed again.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Any

@@ -5,8 +5,6 @@
 Open the address that it prints, drop a picture. Ctrl-C ends it.
 """
 
-from __future__ import annotations
-
 import sys
 
 from segdeconv.cli.command import ArgumentParser, run_command

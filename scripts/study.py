@@ -9,8 +9,6 @@ Writes DIR/<balancing>/<model>/seed<n>/ for every run, and DIR/study.md, study.c
 finished is not run again, and what was cut goes on, when the same command is typed again.
 """
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

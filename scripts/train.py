@@ -7,8 +7,6 @@ runs/<dataset>-<model>/<time>/: best.ckpt, last.ckpt, config.yaml, metrics.csv, 
 resume=auto goes on with the newest unfinished run of the same recipe.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from pathlib import Path

@@ -7,8 +7,6 @@ NAME_switches, NAME_flow, NAME_stages and NAME_stability, for each layer units_L
 A network without unpooling has no stages, and one whose pools keep no switches only units; that is said.
 """
 
-from __future__ import annotations
-
 import html
 from pathlib import Path
 from typing import Any

@@ -5,8 +5,6 @@ it against the signature (names, types, ranges) and writes the defaults in; `bui
 segdeconv's own classes by name, and what may be named in a checkpoint is checkpoint.py's to say.
 """
 
-from __future__ import annotations
-
 import copy
 import importlib
 import importlib.util

@@ -1,7 +1,5 @@
 """What a user meets when something is wrong: one sentence and an exit code."""
 
-from __future__ import annotations
-
 import difflib
 import shlex
 from collections.abc import Iterable, Sequence

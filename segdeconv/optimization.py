@@ -1,7 +1,5 @@
 """Optimizers over a network's parameters, and how the learning rate runs."""
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping

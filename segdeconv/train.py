@@ -13,8 +13,6 @@ From Python, without Hydra, a recipe is a dictionary; what it leaves out has its
     )
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping
 from pathlib import Path

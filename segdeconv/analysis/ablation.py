@@ -13,8 +13,6 @@ levels together and in each alone:
 decoder has seen in training.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal

@@ -4,8 +4,6 @@ After Noh et al. 2015, figure 4, https://arxiv.org/abs/1505.04366: an unpooled m
 places, the filters after it make it dense and leave what the class needs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field

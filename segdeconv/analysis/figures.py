@@ -1,7 +1,5 @@
 """Sheets about one image or one layer: what `scripts/visualize.py` writes, as pictures (H, W, 3) uint8."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import cv2

@@ -9,8 +9,6 @@ Every channel has switches of its own, and convolutions mix the channels between
 pool goes on as a channel of the next. `Rule` says whose word counts, in every pool anew.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, NamedTuple

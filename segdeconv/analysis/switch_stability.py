@@ -10,8 +10,6 @@ direction and in pixels of the image, won in the other view, in the same channel
 pixel; for deeper ones, the same cell, or either of two where a step of one pixel falls halfway between them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Numbers about switches: how often each cell wins, how often two are as good, how many windows changed their mind."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any

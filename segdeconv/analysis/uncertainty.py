@@ -1,7 +1,5 @@
 """Which uncertainty signals find the errors: entropy, Monte Carlo variance, unstable switches, each by its AUROC."""
 
-from __future__ import annotations
-
 import math
 from typing import Any, Self
 

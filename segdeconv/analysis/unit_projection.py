@@ -17,8 +17,6 @@ network that pools first and then rectifies (`switch_source=pre_relu`) has other
 in a window is above zero: the least negative cell and not the first.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass

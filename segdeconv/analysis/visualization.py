@@ -1,7 +1,5 @@
 """One checkpoint and images of any source: the figures that `scripts/visualize.py` writes about them."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Sequence
 from functools import cached_property

@@ -4,8 +4,6 @@ A .safetensors file is numbers with their names and can hold nothing that runs; 
 and the sha256 of the numbers. The networks that the package ships lie in `segdeconv/checkpoints/weights` in this form.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping

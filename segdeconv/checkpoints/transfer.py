@@ -1,7 +1,5 @@
 """Starting from another network's checkpoint: what fits is taken over, the head class by class."""
 
-from __future__ import annotations
-
 from itertools import product
 
 import torch

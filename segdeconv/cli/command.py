@@ -1,7 +1,5 @@
 """How a command runs: its argument parser, its exit code, and one line on stderr for an error."""
 
-from __future__ import annotations
-
 import argparse
 import errno
 import os

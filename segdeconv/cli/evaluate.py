@@ -1,7 +1,5 @@
 """The command `evaluate`: from its arguments to report.json, report.html, masks and pictures."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`segdeconv COMMAND ...`: the commands of scripts/, from any folder."""
 
-from __future__ import annotations
-
 import ast
 import runpy
 import sys

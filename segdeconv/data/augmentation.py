@@ -1,7 +1,5 @@
 """Augmentation by albumentations: keyed randomness, ignored borders, labels never interpolated."""
 
-from __future__ import annotations
-
 import copy
 import inspect
 import random

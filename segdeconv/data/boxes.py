@@ -3,8 +3,6 @@
 A box may leave its image; what is cut out there is padding.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 EMPTY = np.zeros((0, 4), dtype=np.int64)

@@ -1,7 +1,5 @@
 """Decoded images and masks, kept so that each is decoded once, and how much of the machine they may take."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Files held against a list of their hashes, so that one that was damaged or exchanged is not learnt from."""
 
-from __future__ import annotations
-
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor

@@ -4,8 +4,6 @@ Noh, Hong, Han 2015, section 4.2, https://arxiv.org/abs/1505.04366. First object
 middle of its picture and everything else as background; then parts of images as they come.
 """
 
-from __future__ import annotations
-
 import copy
 import hashlib
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Look at every file of a split before anything is trained on it: is it readable, and what is in it."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

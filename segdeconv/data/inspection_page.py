@@ -1,7 +1,5 @@
 """inspect.html: what a data set holds, for a person with a browser."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple

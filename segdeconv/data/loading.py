@@ -1,7 +1,5 @@
 """Data sets -> batches of tensors, for training and for evaluation."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

@@ -4,8 +4,6 @@ What belongs together in one drive (its light, its houses, its cars) is torn apa
 places than the images have of it.
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 import numpy as np

@@ -1,7 +1,5 @@
 """From a checked config to the samples of training and validation: the `dataset` and `augment` nodes."""
 
-from __future__ import annotations
-
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal

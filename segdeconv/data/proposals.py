@@ -5,8 +5,6 @@ structured forests. Here are: `windows`, which needs nothing beyond this package
 Boxes, where its contributed modules are installed; and boxes that another program wrote into a file.
 """
 
-from __future__ import annotations
-
 import csv
 import json
 from collections.abc import Callable, Iterable

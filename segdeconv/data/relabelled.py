@@ -1,7 +1,5 @@
 """Any data set with its classes merged, renamed or ignored."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Which samples make which batch: a function of (seed, epoch), so that a resumed run goes on exactly where it was."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 
 import numpy as np

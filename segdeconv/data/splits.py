@@ -1,7 +1,5 @@
 """Which images are for learning and which for scoring: a share, or one of k folds; what belongs together stays so."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping, Sequence
 

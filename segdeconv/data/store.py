@@ -1,7 +1,5 @@
 """Byte strings by number, in memory or in a file, shared by all processes that hold it and bounded in bytes."""
 
-from __future__ import annotations
-
 import errno
 import multiprocessing.context
 import os

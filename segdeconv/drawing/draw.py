@@ -1,7 +1,5 @@
 """Pictures of masks: arrays in, arrays out."""
 
-from __future__ import annotations
-
 import colorsys
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Pages that a browser opens from disk: one file with everything inside, whatever the names in it are."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import io

@@ -1,7 +1,5 @@
 """Figures of titled panels: arrays in, arrays out. A picture is (H, W, 3) uint8 RGB."""
 
-from __future__ import annotations
-
 import colorsys
 import math
 from collections.abc import Sequence

@@ -3,8 +3,6 @@
 Portable Network Graphics, second edition, https://www.w3.org/TR/PNG/
 """
 
-from __future__ import annotations
-
 import struct
 import zlib
 from typing import BinaryIO

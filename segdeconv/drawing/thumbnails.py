@@ -1,7 +1,5 @@
 """Small pictures of what a network predicted, and the choice of those that a page shows."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

@@ -4,8 +4,6 @@ Two outlines that are one pixel apart along a large object change its IoU by nex
 much; these scores look at the outlines alone.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field
 

@@ -1,7 +1,5 @@
 """Where the scores of a data set come from: from which images, of what size, how far from a boundary."""
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import dataclass
 from typing import Any

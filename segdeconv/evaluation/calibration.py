@@ -4,8 +4,6 @@ Everything is counted into histograms of fixed size, so that the pixels of a dat
 *confidence* is the largest of its class probabilities, its *prediction* that class.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, Self
 

@@ -1,7 +1,5 @@
 """Evaluation of a network on a split: every image predicted, every pixel that is not ignored counted."""
 
-from __future__ import annotations
-
 import math
 import platform
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """Scores over a whole data set, from one confusion matrix."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Self

@@ -1,7 +1,5 @@
 """One evaluation as a table and as report.json."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

@@ -1,7 +1,5 @@
 """report.html: one evaluation, or two side by side, for a person with a browser."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple

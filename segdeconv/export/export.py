@@ -3,8 +3,6 @@
 A file gets its name only after it was run beside the network that it came from and gave the same.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass

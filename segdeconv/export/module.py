@@ -3,8 +3,6 @@
 What stands here is traced by torch.export, so it is written without a question about sizes: they are free.
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

@@ -1,7 +1,5 @@
 """ONNX: the graph of a traced network, held to what other programs run."""
 
-from __future__ import annotations
-
 import logging
 import warnings
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """From many images to a folder of masks: reading, the network and writing at the same time, to go on where it was."""
 
-from __future__ import annotations
-
 import json
 import re
 import threading

@@ -1,7 +1,5 @@
 """Monte Carlo dropout: several forward passes with dropout, their mean and how far they disagree."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple, TypeVar

@@ -1,7 +1,5 @@
 """What the arguments of predict mean: pictures and videos, and the names of what is written for each."""
 
-from __future__ import annotations
-
 import glob
 import hashlib
 import os

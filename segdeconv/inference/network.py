@@ -1,7 +1,5 @@
 """The one place where a trained network becomes one that scores images: folded, on its device, padded, OOM-safe."""
 
-from __future__ import annotations
-
 from typing import Self, TypeVar
 
 import torch

@@ -6,8 +6,6 @@ point of d dimensions lies in a simplex with d + 1 corners; values are spread ov
 times the values, which is what `embedding_bag` computes.
 """
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 

@@ -6,8 +6,6 @@ and left on the same line, which encloses nothing: one polygon tells the whole r
 https://cocodataset.org/#format-data, which knows no holes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """How an image becomes class scores: one type of function for tiles, regions, two networks and a CRF."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial

@@ -5,8 +5,6 @@ was. Lines are only ever added; what a cut left of the last one is taken away wh
 tables for reading are made from it in the end.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterator, Mapping

@@ -4,8 +4,6 @@ Noh, Hong, Han 2015, sections 3.3 and 4.3, https://arxiv.org/abs/1505.04366. Pap
 are here: `paper` and `released`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """A trained network in use: any image, of any size, to its mask. What predict does, and two lines of Python do."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass

@@ -11,8 +11,6 @@ A network that normalises by statistics of what it sees (FPN's group norm), or s
 on the image's size, has no such windows; its scores by parts are near those of the whole, and `exact` says so.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass

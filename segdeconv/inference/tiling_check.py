@@ -1,7 +1,5 @@
 """Whether an image seen in tiles comes out as the image seen whole."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

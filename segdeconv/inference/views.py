@@ -4,8 +4,6 @@ Between an image and its mask nothing is held of which there is one number per c
 time: `ImageView.scores` computes what a part of the mask needs.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 

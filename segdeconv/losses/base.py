@@ -5,8 +5,6 @@ several processes): the mean over the whole is the sum of the sums by the sum of
 is another number wherever the pieces have unequal shares of ignored pixels.
 """
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Class weights from pixel counts, so that rare classes are heard in the loss."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """Sums of losses, and the `loss` node of a recipe."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 

@@ -1,7 +1,5 @@
 """Losses that are a sum over pixels: cross entropy, and two that listen to hard pixels more."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Annotated, Literal

@@ -1,7 +1,5 @@
 """Losses that look at the region of each class as a whole: how it overlaps with the truth."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Annotated, Literal
 

@@ -3,8 +3,6 @@
 Chen et al. 2016, section 3, https://arxiv.org/abs/1604.06174.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial

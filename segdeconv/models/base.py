@@ -1,7 +1,5 @@
 """What every segmentation network here is."""
 
-from __future__ import annotations
-
 import inspect
 import typing
 from abc import ABC, abstractmethod

@@ -18,8 +18,6 @@ The encoder map of a step is what a pool gave at the size that the step makes (f
 of the image, has none. The authors did not release these files; what their text leaves open is marked "ours".
 """
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from itertools import zip_longest
 from typing import Annotated, Literal, NamedTuple

@@ -10,8 +10,6 @@ as in the authors' training files. Batch norm and ReLU follow every layer but th
     classifier (1x1 convolution) -> logits
 """
 
-from __future__ import annotations
-
 from itertools import pairwise, repeat
 from typing import Annotated, Literal
 

@@ -7,8 +7,6 @@ dilations and enlargement as in the authors' DeepLab-LargeFOV/train.prototxt.
         -> 3x3 average -> fc6 (3x3 of dilation 12) -> fc7 (1x1) -> classifier (1x1) -> x8, bilinear -> logits
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Annotated, Literal
 

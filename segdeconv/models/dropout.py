@@ -10,8 +10,6 @@ deeper half, as in the authors' training file, or four in SegNet-Basic:
 decoder5 is what becomes of the map that pool5 made once it is unpooled: in the authors' files conv5_3_D to conv5_1_D.
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 DropoutAt = Literal["none", "central", "encoder", "decoder", "encoder_decoder", "center", "classifier", "voc"]

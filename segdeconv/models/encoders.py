@@ -3,8 +3,6 @@
 Simonyan & Zisserman 2015, table 1, https://arxiv.org/abs/1409.1556.
 """
 
-from __future__ import annotations
-
 from typing import Any, Literal, NamedTuple
 
 import torch

@@ -13,8 +13,6 @@ padding and first weights as in the authors' voc-fcn32s, voc-fcn16s and voc-fcn8
 FCN-16s ends after the first sum (upscore x16), FCN-32s has none (upscore x32).
 """
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 import torch.nn.functional as F

@@ -16,8 +16,6 @@ segmentation as in Kirillov, Girshick, He, Dollar 2019, section 3 and figure 3, 
               levels[0]  + x2, bilinear  + x4, bilinear   + x8, bilinear: their mean -> x4, bilinear -> logits
 """
 
-from __future__ import annotations
-
 import math
 from collections import OrderedDict
 from typing import Annotated, Literal

@@ -1,7 +1,5 @@
 """The unit every network here is made of, and how its weights start."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, TypeVar

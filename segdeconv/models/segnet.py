@@ -8,8 +8,6 @@ authors' training files.
     logits <- [conv conv unpool] ... [conv conv conv unpool] the same stages, read backwards
 """
 
-from __future__ import annotations
-
 from itertools import pairwise
 from typing import Annotated, Literal
 

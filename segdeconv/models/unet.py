@@ -12,8 +12,6 @@ an up-convolution as in the authors' released phseg_v5 network.
              [conv conv] -------------------------------------------------+          the last stage is not pooled
 """
 
-from __future__ import annotations
-
 from itertools import pairwise
 from typing import Annotated, Literal
 

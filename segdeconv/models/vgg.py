@@ -3,8 +3,6 @@
 Simonyan & Zisserman 2015, table 1, https://arxiv.org/abs/1409.1556.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path

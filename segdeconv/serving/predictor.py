@@ -1,7 +1,5 @@
 """The prediction of one picture, with all that the page asks about it afterwards."""
 
-from __future__ import annotations
-
 import tempfile
 import time
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ browsers only read and write. It answers whoever addresses this machine by numbe
 somebody else's could point a name of its own here (DNS rebinding), and takes pictures from its own page alone.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import io

@@ -1,7 +1,5 @@
 """A network, layer by layer, as a table: shapes, kernels, receptive fields, parameters, operations, memory."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple

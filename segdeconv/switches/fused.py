@@ -8,8 +8,6 @@ The results differ by rounding alone: float32 arithmetic in another order, as be
 norms. It moves a switch where two of its four values are equal but for the last bit.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

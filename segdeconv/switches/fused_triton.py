@@ -12,8 +12,6 @@ packed switches, after the statistics; beside them those of the separate steps, 
     gradient    6 b + s read, 4 b written       21               57 or 75 with the sums
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

@@ -1,7 +1,5 @@
 """Max-pooling with switches and unpooling as modules, on which hooks can be put. They have no parameters."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from segdeconv.switches.ops import Pooling, max_pool, unpool

@@ -19,8 +19,6 @@ Switches come one to a byte, or *packed*, four channels to a byte: wherever swit
 the number of channels (of a single channel they are the same).
 """
 
-from __future__ import annotations
-
 import functools
 import importlib.util
 import warnings

@@ -1,7 +1,5 @@
 """Switches in two bits: four channels to a byte."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Pooling, unpooling and reading by switches with torch operations: eager, and one plain expression for graphs."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

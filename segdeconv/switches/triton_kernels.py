@@ -17,8 +17,6 @@ packed switches; the gradient of pooling is a placing and that of unpooling a pi
     pick    4 b + s read, b written          11
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Devices, the precision they are fast at, and what the last digits of a run depend on."""
 
-from __future__ import annotations
-
 import torch
 
 from segdeconv.errors import UsageError

@@ -1,7 +1,5 @@
 """Files that are whole or not there, whatever happens while they are written, and folders that one process holds."""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import os

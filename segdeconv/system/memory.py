@@ -1,7 +1,5 @@
 """Memory: how much is free, the peak of a process, and what glibc does with what was freed."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import sys

@@ -4,8 +4,6 @@ A run that is killed and resumed, or has another number of workers, draws the sa
 by (seed, purpose, position) and no generator's state is carried along.
 """
 
-from __future__ import annotations
-
 import hashlib
 
 

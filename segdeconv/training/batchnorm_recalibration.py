@@ -1,7 +1,5 @@
 """Batch norm's statistics anew, by one pass over the training images: what the originals do before they test."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import torch

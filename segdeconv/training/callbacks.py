@@ -1,7 +1,5 @@
 """What a run shows and writes while it trains: progress, metrics.csv, TensorBoard, pictures; and how it stops."""
 
-from __future__ import annotations
-
 import csv
 import io
 import os

@@ -1,7 +1,5 @@
 """The checkpoints of a run: when last.ckpt, previous.ckpt and best.ckpt are written, through Lightning."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any

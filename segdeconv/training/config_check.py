@@ -1,7 +1,5 @@
 """What a recipe may say. Only a `logger` node imports Lightning here, and it is checked last."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any

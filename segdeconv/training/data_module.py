@@ -1,7 +1,5 @@
 """The data pipeline as Lightning asks for it: loaders that start where the trainer is."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

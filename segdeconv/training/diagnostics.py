@@ -1,7 +1,5 @@
 """A watch over training that says in words what a curve would show too late."""
 
-from __future__ import annotations
-
 import time
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The lines that a run prints before it starts: data, network, optimizer, memory, input."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from pathlib import Path

@@ -3,8 +3,6 @@
 tests/training/test_lightning_internals.py holds the installed release against it.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import time

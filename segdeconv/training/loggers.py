@@ -1,7 +1,5 @@
 """Where curves and pictures go: TensorBoard, W&B, MLflow, any logger of Lightning's, or nowhere."""
 
-from __future__ import annotations
-
 import inspect
 import os
 import re

@@ -1,7 +1,5 @@
 """How much memory training takes, before it is taken."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass

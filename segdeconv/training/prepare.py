@@ -1,7 +1,5 @@
 """From a checked config to the objects that learn: data module, network, loss, optimizer."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple

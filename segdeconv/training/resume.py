@@ -1,7 +1,5 @@
 """Resuming: which run folder, from which checkpoint, and whether config, data and machine are still the same."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The folder of a run: of one run at a time, and with room for its checkpoints."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The keys of `trainer`, in one place that imports no Lightning, so that a config is checked without it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Annotated, Literal
 

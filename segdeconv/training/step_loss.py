@@ -1,7 +1,5 @@
 """The training loss over the micro-batches and processes of an optimizer step, and over the steps of an epoch."""
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """How a run ends early: signals and the clock set a flag, the step boundary saves and leaves."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import signal

@@ -1,7 +1,5 @@
 """How switches settle while a network learns, as curves and a picture."""
 
-from __future__ import annotations
-
 import numpy as np
 from pytorch_lightning import Callback, Trainer
 

@@ -1,7 +1,5 @@
 """The task that Lightning trains: loss, scores, learning rate, and what a checkpoint remembers."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, Self

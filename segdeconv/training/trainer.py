@@ -1,7 +1,5 @@
 """How a run runs: Lightning's Trainer, its checkpoints, and going on exactly where it stopped."""
 
-from __future__ import annotations
-
 import math
 import os
 import signal

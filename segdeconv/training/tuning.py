@@ -1,7 +1,5 @@
 """Trying out before training: which learning rate, which batch size."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Iterator

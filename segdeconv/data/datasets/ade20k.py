@@ -1,7 +1,5 @@
 """ADE20K, as the scene parsing benchmark of 2016 distributes it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from segdeconv.classes import Classes

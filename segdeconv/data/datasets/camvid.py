@@ -1,7 +1,5 @@
 """CamVid, as the authors of SegNet distribute it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from functools import partial
 from importlib import resources

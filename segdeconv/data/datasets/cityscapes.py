@@ -1,7 +1,5 @@
 """Cityscapes, with label ids or with train ids."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """A person's own images and masks."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath

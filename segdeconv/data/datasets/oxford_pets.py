@@ -1,7 +1,5 @@
 """The Oxford-IIIT Pet data set: cats and dogs, cut out."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Annotated, Literal

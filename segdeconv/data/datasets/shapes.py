@@ -1,7 +1,5 @@
 """A synthetic data set that needs no files: shapes and textures in random colours, occluding one another."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import numpy as np

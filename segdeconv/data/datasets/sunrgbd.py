@@ -1,7 +1,5 @@
 """SUN RGB-D, its colour images and 37 classes, with the masks that Ankur Handa published as PNGs."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """PASCAL VOC 2012, with SBD's masks of more of its images."""
 
-from __future__ import annotations
-
 import re
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Unpacking what strangers packed: regular files into one new folder, of bounded number and size, or nothing at all."""
 
-from __future__ import annotations
-
 import errno
 import gzip
 import io

@@ -1,7 +1,5 @@
 """Images of any number of channels, 8 or 16 bit, exactly as a file stores them."""
 
-from __future__ import annotations
-
 import logging
 import threading
 import zlib

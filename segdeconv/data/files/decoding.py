@@ -1,7 +1,5 @@
 """Files -> what is stored in them, or one sentence. The only place that opens a stranger's picture or array."""
 
-from __future__ import annotations
-
 import errno
 import stat
 import struct

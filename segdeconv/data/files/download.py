@@ -1,7 +1,5 @@
 """Fetching what strangers serve: https only, from the first address that can, resumed, hashed before it is used."""
 
-from __future__ import annotations
-
 import http.client
 import urllib.error
 import urllib.parse

@@ -1,7 +1,5 @@
 """Archives that others publish: fetched and verified, or taken from where a person put them."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager

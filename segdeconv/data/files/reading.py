@@ -1,7 +1,5 @@
 """Image and mask files -> the arrays that a data set gives."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal

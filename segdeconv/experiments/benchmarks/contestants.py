@@ -1,7 +1,5 @@
 """Who runs against whom: a training step or an inference pass of one network, made ready in its own way."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.util import find_spec

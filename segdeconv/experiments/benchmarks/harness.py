@@ -3,8 +3,6 @@
 A process of its own also gives each its own peak of memory, which nothing can reset on a CPU.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 import time

@@ -1,7 +1,5 @@
 """How fast images come: decoding, augmentation, the cache and the loader, each alone, in images a second."""
 
-from __future__ import annotations
-
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence

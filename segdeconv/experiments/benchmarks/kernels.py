@@ -1,8 +1,6 @@
 """Pooling and unpooling, forward and backward, against the plain expression, torch's own pair and a copy of the map;
 and pooling with the batch norm before it, in one pass and in separate steps."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any

@@ -1,7 +1,5 @@
 """What scripts/benchmark.py measures, part by part: each gives tables, whose first column names the row."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What the machine can do at most: multiply matrices."""
 
-from __future__ import annotations
-
 import time
 
 import torch

@@ -1,7 +1,5 @@
 """The tables of a benchmark as one picture."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -4,8 +4,6 @@ Nothing here is shared with segdeconv/models: torch's own layers in torch's own 
 max_pool2d's int64 indices. The arithmetic is that of `SegNet(num_classes)`, convolution by convolution.
 """
 
-from __future__ import annotations
-
 from itertools import pairwise
 
 import torch.nn.functional as F

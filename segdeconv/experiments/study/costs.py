@@ -1,7 +1,5 @@
 """What a network of the decoder study costs: parameters, time, and what the encoder has to keep for the decoder."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass

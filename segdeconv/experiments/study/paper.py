@@ -3,8 +3,6 @@
 Badrinarayanan, Kendall, Cipolla 2017, https://arxiv.org/abs/1511.00561. The networks are in models/basic.py.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Recipes side by side: their scores over seeds and ways of splitting the data, costs, curves and weights."""
 
-from __future__ import annotations
-
 import csv
 import functools
 import json

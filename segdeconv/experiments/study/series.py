@@ -1,7 +1,5 @@
 """Many runs under one command: what is finished is not run again, what was cut goes on when it is typed again."""
 
-from __future__ import annotations
-
 import json
 import statistics
 import subprocess

@@ -1,7 +1,5 @@
 """The decoder study's own table: from the reports of its runs to Markdown, CSV and JSON."""
 
-from __future__ import annotations
-
 import csv
 import io
 from collections.abc import Mapping, Sequence
