@@ -29,17 +29,18 @@ from segdeconv.switches import MaxPool, Pooling, Unpool
 class Layer:
     """One row. Shapes are (channels, height, width) of one image; memory is in bytes of float32.
 
-    kind: what it does. kernel: (height, width). filter_depth: input channels that each filter sees.
+    kind: what it does; empty for an operation that is not worth a row by itself. kernel: (height, width).
+    filter_depth: input channels that each filter sees.
     field: (height, width) of the image that one place of the output can depend on, None for a side that is all of it;
         None for both if it is not known.
     memory: of the output. kept: bytes of switches that stay for the decoder. then: what is done to the output in place
         or place by place, whose parameters are counted here.
     """
 
-    name: str
-    kind: str
-    input: tuple[int, ...]
-    output: tuple[int, ...]
+    name: str = ""
+    kind: str = ""
+    input: tuple[int, ...] = ()
+    output: tuple[int, ...] = ()
     kernel: tuple[int, ...] | None = None
     filter_depth: int | None = None
     stride: tuple[int, ...] | None = None
@@ -72,7 +73,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.pools: Any = WeakTensorKeyDictionary()  # the row that made a tensor of switches
         self.torn: set[int] = set()  # storages that were written in parts
         self.within: list[str] = []  # the modules that are running, the innermost last
-        self.leaf: list[_Operation] | None = None  # operations of the leaf module that is running
+        self.leaf: list[Layer] | None = None  # operations of the leaf module that is running
         self.counted: set[int] = set()
         self.looking = True
 
@@ -120,8 +121,8 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.layers[maker].parameters += parameters
             self.makers[output] = maker
             return
-        said = next((operation for operation in operations if operation.kind), _Operation(kind))
-        row = self._row(name, said, inputs[0], output)
+        said = next((operation for operation in operations if operation.kind), Layer(kind=kind))
+        row = self._row(said, name, inputs[0], output)
         row.parameters, row.multiply_adds = parameters, work
 
     def _count(self, parameters: Iterable[nn.Parameter]) -> int:
@@ -130,9 +131,9 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.counted |= set(fresh)
         return sum(fresh.values())
 
-    def _row(self, name: str, said: _Operation, given: Tensor, output: Tensor) -> Layer:
-        shapes = tuple(given.shape[1:]), tuple(output.shape[1:])
-        row = Layer(name, said.kind, *shapes, said.kernel, said.filter_depth, said.stride, said.dilation)
+    def _row(self, row: Layer, name: str, given: Tensor, output: Tensor) -> Layer:
+        """Make a row of what an operation is."""
+        row.name, row.input, row.output = name, tuple(given.shape[1:]), tuple(output.shape[1:])
         row.memory = output.numel() * 4
         found = self.fields[output]
         self.layers.append(row)
@@ -172,7 +173,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return tensor in self.fields
 
     def _see(self, func: Any, args: Sequence[Any], given: list[Tensor], made: list[Tensor]) -> None:
-        name, operation = func.overloadpacket.__name__.strip("_"), _Operation.of(func, args, made)
+        name, operation = func.overloadpacket.__name__.strip("_"), _operation(func, args, made)
         part = bool(made) and made[0].numel() * made[0].element_size() < made[0].untyped_storage().nbytes()
         if part and func._schema.is_mutable and any(tensor is not made[0] for tensor in given):
             self.torn.add(made[0].untyped_storage()._cdata)
@@ -192,9 +193,8 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.leaf.append(operation)
         elif operation.kind or (placewise and len(makers) > 1):
             operation.kind = operation.kind or name
-            row = self._row(self.within[-1], operation, given[0], made[0])
+            row = self._row(operation, self.within[-1], given[0], made[0])
             row.parameters = self._count(tensor for tensor in _tensors(args) if isinstance(tensor, nn.Parameter))
-            row.multiply_adds = operation.multiply_adds
         elif maker is not None and placewise and made[0].is_floating_point():
             self.layers[maker].then.append(name)
         elif maker is not None and name in ("slice", "constant_pad_nd"):
@@ -213,7 +213,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         found = self.fields.get(x)
         for tensor in (features, codes):
             self.fields[tensor] = found and receptive_field.after(aten, (x, [2, 2]), [found], tensor)
-        row = self._row(name, _Operation("max_pool", (2, 2), None, (2, 2)), x, features)
+        row = self._row(Layer(kind="max_pool", kernel=(2, 2), stride=(2, 2)), name, x, features)
         row.kept = codes.nbytes
         self.makers[codes] = self.makers[features]
         self.pools[codes] = len(self.layers)
@@ -225,7 +225,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         else:
             tall = (one | other).along(2, lambda span: span.at(np.arange(size[0]) // 2))
             self.fields[output] = tall.along(3, lambda span: span.at(np.arange(size[1]) // 2))
-        row = self._row(name, _Operation("unpool", (2, 2), None, (2, 2)), x, output)
+        row = self._row(Layer(kind="unpool", kernel=(2, 2), stride=(2, 2)), name, x, output)
         row.then.append(f"switches of {self.pools[switches]}" if switches in self.pools else "switches")
 
 
@@ -248,35 +248,24 @@ _SAID = {
 }  # fmt: skip
 
 
-@dataclass
-class _Operation:
-    """What an ATen operation is in a table. kind: empty if it is not worth a row by itself."""
-
-    kind: str
-    kernel: tuple[int, ...] | None = None
-    filter_depth: int | None = None
-    stride: tuple[int, ...] | None = None
-    dilation: tuple[int, ...] | None = None
-    multiply_adds: int = 0
-
-    @staticmethod
-    def of(func: Any, args: Sequence[Any], made: Sequence[Tensor]) -> _Operation:
-        name = func.overloadpacket.__name__
-        found = _Operation(_SAID.get(name, ""))
-        if name == "convolution":
-            x, weight, transposed, groups = args[0], args[1], args[6], args[8]
-            found.kind = "deconv" if transposed else "conv"
-            found.kernel, found.stride, found.dilation = tuple(weight.shape[2:]), tuple(args[3]), tuple(args[5])
-            found.filter_depth = weight.shape[0] // groups if transposed else weight.shape[1]
-            # Each place of the map that is gathered into, or spread from, goes once through every filter.
-            places = (x if transposed else made[0])[0, 0].numel() * x.shape[0]
-            found.multiply_adds = places * weight.numel()
-        elif name in ("addmm", "mm"):
-            first, second = args[-2:]
-            found.filter_depth, found.multiply_adds = first.shape[1], first.shape[0] * second.numel()
-        elif name in ("bmm", "baddbmm"):
-            first, second = args[-2:]
-            found.multiply_adds = first.shape[1] * second.numel()
-        elif "pool" in name and len(args) > 2 and "adaptive" not in name:
-            found.kernel, found.stride = tuple(args[1]), tuple(args[2] or args[1])
-        return found
+def _operation(func: Any, args: Sequence[Any], made: Sequence[Tensor]) -> Layer:
+    """What an ATen operation is in a table."""
+    name = func.overloadpacket.__name__
+    found = Layer(kind=_SAID.get(name, ""))
+    if name == "convolution":
+        x, weight, transposed, groups = args[0], args[1], args[6], args[8]
+        found.kind = "deconv" if transposed else "conv"
+        found.kernel, found.stride, found.dilation = tuple(weight.shape[2:]), tuple(args[3]), tuple(args[5])
+        found.filter_depth = weight.shape[0] // groups if transposed else weight.shape[1]
+        # Each place of the map that is gathered into, or spread from, goes once through every filter.
+        places = (x if transposed else made[0])[0, 0].numel() * x.shape[0]
+        found.multiply_adds = places * weight.numel()
+    elif name in ("addmm", "mm"):
+        first, second = args[-2:]
+        found.filter_depth, found.multiply_adds = first.shape[1], first.shape[0] * second.numel()
+    elif name in ("bmm", "baddbmm"):
+        first, second = args[-2:]
+        found.multiply_adds = first.shape[1] * second.numel()
+    elif "pool" in name and len(args) > 2 and "adaptive" not in name:
+        found.kernel, found.stride = tuple(args[1]), tuple(args[2] or args[1])
+    return found
