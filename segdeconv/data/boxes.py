@@ -65,11 +65,8 @@ def iou(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
     first, second = boxes[:, None].astype(np.float32), others[None].astype(np.float32)
     sides = np.minimum(first[..., 2:], second[..., 2:]) - np.maximum(first[..., :2], second[..., :2])
     shared = sides.clip(min=0).prod(axis=2)
-    return shared / (_area(first) + _area(second) - shared)
-
-
-def _area(boxes: np.ndarray) -> np.ndarray:
-    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+    area, other = ((box[..., 2:] - box[..., :2]).prod(axis=2) for box in (first, second))
+    return shared / (area + other - shared)
 
 
 def spread(boxes: np.ndarray, overlap: float, most: int) -> np.ndarray:

@@ -151,10 +151,9 @@ def check_augment(nodes: dict[str, Any]) -> dict[str, Any]:
     for name, node in nodes.items():
         if node is not None:
             where = f"augment.{name}"
-            schema = locate(node, where)
             # Against the signature, since albumentations only warns of arguments it does not know. Its own
             # defaults are not written in: they change with its version and this is the user's choice.
-            defaults = check(node, where, [schema])
+            defaults = check(node, where, [locate(node, where)])
             checked[name] = {key: defaults[key] for key in (TARGET, *node) if key in defaults}
     return checked
 

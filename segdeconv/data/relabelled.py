@@ -72,8 +72,7 @@ def describe(classes: Classes, label_map: Mapping[str, str]) -> str:
     """
     members: dict[str, list[str]] = {}
     for old in classes.names:
-        new = label_map.get(old, old)
-        members.setdefault(new, []).append(old)
+        members.setdefault(label_map.get(old, old), []).append(old)
     ignored = members.pop(IGNORE, [])
     lines = [f"{', '.join(old)} -> {new}" for new, old in members.items() if old != [new]]
     return "; ".join(lines + ([f"{', '.join(ignored)} -> ignored"] if ignored else []))
