@@ -48,7 +48,7 @@ def run(*words, cwd, code=0):
 
 
 def recipe(*arguments):
-    return check_recipe(own_code.compose(arguments, CONFIGS)[0])
+    return check_recipe(own_code.compose(arguments)[0])
 
 
 def test_a_recipe_names_classes_of_the_current_folder(own):

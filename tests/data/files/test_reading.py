@@ -365,7 +365,7 @@ def test_boolean_masks_are_classes_0_and_1(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("alpha", [False, True])
 def test_colour_masks_are_read_by_the_colour_table(tmp_path: Path, alpha: bool) -> None:
-    coloured = THREE.table[LABELS]
+    coloured = THREE.palette[LABELS]
     if alpha:
         coloured = np.dstack([coloured, GREY])
     np.testing.assert_array_equal(read_mask(saved(tmp_path / "x.png", coloured), THREE), LABELS)
@@ -419,7 +419,7 @@ def test_how_many_more_labels_are_no_class_is_said(tmp_path: Path) -> None:
 
 
 def test_an_unknown_colour_is_named_with_its_place(tmp_path: Path) -> None:
-    coloured = THREE.table[LABELS]
+    coloured = THREE.palette[LABELS]
     coloured[7, 11] = (1, 2, 3)
     path = saved(tmp_path / "x.png", coloured)
     with refused(path, re.escape("has colour (1, 2, 3) at row 7, column 11")):
