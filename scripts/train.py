@@ -53,7 +53,7 @@ def main() -> None:
         except Exception as error:
             raise _Failed(error) from error
         finally:
-            if not named and not any(folder.iterdir()):
+            if not named and folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()  # Hydra made it, and the run was another's or has not begun
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints lines of its own and leaves with 1

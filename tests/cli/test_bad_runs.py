@@ -612,3 +612,13 @@ def test_another_number_of_threads_is_said_when_a_run_goes_on(place, commands):
     done = resume(commands, place)
     assert done.code == 0, done.err
     assert f"not to the same bits: torch 1.0 -> {torch.__version__}, threads 64 -> 1" in done.out
+
+
+def test_a_run_folder_that_goes_away_hides_no_error(tmp_path, commands):
+    (tmp_path / "mine.py").write_text(
+        "import shutil\nfrom segdeconv.data import Shapes\nfrom segdeconv.errors import UsageError\n\n"
+        "class Gone(Shapes):\n    def __init__(self, split: str) -> None:\n        shutil.rmtree('runs')\n"
+        "        raise UsageError('the reason')\n"
+    )
+    done = commands("train", "dataset=shapes", "dataset._target_=mine.Gone", cwd=tmp_path)
+    assert (done.code, done.sentence) == (2, "the reason")
