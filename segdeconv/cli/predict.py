@@ -92,7 +92,8 @@ def run(description: str) -> None:
     if arguments.verify_tiling:
         verify(segmenter, images)
         return
-    with closing(Journal(arguments.out, made_by(arguments, read), overwrite=arguments.overwrite)) as journal:
+    origin = made_by(arguments, read, settings.second)
+    with closing(Journal(arguments.out, origin, overwrite=arguments.overwrite)) as journal:
         labelling = Labelling(segmenter, outputs, journal, report)
         done = sum(journal.has(name, path) for name, path in images.items())
         if done:
@@ -110,15 +111,12 @@ def run(description: str) -> None:
         )
 
 
-def made_by(arguments: argparse.Namespace, read: Checkpoint) -> dict[str, Any]:
+def made_by(arguments: argparse.Namespace, read: Checkpoint, second: Checkpoint | None) -> dict[str, Any]:
     """What decides the content of every output: another one would write others under the same names."""
-    from segdeconv.checkpoints import cards
-    from segdeconv.system.files import hash_file
-
     settings = {key: value for key, value in vars(arguments).items() if key not in NOT_MADE_BY}
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in settings.items()}
-    if arguments.ensemble:
-        settings["ensemble"] = hash_file(cards.located(Path(arguments.ensemble)))
+    if second is not None:
+        settings["ensemble"] = second.sha256
     keys = sorted(path for path in arguments.paths if is_override(path))
     return {"checkpoint": read.sha256, **settings, "keys": keys}
 
