@@ -14,26 +14,26 @@ from typing import Any
 import yaml
 
 from segdeconv.cli.command import run_command
-from segdeconv.cli.options import taken
+from segdeconv.cli.options import pop_option
 from segdeconv.cli.own_code import CONFIGS, compose
 from segdeconv.errors import UsageError, did_you_mean
 
 
 def main() -> None:
-    """Compose the recipe, trace the network, print the table."""
+    """Compose the config, trace the network, print the table."""
     words = sys.argv[1:]
-    from segdeconv import config
+    from segdeconv.config import list_groups
     from segdeconv.evaluation import report
     from segdeconv.models import build_model, check_model
     from segdeconv.summary.summary import describe, layer_table
 
-    path = taken(words, "--json")
-    asked = _value(taken(words, "size")), _value(taken(words, "classes"))
-    recipe, _ = compose(words)
-    known = {*config.groups_in(CONFIGS), "size", "classes"}
-    if unknown := sorted(set(recipe) - known - {"seed", "resume", "resume_force", "init_from", "max_time"}):
+    path = pop_option(words, "--json")
+    asked = _value(pop_option(words, "size")), _value(pop_option(words, "classes"))
+    config, _ = compose(words)
+    known = {*list_groups(CONFIGS), "size", "classes"}
+    if unknown := sorted(set(config) - known - {"seed", "resume", "resume_force", "init_from", "max_time"}):
         raise UsageError(f"there is no key {unknown[0]} - {did_you_mean(unknown[0], known)}")
-    model, dataset = check_model(recipe["model"]), recipe["dataset"]
+    model, dataset = check_model(config["model"]), config["dataset"]
     size = asked[0] or dataset.get("crop") or dataset.get("size") or [360, 480]
     if not (isinstance(size, list) and len(size) == 2 and all(isinstance(side, int) and side > 0 for side in size)):
         raise UsageError(f"size={size} is no height and width - write for example size=[360,480]")
@@ -44,7 +44,7 @@ def main() -> None:
     found = describe(lambda: build_model(model, num_classes, channels, fresh=True), (size[0], size[1]))
     print(layer_table(found, shutil.get_terminal_size((120, 24)).columns if sys.stdout.isatty() else 1000))
     if path:
-        report.write_json(found.plain(), Path(path))
+        report.write_json(found.to_dict(), Path(path))
         print(f"\neverything: {path}")
 
 

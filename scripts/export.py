@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--argmax", action="store_true", help="give class indices, not logits")
     parser.add_argument("--half", action="store_true", help="keep weights in 16 bits: half the file")
     parser.add_argument("--about", type=Path, help="a YAML file of what a card shall say too: scores, licence, limits")
-    parser.add_argument("--trust", action="append", default=[], help="a class of your own that the recipe names")
+    parser.add_argument("--trust", action="append", default=[], help="a class of your own that the config names")
     arguments = parser.parse_intermixed_args()
     if arguments.layout and not arguments.preprocess:
         raise UsageError(f"--layout {arguments.layout} is for images as they are stored - add --preprocess")
@@ -44,7 +44,7 @@ def main() -> None:
         if arguments.preprocess or arguments.argmax:
             raise UsageError(f"--preprocess and --argmax are of graphs, and {out} holds weights - leave them out")
         checkpoint.write_weights(read, out, half=arguments.half, about=about)
-        print(f"{out}: {out.stat().st_size / 1e6:.1f} MB; recipe, classes and preprocessing in {cards.card_of(out)}")
+        print(f"{out}: {out.stat().st_size / 1e6:.1f} MB; config, classes and preprocessing in {cards.card_of(out)}")
         return
 
     from segdeconv.export.export import export

@@ -1,4 +1,4 @@
-"""Find a learning rate or a batch size for a recipe, by trying.
+"""Find a learning rate or a batch size for a config, by trying.
 
     python scripts/find.py lr [dataset=NAME] [model=NAME] [key=value ...]
     python scripts/find.py batch_size [dataset=NAME] [model=NAME] [key=value ...]
@@ -17,7 +17,7 @@ WHAT = ("lr", "batch_size")
 
 
 def main() -> None:
-    """Compose the recipe, prepare it as train.py does, try."""
+    """Compose the config, prepare it as train.py does, try."""
     what, arguments = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("", [])
     if what not in WHAT:
         raise UsageError(f"the first word is '{what}' - {did_you_mean(what, WHAT)}")
@@ -27,16 +27,16 @@ def main() -> None:
     from segdeconv.system.devices import best_device, resolve_precision
     from segdeconv.system.memory import readable
     from segdeconv.training import tuning
-    from segdeconv.training.config_check import check_recipe
+    from segdeconv.training.config_check import check_config
     from segdeconv.training.prepare import prepare
 
-    recipe = check_recipe(compose(arguments)[0])
-    accelerator = recipe["trainer"]["accelerator"]
+    config = check_config(compose(arguments)[0])
+    accelerator = config["trainer"]["accelerator"]
     device = best_device() if accelerator == "auto" else torch.device({"gpu": "cuda"}.get(accelerator, accelerator))
-    precision = resolve_precision(recipe["trainer"]["precision"])
-    made = prepare(recipe)
+    precision = resolve_precision(config["trainer"]["precision"])
+    made = prepare(config)
     if what == "lr":
-        tried = tuning.try_rates(made, device, precision, num_workers=recipe["dataset"]["num_workers"] or 0)
+        tried = tuning.try_rates(made, device, precision, num_workers=config["dataset"]["num_workers"] or 0)
         highest = max(rate.smoothed for rate in tried)
         for rate in tried[:: max(1, len(tried) // 25)]:
             print(f"{rate.lr:9.1e}  {rate.smoothed:8.4f}  {'#' * round(60 * rate.smoothed / highest)}")
@@ -44,7 +44,7 @@ def main() -> None:
         return
     print("batch size  seconds a step  images a second  memory")
     fits = []
-    for fit in tuning.try_batch_sizes(made, device, precision, averaged=recipe["trainer"]["ema"] is not None):
+    for fit in tuning.try_batch_sizes(made, device, precision, averaged=config["trainer"]["ema"] is not None):
         fits.append(fit)
         speed = fit.batch_size / fit.seconds
         print(f"{fit.batch_size:>10}  {fit.seconds:>14.3f}  {speed:>15.1f}  {readable(fit.memory)}", flush=True)

@@ -12,13 +12,13 @@ import sys
 from pathlib import Path
 
 from segdeconv.cli.command import run_command
-from segdeconv.cli.options import taken
+from segdeconv.cli.options import pop_option
 from segdeconv.cli.own_code import compose
 from segdeconv.errors import UsageError, command
 
 
 def main() -> None:
-    """Compose the recipe, inspect each split."""
+    """Compose the config, inspect each split."""
     words = sys.argv[1:]
     from segdeconv.data import inspection_page
     from segdeconv.data.inspection import MOST_SHOWN, class_table, inspect, overlaps
@@ -26,9 +26,9 @@ def main() -> None:
     from segdeconv.drawing import html
     from segdeconv.losses import class_weights
 
-    out = Path(taken(words, "--out") or "inspection")
-    recipe, choices = compose(words)
-    node, augment = check_dataset(recipe["dataset"]), check_augment(recipe["augment"])
+    out = Path(pop_option(words, "--out") or "inspection")
+    config, choices = compose(words)
+    node, augment = check_dataset(config["dataset"]), check_augment(config["augment"])
     splits = [build_split(node, split) for split in ("train", "val")]
     try:
         build_split({**node, "checksums": None}, "test")
@@ -49,16 +49,16 @@ def main() -> None:
     training = None
     if not inspections[0].problems:
         dataset = {**normalisation(node, splits[0], inspections[0]), "cache": "none"}
-        training = build_pipeline(dataset, augment, splits[0], splits[1], seed=recipe["seed"]).samples
+        training = build_pipeline(dataset, augment, splits[0], splits[1], seed=config["seed"]).samples
     shown = inspection_page.build_page(
         splits,
         inspections,
         problems,
         weights,
         training,
-        seed=recipe["seed"],
+        seed=config["seed"],
         command=command("inspect_data", sys.argv[1:]),
-        recipe={"dataset": node, "augment": augment},
+        config={"dataset": node, "augment": augment},
     )
     html.write(shown, out / "inspect.html")
     print(f"page:   {out / 'inspect.html'}")

@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("checkpoint", help="a .ckpt that train.py wrote")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example dataset.root=DIR")
     parser.add_argument("--out", type=Path, help="file to write (default: <name>_recalibrated.ckpt beside it)")
-    parser.add_argument("--trust", action="append", default=[], help="a class of your own that the recipe names")
+    parser.add_argument("--trust", action="append", default=[], help="a class of your own that the config names")
     arguments = parser.parse_intermixed_args()
 
     from segdeconv.checkpoints import checkpoint

@@ -1,4 +1,4 @@
-"""Train recipes side by side, over seeds and ways of splitting the data, and bring back what came of them.
+"""Train configs side by side, over seeds and ways of splitting the data, and bring back what came of them.
 
     python scripts/results.py TABLE [--seeds 0,1,2] [--rows a,b] [--views a,b] [--out DIR] [--table] [--weights]
                               [key=value ...]
@@ -23,7 +23,7 @@ GIVEN = {"seed": "--seeds", "hydra.run.dir": "--out"}
 
 
 def main() -> None:
-    """Check every recipe, train what is not trained, write the table after each."""
+    """Check every config, train what is not trained, write the table after each."""
     parser = ArgumentParser("results.py", description=__doc__.splitlines()[0])
     parser.add_argument("table", help="camvid, camvid_slim, camvid_small, camvid_steps, or a YAML file of that form")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example dataset.root=DIR")
@@ -37,7 +37,7 @@ def main() -> None:
     refuse_keys(arguments.overrides, GIVEN, "the table's")
 
     from segdeconv.experiments.study import results, series
-    from segdeconv.training.config_check import check_recipe
+    from segdeconv.training.config_check import check_config
     from segdeconv.training.resume import finished
 
     path = results.table_path(arguments.table)
@@ -51,18 +51,18 @@ def main() -> None:
     out = arguments.out or Path("runs") / "results" / path.stem
     plan = results.Plan(**parts, seeds=series.seeds(arguments.seeds), out=out, added=arguments.overrides)
     # Before anything is trained: a mistake in any of them.
-    recipes = {}
+    configs = {}
     for job in plan.jobs:
-        words = plan.recipe(*job)
-        recipes[job] = words, check_recipe(compose(words)[0])
-        series.check_same(plan.run(*job), recipes[job][1])
+        words = plan.config(*job)
+        configs[job] = words, check_config(compose(words)[0])
+        series.check_same(plan.run(*job), configs[job][1])
     facts = {"command": command("results", sys.argv[1:])}
 
-    for number, (job, (words, recipe)) in enumerate(recipes.items(), start=1):
+    for number, (job, (words, config)) in enumerate(configs.items(), start=1):
         run, name = plan.run(*job), f"{job[0]}, {job[1]}, seed {job[2]}"
         if not arguments.only_table and not finished(run):
-            print(f"\n=== {number} of {len(recipes)}: {name}\n", flush=True)
-            series.go_on(recipe, run, name=name, typed=command("train", [*words, f"hydra.run.dir={run}"]))
+            print(f"\n=== {number} of {len(configs)}: {name}\n", flush=True)
+            series.resume_run(config, run, name=name, typed=command("train", [*words, f"hydra.run.dir={run}"]))
             results.write(plan, facts)
     print("\n" + results.write(plan, facts))
     written = [plan.out / name for name in ("results.md", "results.json", "curves.png")]

@@ -1,4 +1,4 @@
-"""Train the SegNet paper's eight decoders under one recipe, and make its table 1 anew.
+"""Train the SegNet paper's eight decoders under one config, and make its table 1 anew.
 
     python scripts/study.py [--quick] [--seeds 0,1,2] [--models a,b] [--balancing median_frequency,none]
                             [--split val] [--out DIR] [--table] [key=value ...]
@@ -23,7 +23,7 @@ GIVEN = {"model": "--models", "seed": "--seeds", "loss.balancing": "--balancing"
 
 
 def main() -> None:
-    """Check every recipe, measure every network, train what is not trained, write the table after each."""
+    """Check every config, measure every network, train what is not trained, write the table after each."""
     parser = ArgumentParser("study.py", description=__doc__.splitlines()[0])
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example dataset.root=DIR")
     parser.add_argument("--quick", action="store_true", help="slim networks at 90x120: minutes on two CPU cores")
@@ -40,7 +40,7 @@ def main() -> None:
     from segdeconv.data.module import build_split
     from segdeconv.experiments.study import costs, paper, series, table
     from segdeconv.system.devices import best_device
-    from segdeconv.training.config_check import check_recipe
+    from segdeconv.training.config_check import check_config
     from segdeconv.training.resume import finished
 
     refuse_keys(arguments.overrides, GIVEN, "the study's")
@@ -58,14 +58,14 @@ def main() -> None:
     def words(model: str, balancing: str, seed: int) -> list[str]:
         return [*arguments.overrides, f"model={model}", f"loss.balancing={balancing}", f"seed={seed}"]
 
-    def recipe(model: str, balancing: str, seed: int) -> dict[str, Any]:
-        return check_recipe(compose(words(model, balancing, seed))[0])
+    def config(model: str, balancing: str, seed: int) -> dict[str, Any]:
+        return check_config(compose(words(model, balancing, seed))[0])
 
     # Before anything is trained: a mistake in any of them, and what each of them costs.
-    nodes = {model: recipe(model, plan.balancings[0], plan.seeds[0]) for model in paper.BY_MODEL}
+    nodes = {model: config(model, plan.balancings[0], plan.seeds[0]) for model in paper.BY_MODEL}
     jobs = [(seed, key) for seed in plan.seeds for key in plan.keys]
     for seed, (balancing, model) in jobs:
-        series.check_same(plan.run((balancing, model), seed), recipe(model, balancing, seed))
+        series.check_same(plan.run((balancing, model), seed), config(model, balancing, seed))
     dataset = nodes["segnet_basic"]["dataset"]
     split, _ = build_split(dataset, "train"), build_split(dataset, plan.split)
     size, device = dataset["size"] or dataset["crop"], best_device()
@@ -86,7 +86,7 @@ def main() -> None:
         if not arguments.table and not finished(run):
             print(f"\n=== {number} of {len(jobs)}: {name}, {balancing}, seed {seed}\n", flush=True)
             typed = command("train", [*words(model, balancing, seed), f"hydra.run.dir={run}"])
-            series.go_on(recipe(model, balancing, seed), run, name=name, typed=typed)
+            series.resume_run(config(model, balancing, seed), run, name=name, typed=typed)
         if finished(run) and not plan.report((balancing, model), seed).is_file():
             score(run, plan.split)
         table.write(plan, measured, facts)

@@ -1,10 +1,10 @@
-"""Train a network: compose a recipe from configs/ and the command line, and run it.
+"""Train a network: compose a config from configs/ and the command line, and run it.
 
     python scripts/train.py [dataset=NAME] [model=NAME] [experiment=NAME] [key=value ...]
 
 The names are files in configs/; keys are arguments of the classes that those files name. A run writes into
 runs/<dataset>-<model>/<time>/: best.ckpt, last.ckpt, config.yaml, metrics.csv, report.json, TensorBoard events.
-resume=auto goes on with the newest unfinished run of the same recipe.
+resume=auto goes on with the newest unfinished run of the same config.
 """
 
 import os
@@ -23,10 +23,10 @@ def main() -> None:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from segdeconv.config import front_door, plain, targets
+    from segdeconv.config import hydra_overrides, plain, targets
 
     typed = command("train", sys.argv[1:])
-    sys.argv[1:] = front_door(sys.argv[1:], CONFIGS)
+    sys.argv[1:] = hydra_overrides(sys.argv[1:], CONFIGS)
     named = any(word.startswith(("hydra.run.dir=", "hydra.sweep.dir=")) for word in sys.argv)
 
     def job(composed: Any) -> None:
@@ -47,9 +47,9 @@ def main() -> None:
                 )
             if launched_from_outside() and rank_from_outside() > 0:
                 sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - one voice for all processes, until this one ends
-            recipe = plain(composed)
-            find_own_code(targets(recipe))
-            train(recipe, run, runs=None if named else runs, typed=typed)
+            config = plain(composed)
+            find_own_code(targets(config))
+            train(config, run, runs=None if named else runs, typed=typed)
         except Exception as error:
             raise _Failed(error) from error
         finally:

@@ -87,7 +87,7 @@ def main() -> int:
         searched = pictures[::step][: arguments.search]
         strongest = visualizer.strongest(searched, layers)
         for layer in tqdm(layers, unit="layer", disable=None):
-            sheet = visualizer.units_sheet(
+            sheet = visualizer.units_figure(
                 searched, strongest, layer, maps=maps, num=arguments.num_maps, seed=arguments.seed
             )
             write(f"units_{layer}", sheet)

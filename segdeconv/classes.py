@@ -142,7 +142,7 @@ class Classes:
         rows = [f"{name} {colour}" for name, colour in zip(self.names, self.colours, strict=True)]
         return ", ".join(rows + ([f"ignored {self.ignore_colour}"] if self.ignore_colour else []))
 
-    def plain(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """As plain data, for a checkpoint."""
         return {
             "names": list(self.names),
@@ -154,8 +154,8 @@ class Classes:
         }
 
     @classmethod
-    def restore(cls, data: Mapping[str, Any]) -> Classes:
-        """The inverse of `plain`."""
+    def from_dict(cls, data: Mapping[str, Any]) -> Classes:
+        """The inverse of `to_dict`."""
         return cls(
             names=tuple(data["names"]),
             colours=tuple(_colour(colour) for colour in data["colours"]),

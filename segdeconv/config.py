@@ -1,6 +1,6 @@
 """Recipes: plain data naming a class and its arguments. The constructor's signature is the schema.
 
-A recipe node is a mapping with `_target_`, the dotted name of a class or function, and arguments for it. `check` holds
+A config node is a mapping with `_target_`, the dotted name of a class or function, and arguments for it. `check` holds
 it against the signature (names, types, ranges) and writes the defaults in; `build` calls it. Nothing here imports
 segdeconv's own classes by name, and what may be named in a checkpoint is checkpoint.py's to say.
 """
@@ -22,24 +22,24 @@ from segdeconv.errors import UsageError, did_you_mean
 TARGET = "_target_"
 Node = dict[str, Any]
 
-# Classes that have moved: the names that recipes written before have for them, which are read as those of now.
+# Classes that have moved: the names that configs written before have for them, which are read as those of now.
 RENAMED = {"segdeconv.loggers.TensorBoard": "segdeconv.training.loggers.TensorBoard"}
 
 
 def current(value: Any) -> Any:
-    """A value of a recipe, and for the former name of a class the one that it has now."""
+    """A value of a config, and for the former name of a class the one that it has now."""
     return RENAMED.get(value, value) if isinstance(value, str) else value
 
 
-def targets(recipe: Any) -> Iterator[str]:
-    """Every `_target_` anywhere in a recipe, whatever its type."""
-    if isinstance(recipe, Mapping):
-        if TARGET in recipe:
-            yield str(recipe[TARGET])
-        for value in recipe.values():
+def targets(config: Any) -> Iterator[str]:
+    """Every `_target_` anywhere in a config, whatever its type."""
+    if isinstance(config, Mapping):
+        if TARGET in config:
+            yield str(config[TARGET])
+        for value in config.values():
             yield from targets(value)
-    elif isinstance(recipe, Sequence) and not isinstance(recipe, str):
-        for value in recipe:
+    elif isinstance(config, Sequence) and not isinstance(config, str):
+        for value in config:
             yield from targets(value)
 
 
@@ -158,14 +158,14 @@ def deal(node: Mapping[str, Any], schemas: Sequence[Callable[..., Any]]) -> tupl
     return tuple({name: value for name, value in node.items() if name in share} for share in shares)
 
 
-def override(recipe: Mapping[str, Any], arguments: Iterable[str]) -> dict[str, Any]:
-    """A copy of a restored recipe with `key=value` arguments of a command line set in it.
+def override(config: Mapping[str, Any], arguments: Iterable[str]) -> dict[str, Any]:
+    """A copy of a restored config with `key=value` arguments of a command line set in it.
 
     Only values: what is built, `_target_`, stays. Unknown keys are found when the node is checked.
     """
     import yaml
 
-    changed = copy.deepcopy(dict(recipe))
+    changed = copy.deepcopy(dict(config))
     for argument in arguments:
         path, equals, text = argument.partition("=")
         keys = path.split(".")
@@ -206,7 +206,7 @@ def plain(composed: Any) -> dict[str, Any]:
 
 
 def compose(arguments: Sequence[str], folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """(recipe, choice of each group) that a command line means, composed from a folder of YAML files.
+    """(config, choice of each group) that a command line means, composed from a folder of YAML files.
 
     `--config-dir=DIR` on the command line adds a folder of the user's own.
     """
@@ -216,9 +216,9 @@ def compose(arguments: Sequence[str], folder: Path) -> tuple[dict[str, Any], dic
     from omegaconf import open_dict
     from omegaconf.errors import OmegaConfBaseException
 
-    ready = front_door(arguments, folder)
+    ready = hydra_overrides(arguments, folder)
     overrides = [argument for argument in ready if not argument.startswith(("hydra.", "--config-dir=", "-cd="))]
-    if own := own_folder(arguments):
+    if own := user_config_dir(arguments):
         place = os.path.abspath(own).replace("'", "\\'")
         overrides.append(f"hydra.searchpath=['file://{place}']")
     try:
@@ -232,7 +232,7 @@ def compose(arguments: Sequence[str], folder: Path) -> tuple[dict[str, Any], dic
         raise UsageError(f"the configuration cannot be composed: {error} - correct the override") from error
 
 
-def own_folder(arguments: Iterable[str]) -> Path | None:
+def user_config_dir(arguments: Iterable[str]) -> Path | None:
     """The folder of `--config-dir=DIR`, where a user keeps configurations of his own, laid out like ours."""
     found = None
     for argument in arguments:
@@ -244,22 +244,22 @@ def own_folder(arguments: Iterable[str]) -> Path | None:
     return found
 
 
-def groups_in(folder: Path) -> dict[str, list[str]]:
+def list_groups(folder: Path) -> dict[str, list[str]]:
     """The names that each group of a folder of YAML files offers."""
     return {path.name: sorted(file.stem for file in path.glob("*.yaml")) for path in folder.iterdir() if path.is_dir()}
 
 
-def offered(arguments: Iterable[str], folder: Path) -> dict[str, list[str]]:
+def available_choices(arguments: Iterable[str], folder: Path) -> dict[str, list[str]]:
     """The names that each group offers on this command line: ours, and those of the user's own folder."""
-    ours, own = groups_in(folder), own_folder(arguments)
-    theirs = groups_in(own) if own else {}
+    ours, own = list_groups(folder), user_config_dir(arguments)
+    theirs = list_groups(own) if own else {}
     for group, names in theirs.items():
         if both := sorted(set(names) & set(ours.get(group, []))):
             raise UsageError(f"{own}/{group}/{both[0]}.yaml is the name of one of ours, which would win - rename it")
     return {group: sorted([*names, *theirs.get(group, [])]) for group, names in ours.items()}
 
 
-def front_door(arguments: Sequence[str], folder: Path) -> list[str]:
+def hydra_overrides(arguments: Sequence[str], folder: Path) -> list[str]:
     """A command line's overrides, made such that Hydra takes them, or one sentence why not.
 
     An argument of a constructor need not stand in a YAML file to be set, so `model.depth=13` becomes
@@ -268,7 +268,7 @@ def front_door(arguments: Sequence[str], folder: Path) -> list[str]:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
-    groups = offered(arguments, folder)
+    groups = available_choices(arguments, folder)
     ready, seen = [], set()
     for argument in arguments:
         if argument.startswith("-"):

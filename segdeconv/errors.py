@@ -64,7 +64,7 @@ class TimeUp(SegdeconvError):
     exit_code = 0
 
 
-def raised_elsewhere(text: str) -> SegdeconvError | None:
+def error_from_traceback(text: str) -> SegdeconvError | None:
     """The error of ours that ended another process, from the traceback that it left; None if it was none of ours."""
     for line in reversed(text.rstrip().splitlines()):
         name, colon, message = line.partition(": ")

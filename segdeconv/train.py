@@ -1,6 +1,6 @@
-"""One run, from a recipe to the scores of its best checkpoint. Read it top to bottom.
+"""One run, from a config to the scores of its best checkpoint. Read it top to bottom.
 
-From Python, without Hydra, a recipe is a dictionary; what it leaves out has its default:
+From Python, without Hydra, a config is a dictionary; what it leaves out has its default:
 
     from segdeconv.train import train
 
@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 
-from segdeconv import config
 from segdeconv.checkpoints import checkpoint
-from segdeconv.data.loading import loader_failures_in_words
+from segdeconv.config import build, deal
+from segdeconv.data.loading import explain_loader_errors
 from segdeconv.errors import TimeUp, UsageError, command
 from segdeconv.evaluation import report
 from segdeconv.evaluation.boundary import Boundaries
@@ -30,71 +30,71 @@ from segdeconv.evaluation.calibration import Calibration
 from segdeconv.evaluation.evaluate import evaluate, restore_dataset
 from segdeconv.inference.segmenter import Segmenter
 from segdeconv.training import config_check, resume, run_folder
-from segdeconv.training.memory import memory_in_words
+from segdeconv.training.memory import explain_out_of_memory
 from segdeconv.training.prepare import prepare
 from segdeconv.training.settings import TrainerSettings
 
 
-def train(recipe: Mapping[str, Any], run: str | Path, *, runs: Path | None = None, typed: str | None = None) -> None:
+def train(config: Mapping[str, Any], run: str | Path, *, runs: Path | None = None, typed: str | None = None) -> None:
     """Look at the data, fit, evaluate the best checkpoint; all of it into the folder `run`.
 
-    recipe: nodes `dataset`, `model` and so on as in configs/, each with `_target_` and arguments.
+    config: nodes `dataset`, `model` and so on as in configs/, each with `_target_` and arguments.
     runs: where resume=auto looks for the run to resume; None where it lies in `run`, if there is one.
     typed: the command that was typed, for the report.
     """
     started = time.time()
-    recipe = config_check.check_recipe(recipe)
-    run = resume.find_run(recipe, Path(run), runs)
-    resumed = resume.open_run(run, recipe)
+    config = config_check.check_config(config)
+    run = resume.find_run(config, Path(run), runs)
+    resumed = resume.open_run(run, config)
     resumed_path = None if resumed is None else resumed.path
     if resume.finished(run):
         print(f"{run} is finished; its scores are in {run / 'report.json'}")
         return
 
-    # Late, so that a mistake in the recipe is said at once: Lightning takes 2 s to import.
+    # Late, so that a mistake in the config is said at once: Lightning takes 2 s to import.
     from segdeconv.training import loggers
     from segdeconv.training.callbacks import Pictures, Progress, Recorder
     from segdeconv.training.checkpointing import Checkpoints
     from segdeconv.training.data_module import DataModule
-    from segdeconv.training.diagnostics import Waiting, Watch
+    from segdeconv.training.diagnostics import LoaderWait, TrainingDiagnostics
     from segdeconv.training.header import header
     from segdeconv.training.stopping import Stopping
     from segdeconv.training.switch_curves import SwitchCurves
     from segdeconv.training.task import SegmentationTask
     from segdeconv.training.trainer import count_steps, fit, make_trainer
 
-    logger = loggers.build_logger(recipe["logger"], run)
-    made = prepare(recipe, fresh=resumed is not None)
+    logger = loggers.build_logger(config["logger"], run)
+    made = prepare(config, fresh=resumed is not None)
     if resumed is not None:
         resume.compare(resumed, made.classes, made.facts["fingerprints"])
-    settings = TrainerSettings(**config.deal(recipe["trainer"], [TrainerSettings])[0])
+    settings = TrainerSettings(**deal(config["trainer"], [TrainerSettings])[0])
     checkpoints = Checkpoints(run, resumed=resumed_path, patience=settings.patience)
-    deadline = started + config_check.seconds(recipe["max_time"]) if recipe["max_time"] is not None else None
+    deadline = started + config_check.seconds(config["max_time"]) if config["max_time"] is not None else None
     stopping = Stopping(checkpoints, deadline=deadline)
     recorder = Recorder(run, checkpoints, stopping)
-    waiting = Waiting()
+    waiting = LoaderWait()
     curves_of_switches = SwitchCurves(made.data.val, made.data.preprocessing)
-    shown = [Pictures(made.data.val), curves_of_switches, Progress(recorder, waiting), Watch(waiting)]
+    shown = [Pictures(made.data.val), curves_of_switches, Progress(recorder, waiting), TrainingDiagnostics(waiting)]
     callbacks = [waiting, *shown, stopping, checkpoints, recorder]
     trainer = make_trainer(run, callbacks, logger, settings, resumed)
-    kept = {name: node for name, node in recipe.items() if name not in resume.HARMLESS}
+    kept = {name: node for name, node in config.items() if name not in resume.CHANGEABLE_KEYS}
     task = SegmentationTask(
         made.model,
         made.loss,
         made.optimizer,
-        config.build(recipe["schedule"], "schedule"),
+        build(config["schedule"], "schedule"),
         made.classes,
-        seed=recipe["seed"],
+        seed=config["seed"],
         total_steps=count_steps(made.data, trainer),
-        remembered={
+        metadata={
             "config": {**kept, "dataset": made.dataset},
             "facts": {**made.facts, "precision": str(trainer.precision)},
         },
         settings=settings,
     )
-    loggers.show_configuration(logger, recipe, run)
+    loggers.show_configuration(logger, config, run)
     run_folder.require_space(run, task)
-    print(header(recipe, made.data, task, trainer, run, resumed_path), flush=True)
+    print(header(config, made.data, task, trainer, run, resumed_path), flush=True)
     if resumed is not None:
         resume.compare_machines(resumed, torch.device(trainer.strategy.root_device))
     del resumed  # the trainer loads its content, and then nothing holds it any more
@@ -102,17 +102,17 @@ def train(recipe: Mapping[str, Any], run: str | Path, *, runs: Path | None = Non
     complete = True
     stopping.listen()
     try:
-        with loader_failures_in_words(), memory_in_words(recipe["dataset"]["batch_size"]):
+        with explain_loader_errors(), explain_out_of_memory(config["dataset"]["batch_size"]):
             fit(trainer, task, DataModule(made.data), resumed=resumed_path)
-        stopping.leave_if_asked()
+        stopping.raise_if_requested()
     except TimeUp as sentence:
         print(sentence)
         complete = False
     except UsageError:
-        stopping.leave_if_asked()  # a worker that died of the same signal is no news
+        stopping.raise_if_requested()  # a worker that died of the same signal is no news
         raise
     finally:
-        stopping.listen_no_more()
+        stopping.stop_listening()
     if not trainer.is_global_zero:
         return
     path = checkpoints.best_path if checkpoints.best_path.is_file() else checkpoints.last_path

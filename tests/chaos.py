@@ -49,7 +49,7 @@ PHASES = ("fork", "start", "training", "validation", "metrics", "checkpoint", "e
 STREET = yaml.safe_load((ROOT / "configs/augment/street.yaml").read_text())
 
 # Bayesian SegNet-Basic, slim: batch norm, dropout, pooling indices; 13 images, 3 steps an epoch, 3 epochs.
-RECIPE: dict[str, dict[str, Any]] = {
+CONFIG: dict[str, dict[str, Any]] = {
     "dataset": {
         "_target_": "segdeconv.data.Shapes", "num_train": 13, "num_val": 4, "side": 32, "size": [32, 32],
         "batch_size": 4, "num_workers": 1,
@@ -62,16 +62,16 @@ RECIPE: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def recipe(resume: str | None = "auto", **changes: Any) -> dict[str, Any]:
+def config(resume: str | None = "auto", **changes: Any) -> dict[str, Any]:
     """changes: group__key=value."""
-    made: dict[str, Any] = {**RECIPE, "resume": resume}
+    made: dict[str, Any] = {**CONFIG, "resume": resume}
     for name, value in changes.items():
         group, _, key = name.partition("__")
         made[group] = {**made[group], key: value}
     return made
 
 
-def learnt(run: Path) -> str:
+def without_changeable_keys(run: Path) -> str:
     """One hash over all that both checkpoints hold, the metric history and the report, but for what may differ."""
     found = hashlib.sha256((run / "metrics.csv").read_bytes())
 
@@ -289,12 +289,12 @@ class Place(NamedTuple):
 
     def judge(self, landed: list[str], **changes: Any) -> Trial:
         """Let the run come to its end and hold what it leaves against what it should."""
-        ended = Run(recipe(**changes), self.folder).end()
+        ended = Run(config(**changes), self.folder).end()
         if ended.code != 0:
             return Trial(landed, f"exit {ended.code}: {ended.said[-2000:]}")
         if left := [path.name for path in self.folder.glob(f"{files.PARTIAL}*")]:
             return Trial(landed, f"left behind: {left}")
-        return Trial(landed, "" if learnt(self.folder) == self.expected else "another hash")
+        return Trial(landed, "" if without_changeable_keys(self.folder) == self.expected else "another hash")
 
     def lost(self) -> str:
         """Every checkpoint under a final name is one that its sidecar knows, or it is lost."""
@@ -314,7 +314,7 @@ def kills(place: Place, chance: Chance) -> Trial:
     """
     landed: list[str] = []
     for _ in range(chance.choice((1, 1, 2, 3))):
-        run = Run(recipe(), place.folder)
+        run = Run(config(), place.folder)
         if chance.random() < 0.4:
             run.wait_for(chance.choice(("validation", "checkpoint")), chance.choice((1, 1, 2, 3)))
             time.sleep(chance.uniform(0, 0.012))
@@ -338,7 +338,7 @@ def cuts(place: Place, chance: Chance, operations: int = 90) -> Trial:
     for _ in range(2):
         number = chance.randint(1, operations)
         before = functools.partial(cut_at_file_operation, place.folder, number)
-        ended = Run(recipe(), place.folder, before=before).end()
+        ended = Run(config(), place.folder, before=before).end()
         if ended.code not in (0, -signal.SIGKILL):
             return Trial(landed, f"exit {ended.code} at operation {number}: {ended.said[-2000:]}")
         landed += [ended.phase] * (ended.code != 0)
@@ -354,7 +354,7 @@ def full_disks(place: Place, chance: Chance) -> Trial:
     if chance.random() < 0.5:
         before = functools.partial(limit_files, chance.randint(2_000, 160_000))
         changes = {"dataset__num_workers": 0}  # whose batches would be files that may not grow, too
-    ended = Run(recipe(**changes), place.folder, before=before).end()
+    ended = Run(config(**changes), place.folder, before=before).end()
     wrong = place.lost()
     if ended.code not in (0, 5):
         wrong = wrong or f"exit {ended.code}: {ended.said[-2000:]}"
@@ -383,7 +383,7 @@ def signals(place: Place, chance: Chance) -> Trial:
     if chance.number < len(FIRST_STOPS):
         number, to, moment = FIRST_STOPS[chance.number]
     changes = {"dataset__num_workers": 2}
-    run = Run(recipe(**changes), place.folder)
+    run = Run(config(**changes), place.folder)
     run.wait_for(moment.removeprefix("last "), 3 if moment == "last validation" else 1)
     time.sleep(chance.uniform(0, 0.05) if moment in ("start", "training") else 0)
     everyone = [*descendants(run.pid), run.pid]  # workers first, which is harder
@@ -416,16 +416,16 @@ def one_hash(place: Place, chance: Chance) -> Trial:
     way: dict[str, Any] = chance.choice(ways)
     expected = place.of_ways.get(str(way))
     if expected is None:
-        ended = Run(recipe(**way, dataset__num_workers=0), place.folder).end()
+        ended = Run(config(**way, dataset__num_workers=0), place.folder).end()
         assert ended.code == 0, ended.said
-        expected = place.of_ways[str(way)] = learnt(place.folder)
+        expected = place.of_ways[str(way)] = without_changeable_keys(place.folder)
         shutil.rmtree(place.folder)
     halves = []
     for _ in range(chance.choice((1, 2))):
         workers, cache = chance.choice((0, 1, 2, 4)), chance.choice(("none", "memory", "disk"))
         halves.append({**way, "dataset__num_workers": workers, "dataset__cache": cache})
     if len(halves) == 2:
-        run = Run(recipe(**halves[0]), place.folder)
+        run = Run(config(**halves[0]), place.folder)
         run.wait_for("training", 2)
         if run.poll() is None:
             os.kill(run.pid, signal.SIGTERM)
@@ -453,7 +453,7 @@ def faults(place: Place, chance: Chance) -> Trial:
     fault = chance.choice(list(FAULTS))
     code, seconds = FAULTS[fault]
     changes = {"dataset__num_workers": 2, "dataset__timeout": 2}
-    run = Run(recipe(**changes), place.folder, before=functools.partial(_meet, fault, place.folder))
+    run = Run(config(**changes), place.folder, before=functools.partial(_meet, fault, place.folder))
     worker = 0
     if "worker" in fault or "stopped" in fault:
         run.wait_for("validation", 2)
@@ -511,9 +511,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="chaos-") as root:
         os.environ["XDG_CACHE_HOME"] = str(Path(root) / "cache")
         whole = Path(root) / "whole"
-        ended = Run(recipe(), whole).end()
+        ended = Run(config(), whole).end()
         assert ended.code == 0, ended.said
-        place = Place(Path(root) / "run", learnt(whole), ended.seconds, {})
+        place = Place(Path(root) / "run", without_changeable_keys(whole), ended.seconds, {})
         print(f"an undisturbed run takes {ended.seconds:.2f} s and has the hash {place.expected[:16]}", flush=True)
         wrong = 0
         for word in arguments.suites:

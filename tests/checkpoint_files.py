@@ -15,7 +15,7 @@ def content(**changes):
         "state_dict": {f"model.{name}": value for name, value in model.state_dict().items()},
         "hyper_parameters": {
             "config": config,
-            "facts": {"classes": CLASSES.plain(), "preprocessing": {"mean": [0.0] * 3}},
+            "facts": {"classes": CLASSES.to_dict(), "preprocessing": {"mean": [0.0] * 3}},
         },
         "segdeconv": {"format": 1},
     }

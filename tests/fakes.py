@@ -346,7 +346,7 @@ def oxford_pets_image_and_trimap(index: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def untrained(path: Path, dataset: dict[str, object], *, seed: int = 0, **model: object) -> Path:
-    """A checkpoint of a small SegNet that has learnt nothing, for what a `dataset` node of a recipe names.
+    """A checkpoint of a small SegNet that has learnt nothing, for what a `dataset` node of a config names.
 
     model: further arguments of its `model` node.
     """
@@ -359,16 +359,16 @@ def untrained(path: Path, dataset: dict[str, object], *, seed: int = 0, **model:
     node = check_dataset({"batch_size": 2, "num_workers": 0, **dataset})
     train = build_split(node, "train")
     node = {**node, **normalisation({"mean": None, "std": None}, train, inspect(train))}
-    recipe = check_model({"_target_": "segdeconv.models.SegNet", "stages": [[4], [8]], **model})
+    config = check_model({"_target_": "segdeconv.models.SegNet", "stages": [[4], [8]], **model})
     torch.manual_seed(seed)
-    network = build_model(recipe, len(train.classes), train.channels)
+    network = build_model(config, len(train.classes), train.channels)
     for name, parameter in network.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.1)  # of zeros, logits where all is zero are equal
     preprocessing = Preprocessing(node["size"], tuple(node["mean"]), tuple(node["std"]), as_stored=train.as_stored)
-    facts = {"classes": train.classes.plain(), "preprocessing": preprocessing.plain(), "precision": "32-true"}
+    facts = {"classes": train.classes.to_dict(), "preprocessing": preprocessing.to_dict(), "precision": "32-true"}
     content = {
-        "hyper_parameters": {"config": {"dataset": node, "model": recipe}, "facts": facts},
+        "hyper_parameters": {"config": {"dataset": node, "model": config}, "facts": facts},
         "segdeconv": {"format": checkpoint.FORMAT},
         "state_dict": {f"model.{name}": value for name, value in network.state_dict().items()},
     }

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from segdeconv import config
 from segdeconv.checkpoints import checkpoint
+from segdeconv.config import build, compose, hydra_overrides, override, targets
 from segdeconv.errors import UsageError
-from segdeconv.training.config_check import check_recipe
+from segdeconv.training.config_check import check_config
 from segdeconv.training.resume import differing_keys
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -17,8 +17,8 @@ GROUPS = {
 }
 
 
-def compose(*arguments):
-    return check_recipe(config.compose(arguments, CONFIGS)[0])
+def compose_and_check(*arguments):
+    return check_config(compose(arguments, CONFIGS)[0])
 
 
 @pytest.mark.parametrize("choice", [f"{group}={name}" for group, names in GROUPS.items() for name in names])
@@ -29,29 +29,29 @@ def test_every_shipped_file_composes_and_names_only_admitted_classes(choice):
         "experiment=fcn16s_voc": "init_from=fcn32s.ckpt",
         "experiment=fcn8s_voc": "init_from=fcn16s.ckpt",
     }
-    recipe = compose(choice, *([asked[choice]] if choice in asked else []))
-    del recipe["logger"]  # which no checkpoint remembers
-    assert set(config.targets(recipe)) <= checkpoint.ADMITTED
+    config = compose_and_check(choice, *([asked[choice]] if choice in asked else []))
+    del config["logger"]  # which no checkpoint remembers
+    assert set(targets(config)) <= checkpoint.ADMITTED
 
 
 @pytest.mark.parametrize("name", GROUPS["model"])
 def test_every_model_builds_from_its_file(name):
-    node = compose(f"model={name}")["model"]
+    node = compose_and_check(f"model={name}")["model"]
     with torch.device("meta"):  # shapes without memory: DeconvNet takes 1 GB
-        model = config.build(node, "model", num_classes=3)
+        model = build(node, "model", num_classes=3)
         side = model.minimum_size
         assert model.eval()(torch.zeros(1, 3, side, side)).shape == (1, 3, side, side)
 
 
-def test_defaults_of_constructors_are_written_into_the_recipe():
-    recipe = compose()
-    assert recipe["model"]["depth"] == 16
-    assert recipe["dataset"]["timeout"] == 120.0
-    assert recipe["trainer"]["precision"] == "auto"
+def test_defaults_of_constructors_are_written_into_the_config():
+    config = compose_and_check()
+    assert config["model"]["depth"] == 16
+    assert config["dataset"]["timeout"] == 120.0
+    assert config["trainer"]["precision"] == "auto"
 
 
 def test_an_argument_that_stands_in_no_yaml_file_can_be_set():
-    assert compose("model.switch_source=post_relu")["model"]["switch_source"] == "post_relu"
+    assert compose_and_check("model.switch_source=post_relu")["model"]["switch_source"] == "post_relu"
 
 
 @pytest.mark.parametrize(
@@ -79,30 +79,30 @@ def test_an_argument_that_stands_in_no_yaml_file_can_be_set():
 )
 def test_a_mistake_on_the_command_line_is_named_with_the_way_out(arguments, message):
     with pytest.raises(UsageError) as caught:
-        compose(*arguments)
+        compose_and_check(*arguments)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_a_sweep_checks_each_of_its_choices():
-    assert config.front_door(["dataset=shapes,camvid", "seed=1,2"], CONFIGS) == ["dataset=shapes,camvid", "++seed=1,2"]
+    assert hydra_overrides(["dataset=shapes,camvid", "seed=1,2"], CONFIGS) == ["dataset=shapes,camvid", "++seed=1,2"]
     with pytest.raises(UsageError, match="there is no dataset 'canvid'"):
-        config.front_door(["dataset=shapes,canvid"], CONFIGS)
+        hydra_overrides(["dataset=shapes,canvid"], CONFIGS)
 
 
-def test_a_restored_recipe_takes_values_but_no_other_class():
-    recipe = {"dataset": {"_target_": "segdeconv.data.Shapes", "batch_size": 4}}
-    assert config.override(recipe, ["dataset.batch_size=2"])["dataset"]["batch_size"] == 2
-    assert recipe["dataset"]["batch_size"] == 4
+def test_a_restored_config_takes_values_but_no_other_class():
+    config = {"dataset": {"_target_": "segdeconv.data.Shapes", "batch_size": 4}}
+    assert override(config, ["dataset.batch_size=2"])["dataset"]["batch_size"] == 2
+    assert config["dataset"]["batch_size"] == 4
     with pytest.raises(UsageError, match="stays - leave it out"):
-        config.override(recipe, ["dataset._target_=os.system"])
+        override(config, ["dataset._target_=os.system"])
     with pytest.raises(UsageError, match="there is no key dat - did you mean 'dataset'"):
-        config.override(recipe, ["dat=3"])
+        override(config, ["dat=3"])
     with pytest.raises(UsageError, match="is not key=value"):
-        config.override(recipe, ["dataset"])
+        override(config, ["dataset"])
 
 
-def test_recipes_differ_in_what_changes_the_learning_only():
+def test_configs_differ_in_what_changes_the_learning_only():
     before = {"seed": 0, "dataset": {"num_workers": 2, "size": [1, 2]}}
     assert differing_keys(before, {"seed": 0, "dataset": {"num_workers": 0, "size": [1, 2]}}) == []
     assert differing_keys(before, {"seed": 1, "dataset": {"num_workers": 2, "size": [1, 3]}}) == [
@@ -113,4 +113,4 @@ def test_recipes_differ_in_what_changes_the_learning_only():
 
 def test_targets_are_found_wherever_they_hide():
     hidden = {"a": [{"b": {"_target_": "x.y", "c": ({"_target_": "z.w"},)}}]}
-    assert list(config.targets(hidden)) == ["x.y", "z.w"]
+    assert list(targets(hidden)) == ["x.y", "z.w"]

@@ -16,8 +16,8 @@ import pytest
 from PIL import Image
 from test_readme import PAGES, ROOT
 
-from segdeconv import config
-from segdeconv.training.config_check import check_recipe
+from segdeconv.config import compose
+from segdeconv.training.config_check import check_config
 
 pytestmark = pytest.mark.slow
 OWN_CODE = ROOT / "docs" / "own_code"
@@ -101,8 +101,8 @@ def slim(words: list[str]) -> list[str]:
         keys = [word if "[" in word else word.split(",")[0] for word in keys]
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(OWN_CODE))
-        recipe, _ = config.compose(keys, ROOT / "configs")
-        model = check_recipe(recipe)["model"]
+        config, _ = compose(keys, ROOT / "configs")
+        model = check_config(config)["model"]
     narrow = {"width": "0.0625" if isinstance(model.get("width"), float) else "4", "fc_width": "16"}
     wanted = SLIM | {
         f"model.{key}": value
@@ -144,8 +144,8 @@ def there(word: str, place: Path, commands: Callable) -> str:
     if not path.endswith(".ckpt"):
         return word
     if not list(place.glob(path)):
-        recipe = next(recipe for start, recipe in MADE_BY.items() if path.startswith(start))
-        made = commands("train", *slim(recipe.split()), "hydra.run.dir=made", cwd=place, timeout=300)
+        config = next(config for start, config in MADE_BY.items() if path.startswith(start))
+        made = commands("train", *slim(config.split()), "hydra.run.dir=made", cwd=place, timeout=300)
         assert made.code == 0, made.err
         file = place / path.replace("*", "made")
         shutil.copytree(place / "made", file.parent, dirs_exist_ok=True)

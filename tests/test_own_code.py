@@ -15,11 +15,11 @@ import torch.nn.functional as F
 import yaml
 from PIL import Image
 
-from segdeconv import config
 from segdeconv.checkpoints.checkpoint import foreign
 from segdeconv.cli import own_code
+from segdeconv.config import check, compose, locate
 from segdeconv.errors import UsageError
-from segdeconv.training.config_check import DEFAULTS, check_recipe
+from segdeconv.training.config_check import DEFAULTS, check_config
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
@@ -47,12 +47,12 @@ def run(*words, cwd, code=0):
     return done
 
 
-def recipe(*arguments):
-    return check_recipe(own_code.compose(arguments)[0])
+def config(*arguments):
+    return check_config(own_code.compose(arguments)[0])
 
 
-def test_a_recipe_names_classes_of_the_current_folder(own):
-    found = recipe(*OWN, "model.width=8", "loss.epsilon=2")
+def test_a_config_names_classes_of_the_current_folder(own):
+    found = config(*OWN, "model.width=8", "loss.epsilon=2")
     assert found["dataset"]["count"] == 256  # mine.Stripes' own default
     assert found["dataset"]["batch_size"] == 16  # of configs/dataset/shapes.yaml, which the name replaces in part
     assert (found["model"]["width"], found["loss"]["epsilon"]) == (8, 2.0)
@@ -60,15 +60,15 @@ def test_a_recipe_names_classes_of_the_current_folder(own):
     assert sys.path[-1] == os.getcwd()  # after everything that is installed
 
 
-def test_the_current_folder_is_on_no_path_until_a_recipe_names_something_in_it(own):
-    recipe()
+def test_the_current_folder_is_on_no_path_until_a_config_names_something_in_it(own):
+    config()
     assert os.getcwd() not in sys.path  # a file among pictures that are being labelled is never imported
 
 
 def test_from_python_the_path_is_the_callers(own):
     before = list(sys.path)
     with pytest.raises(UsageError, match=r"correct the name, or start in the folder that holds mine\.py"):
-        config.locate({"_target_": "mine.Poly"}, "loss")
+        locate({"_target_": "mine.Poly"}, "loss")
     assert sys.path == before
 
 
@@ -78,22 +78,22 @@ def test_what_is_trusted_is_found_in_the_current_folder_and_what_is_installed_st
     assert os.getcwd() not in sys.path
     own_code.find_own_code(["mine.Poly", "mine.TinyNet"])
     assert sys.path.count(os.getcwd()) == 1
-    assert config.locate({"_target_": "mine.Poly"}, "loss").__name__ == "Poly"
+    assert locate({"_target_": "mine.Poly"}, "loss").__name__ == "Poly"
 
 
 def test_a_folder_of_configurations_adds_its_files_to_ours(own):
-    found = recipe("--config-dir=configs", "experiment=stripes")
+    found = config("--config-dir=configs", "experiment=stripes")
     assert {"mine.Poly", "mine.Stripes", "mine.TinyNet"} <= set(foreign(found))
     assert found["optimizer"]["lr"] == 0.01
     assert "num_train" not in found["dataset"]
-    _, choices = config.compose(["--config-dir=configs", "dataset=stripes", "model=tinynet"], CONFIGS)
+    _, choices = compose(["--config-dir=configs", "dataset=stripes", "model=tinynet"], CONFIGS)
     assert (choices["dataset"], choices["model"], choices["augment"]) == ("stripes", "tinynet", "flip")
 
 
 def test_a_folder_of_configurations_may_have_any_name(own):
     place = own / "it's, my [own] dir"
     shutil.copytree(own / "configs", place)
-    assert recipe(f"--config-dir={place}", "dataset=stripes")["dataset"]["_target_"] == "mine.Stripes"
+    assert config(f"--config-dir={place}", "dataset=stripes")["dataset"]["_target_"] == "mine.Stripes"
 
 
 @pytest.mark.parametrize(
@@ -118,14 +118,14 @@ def test_a_mistake_with_own_code_is_named_with_the_way_out(own, arguments, messa
     (own / "same" / "dataset").mkdir(parents=True)
     (own / "same" / "dataset" / "shapes.yaml").write_text("_target_: mine.Stripes\n")
     with pytest.raises(UsageError) as caught:
-        recipe(*arguments)
+        config(*arguments)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_what_a_yaml_file_sets_and_a_class_does_not_take_can_be_taken_out(own):
     assert (
-        "num_train" not in recipe("experiment=demo", OWN[0], OWN[1], "~dataset.num_train", "~model.stages")["dataset"]
+        "num_train" not in config("experiment=demo", OWN[0], OWN[1], "~dataset.num_train", "~model.stages")["dataset"]
     )
 
 
@@ -133,14 +133,14 @@ def test_a_callable_that_takes_any_argument_judges_it_itself():
     def schema(*, lr: float = 1.0, **rest): ...
 
     node = {"_target_": "somewhere.schema", "lr": 2, "momentum": 0.9}
-    assert config.check(node, "optimizer", [schema]) == {**node, "lr": 2.0}
+    assert check(node, "optimizer", [schema]) == {**node, "lr": 2.0}
     with pytest.raises(UsageError, match=r"there is no key optimizer\.model"):
-        config.check({**node, "model": 1}, "optimizer", [schema], supplied=["model"])
+        check({**node, "model": 1}, "optimizer", [schema], supplied=["model"])
 
 
 def test_the_pages_poly_loss_is_cross_entropy_where_epsilon_is_nothing_and_adds_as_published(own):
     own_code.find_own_code(["mine.Poly"])
-    poly = config.locate({"_target_": "mine.Poly"}, "loss")
+    poly = locate({"_target_": "mine.Poly"}, "loss")
     logits, mask = torch.randn(2, 3, 4, 5), torch.randint(3, (2, 4, 5))
     mask[0, 0] = 255
     plain = poly(epsilon=0.0, class_weights=None, ignore_index=255)(logits, mask)
@@ -157,8 +157,8 @@ def test_the_pages_poly_loss_is_cross_entropy_where_epsilon_is_nothing_and_adds_
     assert float(found) == pytest.approx(np.mean(by_hand), rel=1e-5)
 
 
-def test_what_a_recipe_leaves_out_is_what_train_yaml_has():
-    assert check_recipe({}) == recipe()
+def test_what_a_config_leaves_out_is_what_train_yaml_has():
+    assert check_config({}) == config()
     groups = yaml.safe_load((CONFIGS / "train.yaml").read_text())["defaults"]
     assert set(DEFAULTS) == {name for entry in groups if isinstance(entry, dict) for name in entry} - {
         "experiment",

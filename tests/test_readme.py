@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from segdeconv import config
-from segdeconv.training.config_check import check_recipe
+from segdeconv.config import compose
+from segdeconv.training.config_check import check_config
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -37,8 +37,8 @@ def test_every_command_names_a_script_and_keys_that_exist(line, monkeypatch):
         keys = [word for word in words[1:] if "=" in word]
         if "--multirun" in words:  # its first job
             keys = [word if "[" in word else word.split(",")[0] for word in keys]
-        recipe, _ = config.compose(keys, ROOT / "configs")
-        check_recipe(recipe)
+        config, _ = compose(keys, ROOT / "configs")
+        check_config(config)
     else:
         cli = ROOT / "segdeconv" / "cli"
         sources = [script, cli / "options.py", *cli.glob(f"{script.stem}.py")]

@@ -3,7 +3,7 @@
 from segdeconv.checkpoints import checkpoint
 
 
-def recipe(**changes):
+def config(**changes):
     nodes = {
         "dataset": {"_target_": "fakes.Uneven", "batch_size": 4, "num_workers": 0},
         "model": {"_target_": "segdeconv.models.SegNet", "stages": [[4], [8]]},

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from segdeconv.errors import UsageError
-from segdeconv.models.activation_checkpointing import Recomputable
+from segdeconv.models.activation_checkpointing import Checkpointable
 from segdeconv.switches import Unpool
 
 
@@ -30,7 +30,7 @@ class Stage(NamedTuple):
     dense: Tensor
 
 
-class Building(NamedTuple):
+class DecoderTrace(NamedTuple):
     """start: (h, w), the map that the first stage unpools. stages: the deepest first.
 
     probability: (H, W), of the class. prediction: (H, W) int64.
@@ -42,7 +42,7 @@ class Building(NamedTuple):
     prediction: Tensor
 
 
-def build_up(network: nn.Module, image: Tensor, label: int) -> Building:
+def trace_decoder(network: nn.Module, image: Tensor, label: int) -> DecoderTrace:
     """The way of one class through the decoder, by the unit that says most for it at every stage.
 
     That is the map with the largest sum over places of activation times gradient, of the class's logits summed over the
@@ -69,7 +69,7 @@ def build_up(network: nn.Module, image: Tensor, label: int) -> Building:
         for unit, after, unpooled, dense in zip(units, units[1:], seen.unpooled, denses, strict=False)
     ]
     probability = logits.detach().softmax(dim=1)[0, label]
-    return Building(start[0, units[0]].detach(), stages, probability, prediction)
+    return DecoderTrace(start[0, units[0]].detach(), stages, probability, prediction)
 
 
 @dataclass
@@ -85,7 +85,7 @@ class _Seen:
 @contextmanager
 def _seen(network: nn.Module) -> Iterator[_Seen]:
     seen, filters = _Seen(), dict[nn.Module, int]()
-    parents = [module for module in network.modules() if isinstance(module, Recomputable)]
+    parents = [module for module in network.modules() if isinstance(module, Checkpointable)]
     stages = {child: parent for parent in parents for child in parent.children()}
 
     def before(module: nn.Module, given: Any) -> None:

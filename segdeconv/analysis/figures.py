@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from segdeconv.analysis.decoder_stages import Building
+from segdeconv.analysis.decoder_stages import DecoderTrace
 from segdeconv.analysis.switch_paths import over_windows, path, sources, votes
 from segdeconv.analysis.switch_stability import Instability
 from segdeconv.analysis.switch_statistics import shares
@@ -47,7 +47,7 @@ def over_image(map_: Tensor, level: int, size: tuple[int, int]) -> np.ndarray:
     return found
 
 
-def switches_sheet(name: str, image: np.ndarray, pooled: Sequence[Pooling], ties: Sequence[float]) -> np.ndarray:
+def switches_figure(name: str, image: np.ndarray, pooled: Sequence[Pooling], ties: Sequence[float]) -> np.ndarray:
     """Which cell won, in every level over the image: by majority of the channels, in one channel, and how often.
 
     image: (H, W, 3) uint8, as the network sees it; pooled: of it alone; ties: of each level, see `tie_rate`.
@@ -85,7 +85,7 @@ def switches_sheet(name: str, image: np.ndarray, pooled: Sequence[Pooling], ties
     return figure(f"Switches of {name}", rows, note=note)
 
 
-def flow_sheet(name: str, image: np.ndarray, pooled: Sequence[Pooling]) -> np.ndarray:
+def switch_paths_figure(name: str, image: np.ndarray, pooled: Sequence[Pooling]) -> np.ndarray:
     """Where a value of a pool is put by all unpoolings below it: as displacements, and as paths."""
     size = (image.shape[0], image.shape[1])
     pixels = np.mgrid[: size[0], : size[1]].transpose(1, 2, 0)
@@ -123,8 +123,8 @@ def flow_sheet(name: str, image: np.ndarray, pooled: Sequence[Pooling]) -> np.nd
     return figure(f"Where the switches of {name} lead", [first, maps, middles], note=note)
 
 
-def stages_sheet(
-    name: str, image: np.ndarray, building: Building, classes: Classes, label: int, filters: str
+def decoder_stages_figure(
+    name: str, image: np.ndarray, building: DecoderTrace, classes: Classes, label: int, filters: str
 ) -> np.ndarray:
     """How the decoder builds a class up: unpooled and filtered maps of every stage. filters: what follows unpooling."""
     size = (image.shape[0], image.shape[1])
@@ -168,7 +168,7 @@ def stages_sheet(
     return figure(title, [first, sparse, dense, [legend]], note=note)
 
 
-def stability_sheet(
+def stability_figure(
     name: str,
     image: np.ndarray,
     prediction: np.ndarray,
@@ -217,7 +217,7 @@ def _doubt(values: np.ndarray, unit: str, caption: str) -> Panel:
     return Panel(np.concatenate([picture, scale(top, picture.shape[1], unit)]), caption)
 
 
-def units_sheet(
+def units_figure(
     layer: str,
     network: str,
     units: Mapping[int, Sequence[tuple[float, np.ndarray, Mapping[Method, np.ndarray]]]],

@@ -83,7 +83,7 @@ def instability(
         num_views += 1
         for level, pooling in enumerate(pools(view.image)):
             here, there = places[level], won(pooling)
-            found, inside = found_again(there, size, level + 1, view)
+            found, inside = is_preserved(there, size, level + 1, view)
             lost = here & ~found & inside
             sums[level][0] += lost.sum(dim=1)
             sums[level][1] += (here & inside).sum(dim=1)
@@ -103,7 +103,7 @@ def won(pooling: Pooling) -> Tensor:
     return over_windows(codes, pooling.size) == (rows[:, None] * 2 + columns).to(torch.uint8)
 
 
-def found_again(there: Tensor, size: tuple[int, int], level: int, view: PerturbedImage) -> tuple[Tensor, Tensor]:
+def is_preserved(there: Tensor, size: tuple[int, int], level: int, view: PerturbedImage) -> tuple[Tensor, Tensor]:
     """Which cells have a winner of a view at their place.
 
     there: (N, C, h, w) bool, of the view, the cells before pool `level` that won; size: (H, W) of the image.

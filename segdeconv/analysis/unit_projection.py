@@ -135,7 +135,7 @@ def _run_to(network: nn.Module, image: Tensor, layers: Sequence[str]) -> dict[st
 
 
 @dataclass
-class Strongest:
+class StrongestActivations:
     """The strongest activations of every map of some layers over a set of images, as they come by.
 
     num: how many of each map. per_image: the most that one image gives, at places whose fields do not overlap by half.
@@ -170,7 +170,7 @@ class Strongest:
         """(K, h, w) -> the (K, per_image) strongest values and their (K, per_image, 2) places."""
         height, width = maps.shape[1:]
         if self.per_image > 1 and (layer, size) not in self.reach:
-            boxes = fields_of(self.network, layer, size)
+            boxes = receptive_fields(self.network, layer, size)
             top, left, bottom, right = boxes(height // 2, width // 2)
             rows, columns = (bottom - top) * height / size[0] / 2, (right - left) * width / size[1] / 2
             self.reach[layer, size] = int(rows), int(columns)
@@ -202,7 +202,9 @@ class Strongest:
         return torch.nonzero(self.kept[layer][0][:, 0] > 0)[:, 0].tolist()
 
 
-def fields_of(network: nn.Module, layer: str, size: tuple[int, int]) -> Callable[[int, int], tuple[int, int, int, int]]:
+def receptive_fields(
+    network: nn.Module, layer: str, size: tuple[int, int]
+) -> Callable[[int, int], tuple[int, int, int, int]]:
     """What a layer's units can see of images of size (H, W), exactly: (row, column) -> (top, left, bottom, right).
 
     In pixels of the image, bottom and right excluded. All of it where that is not known.

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from segdeconv.analysis import figures
-from segdeconv.analysis.decoder_stages import build_up
+from segdeconv.analysis.decoder_stages import trace_decoder
 from segdeconv.analysis.switch_paths import recorded
 from segdeconv.analysis.switch_stability import instability
 from segdeconv.analysis.switch_statistics import ties_counted
 from segdeconv.analysis.uncertainty import noise_of
-from segdeconv.analysis.unit_projection import METHODS, Method, Strongest, fields_of, on_grey, project
+from segdeconv.analysis.unit_projection import METHODS, Method, StrongestActivations, on_grey, project, receptive_fields
 from segdeconv.data.dataset import SegmentationDataset
 from segdeconv.data.files.reading import MAX_PIXELS, read_upright
 from segdeconv.data.preprocessing import Preprocessing, resize_image, resize_mask
@@ -102,15 +102,15 @@ class Visualizer:
         prediction = probabilities[0].argmax(dim=0).byte().cpu().numpy()
         made = {}
         if "switches" in kinds and pooled:
-            made["switches"] = figures.switches_sheet(picture.name, image, pooled, ties)
+            made["switches"] = figures.switches_figure(picture.name, image, pooled, ties)
         if "flow" in kinds and pooled:
-            made["flow"] = figures.flow_sheet(picture.name, image, pooled)
+            made["flow"] = figures.switch_paths_figure(picture.name, image, pooled)
         if "stages" in kinds and not self.lacking("stages"):
             chosen = self._most_of(prediction) if label is None else label
             deconv = any(isinstance(module, DeconvBlock) for module in network.model.modules())
             filters = "deconvolutions" if deconv else "convolutions"
-            building = build_up(self.exact, normalised, chosen)
-            made["stages"] = figures.stages_sheet(picture.name, image, building, self.classes, chosen, filters)
+            building = trace_decoder(self.exact, normalised, chosen)
+            made["stages"] = figures.decoder_stages_figure(picture.name, image, building, self.classes, chosen, filters)
         if "stability" in kinds and pooled:
             variance = network(normalised).uncertainty if network.samples else None
             with recorded(network.model) as again:
@@ -120,7 +120,7 @@ class Visualizer:
                     return list(again)
 
                 unstable = instability(pools, normalised, noise=noise_of(self.preprocessing))
-            made["stability"] = figures.stability_sheet(
+            made["stability"] = figures.stability_figure(
                 picture.name, image, prediction, entropy_of(probabilities)[0].cpu().numpy(), unstable, self.classes,
                 mask=mask, variance=None if variance is None else variance[0].cpu().numpy(),
             )  # fmt: skip
@@ -137,7 +137,7 @@ class Visualizer:
             return "" if pooled else f"the pools of {type(model).__name__} keep no switches"
         if kind == "stages":
             try:
-                build_up(self.exact, image, 0)
+                trace_decoder(self.exact, image, 0)
             except UsageError as error:
                 return str(error)
         return ""
@@ -155,18 +155,18 @@ class Visualizer:
         count = len(encoder.stages) if encoder is not None and hasattr(encoder, "stages") else 0
         return [f"encoder.stages.{index}" for index in range(count)]
 
-    def strongest(self, pictures: Sequence[InputImage], layers: Sequence[str]) -> Strongest:
+    def strongest(self, pictures: Sequence[InputImage], layers: Sequence[str]) -> StrongestActivations:
         """The strongest activations of all units of some layers."""
         per_image = -(-figures.NUM // len(pictures))
-        found = Strongest(self.exact, layers, num=figures.NUM, per_image=per_image)
+        found = StrongestActivations(self.exact, layers, num=figures.NUM, per_image=per_image)
         for number, picture in enumerate(pictures):
             found.update(self.prepared(picture)[1], number)
         return found
 
-    def units_sheet(
+    def units_figure(
         self,
         pictures: Sequence[InputImage],
-        found: Strongest,
+        found: StrongestActivations,
         layer: str,
         *,
         maps: Sequence[int] | None,
@@ -190,7 +190,7 @@ class Visualizer:
                 image, normalised, _ = self.prepared(pictures[activation.image])
                 size = (image.shape[0], image.shape[1])
                 if size not in boxes:
-                    boxes[size] = fields_of(self.exact, layer, size)
+                    boxes[size] = receptive_fields(self.exact, layer, size)
                 box = boxes[size]
                 top, left, bottom, right = box(activation.unit.row, activation.unit.column)
                 sizes.append((bottom - top, right - left))
@@ -209,7 +209,7 @@ class Visualizer:
         for number, value, place, crop, made in shown:
             whole = {method: place.in_field(picture, field) for method, picture in made.items()}
             units[number].append((value, place.in_field(crop, field), whole))
-        return figures.units_sheet(layer, type(self.exact).__name__, units, images=len(pictures), field=field)
+        return figures.units_figure(layer, type(self.exact).__name__, units, images=len(pictures), field=field)
 
 
 class Place(NamedTuple):

@@ -1,6 +1,6 @@
 """Weights to share: NAME.safetensors, and NAME.json beside it, the card that says what they are.
 
-A .safetensors file is numbers with their names and can hold nothing that runs; the card is plain JSON: recipe, facts
+A .safetensors file is numbers with their names and can hold nothing that runs; the card is plain JSON: config, facts
 and the sha256 of the numbers. The networks that the package ships lie in `segdeconv/checkpoints/weights` in this form.
 """
 

@@ -1,6 +1,6 @@
 """Checkpoints: whole or not at all, verified before they are read, plain data that runs no code.
 
-A file holds `hyper_parameters = {"config": ..., "facts": ...}` beside the weights: *config* is the recipe that was
+A file holds `hyper_parameters = {"config": ..., "facts": ...}` beside the weights: *config* is the config that was
 chosen, *facts* what the data is (classes, preprocessing, class weights). Both are plain, so a checkpoint alone, in an
 empty directory, is enough to evaluate and predict. Weights alone are shared as .safetensors with a card (cards.py) and
 read like any other.
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 AVERAGED = "averaged."  # what the names of averaged weights begin with
 
-# What a recipe in a checkpoint may name. Exact names: a prefix such as `torch.` would let torch.load through.
+# What a config in a checkpoint may name. Exact names: a prefix such as `torch.` would let torch.load through.
 ADMITTED = frozenset(
     {
         "segdeconv.data.ADE20K",
@@ -83,12 +83,12 @@ HASH_LINE = re.compile(r"[0-9a-f]{64}")
 PARTS = ("hyper_parameters", "segdeconv", "state_dict")
 SIDECAR_LINES = 4  # the file that is there and those that a cut may have left in its place
 SIDECAR_BYTES = 4096  # that many lines; a longer file is no sidecar
-NEEDED_TO_GO_ON = frozenset({"global_step", "loops", "optimizer_states"})
+REQUIRED_TO_RESUME = frozenset({"global_step", "loops", "optimizer_states"})
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was read: the recipe, the facts of its data, and the whole of its plain content."""
+    """A checkpoint that was read: the config, the facts of its data, and the whole of its plain content."""
 
     path: Path
     config: dict[str, Any]
@@ -98,14 +98,14 @@ class Checkpoint:
     @property
     def classes(self) -> Classes:
         """The classes that the network was trained for."""
-        return Classes.restore(self.facts["classes"])
+        return Classes.from_dict(self.facts["classes"])
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """What is done to an image before the network sees it, at the recipe's `dataset.size`."""
+        """What is done to an image before the network sees it, at the config's `dataset.size`."""
         from segdeconv.data.preprocessing import Preprocessing  # late: albumentations takes a second to import
 
-        return Preprocessing.restore({**self.facts["preprocessing"], "size": self.config["dataset"]["size"]})
+        return Preprocessing.from_dict({**self.facts["preprocessing"], "size": self.config["dataset"]["size"]})
 
     @property
     def sha256(self) -> str:
@@ -120,7 +120,7 @@ class Checkpoint:
         return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
     def model(self) -> SegmentationModel:
-        """The network, built from the recipe, with its weights, in evaluation mode."""
+        """The network, built from the config, with its weights, in evaluation mode."""
         in_channels = len(self.facts["preprocessing"]["mean"])
         model = build_model(check_model(self.config["model"]), len(self.classes), in_channels, fresh=True)
         try:
@@ -128,7 +128,7 @@ class Checkpoint:
         except RuntimeError as error:
             first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
             raise CheckpointError(
-                f"{self.path} does not hold the weights its recipe names ({first}) - it was changed after training"
+                f"{self.path} does not hold the weights its config names ({first}) - it was changed after training"
             ) from error
         return model.eval()
 
@@ -229,16 +229,16 @@ def _require_plain_zip(path: Path) -> None:
         raise zipfile.BadZipFile("larger inside than outside")
 
 
-def foreign(recipe: Any) -> list[str]:
-    """The classes that a recipe names and that are not of segdeconv: what `--trust` has to say."""
-    return sorted(set(targets(recipe)) - ADMITTED)
+def foreign(config: Any) -> list[str]:
+    """The classes that a config names and that are not of segdeconv: what `--trust` has to say."""
+    return sorted(set(targets(config)) - ADMITTED)
 
 
 def read(path: str | Path, *, trust: Collection[str] = (), overrides: Iterable[str] = ()) -> Checkpoint:
     """Verify, read and admit a checkpoint: a .ckpt, a .safetensors with its card, or the name of a shipped network.
 
-    trust: names of classes beyond ADMITTED that its recipe may use (`--trust package.module.Class`).
-    overrides: `key=value` arguments of a command line, set in the recipe after it was admitted.
+    trust: names of classes beyond ADMITTED that its config may use (`--trust package.module.Class`).
+    overrides: `key=value` arguments of a command line, set in the config after it was admitted.
     Raises CheckpointError for a file that is damaged, foreign, newer than this version, whose weights are not finite,
     or that names anything else.
     """
@@ -248,11 +248,11 @@ def read(path: str | Path, *, trust: Collection[str] = (), overrides: Iterable[s
     content = load_plain(path)
     if not _has_parts(*(content.get(part) for part in PARTS)):
         raise CheckpointError(f"{path} is not a checkpoint of segdeconv - give one that training wrote")
-    remembered, ours, _ = (content[part] for part in PARTS)
+    metadata, ours, _ = (content[part] for part in PARTS)
     version = ours.get("format")
     if version != FORMAT:
         raise CheckpointError(f"{path} has format {version} and this version reads {FORMAT} - upgrade segdeconv")
-    config, facts = remembered["config"], remembered["facts"]
+    config, facts = metadata["config"], metadata["facts"]
     unknown = [name for name in foreign([config, facts]) if name not in trust]
     if unknown:
         raise CheckpointError(
@@ -266,12 +266,12 @@ def read(path: str | Path, *, trust: Collection[str] = (), overrides: Iterable[s
     return Checkpoint(path, override(config, overrides), facts, content)
 
 
-def _has_parts(remembered: Any, ours: Any, weights: Any) -> bool:
+def _has_parts(metadata: Any, ours: Any, weights: Any) -> bool:
     """Whether the parts of a checkpoint are there, and of their types, before anything in them is used."""
     return (
-        isinstance(remembered, dict)
-        and set(remembered) == {"config", "facts"}  # Lightning would take `_instantiator` and the like for orders
-        and all(isinstance(node, dict) for node in (*remembered.values(), remembered["config"].get("model")))
+        isinstance(metadata, dict)
+        and set(metadata) == {"config", "facts"}  # Lightning would take `_instantiator` and the like for orders
+        and all(isinstance(node, dict) for node in (*metadata.values(), metadata["config"].get("model")))
         and isinstance(ours, dict)
         and isinstance(weights, dict)
         and all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in weights.items())
@@ -280,7 +280,7 @@ def _has_parts(remembered: Any, ours: Any, weights: Any) -> bool:
 
 def _require_facts(path: Path, facts: dict[str, Any]) -> None:
     try:
-        Classes.restore(facts["classes"])
+        Classes.from_dict(facts["classes"])
         len(facts["preprocessing"]["mean"])
     except Exception as error:  # whatever plain data of other shapes leads to
         raise CheckpointError(
@@ -289,9 +289,9 @@ def _require_facts(path: Path, facts: dict[str, Any]) -> None:
         ) from error
 
 
-def require_to_go_on(read: Checkpoint) -> None:
+def require_resumable(read: Checkpoint) -> None:
     """Raise CheckpointError for weights alone, which say nothing about where training was."""
-    if missing := sorted(NEEDED_TO_GO_ON - set(read.content)):
+    if missing := sorted(REQUIRED_TO_RESUME - set(read.content)):
         raise CheckpointError(
             f"{read.path} holds weights only, without {', '.join(missing)} - start from it with init_from={read.path}"
         )

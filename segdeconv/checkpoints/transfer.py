@@ -14,7 +14,7 @@ MOST_SHOWN = 6
 
 
 @torch.no_grad()
-def take_over(model: SegmentationModel, classes: Classes, source: Checkpoint) -> str:
+def transfer_weights(model: SegmentationModel, classes: Classes, source: Checkpoint) -> str:
     """Copy into a network what a checkpoint has under the same names in the same shapes.
 
     The rows of a head (`SegmentationModel.heads`), and the columns of one that goes from classes to classes, are

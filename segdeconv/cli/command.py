@@ -16,7 +16,7 @@ from segdeconv.errors import SegdeconvError, Terminated, UsageError, command
 from segdeconv.system import KEEP_FREED
 
 # Of a disk that is full, read-only, broken or not this user's; anything else is a bug of ours.
-OF_THE_DISK = (
+DISK_ERRORS = (
     errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENAMETOOLONG, errno.ENOSPC, errno.EPERM, errno.EROFS,
 )  # fmt: skip
 
@@ -77,7 +77,7 @@ def run_command(main: Callable[[], int | None], help_text: str = "") -> NoReturn
         what = f"{error.filename}: {(error.strerror or str(error)).lower()}"
         code = _report(f"{what}, so it cannot be written as asked - choose another name or folder", 2)
     except OSError as error:
-        if error.errno not in OF_THE_DISK:
+        if error.errno not in DISK_ERRORS:
             raise
         what = f"cannot read or write {error.filename or 'a file'}: {error.strerror}"
         code = _report(f"{what} - free some space, change the permissions or choose another folder", 5)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from segdeconv.cli.command import ArgumentParser
-from segdeconv.cli.options import add_prediction_options, parted, prediction_settings
+from segdeconv.cli.options import add_prediction_options, prediction_settings, split_overrides
 from segdeconv.cli.own_code import read_checkpoint
 from segdeconv.errors import command
 
@@ -33,7 +33,7 @@ def parse(description: str) -> argparse.Namespace:
 def run(description: str) -> None:
     """Restore, evaluate, report."""
     arguments = parse(description)
-    overrides, crf_keys = parted(arguments.overrides)
+    overrides, crf_keys = split_overrides(arguments.overrides)
     if arguments.regions and not any(override.startswith("dataset.examples=") for override in overrides):
         overrides.append("dataset.examples=images")  # what was trained on crops is scored on whole images
     settings = prediction_settings(arguments, crf_keys)

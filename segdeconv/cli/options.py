@@ -25,7 +25,7 @@ def add_network_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--samples", type=int, default=0, help="average over this many passes with dropout (default 0)")
     add("--precision", default="auto", help="auto (default), 32-true, bf16-mixed or 16-mixed")
-    add("--trust", action="append", default=[], help="a class of your own that the recipe names")
+    add("--trust", action="append", default=[], help="a class of your own that the config names")
 
 
 def add_prediction_options(parser: argparse.ArgumentParser) -> None:
@@ -125,10 +125,10 @@ def is_override(argument: str) -> bool:
     return bool(equals) and key.replace(".", "").replace("_", "").isalnum() and not Path(argument).exists()
 
 
-def parted(overrides: Iterable[str]) -> tuple[list[str], list[str]]:
-    """`key=value` arguments for the recipe, and those for the CRF.
+def split_overrides(overrides: Iterable[str]) -> tuple[list[str], list[str]]:
+    """`key=value` arguments for the config, and those for the CRF.
 
-    >>> parted(["dataset.root=here", "crf.iterations=5"])
+    >>> split_overrides(["dataset.root=here", "crf.iterations=5"])
     (['dataset.root=here'], ['crf.iterations=5'])
     """
     of_crf: list[str] = []
@@ -138,7 +138,7 @@ def parted(overrides: Iterable[str]) -> tuple[list[str], list[str]]:
     return others, of_crf
 
 
-def taken(words: list[str], key: str) -> str | None:
+def pop_option(words: list[str], key: str) -> str | None:
     """The value of `key=VALUE` or `--key VALUE`, taken out of the words of a command line."""
     for index, word in enumerate(words):
         name, equals, value = word.partition("=")

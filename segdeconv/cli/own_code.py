@@ -32,12 +32,12 @@ def find_own_code(names: Iterable[str]) -> None:
 
 
 def compose(arguments: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """`config.compose` from configs/, with the user's own modules importable that the configuration names."""
-    from segdeconv import config  # late: Hydra takes a while to import
+    """`compose` from configs/, with the user's own modules importable that the configuration names."""
+    from segdeconv.config import compose, targets  # late: Hydra takes a while to import
 
-    recipe, choices = config.compose(arguments, CONFIGS)
-    find_own_code(config.targets(recipe))
-    return recipe, choices
+    config, choices = compose(arguments, CONFIGS)
+    find_own_code(targets(config))
+    return config, choices
 
 
 def read_checkpoint(path: str, trust: Sequence[str], overrides: Sequence[str] = ()) -> Checkpoint:

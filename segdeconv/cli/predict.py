@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from segdeconv.cli.command import ArgumentParser
-from segdeconv.cli.options import add_prediction_options, is_override, parted, prediction_settings
+from segdeconv.cli.options import add_prediction_options, is_override, prediction_settings, split_overrides
 from segdeconv.cli.own_code import read_checkpoint
 from segdeconv.errors import UsageError
 
@@ -51,7 +51,7 @@ def parse(description: str) -> argparse.Namespace:
 def run(description: str) -> None:
     """Restore, predict each image."""
     arguments = parse(description)
-    overrides, crf_keys = parted(path for path in arguments.paths if is_override(path))
+    overrides, crf_keys = split_overrides(path for path in arguments.paths if is_override(path))
     paths = [path for path in arguments.paths if not is_override(path)]
     if arguments.min_area != 1 and not arguments.polygons:
         raise UsageError("--min-area does nothing without --polygons - add it")
@@ -67,9 +67,9 @@ def run(description: str) -> None:
 
     from tqdm import tqdm
 
-    from segdeconv.inference.batch import Labelling, Outputs, write_tables
+    from segdeconv.inference.batch import BatchPrediction, Outputs, write_tables
     from segdeconv.inference.inputs import find_images
-    from segdeconv.inference.progress_log import Journal
+    from segdeconv.inference.progress_log import ProgressLog
     from segdeconv.inference.segmenter import Segmenter
 
     def report(message: str) -> None:
@@ -93,15 +93,15 @@ def run(description: str) -> None:
         verify(segmenter, images)
         return
     origin = made_by(arguments, read, settings.second)
-    with closing(Journal(arguments.out, origin, overwrite=arguments.overwrite)) as journal:
-        labelling = Labelling(segmenter, outputs, journal, report)
-        done = sum(journal.has(name, path) for name, path in images.items())
+    with closing(ProgressLog(arguments.out, origin, overwrite=arguments.overwrite)) as progress_log:
+        labelling = BatchPrediction(segmenter, outputs, progress_log, report)
+        done = sum(progress_log.has(name, path) for name, path in images.items())
         if done:
             print(f"{done} of {len(images)} were done before and are left as they are")
         with tqdm(total=len(images), initial=done, unit="image", disable=None) as bar:
             for _ in labelling.run(images):
                 bar.update()
-        tables = write_tables(journal, outputs)
+        tables = write_tables(progress_log, outputs)
     print(
         f"{len(images) - labelling.failed} masks in {arguments.out}, with {' and '.join(path.name for path in tables)}"
     )

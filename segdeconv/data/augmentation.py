@@ -29,7 +29,7 @@ class Augmentation:
     Every sample draws from (seed, epoch, index) alone: albumentations' own seeding gives every worker and every
     epoch the same augmentations (measured on 2.0.8).
 
-    transforms: by their names in the recipe, in order.
+    transforms: by their names in the config, in order.
     crop: (H, W) of the result: padded where smaller (image with the mean colour, mask with ignore_index), cropped at
         random where larger; None leaves the size as it is. It happens after the last transform that moves pixels.
     """
@@ -115,7 +115,7 @@ def _rounded(fill: Sequence[float]) -> tuple[float, ...]:
 def mask_arguments(
     transform: Any, node: Mapping[str, Any], *, ignore_index: int, fill: Sequence[float]
 ) -> dict[str, Any]:
-    """What a transform is told beside what its recipe says, so that borders are no class and masks stay in place.
+    """What a transform is told beside what its config says, so that borders are no class and masks stay in place.
 
     albumentations fills masks with 0, which is class 0, unless told otherwise, and resizes them with OpenCV's
     INTER_NEAREST, which takes the pixel before the nearest: they end up 0.4 pixels below and right of their images.

@@ -18,7 +18,7 @@ from segdeconv.classes import Classes
 from segdeconv.data import proposals as object_proposals
 from segdeconv.data.boxes import EMPTY, bounding, clipped, cut, expanded, iou, squared
 from segdeconv.data.dataset import DatasetView, Sample, SegmentationDataset
-from segdeconv.data.inspection import cache, look_at_all
+from segdeconv.data.inspection import cache, map_with_progress
 from segdeconv.errors import UsageError
 from segdeconv.system.files import replacing
 
@@ -149,7 +149,9 @@ class Crops(DatasetView):
             columns = (images, *boxes.T, objects.numbers[owners], objects.classes[owners])
             return np.stack(columns, axis=1).astype(np.int32)
 
-        return np.concatenate(look_at_all(len(self.dataset), look, f"looking for {self.examples} in {self.split}"))
+        return np.concatenate(
+            map_with_progress(len(self.dataset), look, f"looking for {self.examples} in {self.split}")
+        )
 
     def _met(self, boxes: np.ndarray, objects: Objects) -> tuple[np.ndarray, np.ndarray]:
         """The proposals that meet an object, and which object each is of: the one that it meets best."""

@@ -75,7 +75,7 @@ def cache(kind: str) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "segdeconv" / kind
 
 
-def look_at_all(count: int, look: Callable[[int], Seen], about: str) -> list[Seen]:
+def map_with_progress(count: int, look: Callable[[int], Seen], about: str) -> list[Seen]:
     """What `look` says of each index, with a progress bar."""
     # Threads suffice: decoding and counting release the interpreter's lock.
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
@@ -113,7 +113,7 @@ def _inspect(dataset: SegmentationDataset) -> Inspection:
     problems = []
     largest: list[list[tuple[int, int]]] = [[] for _ in range(num_classes)]  # (pixels, -index)
     for index, (name, seen) in enumerate(
-        zip(dataset.names, look_at_all(len(dataset), look, f"inspecting {dataset.split}"), strict=True)
+        zip(dataset.names, map_with_progress(len(dataset), look, f"inspecting {dataset.split}"), strict=True)
     ):
         if isinstance(seen, str):
             problems.append(seen)

@@ -41,7 +41,7 @@ def build_page(
     *,
     seed: int,
     command: str,
-    recipe: Mapping[str, Any],
+    config: Mapping[str, Any],
 ) -> str:
     """The page of a data set.
 
@@ -72,7 +72,7 @@ def build_page(
         rarest=list(_rarest(train, inspections[0], training)) if training else [],
         samples=list(_samples(training, classes, seed)) if training else [],
         command=command,
-        configuration=yaml.safe_dump(dict(recipe), sort_keys=False, width=1000),
+        configuration=yaml.safe_dump(dict(config), sort_keys=False, width=1000),
     )
 
 

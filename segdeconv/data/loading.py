@@ -224,7 +224,7 @@ def _require_shared_memory(samples: TrainingBatches, batch_size: int, num_worker
 
 
 @contextmanager
-def loader_failures_in_words() -> Iterator[None]:
+def explain_loader_errors() -> Iterator[None]:
     """What torch says of loader workers that die, hang or run out of shared memory, as one sentence of ours."""
     try:
         yield

@@ -129,7 +129,7 @@ SUPPLIED = ("train", "val", "transforms", "seed", "dataset", "split")
 
 
 def check_dataset(node: dict[str, Any]) -> dict[str, Any]:
-    """The `dataset` node of a recipe: arguments of the data set, of the views of it, of the pipeline."""
+    """The `dataset` node of a config: arguments of the data set, of the views of it, of the pipeline."""
     return check(node, "dataset", [locate(node, "dataset"), *SCHEMAS], supplied=SUPPLIED)
 
 

@@ -92,13 +92,13 @@ class Preprocessing:
         flat = rows.reshape(count * height, width * channels) - mean.repeat(width)
         return flat.div_(std.repeat(width)).view(count, height, width, channels).permute(0, 3, 1, 2)
 
-    def plain(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """As plain data, for a checkpoint."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
 
     @classmethod
-    def restore(cls, data: Mapping[str, Any]) -> Preprocessing:
-        """The inverse of `plain`."""
+    def from_dict(cls, data: Mapping[str, Any]) -> Preprocessing:
+        """The inverse of `to_dict`."""
         size = (data["size"][0], data["size"][1]) if data["size"] else None
         mean, std = tuple(data["mean"]), tuple(data["std"])
         # Checkpoints of 0.1 lack these.

@@ -90,7 +90,7 @@ class Calibration:
         gaps = sum(one.pixels * abs(one.confidence - one.accuracy) for one in filled)
         return gaps / total if total else float("nan")
 
-    def accuracy_of_surest(self, share: float, *, by: str = "confidence") -> float:
+    def accuracy_at_coverage(self, share: float, *, by: str = "confidence") -> float:
         """The accuracy of this share of the pixels, those with the highest confidence or the lowest uncertainty.
 
         Bayesian SegNet's table of accuracy by percentile: `share` 0.1 is its 90th. Pixels that differ by less than 1 %
@@ -113,8 +113,8 @@ class Calibration:
         kinds = [kind for kind in ("confidence", "uncertainty") if getattr(self, f"by_{kind}").any()]
         return {
             "expected_calibration_error": number(self.error),
-            "accuracy_of_surest": {
-                f"by_{kind}": {f"{share:g}": number(self.accuracy_of_surest(share, by=kind)) for share in SHARES}
+            "accuracy_at_coverage": {
+                f"by_{kind}": {f"{share:g}": number(self.accuracy_at_coverage(share, by=kind)) for share in SHARES}
                 for kind in kinds
             },
             "bins": [
@@ -133,7 +133,7 @@ class Calibration:
         """The line of a printed table."""
         kind = "uncertainty" if self.by_uncertainty.any() else "confidence"
         surest = ", ".join(
-            f"{100 * share:.0f} %: {100 * self.accuracy_of_surest(share, by=kind):.1f}%" for share in SHARES
+            f"{100 * share:.0f} %: {100 * self.accuracy_at_coverage(share, by=kind):.1f}%" for share in SHARES
         )
         return f"calibration error {100 * self.error:.1f}%; accuracy of the surest pixels by {kind}: {surest}"
 

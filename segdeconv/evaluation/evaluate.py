@@ -17,7 +17,7 @@ from segdeconv.checkpoints.checkpoint import Checkpoint
 from segdeconv.classes import match_classes
 from segdeconv.config import TARGET
 from segdeconv.data.dataset import SegmentationDataset
-from segdeconv.data.loading import EvaluationSamples, evaluation_loader, for_network, loader_failures_in_words
+from segdeconv.data.loading import EvaluationSamples, evaluation_loader, explain_loader_errors, for_network
 from segdeconv.data.relabelled import in_order_of
 from segdeconv.drawing.thumbnails import Gallery
 from segdeconv.errors import UsageError
@@ -115,7 +115,7 @@ def evaluate(
         calibration.to(device)
     matrix = ConfusionMatrix(len(dataset.classes), dataset.classes.ignore_index).to(device)
     bar = tqdm(total=len(dataset), desc=f"evaluating {dataset.split}", unit="image", disable=None)
-    with loader_failures_in_words(), bar:
+    with explain_loader_errors(), bar:
         for index, (scores, stored) in enumerate(_scores(segmenter, dataset)):
             mask = stored.to(device)
             if order != sorted(order):

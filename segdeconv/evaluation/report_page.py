@@ -92,7 +92,7 @@ def _printed(
 
 
 def _percentiles(report: Mapping[str, Any]) -> list[str]:
-    kinds = list(report["calibration"]["accuracy_of_surest"].values())
+    kinds = list(report["calibration"]["accuracy_at_coverage"].values())
     return list(kinds[0]) if kinds else []
 
 

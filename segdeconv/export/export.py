@@ -147,7 +147,7 @@ def _interface(exported: Exported, classes: Classes, smallest: int) -> dict[str,
                 "subtract mean and divide by std, channel by channel, in the units of the stored numbers",
                 *(["reverse the channels, RGB to BGR"] if preprocessing.order == "bgr" else []),
             ],
-            **preprocessing.plain(),
+            **preprocessing.to_dict(),
         },
     }
 

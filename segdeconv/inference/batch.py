@@ -21,7 +21,7 @@ from segdeconv.drawing import draw
 from segdeconv.errors import UsageError
 from segdeconv.inference.inputs import VIDEOS, output
 from segdeconv.inference.polygons import regions
-from segdeconv.inference.progress_log import Journal
+from segdeconv.inference.progress_log import ProgressLog
 from segdeconv.inference.segmenter import Prediction, Segmenter
 from segdeconv.inference.tiling import Part
 from segdeconv.inference.video import VideoWriter, open_video
@@ -145,22 +145,22 @@ class PixelBudget:
 
 
 @dataclass
-class Labelling:
-    """Labels images and videos one after another and writes their outputs, with a line in the journal for each.
+class BatchPrediction:
+    """Labels images and videos one after another and writes their outputs, with a line in the progress_log for each.
 
     told: called with a sentence about each file that is skipped or cut. failed: how many were skipped.
     """
 
     segmenter: Segmenter
     outputs: Outputs
-    journal: Journal
+    progress_log: ProgressLog
     told: Callable[[str], None] = print
     failed: int = 0
     budget: PixelBudget = field(default_factory=lambda: PixelBudget(HELD_PIXELS))
 
     def run(self, images: Mapping[str, Path]) -> Iterator[str]:
-        """Label what the journal does not have; the name of each image, when the network has seen it."""
-        waiting = iter([(name, path) for name, path in images.items() if not self.journal.has(name, path)])
+        """Label what the progress_log does not have; the name of each image, when the network has seen it."""
+        waiting = iter([(name, path) for name, path in images.items() if not self.progress_log.has(name, path)])
         reader, writers = ThreadPoolExecutor(1), ThreadPoolExecutor(WRITERS)
         read: deque[tuple[str, Path, Future[Any]]] = deque()
         written: deque[Future[None]] = deque()
@@ -225,7 +225,7 @@ class Labelling:
     def _write(self, name: str, path: Path, prediction: Prediction, files: list[Path], pixels: int) -> None:
         files = files + self.outputs.write(name, prediction, not self.segmenter.settings.samples)
         size = list(turn_back(prediction.mask, prediction.stored).shape)
-        self.journal.add(name, path, files, size=size, pixels=prediction.pixels())
+        self.progress_log.add(name, path, files, size=size, pixels=prediction.pixels())
         self.budget.give(pixels)
 
     def _video(self, name: str, path: Path) -> None:
@@ -250,24 +250,26 @@ class Labelling:
         if count < video.promised:
             self.told(f"{path} gave {count} of {video.promised} frames - it is cut or damaged; those are done")
         pixels = {known: int(total) for known, total in zip(self.outputs.classes.names, totals, strict=True)}
-        self.journal.add(name, path, files, size=list(size), pixels=pixels, frames=count)
+        self.progress_log.add(name, path, files, size=list(size), pixels=pixels, frames=count)
 
 
-def write_tables(journal: Journal, outputs: Outputs) -> list[Path]:
+def write_tables(progress_log: ProgressLog, outputs: Outputs) -> list[Path]:
     """The tables of everything in the folder, each made anew and in one piece: statistics.csv, regions.json."""
-    files = [journal.out / "statistics.csv"]
+    files = [progress_log.out / "statistics.csv"]
     with replacing(files[0]) as file:
         file.write(b"name,class,pixels,share\n")
-        for entry in journal.sorted():
+        for entry in progress_log.sorted():
             total = max(1, sum(entry["pixels"].values()))
             for known, count in entry["pixels"].items():
                 file.write(f"{_cell(entry['name'])},{_cell(known)},{count},{count / total:.6f}\n".encode())
     if outputs.polygons:
-        files.append(journal.out / "regions.json")
+        files.append(progress_log.out / "regions.json")
         with replacing(files[1]) as file:
             file.write(b'{"images": [')
             described = [
-                entry for entry in journal.sorted() if any(name.endswith("_regions.json") for name in entry["files"])
+                entry
+                for entry in progress_log.sorted()
+                if any(name.endswith("_regions.json") for name in entry["files"])
             ]
             for number, entry in enumerate(described, start=1):
                 image = {
@@ -280,7 +282,7 @@ def write_tables(journal: Journal, outputs: Outputs) -> list[Path]:
             file.write(b'],\n"annotations": [')
             count = 0
             for number, entry in enumerate(described, start=1):
-                for annotation in _annotations(journal.out, entry["files"]):
+                for annotation in _annotations(progress_log.out, entry["files"]):
                     count += 1
                     file.write(_separated(count, {**annotation, "id": count, "image_id": number}))
             categories = [{"id": index, "name": known} for index, known in enumerate(outputs.classes.names, start=1)]

@@ -17,8 +17,8 @@ from segdeconv.system.files import PARTIAL, lock_folder
 NAME = "predictions.jsonl"
 
 
-class Journal:
-    """The journal of a folder, for this process alone until `close`.
+class ProgressLog:
+    """The progress_log of a folder, for this process alone until `close`.
 
     made_by: plain data that decides what is written: checkpoint and settings.
     overwrite: begin anew where the folder holds predictions, of whatever origin.

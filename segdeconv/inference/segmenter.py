@@ -22,7 +22,7 @@ from segdeconv.inference.network import Network
 from segdeconv.inference.predictors import PredictionSettings, build_predictor
 from segdeconv.inference.scorers import entropy_of, labels, labels_and_confidence
 from segdeconv.inference.tiling import Part
-from segdeconv.system.memory import hand_back, keep_freed
+from segdeconv.system.memory import keep_freed, release_memory
 
 LARGE = 1 << 24  # pixels of an image with which memory is given back as soon as it is free
 
@@ -106,7 +106,7 @@ class Segmenter:
     def open(self, path: Path) -> tuple[np.ndarray, int]:
         """(the image of a file, upright, as the network takes it; the EXIF orientation it is stored in)."""
         if header_pixels(path) >= LARGE:
-            hand_back()
+            release_memory()
         channels = self.preprocessing.channels if self.preprocessing.as_stored else None
         image, stored = read_upright(path, channels=channels, max_pixels=self.max_pixels)
         return self.preprocessing.required(image, path), stored
@@ -145,7 +145,7 @@ class Segmenter:
         if size[0] * size[1] < LARGE:
             keep_freed(self.network.device)
         else:
-            hand_back()
+            release_memory()
         mask = np.empty(size, dtype=np.uint8)
         confidences = np.empty(size, dtype=np.float16) if confidence else None
         uncertainties = np.empty(size, dtype=np.float16) if uncertainty or self.settings.samples else None

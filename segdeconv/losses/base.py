@@ -32,7 +32,7 @@ class PixelLoss(nn.Module, ABC):
         return total / torch.where(normaliser > 0, normaliser, 1.0)
 
 
-class Adjusted(PixelLoss):
+class LogitAdjusted(PixelLoss):
     """Any loss, of logits to which `adjustment * log weight` of each class is added.
 
     Weights make a network say weight * p where it would say p: rare classes are learnt early, and are seen where they

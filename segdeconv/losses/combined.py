@@ -1,4 +1,4 @@
-"""Sums of losses, and the `loss` node of a recipe."""
+"""Sums of losses, and the `loss` node of a config."""
 
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from segdeconv.config import Node, build, check, deal, locate
 from segdeconv.errors import UsageError
-from segdeconv.losses.base import Adjusted, PixelLoss
+from segdeconv.losses.base import LogitAdjusted, PixelLoss
 from segdeconv.losses.class_weights import class_weights as balancing
 
 
@@ -51,11 +51,11 @@ class Sum(PixelLoss):
 
 
 # Who takes the keys of a `loss` node beside the loss itself.
-SCHEMAS = (balancing, Adjusted)
+SCHEMAS = (balancing, LogitAdjusted)
 
 
 def check_loss(node: Mapping[str, Any]) -> Node:
-    """The `loss` node of a recipe: arguments of the loss, of the balancing that gives it class weights, and of the
+    """The `loss` node of a config: arguments of the loss, of the balancing that gives it class weights, and of the
     adjustment that takes them out of the scores.
     """
     return _check(node, "loss", *SCHEMAS, supplied=["pixels", "image_pixels", "loss"])
@@ -70,7 +70,7 @@ def build_loss(node: Mapping[str, Any], *, class_weights: Sequence[float] | None
     """The loss of a checked `loss` node, given the class weights that `balance` finds."""
     _, settings, own = deal(node, SCHEMAS)
     loss: nn.Module = build(own, "loss", class_weights=class_weights, ignore_index=ignore_index)
-    return Adjusted(loss, class_weights=class_weights, **settings) if settings["adjustment"] else loss
+    return LogitAdjusted(loss, class_weights=class_weights, **settings) if settings["adjustment"] else loss
 
 
 def _check(node: Mapping[str, Any], where: str, *beside: Any, supplied: Sequence[str] = ()) -> Node:

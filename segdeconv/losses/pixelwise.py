@@ -16,7 +16,7 @@ class CrossEntropy(PixelLoss):
     """Mean over the pixels that are not ignored of weight[class] * -log softmax.
 
     normalisation: what the weighted sum is divided by. `pixels`: the number of pixels that count, as Caffe's
-        softmax loss does and so the published recipes; `weights`: the sum of their weights, as
+        softmax loss does and so the published configs; `weights`: the sum of their weights, as
         `torch.nn.functional.cross_entropy` does. The same without class weights; with them the gradient differs by
         the mean weight, which acts as another learning rate.
     label_smoothing: share of each pixel's truth that is spread evenly over all classes, each with its own weight, as

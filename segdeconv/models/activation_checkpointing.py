@@ -14,19 +14,19 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 
-class Recomputable(nn.Module):
-    """A step of a network that `recompute_stages` computes again as a whole; a base class without behaviour."""
+class Checkpointable(nn.Module):
+    """A step of a network that `checkpoint_activations` computes again as a whole; a base class without behaviour."""
 
 
-def recompute_stages(network: nn.Module) -> None:
-    """Make every `Recomputable` of a network keep only its inputs and run again in the backward pass.
+def checkpoint_activations(network: nn.Module) -> None:
+    """Make every `Checkpointable` of a network keep only its inputs and run again in the backward pass.
 
     It takes less memory and more time. The bits are the same: dropout repeats itself, and batch norm's running
     statistics are updated once for a batch.
     Names in the state dict stay, and a deep copy of the network recomputes its own stages.
     """
     for stage in network.modules():
-        if isinstance(stage, Recomputable):
+        if isinstance(stage, Checkpointable):
             stage.forward = partial(_recomputed, stage)
 
 

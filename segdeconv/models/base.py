@@ -48,7 +48,7 @@ class SegmentationModel(nn.Module, ABC):
 
 
 def check_model(node: Mapping[str, Any]) -> dict[str, Any]:
-    """The `model` node of a recipe, held against the network's constructor."""
+    """The `model` node of a config, held against the network's constructor."""
     return check(node, "model", [locate(node, "model")], supplied=["num_classes", "in_channels"])
 
 

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from segdeconv.models.activation_checkpointing import Recomputable
+from segdeconv.models.activation_checkpointing import Checkpointable
 from segdeconv.models.base import SegmentationModel
 from segdeconv.models.dropout import DropoutAt, dropout_places
 from segdeconv.models.encoders import Encoder, SwitchSource
@@ -143,7 +143,7 @@ class SegNetBasic(BasicModel):
         return self.classifier(x)
 
 
-class UnpoolBlock(Recomputable, ConvBlock):
+class UnpoolBlock(Checkpointable, ConvBlock):
     """Unpooling, then a 7x7 convolution and batch norm: a step of SegNet-Basic's decoder. level: see `Unpool`."""
 
     def __init__(self, level: int, width: int, *, bias: bool, groups: int) -> None:

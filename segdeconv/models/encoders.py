@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from segdeconv.models.activation_checkpointing import Recomputable
+from segdeconv.models.activation_checkpointing import Checkpointable
 from segdeconv.models.layers import Blocks, ConvBlock, Dropouts, init_he
 from segdeconv.switches.fused import fuses, norm_relu_pool
 from segdeconv.switches.modules import MaxPool
@@ -94,7 +94,7 @@ class Encoder(nn.Module):
         return Encoding(x, tuple(pooled))
 
 
-class FusedStage(Recomputable):
+class FusedStage(Checkpointable):
     """A stage and its pool, with the last norm, the ReLU and the pool in one pass over memory, where `fuses` allows."""
 
     def forward(self, stage: Any, pool: MaxPool, x: Tensor) -> Pooling:  # stage: ConvBlocks in an nn.Sequential

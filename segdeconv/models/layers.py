@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from segdeconv.models.activation_checkpointing import Recomputable
+from segdeconv.models.activation_checkpointing import Checkpointable
 from segdeconv.switches.modules import Unpool
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -83,11 +83,11 @@ class DeconvBlock(nn.Module):
         return self.activation(self.norm(self.deconv(x)))
 
 
-class Blocks(Recomputable, nn.Sequential):
+class Blocks(Checkpointable, nn.Sequential):
     """Blocks in a row."""
 
 
-class UnpoolStage(Recomputable, nn.Sequential):
+class UnpoolStage(Checkpointable, nn.Sequential):
     """Unpooling, then blocks in a row, named by their numbers: a stage of a decoder. level: see `Unpool`."""
 
     def __init__(self, level: int, blocks: Iterable[nn.Module]) -> None:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from segdeconv.models.activation_checkpointing import Recomputable
+from segdeconv.models.activation_checkpointing import Checkpointable
 from segdeconv.models.base import SegmentationModel
 from segdeconv.models.layers import ConvBlock, cut, init_he
 from segdeconv.models.vgg import vgg_encoder
@@ -86,7 +86,7 @@ class UNet(SegmentationModel):
         return self.classifier(x)
 
 
-class JoinedStage(Recomputable, nn.Sequential):
+class JoinedStage(Checkpointable, nn.Sequential):
     """Blocks in a row, of a map and the encoder's copy beside it."""
 
     def forward(self, x: Tensor, copy: Tensor) -> Tensor:  # type: ignore[override]

@@ -75,7 +75,7 @@ class Description:
         )
         return next(near, None)
 
-    def plain(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """For a JSON file."""
         return {**asdict(self), "paper": self.paper._asdict() if self.paper else None}
 

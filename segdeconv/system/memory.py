@@ -64,7 +64,7 @@ def keep_freed(device: torch.device) -> None:
         _set(mappings=0, trim=2**31 - 1)
 
 
-def hand_back() -> None:
+def release_memory() -> None:
     """Have this process give memory back again, as a process does that was told nothing, and what is free at once.
 
     For images of which one alone fills a good part of the memory: what lies between the holes that they leave would

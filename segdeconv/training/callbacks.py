@@ -19,9 +19,9 @@ from segdeconv.drawing import draw
 from segdeconv.evaluation.metrics import scores
 from segdeconv.system.files import replace_text
 from segdeconv.training.checkpointing import Checkpoints
-from segdeconv.training.diagnostics import Waiting
+from segdeconv.training.diagnostics import LoaderWait
 from segdeconv.training.loggers import show_picture
-from segdeconv.training.run_folder import require_there
+from segdeconv.training.run_folder import require_run_folder
 from segdeconv.training.stopping import Stopping
 from segdeconv.training.task import Results, SegmentationTask
 
@@ -40,7 +40,7 @@ class MetricsFile:
             header, *rows = list(csv.reader(file)) or [[]]
         # A row that a kill cut short has too few fields.
         kept = [row for row in rows if len(row) == len(header) and row[0].isdecimal() and int(row[0]) <= step]
-        if not kept:  # nor may a header be left that is of another recipe, or cut short
+        if not kept:  # nor may a header be left that is of another config, or cut short
             self.path.unlink()
             return
         text = io.StringIO()
@@ -89,7 +89,7 @@ class Recorder(Checkpoint):  # Lightning calls callbacks of this base last, when
         task.reset("train")
         task.reset("val")
         if trainer.is_global_zero:
-            require_there(self.checkpoints.run)
+            require_run_folder(self.checkpoints.run)
             self.metrics.append(row)
             for logger in trainer.loggers:
                 numbers = {name: value for name, value in row.items() if name != "step" and value == value}
@@ -147,7 +147,7 @@ class Progress(Callback):
     nobody watches, a line per epoch.
     """
 
-    def __init__(self, recorder: Recorder, waiting: Waiting) -> None:
+    def __init__(self, recorder: Recorder, waiting: LoaderWait) -> None:
         self.recorder, self.waiting = recorder, waiting
         self.bar: tqdm[Any] | None = None
         self._loss: float | None = None

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from segdeconv.checkpoints import checkpoint
 from segdeconv.system.files import replace_link
 from segdeconv.training.lightning_internals import canonical_loops, resume_at_epoch_start
-from segdeconv.training.run_folder import require_there
+from segdeconv.training.run_folder import require_run_folder
 
 
 class VerifiedCheckpoints(CheckpointIO):
@@ -63,7 +63,7 @@ class Checkpoints(Callback):
 
     def keep(self, trainer: Trainer, miou: float | None) -> None:
         """Write last.ckpt, and best.ckpt if this validation's mIoU is the highest; NaN never is."""
-        require_there(self.run)
+        require_run_folder(self.run)
         if miou is not None:
             better = miou > self.best
             self.best, self.waited = (miou, 0) if better else (self.best, self.waited + 1)

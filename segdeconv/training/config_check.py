@@ -1,4 +1,4 @@
-"""What a recipe may say. Only a `logger` node imports Lightning here, and it is checked last."""
+"""What a config may say. Only a `logger` node imports Lightning here, and it is checked last."""
 
 import re
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from segdeconv.losses import check_loss
 from segdeconv.models import check_model
 from segdeconv.training.settings import TrainerSettings
 
-# The groups, and what each is where a recipe leaves it out: the defaults of configs/train.yaml, for use from Python.
+# The groups, and what each is where a config leaves it out: the defaults of configs/train.yaml, for use from Python.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "dataset": {TARGET: "segdeconv.data.Shapes", "batch_size": 16, "size": [64, 64]},
     "augment": {"flip": {TARGET: "albumentations.HorizontalFlip", "p": 0.5}},
@@ -26,35 +26,35 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-def check_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Hold a recipe against the constructors it names; returns it with their defaults, and those above, written in."""
-    recipe = {**DEFAULTS, **recipe}
+def check_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Hold a config against the constructors it names; returns it with their defaults, and those above, written in."""
+    config = {**DEFAULTS, **config}
     known = {*DEFAULTS, "seed", "resume", "resume_force", "init_from", "max_time"}
-    for name in recipe:
+    for name in config:
         if name not in known:
             raise UsageError(f"there is no key {name} - {did_you_mean(str(name), known | {'experiment'})}")
     for group in DEFAULTS:
-        if not isinstance(recipe[group], Mapping):
-            raise UsageError(f"{group}={recipe[group]} - give the name of a file in configs/{group}")
+        if not isinstance(config[group], Mapping):
+            raise UsageError(f"{group}={config[group]} - give the name of a file in configs/{group}")
     checked = {
-        "dataset": check_dataset(recipe["dataset"]),
-        "augment": check_augment(recipe["augment"]),
-        "model": check_model(recipe["model"]),
-        "loss": check_loss(recipe["loss"]),
+        "dataset": check_dataset(config["dataset"]),
+        "augment": check_augment(config["augment"]),
+        "model": check_model(config["model"]),
+        "loss": check_loss(config["loss"]),
         "optimizer": check(
-            recipe["optimizer"], "optimizer", [locate(recipe["optimizer"], "optimizer")], supplied=["model"]
+            config["optimizer"], "optimizer", [locate(config["optimizer"], "optimizer")], supplied=["model"]
         ),
-        "schedule": check(recipe["schedule"], "schedule", [locate(recipe["schedule"], "schedule")]),
-        "trainer": check(recipe["trainer"], "trainer", [TrainerSettings]),
+        "schedule": check(config["schedule"], "schedule", [locate(config["schedule"], "schedule")]),
+        "trainer": check(config["trainer"], "trainer", [TrainerSettings]),
     }
-    others = check({name: recipe[name] for name in known - set(DEFAULTS) if name in recipe}, "", [_scalars])
+    others = check({name: config[name] for name in known - set(DEFAULTS) if name in config}, "", [_scalars])
     if others["max_time"] is not None:
         seconds(others["max_time"])
-    return {**checked, "logger": check_logger(recipe["logger"]), **others}
+    return {**checked, "logger": check_logger(config["logger"]), **others}
 
 
 def check_logger(node: Mapping[str, Any]) -> dict[str, Any]:
-    """The `logger` node of a recipe, empty for none, held against the logger's constructor."""
+    """The `logger` node of a config, empty for none, held against the logger's constructor."""
     if not node:
         return {}
     # Its own defaults are not written in: they change with its version, and some come from the environment.
@@ -70,7 +70,7 @@ def _scalars(
     init_from: str | None = None,
     max_time: str | int | None = None,
 ) -> None:
-    """The schema of a recipe's keys that are in no group."""
+    """The schema of a config's keys that are in no group."""
 
 
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}

@@ -15,7 +15,7 @@ WAITING = 0.1  # share of an epoch's time that training may wait for images befo
 NOTICEABLE = 5.0  # seconds of waiting in an epoch below which nothing is said
 
 
-class Waiting(Callback):
+class LoaderWait(Callback):
     """Measures how much of an epoch's training is spent waiting for images: for the loader, and until they are on the
     device and normalised.
     """
@@ -50,13 +50,13 @@ class Waiting(Callback):
         self._mark = now
 
 
-class Watch(Callback):
+class TrainingDiagnostics(Callback):
     """Says when one class is all that is predicted, when batch norm sees too few images, when training waits for input.
 
     A loss that is not finite ends the run: see `StepLoss.sync_loss`.
     """
 
-    def __init__(self, waiting: Waiting) -> None:
+    def __init__(self, waiting: LoaderWait) -> None:
         self.waiting = waiting
         self._collapsed: str | None = None
         self._epochs = 0

@@ -16,7 +16,7 @@ from segdeconv.training.task import SegmentationTask
 
 
 def header(
-    recipe: Mapping[str, Any],
+    config: Mapping[str, Any],
     data: DataPipeline,
     task: SegmentationTask,
     trainer: Trainer,
@@ -24,7 +24,7 @@ def header(
     resumed: Path | None,
 ) -> str:
     """What is about to be trained, on what, and where it goes."""
-    size, crop = data.preprocessing.size, recipe["dataset"]["crop"]
+    size, crop = data.preprocessing.size, config["dataset"]["crop"]
     seen = "x".join(map(str, size)) if size else "its own size"
     parameters = sum(parameter.numel() for parameter in task.model.parameters())
     frozen = sum(parameter.numel() for parameter in task.model.parameters() if not parameter.requires_grad)
@@ -39,8 +39,8 @@ def header(
         "classes": f"{len(task.classes)}: {', '.join(task.classes.names)}",
         "network": f"{type(task.model).__name__}, {parameters:,} parameters"
         + (f", {frozen:,} of them frozen" if frozen else ""),
-        "optimizer": f"{recipe['optimizer'][TARGET].rpartition('.')[2]}, learning rate {recipe['optimizer']['lr']:g}, "
-        f"{recipe['schedule'][TARGET].rpartition('.')[2].lower()}",
+        "optimizer": f"{config['optimizer'][TARGET].rpartition('.')[2]}, learning rate {config['optimizer']['lr']:g}, "
+        f"{config['schedule'][TARGET].rpartition('.')[2].lower()}",
         "training": f"{trainer.max_epochs} epochs, {task.total_steps} steps of {_batch(data, trainer)} on "
         f"{trainer.strategy.root_device}, precision {trainer.precision}, channels last"
         + (", compiled" if task.compiles(trainer.strategy.root_device) else ", not compiled")

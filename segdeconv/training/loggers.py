@@ -13,7 +13,7 @@ from pytorch_lightning.loggers import Logger, MLFlowLogger, TensorBoardLogger, W
 
 from segdeconv.config import TARGET, build, locate
 from segdeconv.errors import UsageError
-from segdeconv.training.resume import learnt
+from segdeconv.training.resume import without_changeable_keys
 
 
 class TensorBoard(TensorBoardLogger):
@@ -45,16 +45,16 @@ def build_logger(node: Mapping[str, Any], run: Path) -> Logger | Literal[False]:
     return logger
 
 
-def show_configuration(logger: Logger | Literal[False], recipe: Mapping[str, Any], run: Path) -> None:
-    """Open the logger and give it the recipe. What it refuses, such as a missing login, becomes one sentence."""
+def show_configuration(logger: Logger | Literal[False], config: Mapping[str, Any], run: Path) -> None:
+    """Open the logger and give it the config. What it refuses, such as a missing login, becomes one sentence."""
     if not logger:
         return
-    text = yaml.safe_dump(dict(recipe), sort_keys=False)
+    text = yaml.safe_dump(dict(config), sort_keys=False)
     try:
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.add_text("configuration", f"```yaml\n{text}```")
         else:
-            logger.log_hyperparams({"run": str(run)} | learnt(recipe))
+            logger.log_hyperparams({"run": str(run)} | without_changeable_keys(config))
         if isinstance(logger, MLFlowLogger):  # whose parameters are cut at 250 characters
             logger.experiment.log_text(logger.run_id, text, "configuration.yaml")
     except Exception as error:

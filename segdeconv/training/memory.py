@@ -36,7 +36,7 @@ class Memory:
 
 
 @contextmanager
-def memory_in_words(batch_size: int) -> Iterator[None]:
+def explain_out_of_memory(batch_size: int) -> Iterator[None]:
     """Training that runs out of memory as one sentence."""
     try:
         yield

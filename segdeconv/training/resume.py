@@ -16,10 +16,10 @@ from segdeconv.errors import CheckpointError, UsageError
 from segdeconv.system.devices import machine
 from segdeconv.system.files import replace_text
 from segdeconv.training.processes import rank_from_outside
-from segdeconv.training.run_folder import claim
+from segdeconv.training.run_folder import lock_run
 
-# Keys of a recipe that may differ when a run goes on: they do not change what is learnt.
-HARMLESS = (
+# Keys of a config that may differ when a run goes on: they do not change what is learnt.
+CHANGEABLE_KEYS = (
     "resume", "resume_force", "max_time", "logger", "dataset.num_workers", "dataset.timeout", "dataset.root",
     "trainer.recompute", "dataset.cache", "dataset.cache_size", "dataset.checksums",
 )  # fmt: skip
@@ -28,12 +28,12 @@ HARMLESS = (
 # Going on: which run, and whether it is the same.
 
 
-def find_run(recipe: Mapping[str, Any], run: Path, runs: Path | None) -> Path:
-    """The folder of the run that a checked recipe means: the one that its `resume` names or finds, or else `run`.
+def find_run(config: Mapping[str, Any], run: Path, runs: Path | None) -> Path:
+    """The folder of the run that a checked config means: the one that its `resume` names or finds, or else `run`.
 
-    runs: where resume=auto looks for the newest unfinished run of the same recipe; None where `run` is the one.
+    runs: where resume=auto looks for the newest unfinished run of the same config; None where `run` is the one.
     """
-    resume = recipe["resume"]
+    resume = config["resume"]
     if resume not in (None, "auto"):
         path = Path(resume)
         folder = path if path.is_dir() else path.parent
@@ -42,7 +42,7 @@ def find_run(recipe: Mapping[str, Any], run: Path, runs: Path | None) -> Path:
         return folder
     for folder in sorted(runs.glob("*/"), reverse=True) if resume and runs else ():
         begun = (folder / "config.yaml").is_file() and any(folder.glob("*.ckpt"))
-        if begun and not finished(folder) and _is_of(folder, recipe):
+        if begun and not finished(folder) and _is_of(folder, config):
             return folder
     return run
 
@@ -56,47 +56,47 @@ def finished(run: Path) -> bool:
     return isinstance(report, dict) and bool(report.get("complete", True))
 
 
-def _is_of(run: Path, recipe: Mapping[str, Any]) -> bool:
+def _is_of(run: Path, config: Mapping[str, Any]) -> bool:
     try:
-        return not differing_keys(_recipe_of(run), recipe)
+        return not differing_keys(_config_of(run), config)
     except UsageError:  # a folder that nobody named: it is passed over
         return False
 
 
-def _recipe_of(run: Path) -> Any:
+def _config_of(run: Path) -> Any:
     """What a run was started with: plain data, of which nothing is built."""
     path = run / "config.yaml"
     try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         said = str(getattr(error, "problem", None) or type(error).__name__)
-        raise UsageError(f"{path} is not the recipe of a run ({said}) - choose another hydra.run.dir") from error
-    if not isinstance(recipe, dict):
-        raise UsageError(f"{path} is not the recipe of a run - choose another hydra.run.dir")
-    return recipe
+        raise UsageError(f"{path} is not the config of a run ({said}) - choose another hydra.run.dir") from error
+    if not isinstance(config, dict):
+        raise UsageError(f"{path} is not the config of a run - choose another hydra.run.dir")
+    return config
 
 
-def open_run(run: Path, recipe: Mapping[str, Any]) -> Checkpoint | None:
+def open_run(run: Path, config: Mapping[str, Any]) -> Checkpoint | None:
     """Make the folder of a run ready; the checkpoint to go on from, or None to start.
 
-    Raises UsageError if the folder holds a run and nothing was said about going on, if its recipe was another, or if
+    Raises UsageError if the folder holds a run and nothing was said about going on, if its config was another, or if
     another process is at it.
     """
-    claim(run)
-    config = run / "config.yaml"
-    begun = config.is_file() and any(run.glob("*.ckpt"))  # or it failed before it had learnt anything
-    if begun and recipe["resume"] is None:
+    lock_run(run)
+    config_file = run / "config.yaml"
+    begun = config_file.is_file() and any(run.glob("*.ckpt"))  # or it failed before it had learnt anything
+    if begun and config["resume"] is None:
         raise UsageError(f"{run} already holds a run - go on with resume=auto or choose another hydra.run.dir")
     resumed = None
     if begun:
-        differing = differing_keys(_recipe_of(run), recipe)
-        if differing and not recipe["resume_force"]:
+        differing = differing_keys(_config_of(run), config)
+        if differing and not config["resume_force"]:
             raise UsageError(
                 f"{run} was started with other values of {', '.join(differing)} - give those, or resume_force=true"
             )
         resumed = usable_checkpoint(run)
     if rank_from_outside() == 0:  # every process that torchrun starts comes by here
-        replace_text(config, yaml.safe_dump(dict(recipe), sort_keys=False))
+        replace_text(config_file, yaml.safe_dump(dict(config), sort_keys=False))
     return resumed
 
 
@@ -111,7 +111,7 @@ def usable_checkpoint(run: Path) -> Checkpoint | None:
             continue
         try:
             read = checkpoint.read(path, trust=AnyName())
-            checkpoint.require_to_go_on(read)
+            checkpoint.require_resumable(read)
         except CheckpointError as error:
             print(f"passed over: {error}")
             refused = refused or error
@@ -123,7 +123,7 @@ def usable_checkpoint(run: Path) -> Checkpoint | None:
 
 
 def compare(resumed: Checkpoint, classes: Classes, fingerprints: Mapping[str, str]) -> None:
-    """Say what no key of the recipe does: that the files of a split are not what they were.
+    """Say what no key of the config does: that the files of a split are not what they were.
 
     Raises UsageError if the data has other classes than it had.
     """
@@ -151,24 +151,24 @@ def compare_machines(resumed: Checkpoint, device: torch.device) -> None:
 
 
 class AnyName(frozenset[str]):
-    """Contains every name: nothing that a checkpoint names is built when a run goes on, its recipe is composed anew."""
+    """Contains every name: nothing that a checkpoint names is built when a run goes on, its config is composed anew."""
 
     def __contains__(self, name: object) -> bool:
         return True
 
 
-def learnt(node: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    """A recipe without the keys that may differ; MLflow, for one, refuses to change a parameter when a run goes on."""
+def without_changeable_keys(node: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """A config without the keys that may differ; MLflow, for one, refuses to change a parameter when a run goes on."""
     return {
-        name: learnt(value, f"{where}{name}.") if isinstance(value, Mapping) else value
+        name: without_changeable_keys(value, f"{where}{name}.") if isinstance(value, Mapping) else value
         for name, value in node.items()
-        if f"{where}{name}" not in HARMLESS
+        if f"{where}{name}" not in CHANGEABLE_KEYS
     }
 
 
 def differing_keys(before: Any, now: Any, where: str = "") -> list[str]:
-    """The keys in which two recipes differ, those that change nothing left out."""
-    if where in HARMLESS:
+    """The keys in which two configs differ, those that change nothing left out."""
+    if where in CHANGEABLE_KEYS:
         return []
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         keys = sorted({*before, *now})

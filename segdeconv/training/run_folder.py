@@ -15,7 +15,7 @@ COPIES = 4  # of the weights that a run has on the disk at its fullest; what the
 _claimed: dict[Path, object] = {}  # the locks of this process, which keeps them until it ends
 
 
-def claim(run: Path) -> None:
+def lock_run(run: Path) -> None:
     """Make the folder and lock it for this process, until it ends: two runs in one folder would mix their files.
 
     Of several processes that torchrun or SLURM started for one run the first holds it.
@@ -31,7 +31,7 @@ def claim(run: Path) -> None:
             left.unlink(missing_ok=True)
 
 
-def require_there(run: Path) -> None:
+def require_run_folder(run: Path) -> None:
     """Raise DiskError where the folder of a run that is under way is gone: made anew, it would hide what was lost."""
     if not run.is_dir():
         raise DiskError(f"{run} is gone while a run writes to it - start the run again, or restore the folder")

@@ -33,7 +33,8 @@ class TrainerSettings:
             weights. Over the first steps the decay is smaller, (1 + step) / (10 + step), to forget the start.
         compile: Train through torch.compile; `auto` on GPUs alone, since for a CPU it takes minutes. Checkpoints are
             the same files, and what validates or uses them compiles nothing.
-        recompute: Keep the inputs of each stage alone and compute it again in the backward pass: `recompute_stages`.
+        recompute: Keep only the inputs of each stage and compute it again in the backward pass; see
+            `checkpoint_activations`.
 
     Taken by `Checkpoints`:
         patience: Validations in a row without a better mIoU after which training ends; None for no such end.

@@ -51,7 +51,7 @@ class Stopping(Callback):
                 self._before.setdefault(number, signal.getsignal(number))
                 signal.signal(number, self._receive)
 
-    def listen_no_more(self) -> None:
+    def stop_listening(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
@@ -96,10 +96,10 @@ class Stopping(Callback):
             raise TimeUp(f"max_time is over{saved} - {GO_ON}")
         raise interrupted(reason, saved)
 
-    def leave_if_asked(self) -> None:
+    def raise_if_requested(self) -> None:
         """Outside of training, where there is nothing new to save."""
         if self.received:
             raise interrupted(self.received)
 
     def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        self.listen_no_more()
+        self.stop_listening()

@@ -3,7 +3,7 @@
 import numpy as np
 from pytorch_lightning import Callback, Trainer
 
-from segdeconv.analysis.figures import switches_sheet
+from segdeconv.analysis.figures import switches_figure
 from segdeconv.analysis.switch_paths import recorded
 from segdeconv.analysis.switch_statistics import flip_rate, ties_counted
 from segdeconv.data.dataset import SegmentationDataset
@@ -42,7 +42,7 @@ class SwitchCurves(Callback):
             if not pooled:
                 return  # its pools keep no switches
             if picture is None and pooled[0].size == image.shape[:2]:
-                picture = switches_sheet(name, image, pooled, rates)
+                picture = switches_figure(name, image, pooled, rates)
             now.append([pooling._replace(features=pooling.features[:, :, :0]) for pooling in pooled])
             ties.append(list(rates))
         numbers = {}

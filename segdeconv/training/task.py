@@ -21,7 +21,7 @@ from segdeconv.inference.network import Network
 from segdeconv.inference.scorers import labels, resized
 from segdeconv.losses import loss_sums
 from segdeconv.models import SegmentationModel
-from segdeconv.models.activation_checkpointing import recompute_stages
+from segdeconv.models.activation_checkpointing import checkpoint_activations
 from segdeconv.optimization import Schedule, average
 from segdeconv.switches.ops import load_triton_kernels
 from segdeconv.system.devices import machine
@@ -47,7 +47,7 @@ class Results(NamedTuple):
 class SegmentationTask(LightningModule):
     """A network, a loss and an optimizer, learning one data set.
 
-    remembered: the recipe and the facts of the data, plain, as a checkpoint keeps them.
+    metadata: the config and the facts of the data, plain, as a checkpoint keeps them.
     """
 
     averaged: SegmentationModel | None
@@ -63,7 +63,7 @@ class SegmentationTask(LightningModule):
         *,
         seed: int,
         total_steps: int,
-        remembered: Mapping[str, Any],
+        metadata: Mapping[str, Any],
         settings: TrainerSettings,
     ) -> None:
         super().__init__()
@@ -75,11 +75,11 @@ class SegmentationTask(LightningModule):
         self.model = model.to(memory_format=torch.channels_last)
         self.loss = loss
         self.optimizer, self.schedule = optimizer, schedule
-        self.classes, self.seed, self.total_steps, self.remembered = classes, seed, total_steps, dict(remembered)
+        self.classes, self.seed, self.total_steps, self.metadata = classes, seed, total_steps, dict(metadata)
         self.norm, self.ema = settings.norm, settings.ema
         self.compilation, self.recompute = settings.compile, settings.recompute
         if self.recompute:
-            recompute_stages(self.model)
+            checkpoint_activations(self.model)
         self._supervised: Callable[[Tensor], tuple[Tensor, ...]] = self.model.supervised
         self.averaged = copy.deepcopy(model).requires_grad_(False) if self.ema is not None else None
         self.train_matrix = ConfusionMatrix(len(classes), classes.ignore_index)
@@ -235,7 +235,7 @@ class SegmentationTask(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.step_loss.sync_loss()
         self._require_finite()
-        checkpoint["hyper_parameters"] = self.remembered
+        checkpoint["hyper_parameters"] = self.metadata
         checkpoint["segdeconv"] = {
             "format": FORMAT,
             "version": __version__,

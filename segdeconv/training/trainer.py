@@ -18,7 +18,7 @@ from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedExc
 
 from segdeconv.checkpoints.checkpoint import Checkpoint
 from segdeconv.data.module import DataPipeline
-from segdeconv.errors import Interrupted, UsageError, raised_elsewhere
+from segdeconv.errors import Interrupted, UsageError, error_from_traceback
 from segdeconv.system.devices import fast_precision
 from segdeconv.training.checkpointing import Checkpoints, VerifiedCheckpoints
 from segdeconv.training.lightning_internals import Processes, quieten, spawning_launcher
@@ -108,7 +108,7 @@ def fit(trainer: Trainer, task: LightningModule, data: LightningDataModule, *, r
         if received:
             raise interrupted(received[0])
     except ProcessRaisedException as error:
-        said = raised_elsewhere(str(error))
+        said = error_from_traceback(str(error))
         if isinstance(said, Interrupted) and received:
             said.exit_code = STOP_SIGNALS[received[0]]
         if said is None and received:  # before it could answer to a signal, or of the same one

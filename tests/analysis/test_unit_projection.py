@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from segdeconv.analysis.unit_projection import METHODS, Strongest, Unit, fields_of, on_grey, project
+from segdeconv.analysis.unit_projection import METHODS, StrongestActivations, Unit, on_grey, project, receptive_fields
 from segdeconv.errors import UsageError
 from segdeconv.models import FPN, SegNet, SegNetBasic, UNet
 from segdeconv.models.layers import ConvBlock
@@ -141,7 +141,7 @@ def test_networks_of_other_kinds_are_projected_through_their_pools(build):
     network, x = build().eval(), torch.randn(1, 3, *SIZE)
     layer = "encoder.stages.2"
     (unit,), _ = strongest_units(network, layer, x, count=1)
-    top, left, bottom, right = fields_of(network, layer, SIZE)(unit.row, unit.column)
+    top, left, bottom, right = receptive_fields(network, layer, SIZE)(unit.row, unit.column)
     for (projection,) in project(network, x, layer, [unit], methods=METHODS).values():
         assert projection.abs().max() > 0
         outside = projection.clone()
@@ -162,7 +162,7 @@ def test_a_field_is_where_the_gradient_can_be():
             reached |= (
                 project(network, x, "encoder.stages.2", [Unit(0, row, column)])["deconvnet"][0].abs().amax(dim=0) > 0
             )
-        top, left, bottom, right = fields_of(network, "encoder.stages.2", SIZE)(row, column)
+        top, left, bottom, right = receptive_fields(network, "encoder.stages.2", SIZE)(row, column)
         rows, columns = reached.any(dim=1).nonzero()[:, 0], reached.any(dim=0).nonzero()[:, 0]
         assert (int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1) == (top, bottom, left, right)
 
@@ -171,7 +171,7 @@ def test_a_field_is_where_the_gradient_can_be():
 def test_the_strongest_activations_are_found(per_image):
     network, images = network_with_statistics(), [image(seed) for seed in range(7)]
     layers = ["encoder.stages.0", "encoder.stages.2"]
-    strongest = Strongest(network, layers, num=5, per_image=per_image)
+    strongest = StrongestActivations(network, layers, num=5, per_image=per_image)
     for number, one in enumerate(images):
         strongest.update(one, number)
     maps = torch.cat([strongest_units(network, layers[1], one)[1] for one in images])

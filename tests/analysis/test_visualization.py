@@ -9,7 +9,7 @@ from fakes import opened
 from PIL import Image
 from torch import nn
 
-from segdeconv.analysis.decoder_stages import build_up
+from segdeconv.analysis.decoder_stages import trace_decoder
 from segdeconv.analysis.switch_statistics import flip_rate, shares, tie_rate, ties_counted
 from segdeconv.checkpoints import checkpoint
 from segdeconv.drawing.panels import Panel, arrows, bars, figure, fitted
@@ -122,7 +122,7 @@ def test_the_decoder_is_followed_by_what_it_does():
             maps.append(nn.Sequential(*blocks)(sparse[-1]))
         logits = network.decoder.classifier(maps[-1])
     label = int(logits[0].argmax(dim=0).flatten().bincount(minlength=3).argmax())
-    found = build_up(network, image, label)
+    found = trace_decoder(network, image, label)
     assert [stage.unit for stage in found.stages[1:]] == [stage.dense_unit for stage in found.stages[:-1]]
     assert torch.equal(found.start, maps[0][0, found.stages[0].unit])
     for stage, before, after in zip(found.stages, sparse, maps[1:], strict=True):
@@ -143,17 +143,17 @@ def test_the_decoder_is_followed_by_what_it_does():
 def test_a_last_stage_without_filters_of_its_own_ends_in_the_logits():
     torch.manual_seed(0)
     network, image = SegNet(3, stages=((4,), (6,))).eval(), torch.randn(1, 3, 12, 16)
-    found = build_up(network, image, 2)
+    found = trace_decoder(network, image, 2)
     with torch.no_grad():
         assert torch.equal(found.stages[-1].dense, network(image)[0, 2])
     assert found.stages[-1].dense_unit == 2
 
 
 def test_a_decoder_without_relu_and_one_without_unpooling():
-    found = build_up(SegNetBasic(2, width=4).eval(), torch.randn(1, 3, 32, 32), 0)
+    found = trace_decoder(SegNetBasic(2, width=4).eval(), torch.randn(1, 3, 32, 32), 0)
     assert [tuple(stage.dense.shape) for stage in found.stages] == [(4, 4), (8, 8), (16, 16), (32, 32)]
     with pytest.raises(ValueError, match="UNet does not unpool, so it has no stages that could be shown"):
-        build_up(UNet(2, stages=((4,), (8,))).eval(), torch.randn(1, 3, 32, 32), 0)
+        trace_decoder(UNet(2, stages=((4,), (8,))).eval(), torch.randn(1, 3, 32, 32), 0)
 
 
 def test_statistics_of_switches_worked_by_hand():

@@ -87,7 +87,7 @@ def test_a_card_that_is_missing_or_no_card_is_refused(tmp_path, read, text, mess
         (lambda card: card.update(format=9), "has format 9 and this version reads 1"),
         (lambda card: card.pop("facts"), "is not a checkpoint of segdeconv"),
         (lambda card: card["facts"].pop("classes"), "does not say its classes and preprocessing"),
-        (lambda card: card["config"]["model"].update(stages=[[4], [6]]), "does not hold the weights its recipe names"),
+        (lambda card: card["config"]["model"].update(stages=[[4], [6]]), "does not hold the weights its config names"),
     ],
 )
 def test_what_a_card_says_is_held_to_what_a_checkpoint_is_held_to(tmp_path, read, change, message):

@@ -80,12 +80,12 @@ def test_a_pickled_command_is_refused_and_does_not_run(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("target", ["os.system", "torch.load", "segdeconv.models.base.Thing", "builtins.eval"])
 @pytest.mark.parametrize("place", ["model", "augment", "facts"])
-def test_a_recipe_that_names_foreign_code_is_refused_wherever_it_stands(tmp_path, target, place):
+def test_a_config_that_names_foreign_code_is_refused_wherever_it_stands(tmp_path, target, place):
     made = content()
     remembered = made["hyper_parameters"]
     (remembered if place == "facts" else remembered["config"])[place] = {"x": {"_target_": target}}
     if place == "facts":
-        remembered["facts"]["classes"] = CLASSES.plain()
+        remembered["facts"]["classes"] = CLASSES.to_dict()
     path = tmp_path / "evil.ckpt"
     checkpoint.write(made, path)
     with pytest.raises(CheckpointError, match=f"names {target}, which is not of segdeconv"):
@@ -107,11 +107,11 @@ def test_a_foreign_or_newer_file_is_refused(tmp_path, changes, message):
         checkpoint.read(written(tmp_path, **changes))
 
 
-def test_weights_that_are_not_the_recipes_are_refused(tmp_path):
+def test_weights_that_are_not_the_configs_are_refused(tmp_path):
     made = content()
     made["state_dict"].popitem()
     checkpoint.write(made, tmp_path / "best.ckpt")
-    with pytest.raises(CheckpointError, match="does not hold the weights its recipe names"):
+    with pytest.raises(CheckpointError, match="does not hold the weights its config names"):
         checkpoint.read(tmp_path / "best.ckpt").model()
 
 

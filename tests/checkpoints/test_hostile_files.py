@@ -20,8 +20,8 @@ import yaml
 from checkpoint_files import content
 from PIL import Image
 
-from segdeconv import config
 from segdeconv.checkpoints import checkpoint
+from segdeconv.config import override
 from segdeconv.data.datasets.folder import Folder
 from segdeconv.data.files.archives import unpack_tar, unpack_zip
 from segdeconv.data.files.reading import read_image, read_labels
@@ -152,7 +152,7 @@ def test_a_checkpoint_that_inflates_is_refused_before_it_does():
 
 # Recipes: what hydra.utils.instantiate runs
 
-RECIPES = {
+CONFIGS = {
     "numpy.load": {"_target_": "numpy.load", "file": "evil.npy", "allow_pickle": True},
     "torch.load": {"_target_": "torch.load", "f": "evil.pt", "weights_only": False},
     "torch.hub": {"_target_": "torch.hub.load", "repo_or_dir": ".", "source": "local", "model": "entry"},
@@ -197,11 +197,11 @@ def _bait(monkeypatch):
     sys.modules.pop("evil", None)
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.usefixtures("_bait")
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_recipe_in_a_checkpoint_builds_nothing_that_is_not_ours(name):
-    node = RECIPES[name]
+def test_a_config_in_a_checkpoint_builds_nothing_that_is_not_ours(name):
+    node = CONFIGS[name]
     with contextlib.suppress(Exception):  # after it has fired, some payloads end badly
         hydra.utils.instantiate(node)
     assert fired(), "the payload must fire under a careless builder, or this test shows nothing"
@@ -218,10 +218,10 @@ def test_a_recipe_in_a_checkpoint_builds_nothing_that_is_not_ours(name):
 def test_a_key_of_the_command_line_cannot_change_what_a_checkpoint_builds():
     for word in ("model._target_=os.system", "augment.x._target_=os.system", "_target_=os.system"):
         with pytest.raises(UsageError, match=r"stays - leave it out|there is no key"):
-            config.override(content()["hyper_parameters"]["config"], [word])
+            override(content()["hyper_parameters"]["config"], [word])
 
 
-# Text: class tables, the recipe of a run, sidecars
+# Text: class tables, the config of a run, sidecars
 
 YAMLS = {
     "apply": f"!!python/object/apply:os.system ['touch {MARKER}']",
@@ -249,10 +249,10 @@ def test_yaml_of_strangers_is_data(name):
     (run / "config.yaml").write_text(YAMLS[name])
     (run / "last.ckpt").touch()
     assert find_run({"seed": 0, "resume": "auto"}, Path("new"), Path("runs")) == Path("new")
-    with pytest.raises(UsageError, match=r"config.yaml is not the recipe of a run"):
+    with pytest.raises(UsageError, match=r"config.yaml is not the config of a run"):
         open_run(run, {"resume": "auto", "resume_force": False})
     with pytest.raises(SegdeconvError):
-        config.override({"a": 1}, [f"a={YAMLS['apply']}"])
+        override({"a": 1}, [f"a={YAMLS['apply']}"])
     assert not fired()
 
 
@@ -404,6 +404,6 @@ def test_an_array_of_objects_is_refused(form):
 
 
 def test_there_are_forty_of_them():
-    counts = (len(PICKLES) * len(FORMS), len(RECIPES), len(YAMLS), len(SIDECARS), len(TARS) + 1, len(ZIPS), 3, 2)
+    counts = (len(PICKLES) * len(FORMS), len(CONFIGS), len(YAMLS), len(SIDECARS), len(TARS) + 1, len(ZIPS), 3, 2)
     assert sum(counts) >= 40
     assert len(PICKLES) + sum(counts[1:]) >= 40  # counting each payload in one form only

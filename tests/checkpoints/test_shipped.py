@@ -10,15 +10,15 @@ import torch
 from PIL import Image
 
 import segdeconv
-from segdeconv import config
 from segdeconv.checkpoints import cards, checkpoint
 from segdeconv.classes import Classes
+from segdeconv.config import compose
 from segdeconv.data import CamVid
 from segdeconv.data.datasets.camvid import CLASSES
 from segdeconv.evaluation.evaluate import evaluate, restore_dataset
 from segdeconv.evaluation.metrics import scores
 from segdeconv.inference.segmenter import Segmenter
-from segdeconv.training.config_check import check_recipe
+from segdeconv.training.config_check import check_config
 
 ROOT = Path(__file__).parents[2]
 REAL_CAMVID = ROOT.parent / "shared" / "data" / "CamVid"
@@ -38,13 +38,13 @@ def test_a_shipped_network_is_small_and_its_card_says_what_it_is(name):
 def test_camvid_small_is_there_and_is_what_its_experiment_trains():
     read = checkpoint.read("camvid-small")
     assert read.classes == CLASSES
-    composed, _ = config.compose(["experiment=segnet_camvid_small"], ROOT / "configs")
-    recipe = check_recipe(composed)
+    composed, _ = compose(["experiment=segnet_camvid_small"], ROOT / "configs")
+    config = check_config(composed)
     for part in ("model", "loss", "optimizer", "schedule", "augment"):
-        assert read.config[part] == recipe[part], part
+        assert read.config[part] == config[part], part
     for key in ("size", "crop", "batch_size"):
-        assert read.config["dataset"][key] == recipe["dataset"][key]
-    assert read.config["trainer"]["max_epochs"] == recipe["trainer"]["max_epochs"]
+        assert read.config["dataset"][key] == config["dataset"][key]
+    assert read.config["trainer"]["max_epochs"] == config["trainer"]["max_epochs"]
 
 
 def test_camvid_small_labels_a_picture_by_its_name_alone(tmp_path, commands):

@@ -221,7 +221,7 @@ def test_data_of_other_classes_is_refused_by_name_and_mapped_when_asked(place, c
 
 def test_more_classes_begin_a_new_head_only_when_that_is_asked(place, commands):
     (place / "mine" / "classes.yaml").write_text("[class_0, class_1, class_2, more]")
-    done = resume(commands, place)  # that the data has changed is in no key of the recipe
+    done = resume(commands, place)  # that the data has changed is in no key of the config
     assert done.code == 2, done.err
     assert "was trained for 3 classes (class_0, class_1, class_2) and the data now has 4" in done.sentence
     assert "init_from=run/last.ckpt" in done.sentence
@@ -293,7 +293,7 @@ def test_crops_larger_than_the_images_are_padded_with_ignored_pixels(place, comm
     assert float(row[header.index("train/loss")]) > 0
 
 
-# A changed recipe, and runs in one place
+# A changed config, and runs in one place
 
 
 @pytest.mark.parametrize(
@@ -303,7 +303,7 @@ def test_crops_larger_than_the_images_are_padded_with_ignored_pixels(place, comm
         "loss=dice", "schedule=cosine", "trainer.max_epochs=3", "seed=7",
     ],
 )  # fmt: skip
-def test_going_on_with_another_recipe_is_refused_with_its_key(place, commands, word):
+def test_going_on_with_another_config_is_refused_with_its_key(place, commands, word):
     words = [given for given in DATA if given.split("=")[0] != word.split("=")[0]]
     done = commands("train", *words, word, "hydra.run.dir=run", "resume=auto", cwd=place)
     assert done.code == 2, done.out + done.err
@@ -340,7 +340,7 @@ HOSTILE_CONFIGS = {
 
 
 @pytest.mark.parametrize("name", HOSTILE_CONFIGS)
-def test_a_recipe_in_the_folder_of_a_run_is_data_and_never_code(place, commands, name):
+def test_a_config_in_the_folder_of_a_run_is_data_and_never_code(place, commands, name):
     (place / "run" / "config.yaml").write_text(HOSTILE_CONFIGS[name])
     done = resume(commands, place)
     assert done.code == 2, done.err
@@ -358,7 +358,7 @@ def test_a_report_that_was_cut_short_is_not_the_end_of_a_run(place, commands):
 HOLD = """
 import sys, time
 from pathlib import Path
-from segdeconv.training.run_folder import claim
+from segdeconv.training.run_folder import lock_run
 claim(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(60)

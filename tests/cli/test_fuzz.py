@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import Image
 
-from segdeconv import config
 from segdeconv.classes import Classes, voc_colours
+from segdeconv.config import override
 from segdeconv.data.augmentation import Augmentation
 from segdeconv.data.datasets.folder import _parse_classes
 from segdeconv.data.files.reading import read_image, read_labels, read_list, read_mask, turn_back, turn_upright
@@ -126,7 +126,7 @@ def test_labels_become_indices_one_by_one_or_the_first_unknown_one_is_named(clas
 def test_a_mask_survives_its_colours_and_a_table_its_plain_form(classes, seed):
     mask = np.random.default_rng(seed).integers(0, len(classes), (3, 4)).astype(np.uint8)
     assert (classes.from_colours(classes.palette[mask]) == mask).all()
-    assert Classes.restore(yaml.safe_load(yaml.safe_dump(classes.plain()))) == classes
+    assert Classes.from_dict(yaml.safe_load(yaml.safe_dump(classes.to_dict()))) == classes
 
 
 VALUES = st.recursive(
@@ -179,7 +179,7 @@ def test_a_split_is_never_empty_whatever_the_names_and_the_share(names, share):
 @given(st.lists(st.text(max_size=20), max_size=3))
 def test_a_command_line_of_anything_is_composed_or_refused_in_one_sentence(words):
     with contextlib.suppress(SegdeconvError):
-        assert set(config.override({"a": {"b": 1}, "c": 2}, words)) == {"a", "c"}
+        assert set(override({"a": {"b": 1}, "c": 2}, words)) == {"a", "c"}
 
 
 # Masks and pictures

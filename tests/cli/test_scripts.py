@@ -194,7 +194,7 @@ def test_a_bad_mask_in_a_worker_is_still_one_line(tmp_path, commands):
 
 def test_a_class_table_survives_the_checkpoint():
     classes = Classes(("a", "b"), ((1, 2, 3), (4, 5, 6)), 255, (0, 255), (9, 9, 9))
-    assert Classes.restore(json.loads(json.dumps(classes.plain()))) == classes
+    assert Classes.from_dict(json.loads(json.dumps(classes.to_dict()))) == classes
 
 
 def test_a_sweep_gives_every_job_its_folder(tmp_path, commands):

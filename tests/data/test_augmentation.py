@@ -102,7 +102,7 @@ def test_another_seed_epoch_or_index_gives_another_result() -> None:
 
 
 def test_transforms_happen_independently_of_one_another() -> None:
-    """Seeded alike, as Compose.set_random_seed does it, either all flips of a recipe happen or none."""
+    """Seeded alike, as Compose.set_random_seed does it, either all flips of a config happen or none."""
     corner = np.arange(16, dtype=np.uint8).reshape(4, 4)
     outcomes = {}
     for flips in itertools.product((False, True), repeat=3):
@@ -315,7 +315,7 @@ def test_any_number_of_channels_is_normalised_by_its_own_numbers(channels: int, 
     one = Preprocessing(None, tuple(mean), tuple(std), 8 * image.itemsize, as_stored=True)
     expected = (image.astype(np.float64) - mean) / std
     np.testing.assert_allclose(one(image).permute(1, 2, 0), expected, rtol=1e-5, atol=1e-3)
-    assert Preprocessing.restore(one.plain()) == one
+    assert Preprocessing.from_dict(one.to_dict()) == one
 
 
 @pytest.mark.parametrize(
@@ -331,7 +331,7 @@ def test_an_image_of_another_kind_than_the_network_takes_is_refused(image: np.nd
 
 def test_the_preprocessing_of_an_older_checkpoint_is_8_bit_rgb() -> None:
     older = {"size": [4, 5], "mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}
-    assert Preprocessing.restore(older) == Preprocessing((4, 5), IMAGENET_MEAN, IMAGENET_STD, 8, as_stored=False)
+    assert Preprocessing.from_dict(older) == Preprocessing((4, 5), IMAGENET_MEAN, IMAGENET_STD, 8, as_stored=False)
 
 
 INTERPOLATING = [
@@ -437,7 +437,7 @@ def test_preprocessing_subtracts_the_mean_and_divides_by_the_deviation() -> None
 @pytest.mark.parametrize("size", [None, (20, 30)])
 def test_preprocessing_is_restored_from_plain_data(size: tuple[int, int] | None) -> None:
     one = Preprocessing(size, IMAGENET_MEAN, IMAGENET_STD)
-    assert Preprocessing.restore(one.plain()) == one
+    assert Preprocessing.from_dict(one.to_dict()) == one
 
 
 # The order of samples

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segdeconv import config
 from segdeconv.checkpoints import checkpoint
+from segdeconv.config import compose
 from segdeconv.data import CamVid, Folder
 from segdeconv.data.cache import Cached, make_room, open_store
 from segdeconv.data.inspection import cache
@@ -24,7 +24,7 @@ from segdeconv.data.relabelled import Relabelled
 from segdeconv.data.store import IN_MEMORY, Store
 from segdeconv.errors import Interrupted, UsageError
 from segdeconv.train import train
-from segdeconv.training.config_check import check_recipe
+from segdeconv.training.config_check import check_config
 from segdeconv.training.data_module import DataModule
 from segdeconv.training.prepare import prepare
 from segdeconv.training.stopping import Stopping
@@ -320,7 +320,7 @@ def test_a_system_that_cannot_share_says_so(tmp_path, monkeypatch):
 
 
 def run(folder, root, *arguments, resume=None):
-    recipe, _ = config.compose(
+    config, _ = compose(
         [
             "dataset=camvid", f"dataset.root={root}", "augment=street", "model.stages=[[4],[8]]",
             "dataset.size=[32,48]", "dataset.batch_size=2", "trainer.max_epochs=3",
@@ -328,7 +328,7 @@ def run(folder, root, *arguments, resume=None):
         ],
         ROOT / "configs",
     )  # fmt: skip
-    train({**recipe, "resume": resume}, folder)
+    train({**config, "resume": resume}, folder)
     return digest(folder)
 
 
@@ -379,8 +379,8 @@ def test_a_resumed_run_decodes_nothing_of_the_batches_it_skips(tmp_path, monkeyp
         "dataset.size=[32,48]",
         "model.stages=[[4]]",
     ]
-    recipe, _ = config.compose([*arguments, "dataset.num_workers=0"], ROOT / "configs")
-    data = DataModule(prepare(check_recipe(recipe)).data)
+    config, _ = compose([*arguments, "dataset.num_workers=0"], ROOT / "configs")
+    data = DataModule(prepare(check_config(config)).data)
     data.trainer = SimpleNamespace(global_step=3, accumulate_grad_batches=1, global_rank=0, world_size=1)
     seen = counted(data.pipeline.train, monkeypatch)
     assert len(list(data.train_dataloader())) == 1

@@ -308,7 +308,7 @@ def test_crops_are_remembered_until_something_changes(monkeypatch: pytest.Monkey
     assert len(looks) == 3
 
 
-def test_a_recipe_asks_for_crops_by_a_key_and_the_images_are_inspected_whole() -> None:
+def test_a_config_asks_for_crops_by_a_key_and_the_images_are_inspected_whole() -> None:
     node = {"_target_": "segdeconv.data.Shapes", "num_train": 3, "examples": "objects", "label_map": {"ring": "disc"}}
     checked = check_dataset(node)
     assert (checked["context"], checked["overlap"]) == (1.2, 0.5)

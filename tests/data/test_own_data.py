@@ -323,11 +323,11 @@ def test_grey_of_16_bit_is_learnt_as_it_is_stored(tmp_path: Path) -> None:
         "size": [48, 64],
         "num_workers": 0,
     }
-    recipe = {
+    config = {
         "dataset": dataset, "augment": {}, "model": {"_target_": "segdeconv.models.SegNet", "stages": [[8], [8]]},
         "optimizer": {"_target_": "segdeconv.optimization.adamw", "lr": 0.02}, "trainer": {"max_epochs": 8},
     }  # fmt: skip
-    train(recipe, tmp_path / "run")
+    train(config, tmp_path / "run")
     assert json.loads((tmp_path / "run" / "report.json").read_text())["miou"] > 0.7
     read = checkpoint.read(tmp_path / "run" / "best.ckpt")
     assert read.model().in_channels == 1

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from segdeconv import config
 from segdeconv.checkpoints import checkpoint
-from segdeconv.training.config_check import check_recipe
+from segdeconv.config import compose
+from segdeconv.training.config_check import check_config
 from segdeconv.training.data_module import DataModule
 from segdeconv.training.prepare import prepare
 
@@ -23,9 +23,9 @@ AUGMENTS = sorted(path.stem for path in (CONFIGS / "augment").glob("*.yaml"))
 
 
 def loaders(*arguments):
-    """The training and the evaluation loader of a recipe, as a run has them."""
-    recipe, _ = config.compose([*arguments, "dataset.num_workers=1", "model.stages=[[4]]"], CONFIGS)
-    data = DataModule(prepare(check_recipe(recipe)).data)
+    """The training and the evaluation loader of a config, as a run has them."""
+    config, _ = compose([*arguments, "dataset.num_workers=1", "model.stages=[[4]]"], CONFIGS)
+    data = DataModule(prepare(check_config(config)).data)
     data.trainer = SimpleNamespace(global_step=0, accumulate_grad_batches=1, global_rank=0, world_size=1)
     return data.train_dataloader(), data.val_dataloader()
 

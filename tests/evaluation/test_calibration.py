@@ -86,8 +86,8 @@ def test_error_is_torchmetrics(pieces):
 def test_ignored_pixels_do_not_count():
     calibration = counted([0.9, 0.6, 0.8], [True, False, False], [0.1, 0.2, 0.3], ignored=[1])
     assert sum(one.pixels for one in calibration.bins) == 2
-    assert calibration.accuracy_of_surest(1.0) == 0.5
-    assert calibration.accuracy_of_surest(1.0, by="uncertainty") == 0.5
+    assert calibration.accuracy_at_coverage(1.0) == 0.5
+    assert calibration.accuracy_at_coverage(1.0, by="uncertainty") == 0.5
     assert calibration.error == pytest.approx((0.1 + 0.8) / 2, abs=1e-6)
 
 
@@ -97,16 +97,16 @@ def test_accuracy_of_the_surest_worked_by_hand():
     uncertainty = list(range(10, 0, -1))  # the other way round
     calibration = counted(confidences, right, uncertainty)
     by_hand = {0.1: 1.0, 0.3: 1.0, 0.4: 3 / 4, 0.5: 4 / 5, 0.7: 5 / 7, 1.0: 6 / 10}
-    assert {share: calibration.accuracy_of_surest(share) for share in by_hand} == pytest.approx(by_hand)
+    assert {share: calibration.accuracy_at_coverage(share) for share in by_hand} == pytest.approx(by_hand)
     by_hand = {0.1: 0.0, 0.2: 1 / 2, 0.4: 1 / 4, 1.0: 6 / 10}
-    found = {share: calibration.accuracy_of_surest(share, by="uncertainty") for share in by_hand}
+    found = {share: calibration.accuracy_at_coverage(share, by="uncertainty") for share in by_hand}
     assert found == pytest.approx(by_hand)
     # A share that ends within a pixel takes that part of it: 3.5 of 10.
-    assert calibration.accuracy_of_surest(0.35) == pytest.approx(3 / 3.5)
+    assert calibration.accuracy_at_coverage(0.35) == pytest.approx(3 / 3.5)
 
 
 def test_of_equally_sure_pixels_the_mean_is_taken():
-    assert counted([1.0] * 8, [True] * 6 + [False] * 2).accuracy_of_surest(0.25) == pytest.approx(0.75)
+    assert counted([1.0] * 8, [True] * 6 + [False] * 2).accuracy_at_coverage(0.25) == pytest.approx(0.75)
 
 
 def test_accuracy_of_the_surest_is_that_of_sorting_every_pixel():
@@ -120,12 +120,12 @@ def test_accuracy_of_the_surest_is_that_of_sorting_every_pixel():
         ordered = right[doubt.flatten()[kept].argsort()]
         for share in (0.1, 0.25, 0.5, 0.75, 0.9, 1.0):
             exact = ordered[: round(share * len(ordered))].mean().item()
-            assert calibration.accuracy_of_surest(share, by=by) == pytest.approx(exact, abs=2e-3)
+            assert calibration.accuracy_at_coverage(share, by=by) == pytest.approx(exact, abs=2e-3)
 
 
 def test_confidences_that_differ_in_the_sixth_digit_are_told_apart():
     calibration = counted([1 - 1e-6] * 50 + [1 - 2e-6] * 50, [True] * 50 + [False] * 50)
-    assert calibration.accuracy_of_surest(0.5) == 1.0
+    assert calibration.accuracy_at_coverage(0.5) == 1.0
 
 
 def test_memory_is_that_of_the_histograms_however_many_pixels_come():
@@ -142,7 +142,7 @@ def test_memory_is_that_of_the_histograms_however_many_pixels_come():
 def test_the_report_holds_the_curve_and_nulls_where_nothing_was_counted():
     report = counted([0.9, 0.9], [True, False]).report()
     assert report["expected_calibration_error"] == pytest.approx(0.4, abs=1e-6)
-    assert report["accuracy_of_surest"] == {
+    assert report["accuracy_at_coverage"] == {
         "by_confidence": dict.fromkeys(("0.1", "0.25", "0.5", "0.75", "0.9", "1"), 0.5)
     }
     assert [one["pixels"] for one in report["bins"]] == [0] * 13 + [2, 0]
@@ -150,7 +150,7 @@ def test_the_report_holds_the_curve_and_nulls_where_nothing_was_counted():
     assert (report["bins"][13]["confidence_from"], report["bins"][13]["confidence_to"]) == (13 / 15, 14 / 15)
     empty = Calibration(IGNORED).report()
     assert empty["expected_calibration_error"] is None
-    assert empty["accuracy_of_surest"] == {}
+    assert empty["accuracy_at_coverage"] == {}
 
 
 def test_the_sentence_says_the_error_and_the_surest():

@@ -31,7 +31,7 @@ from segdeconv.inference.segmenter import Segmenter
 
 
 def node(root: Path, *order: int) -> dict[str, object]:
-    """The recipe of that folder, its classes in this order."""
+    """The config of that folder, its classes in this order."""
     return {
         "_target_": "segdeconv.data.Folder",
         "root": str(root),

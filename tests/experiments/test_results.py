@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from segdeconv import config
 from segdeconv.checkpoints import cards, checkpoint
+from segdeconv.config import compose
 from segdeconv.errors import DivergedError, Interrupted, UsageError
 from segdeconv.experiments.study import results, series
-from segdeconv.training.config_check import check_recipe
+from segdeconv.training.config_check import check_config
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
@@ -36,10 +36,10 @@ def plan(tmp_path):
 
 
 def test_of_two_words_for_one_key_the_later_counts(plan, tmp_path):
-    assert plan.recipe("One", "val", 1) == ["a=1", "b=2", "seed=1"]
-    assert plan.recipe("Two, too", "new", 0) == ["a=3", "c=4", "seed=0"]
+    assert plan.config("One", "val", 1) == ["a=1", "b=2", "seed=1"]
+    assert plan.config("Two, too", "new", 0) == ["a=3", "c=4", "seed=0"]
     more = results.Plan("", ["+a=1"], {"r": ["b=2"]}, {"v": ["b=3"]}, (0,), tmp_path, ["a=9"])
-    assert more.recipe("r", "v", 0) == ["a=9", "b=3", "seed=0"]
+    assert more.config("r", "v", 0) == ["a=9", "b=3", "seed=0"]
 
 
 def test_every_run_has_a_folder_of_its_own(plan):
@@ -102,10 +102,10 @@ def test_a_file_that_is_no_table_is_refused(tmp_path, text, message):
 
 
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
-def test_every_recipe_of_every_table_composes_and_is_another_one(path, tmp_path):
+def test_every_config_of_every_table_composes_and_is_another_one(path, tmp_path):
     plan = results.Plan(**results.read_results(path), seeds=(0,), out=tmp_path)
-    recipes = [check_recipe(config.compose(plan.recipe(*job), CONFIGS)[0]) for job in plan.jobs]
-    assert all(recipe not in recipes[:place] for place, recipe in enumerate(recipes))
+    configs = [check_config(compose(plan.config(*job), CONFIGS)[0]) for job in plan.jobs]
+    assert all(config not in configs[:place] for place, config in enumerate(configs))
 
 
 # The command.
@@ -134,11 +134,11 @@ def test_a_table_is_trained_once_goes_on_after_a_cut_and_brings_weights_back(tmp
     trained = []
     train = series.train
 
-    def cut_the_second(recipe, run, **options):
+    def cut_the_second(config, run, **options):
         trained.append(run)
         if len(trained) == 2:
             raise Interrupted("stopped by SIGTERM at step 3, saved - go on with resume=auto", 143)
-        train(recipe, run, **options)
+        train(config, run, **options)
 
     monkeypatch.setattr(series, "train", cut_the_second)
     with pytest.raises(Interrupted, match="saved - go on with the same command") as caught:
@@ -174,7 +174,7 @@ def test_a_table_is_trained_once_goes_on_after_a_cut_and_brings_weights_back(tmp
 
 
 def test_a_run_that_diverges_leaves_its_row_empty_and_the_others_go_on(tmp_path, monkeypatch, capsys):
-    def diverge(recipe, run, **options):
+    def diverge(config, run, **options):
         raise DivergedError("the loss is nan")
 
     monkeypatch.setattr(series, "train", diverge)

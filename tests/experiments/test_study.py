@@ -11,11 +11,11 @@ import pytest
 import torch
 
 import segdeconv.train
-from segdeconv import config
+from segdeconv.config import compose
 from segdeconv.errors import DivergedError, UsageError
 from segdeconv.experiments.benchmarks import harness
 from segdeconv.experiments.study import costs, paper, series, table
-from segdeconv.training.config_check import check_recipe
+from segdeconv.training.config_check import check_config
 
 ROOT = Path(__file__).parents[2]
 MODELS = tuple(variant.model for variant in paper.VARIANTS)
@@ -205,7 +205,7 @@ def test_what_is_kept_is_bytes_of_switches_quarters_of_them_packed_and_four_byte
         "fcn_basic_no_addition_no_dim_reduction": (0, 0),
     }
     for model, (kept, packed) in expected.items():
-        node = check_recipe(config.compose([f"model={model}"], ROOT / "configs")[0])["model"]
+        node = check_config(compose([f"model={model}"], ROOT / "configs")[0])["model"]
         measured = costs.measure(node, 11, 3, (90, 120), CPU)
         assert (measured.kept, measured.packed) == (kept, packed), model
         assert measured.parameters == measured.full_parameters
@@ -236,11 +236,11 @@ def test_a_study_that_was_cut_goes_on_and_runs_nothing_twice(tmp_path, monkeypat
     trained = []
     train = segdeconv.train.train
 
-    def cut_after_one(recipe, run, **options):
+    def cut_after_one(config, run, **options):
         trained.append(run)
         if len(trained) == 2:
             raise KeyboardInterrupt
-        train(recipe, run, **options)
+        train(config, run, **options)
 
     monkeypatch.setattr(series, "train", cut_after_one)
     monkeypatch.setattr(costs, "ENOUGH", 0.0)
@@ -265,7 +265,7 @@ def test_a_study_that_was_cut_goes_on_and_runs_nothing_twice(tmp_path, monkeypat
 
 
 def test_a_run_that_diverges_leaves_its_row_empty_and_the_others_go_on(tmp_path, monkeypatch, capsys):
-    def diverge(recipe, run, **options):
+    def diverge(config, run, **options):
         raise DivergedError("the loss is nan")
 
     monkeypatch.setattr(series, "train", diverge)
@@ -295,15 +295,15 @@ def test_a_mistake_is_found_before_anything_is_trained(tmp_path, monkeypatch, wo
 
 
 @pytest.mark.parametrize("experiment", ["decoder_study", "decoder_study_quick"])
-def test_every_network_composes_with_the_recipe_of_the_study(experiment):
+def test_every_network_composes_with_the_config_of_the_study(experiment):
     for model in MODELS:
-        composed, choices = config.compose([f"experiment={experiment}", f"model={model}"], ROOT / "configs")
-        recipe = check_recipe(composed)
+        composed, choices = compose([f"experiment={experiment}", f"model={model}"], ROOT / "configs")
+        config = check_config(composed)
         assert choices["model"] == model
-        assert recipe["model"]["switch_source"] == "post_relu"
-        assert recipe["optimizer"]["_target_"] == "segdeconv.optimization.sgd"
-        assert (recipe["optimizer"]["lr"], recipe["optimizer"]["momentum"]) == (0.1, 0.9)
-        assert recipe["dataset"]["batch_size"] == 12
-        assert (recipe["dataset"]["mean"], recipe["dataset"]["std"]) == ([0, 0, 0], [1, 1, 1])
-        assert recipe["loss"]["balancing"] == "median_frequency"
-        assert recipe["augment"] == {}
+        assert config["model"]["switch_source"] == "post_relu"
+        assert config["optimizer"]["_target_"] == "segdeconv.optimization.sgd"
+        assert (config["optimizer"]["lr"], config["optimizer"]["momentum"]) == (0.1, 0.9)
+        assert config["dataset"]["batch_size"] == 12
+        assert (config["dataset"]["mean"], config["dataset"]["std"]) == ([0, 0, 0], [1, 1, 1])
+        assert config["loss"]["balancing"] == "median_frequency"
+        assert config["augment"] == {}

@@ -181,7 +181,7 @@ def test_a_program_without_torch_labels_a_picture_as_predict_does(segnet, tmp_pa
         subprocess.run([str(word) for word in typed], check=True, timeout=60)
     assert (tmp_path / "short.png").read_bytes() == (tmp_path / "ends.png").read_bytes()
     for name, seen_by in (("plain", read), ("ends", checkpoint.read(place / "unet.ckpt"))):
-        preprocess = Preprocessing.restore({**seen_by.facts["preprocessing"], "size": [40, 56]})
+        preprocess = Preprocessing.from_dict({**seen_by.facts["preprocessing"], "size": [40, 56]})
         image, _ = read_upright(picture)
         scores = Network(seen_by.model(), torch.device("cpu"), "32-true").logits(preprocess(image)[None])
         expected, found = labels(scores, (83, 121))[0].numpy(), fakes.opened(tmp_path / f"{name}.png")

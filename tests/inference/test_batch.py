@@ -26,7 +26,7 @@ from segdeconv.drawing.png import Png
 from segdeconv.errors import UsageError
 from segdeconv.inference.polygons import regions
 from segdeconv.inference.predictors import PredictionSettings
-from segdeconv.inference.progress_log import Journal
+from segdeconv.inference.progress_log import ProgressLog
 from segdeconv.inference.segmenter import Segmenter
 from segdeconv.inference.tiling_check import compare_tiling
 from segdeconv.inference.video import open_video
@@ -49,7 +49,7 @@ def place(tmp_path_factory):
         "dataset": {"size": None, "crop": None, "batch_size": 1},
     }
     facts = {
-        "classes": CLASSES.plain(),
+        "classes": CLASSES.to_dict(),
         "preprocessing": {"size": None, "mean": [120.0, 110, 100], "std": [60.0, 60, 60]},
         "precision": "32-true",
     }
@@ -338,8 +338,8 @@ def test_a_folder_that_is_killed_again_and_again_ends_as_one_that_was_not(place,
             kills += 1
         except (ProcessLookupError, ChildProcessError):
             pass
-        journal = tmp_path / "killed" / "predictions.jsonl"
-        for line in (journal.read_bytes() if journal.exists() else b"").splitlines(keepends=True)[1:]:
+        progress_log = tmp_path / "killed" / "predictions.jsonl"
+        for line in (progress_log.read_bytes() if progress_log.exists() else b"").splitlines(keepends=True)[1:]:
             if line.endswith(b"\n"):
                 for name, size in json.loads(line)["files"].items():
                     assert (tmp_path / "killed" / name).stat().st_size == size
@@ -374,22 +374,22 @@ def test_a_journal_is_cut_back_to_its_last_whole_line_and_belongs_to_one_process
     source = tmp_path / "a.png"
     source.write_bytes(b"image")
     out = tmp_path / "out"
-    journal = Journal(out, {"checkpoint": "x"})
+    progress_log = ProgressLog(out, {"checkpoint": "x"})
     (out / "a.png").write_bytes(b"mask")
-    journal.add("a", source, [out / "a.png"], pixels={})
+    progress_log.add("a", source, [out / "a.png"], pixels={})
     holder = f"process {os.getpid()} on {platform.node()}"
     with pytest.raises(UsageError, match=f"out is in use by {holder} - wait for it, or choose another --out"):
-        Journal(out, {"checkpoint": "x"})
-    journal.close()
+        ProgressLog(out, {"checkpoint": "x"})
+    progress_log.close()
     whole = (out / "predictions.jsonl").read_bytes()
     for cut in range(len(whole)):
         (out / "predictions.jsonl").write_bytes(whole[:cut])
-        again = Journal(out, {"checkpoint": "x"})
+        again = ProgressLog(out, {"checkpoint": "x"})
         assert not again.has("a", source)
         again.add("a", source, [out / "a.png"], pixels={})
         again.close()
         assert (out / "predictions.jsonl").read_bytes() == whole
-    again = Journal(out, {"checkpoint": "x"})
+    again = ProgressLog(out, {"checkpoint": "x"})
     assert again.has("a", source)
     source.write_bytes(b"another image")
     assert not again.has("a", source)

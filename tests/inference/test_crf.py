@@ -312,7 +312,7 @@ def test_what_does_not_fit_is_one_sentence():
         refine(probabilities, random_image(12, 14), settings=CRF(colour_std=0.001))
 
 
-def test_settings_are_those_published_and_are_checked_as_recipes_are():
+def test_settings_are_those_published_and_are_checked_as_configs_are():
     published = {"spatial_weight": 3.0, "spatial_std": 3.0, "bilateral_weight": 5.0, "bilateral_std": 20.0}
     assert check({}, "crf", [CRF]) == published | {"colour_std": 3.0, "iterations": 10}
     with pytest.raises(UsageError, match=r"crf\.colour_std=0: input should be greater than 0"):

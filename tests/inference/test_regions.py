@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from segdeconv.checkpoints import checkpoint
-from segdeconv.cli.options import add_prediction_options, crf_settings, parted, prediction_settings
+from segdeconv.cli.options import add_prediction_options, crf_settings, prediction_settings, split_overrides
 from segdeconv.data.boxes import cut, expanded, squared
 from segdeconv.data.preprocessing import Preprocessing, resize_image
 from segdeconv.data.proposals import Source
@@ -230,7 +230,7 @@ def settings_of(*words: str) -> PredictionSettings:
     parser.add_argument("overrides", nargs="*")
     add_prediction_options(parser)
     arguments = parser.parse_intermixed_args(["--precision=32-true", *words])
-    return prediction_settings(arguments, parted(arguments.overrides)[1])
+    return prediction_settings(arguments, split_overrides(arguments.overrides)[1])
 
 
 def segmenter_of(path: Path, *words: str, overrides: tuple[str, ...] = ()) -> Segmenter:
@@ -246,7 +246,7 @@ def looking(path: Path, *words: str, overrides: tuple[str, ...] = ()) -> Any:
 def scores_of(path: Path, image: np.ndarray, size: tuple[int, int]) -> Tensor:
     """The network's raw scores of an image resized to what it sees."""
     read = checkpoint.read(path)
-    seen = Preprocessing.restore({**read.facts["preprocessing"], "size": list(size)})(image)[None]
+    seen = Preprocessing.from_dict({**read.facts["preprocessing"], "size": list(size)})(image)[None]
     with torch.no_grad():
         return F.interpolate(read.model()(seen), size=image.shape[:2], mode="bilinear")
 
@@ -282,7 +282,7 @@ def test_two_networks_and_a_crf_are_put_together_as_asked(trained: Path, tmp_pat
     np.testing.assert_allclose(found[0], refined, atol=1e-4)
     flipped = looking(trained, "--crf", "--flip", "crf.iterations=0")(PICTURE, "x")
     read = checkpoint.read(trained)
-    seen = Preprocessing.restore(read.facts["preprocessing"])(PICTURE)[None]
+    seen = Preprocessing.from_dict(read.facts["preprocessing"])(PICTURE)[None]
     with torch.no_grad():
         views = [read.model()(seen).softmax(dim=1), read.model()(seen.flip(-1)).softmax(dim=1).flip(-1)]
     expected = F.interpolate((views[0] + views[1]) / 2, size=(50, 70), mode="bilinear")
@@ -405,7 +405,7 @@ def test_images_that_are_no_pictures_are_cut_and_refined_as_they_are_shown(tmp_p
         np.save(tmp_path / "data/images" / f"{index}.npy", image)
         mask = (np.arange(40) > 20).astype(np.uint8)[:, None].repeat(40, axis=1)
         cv2.imwrite(str(tmp_path / "data/masks" / f"{index}.png"), mask)
-    recipe = {
+    config = {
         "dataset": {
             "_target_": "segdeconv.data.Folder", "root": str(tmp_path / "data"), "channels": 2, "size": [32, 32],
             "batch_size": 2, "num_workers": 0,
@@ -414,7 +414,7 @@ def test_images_that_are_no_pictures_are_cut_and_refined_as_they_are_shown(tmp_p
         "trainer": {"max_epochs": 1},
         "logger": {},
     }  # fmt: skip
-    train(recipe, tmp_path / "run")
+    train(config, tmp_path / "run")
     look = looking(tmp_path / "run/best.ckpt", "--regions=3", "--whole-too", "--crf", "crf.iterations=1")
     found = look(np.load(tmp_path / "data/images/0.npy"), "0")
     assert found.shape == (1, 2, 40, 40)

@@ -8,7 +8,7 @@ IMAGE = 360 * 480
 # CamVid train: class, pixels, images with it, weight with the median over 11 classes, and over 12 (void among them).
 CAMVID = [
     ("Sky", 10_682_767, 366, 0.2793, 0.2565),
-    ("Building", 14_750_079, 365, 0.2017, 0.1853),
+    ("DecoderTrace", 14_750_079, 365, 0.2017, 0.1853),
     ("Pole", 623_349, 366, 4.7865, 4.3963),
     ("Road", 20_076_880, 367, 0.1490, 0.1369),
     ("Pavement", 2_845_085, 349, 1.0000, 0.9185),

@@ -11,15 +11,15 @@ import torch
 import torch.nn.functional as F
 from torchvision.ops import sigmoid_focal_loss
 
-from segdeconv import config
 from segdeconv.checkpoints.checkpoint import foreign
+from segdeconv.config import compose
 from segdeconv.errors import UsageError
 from segdeconv.losses import (
     OHEM,
-    Adjusted,
     CrossEntropy,
     Dice,
     Focal,
+    LogitAdjusted,
     LovaszSoftmax,
     PixelLoss,
     Sum,
@@ -29,7 +29,7 @@ from segdeconv.losses import (
     loss_sums,
 )
 from segdeconv.losses.regions import _gradient
-from segdeconv.training.config_check import check_recipe
+from segdeconv.training.config_check import check_config
 
 WEIGHTS = (0.2, 1.0, 5.0)
 CE, DICE, LOVASZ = ({"_target_": f"segdeconv.losses.{name}"} for name in ("CrossEntropy", "Dice", "LovaszSoftmax"))
@@ -50,7 +50,7 @@ EVERY = {
 
 
 def adjusted(loss, adjustment, *, class_weights=None, **given):
-    return Adjusted(loss(class_weights=class_weights, **given), adjustment=adjustment, class_weights=class_weights)
+    return LogitAdjusted(loss(class_weights=class_weights, **given), adjustment=adjustment, class_weights=class_weights)
 
 
 every = pytest.mark.parametrize("make", EVERY.values(), ids=EVERY.keys())
@@ -301,10 +301,10 @@ def test_the_command_line_adjusts_any_loss_by_the_weights_of_its_balancing(name)
     node = composed(*words)
     weights = balance(node, [90, 10], [100, 100])
     built = build_loss(node, class_weights=weights, ignore_index=255)
-    assert isinstance(built, Adjusted)
+    assert isinstance(built, LogitAdjusted)
     torch.testing.assert_close(built.shift, 0.5 * torch.tensor(weights).log())
     plain = build_loss({**node, "adjustment": 0.0}, class_weights=weights, ignore_index=255)
-    assert not isinstance(plain, Adjusted)
+    assert not isinstance(plain, LogitAdjusted)
 
 
 @pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0, 5.0])
@@ -545,7 +545,7 @@ def test_losses_that_are_sums_over_pixels_say_so():
 
 
 def composed(*arguments):
-    return check_recipe(config.compose(arguments, Path(__file__).parents[2] / "configs")[0])["loss"]
+    return check_config(compose(arguments, Path(__file__).parents[2] / "configs")[0])["loss"]
 
 
 @pytest.mark.parametrize("name", ["cross_entropy", "focal", "ohem", "dice", "lovasz", "ce_dice", "ce_lovasz"])

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from tiny_runs import recipe, state
+from tiny_runs import config, state
 from torch import nn
 
 from segdeconv.errors import UsageError
 from segdeconv.models import FCN, FPN, DeconvNet, DeepLabLargeFOV, FCNBasic, SegNet, SegNetBasic, UNet
-from segdeconv.models.activation_checkpointing import recompute_stages
+from segdeconv.models.activation_checkpointing import checkpoint_activations
 from segdeconv.train import train
 
 NETWORKS = {
@@ -31,7 +31,7 @@ def trained(name, *, recompute, frozen=False):
     torch.manual_seed(0)
     network = NETWORKS[name]()
     if recompute:
-        recompute_stages(network)
+        checkpoint_activations(network)
     for part in network.modules():
         if frozen and isinstance(part, nn.BatchNorm2d):
             part.eval()
@@ -64,7 +64,7 @@ def test_each_stage_keeps_its_input_alone():
     """By hand, of two stages of 4 channels at 32x32 float32: nothing but what crosses between the stages."""
     network = SegNet(3, stages=((4, 4), (4, 4)))
     kept = {}
-    recompute_stages(network)
+    checkpoint_activations(network)
     image = torch.randn(1, 3, 32, 32)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.update({t.data_ptr(): t}) or t, lambda t: t):
         network(image)
@@ -86,9 +86,9 @@ def test_nothing_is_computed_again_without_gradients():
 
 
 def test_a_run_that_computes_again_ends_with_the_same_weights(tmp_path, capsys):
-    train(recipe(trainer__max_epochs=1), tmp_path / "plain")
+    train(config(trainer__max_epochs=1), tmp_path / "plain")
     assert "stages computed again" not in capsys.readouterr().out
-    train(recipe(trainer__max_epochs=1, trainer__recompute=True), tmp_path / "again")
+    train(config(trainer__max_epochs=1, trainer__recompute=True), tmp_path / "again")
     assert "not compiled, stages computed again in the backward pass" in capsys.readouterr().out
     one, other = state(tmp_path / "plain"), state(tmp_path / "again")
     assert one.keys() == other.keys()
@@ -97,4 +97,4 @@ def test_a_run_that_computes_again_ends_with_the_same_weights(tmp_path, capsys):
 
 def test_computing_again_and_compiling_exclude_each_other(tmp_path):
     with pytest.raises(UsageError, match=r"trainer\.compile=true and trainer\.recompute=true: .* leave one"):
-        train(recipe(trainer__compile=True, trainer__recompute=True), tmp_path)
+        train(config(trainer__compile=True, trainer__recompute=True), tmp_path)

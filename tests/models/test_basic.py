@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from segdeconv import config
+from segdeconv.config import compose
 from segdeconv.models import BilinearBasic, FCNBasic, SegNetBasic, build_model, check_model
 from segdeconv.models.layers import BilinearDeconv, bilinear_kernel
 
@@ -54,7 +54,7 @@ def _seed():
 
 
 def build(name, *overrides, num_classes=11, in_channels=3):
-    node = config.compose([f"model={name}", *overrides], CONFIGS)[0]["model"]
+    node = compose([f"model={name}", *overrides], CONFIGS)[0]["model"]
     return build_model(check_model(node), num_classes, in_channels)
 
 

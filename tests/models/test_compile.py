@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from tiny_runs import recipe, state
+from tiny_runs import config, state
 
 from segdeconv.checkpoints import checkpoint
 from segdeconv.errors import UsageError
@@ -64,11 +64,11 @@ def without_a_compiler(monkeypatch):
 def test_a_compiled_run_writes_the_checkpoints_of_any_run_and_goes_on(
     tmp_path, monkeypatch, capsys, without_a_compiler
 ):
-    train(recipe(optimizer=SGD, trainer__max_epochs=2), tmp_path / "plain")
+    train(config(optimizer=SGD, trainer__max_epochs=2), tmp_path / "plain")
     assert "precision 32-true, channels last, not compiled" in capsys.readouterr().out
     assert not without_a_compiler  # auto is for GPUs
 
-    train(recipe(optimizer=SGD, trainer__max_epochs=2, trainer__compile=True), tmp_path / "compiled")
+    train(config(optimizer=SGD, trainer__max_epochs=2, trainer__compile=True), tmp_path / "compiled")
     assert "precision 32-true, channels last, compiled" in capsys.readouterr().out
     assert len(without_a_compiler) == 1
     plain, compiled = state(tmp_path / "plain"), state(tmp_path / "compiled")
@@ -88,9 +88,9 @@ def test_a_compiled_run_writes_the_checkpoints_of_any_run_and_goes_on(
 
     monkeypatch.setattr(SegmentationTask, "on_train_batch_start", die)
     with pytest.raises(ArithmeticError):
-        train(recipe(optimizer=SGD, trainer__max_epochs=2, trainer__compile=True), tmp_path / "cut")
+        train(config(optimizer=SGD, trainer__max_epochs=2, trainer__compile=True), tmp_path / "cut")
     monkeypatch.setattr(SegmentationTask, "on_train_batch_start", step)
-    train({**recipe(optimizer=SGD, trainer__max_epochs=2, trainer__compile=True), "resume": "auto"}, tmp_path / "cut")
+    train({**config(optimizer=SGD, trainer__max_epochs=2, trainer__compile=True), "resume": "auto"}, tmp_path / "cut")
     resumed = state(tmp_path / "cut")
     assert all(torch.equal(resumed[name], compiled[name]) for name in compiled)
 
@@ -98,7 +98,7 @@ def test_a_compiled_run_writes_the_checkpoints_of_any_run_and_goes_on(
 def test_errors_that_a_network_says_are_said_by_a_compiled_one(tmp_path, without_a_compiler):
     small = {"_target_": "segdeconv.models.DeconvNet", "width": 0.0625, "fc_width": 8, "depth": 11}
     with pytest.raises(UsageError, match=r"an image of 32x32 .* is too small for DeconvNet"):
-        train({**recipe(trainer__compile=True), "model": small}, tmp_path)
+        train({**config(trainer__compile=True), "model": small}, tmp_path)
 
 
 @pytest.mark.parametrize(

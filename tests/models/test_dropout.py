@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from segdeconv import config
 from segdeconv.checkpoints import checkpoint
+from segdeconv.config import compose
 from segdeconv.data.datasets.folder import Folder
 from segdeconv.data.module import DataPipeline
 from segdeconv.data.preprocessing import Preprocessing
@@ -26,7 +26,7 @@ from segdeconv.models.layers import ConvBlock
 from segdeconv.system.seeding import key
 from segdeconv.train import train
 from segdeconv.training.batchnorm_recalibration import recalibrated
-from segdeconv.training.config_check import check_recipe
+from segdeconv.training.config_check import check_config
 
 ROOT = Path(__file__).parents[2]
 SLIM = 0.0625
@@ -247,9 +247,9 @@ def test_bgr_turns_the_channels_round_and_their_mean_with_them():
     raw = Preprocessing(None, (0, 0, 0), (1, 1, 1), order="bgr")
     assert np.array_equal(raw(image).permute(1, 2, 0).numpy()[:, :, ::-1], image)
     assert raw(image).permute(1, 2, 0).is_contiguous()  # channels last, as the loader wants it
-    assert Preprocessing.restore(raw.plain()) == raw
-    older = {key: value for key, value in raw.plain().items() if key != "order"}
-    assert Preprocessing.restore(older).order == "rgb"
+    assert Preprocessing.from_dict(raw.to_dict()) == raw
+    older = {key: value for key, value in raw.to_dict().items() if key != "order"}
+    assert Preprocessing.from_dict(older).order == "rgb"
 
 
 def test_bgr_is_refused_where_there_are_no_three_channels(tmp_path):
@@ -273,21 +273,21 @@ def test_bgr_is_refused_where_there_are_no_three_channels(tmp_path):
     ],
 )
 def test_the_experiments_have_the_authors_numbers(arguments, lr, steps, norm_decay, dropouts):
-    recipe = check_recipe(config.compose(arguments, ROOT / "configs")[0])
-    optimizer, dataset = recipe["optimizer"], recipe["dataset"]
+    config = check_config(compose(arguments, ROOT / "configs")[0])
+    optimizer, dataset = config["optimizer"], config["dataset"]
     assert optimizer["_target_"] == "segdeconv.optimization.sgd"
-    assert recipe["schedule"]["_target_"] == "segdeconv.optimization.Constant"
+    assert config["schedule"]["_target_"] == "segdeconv.optimization.Constant"
     assert (optimizer["lr"], optimizer["momentum"], optimizer["weight_decay"]) == (lr, 0.9, 0.0005)
     assert (optimizer["bias_lr"], optimizer["norm_decay"], optimizer["nesterov"]) == (2, norm_decay, False)
-    assert recipe["trainer"]["max_steps"] == steps <= recipe["trainer"]["max_epochs"] * (367 // 4)
+    assert config["trainer"]["max_steps"] == steps <= config["trainer"]["max_epochs"] * (367 // 4)
     assert (dataset["size"], dataset["batch_size"], dataset["mean"]) == ([360, 480], 4, [0, 0, 0])
-    assert recipe["augment"] == {}
-    assert (recipe["loss"]["balancing"], recipe["loss"]["normalisation"]) == ("camvid", "pixels")
-    model = build_model(recipe["model"], 11, 3, fresh=True)
+    assert config["augment"] == {}
+    assert (config["loss"]["balancing"], config["loss"]["normalisation"]) == ("camvid", "pixels")
+    model = build_model(config["model"], 11, 3, fresh=True)
     found = [module for module in model.modules() if isinstance(module, nn.Dropout)]
     assert len(found) == dropouts
     assert all(module.p == 0.5 for module in found)
-    if recipe["model"].get("pretrained", "none") == "none":
+    if config["model"].get("pretrained", "none") == "none":
         assert (dataset["order"], dataset["std"]) == ("bgr", [1, 1, 1])
 
 
@@ -333,7 +333,7 @@ def test_recalibrated_statistics_are_those_computed_over_the_data_in_float64(tra
     read = checkpoint.read("run/best.ckpt")
     written = recalibrated(read, device=torch.device("cpu"))
     dataset = Folder("train", "mine")
-    preprocess = Preprocessing.restore({**read.facts["preprocessing"], "size": [32, 40]})
+    preprocess = Preprocessing.from_dict({**read.facts["preprocessing"], "size": [32, 40]})
     images = torch.stack([preprocess(dataset[index].image) for index in range(len(dataset))]).double()
     assert len(images) % 2 == 1  # the last batch is shorter
     model = read.model().double()
@@ -381,13 +381,13 @@ def test_evaluate_with_samples_scores_their_mean(trained, typed, capsys):
     assert "surest pixels by uncertainty" in capsys.readouterr().out
     none, five = (json.loads(Path(name, "report.json").read_text()) for name in ("none", "five"))
     assert (none["samples"], five["samples"]) == (0, 5)
-    assert set(none["calibration"]["accuracy_of_surest"]) == {"by_confidence"}
-    assert set(five["calibration"]["accuracy_of_surest"]) == {"by_confidence", "by_uncertainty"}
-    assert five["calibration"]["accuracy_of_surest"]["by_uncertainty"]["1"] == pytest.approx(five["pixel_accuracy"])
+    assert set(none["calibration"]["accuracy_at_coverage"]) == {"by_confidence"}
+    assert set(five["calibration"]["accuracy_at_coverage"]) == {"by_confidence", "by_uncertainty"}
+    assert five["calibration"]["accuracy_at_coverage"]["by_uncertainty"]["1"] == pytest.approx(five["pixel_accuracy"])
 
     read = checkpoint.read("run/best.ckpt")
     dataset = Folder("val", "mine")
-    preprocess = Preprocessing.restore({**read.facts["preprocessing"], "size": [32, 40]})
+    preprocess = Preprocessing.from_dict({**read.facts["preprocessing"], "size": [32, 40]})
     images = torch.stack([preprocess(dataset[index].image) for index in range(2)])  # the first batch
     mean = brute_force(read.model(), images.contiguous(memory_format=torch.channels_last), 5, seed=0).mean(dim=0)
     for index in range(2):

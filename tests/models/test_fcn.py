@@ -9,7 +9,7 @@ from torch import nn
 from torchvision.models.vgg import cfgs, make_layers
 
 from segdeconv.checkpoints import checkpoint
-from segdeconv.checkpoints.transfer import take_over
+from segdeconv.checkpoints.transfer import transfer_weights
 from segdeconv.classes import Classes
 from segdeconv.models import FCN
 from segdeconv.models.fcn import SCORE_CROPS, SKIP_CROPS, Enlarge
@@ -231,7 +231,7 @@ def kept(model, classes):
     return checkpoint.Checkpoint(
         "coarse.ckpt",
         {"model": {"_target_": "segdeconv.models.FCN"}},
-        {"classes": classes.plain(), "preprocessing": {"mean": [0.0] * 3}},
+        {"classes": classes.to_dict(), "preprocessing": {"mean": [0.0] * 3}},
         {"state_dict": {f"model.{name}": value for name, value in model.state_dict().items()}},
     )
 
@@ -241,7 +241,7 @@ def kept(model, classes):
 def test_a_finer_network_starts_with_the_predictions_of_the_coarser_one(coarse, fine, padding):
     old = awake(slim(stride=coarse, padding=padding))
     new = slim(stride=fine, padding=padding).eval()
-    said = take_over(new, CLASSES, kept(old, CLASSES))
+    said = transfer_weights(new, CLASSES, kept(old, CLASSES))
     name = "pool4" if fine == 16 else "pool3"
     assert f"not taken over: skips.{name}.weight (not in it), skips.{name}.bias (not in it)" in said
     assert f"ups.{name}.weight (not in it)" in said
@@ -267,7 +267,7 @@ def test_between_other_classes_rows_and_columns_of_an_enlargement_follow_the_nam
     old, new = slim(3, learnt=learnt), slim(4, learnt=learnt)
     for parameter in old.ups["pool4"].parameters():
         nn.init.normal_(parameter)
-    take_over(new, classes, kept(old, CLASSES))
+    transfer_weights(new, classes, kept(old, CLASSES))
     given, got, fresh = old.ups["pool4"].weight, new.ups["pool4"].weight, bilinear_kernel(4, 4)
     for row, old_row in ((0, 2), (2, 0)):  # car, road
         for column, old_column in ((0, 2), (2, 0)):
@@ -280,7 +280,7 @@ def test_between_other_classes_rows_and_columns_of_an_enlargement_follow_the_nam
 def test_the_three_stages_train_one_from_the_other(tmp_path, capsys):
     start = None
     for stride in STRIDES:
-        recipe = {
+        config = {
             "dataset": {
                 "_target_": "segdeconv.data.Shapes", "num_train": 4, "num_val": 2, "size": [32, 32], "batch_size": 2,
                 "num_workers": 0,
@@ -292,7 +292,7 @@ def test_the_three_stages_train_one_from_the_other(tmp_path, capsys):
             "logger": {},
             "init_from": start,
         }  # fmt: skip
-        train(recipe, tmp_path / str(stride))
+        train(config, tmp_path / str(stride))
         start = str(tmp_path / str(stride) / "best.ckpt")
     said = capsys.readouterr().out
     assert said.count("started from") == 2

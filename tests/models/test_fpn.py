@@ -169,7 +169,7 @@ def test_the_loss_of_several_maps_is_the_mean_over_them():
 
 
 def test_a_step_follows_the_gradient_of_the_mean_over_all_maps(tmp_path, monkeypatch):
-    recipe = {
+    config = {
         "dataset": {
             "_target_": "segdeconv.data.Shapes", "num_train": 4, "num_val": 2, "size": [32, 32], "batch_size": 4,
             "num_workers": 0,
@@ -188,7 +188,7 @@ def test_a_step_follows_the_gradient_of_the_mean_over_all_maps(tmp_path, monkeyp
         return step(self, batch, batch_idx)
 
     monkeypatch.setattr(SegmentationTask, "training_step", remember)
-    train(recipe, tmp_path)
+    train(config, tmp_path)
     ((model, batch),) = before
     maps = model.supervised(batch["image"])
     loss = torch.stack([F.cross_entropy(one, batch["mask"], ignore_index=255) for one in maps]).mean()

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from segdeconv.checkpoints import checkpoint
-from segdeconv.checkpoints.transfer import take_over
+from segdeconv.checkpoints.transfer import transfer_weights
 from segdeconv.classes import Classes
 from segdeconv.models import DeconvNet
 from segdeconv.models.layers import TiedDeconv, fold_norms
@@ -156,7 +156,7 @@ def test_norms_are_folded_without_touching_the_filters_of_the_other_place():
 
 
 def test_its_checkpoint_holds_every_filter_once_and_gives_the_network_back(tmp_path):
-    recipe = {
+    config = {
         "dataset": {
             "_target_": "segdeconv.data.Shapes", "num_train": 4, "num_val": 2, "size": [193, 193], "batch_size": 2,
             "num_workers": 0,
@@ -168,7 +168,7 @@ def test_its_checkpoint_holds_every_filter_once_and_gives_the_network_back(tmp_p
         "trainer": {"max_epochs": 1, "precision": "32-true", "ema": 0.9},
         "logger": {},
     }  # fmt: skip
-    train(recipe, tmp_path)
+    train(config, tmp_path)
     read = checkpoint.read(tmp_path / "best.ckpt")
     model = read.model()
     assert len(mirrored(model)) == 8
@@ -188,10 +188,10 @@ def test_an_untied_network_starts_from_a_tied_one_with_its_biases_and_norms():
     source = checkpoint.Checkpoint(
         "tied.ckpt",
         {"model": {"_target_": "segdeconv.models.DeconvNet"}},
-        {"classes": classes.plain(), "preprocessing": {"mean": [0.0] * 3}},
+        {"classes": classes.to_dict(), "preprocessing": {"mean": [0.0] * 3}},
         {"state_dict": {f"model.{name}": value for name, value in tied.state_dict().items()}},
     )
-    said = take_over(untied, classes, source)
+    said = transfer_weights(untied, classes, source)
     assert torch.equal(untied.fc6_deconv.deconv.bias, tied.fc6_deconv.deconv.bias)
     assert "fc6_deconv.deconv.weight (not in it)" in said
 

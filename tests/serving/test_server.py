@@ -131,7 +131,7 @@ def unpacked(body):
 
 def by_hand(read, image):
     """(C, H, W) probabilities of the plain network, by its own steps."""
-    ready = Preprocessing.restore({**read.facts["preprocessing"], "size": read.config["dataset"]["size"]})(image)
+    ready = Preprocessing.from_dict({**read.facts["preprocessing"], "size": read.config["dataset"]["size"]})(image)
     with torch.no_grad():
         return resized(read.model()(ready[None]), image.shape[:2]).softmax(dim=1)[0]
 
@@ -158,7 +158,7 @@ def test_a_pixels_path_is_that_of_flow_in_pixels_of_the_picture(address, read):
     image = fakes.image_and_mask(3, 3, (83, 121))[0]
     likely = by_hand(read, image)
     np.testing.assert_allclose(answer["probabilities"], likely[:, 60, 100], atol=1e-4)
-    ready = Preprocessing.restore({**read.facts["preprocessing"], "size": [40, 56]})(image)
+    ready = Preprocessing.from_dict({**read.facts["preprocessing"], "size": [40, 56]})(image)
     with torch.no_grad():
         pooled = read.model().encoder(ready[None]).pooled
     steps = switch_paths.path(pooled, (60 * 40 // 83, 100 * 56 // 121))

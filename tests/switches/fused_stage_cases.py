@@ -10,7 +10,7 @@ from torch import nn
 from triton_kernel_cases import DEVICE
 
 from segdeconv.models import SegNet, encoders
-from segdeconv.models.activation_checkpointing import recompute_stages
+from segdeconv.models.activation_checkpointing import checkpoint_activations
 from segdeconv.switches import fused, ops
 from segdeconv.switches.fused import norm_relu_pool
 from segdeconv.switches.ops import max_pool
@@ -233,7 +233,7 @@ def test_a_network_computes_the_same_with_and_without_it(monkeypatch, switch_sou
         monkeypatch.setattr(fused, "_runs_on_its_device", lambda x, runs=runs: runs)
         network = make_network(switch_source=switch_source)
         if recompute:
-            recompute_stages(network)
+            checkpoint_activations(network)
         *numbers, passes = trained(network)
         results.append(numbers)
         assert len(passes) == (2 if runs else 0)

@@ -47,14 +47,14 @@ def test_a_tensor_of_the_next_step_takes_the_memory_of_the_last_one():
 
 HELD = """
 import torch
-from segdeconv.system.memory import hand_back, keep_freed
+from segdeconv.system.memory import release_memory, keep_freed
 from segdeconv.system.memory import peak
 keep_freed(torch.device("cpu"))
 start = peak(anew=True)
 large = [torch.empty(4 << 20, dtype=torch.uint8).fill_(1) for _ in range(64)]
 del large
 kept = peak(anew=True) - start
-hand_back()
+release_memory()
 print(kept, peak(anew=True) - start)
 """
 

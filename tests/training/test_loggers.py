@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 from pytorch_lightning.loggers import Logger
 
-from segdeconv import config
 from segdeconv.checkpoints import checkpoint
+from segdeconv.config import compose
 from segdeconv.errors import UsageError
 from segdeconv.train import train
-from segdeconv.training.config_check import check_logger, check_recipe
+from segdeconv.training.config_check import check_config, check_logger
 from segdeconv.training.loggers import TensorBoard, build_logger, show_configuration
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-RECIPE = {
+CONFIG = {
     "dataset": {
         "_target_": "segdeconv.data.Shapes",
         "num_train": 4, "num_val": 2, "size": [32, 32], "batch_size": 2, "num_workers": 0,
@@ -67,12 +67,12 @@ class Refused(Recording):
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
     run = tmp_path_factory.mktemp("recorded") / "run"
-    train({**RECIPE, "logger": {"_target_": "test_loggers.Recording", "colour": "red", "team": "ours"}}, run)
+    train({**CONFIG, "logger": {"_target_": "test_loggers.Recording", "colour": "red", "team": "ours"}}, run)
     sys.modules["test_loggers"].Recording.told[-1].run = run
     return sys.modules["test_loggers"].Recording.told[-1]
 
 
-def test_a_logger_gets_scalars_pictures_and_the_recipe(recorded):
+def test_a_logger_gets_scalars_pictures_and_the_config(recorded):
     assert recorded.folder == str(recorded.run)
     assert (recorded.colour, recorded.anything) == ("red", {"team": "ours"})
     (step_of_switches, switches), (step, numbers) = recorded.metrics
@@ -97,7 +97,7 @@ def test_what_may_differ_when_a_run_goes_on_is_no_parameter(recorded):
 
 @pytest.mark.parametrize("name", ["segdeconv.loggers.TensorBoard", "segdeconv.training.loggers.TensorBoard"])
 def test_the_former_name_of_the_logger_is_read_as_that_of_now(tmp_path, name):
-    node = config.compose([f"logger._target_={name}"], CONFIGS)[0]["logger"]
+    node = compose([f"logger._target_={name}"], CONFIGS)[0]["logger"]
     assert node["_target_"] == name
     checked = check_logger(node)
     assert checked == {"_target_": "segdeconv.training.loggers.TensorBoard"}
@@ -130,15 +130,15 @@ def test_another_logger_does_not_make_another_run(recorded, capsys):
     report = recorded.run / "report.json"
     before = json.loads(report.read_text())
     report.unlink()  # as if the run had been stopped before its end
-    train({**RECIPE, "logger": {}, "resume": "auto", "trainer": {**RECIPE["trainer"]}}, recorded.run)
+    train({**CONFIG, "logger": {}, "resume": "auto", "trainer": {**CONFIG["trainer"]}}, recorded.run)
     assert "going on from last.ckpt" in capsys.readouterr().out
     assert json.loads(report.read_text())["miou"] == before["miou"]
 
 
 @pytest.mark.parametrize(("choice", "events"), [("none", 0), ("tensorboard", 1)])
 def test_a_run_holds_event_files_only_if_tensorboard_is_chosen(tmp_path, choice, events, capsys):
-    recipe, _ = config.compose([f"logger={choice}"], CONFIGS)
-    train({**RECIPE, "logger": recipe["logger"]}, tmp_path / "run")
+    config, _ = compose([f"logger={choice}"], CONFIGS)
+    train({**CONFIG, "logger": config["logger"]}, tmp_path / "run")
     assert len(list((tmp_path / "run").glob("events.*"))) == events
     assert not list((tmp_path / "run").glob("hparams.yaml"))
     assert ("tensorboard --logdir" in capsys.readouterr().out) == bool(events)
@@ -165,9 +165,9 @@ def test_a_logger_that_cannot_be_is_one_sentence(tmp_path, node, message):
 def test_a_library_that_is_not_installed_is_named_with_its_pip_command(tmp_path, library):
     if importlib.util.find_spec(library):
         pytest.skip(f"{library} is installed")
-    recipe = check_recipe(config.compose([f"logger={library}"], CONFIGS)[0])
+    config = check_config(compose([f"logger={library}"], CONFIGS)[0])
     with pytest.raises(UsageError, match=f"needs the package {library} - pip install {library}"):
-        build_logger(recipe["logger"], tmp_path)
+        build_logger(config["logger"], tmp_path)
 
 
 def test_neither_library_is_imported_before_it_is_chosen():
@@ -179,7 +179,7 @@ def test_neither_library_is_imported_before_it_is_chosen():
 def test_wandb_keeps_an_offline_run_in_the_folder_of_the_run(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    train({**RECIPE, "logger": config.compose(["logger=wandb"], CONFIGS)[0]["logger"]}, tmp_path / "run")
+    train({**CONFIG, "logger": compose(["logger=wandb"], CONFIGS)[0]["logger"]}, tmp_path / "run")
     assert len(list(tmp_path.glob("run/wandb/offline-run-*/*.wandb"))) == 1
     pictures = {path.name.split("_")[0] for path in tmp_path.glob("run/wandb/offline-run-*/files/media/**/*.png")}
     assert pictures == {"confusion", "val"}
@@ -190,7 +190,7 @@ def test_wandb_keeps_an_offline_run_in_the_folder_of_the_run(tmp_path, monkeypat
 def test_mlflow_keeps_scalars_parameters_and_pictures(tmp_path, monkeypatch):
     pytest.importorskip("mlflow")
     monkeypatch.chdir(tmp_path)
-    train({**RECIPE, "logger": config.compose(["logger=mlflow"], CONFIGS)[0]["logger"]}, "run")
+    train({**CONFIG, "logger": compose(["logger=mlflow"], CONFIGS)[0]["logger"]}, "run")
     kept = sqlite3.connect(tmp_path / "mlflow.db")
     assert kept.execute("select count(*) from metrics where key = 'val/miou'").fetchone() == (1,)
     assert kept.execute("select value from params where key = 'model/stages'").fetchone() == ("[[4], [8]]",)

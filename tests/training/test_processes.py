@@ -18,7 +18,7 @@ from fakes import Uneven
 from segdeconv.checkpoints import checkpoint
 from segdeconv.data.module import IMAGENET_MEAN, IMAGENET_STD
 from segdeconv.data.sampler import StatelessBatches
-from segdeconv.errors import CheckpointError, Interrupted, SegdeconvError, UsageError, raised_elsewhere
+from segdeconv.errors import CheckpointError, Interrupted, SegdeconvError, UsageError, error_from_traceback
 from segdeconv.evaluation import report
 from segdeconv.evaluation.evaluate import evaluate, restore_dataset
 from segdeconv.inference.predictors import PredictionSettings
@@ -33,7 +33,7 @@ TRUST = AnyName()
 STEPS, BATCH, LR = 20, 8, 0.05
 
 
-def recipe(**changes):
+def config(**changes):
     """One global batch of 8 a step: batch_size x accumulate x devices."""
     nodes = {
         "dataset": {"_target_": "fakes.Uneven", "batch_size": BATCH, "num_workers": 0},
@@ -81,7 +81,7 @@ def by_hand():
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
     run = tmp_path_factory.mktemp("two") / "run"
-    train(recipe(dataset__batch_size=BATCH // 2, trainer__devices=2), run)
+    train(config(dataset__batch_size=BATCH // 2, trainer__devices=2), run)
     return run
 
 
@@ -95,7 +95,7 @@ def assert_close(found, expected):
 
 @pytest.mark.parametrize(("batch_size", "accumulate"), [(8, 1), (4, 2), (2, 4), (1, 8)])
 def test_accumulated_batches_are_one_large_batch_though_void_is_uneven(tmp_path, by_hand, batch_size, accumulate):
-    train(recipe(dataset__batch_size=batch_size, trainer__accumulate=accumulate), tmp_path)
+    train(config(dataset__batch_size=batch_size, trainer__accumulate=accumulate), tmp_path)
     assert_close(weights(tmp_path), by_hand)
 
 
@@ -130,7 +130,7 @@ def test_two_processes_score_every_image_once_and_as_one_process_does(two_proces
 
 
 def test_two_processes_count_what_one_process_counts_in_training(two_processes, tmp_path):
-    train(recipe(), tmp_path)
+    train(config(), tmp_path)
     with (two_processes / "metrics.csv").open() as one, (tmp_path / "metrics.csv").open() as other:
         for row, expected in zip(csv.DictReader(one), csv.DictReader(other), strict=True):
             for name in ("train/loss", "train/miou", "train/pixel_accuracy", "val/loss", "val/miou"):
@@ -147,7 +147,7 @@ def test_two_processes_leave_one_run(two_processes):
 
 def test_synchronised_batch_norm_on_a_cpu_is_refused_in_words(tmp_path):
     with pytest.raises(UsageError, match=r"trainer.norm=sync: torch synchronises batch norm on accelerators only"):
-        train(recipe(trainer__norm="sync", trainer__accelerator="cpu"), tmp_path)
+        train(config(trainer__norm="sync", trainer__accelerator="cpu"), tmp_path)
 
 
 @pytest.mark.parametrize(("devices", "count"), [("auto", 1), (1, 1), (2, 2), ("3", 3)])
@@ -165,14 +165,14 @@ def test_what_another_process_said_is_told_as_if_it_had_been_this_one():
         "\n\n-- Process 1 terminated with the following error:\nTraceback (most recent call last):\n  ...\n"
         "segdeconv.errors.CheckpointError: last.ckpt is damaged: its sha256 is not - use another\n"
     )
-    said = raised_elsewhere(text)
+    said = error_from_traceback(text)
     assert type(said) is CheckpointError
     assert str(said) == "last.ckpt is damaged: its sha256 is not - use another"
-    stopped = raised_elsewhere("segdeconv.errors.Interrupted: stopped by SIGTERM")
+    stopped = error_from_traceback("segdeconv.errors.Interrupted: stopped by SIGTERM")
     assert type(stopped) is Interrupted
     assert stopped.exit_code == 143
-    assert raised_elsewhere("Traceback\nRuntimeError: Connection closed by peer") is None
-    assert raised_elsewhere("segdeconv.errors.os: a name that is no error") is None
+    assert error_from_traceback("Traceback\nRuntimeError: Connection closed by peer") is None
+    assert error_from_traceback("segdeconv.errors.os: a name that is no error") is None
     assert issubclass(CheckpointError, SegdeconvError)
 
 
@@ -269,7 +269,7 @@ def test_a_multirun_with_two_processes_runs_each_job_once(tmp_path):
 def test_the_gradient_of_the_mean_is_what_is_clipped(tmp_path, accumulate):
     """One step of plain SGD with the gradient clipped to norm 0.01 moves all weights together by lr * 0.01."""
     plain = {"optimizer__momentum": 0.0, "optimizer__weight_decay": 0.0, "trainer__max_steps": 1}
-    train(recipe(trainer__gradient_clip=0.01, trainer__accumulate=accumulate, **plain), tmp_path)
+    train(config(trainer__gradient_clip=0.01, trainer__accumulate=accumulate, **plain), tmp_path)
     torch.manual_seed(0)
     start, after = SegNet(3, stages=((4,), (8,))).state_dict(), weights(tmp_path)
     moved = sum(float((after[name] - value).double().square().sum()) for name, value in start.items()) ** 0.5

@@ -10,8 +10,8 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from segdeconv import config
 from segdeconv.checkpoints import checkpoint
+from segdeconv.config import compose
 from segdeconv.errors import DivergedError, Interrupted, UsageError
 from segdeconv.train import train
 from segdeconv.training import config_check
@@ -37,8 +37,8 @@ ARGUMENTS = (
 
 def run(folder, *arguments, resume=None, runs=None):
     given = dict(argument.split("=", 1) for argument in (*ARGUMENTS, *arguments))
-    recipe, _ = config.compose([f"{key}={value}" for key, value in given.items()], ROOT / "configs")
-    train({**recipe, "resume": resume}, folder, runs=runs)
+    config, _ = compose([f"{key}={value}" for key, value in given.items()], ROOT / "configs")
+    train({**config, "resume": resume}, folder, runs=runs)
 
 
 def digest(folder):
@@ -162,7 +162,7 @@ def test_a_finished_run_says_so_and_stays(tmp_path, capsys):
     assert digest(tmp_path) == before
 
 
-def test_going_on_with_another_recipe_is_refused_and_the_keys_are_named(tmp_path):
+def test_going_on_with_another_config_is_refused_and_the_keys_are_named(tmp_path):
     run(tmp_path)
     with pytest.raises(UsageError, match=r"started with other values of optimizer.lr - give those"):
         run(tmp_path, "optimizer.lr=0.5", resume="auto")
@@ -198,7 +198,7 @@ def test_a_run_of_the_version_before_is_found_and_goes_on(tmp_path, undisturbed)
     assert now["logger"] == {"_target_": "segdeconv.training.loggers.TensorBoard"}
     before = yaml.safe_load(text)
     assert {key for key in now if now[key] != before[key]} == {"logger", "resume"}
-    train(before, tmp_path / "again", runs=None)  # and as a recipe from Python
+    train(before, tmp_path / "again", runs=None)  # and as a config from Python
     assert digest(tmp_path / "again") == undisturbed
 
 
@@ -216,7 +216,7 @@ def test_a_resumed_run_reads_and_checks_once_and_holds_nothing_of_it(tmp_path, m
         real = getattr(place, name)
 
         def call(path, *arguments, **settings):
-            if name == "check_recipe" or path == last:
+            if name == "check_config" or path == last:
                 calls.append(name)
             return real(path, *arguments, **settings)
 
@@ -224,7 +224,7 @@ def test_a_resumed_run_reads_and_checks_once_and_holds_nothing_of_it(tmp_path, m
 
     counted(checkpoint, "hash_file")
     counted(torch, "load")
-    counted(config_check, "check_recipe")
+    counted(config_check, "check_config")
     ask = Stopping.on_train_batch_end
 
     def held(self, trainer, *arguments):
@@ -234,11 +234,11 @@ def test_a_resumed_run_reads_and_checks_once_and_holds_nothing_of_it(tmp_path, m
 
     monkeypatch.setattr(Stopping, "on_train_batch_end", held)
     run(tmp_path, resume="auto")
-    assert calls == ["check_recipe", "hash_file", "load"]
+    assert calls == ["check_config", "hash_file", "load"]
 
 
-def test_resume_auto_finds_the_newest_unfinished_run_of_the_same_recipe(tmp_path):
-    recipe, new = {"seed": 0, "resume": "auto"}, Path("new")
+def test_resume_auto_finds_the_newest_unfinished_run_of_the_same_config(tmp_path):
+    config, new = {"seed": 0, "resume": "auto"}, Path("new")
     for name, seed, finished in (("1", 0, False), ("2", 0, False), ("3", 1, False), ("4", 0, True)):
         folder = tmp_path / name
         folder.mkdir()
@@ -246,13 +246,13 @@ def test_resume_auto_finds_the_newest_unfinished_run_of_the_same_recipe(tmp_path
         (folder / "last.ckpt").touch()
         if finished:
             (folder / "report.json").write_text("{}")
-    assert find_run(recipe, new, tmp_path) == tmp_path / "2"
-    assert find_run(recipe, new, None) == new
-    assert find_run({**recipe, "resume": None}, new, tmp_path) == new
-    assert find_run({**recipe, "seed": 9}, new, tmp_path) == new
-    assert find_run({**recipe, "resume": str(tmp_path / "1" / "last.ckpt")}, new, tmp_path) == tmp_path / "1"
+    assert find_run(config, new, tmp_path) == tmp_path / "2"
+    assert find_run(config, new, None) == new
+    assert find_run({**config, "resume": None}, new, tmp_path) == new
+    assert find_run({**config, "seed": 9}, new, tmp_path) == new
+    assert find_run({**config, "resume": str(tmp_path / "1" / "last.ckpt")}, new, tmp_path) == tmp_path / "1"
     with pytest.raises(UsageError, match="is no run - give resume=auto or a folder"):
-        find_run({**recipe, "resume": str(tmp_path / "9")}, new, tmp_path)
+        find_run({**config, "resume": str(tmp_path / "9")}, new, tmp_path)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_its_step_and_files(tmp_path):

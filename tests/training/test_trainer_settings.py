@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 from fakes import Uneven
-from tiny_runs import recipe, state
+from tiny_runs import config, state
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from segdeconv.checkpoints import checkpoint
-from segdeconv.checkpoints.transfer import take_over
+from segdeconv.checkpoints.transfer import transfer_weights
 from segdeconv.classes import Classes
 from segdeconv.errors import UsageError
 from segdeconv.losses import CrossEntropy
@@ -52,7 +52,7 @@ def test_the_average_is_torchs_own_buffers_included():
 
 
 def test_a_run_with_an_average_validates_and_ships_it(tmp_path):
-    train(recipe(trainer__ema=0.99), tmp_path)
+    train(config(trainer__ema=0.99), tmp_path)
     read = checkpoint.read(tmp_path / "best.ckpt", trust=TRUST)
     weights, kept = read.model().state_dict(), read.content["state_dict"]
     assert all(torch.equal(weights[name], kept[f"averaged.{name}"]) for name in weights)
@@ -72,12 +72,12 @@ def test_the_average_forgets_the_start_quickly_and_then_slowly(tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("segdeconv.training.task.average", follow)
-        train(recipe(trainer__ema=0.5), tmp_path)
+        train(config(trainer__ema=0.5), tmp_path)
     assert [round(seen[step], 4) for step in (0, 1, 2, 8, 17)] == [0.1, 0.1818, 0.25, 0.5, 0.5]
 
 
 def test_a_run_with_an_average_goes_on_to_the_same_bits(tmp_path, monkeypatch):
-    train(recipe(trainer__ema=0.9), tmp_path / "undisturbed")
+    train(config(trainer__ema=0.9), tmp_path / "undisturbed")
     ask = Stopping.on_train_batch_end
 
     def die(self, trainer, *arguments):
@@ -87,9 +87,9 @@ def test_a_run_with_an_average_goes_on_to_the_same_bits(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Stopping, "on_train_batch_end", die)
     with pytest.raises(ArithmeticError):
-        train(recipe(trainer__ema=0.9), tmp_path / "cut")
+        train(config(trainer__ema=0.9), tmp_path / "cut")
     monkeypatch.setattr(Stopping, "on_train_batch_end", ask)
-    train({**recipe(trainer__ema=0.9), "resume": "auto"}, tmp_path / "cut")
+    train({**config(trainer__ema=0.9), "resume": "auto"}, tmp_path / "cut")
     one, other = state(tmp_path / "undisturbed"), state(tmp_path / "cut")
     assert all(torch.equal(one[name], other[name]) for name in one)
 
@@ -109,8 +109,8 @@ def test_parts_learn_at_their_own_rates_and_the_longest_name_counts():
 
 
 def test_a_frozen_part_does_not_change_in_weights_or_statistics(tmp_path):
-    train(recipe(trainer__max_epochs=1), tmp_path / "free")
-    train(recipe(trainer__max_epochs=1, optimizer__part_lr={"encoder": 0}), tmp_path / "frozen")
+    train(config(trainer__max_epochs=1), tmp_path / "free")
+    train(config(trainer__max_epochs=1, optimizer__part_lr={"encoder": 0}), tmp_path / "frozen")
     torch.manual_seed(0)
     start = SegNet(3, stages=((4,), (8,))).state_dict()
     free, frozen = state(tmp_path / "free"), state(tmp_path / "frozen")
@@ -136,7 +136,7 @@ def test_training_ends_after_so_many_validations_without_a_better_score(tmp_path
 
     real = Checkpoints.keep
     monkeypatch.setattr(keep, lambda self, trainer, miou: real(self, trainer, miou and next(scores)))
-    train(recipe(trainer__max_epochs=9, trainer__patience=2), tmp_path)
+    train(config(trainer__max_epochs=9, trainer__patience=2), tmp_path)
     with (tmp_path / "metrics.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 4
     assert "2 validations without a better mIoU than 0.3000: training ends here" in capsys.readouterr().out
@@ -145,26 +145,26 @@ def test_training_ends_after_so_many_validations_without_a_better_score(tmp_path
 
 
 def test_a_run_whose_patience_ran_out_as_it_died_does_not_go_on_training(tmp_path, monkeypatch):
-    train(recipe(trainer__max_epochs=2, trainer__patience=1), tmp_path)
+    train(config(trainer__max_epochs=2, trainer__patience=1), tmp_path)
     content = checkpoint.load_plain(tmp_path / "last.ckpt")
     (state_key,) = [name for name in content["callbacks"] if "Checkpoints" in name]
     content["callbacks"][state_key] = {"best": 1.0, "waited": 1}
     checkpoint.write(content, tmp_path / "last.ckpt")
     (tmp_path / "report.json").unlink()
-    train({**recipe(trainer__max_epochs=2, trainer__patience=1), "resume": "auto"}, tmp_path)
+    train({**config(trainer__max_epochs=2, trainer__patience=1), "resume": "auto"}, tmp_path)
     assert checkpoint.load_plain(tmp_path / "last.ckpt")["global_step"] == content["global_step"]
 
 
 def test_time_that_is_over_saves_reports_and_can_be_gone_on_from_to_the_same_bits(tmp_path, capsys):
-    train(recipe(), tmp_path / "undisturbed")
-    train({**recipe(), "max_time": "0s"}, tmp_path / "cut")
+    train(config(), tmp_path / "undisturbed")
+    train({**config(), "max_time": "0s"}, tmp_path / "cut")
     said = capsys.readouterr().out
     assert "max_time is over at step 1, saved in" in said
     assert json.loads((tmp_path / "cut" / "report.json").read_text())["complete"] is False
     assert not finished(tmp_path / "cut")
     checked = {"seed": 0, "resume": "auto"}
-    assert find_run(checked, tmp_path / "new", tmp_path) == tmp_path / "new"  # another recipe
-    train({**recipe(), "resume": "auto", "max_time": "1h"}, tmp_path / "cut")
+    assert find_run(checked, tmp_path / "new", tmp_path) == tmp_path / "new"  # another config
+    train({**config(), "resume": "auto", "max_time": "1h"}, tmp_path / "cut")
     assert finished(tmp_path / "cut")
     one, other = state(tmp_path / "undisturbed"), state(tmp_path / "cut")
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -202,7 +202,7 @@ def kept(model, classes, channels=3):
     return checkpoint.Checkpoint(
         "old.ckpt",
         {"model": {"_target_": "segdeconv.models.SegNet"}},
-        {"classes": classes.plain(), "preprocessing": {"mean": [0.0] * channels}},
+        {"classes": classes.to_dict(), "preprocessing": {"mean": [0.0] * channels}},
         {"state_dict": {f"model.{name}": value for name, value in model.state_dict().items()}},
     )
 
@@ -211,7 +211,7 @@ def test_the_head_is_taken_over_by_the_names_of_the_classes():
     torch.manual_seed(0)
     old, new = SegNet(3, stages=((4,), (8,))), SegNet(4, stages=((4,), (8,)))
     fresh = new.decoder.classifier.weight.detach().clone()
-    said = take_over(new, NEW, kept(old, OLD))
+    said = transfer_weights(new, NEW, kept(old, OLD))
     given, got = old.decoder.classifier.weight, new.decoder.classifier.weight
     assert torch.equal(got[0], given[2])  # car
     assert torch.equal(got[2], given[0])  # road
@@ -224,12 +224,12 @@ def test_the_head_is_taken_over_by_the_names_of_the_classes():
 def test_classes_of_the_same_number_in_another_order_are_not_mixed_up():
     old, new = SegNet(3, stages=((4,),)), SegNet(3, stages=((4,),))
     turned = Classes(("sky", "car", "road"), OLD.colours)
-    take_over(new, turned, kept(old, OLD))
+    transfer_weights(new, turned, kept(old, OLD))
     assert torch.equal(new.decoder.classifier.bias, old.decoder.classifier.bias[[1, 2, 0]])
 
 
 def test_what_does_not_fit_is_said():
-    said = take_over(SegNet(3, stages=((4,), (8,), (8,))), OLD, kept(SegNet(3, stages=((4,), (6,))), OLD))
+    said = transfer_weights(SegNet(3, stages=((4,), (8,), (8,))), OLD, kept(SegNet(3, stages=((4,), (6,))), OLD))
     assert "not taken over: encoder.stages.1.0.conv.weight (6x4x3x3 there, 8x4x3x3 here)" in said
     assert "encoder.stages.2.0.conv.weight (not in it)" in said or "more" in said
 
@@ -237,20 +237,20 @@ def test_what_does_not_fit_is_said():
 def test_a_first_convolution_of_other_channels_is_adapted():
     torch.manual_seed(0)
     old, new = SegNet(3, stages=((4,),)).eval(), SegNet(3, in_channels=1, stages=((4,),)).eval()
-    take_over(new, OLD, kept(old, OLD))
+    transfer_weights(new, OLD, kept(old, OLD))
     grey = torch.randn(1, 1, 8, 8)
     torch.testing.assert_close(new(grey), old(grey.expand(1, 3, 8, 8)))
 
 
 def test_networks_without_a_common_layer_are_refused():
     with pytest.raises(UsageError, match=r"init_from=old.ckpt and this network have no layer in common"):
-        take_over(SegNet(3, stages=((5,),), norm=False), OLD, kept(SegNet(3, stages=((7,),), norm=False), OLD))
+        transfer_weights(SegNet(3, stages=((5,),), norm=False), OLD, kept(SegNet(3, stages=((7,),), norm=False), OLD))
 
 
 def test_a_run_starts_from_a_checkpoint_and_a_resumed_one_does_not_start_again(tmp_path, capsys):
-    train(recipe(trainer__max_epochs=1), tmp_path / "old")
+    train(config(trainer__max_epochs=1), tmp_path / "old")
     given = str(tmp_path / "old" / "best.ckpt")
-    frozen = {**recipe(trainer__max_epochs=1, optimizer__part_lr={"encoder": 0}), "init_from": given}
+    frozen = {**config(trainer__max_epochs=1, optimizer__part_lr={"encoder": 0}), "init_from": given}
     capsys.readouterr()
     train(frozen, tmp_path / "new")
     assert f"started from {given}: " in capsys.readouterr().out
@@ -276,7 +276,7 @@ def test_the_watch_sees_a_network_that_predicts_one_class_only():
 def test_a_collapse_is_said_in_words_with_the_score_it_equals(tmp_path, capsys, monkeypatch):
     real = SegNet.forward
     monkeypatch.setattr(SegNet, "forward", lambda self, x: real(self, x) + torch.tensor([0, 99, 0])[:, None, None])
-    train(recipe(), tmp_path)
+    train(config(), tmp_path)
     said = capsys.readouterr().out
     score = json.loads((tmp_path / "report.json").read_text())["miou"]
     assert f"the network predicts 'bright' for every pixel: mIoU {score:.4f} equals all-bright" in said
@@ -284,17 +284,17 @@ def test_a_collapse_is_said_in_words_with_the_score_it_equals(tmp_path, capsys, 
 
 
 def test_few_images_for_batch_norm_are_said(tmp_path, capsys):
-    train(recipe(dataset__batch_size=2, trainer__accumulate=4, trainer__max_epochs=1), tmp_path / "2")
+    train(config(dataset__batch_size=2, trainer__accumulate=4, trainer__max_epochs=1), tmp_path / "2")
     assert "watch: batch norm takes its statistics from 2 images at a time" in capsys.readouterr().out
-    train(recipe(dataset__batch_size=2, trainer__norm="frozen", trainer__max_epochs=1), tmp_path / "frozen")
-    train(recipe(dataset__batch_size=4, trainer__max_epochs=1), tmp_path / "4")
+    train(config(dataset__batch_size=2, trainer__norm="frozen", trainer__max_epochs=1), tmp_path / "frozen")
+    train(config(dataset__batch_size=4, trainer__max_epochs=1), tmp_path / "4")
     assert "batch norm takes" not in capsys.readouterr().out
 
 
 def test_one_value_per_channel_is_one_sentence(tmp_path):
     changes = {"dataset__side": 4, "dataset__batch_size": 1, "dataset__size": (4, 4)}
     with pytest.raises(UsageError, match=r"batch norm sees a single value per channel in a batch of 1 - raise"):
-        train(recipe(model__stages=[[4], [4], [4]], **changes), tmp_path)
+        train(config(model__stages=[[4], [4], [4]], **changes), tmp_path)
 
 
 def test_waiting_for_images_is_said(tmp_path, capsys, monkeypatch):
@@ -303,7 +303,7 @@ def test_waiting_for_images_is_said(tmp_path, capsys, monkeypatch):
     real = Uneven.__getitem__
     monkeypatch.setattr("segdeconv.training.diagnostics.NOTICEABLE", 0.1)
     monkeypatch.setattr(Uneven, "__getitem__", lambda self, index: (time.sleep(0.02), real(self, index))[1])
-    train(recipe(trainer__max_epochs=2), tmp_path)
+    train(config(trainer__max_epochs=2), tmp_path)
     said = capsys.readouterr().out
     assert said.count("watch: input is the bottleneck: ") == 1
     assert "dataset.num_workers (now 0)" in said
@@ -346,4 +346,4 @@ def test_the_memory_of_an_image_is_what_its_layers_keep():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_an_accelerator_that_is_not_there_is_one_sentence(tmp_path):
     with pytest.raises(UsageError, match=r"trainer: .* - change trainer.accelerator or trainer.devices"):
-        train(recipe(trainer__accelerator="gpu"), tmp_path)
+        train(config(trainer__accelerator="gpu"), tmp_path)

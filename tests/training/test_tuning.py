@@ -8,7 +8,7 @@ from fakes import Uneven
 
 from segdeconv.errors import UsageError
 from segdeconv.training import tuning
-from segdeconv.training.config_check import check_recipe
+from segdeconv.training.config_check import check_config
 from segdeconv.training.prepare import prepare
 from segdeconv.training.tuning import Rate, best_rate, try_batch_sizes, try_rates
 
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def made():
     return prepare(
-        check_recipe(
+        check_config(
             {
                 "dataset": {"_target_": "fakes.Uneven", "batch_size": 8, "num_workers": 0},
                 "model": {"_target_": "segdeconv.models.SegNet", "stages": [[8], [16]]},

@@ -173,7 +173,7 @@ def _listed(listing: Path, pairs: list[Pair]) -> list[Pair]:
 
 def _read_classes(folder: Path, given: str | Mapping[str, Any] | list[str] | None) -> Classes | None:
     if isinstance(given, Mapping) and {"names", "colours", "labels"} <= set(given):
-        return Classes.restore(given)  # what a checkpoint remembers
+        return Classes.from_dict(given)  # what a checkpoint remembers
     if given is None:
         path = folder / "classes.yaml"
         if not path.is_file():

@@ -21,7 +21,7 @@ from segdeconv.data.module import IMAGENET_MEAN, IMAGENET_STD, build_transforms
 from segdeconv.data.preprocessing import Preprocessing, Size
 
 # Every image is scaled, cropped and coloured, every other one flipped.
-RECIPE: dict[str, dict[str, Any]] = {
+CONFIG: dict[str, dict[str, Any]] = {
     "scale": {"_target_": "albumentations.RandomScale", "scale_limit": [-0.25, 0.75], "p": 1.0},
     "flip": {"_target_": "albumentations.HorizontalFlip", "p": 0.5},
     "light": {
@@ -57,7 +57,7 @@ def measure(
     try:
         with tempfile.TemporaryDirectory() as folder:
             dataset = CamVid("train", root) if root is not None else _written(Path(folder), size, num_images)
-            return _rows(dataset, size, batch_size, num_images, augment or RECIPE, workers)
+            return _rows(dataset, size, batch_size, num_images, augment or CONFIG, workers)
     finally:
         torch.set_num_threads(threads)
         cv2.setNumThreads(threads_of_cv)

@@ -1,1 +1,1 @@
-"""The SegNet paper's decoder study: eight networks under one recipe, its table 1 made anew."""
+"""The SegNet paper's decoder study: eight networks under one config, its table 1 made anew."""

@@ -36,7 +36,7 @@ class Costs:
 def measure(
     node: Mapping[str, Any], num_classes: int, in_channels: int, size: tuple[int, int], device: torch.device
 ) -> Costs:
-    """node: the `model` node of a checked recipe; size: (H, W) of the image."""
+    """node: the `model` node of a checked config; size: (H, W) of the image."""
     model = build_model(node, num_classes, in_channels).eval().to(device).to(memory_format=torch.channels_last)
     assert isinstance(model, BasicModel)
     with torch.device("meta"):

@@ -27,7 +27,7 @@ SCORES = {"mIoU": "miou", "G": "pixel_accuracy", "C": "mean_accuracy", "BF": "bo
 class Plan:
     """What is trained and where it goes.
 
-    words: of train.py's command line, for all. rows: recipes by the names that the table has for them, each the words
+    words: of train.py's command line, for all. rows: configs by the names that the table has for them, each the words
         that make it. views: ways to split the data, alike; the table shows all scores of the first, and the mean IoU of
         the others. added: words for all, that come last. Of two words for one key the later counts.
     """
@@ -45,7 +45,7 @@ class Plan:
         """All (row, view, seed), one seed after the other."""
         return [(row, view, seed) for seed in self.seeds for row in self.rows for view in self.views]
 
-    def recipe(self, row: str, view: str, seed: int) -> list[str]:
+    def config(self, row: str, view: str, seed: int) -> list[str]:
         """The words of one run."""
         words = [*self.words, *self.rows[row], *self.views[view], *self.added, f"seed={seed}"]
         return list({word.partition("=")[0].lstrip("+"): word for word in words}.values())
@@ -146,7 +146,7 @@ def _count(path: Path) -> int:
 def markdown(found: Mapping[str, Any]) -> str:
     """found: what `content` gives."""
     first, *others = next(iter(found["rows"]))["views"]
-    header = ["recipe", *SCORES, *(f"mIoU, {view}" for view in others), "seeds", "parameters", "minutes", "memory"]
+    header = ["config", *SCORES, *(f"mIoU, {view}" for view in others), "seeds", "parameters", "minutes", "memory"]
     lines = [f"# {found['title']}", "", f"Scores of {first}, in percent, mean ± standard deviation over seeds.", ""]
     lines += [f"* {name}: {found[name]}" for name in ("command", "data") if name in found]
     lines += [f"* {name}: {', '.join(values)}" for name in ("devices", "commits") if (values := _all(found, name))]
@@ -161,7 +161,7 @@ def markdown(found: Mapping[str, Any]) -> str:
         table.append(cells)
     lines += ["", *rows(header, table)]
     lines += ["", *([f"All with `{' '.join(found['words'])}`.", ""] if found["words"] else [])]
-    lines += ["| recipe | words |", "|---|---|"]
+    lines += ["| config | words |", "|---|---|"]
     lines += [f"| {row['name']} | {_code(row['words'])} |" for row in found["rows"]]
     return "\n".join(lines) + "\n"
 

@@ -14,7 +14,7 @@ import yaml
 from segdeconv.errors import DivergedError, Interrupted, UsageError, did_you_mean
 from segdeconv.system import memory
 from segdeconv.system.files import replace_text
-from segdeconv.system.memory import hand_back
+from segdeconv.system.memory import release_memory
 from segdeconv.train import train
 from segdeconv.training.resume import differing_keys, finished
 
@@ -38,17 +38,17 @@ def seeds(text: str) -> tuple[int, ...]:
         raise UsageError(f"--seeds {text} are no numbers - write for example --seeds 0,1,2") from None
 
 
-def check_same(run: Path, recipe: Mapping[str, Any]) -> None:
-    """Refuse a run that is there and was trained by another recipe: a table has one."""
+def check_same(run: Path, config: Mapping[str, Any]) -> None:
+    """Refuse a run that is there and was trained by another config: a table has one."""
     if any(run.glob("*.ckpt")):
-        differing = differing_keys(yaml.safe_load((run / "config.yaml").read_text()), recipe)
+        differing = differing_keys(yaml.safe_load((run / "config.yaml").read_text()), config)
         if differing:
             raise UsageError(
                 f"{run} was trained with other values of {', '.join(differing)} - give those, or choose another --out"
             )
 
 
-def go_on(recipe: Mapping[str, Any], run: Path, *, name: str, typed: str) -> None:
+def resume_run(config: Mapping[str, Any], run: Path, *, name: str, typed: str) -> None:
     """Train a run to its end, unless it is there, and note in cost.json what that took.
 
     A loss that is not finite is said, and leaves the run without scores. name: of the run, for that sentence.
@@ -56,10 +56,10 @@ def go_on(recipe: Mapping[str, Any], run: Path, *, name: str, typed: str) -> Non
     if finished(run):
         return
     started = time.perf_counter()
-    hand_back()  # what the run before has kept would count
+    release_memory()  # what the run before has kept would count
     memory.peak(anew=True)
     try:
-        train({**recipe, "resume": "auto"}, run, typed=typed)
+        train({**config, "resume": "auto"}, run, typed=typed)
     except DivergedError as error:
         print(f"{name} has no scores: {error}", flush=True)
     except Interrupted as error:

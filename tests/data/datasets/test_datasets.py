@@ -406,7 +406,7 @@ def test_classes_are_restored_from_what_a_checkpoint_remembers(tmp_path: Path, k
     root = str(fakes.folder(tmp_path, kind))
     found = Folder("val", root)
     (tmp_path / "classes.yaml").write_text("{other: 0, names: 1}")  # of another data set
-    restored = Folder("val", root, classes=found.classes.plain())
+    restored = Folder("val", root, classes=found.classes.to_dict())
     assert restored.classes == found.classes
     for one, other in zip(masks_of(restored), masks_of(found), strict=True):
         np.testing.assert_array_equal(one, other)

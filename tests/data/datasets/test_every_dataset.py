@@ -36,10 +36,10 @@ def test_a_data_set_is_a_class_that_says_what_it_is(name: str) -> None:
 
 @pytest.mark.parametrize("classes", KNOWN, ids=lambda classes: classes.names[0])
 def test_classes_come_back_from_a_checkpoint_as_they_were(classes: Classes) -> None:
-    plain = json.loads(json.dumps(classes.plain()))
-    assert Classes.restore(plain) == classes
+    plain = json.loads(json.dumps(classes.to_dict()))
+    assert Classes.from_dict(plain) == classes
     del plain["ignored_labels"]  # as older versions wrote them
-    assert Classes.restore(plain).ignored_labels == (classes.ignore_index,)
+    assert Classes.from_dict(plain).ignored_labels == (classes.ignore_index,)
 
 
 @pytest.mark.parametrize("classes", KNOWN, ids=lambda classes: classes.names[0])
