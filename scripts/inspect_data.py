@@ -44,7 +44,7 @@ def main() -> None:
     weights = class_weights.median_frequency(inspections[0].pixels[:-1], inspections[0].image_pixels[:-1])
     for seen in inspections:
         print(class_table(seen, classes, weights if seen.split == "train" else None), end="\n\n")
-    print("weight: median frequency balancing (loss.balancing=median_frequency)")
+    print("weight: median frequency balancing (loss.class_weighting=median_frequency)")
 
     training = None
     if not inspections[0].problems:

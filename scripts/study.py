@@ -1,11 +1,12 @@
 """Train the SegNet paper's eight decoders under one config, and make its table 1 anew.
 
-    python scripts/study.py [--quick] [--seeds 0,1,2] [--models a,b] [--balancing median_frequency,none]
+    python scripts/study.py [--quick] [--seeds 0,1,2] [--models a,b] [--class-weighting median_frequency,none]
                             [--split val] [--out DIR] [--table] [key=value ...]
 
 Every key=value is train.py's, for all of them: dataset.root=DIR, dataset=shapes, trainer.max_steps=1000.
 --quick is a slim form at 90x120, minutes on two CPU cores; --table only writes the table of the runs that are there.
-Writes DIR/<balancing>/<model>/seed<n>/ for every run, and DIR/study.md, study.csv and study.json after each. What is
+Writes DIR/<class_weighting>/<model>/seed<n>/ for every run, and DIR/study.md, study.csv and study.json after each.
+What is
 finished is not run again, and what was cut goes on, when the same command is typed again.
 """
 
@@ -19,7 +20,7 @@ from segdeconv.cli.options import refuse_keys
 from segdeconv.cli.own_code import compose
 from segdeconv.errors import SegdeconvError, UsageError, command
 
-GIVEN = {"model": "--models", "seed": "--seeds", "loss.balancing": "--balancing", "hydra.run.dir": "--out"}
+GIVEN = {"model": "--models", "seed": "--seeds", "loss.class_weighting": "--class-weighting", "hydra.run.dir": "--out"}
 
 
 def main() -> None:
@@ -29,7 +30,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="slim networks at 90x120: minutes on two CPU cores")
     parser.add_argument("--seeds", default="0", help="comma-separated (default 0)")
     parser.add_argument("--models", help="comma-separated files of configs/model (default: all eight)")
-    parser.add_argument("--balancing", default="median_frequency", help="of the loss: median_frequency, none, or both")
+    parser.add_argument(
+        "--class-weighting", default="median_frequency", help="of the loss: median_frequency, none, or both"
+    )
     parser.add_argument("--split", default="val", help="whose scores the table shows (default val)")
     parser.add_argument("--out", type=Path, help="folder (default: runs/decoder-study, or -quick)")
     parser.add_argument("--table", action="store_true", help="train nothing, only write the table")
@@ -48,24 +51,24 @@ def main() -> None:
     plan = table.Plan(
         arguments.out or Path("runs") / experiment.replace("_", "-"),
         series.chosen(arguments.models, paper.BY_MODEL, "--models") if arguments.models else tuple(paper.BY_MODEL),
-        series.chosen(arguments.balancing, paper.BALANCINGS, "--balancing"),
+        series.chosen(arguments.class_weighting, paper.CLASS_WEIGHTINGS, "--class-weighting"),
         series.seeds(arguments.seeds),
         arguments.split,
     )
     if not any(word.startswith("experiment=") for word in arguments.overrides):
         arguments.overrides.insert(0, f"experiment={experiment}")
 
-    def words(model: str, balancing: str, seed: int) -> list[str]:
-        return [*arguments.overrides, f"model={model}", f"loss.balancing={balancing}", f"seed={seed}"]
+    def words(model: str, class_weighting: str, seed: int) -> list[str]:
+        return [*arguments.overrides, f"model={model}", f"loss.class_weighting={class_weighting}", f"seed={seed}"]
 
-    def config(model: str, balancing: str, seed: int) -> dict[str, Any]:
-        return check_config(compose(words(model, balancing, seed))[0])
+    def config(model: str, class_weighting: str, seed: int) -> dict[str, Any]:
+        return check_config(compose(words(model, class_weighting, seed))[0])
 
     # Before anything is trained: a mistake in any of them, and what each of them costs.
-    nodes = {model: config(model, plan.balancings[0], plan.seeds[0]) for model in paper.BY_MODEL}
+    nodes = {model: config(model, plan.class_weightings[0], plan.seeds[0]) for model in paper.BY_MODEL}
     jobs = [(seed, key) for seed in plan.seeds for key in plan.keys]
-    for seed, (balancing, model) in jobs:
-        series.check_same(plan.run((balancing, model), seed), config(model, balancing, seed))
+    for seed, (class_weighting, model) in jobs:
+        series.check_same(plan.run((class_weighting, model), seed), config(model, class_weighting, seed))
     dataset = nodes["segnet_basic"]["dataset"]
     split, _ = build_split(dataset, "train"), build_split(dataset, plan.split)
     size, device = dataset["size"] or dataset["crop"], best_device()
@@ -81,13 +84,13 @@ def main() -> None:
         "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
     }
 
-    for number, (seed, (balancing, model)) in enumerate(jobs, start=1):
-        run, name = plan.run((balancing, model), seed), paper.BY_MODEL[model].name
+    for number, (seed, (class_weighting, model)) in enumerate(jobs, start=1):
+        run, name = plan.run((class_weighting, model), seed), paper.BY_MODEL[model].name
         if not arguments.table and not finished(run):
-            print(f"\n=== {number} of {len(jobs)}: {name}, {balancing}, seed {seed}\n", flush=True)
-            typed = command("train", [*words(model, balancing, seed), f"hydra.run.dir={run}"])
-            series.resume_run(config(model, balancing, seed), run, name=name, typed=typed)
-        if finished(run) and not plan.report((balancing, model), seed).is_file():
+            print(f"\n=== {number} of {len(jobs)}: {name}, {class_weighting}, seed {seed}\n", flush=True)
+            typed = command("train", [*words(model, class_weighting, seed), f"hydra.run.dir={run}"])
+            series.resume_run(config(model, class_weighting, seed), run, name=name, typed=typed)
+        if finished(run) and not plan.report((class_weighting, model), seed).is_file():
             score(run, plan.split)
         table.write(plan, measured, facts)
     print("\n" + table.write(plan, measured, facts))

@@ -23,7 +23,7 @@ def main() -> None:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from segdeconv.config import hydra_overrides, plain, targets
+    from segdeconv.config import hydra_overrides, targets, to_plain
 
     typed = command("train", sys.argv[1:])
     sys.argv[1:] = hydra_overrides(sys.argv[1:], CONFIGS)
@@ -47,7 +47,7 @@ def main() -> None:
                 )
             if launched_from_outside() and rank_from_outside() > 0:
                 sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - one voice for all processes, until this one ends
-            config = plain(composed)
+            config = to_plain(composed, sys.argv[1:])
             find_own_code(targets(config))
             train(config, run, runs=None if named else runs, typed=typed)
         except Exception as error:

@@ -1,4 +1,4 @@
-"""Recipes: plain data naming a class and its arguments. The constructor's signature is the schema.
+"""Configs: plain data naming a class and its arguments. The constructor's signature is the schema.
 
 A config node is a mapping with `_target_`, the dotted name of a class or function, and arguments for it. `check` holds
 it against the signature (names, types, ranges) and writes the defaults in; `build` calls it. Nothing here imports
@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import inspect
 import os
+import sys
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,13 +23,61 @@ from segdeconv.errors import UsageError, did_you_mean
 TARGET = "_target_"
 Node = dict[str, Any]
 
-# Classes that have moved: the names that configs written before have for them, which are read as those of now.
+# Classes that have moved: former name -> current name. A config may use either.
 RENAMED = {"segdeconv.loggers.TensorBoard": "segdeconv.training.loggers.TensorBoard"}
 
+# Keys that were renamed: former name -> current name. A config may use either, not both; files are written with the
+# current one.
+RENAMED_KEYS = {
+    "dataset.mix_share": "dataset.mix_probability",
+    "loss.adjustment": "loss.logit_adjustment",
+    "loss.balancing": "loss.class_weighting",
+    "loss.temper": "loss.class_weighting_power",
+    "trainer.accumulate": "trainer.accumulate_grad_batches",
+    "trainer.gradient_clip": "trainer.gradient_clip_val",
+    "trainer.recompute": "trainer.activation_checkpointing",
+    "trainer.validate_every": "trainer.check_val_every_n_epoch",
+}
+_warned_keys: set[str] = set()  # one warning per process and key
 
-def current(value: Any) -> Any:
-    """A value of a config, and for the former name of a class the one that it has now."""
+
+def current_name(value: Any) -> Any:
+    """Return the current name of a class that has moved, and any other value unchanged."""
     return RENAMED.get(value, value) if isinstance(value, str) else value
+
+
+def rename_keys(config: Mapping[str, Any], source: str | Path) -> Node:
+    """Return a config in which renamed keys have their current names, and warn once about those that had not.
+
+    Args:
+        config: Nested mappings, which stay unchanged.
+        source: Where the config comes from, for messages.
+
+    Raises:
+        UsageError: A key is given under both names.
+    """
+    renamed = dict(config)
+    former_keys = []
+    for former, current in RENAMED_KEYS.items():
+        group, _, old = former.partition(".")
+        new = current.partition(".")[2]
+        node = renamed.get(group)
+        if not isinstance(node, Mapping) or old not in node:
+            continue
+        if new in node:
+            raise UsageError(f"{source} sets {current} and its former name {former} - remove {former}")
+        renamed[group] = {new if name == old else name: value for name, value in node.items()}
+        former_keys.append(former)
+    _warn_of_former(former_keys, source)
+    return renamed
+
+
+def _warn_of_former(keys: Sequence[str], source: str | Path) -> None:
+    new = [key for key in keys if key not in _warned_keys]
+    _warned_keys.update(new)
+    if new:
+        names = ", ".join(f"{key} is now {RENAMED_KEYS[key]}" for key in new)
+        print(f"segdeconv: warning: {source} uses former key names, which are deprecated: {names}", file=sys.stderr)
 
 
 def targets(config: Any) -> Iterator[str]:
@@ -45,7 +94,7 @@ def targets(config: Any) -> Iterator[str]:
 
 def locate(node: Mapping[str, Any], where: str) -> Callable[..., Any]:
     """Import what a node's `_target_` names. Only for nodes that the user typed, or that were found admissible."""
-    name = current(node.get(TARGET))
+    name = current_name(node.get(TARGET))
     if not isinstance(name, str) or "." not in name:
         group = where.partition(".")[0]
         raise UsageError(f"{where}.{TARGET} is {name!r} - give the dotted name of a class, as in configs/{group}")
@@ -91,7 +140,7 @@ def check(
             if not str(node.get(TARGET, "segdeconv.")).startswith("segdeconv."):
                 way_out += f". {node[TARGET]} takes no {name}: if a YAML file sets it, take it out with ~{prefix}{name}"
             raise UsageError(f"there is no key {prefix}{name} - {way_out}")
-    checked = {name: current(value) for name, value in node.items() if name not in parameters}
+    checked = {name: current_name(value) for name, value in node.items() if name not in parameters}
     for name, parameter in parameters.items():
         if name in node:
             checked[name] = _typed(node[name], hints.get(name, Any), f"{prefix}{name}")
@@ -166,8 +215,14 @@ def override(config: Mapping[str, Any], arguments: Iterable[str]) -> dict[str, A
     import yaml
 
     changed = copy.deepcopy(dict(config))
+    given: set[str] = set()
     for argument in arguments:
         path, equals, text = argument.partition("=")
+        _warn_of_former([path] if path in RENAMED_KEYS else [], "the command line")
+        path = RENAMED_KEYS.get(path, path)
+        if path in given:
+            raise UsageError(f"{path} is given twice - give it once")
+        given.add(path)
         keys = path.split(".")
         if not equals or not all(keys):
             raise UsageError(f"'{argument}' is not key=value - write for example dataset.root=DIR")
@@ -192,17 +247,48 @@ def override(config: Mapping[str, Any], arguments: Iterable[str]) -> dict[str, A
 # Composing: the front door of train.py. Hydra does the work; its many-line errors are replaced by one of ours.
 
 
-def plain(composed: Any) -> dict[str, Any]:
-    """What Hydra composed, as plain data with every interpolation resolved."""
+def to_plain(composed: Any, arguments: Iterable[str]) -> dict[str, Any]:
+    """Return what Hydra composed as plain data, interpolations resolved and renamed keys under their current names.
+
+    Args:
+        composed: A DictConfig.
+        arguments: The command line that it was composed from.
+
+    Raises:
+        UsageError: A value is missing or cannot be resolved, or a user's files set a key under both names.
+    """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        return typing.cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True, throw_on_missing=True))
+        config = typing.cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True, throw_on_missing=True))
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "the configuration"
         reason = str(error).splitlines()[0].lower()
         raise UsageError(f"{key}: {reason} - give {key}=VALUE") from error
+    arguments = list(arguments)
+    user_dir = user_config_dir(arguments)
+    return rename_keys(_resolve_former(config, arguments, user_dir), f"a file in {user_dir}") if user_dir else config
+
+
+def _resolve_former(config: Node, arguments: Sequence[str], user_dir: Path) -> Node:
+    """Let a key that a user's file sets under its former name override a shipped file, and the command line it.
+
+    Hydra merges the former name beside the current one, where only one of the two may count.
+    """
+    typed = {argument.partition("=")[0].lstrip("+") for argument in arguments}
+    text = "\n".join(path.read_text(encoding="utf-8", errors="replace") for path in sorted(user_dir.rglob("*.yaml")))
+    resolved = copy.deepcopy(config)
+    for former, current in RENAMED_KEYS.items():
+        group, _, old = former.partition(".")
+        new = current.partition(".")[2]
+        node = resolved.get(group)
+        if isinstance(node, dict) and old in node and new in node:
+            if current in typed or former in typed:
+                del node[old]
+            elif f"{new}:" not in text:  # a shipped file has set it
+                del node[new]
+    return resolved
 
 
 def compose(arguments: Sequence[str], folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
@@ -227,7 +313,7 @@ def compose(arguments: Sequence[str], folder: Path) -> tuple[dict[str, Any], dic
             choices = dict(composed.hydra.runtime.choices)
             with open_dict(composed):
                 del composed["hydra"]
-            return plain(composed), choices
+            return to_plain(composed, arguments), choices
     except (HydraException, OmegaConfBaseException) as error:
         raise UsageError(f"the configuration cannot be composed: {error} - correct the override") from error
 
@@ -285,7 +371,11 @@ def hydra_overrides(arguments: Sequence[str], folder: Path) -> list[str]:
                 f"'{argument}' would write what the environment holds into config.yaml and the checkpoints - give the "
                 "value itself"
             )
-        key = override.key_or_group
+        former = override.key_or_group
+        key = RENAMED_KEYS.get(former, former)
+        if key != former:
+            _warn_of_former([former], "the command line")
+            argument = argument.replace(former, key, 1)
         if key in seen:
             raise UsageError(f"{key} is given twice - give it once")
         seen.add(key)

@@ -412,7 +412,12 @@ def descendants(pid: int) -> list[int]:
 
 def one_hash(place: Place, chance: Chance) -> Trial:
     """Any number of workers, any cache, stopped on the way and gone on with others: one hash for each way to learn."""
-    ways = [{}, {"trainer__ema": None}, {"trainer__accumulate": 2}, {"trainer__accumulate": 2, "trainer__ema": None}]
+    ways = [
+        {},
+        {"trainer__ema": None},
+        {"trainer__accumulate_grad_batches": 2},
+        {"trainer__accumulate_grad_batches": 2, "trainer__ema": None},
+    ]
     way: dict[str, Any] = chance.choice(ways)
     expected = place.of_ways.get(str(way))
     if expected is None:

@@ -1,12 +1,15 @@
 """Recipes: every shipped one composes and builds, and every mistake in one gets its sentence."""
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
 
+import segdeconv.config
 from segdeconv.checkpoints import checkpoint
-from segdeconv.config import build, compose, hydra_overrides, override, targets
+from segdeconv.cli.command import RENAMED_OPTIONS, ArgumentParser
+from segdeconv.config import RENAMED_KEYS, build, compose, hydra_overrides, override, rename_keys, targets
 from segdeconv.errors import UsageError
 from segdeconv.training.config_check import check_config
 from segdeconv.training.resume import differing_keys
@@ -114,3 +117,76 @@ def test_configs_differ_in_what_changes_the_learning_only():
 def test_targets_are_found_wherever_they_hide():
     hidden = {"a": [{"b": {"_target_": "x.y", "c": ({"_target_": "z.w"},)}}]}
     assert list(targets(hidden)) == ["x.y", "z.w"]
+
+
+VALUES = {
+    "dataset.mix_share": 0.25, "loss.adjustment": 0.5, "loss.balancing": "inverse_frequency", "loss.temper": 0.75,
+    "trainer.accumulate": 3, "trainer.gradient_clip": 2.0, "trainer.recompute": True, "trainer.validate_every": 7,
+}  # fmt: skip
+
+
+@pytest.fixture
+def warnings_of_keys(monkeypatch, capsys):
+    """The deprecation warnings so far, in a process that has not warned before."""
+    monkeypatch.setattr(segdeconv.config, "_warned_keys", set())
+    return lambda: [line for line in capsys.readouterr().err.splitlines() if "deprecated" in line]
+
+
+def value_of(config, key):
+    group, _, name = key.partition(".")
+    return config[group][name]
+
+
+@pytest.mark.parametrize(("former", "key"), RENAMED_KEYS.items())
+def test_a_renamed_key_is_read_under_both_names_and_written_under_the_new_one(former, key, tmp_path, warnings_of_keys):
+    value = VALUES[former]
+    config = compose_and_check(f"{former}={value}")
+    assert value_of(config, key) == value
+    assert former.partition(".")[2] not in config[former.partition(".")[0]]
+    (line,) = warnings_of_keys()
+    assert line == (
+        f"segdeconv: warning: the command line uses former key names, which are deprecated: {former} is now {key}"
+    )
+    assert compose_and_check(f"{key}={value}") == config
+    assert value_of(override(config, [f"{former}={value}"]), key) == value
+    old = copy.deepcopy(config)
+    node = old[former.partition(".")[0]]
+    node[former.partition(".")[2]] = node.pop(key.partition(".")[2])
+    assert check_config(old) == config
+    assert warnings_of_keys() == []
+    for both in ([f"{former}={value}", f"{key}={value}"], [f"{key}={value}", f"+{former}={value}"]):
+        with pytest.raises(UsageError, match=f"{key} is given twice"):
+            compose_and_check(*both)
+        with pytest.raises(UsageError, match=f"{key} is given twice"):
+            override(config, [word.lstrip("+") for word in both])
+    with pytest.raises(UsageError, match=rf"^x\.yaml sets {key} and its former name {former} - remove {former}$"):
+        rename_keys({key.partition(".")[0]: dict.fromkeys((key.partition(".")[2], former.partition(".")[2]))}, "x.yaml")
+
+
+def test_a_users_file_with_a_former_name_overrides_a_shipped_file_and_the_command_line_both(tmp_path, warnings_of_keys):
+    place = tmp_path / "own" / "experiment"
+    place.mkdir(parents=True)
+    text = "# @package _global_\ndefaults: [segnet_camvid, _self_]\ntrainer: {validate_every: 7}\n"
+    (place / "mine.yaml").write_text(text)
+    arguments = [f"--config-dir={tmp_path}/own", "experiment=mine", "dataset.root=x"]
+    assert compose_and_check(*arguments)["trainer"]["check_val_every_n_epoch"] == 7
+    (line,) = warnings_of_keys()
+    assert f"a file in {tmp_path}/own uses former key names" in line
+    for key in ("validate_every", "check_val_every_n_epoch"):
+        assert compose_and_check(*arguments, f"trainer.{key}=5")["trainer"]["check_val_every_n_epoch"] == 5
+    (place / "mine.yaml").write_text(text.replace("{", "{check_val_every_n_epoch: 2, "))
+    with pytest.raises(UsageError, match=r"own sets trainer\.check_val_every_n_epoch and its former name"):
+        compose_and_check(*arguments)
+
+
+@pytest.mark.parametrize(("former", "option"), RENAMED_OPTIONS.items())
+def test_a_renamed_option_is_read_under_both_names(former, option, capsys):
+    parser = ArgumentParser("predict.py")
+    parser.add_argument(option, dest="value")
+    for words in ([option, "1"], [former, "1"], [f"{former}=1"]):
+        assert parser.parse_args(words).value == "1"
+    assert capsys.readouterr().err == f"segdeconv: warning: {former} is deprecated: it is now {option}\n" * 2
+    with pytest.raises(UsageError, match=f"^{former} is the former name of {option}, and both are given"):
+        parser.parse_args([option, "1", former, "1"])
+    with pytest.raises(UsageError, match="unrecognized arguments"):
+        ArgumentParser("predict.py").parse_args([former, "1"])

@@ -31,7 +31,7 @@ PROGRAMS = ("logger=wandb", "logger=mlflow")  # test_loggers.py has stand-ins fo
 
 # What makes a training command a matter of seconds, unless it says the key itself.
 SLIM = {
-    "trainer.max_steps": "2", "trainer.validate_every": "1", "trainer.precision": "32-true", "logger": "none",
+    "trainer.max_steps": "2", "trainer.check_val_every_n_epoch": "1", "trainer.precision": "32-true", "logger": "none",
     "dataset.size": "[32,32]", "dataset.batch_size": "2", "dataset.num_workers": "0", "dataset.cache": "none",
 }  # fmt: skip
 

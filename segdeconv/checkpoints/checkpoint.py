@@ -20,7 +20,7 @@ import torch
 
 from segdeconv.checkpoints import cards
 from segdeconv.classes import Classes
-from segdeconv.config import override, targets
+from segdeconv.config import override, rename_keys, targets
 from segdeconv.errors import CheckpointError, UsageError
 from segdeconv.models import SegmentationModel, build_model, check_model
 from segdeconv.system.files import hash_file, replace_text, replacing_path
@@ -252,7 +252,10 @@ def read(path: str | Path, *, trust: Collection[str] = (), overrides: Iterable[s
     version = ours.get("format")
     if version != FORMAT:
         raise CheckpointError(f"{path} has format {version} and this version reads {FORMAT} - upgrade segdeconv")
-    config, facts = metadata["config"], metadata["facts"]
+    try:
+        config, facts = rename_keys(metadata["config"], path), metadata["facts"]
+    except UsageError as error:
+        raise CheckpointError(str(error)) from error
     unknown = [name for name in foreign([config, facts]) if name not in trust]
     if unknown:
         raise CheckpointError(

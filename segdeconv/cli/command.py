@@ -28,11 +28,35 @@ if os.environ.get(KEEP_FREED):  # a process that a command has spawned, which im
     Image.MAX_IMAGE_PIXELS = None
 
 
+# Options that were renamed: former name -> current name. Every command that has the current one takes both.
+RENAMED_OPTIONS = {"--balancing": "--class-weighting", "--least-side": "--min-side", "--whole-too": "--with-whole"}
+
+
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse for one of the scripts, with its errors as one sentence of ours."""
+    """The argument parser of a script: its errors are UsageErrors, and it takes renamed options by both names."""
 
     def __init__(self, script: str, **settings: Any) -> None:
         super().__init__(command(Path(script).stem), **settings)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse as argparse does, with the current names of renamed options.
+
+        Raises:
+            UsageError: An option is given under both names.
+        """
+        words = [str(word) for word in (sys.argv[1:] if args is None else args)]
+        options = [word.partition("=")[0] for word in words]
+        for former, current in RENAMED_OPTIONS.items():
+            if former not in options or current not in self._option_string_actions:
+                continue
+            if current in options:
+                raise UsageError(f"{former} is the former name of {current}, and both are given - remove {former}")
+            words = [
+                current + word.removeprefix(former) if option == former else word
+                for word, option in zip(words, options, strict=True)
+            ]
+            print(f"segdeconv: warning: {former} is deprecated: it is now {current}", file=sys.stderr)
+        return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} - see {self.prog} --help")

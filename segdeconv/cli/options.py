@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 CRF_KEYS = "crf."
 OF_REGIONS = {
-    "proposals": "windows", "region_mode": "paper", "least_side": None, "whole_too": False, "save_regions": None,
+    "proposals": "windows", "region_mode": "paper", "min_side": None, "with_whole": False, "save_regions": None,
 }  # fmt: skip
 
 
@@ -39,8 +39,8 @@ def add_prediction_options(parser: argparse.ArgumentParser) -> None:
     add("--proposals", default="windows", help="windows (default), selective_search, edge_boxes, or a file of boxes")
     modes: dict[str, Any] = {"choices": ("paper", "mean", "released"), "default": "paper"}
     add("--region-mode", **modes, help="where regions overlap: maximum (paper, and as the code of it), or mean")
-    add("--least-side", type=int, metavar="PIXELS", help="skip smaller regions (default: 1; released: 112 of 224)")
-    add("--whole-too", action="store_true", help="the whole image is a region too")
+    add("--min-side", type=int, metavar="PIXELS", help="skip smaller regions (default: 1; released: 112 of 224)")
+    add("--with-whole", action="store_true", help="the whole image is a region too")
     add("--save-regions", type=Path, metavar="DIR", help="folder for the boxes and raw scores of every region")
     add("--ensemble", metavar="CHECKPOINT", help="a second network of the same classes, which sees each image whole")
     modes = {"choices": ("paper", "released"), "default": "paper"}
@@ -81,8 +81,8 @@ def prediction_settings(
             num=arguments.regions,
             proposals=arguments.proposals,
             mode=arguments.region_mode,
-            least_side=arguments.least_side,
-            with_whole=arguments.whole_too,
+            min_side=arguments.min_side,
+            with_whole=arguments.with_whole,
             save_to=arguments.save_regions,
         )
     return PredictionSettings(

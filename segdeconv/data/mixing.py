@@ -21,16 +21,16 @@ class Mixing:
         3.1, https://arxiv.org/abs/2007.07936, with true masks in place of predicted ones. `box`, a rectangle of the
         image's own shape, of a tenth to a half of its area: CutMix, Yun et al. 2019, section 3.1,
         https://arxiv.org/abs/1905.04899.
-    share: of the images, how many are mixed.
+    probability: that an image is mixed, 0..1.
     """
 
-    def __init__(self, mix: Mix, share: float, *, ignore_index: int, seed: int) -> None:
-        self.mix, self.share, self.ignore_index, self.seed = mix, share, ignore_index, seed
+    def __init__(self, mix: Mix, probability: float, *, ignore_index: int, seed: int) -> None:
+        self.mix, self.probability, self.ignore_index, self.seed = mix, probability, ignore_index, seed
 
     def partner(self, epoch: int, index: int, count: int) -> int | None:
         """The one of `count` images that this one is mixed with in this epoch, or None if it stays as it is."""
         random = np.random.default_rng(key(self.seed, "partner", epoch, index))
-        return int(random.integers(count)) if random.random() < self.share else None
+        return int(random.integers(count)) if random.random() < self.probability else None
 
     def pasted(self, mask: np.ndarray, epoch: int, index: int) -> np.ndarray:
         """mask: (H, W) uint8 of the partner -> (H, W) bool: which of its pixels are pasted."""

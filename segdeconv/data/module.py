@@ -31,7 +31,8 @@ class DataPipeline:
 
     size: (H, W) that the network sees, in training and prediction; None for each image's own.
     crop: (H, W) of training batches, cut at random after augmentation; None for `size`.
-    mix, mix_share: what of another training image is pasted into one, and into how many, see `Mixing`.
+    mix, mix_probability: which part of another training image is pasted into an image, and how often; see
+        `Mixing`.
     batch_size: images per process and step. num_workers: None for as many as suit the machine.
         More than the machine has cores for are not started.
     timeout: seconds after which a batch that does not come ends the run.
@@ -53,7 +54,7 @@ class DataPipeline:
         size: tuple[Side, Side] | None = None,
         crop: tuple[Side, Side] | None = None,
         mix: Literal["none"] | Mix = "none",
-        mix_share: Annotated[float, Field(ge=0, le=1)] = 0.5,
+        mix_probability: Annotated[float, Field(ge=0, le=1)] = 0.5,
         batch_size: Side = 4,
         num_workers: Annotated[int, Field(ge=0)] | None = None,
         timeout: Annotated[float, Field(ge=0)] = 120.0,
@@ -97,7 +98,7 @@ class DataPipeline:
         if store is not None:
             train = train.through(lambda whole: Cached(whole, store, size=sizes[0]))
             val = val.through(lambda whole: Cached(whole, store, first=len(splits[0]), size=sizes[1], masks_too=False))
-        mixing = None if mix == "none" else Mixing(mix, mix_share, ignore_index=ignore_index, seed=seed)
+        mixing = None if mix == "none" else Mixing(mix, mix_probability, ignore_index=ignore_index, seed=seed)
         self.samples = TrainingBatches(train, self.preprocessing, augmentation, mixing)
         self.val_samples = EvaluationSamples(val, self.preprocessing)
 

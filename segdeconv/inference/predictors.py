@@ -47,7 +47,7 @@ class RegionSettings:
     num: int
     proposals: str = "windows"
     mode: Mode = "paper"
-    least_side: int | None = None
+    min_side: int | None = None
     with_whole: bool = False
     save_to: Path | None = None
 
@@ -258,7 +258,7 @@ def _region_predictor(checkpoint: Checkpoint, network: Network, regions: RegionS
         raise UsageError("--regions resizes every region to one size - say which, for example dataset.crop=[224,224]")
     first = checkpoint.classes.names[0]
     if first != "background" and not regions.with_whole:
-        raise UsageError(f"what no region covers would become '{first}', the first class - add --whole-too")
+        raise UsageError(f"what no region covers would become '{first}', the first class - add --with-whole")
     propose = source(regions.proposals)
     return by_regions(
         lambda images: network(images).values,
@@ -267,7 +267,7 @@ def _region_predictor(checkpoint: Checkpoint, network: Network, regions: RegionS
         num=regions.num,
         mode=regions.mode,
         context=settings.get("context", 1.2),
-        least_side=regions.least_side,
+        min_side=regions.min_side,
         with_whole=regions.with_whole,
         batch_size=settings["batch_size"],
         keep=_saver(regions.save_to) if regions.save_to else None,

@@ -29,7 +29,7 @@ def by_regions(
     num: int = 50,
     mode: Mode = "paper",
     context: float = 1.2,
-    least_side: int | None = None,
+    min_side: int | None = None,
     with_whole: bool = False,
     batch_size: int = 8,
     keep: Callable[[str, np.ndarray, Tensor], None] | None = None,
@@ -44,7 +44,7 @@ def by_regions(
         (equation 1); so a negative score counts only where every region covers a pixel. `mean` is equation 2, divided
         by the number of regions that cover a pixel, which changes no label. `released` is the maximum over regions
         and 0. What no region covers is 0 for every class, which is the first class, in all three.
-    least_side: regions with a smaller side in pixels are skipped and do not count. None is half the network's side in
+    min_side: regions with a smaller side in pixels are skipped and do not count. None is half the network's side in
         the released code (112 of 224), and 1 otherwise.
     with_whole: the whole image is a region too, resized as it is, beyond `num`.
     keep: is given the name, the regions (N, 4) and their raw scores, (n, C, h, w) a batch, for whoever wants to check.
@@ -52,13 +52,13 @@ def by_regions(
     Takes the memory of one batch of regions and of one array of scores, whatever `num` is.
     """
     assert preprocessing.size is not None, "regions are resized to a size"
-    if least_side is None:
-        least_side = min(preprocessing.size) // 2 if mode == "released" else 1
+    if min_side is None:
+        min_side = min(preprocessing.size) // 2 if mode == "released" else 1
 
     def predict(image: np.ndarray, name: str) -> Iterator[tuple[Part, ClassScores]]:
         height, width = image.shape[:2]
         regions = squared(expanded(propose(image, name), context))
-        regions = regions[regions[:, 2] - regions[:, 0] >= least_side][:num]
+        regions = regions[regions[:, 2] - regions[:, 0] >= min_side][:num]
         if with_whole:
             regions = np.concatenate([[[0, 0, width, height]], regions])
         canvas: Tensor | None = None

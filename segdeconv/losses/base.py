@@ -33,12 +33,12 @@ class PixelLoss(nn.Module, ABC):
 
 
 class LogitAdjusted(PixelLoss):
-    """Any loss, of logits to which `adjustment * log weight` of each class is added.
+    """Any loss, of logits to which `logit_adjustment * log weight` of each class is added.
 
-    Weights make a network say weight * p where it would say p: rare classes are learnt early, and are seen where they
-    are not. Here nothing of what is learnt changes, only that the network itself says weight**(1 - adjustment) * p: 0
-    leaves the weights in its scores, 1 nothing of them. Menon et al. 2021, section 4,
-    https://arxiv.org/abs/2007.07314, with weights in the place of their priors.
+    With class weights a network predicts weight * p in place of p: rare classes are learned early, and predicted where
+    they are not. The adjustment keeps what is learned, but the network's own scores are weight**(1 - logit_adjustment)
+    * p: 0 keeps the weights in its scores, 1 removes them. Menon et al. 2021, section 4,
+    https://arxiv.org/abs/2007.07314, with weights in place of their priors.
 
     loss: has the same class weights. A class of weight 0 is left as it is.
     """
@@ -49,12 +49,12 @@ class LogitAdjusted(PixelLoss):
         self,
         loss: nn.Module,
         *,
-        adjustment: Annotated[float, Field(ge=0, le=1)] = 0.0,
+        logit_adjustment: Annotated[float, Field(ge=0, le=1)] = 0.0,
         class_weights: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         self.loss = loss
-        shift = [adjustment * math.log(weight) if weight else 0.0 for weight in class_weights or [1.0]]
+        shift = [logit_adjustment * math.log(weight) if weight else 0.0 for weight in class_weights or [1.0]]
         self.register_buffer("shift", weights_buffer(shift), persistent=False)
 
     def sums(self, logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

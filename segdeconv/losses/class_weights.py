@@ -65,24 +65,26 @@ def class_weights(
     pixels: Sequence[int],
     image_pixels: Sequence[int],
     *,
-    balancing: str = "none",
-    temper: Annotated[float, Field(gt=0, le=1)] = 1.0,
+    class_weighting: str = "none",
+    class_weighting_power: Annotated[float, Field(gt=0, le=1)] = 1.0,
 ) -> list[float] | None:
-    """The weights that `loss.balancing=NAME` asks for: `none`, a formula, or a preset of the originals.
+    """The weights that `loss.class_weighting=NAME` asks for: `none`, a formula, or a preset of the originals.
 
-    temper: exponent on the weights. Whole balancing buys accuracy of rare classes with false alarms; 0.5 halves
-    the range of the weights on a logarithmic scale.
+    class_weighting_power: exponent on the weights. Full balancing buys accuracy on rare classes with false alarms; 0.5
+    halves the range of the weights on a logarithmic scale.
     """
-    if balancing == "none":
+    if class_weighting == "none":
         return None
-    if balancing not in FORMULAS and balancing not in PRESETS:
+    if class_weighting not in FORMULAS and class_weighting not in PRESETS:
         choices = ["none", *FORMULAS, *PRESETS]
-        raise UsageError(f"loss.balancing={balancing} is unknown - {did_you_mean(balancing, choices)}")
-    formula = FORMULAS.get(balancing)
-    weights = list(PRESETS[balancing]) if formula is None else formula(pixels, image_pixels)
+        raise UsageError(
+            f"loss.class_weighting={class_weighting} is unknown - {did_you_mean(class_weighting, choices)}"
+        )
+    formula = FORMULAS.get(class_weighting)
+    weights = list(PRESETS[class_weighting]) if formula is None else formula(pixels, image_pixels)
     if len(weights) != len(pixels):
         raise UsageError(
-            f"loss.balancing={balancing} has {len(weights)} weights and the data set {len(pixels)} classes - choose "
-            "loss.balancing=median_frequency to compute them"
+            f"loss.class_weighting={class_weighting} has {len(weights)} weights and the data set {len(pixels)} classes "
+            "- choose loss.class_weighting=median_frequency to compute them"
         )
-    return [weight**temper for weight in weights]
+    return [weight**class_weighting_power for weight in weights]

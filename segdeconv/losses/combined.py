@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from segdeconv.config import Node, build, check, deal, locate
 from segdeconv.errors import UsageError
 from segdeconv.losses.base import LogitAdjusted, PixelLoss
-from segdeconv.losses.class_weights import class_weights as balancing
+from segdeconv.losses.class_weights import class_weights as class_weighting
 
 
 class Sum(PixelLoss):
@@ -51,26 +51,26 @@ class Sum(PixelLoss):
 
 
 # Who takes the keys of a `loss` node beside the loss itself.
-SCHEMAS = (balancing, LogitAdjusted)
+SCHEMAS = (class_weighting, LogitAdjusted)
 
 
 def check_loss(node: Mapping[str, Any]) -> Node:
-    """The `loss` node of a config: arguments of the loss, of the balancing that gives it class weights, and of the
+    """The `loss` node of a config: arguments of the loss, of the class weighting, and of the
     adjustment that takes them out of the scores.
     """
     return _check(node, "loss", *SCHEMAS, supplied=["pixels", "image_pixels", "loss"])
 
 
 def balance(node: Mapping[str, Any], pixels: Sequence[int], image_pixels: Sequence[int]) -> list[float] | None:
-    """Class weights by the balancing of a checked `loss` node; see `class_weights`."""
-    return balancing(pixels, image_pixels, **deal(node, SCHEMAS)[0])
+    """Class weights by the class weighting of a checked `loss` node; see `class_weights`."""
+    return class_weighting(pixels, image_pixels, **deal(node, SCHEMAS)[0])
 
 
 def build_loss(node: Mapping[str, Any], *, class_weights: Sequence[float] | None, ignore_index: int) -> nn.Module:
     """The loss of a checked `loss` node, given the class weights that `balance` finds."""
     _, settings, own = deal(node, SCHEMAS)
     loss: nn.Module = build(own, "loss", class_weights=class_weights, ignore_index=ignore_index)
-    return LogitAdjusted(loss, class_weights=class_weights, **settings) if settings["adjustment"] else loss
+    return LogitAdjusted(loss, class_weights=class_weights, **settings) if settings["logit_adjustment"] else loss
 
 
 def _check(node: Mapping[str, Any], where: str, *beside: Any, supplied: Sequence[str] = ()) -> Node:

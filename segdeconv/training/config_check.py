@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from segdeconv.config import TARGET, check, locate
+from segdeconv.config import TARGET, check, locate, rename_keys
 from segdeconv.data.module import check_augment, check_dataset
 from segdeconv.errors import UsageError, did_you_mean
 from segdeconv.losses import check_loss
@@ -28,7 +28,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 def check_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Hold a config against the constructors it names; returns it with their defaults, and those above, written in."""
-    config = {**DEFAULTS, **config}
+    config = {**DEFAULTS, **rename_keys(config, "the config")}
     known = {*DEFAULTS, "seed", "resume", "resume_force", "init_from", "max_time"}
     for name in config:
         if name not in known:

@@ -70,8 +70,9 @@ class TrainingDiagnostics(Callback):
             _say(
                 trainer,
                 f"batch norm takes its statistics from {images} image{'s' if images > 1 else ''} at a time, which makes"
-                " them noisy and validation worse than training; raise dataset.batch_size (trainer.accumulate does not "
-                "help here), or set trainer.norm=frozen with trained weights" + (" or trainer.norm=sync" * synced),
+                " them noisy and validation worse than training; raise dataset.batch_size "
+                "(trainer.accumulate_grad_batches does not help here), or set trainer.norm=frozen with trained weights"
+                + (" or trainer.norm=sync" * synced),
             )
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
@@ -97,7 +98,7 @@ class TrainingDiagnostics(Callback):
                     trainer,
                     f"the network predicts '{now}' for every pixel: mIoU {val.scores.miou:.4f} equals all-{now}; "
                     f"if that stays, the usual causes are the learning rate (now {lr:.2g}), rare classes that the loss "
-                    "does not hear (loss.balancing=median_frequency) and masks that are not what they should be "
+                    "does not hear (loss.class_weighting=median_frequency) and masks that are not what they should be "
                     "(inspect_data shows them)",
                 )
             self._collapsed = now

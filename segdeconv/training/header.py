@@ -44,7 +44,7 @@ def header(
         "training": f"{trainer.max_epochs} epochs, {task.total_steps} steps of {_batch(data, trainer)} on "
         f"{trainer.strategy.root_device}, precision {trainer.precision}, channels last"
         + (", compiled" if task.compiles(trainer.strategy.root_device) else ", not compiled")
-        + (", stages computed again in the backward pass" if task.recompute else ""),
+        + (", activation checkpointing" if task.activation_checkpointing else ""),
         "memory": f"about {readable(memory.total(data.batch_size))} a process: {readable(memory.weights)} for weights, "
         f"gradients and optimizer, {readable(memory.image)} for each image"
         + (f"; {readable(free)} are free" if free else "")

@@ -43,7 +43,8 @@ def explain_out_of_memory(batch_size: int) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not ran_out_of_memory(error):
             raise
-        fewer = f"dataset.batch_size={max(1, batch_size // 2)} (with trainer.accumulate=2 it learns the same), "
+        half = max(1, batch_size // 2)
+        fewer = f"dataset.batch_size={half} (with trainer.accumulate_grad_batches=2 it learns the same), "
         raise UsageError(
             f"memory ran out with dataset.batch_size={batch_size} - try {fewer if batch_size > 1 else ''}a smaller "
             f"dataset.crop or dataset.size, or model.width; {command('find', ['batch_size'])} finds what fits"

@@ -11,7 +11,7 @@ import yaml
 from segdeconv.checkpoints import checkpoint
 from segdeconv.checkpoints.checkpoint import Checkpoint
 from segdeconv.classes import Classes
-from segdeconv.config import current
+from segdeconv.config import current_name, rename_keys
 from segdeconv.errors import CheckpointError, UsageError
 from segdeconv.system.devices import machine
 from segdeconv.system.files import replace_text
@@ -21,7 +21,7 @@ from segdeconv.training.run_folder import lock_run
 # Keys of a config that may differ when a run goes on: they do not change what is learnt.
 CHANGEABLE_KEYS = (
     "resume", "resume_force", "max_time", "logger", "dataset.num_workers", "dataset.timeout", "dataset.root",
-    "trainer.recompute", "dataset.cache", "dataset.cache_size", "dataset.checksums",
+    "trainer.activation_checkpointing", "dataset.cache", "dataset.cache_size", "dataset.checksums",
 )  # fmt: skip
 
 
@@ -58,13 +58,13 @@ def finished(run: Path) -> bool:
 
 def _is_of(run: Path, config: Mapping[str, Any]) -> bool:
     try:
-        return not differing_keys(_config_of(run), config)
+        return not differing_keys(read_config(run), config)
     except UsageError:  # a folder that nobody named: it is passed over
         return False
 
 
-def _config_of(run: Path) -> Any:
-    """What a run was started with: plain data, of which nothing is built."""
+def read_config(run: Path) -> dict[str, Any]:
+    """Return the config that a run was started with: plain data, from which nothing is built."""
     path = run / "config.yaml"
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -73,7 +73,7 @@ def _config_of(run: Path) -> Any:
         raise UsageError(f"{path} is not the config of a run ({said}) - choose another hydra.run.dir") from error
     if not isinstance(config, dict):
         raise UsageError(f"{path} is not the config of a run - choose another hydra.run.dir")
-    return config
+    return rename_keys(config, path)
 
 
 def open_run(run: Path, config: Mapping[str, Any]) -> Checkpoint | None:
@@ -89,7 +89,7 @@ def open_run(run: Path, config: Mapping[str, Any]) -> Checkpoint | None:
         raise UsageError(f"{run} already holds a run - go on with resume=auto or choose another hydra.run.dir")
     resumed = None
     if begun:
-        differing = differing_keys(_config_of(run), config)
+        differing = differing_keys(read_config(run), config)
         if differing and not config["resume_force"]:
             raise UsageError(
                 f"{run} was started with other values of {', '.join(differing)} - give those, or resume_force=true"
@@ -177,4 +177,4 @@ def differing_keys(before: Any, now: Any, where: str = "") -> list[str]:
             for name in keys
             for key in differing_keys(before.get(name), now.get(name), f"{where}.{name}" if where else str(name))
         ]
-    return [] if current(before) == current(now) else [where]
+    return [] if current_name(before) == current_name(now) else [where]

@@ -45,13 +45,13 @@ class TrainerSettings:
     accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
     devices: int | str = "auto"
     num_nodes: Count = 1
-    accumulate: Count = 1
+    accumulate_grad_batches: Count = 1
     norm: Literal["batch", "sync", "frozen"] = "batch"
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
-    gradient_clip: Annotated[float, Field(gt=0)] | None = None
-    validate_every: Count = 1
+    gradient_clip_val: Annotated[float, Field(gt=0)] | None = None
+    check_val_every_n_epoch: Count = 1
     deterministic: bool = False
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     compile: Literal["auto", True, False] = "auto"
-    recompute: bool = False
+    activation_checkpointing: bool = False
     patience: Count | None = None

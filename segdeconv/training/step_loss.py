@@ -10,7 +10,7 @@ from torch import Tensor
 from segdeconv.errors import DivergedError
 from segdeconv.training.processes import summed
 
-LOWER = "lower optimizer.lr, add schedule.warmup_steps or clip with trainer.gradient_clip"
+LOWER = "lower optimizer.lr, add schedule.warmup_steps or clip with trainer.gradient_clip_val"
 
 
 class Pending(NamedTuple):

@@ -67,18 +67,18 @@ class SegmentationTask(LightningModule):
         settings: TrainerSettings,
     ) -> None:
         super().__init__()
-        if settings.compile is True and settings.recompute:
+        if settings.compile is True and settings.activation_checkpointing:
             raise UsageError(
-                "trainer.compile=true and trainer.recompute=true: torch.compile chooses by itself what to compute again"
-                " - leave one of them out"
+                "trainer.compile=true and trainer.activation_checkpointing=true: torch.compile chooses by itself what "
+                "to compute again - leave one of them out"
             )
         self.model = model.to(memory_format=torch.channels_last)
         self.loss = loss
         self.optimizer, self.schedule = optimizer, schedule
         self.classes, self.seed, self.total_steps, self.metadata = classes, seed, total_steps, dict(metadata)
         self.norm, self.ema = settings.norm, settings.ema
-        self.compilation, self.recompute = settings.compile, settings.recompute
-        if self.recompute:
+        self.compilation, self.activation_checkpointing = settings.compile, settings.activation_checkpointing
+        if self.activation_checkpointing:
             checkpoint_activations(self.model)
         self._supervised: Callable[[Tensor], tuple[Tensor, ...]] = self.model.supervised
         self.averaged = copy.deepcopy(model).requires_grad_(False) if self.ema is not None else None
@@ -111,7 +111,9 @@ class SegmentationTask(LightningModule):
     def compiles(self, device: torch.device) -> bool:
         """Whether training on this device goes through torch.compile."""
         if self.compilation == "auto":
-            return not self.recompute and device.type == "cuda" and load_triton_kernels(device) is not None
+            return (
+                not self.activation_checkpointing and device.type == "cuda" and load_triton_kernels(device) is not None
+            )
         return self.compilation
 
     def on_fit_start(self) -> None:

@@ -159,7 +159,7 @@ def test_an_address_is_no_checkpoint_anywhere(place, commands, script):
         "predict": ("predict", address, "mine/images"),
         "recalibrate": ("recalibrate", address),
         "init_from": ("train", *DATA, f"init_from={address}", "hydra.run.dir=new"),
-        "ensemble": ("evaluate", "run/best.ckpt", "--regions", "2", "--whole-too", "--ensemble", address),
+        "ensemble": ("evaluate", "run/best.ckpt", "--regions", "2", "--with-whole", "--ensemble", address),
         "resume": ("train", *DATA, f"resume={address}"),
     }[script]
     done = commands(*words, cwd=place, limits={"no_network": True})

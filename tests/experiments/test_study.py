@@ -60,19 +60,22 @@ def test_the_papers_own_table_is_judged_as_it_is_by_hand():
         ("none", larger): "C mIoU",  # G: 83.5 to FCN-Basic's 83.9; BF: 37.13 to 37.33
         ("both", "balancing raises the accuracy by class"): "C",
         ("both", "balancing mostly raises the IoU"): "mIoU",
-        ("both", "without balancing more pixels are right"): "",  # FCN-Basic-NoDimReduction: 84.1 with, 83.5 without
+        (
+            "both",
+            "without balancing more pixels are right",
+        ): "",  # FCN-Basic-NoDimReduction: 84.1 with, 83.5 without
     }
     found = {key: [] for key in held}
-    for ordering in paper.orderings(paper.BALANCINGS):
+    for ordering in paper.orderings(paper.CLASS_WEIGHTINGS):
         holds = paper.judge(ordering, paper.published).holds
         assert holds is not None
-        found[ordering.balancing, ordering.claim] += [ordering.score] * holds
+        found[ordering.class_weighting, ordering.claim] += [ordering.score] * holds
     assert {key: " ".join(scores) for key, scores in found.items()} == held
 
 
 def test_orderings_between_balancings_are_stated_only_where_there_are_both():
     assert len(paper.orderings(["none"])) == 12
-    assert len(paper.orderings(paper.BALANCINGS)) == 27
+    assert len(paper.orderings(paper.CLASS_WEIGHTINGS)) == 27
 
 
 # What an ordering means.
@@ -279,7 +282,7 @@ def test_a_run_that_diverges_leaves_its_row_empty_and_the_others_go_on(tmp_path,
     ("words", "message"),
     [
         (("--models", "fcn_basik"), "--models: there is no 'fcn_basik' - did you mean 'fcn_basic'?"),
-        (("--balancing", "median"), "--balancing: there is no 'median' - did you mean 'median_frequency'?"),
+        (("--class-weighting", "median"), "--class-weighting: there is no 'median' - did you mean 'median_frequency'?"),
         (("--seeds", "a"), "--seeds a are no numbers - write for example --seeds 0,1,2"),
         (("--split", "tset"), "there is no split 'tset' - the splits are train, val, test"),
         (("seed=3",), "seed=3 is the study's to say - use --seeds"),
@@ -305,5 +308,5 @@ def test_every_network_composes_with_the_config_of_the_study(experiment):
         assert (config["optimizer"]["lr"], config["optimizer"]["momentum"]) == (0.1, 0.9)
         assert config["dataset"]["batch_size"] == 12
         assert (config["dataset"]["mean"], config["dataset"]["std"]) == ([0, 0, 0], [1, 1, 1])
-        assert config["loss"]["balancing"] == "median_frequency"
+        assert config["loss"]["class_weighting"] == "median_frequency"
         assert config["augment"] == {}

@@ -121,7 +121,7 @@ def test_skipped_boxes_do_not_count_towards_the_number() -> None:
     )  # the first is too small
     scores, _ = layers(squared(expanded(order[:1], 1.2)))
     np.testing.assert_allclose(predicted(boxes=order, num=1), scores[0].clip(min=0) + scores[0].clip(max=0), atol=1e-5)
-    assert (predicted(boxes=order, num=1, least_side=8) == predicted(boxes=order[1:], num=1)).all()
+    assert (predicted(boxes=order, num=1, min_side=8) == predicted(boxes=order[1:], num=1)).all()
 
 
 def test_the_mean_is_over_the_regions_that_cover_a_pixel() -> None:
@@ -138,7 +138,7 @@ def test_what_no_region_covers_is_0_for_every_class(mode: Any) -> None:
     assert outside.any()
     assert (predicted(mode=mode)[:, outside] == 0).all()
     assert (predicted(mode=mode, boxes=BOXES[:0]) == 0).all()
-    assert (predicted(mode=mode, least_side=1000) == 0).all()
+    assert (predicted(mode=mode, min_side=1000) == 0).all()
 
 
 def test_the_whole_image_may_be_a_region_beside_the_others() -> None:
@@ -330,9 +330,9 @@ def test_what_does_not_go_together_is_one_sentence(
 
 def test_without_a_background_what_is_uncovered_would_be_a_class(trained: Path, tmp_path: Path) -> None:
     path = trained_on(tmp_path / "run", label_map={"background": "ground"})
-    with pytest.raises(UsageError, match="would become 'ground', the first class - add --whole-too"):
+    with pytest.raises(UsageError, match="would become 'ground', the first class - add --with-whole"):
         looking(path, "--regions=5")
-    assert looking(path, "--regions=2", "--whole-too")(PICTURE, "x").shape == (1, 7, 50, 70)
+    assert looking(path, "--regions=2", "--with-whole")(PICTURE, "x").shape == (1, 7, 50, 70)
 
 
 def test_the_settings_of_the_crf_are_its_defaults_unless_said() -> None:
@@ -344,7 +344,7 @@ def test_the_settings_of_the_crf_are_its_defaults_unless_said() -> None:
     ("words", "message"),
     [
         (("crf.iterations=3",), "crf.iterations=3 does nothing without --crf"),
-        (("--whole-too",), "--whole-too does nothing without --regions N"),
+        (("--with-whole",), "--with-whole does nothing without --regions N"),
         (("--region-mode=mean", "--crf"), "--region-mode does nothing without --regions N"),
         (("--ensemble-mode=released",), "--ensemble-mode does nothing without --ensemble CHECKPOINT"),
     ],
@@ -415,7 +415,7 @@ def test_images_that_are_no_pictures_are_cut_and_refined_as_they_are_shown(tmp_p
         "logger": {},
     }  # fmt: skip
     train(config, tmp_path / "run")
-    look = looking(tmp_path / "run/best.ckpt", "--regions=3", "--whole-too", "--crf", "crf.iterations=1")
+    look = looking(tmp_path / "run/best.ckpt", "--regions=3", "--with-whole", "--crf", "crf.iterations=1")
     found = look(np.load(tmp_path / "data/images/0.npy"), "0")
     assert found.shape == (1, 2, 40, 40)
     torch.testing.assert_close(found.sum(dim=1), torch.ones(1, 40, 40))

@@ -55,7 +55,7 @@ def test_inverse_frequency_gives_every_present_class_the_same_total():
 
 def test_camvid_preset_is_the_published_list():
     published = "0.2595, 0.1826, 4.5640, 0.1417, 0.9051, 0.3826, 9.6446, 1.8418, 0.6823, 6.2478, 7.3614"
-    assert class_weights(PIXELS, IMAGE_PIXELS, balancing="camvid") == [float(x) for x in published.split(", ")]
+    assert class_weights(PIXELS, IMAGE_PIXELS, class_weighting="camvid") == [float(x) for x in published.split(", ")]
 
 
 def test_sunrgbd_preset_is_the_published_list_without_void():
@@ -77,19 +77,23 @@ def test_no_balancing_is_no_weights():
 
 def test_balancing_by_name_is_the_formula():
     for name, formula in {"median_frequency": median_frequency, "inverse_frequency": inverse_frequency}.items():
-        assert class_weights(PIXELS, IMAGE_PIXELS, balancing=name) == formula(PIXELS, IMAGE_PIXELS)
+        assert class_weights(PIXELS, IMAGE_PIXELS, class_weighting=name) == formula(PIXELS, IMAGE_PIXELS)
 
 
 def test_temper_is_an_exponent_and_keeps_absent_classes_at_zero():
-    weights = class_weights([50, 0, 10, 20], [100, 0, 100, 100], balancing="median_frequency", temper=0.5)
+    weights = class_weights(
+        [50, 0, 10, 20], [100, 0, 100, 100], class_weighting="median_frequency", class_weighting_power=0.5
+    )
     assert weights == pytest.approx([0.4**0.5, 0, 2**0.5, 1])
 
 
 def test_unknown_balancing_is_refused_with_a_proposal():
-    with pytest.raises(ValueError, match=r"loss\.balancing=median_freqency is unknown - did you mean 'median_freq"):
-        class_weights(PIXELS, IMAGE_PIXELS, balancing="median_freqency")
+    with pytest.raises(
+        ValueError, match=r"loss\.class_weighting=median_freqency is unknown - did you mean 'median_freq"
+    ):
+        class_weights(PIXELS, IMAGE_PIXELS, class_weighting="median_freqency")
 
 
 def test_preset_of_another_data_set_is_refused():
-    with pytest.raises(ValueError, match=r"loss\.balancing=camvid has 11 weights and the data set 2 classes"):
-        class_weights([1, 1], [2, 2], balancing="camvid")
+    with pytest.raises(ValueError, match=r"loss\.class_weighting=camvid has 11 weights and the data set 2 classes"):
+        class_weights([1, 1], [2, 2], class_weighting="camvid")

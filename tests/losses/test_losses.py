@@ -50,7 +50,9 @@ EVERY = {
 
 
 def adjusted(loss, adjustment, *, class_weights=None, **given):
-    return LogitAdjusted(loss(class_weights=class_weights, **given), adjustment=adjustment, class_weights=class_weights)
+    return LogitAdjusted(
+        loss(class_weights=class_weights, **given), logit_adjustment=adjustment, class_weights=class_weights
+    )
 
 
 every = pytest.mark.parametrize("make", EVERY.values(), ids=EVERY.keys())
@@ -297,13 +299,13 @@ def test_an_adjustment_without_weights_or_for_a_class_of_weight_zero_is_none(bat
 
 @pytest.mark.parametrize("name", ["cross_entropy", "ce_lovasz"])
 def test_the_command_line_adjusts_any_loss_by_the_weights_of_its_balancing(name):
-    words = [f"loss={name}", "loss.balancing=median_frequency", "loss.adjustment=0.5"]
+    words = [f"loss={name}", "loss.class_weighting=median_frequency", "loss.logit_adjustment=0.5"]
     node = composed(*words)
     weights = balance(node, [90, 10], [100, 100])
     built = build_loss(node, class_weights=weights, ignore_index=255)
     assert isinstance(built, LogitAdjusted)
     torch.testing.assert_close(built.shift, 0.5 * torch.tensor(weights).log())
-    plain = build_loss({**node, "adjustment": 0.0}, class_weights=weights, ignore_index=255)
+    plain = build_loss({**node, "logit_adjustment": 0.0}, class_weights=weights, ignore_index=255)
     assert not isinstance(plain, LogitAdjusted)
 
 
@@ -573,7 +575,7 @@ def test_the_command_line_reaches_into_a_sum_and_defaults_are_written_in():
         ({"dice": {**DICE, "smoth": 1}}, "there is no key loss.parts.dice.smoth - did you mean 'smooth'?"),
         ({"dice": {**DICE, "factor": -1}}, "loss.parts.dice.factor=-1: input should be greater than or equal to 0"),
         ({"dice": {**DICE, "ignore_index": 3}}, "there is no key loss.parts.dice.ignore_index"),
-        ({"dice": {**DICE, "balancing": "camvid"}}, "there is no key loss.parts.dice.balancing"),
+        ({"dice": {**DICE, "class_weighting": "camvid"}}, "there is no key loss.parts.dice.class_weighting"),
         ({"dice": {"factor": 1}}, "loss.parts.dice._target_ is None - give the dotted name of a class, as in"),
         ({}, "loss.parts is empty - name at least one loss"),
         ({"all": {"_target_": "segdeconv.losses.Sum", "parts": {"ce": {**CE, "x": 1}}}}, "loss.parts.all.parts.ce.x"),

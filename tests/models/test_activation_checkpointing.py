@@ -88,7 +88,7 @@ def test_nothing_is_computed_again_without_gradients():
 def test_a_run_that_computes_again_ends_with_the_same_weights(tmp_path, capsys):
     train(config(trainer__max_epochs=1), tmp_path / "plain")
     assert "stages computed again" not in capsys.readouterr().out
-    train(config(trainer__max_epochs=1, trainer__recompute=True), tmp_path / "again")
+    train(config(trainer__max_epochs=1, trainer__activation_checkpointing=True), tmp_path / "again")
     assert "not compiled, stages computed again in the backward pass" in capsys.readouterr().out
     one, other = state(tmp_path / "plain"), state(tmp_path / "again")
     assert one.keys() == other.keys()
@@ -96,5 +96,7 @@ def test_a_run_that_computes_again_ends_with_the_same_weights(tmp_path, capsys):
 
 
 def test_computing_again_and_compiling_exclude_each_other(tmp_path):
-    with pytest.raises(UsageError, match=r"trainer\.compile=true and trainer\.recompute=true: .* leave one"):
-        train(config(trainer__compile=True, trainer__recompute=True), tmp_path)
+    with pytest.raises(
+        UsageError, match=r"trainer\.compile=true and trainer\.activation_checkpointing=true: .* leave one"
+    ):
+        train(config(trainer__compile=True, trainer__activation_checkpointing=True), tmp_path)

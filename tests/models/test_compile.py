@@ -114,5 +114,5 @@ def test_errors_that_a_network_says_are_said_by_a_compiled_one(tmp_path, without
 def test_auto_compiles_where_triton_runs_on_a_gpu(setting, device, runs, expected, monkeypatch):
     monkeypatch.setattr(task, "load_triton_kernels", lambda device: object() if runs else None)
     made = SegmentationTask.__new__(SegmentationTask)
-    made.__dict__.update(compilation=setting, recompute=False)
+    made.__dict__.update(compilation=setting, activation_checkpointing=False)
     assert made.compiles(torch.device(device)) is expected

@@ -282,7 +282,7 @@ def test_the_experiments_have_the_authors_numbers(arguments, lr, steps, norm_dec
     assert config["trainer"]["max_steps"] == steps <= config["trainer"]["max_epochs"] * (367 // 4)
     assert (dataset["size"], dataset["batch_size"], dataset["mean"]) == ([360, 480], 4, [0, 0, 0])
     assert config["augment"] == {}
-    assert (config["loss"]["balancing"], config["loss"]["normalisation"]) == ("camvid", "pixels")
+    assert (config["loss"]["class_weighting"], config["loss"]["normalisation"]) == ("camvid", "pixels")
     model = build_model(config["model"], 11, 3, fresh=True)
     found = [module for module in model.modules() if isinstance(module, nn.Dropout)]
     assert len(found) == dropouts

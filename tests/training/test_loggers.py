@@ -91,7 +91,7 @@ def test_a_logger_gets_scalars_pictures_and_the_config(recorded):
 def test_what_may_differ_when_a_run_goes_on_is_no_parameter(recorded):
     """MLflow refuses to change a parameter, and a run may be resumed with more workers."""
     assert not {"num_workers", "cache", "timeout"} & set(recorded.parameters["dataset"])
-    assert "recompute" not in recorded.parameters["trainer"]
+    assert "activation_checkpointing" not in recorded.parameters["trainer"]
     assert {"batch_size", "size"} <= set(recorded.parameters["dataset"])
 
 

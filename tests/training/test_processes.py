@@ -95,7 +95,7 @@ def assert_close(found, expected):
 
 @pytest.mark.parametrize(("batch_size", "accumulate"), [(8, 1), (4, 2), (2, 4), (1, 8)])
 def test_accumulated_batches_are_one_large_batch_though_void_is_uneven(tmp_path, by_hand, batch_size, accumulate):
-    train(config(dataset__batch_size=batch_size, trainer__accumulate=accumulate), tmp_path)
+    train(config(dataset__batch_size=batch_size, trainer__accumulate_grad_batches=accumulate), tmp_path)
     assert_close(weights(tmp_path), by_hand)
 
 
@@ -269,7 +269,7 @@ def test_a_multirun_with_two_processes_runs_each_job_once(tmp_path):
 def test_the_gradient_of_the_mean_is_what_is_clipped(tmp_path, accumulate):
     """One step of plain SGD with the gradient clipped to norm 0.01 moves all weights together by lr * 0.01."""
     plain = {"optimizer__momentum": 0.0, "optimizer__weight_decay": 0.0, "trainer__max_steps": 1}
-    train(config(trainer__gradient_clip=0.01, trainer__accumulate=accumulate, **plain), tmp_path)
+    train(config(trainer__gradient_clip_val=0.01, trainer__accumulate_grad_batches=accumulate, **plain), tmp_path)
     torch.manual_seed(0)
     start, after = SegNet(3, stages=((4,), (8,))).state_dict(), weights(tmp_path)
     moved = sum(float((after[name] - value).double().square().sum()) for name, value in start.items()) ** 0.5

@@ -11,7 +11,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from segdeconv.checkpoints import checkpoint
-from segdeconv.config import compose
+from segdeconv.config import compose, rename_keys
 from segdeconv.errors import DivergedError, Interrupted, UsageError
 from segdeconv.train import train
 from segdeconv.training import config_check
@@ -197,7 +197,10 @@ def test_a_run_of_the_version_before_is_found_and_goes_on(tmp_path, undisturbed)
     now = yaml.safe_load((tmp_path / "old" / "config.yaml").read_text())
     assert now["logger"] == {"_target_": "segdeconv.training.loggers.TensorBoard"}
     before = yaml.safe_load(text)
-    assert {key for key in now if now[key] != before[key]} == {"logger", "resume"}
+    assert {key for key in now if now[key] != before[key]} == {"logger", "resume", "dataset", "loss", "trainer"}
+    assert {key: now[key] for key in ("dataset", "loss", "trainer")} == {
+        key: rename_keys(before, GOLDEN)[key] for key in ("dataset", "loss", "trainer")
+    }
     train(before, tmp_path / "again", runs=None)  # and as a config from Python
     assert digest(tmp_path / "again") == undisturbed
 

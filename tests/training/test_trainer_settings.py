@@ -284,7 +284,7 @@ def test_a_collapse_is_said_in_words_with_the_score_it_equals(tmp_path, capsys, 
 
 
 def test_few_images_for_batch_norm_are_said(tmp_path, capsys):
-    train(config(dataset__batch_size=2, trainer__accumulate=4, trainer__max_epochs=1), tmp_path / "2")
+    train(config(dataset__batch_size=2, trainer__accumulate_grad_batches=4, trainer__max_epochs=1), tmp_path / "2")
     assert "watch: batch norm takes its statistics from 2 images at a time" in capsys.readouterr().out
     train(config(dataset__batch_size=2, trainer__norm="frozen", trainer__max_epochs=1), tmp_path / "frozen")
     train(config(dataset__batch_size=4, trainer__max_epochs=1), tmp_path / "4")

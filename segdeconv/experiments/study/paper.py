@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 # The paper's measures, and what report.json calls them.
 SCORES = {"G": "pixel_accuracy", "C": "mean_accuracy", "mIoU": "miou", "BF": "boundary_f1"}
-BALANCINGS = ("median_frequency", "none")
+CLASS_WEIGHTINGS = ("median_frequency", "none")
 
 
 class Variant(NamedTuple):
@@ -16,7 +16,7 @@ class Variant(NamedTuple):
 
     model: its file in configs/model. parameters: in millions. storage: multiple of what SegNet-Basic stores, None where
     the paper has n/a. milliseconds: of a forward pass. scores: G, C, mIoU and BF in percent on CamVid's test images, by
-    the balancing of the loss.
+    the class weighting of the loss.
     """
 
     name: str
@@ -29,7 +29,7 @@ class Variant(NamedTuple):
 
 def _published(*percents: float) -> dict[str, tuple[float, float, float, float]]:
     balanced, natural = percents[:4], percents[4:]
-    return dict(zip(BALANCINGS, (balanced, natural), strict=True))  # type: ignore[arg-type]
+    return dict(zip(CLASS_WEIGHTINGS, (balanced, natural), strict=True))  # type: ignore[arg-type]
 
 
 VARIANTS = (
@@ -55,7 +55,7 @@ BY_MODEL = {variant.model: variant for variant in VARIANTS}
 
 # The orderings that the paper states, and no others.
 
-Key = tuple[str, str]  # balancing, model
+Key = tuple[str, str]  # class weighting, model
 ScoreOf = Callable[[Key, str], float | None]
 
 
@@ -83,14 +83,14 @@ class Ordering(NamedTuple):
     """
 
     claim: str
-    balancing: str
+    class_weighting: str
     score: str
     comparisons: tuple[Comparison, ...]
     most: bool = False
 
 
-def orderings(balancings: Sequence[str]) -> list[Ordering]:
-    """Section 3.3 of the paper, for networks trained with these balancings of the loss.
+def orderings(class_weightings: Sequence[str]) -> list[Ordering]:
+    """Section 3.3 of the paper, for networks trained with these class weightings of the loss.
 
     The last three need both. What the paper says of every measure is one ordering for each of the four.
     """
@@ -102,20 +102,22 @@ def orderings(balancings: Sequence[str]) -> list[Ordering]:
         ("fcn_basic_no_addition_no_dim_reduction", "fcn_basic_no_addition"),
     )
     stated = []
-    for balancing in balancings:
-        fixed = (balancing, "bilinear_interpolation")
-        learned = tuple((balancing, model) for model in models if model != fixed[1])
-        full = tuple((balancing, model) for model in keeping)
-        others = tuple((balancing, model) for model in models if model not in keeping)
-        pairs = tuple(Comparison(((balancing, big),), ((balancing, small),)) for big, small in larger)
+    for class_weighting in class_weightings:
+        fixed = (class_weighting, "bilinear_interpolation")
+        learned = tuple((class_weighting, model) for model in models if model != fixed[1])
+        full = tuple((class_weighting, model) for model in keeping)
+        others = tuple((class_weighting, model) for model in models if model not in keeping)
+        pairs = tuple(Comparison(((class_weighting, big),), ((class_weighting, small),)) for big, small in larger)
         for claim, comparisons in (
             ("bilinear interpolation without learning is the worst", (Comparison(learned, (fixed,)),)),
             ("the best stores the encoder's maps in full", (Comparison(full, others, best=True),)),
             ("a larger decoder is better for a given encoder", pairs),
         ):
-            stated += [Ordering(claim, balancing, score, comparisons) for score in SCORES]
-    if set(BALANCINGS) <= set(balancings):
-        balanced, natural = (tuple((balancing, model) for model in models) for balancing in BALANCINGS)
+            stated += [Ordering(claim, class_weighting, score, comparisons) for score in SCORES]
+    if set(CLASS_WEIGHTINGS) <= set(class_weightings):
+        balanced, natural = (
+            tuple((class_weighting, model) for model in models) for class_weighting in CLASS_WEIGHTINGS
+        )
         for claim, score, above, below in (
             ("balancing raises the accuracy by class", "C", balanced, natural),
             ("balancing mostly raises the IoU", "mIoU", balanced, natural),
@@ -150,5 +152,5 @@ def judge(ordering: Ordering, score_of: ScoreOf) -> Verdict:
 
 def published(key: Key, score: str) -> float | None:
     """The paper's own number."""
-    balancing, model = key
-    return BY_MODEL[model].scores[balancing][list(SCORES).index(score)]
+    class_weighting, model = key
+    return BY_MODEL[model].scores[class_weighting][list(SCORES).index(score)]

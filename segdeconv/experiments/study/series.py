@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from segdeconv.errors import DivergedError, Interrupted, UsageError, did_you_mean
 from segdeconv.system import memory
 from segdeconv.system.files import replace_text
 from segdeconv.system.memory import release_memory
 from segdeconv.train import train
-from segdeconv.training.resume import differing_keys, finished
+from segdeconv.training.resume import differing_keys, finished, read_config
 
 Scored = dict[str, float | None]  # a score's name -> percent, None where a report has none
 
@@ -41,7 +40,7 @@ def seeds(text: str) -> tuple[int, ...]:
 def check_same(run: Path, config: Mapping[str, Any]) -> None:
     """Refuse a run that is there and was trained by another config: a table has one."""
     if any(run.glob("*.ckpt")):
-        differing = differing_keys(yaml.safe_load((run / "config.yaml").read_text()), config)
+        differing = differing_keys(read_config(run), config)
         if differing:
             raise UsageError(
                 f"{run} was trained with other values of {', '.join(differing)} - give those, or choose another --out"

@@ -23,14 +23,14 @@ class Plan:
 
     out: Path
     models: tuple[str, ...]
-    balancings: tuple[str, ...]
+    class_weightings: tuple[str, ...]
     seeds: tuple[int, ...]
     split: str = "val"
 
     @property
     def keys(self) -> list[Key]:
         """All networks, as they are compared."""
-        return [(balancing, model) for balancing in self.balancings for model in self.models]
+        return [(class_weighting, model) for class_weighting in self.class_weightings for model in self.models]
 
     def run(self, key: Key, seed: int) -> Path:
         """The folder of one run."""
@@ -64,25 +64,25 @@ def content(plan: Plan, costs: Mapping[str, Costs], facts: Mapping[str, Any]) ->
         "seeds": list(plan.seeds),
         "complete": all(len(runs) == len(plan.seeds) for runs in found.values()),
         "networks": [_network(BY_MODEL[key[1]], key[0], found[key], costs) for key in plan.keys],
-        "orderings": [_ordering(ordering, plan, found) for ordering in orderings(plan.balancings)],
+        "orderings": [_ordering(ordering, plan, found) for ordering in orderings(plan.class_weightings)],
     }
 
 
 def _network(
-    variant: Variant, balancing: str, runs: Mapping[int, Scored], costs: Mapping[str, Costs]
+    variant: Variant, class_weighting: str, runs: Mapping[int, Scored], costs: Mapping[str, Costs]
 ) -> dict[str, Any]:
     mine = costs[variant.model]
     return {
         "name": variant.name,
         "model": variant.model,
-        "balancing": balancing,
+        "class_weighting": class_weighting,
         "seeds": list(runs),
         **averages({score: [run[score] for run in runs.values()] for score in SCORES}),
         "runs": {str(seed): scores for seed, scores in runs.items()},
         **asdict(mine),
         "storage": mine.packed / costs["segnet_basic"].packed,
         "paper": {
-            "scores": dict(zip(SCORES, variant.scores[balancing], strict=True)),
+            "scores": dict(zip(SCORES, variant.scores[class_weighting], strict=True)),
             "parameters": variant.parameters,
             "forward_ms": variant.milliseconds,
             "storage": variant.storage,
@@ -99,7 +99,7 @@ def _ordering(ordering: Ordering, plan: Plan, found: Mapping[Key, Mapping[int, S
     known = [margin for margin in here.margins if margin is not None]
     return {
         "claim": ordering.claim,
-        "balancing": ordering.balancing,
+        "class_weighting": ordering.class_weighting,
         "score": ordering.score,
         "holds": here.holds,
         "holds_in_paper": judge(ordering, published).holds,
@@ -127,11 +127,11 @@ def markdown(study: Mapping[str, Any]) -> str:
     lines += [
         f"* scores: of {study['split']}, in percent, mean ± standard deviation over seeds; the paper's are of test"
     ]
-    for balancing in dict.fromkeys(network["balancing"] for network in study["networks"]):
-        networks = [network for network in study["networks"] if network["balancing"] == balancing]
+    for class_weighting in dict.fromkeys(network["class_weighting"] for network in study["networks"]):
+        networks = [network for network in study["networks"] if network["class_weighting"] == class_weighting]
         lines += [
             "",
-            f"## Scores, loss balanced by {balancing}" if balancing != "none" else "## Scores, plain loss",
+            f"## Scores, loss balanced by {class_weighting}" if class_weighting != "none" else "## Scores, plain loss",
             "",
         ]
         lines += rows(["network", *SCORES, f"paper: {' / '.join(SCORES)}", "seeds"], map(_score_cells, networks))
@@ -180,7 +180,7 @@ def _ordering_cells(ordering: Mapping[str, Any]) -> list[str]:
         here += f" ({ordering['held']} of {len(comparisons)})"
     return [
         ordering["claim"],
-        ordering["balancing"],
+        ordering["class_weighting"],
         ordering["score"],
         here,
         "–" if None in margins else f"{min(margins):+.1f}",
@@ -199,13 +199,13 @@ def as_csv(study: Mapping[str, Any]) -> str:
     fields = ("parameters", "full_parameters", "forward_ms", "kept", "packed", "storage")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(
-        ["network", "balancing", "split", "seeds", *fields]
+        ["network", "class_weighting", "split", "seeds", *fields]
         + [f"{score}{what}" for score in SCORES for what in ("", "_spread", "_paper")]
         + ["parameters_paper_millions", "forward_ms_paper", "storage_paper"]
     )
     for network in study["networks"]:
         paper = network["paper"]
-        cells = [network["name"], network["balancing"], study["split"], len(network["seeds"])]
+        cells = [network["name"], network["class_weighting"], study["split"], len(network["seeds"])]
         cells += [network[field] for field in fields]
         for score in SCORES:
             cells += [network["mean"][score], network["spread"][score], paper["scores"][score]]

@@ -71,8 +71,8 @@ def test_a_data_set_is_inspected_trained_on_scored_and_predicted(
     make(tmp_path / "root")
     chosen = (f"dataset={name}", "dataset.root=root", size)
     assert "no problem in " in command("inspect_data", *chosen, cwd=tmp_path).stdout
-    balancing = ("loss.balancing=sunrgbd",) if name == "sunrgbd" else ()
-    command("train", *chosen, *SLIM, *balancing, "trainer.max_steps=3", "hydra.run.dir=run", cwd=tmp_path)
+    class_weighting = ("loss.class_weighting=sunrgbd",) if name == "sunrgbd" else ()
+    command("train", *chosen, *SLIM, *class_weighting, "trainer.max_steps=3", "hydra.run.dir=run", cwd=tmp_path)
     command("evaluate", "run/best.ckpt", "--masks", "masks", cwd=tmp_path)
     names = [entry["name"] for entry in json.loads((tmp_path / "run/evaluation/report.json").read_text())["classes"]]
     assert names == list(checkpoint.read(tmp_path / "run/best.ckpt").classes.names)

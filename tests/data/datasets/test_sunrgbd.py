@@ -63,7 +63,7 @@ def test_the_papers_weights_fit_the_order_of_the_classes() -> None:
     assert set(ordered[-4:]) == {"lamp", "paper", "person", "bag"}
     # The published file has a 38th, void's, 0.351185, before these: the order is that of labels 1..37.
     assert (weights["wall"], weights["floor_mat"], weights["bag"]) == (0.382592, 1.164314, 4.017548)
-    assert class_weights([1] * 37, [1] * 37, balancing="sunrgbd") == list(PRESETS["sunrgbd"])
+    assert class_weights([1] * 37, [1] * 37, class_weighting="sunrgbd") == list(PRESETS["sunrgbd"])
 
 
 def test_val_is_a_seeded_share_of_train_that_keeps_neighbours_together(tmp_path: Path) -> None:
