@@ -359,7 +359,7 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from segdeconv.training.run_folder import lock_run
-claim(Path(sys.argv[1]))
+lock_run(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(60)
 """
