@@ -71,7 +71,7 @@ def config(resume: str | None = "auto", **changes: Any) -> dict[str, Any]:
     return made
 
 
-def without_changeable_keys(run: Path) -> str:
+def result_hash(run: Path) -> str:
     """One hash over all that both checkpoints hold, the metric history and the report, but for what may differ."""
     found = hashlib.sha256((run / "metrics.csv").read_bytes())
 
@@ -294,7 +294,7 @@ class Place(NamedTuple):
             return Trial(landed, f"exit {ended.code}: {ended.said[-2000:]}")
         if left := [path.name for path in self.folder.glob(f"{files.PARTIAL}*")]:
             return Trial(landed, f"left behind: {left}")
-        return Trial(landed, "" if without_changeable_keys(self.folder) == self.expected else "another hash")
+        return Trial(landed, "" if result_hash(self.folder) == self.expected else "another hash")
 
     def lost(self) -> str:
         """Every checkpoint under a final name is one that its sidecar knows, or it is lost."""
@@ -423,7 +423,7 @@ def one_hash(place: Place, chance: Chance) -> Trial:
     if expected is None:
         ended = Run(config(**way, dataset__num_workers=0), place.folder).end()
         assert ended.code == 0, ended.said
-        expected = place.of_ways[str(way)] = without_changeable_keys(place.folder)
+        expected = place.of_ways[str(way)] = result_hash(place.folder)
         shutil.rmtree(place.folder)
     halves = []
     for _ in range(chance.choice((1, 2))):
@@ -518,7 +518,7 @@ def main() -> int:
         whole = Path(root) / "whole"
         ended = Run(config(), whole).end()
         assert ended.code == 0, ended.said
-        place = Place(Path(root) / "run", without_changeable_keys(whole), ended.seconds, {})
+        place = Place(Path(root) / "run", result_hash(whole), ended.seconds, {})
         print(f"an undisturbed run takes {ended.seconds:.2f} s and has the hash {place.expected[:16]}", flush=True)
         wrong = 0
         for word in arguments.suites:
