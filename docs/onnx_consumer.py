@@ -1,8 +1,8 @@
-"""Label a picture with an exported network: numpy, Pillow and onnxruntime, without torch and without segdeconv.
+"""Predict an image with an exported network, using numpy, Pillow and onnxruntime, without torch or segdeconv.
 
-    python onnx_consumer.py NETWORK.onnx PICTURE MASK.png
+    python onnx_consumer.py NETWORK.onnx IMAGE MASK.png
 
-For networks of 8-bit RGB pictures. What to do comes from NETWORK.json.
+For networks trained on 8-bit RGB images. NETWORK.json describes the preprocessing.
 """
 
 import json
@@ -14,7 +14,7 @@ import onnxruntime
 from PIL import Image, ImageOps
 
 
-def shares(before, after, average):  # (after, before): how much of each old cell is in each new one
+def resize_matrix(before, after, average):  # (after, before): weight of each old cell in each new one
     scale, old, new = before / after, np.arange(before), np.arange(after)[:, None]
     if average:
         return np.clip(np.minimum(old + 1, (new + 1) * scale) - np.maximum(old, new * scale), 0, None) / scale
@@ -22,37 +22,37 @@ def shares(before, after, average):  # (after, before): how much of each old cel
 
 
 def resized(maps, size, average=False):  # (C, h, w) -> (C, *size) float32: area average, or bilinear
-    rows, columns = (shares(*sides, average) for sides in zip(maps.shape[1:], size, strict=True))
+    rows, columns = (resize_matrix(*sides, average) for sides in zip(maps.shape[1:], size, strict=True))
     return np.float32(rows @ maps @ columns.T)
 
 
-def label(network, picture):
+def predict(network, path):
     card = json.loads(network.with_suffix(".json").read_text())
-    given, prepare = card["input"], card["preprocessing"]
-    image = ImageOps.exif_transpose(Image.open(picture)).convert("RGB")
+    spec, preprocessing = card["input"], card["preprocessing"]
+    image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
     pixels = np.asarray(image).transpose(2, 0, 1)
     whole = pixels.shape[1:]
-    if prepare["done_by"] == "you":
-        if size := prepare["size"]:
+    if preprocessing["done_by"] == "you":
+        if size := preprocessing["size"]:
             pixels = np.floor(resized(pixels, size, size[0] < whole[0] and size[1] < whole[1]) + 0.5)
-        mean, std = (np.float32(prepare[name])[:, None, None] for name in ("mean", "std"))
+        mean, std = (np.float32(preprocessing[name])[:, None, None] for name in ("mean", "std"))
         pixels = (pixels - mean) / std
-        pixels = pixels[::-1] if given["channels"] == "bgr" else pixels
+        pixels = pixels[::-1] if spec["channels"] == "bgr" else pixels
     height, width = pixels.shape[1:]
-    least = [max(given["minimum_size"], side) for side in (height, width)]
-    padded = np.empty((3, *least), pixels.dtype)
-    padded[:] = np.reshape(given["fill"], (-1, 1, 1))
+    padded_size = [max(spec["minimum_size"], side) for side in (height, width)]
+    padded = np.empty((3, *padded_size), pixels.dtype)
+    padded[:] = np.reshape(spec["fill"], (-1, 1, 1))
     padded[:, :height, :width] = pixels
-    batch = padded[None] if given["axes"] == "NCHW" else padded.transpose(1, 2, 0)[None]
+    batch = padded[None] if spec["axes"] == "NCHW" else padded.transpose(1, 2, 0)[None]
     session = onnxruntime.InferenceSession(network, providers=["CPUExecutionProvider"])
-    (result,) = session.run(None, {given["name"]: np.ascontiguousarray(batch)})
+    (result,) = session.run(None, {spec["name"]: np.ascontiguousarray(batch)})
     result = result[0][..., :height, :width]
     if card["output"]["name"] == "logits":
         result = resized(result, whole).argmax(axis=0).astype(np.uint8)
     mask = Image.fromarray(result)
-    mask.putpalette([channel for one in card["classes"] for channel in one["colour"]])
+    mask.putpalette([channel for entry in card["classes"] for channel in entry["colour"]])
     return mask
 
 
 if __name__ == "__main__":
-    label(Path(sys.argv[1]), Path(sys.argv[2])).save(sys.argv[3])
+    predict(Path(sys.argv[1]), Path(sys.argv[2])).save(sys.argv[3])

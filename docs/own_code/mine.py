@@ -1,4 +1,4 @@
-"""A data set, a network and a loss of one's own; docs/own-code.md trains them."""
+"""A custom data set, network and loss; docs/own-code.md trains them."""
 
 import numpy as np
 import torch
@@ -12,9 +12,9 @@ from segdeconv.models import SegmentationModel
 
 
 class Stripes(SegmentationDataset):
-    """A disc of upright stripes on lying ones, in any two greys."""
+    """Images of a disc with vertical stripes on horizontal stripes, in two random greys."""
 
-    classes = Classes(names=("lying", "upright"), colours=((40, 40, 40), (255, 160, 0)))
+    classes = Classes(names=("horizontal", "vertical"), colours=((40, 40, 40), (255, 160, 0)))
 
     def __init__(self, split: str, *, count: int = 256, side: int = 48) -> None:
         self.split, self.side = split, side
@@ -36,7 +36,7 @@ class Stripes(SegmentationDataset):
 
 
 class TinyNet(SegmentationModel):
-    """Three convolutions."""
+    """A network of three convolutions."""
 
     minimum_size = 1
 
@@ -53,7 +53,7 @@ class TinyNet(SegmentationModel):
 
 
 class Poly(PixelLoss):
-    """Cross entropy with a louder first term: + epsilon * (1 - p). Leng et al. 2022, arXiv:2204.12511."""
+    """PolyLoss: cross entropy + epsilon * (1 - p). Leng et al. 2022, arXiv:2204.12511."""
 
     def __init__(
         self, *, epsilon: float = 1.0, class_weights: list[float] | None = None, ignore_index: int = 255

@@ -1,4 +1,4 @@
-"""Draw the pictures of docs/questions.md into this folder: python docs/pictures/questions.py"""
+"""Draw the figures of docs/questions.md into this folder: python docs/pictures/questions.py"""
 
 from pathlib import Path
 
@@ -14,7 +14,14 @@ HERE = Path(__file__).parent
 
 
 def save(name: str, panels: list[tuple[str, torch.Tensor]], *, numbers: bool = False, top: float | None = None) -> None:
-    """Maps side by side, each under its title. numbers: write every value into its cell. top: the brightest value."""
+    """Save maps side by side with their titles.
+
+    Args:
+        name: File name in this folder.
+        panels: Title and (H, W) map of each panel.
+        numbers: Write every value into its cell.
+        top: Value of the brightest colour; None for the maximum.
+    """
     figure, axes = plt.subplots(1, len(panels), figsize=(2.2 * len(panels), 2.5), layout="constrained")
     for axis, (title, map_) in zip(axes, panels, strict=True):
         axis.imshow(map_, cmap="Blues" if numbers else "viridis", vmin=0 if numbers else None, vmax=top)
@@ -40,7 +47,7 @@ def save(name: str, panels: list[tuple[str, torch.Tensor]], *, numbers: bool = F
 
 
 def main() -> None:
-    """All pictures."""
+    """Draw all figures."""
     torch.manual_seed(0)
     x = torch.tensor([[1.0, 5, 2, 0], [3, 4, 9, 1], [8, 7, 6, 2], [0, 1, 3, 4]])[None, None]
     features, switches, size = max_pool(x)
