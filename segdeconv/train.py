@@ -1,6 +1,6 @@
 """One run, from a config to the scores of its best checkpoint. Read it top to bottom.
 
-From Python, without Hydra, a config is a dictionary; what it leaves out has its default:
+From Python, without Hydra, the config is a dictionary, in which missing keys have their defaults:
 
     from segdeconv.train import train
 
@@ -36,11 +36,16 @@ from segdeconv.training.settings import TrainerSettings
 
 
 def train(config: Mapping[str, Any], run: str | Path, *, runs: Path | None = None, typed: str | None = None) -> None:
-    """Look at the data, fit, evaluate the best checkpoint; all of it into the folder `run`.
+    """Inspect the data, train, and evaluate the best checkpoint; all files are written to the folder `run`.
 
-    config: nodes `dataset`, `model` and so on as in configs/, each with `_target_` and arguments.
-    runs: where resume=auto looks for the run to resume; None where it lies in `run`, if there is one.
-    typed: the command that was typed, for the report.
+    Args:
+        config: Nodes `dataset`, `model` and so on as in configs/, each with `_target_` and arguments.
+        run: The run folder.
+        runs: The folder in which resume=auto searches for the run to resume; None to resume `run` itself.
+        typed: The command line, for the report.
+
+    Raises:
+        SegdeconvError: The config, data, disk or checkpoint is invalid, training diverged or was interrupted.
     """
     started = time.time()
     config = config_check.check_config(config)
@@ -51,9 +56,9 @@ def train(config: Mapping[str, Any], run: str | Path, *, runs: Path | None = Non
         print(f"{run} is finished; its scores are in {run / 'report.json'}")
         return
 
-    # Late, so that a mistake in the config is said at once: Lightning takes 2 s to import.
+    # Imported late, so that config errors are reported at once: Lightning takes 2 s to import.
     from segdeconv.training import loggers
-    from segdeconv.training.callbacks import Pictures, Progress, Recorder
+    from segdeconv.training.callbacks import ImageLogging, Progress, Recorder
     from segdeconv.training.checkpointing import Checkpoints
     from segdeconv.training.data_module import DataModule
     from segdeconv.training.diagnostics import LoaderWait, TrainingDiagnostics
@@ -64,52 +69,52 @@ def train(config: Mapping[str, Any], run: str | Path, *, runs: Path | None = Non
     from segdeconv.training.trainer import count_steps, fit, make_trainer
 
     logger = loggers.build_logger(config["logger"], run)
-    made = prepare(config, fresh=resumed is not None)
+    prepared = prepare(config, fresh=resumed is not None)
     if resumed is not None:
-        resume.compare(resumed, made.classes, made.facts["fingerprints"])
+        resume.compare(resumed, prepared.classes, prepared.metadata["fingerprints"])
     settings = TrainerSettings(**deal(config["trainer"], [TrainerSettings])[0])
     checkpoints = Checkpoints(run, resumed=resumed_path, patience=settings.patience)
     deadline = started + config_check.seconds(config["max_time"]) if config["max_time"] is not None else None
     stopping = Stopping(checkpoints, deadline=deadline)
     recorder = Recorder(run, checkpoints, stopping)
-    waiting = LoaderWait()
-    curves_of_switches = SwitchCurves(made.data.val, made.data.preprocessing)
-    shown = [Pictures(made.data.val), curves_of_switches, Progress(recorder, waiting), TrainingDiagnostics(waiting)]
-    callbacks = [waiting, *shown, stopping, checkpoints, recorder]
+    wait = LoaderWait()
+    switch_curves = SwitchCurves(prepared.data.val, prepared.data.preprocessing)
+    logging = [ImageLogging(prepared.data.val), switch_curves, Progress(recorder, wait), TrainingDiagnostics(wait)]
+    callbacks = [wait, *logging, stopping, checkpoints, recorder]
     trainer = make_trainer(run, callbacks, logger, settings, resumed)
-    kept = {name: node for name, node in config.items() if name not in resume.CHANGEABLE_KEYS}
+    saved = {name: node for name, node in config.items() if name not in resume.CHANGEABLE_KEYS}
     task = SegmentationTask(
-        made.model,
-        made.loss,
-        made.optimizer,
+        prepared.model,
+        prepared.loss,
+        prepared.optimizer,
         build(config["schedule"], "schedule"),
-        made.classes,
+        prepared.classes,
         seed=config["seed"],
-        total_steps=count_steps(made.data, trainer),
+        total_steps=count_steps(prepared.data, trainer),
         metadata={
-            "config": {**kept, "dataset": made.dataset},
-            "facts": {**made.facts, "precision": str(trainer.precision)},
+            "config": {**saved, "dataset": prepared.dataset},
+            "facts": {**prepared.metadata, "precision": str(trainer.precision)},
         },
         settings=settings,
     )
-    loggers.show_configuration(logger, config, run)
+    loggers.log_config(logger, config, run)
     run_folder.require_space(run, task)
-    print(header(config, made.data, task, trainer, run, resumed_path), flush=True)
+    print(header(config, prepared.data, task, trainer, run, resumed_path), flush=True)
     if resumed is not None:
         resume.compare_machines(resumed, torch.device(trainer.strategy.root_device))
-    del resumed  # the trainer loads its content, and then nothing holds it any more
+    del resumed  # the trainer loads and releases its content
 
     complete = True
     stopping.listen()
     try:
         with explain_loader_errors(), explain_out_of_memory(config["dataset"]["batch_size"]):
-            fit(trainer, task, DataModule(made.data), resumed=resumed_path)
+            fit(trainer, task, DataModule(prepared.data), resumed=resumed_path)
         stopping.raise_if_requested()
-    except TimeUp as sentence:
-        print(sentence)
+    except TimeUp as message:
+        print(message)
         complete = False
     except UsageError:
-        stopping.raise_if_requested()  # a worker that died of the same signal is no news
+        stopping.raise_if_requested()  # the same signal may have killed a worker
         raise
     finally:
         stopping.stop_listening()
@@ -117,18 +122,18 @@ def train(config: Mapping[str, Any], run: str | Path, *, runs: Path | None = Non
         return
     path = checkpoints.best_path if checkpoints.best_path.is_file() else checkpoints.last_path
     best = checkpoint.read(path, trust=resume.AnyName())
-    calibration = Calibration(made.classes.ignore_index)
-    boundaries = Boundaries(len(made.classes), made.classes.ignore_index)
+    calibration = Calibration(prepared.classes.ignore_index)
+    boundaries = Boundaries(len(prepared.classes), prepared.classes.ignore_index)
     device = torch.device(trainer.strategy.root_device)
     dataset = restore_dataset(best, "val")
     confusion = evaluate(Segmenter(best, device=device), dataset, calibration=calibration, boundaries=boundaries)
-    noted: dict[str, Any] = {"command": typed, "checkpoint": str(best.path), "split": "val", "complete": complete}
-    noted["calibration"] = calibration.report()
+    details: dict[str, Any] = {"command": typed, "checkpoint": str(best.path), "split": "val", "complete": complete}
+    details["calibration"] = calibration.report()
     report.write_json(
-        report.report(confusion, len(dataset), made.classes, boundaries=boundaries, **noted), run / "report.json"
+        report.report(confusion, len(dataset), prepared.classes, boundaries=boundaries, **details), run / "report.json"
     )
     curves = loggers.close(logger)
-    print("\n" + report.score_table(confusion, made.classes, calibration, boundaries))
+    print("\n" + report.score_table(confusion, prepared.classes, calibration, boundaries))
     print(f"\nbest checkpoint: {best.path}\nscores:          {run / 'report.json'}, {run / 'metrics.csv'}")
     if curves:
         print(f"curves:          {curves}")

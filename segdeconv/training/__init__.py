@@ -1,4 +1,4 @@
-"""One training run: task, trainer, checkpoints, callbacks, resuming, config checks, loggers, processes.
+"""Training runs: task, trainer, checkpoints, callbacks, resuming, config checks, loggers, processes.
 
 May import everything up to `analysis`.
 """

@@ -1,4 +1,4 @@
-"""Batch norm's statistics anew, by one pass over the training images: what the originals do before they test."""
+"""Recomputation of batch norm's statistics over the training images, as the original authors do before testing."""
 
 import dataclasses
 
@@ -15,17 +15,24 @@ from segdeconv.inference.scorers import with_padding
 
 @torch.no_grad()
 def recalibrated(checkpoint: Checkpoint, *, device: torch.device) -> Checkpoint:
-    """A checkpoint with other running means and variances; what only training would need is left out of it.
+    """Return a checkpoint with recomputed running means and variances, and without the state of training.
 
-    Each statistic is the mean of what the batches give, weighted by their numbers of images: the cumulative average of
-    the authors' compute_bn_statistics.py, without the few images that it takes twice. The images of the train split go
-    through the network once, in order, as prediction sees them and as many at a time as in training, in float32,
-    without augmentation and without dropout.
+    Each statistic is the mean over the batches, weighted by their numbers of images: the cumulative average of the
+    authors' compute_bn_statistics.py, without the few images that it uses twice. The images of the train split pass
+    through the network once, in order, in batches of the training's size, in float32, without augmentation and
+    dropout.
+
+    Args:
+        checkpoint: The checkpoint.
+        device: The device to run on.
+
+    Raises:
+        UsageError: The network has no batch norm.
     """
     model = checkpoint.model().to(device).to(memory_format=torch.channels_last)
     norms = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
     if not norms:
-        raise UsageError(f"{checkpoint.path} has no batch norm, so there is nothing to recalibrate - use it as it is")
+        raise UsageError(f"{checkpoint.path} has no batch norm to recalibrate - use it as it is")
     settings = checkpoint.config["dataset"]
     dataset, preprocessing = restore_dataset(checkpoint, "train"), checkpoint.preprocessing
     loader = evaluation_loader(
@@ -35,16 +42,16 @@ def recalibrated(checkpoint: Checkpoint, *, device: torch.device) -> Checkpoint:
         timeout=settings["timeout"],
     )
     for norm in norms.values():
-        norm.train()  # and nothing else: dropout stays off
+        norm.train()  # only the norms: dropout stays off
         norm.reset_running_stats()
     score = with_padding(model, model.minimum_size)
-    seen = 0
+    count = 0
     with tqdm(total=len(dataset), desc="recalibrating", unit="image", disable=None) as bar:
         for batch in loader:
             images = len(batch["image"])
-            seen += images
+            count += images
             for norm in norms.values():
-                norm.momentum = images / seen
+                norm.momentum = images / count
             score(preprocessing.normalised(batch["image"].to(device)))
             bar.update(images)
     state = dict(checkpoint.content["state_dict"])

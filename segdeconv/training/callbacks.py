@@ -1,4 +1,4 @@
-"""What a run shows and writes while it trains: progress, metrics.csv, TensorBoard, pictures; and how it stops."""
+"""Callbacks that report a run: progress, metrics.csv and the logger's scalars and images."""
 
 import csv
 import io
@@ -20,35 +20,43 @@ from segdeconv.evaluation.metrics import scores
 from segdeconv.system.files import replace_text
 from segdeconv.training.checkpointing import Checkpoints
 from segdeconv.training.diagnostics import LoaderWait
-from segdeconv.training.loggers import show_picture
+from segdeconv.training.loggers import log_image
 from segdeconv.training.run_folder import require_run_folder
 from segdeconv.training.stopping import Stopping
 from segdeconv.training.task import Results, SegmentationTask
 
 
 class MetricsFile:
-    """metrics.csv: one row per epoch, only ever appended to, and cut back to the step a run goes on from."""
+    """The file metrics.csv: one row per epoch, appended; truncated to the resumed step when a run resumes.
+
+    Args:
+        path: The file, which is created with the first row.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def cut_back(self, step: int) -> None:
-        """Drop the rows of steps after `step`, which the run will take again."""
+        """Remove the rows of steps after `step`, which the resumed run repeats."""
         if not self.path.is_file():
             return
         with self.path.open(newline="", encoding="utf-8") as file:
             header, *rows = list(csv.reader(file)) or [[]]
-        # A row that a kill cut short has too few fields.
-        kept = [row for row in rows if len(row) == len(header) and row[0].isdecimal() and int(row[0]) <= step]
-        if not kept:  # nor may a header be left that is of another config, or cut short
+        # A row that was truncated by a kill has too few fields.
+        complete = [row for row in rows if len(row) == len(header) and row[0].isdecimal() and int(row[0]) <= step]
+        if not complete:  # the header may be truncated, or that of another config
             self.path.unlink()
             return
         text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows([header, *kept])
+        csv.writer(text, lineterminator="\n").writerows([header, *complete])
         replace_text(self.path, text.getvalue())
 
     def append(self, row: Mapping[str, float | int]) -> None:
-        """Write one row, in one piece, to the disk."""
+        """Append one row in a single write and flush it to disk.
+
+        Args:
+            row: Value by column name; the first row defines the columns.
+        """
         text = io.StringIO()
         writer = csv.DictWriter(text, list(row), lineterminator="\n")
         if not self.path.is_file() or not self.path.stat().st_size:
@@ -60,8 +68,14 @@ class MetricsFile:
             os.fsync(file.fileno())
 
 
-class Recorder(Checkpoint):  # Lightning calls callbacks of this base last, when everything is counted
-    """After every epoch: scalars to metrics.csv and to the logger, the confusion matrix, then the checkpoints."""
+class Recorder(Checkpoint):  # Lightning calls callbacks of this base class last, when all counts are complete
+    """Writes scalars to metrics.csv and the logger, the confusion matrix and the checkpoints after every epoch.
+
+    Args:
+        run: The run folder.
+        checkpoints: Writes the checkpoints.
+        stopping: Ends the run, if requested, after they are written.
+    """
 
     def __init__(self, run: Path, checkpoints: Checkpoints, stopping: Stopping) -> None:
         self.checkpoints, self.stopping = checkpoints, stopping
@@ -74,7 +88,7 @@ class Recorder(Checkpoint):  # Lightning calls callbacks of this base last, when
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if 0 < trainer.max_steps <= trainer.global_step:
-            trainer.should_stop = True  # so that Lightning validates before it stops in the middle of an epoch
+            trainer.should_stop = True  # Lightning then validates before it stops in the middle of an epoch
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         task: SegmentationTask = pl_module
@@ -95,38 +109,43 @@ class Recorder(Checkpoint):  # Lightning calls callbacks of this base last, when
                 numbers = {name: value for name, value in row.items() if name != "step" and value == value}
                 logger.log_metrics(numbers, step=trainer.global_step)
                 if val:
-                    picture = draw.confusion_picture(val.confusion, task.classes)
-                    show_picture(logger, "confusion", picture, trainer.global_step)
+                    image = draw.confusion_picture(val.confusion, task.classes)
+                    log_image(logger, "confusion", image, trainer.global_step)
         self.checkpoints.keep(trainer, self.miou)
         self.stopping.at_epoch_end(trainer, task.total_steps)
 
 
 def _scalars(split: str, results: Results | None, task: SegmentationTask) -> dict[str, float]:
-    # The columns of metrics.csv are the same in an epoch without validation.
+    """Return the columns of a split; NaN without results, so that metrics.csv has the same columns in every epoch."""
     loss = results.loss if results else float("nan")
-    found = results.scores if results else scores(np.zeros((len(task.classes), len(task.classes)), dtype=np.int64))
+    values = results.scores if results else scores(np.zeros((len(task.classes), len(task.classes)), dtype=np.int64))
     return {
         f"{split}/loss": loss,
-        f"{split}/miou": found.miou,
-        f"{split}/pixel_accuracy": found.pixel_accuracy,
-        f"{split}/mean_accuracy": found.mean_accuracy,
-        f"{split}/frequency_weighted_iou": found.frequency_weighted,
-    } | {f"{split}/iou/{name}": float(found.iou[index]) for index, name in enumerate(task.classes.names)}
+        f"{split}/miou": values.miou,
+        f"{split}/pixel_accuracy": values.pixel_accuracy,
+        f"{split}/mean_accuracy": values.mean_accuracy,
+        f"{split}/frequency_weighted_iou": values.frequency_weighted,
+    } | {f"{split}/iou/{name}": float(values.iou[index]) for index, name in enumerate(task.classes.names)}
 
 
-class Pictures(Callback):
-    """Image, truth, prediction and error of a few validation images, to the logger at every validation."""
+class ImageLogging(Callback):
+    """Logs image, truth, prediction and error of a few validation images at every validation.
+
+    Args:
+        dataset: The validation split.
+        count: Number of images.
+    """
 
     def __init__(self, dataset: SegmentationDataset, count: int = 4) -> None:
         self.dataset, self.count = dataset, count
-        self.chosen: set[int] = set()
-        self._seen = 0
+        self.selected: set[int] = set()
+        self._index = 0
 
     def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
-        self._seen = 0
-        # Several processes take turns through the images; only the first one draws, and only what it has predicted.
+        self._index = 0
+        # Process r of n predicts images r, r + n, ...; only the first process logs, so only its images are selected.
         last = (len(self.dataset) - 1) // trainer.world_size
-        self.chosen = {int(turn) * trainer.world_size for turn in np.linspace(0, last, self.count)}
+        self.selected = {int(step) * trainer.world_size for step in np.linspace(0, last, self.count)}
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -134,21 +153,26 @@ class Pictures(Callback):
         if not trainer.is_global_zero:
             return
         for prediction in outputs["predictions"]:
-            if self._seen in self.chosen:
-                image, mask, name = self.dataset[self._seen]
-                picture = draw.comparison(image, mask, prediction, self.dataset.classes)
+            if self._index in self.selected:
+                image, mask, name = self.dataset[self._index]
+                figure = draw.comparison(image, mask, prediction, self.dataset.classes)
                 for logger in trainer.loggers:
-                    show_picture(logger, f"image, truth, prediction, error/{name}", picture, trainer.global_step)
-            self._seen += trainer.world_size
+                    log_image(logger, f"image, truth, prediction, error/{name}", figure, trainer.global_step)
+            self._index += trainer.world_size
 
 
 class Progress(Callback):
-    """One bar over the whole run with loss, mIoU, time left and the share of time that training waits for images; where
-    nobody watches, a line per epoch.
+    """A progress bar over the whole run with loss, mIoU, time left and the fraction of time spent waiting for images.
+
+    Prints a line per epoch instead if stdout is not a terminal.
+
+    Args:
+        recorder: Knows the last mIoU.
+        wait: Knows the time spent waiting for images.
     """
 
-    def __init__(self, recorder: Recorder, waiting: LoaderWait) -> None:
-        self.recorder, self.waiting = recorder, waiting
+    def __init__(self, recorder: Recorder, wait: LoaderWait) -> None:
+        self.recorder, self.wait = recorder, wait
         self.bar: tqdm[Any] | None = None
         self._loss: float | None = None
 
@@ -158,31 +182,32 @@ class Progress(Callback):
                 total=pl_module.total_steps, initial=trainer.global_step, unit="step", disable=None, smoothing=0.05,
                 dynamic_ncols=True, file=sys.stdout,
             )  # fmt: skip
-            self._start, self._begun = time.monotonic(), trainer.global_step
+            self._start_time, self._start_step = time.monotonic(), trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.bar is None or not pl_module.step_loss.step_is_complete:
             return
-        # Averaged over about twenty steps: one batch's loss says little.
+        # Averaged over about twenty steps, since the loss of one batch is noisy.
         loss = pl_module.step_loss.last
         self._loss = loss if self._loss is None else 0.95 * self._loss + 0.05 * loss
         best = f" miou {self.recorder.miou:.3f}" if self.recorder.miou is not None else ""
         self.bar.set_description(f"epoch {trainer.current_epoch + 1} loss {self._loss:.3f}{best}", refresh=False)
-        self.bar.set_postfix_str(f"waiting {100 * self.waiting.share:.0f} %", refresh=False)
+        self.bar.set_postfix_str(f"waiting {100 * self.wait.fraction:.0f} %", refresh=False)
         self.bar.update()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
-        # Called before the Recorder resets: Lightning calls its kind last. Every process has to ask for results.
+        # Lightning calls this before the Recorder, which resets the results. Results are summed over all processes, so
+        # every process has to request them.
         train, val = pl_module.results("train"), pl_module.results("val")
         if self.bar is None or not self.bar.disable:
             return
-        done = trainer.global_step - self._begun
-        left = (pl_module.total_steps - trainer.global_step) * (time.monotonic() - self._start) / max(1, done)
+        done = trainer.global_step - self._start_step
+        left = (pl_module.total_steps - trainer.global_step) * (time.monotonic() - self._start_time) / max(1, done)
         print(
             f"epoch {trainer.current_epoch + 1}  step {trainer.global_step}/{pl_module.total_steps}  "
             f"train loss {train.loss:.3f}  "
             + (f"val loss {val.loss:.3f}  val miou {val.scores.miou:.4f}  " if val else "")
-            + f"waiting for images {100 * self.waiting.share:.0f} %  left {left / 60:.1f} min",
+            + f"waiting for images {100 * self.wait.fraction:.0f} %  left {left / 60:.1f} min",
             flush=True,
         )
 

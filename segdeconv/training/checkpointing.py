@@ -1,4 +1,4 @@
-"""The checkpoints of a run: when last.ckpt, previous.ckpt and best.ckpt are written, through Lightning."""
+"""When and how Lightning writes the checkpoints of a run: last.ckpt, previous.ckpt and best.ckpt."""
 
 import math
 from pathlib import Path
@@ -15,9 +15,10 @@ from segdeconv.training.run_folder import require_run_folder
 
 
 class VerifiedCheckpoints(CheckpointIO):
-    """Lightning's door to our checkpoint files: see checkpoint.py.
+    """Lightning's interface to verified checkpoint files, see `segdeconv.checkpoints.checkpoint`.
 
-    resumed: a checkpoint that is read already; its content is handed over once and then no longer held.
+    Args:
+        resumed: A checkpoint that has been read already; its content is returned once and then released.
     """
 
     def __init__(self, resumed: checkpoint.Checkpoint | None = None) -> None:
@@ -35,34 +36,41 @@ class VerifiedCheckpoints(CheckpointIO):
 
 
 class Checkpoints(Callback):
-    """Keeps last.ckpt, the one before it, and best.ckpt (highest validation mIoU) in the run's folder.
+    """Writes last.ckpt, previous.ckpt and best.ckpt (highest validation mIoU) to the run folder.
 
-    Written after an epoch's validation, never between the last batch and it, so that the scores and the best
-    checkpoint of a run that was cut are those of a run that was not.
+    They are written after an epoch's validation, never between its last batch and its validation, so that a resumed
+    run has the scores and the best checkpoint of an uninterrupted one.
 
-    resumed: the checkpoint that training goes on from.
-    patience: see TrainerSettings.
+    Args:
+        run: The run folder.
+        resumed: The checkpoint that training resumes from.
+        patience: See `TrainerSettings`.
     """
 
     def __init__(self, run: Path, *, resumed: Path | None = None, patience: int | None = None) -> None:
         self.run, self.patience = run, patience
-        # What was passed over as damaged must not take the place of the one that is whole.
-        self._last_is_whole = resumed == self.last_path
+        # A damaged last.ckpt, which was skipped, must not replace the intact previous.ckpt.
+        self._last_is_intact = resumed == self.last_path
         self.best = -1.0
         self.waited = 0
 
     @property
     def last_path(self) -> Path:
-        """Where training goes on from."""
+        """Path of the checkpoint that training resumes from."""
         return self.run / "last.ckpt"
 
     @property
     def best_path(self) -> Path:
-        """What to use afterwards."""
+        """Path of the checkpoint with the highest validation mIoU."""
         return self.run / "best.ckpt"
 
     def keep(self, trainer: Trainer, miou: float | None) -> None:
-        """Write last.ckpt, and best.ckpt if this validation's mIoU is the highest; NaN never is."""
+        """Write last.ckpt, and best.ckpt if the mIoU is the highest so far.
+
+        Args:
+            trainer: The trainer at this step.
+            miou: Mean IoU of the validation, 0..1 or NaN; None without validation.
+        """
         require_run_folder(self.run)
         if miou is not None:
             better = miou > self.best
@@ -70,16 +78,16 @@ class Checkpoints(Callback):
             if better:
                 trainer.save_checkpoint(self.best_path)
             self._end_early(trainer)
-        if trainer.is_global_zero and self._last_is_whole and self.last_path.is_file():
+        if trainer.is_global_zero and self._last_is_intact and self.last_path.is_file():
             _keep_previous(self.last_path)
         trainer.save_checkpoint(self.last_path)
-        self._last_is_whole = True
+        self._last_is_intact = True
 
     def _end_early(self, trainer: Trainer) -> None:
         if self.patience is not None and self.waited >= self.patience:
             trainer.should_stop = True
             if trainer.is_global_zero:
-                tqdm.write(f"{self.waited} validations without a better mIoU than {self.best:.4f}: training ends here")
+                tqdm.write(f"training ends: no mIoU above {self.best:.4f} in {self.waited} validations")
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best, "waited": self.waited}
@@ -102,7 +110,7 @@ class Checkpoints(Callback):
 
 def _keep_previous(path: Path) -> None:
     previous = path.with_name(f"previous{path.suffix}")
-    # The sidecar first: it also knows the file that came before this one, which is the one that has the name till then.
+    # The sidecar first: it also contains the hash of the file that `previous` still names at that moment.
     if checkpoint.sidecar_of(path).is_file():
         replace_link(checkpoint.sidecar_of(previous), checkpoint.sidecar_of(path))
     replace_link(previous, path)

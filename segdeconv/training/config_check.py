@@ -1,4 +1,4 @@
-"""What a config may say. Only a `logger` node imports Lightning here, and it is checked last."""
+"""Validation of a whole config. Only a `logger` node imports Lightning, so it is checked last."""
 
 import re
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from segdeconv.losses import check_loss
 from segdeconv.models import check_model
 from segdeconv.training.settings import TrainerSettings
 
-# The groups, and what each is where a config leaves it out: the defaults of configs/train.yaml, for use from Python.
+# The default of each group, as in configs/train.yaml, for configs from Python.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "dataset": {TARGET: "segdeconv.data.Shapes", "batch_size": 16, "size": [64, 64]},
     "augment": {"flip": {TARGET: "albumentations.HorizontalFlip", "p": 0.5}},
@@ -27,12 +27,22 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 def check_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Hold a config against the constructors it names; returns it with their defaults, and those above, written in."""
+    """Check a config against the constructors it names and fill in the defaults.
+
+    Args:
+        config: Nodes `dataset`, `model` and so on, each with `_target_` and arguments.
+
+    Returns:
+        A new config with the defaults of the constructors and of DEFAULTS.
+
+    Raises:
+        UsageError: A key is unknown or its value invalid; the message names the key.
+    """
     config = {**DEFAULTS, **rename_keys(config, "the config")}
     known = {*DEFAULTS, "seed", "resume", "resume_force", "init_from", "max_time"}
     for name in config:
         if name not in known:
-            raise UsageError(f"there is no key {name} - {did_you_mean(str(name), known | {'experiment'})}")
+            raise UsageError(f"unknown key {name} - {did_you_mean(str(name), known | {'experiment'})}")
     for group in DEFAULTS:
         if not isinstance(config[group], Mapping):
             raise UsageError(f"{group}={config[group]} - give the name of a file in configs/{group}")
@@ -54,10 +64,10 @@ def check_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_logger(node: Mapping[str, Any]) -> dict[str, Any]:
-    """The `logger` node of a config, empty for none, held against the logger's constructor."""
+    """Check a `logger` node against the logger's constructor; an empty node means no logger."""
     if not node:
         return {}
-    # Its own defaults are not written in: they change with its version, and some come from the environment.
+    # Defaults are not filled in: they change with the logger's version, and some come from the environment.
     checked = check(node, "logger", [locate(node, "logger")], supplied=["save_dir"])
     return {key: checked[key] for key in (TARGET, *node) if key in checked}
 
@@ -70,14 +80,14 @@ def _scalars(
     init_from: str | None = None,
     max_time: str | int | None = None,
 ) -> None:
-    """The schema of a config's keys that are in no group."""
+    """Schema of the keys that belong to no group."""
 
 
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def seconds(max_time: str | int) -> float:
-    """What `max_time=` means.
+    """Return the seconds that a `max_time` value stands for.
 
     >>> seconds("1:30:00"), seconds("90m"), seconds(5400)
     (5400.0, 5400.0, 5400.0)
@@ -89,4 +99,6 @@ def seconds(max_time: str | int) -> float:
         return float(
             sum(int(part) * unit for part, unit in zip(reversed(text.split(":")), UNITS.values(), strict=False))
         )
-    raise UsageError(f"max_time={max_time} is no time - write hours:minutes:seconds, or a number with s, m, h or d")
+    raise UsageError(
+        f"max_time={max_time} is not a duration - write hours:minutes:seconds, or a number with s, m, h or d"
+    )

@@ -1,4 +1,4 @@
-"""The data pipeline as Lightning asks for it: loaders that start where the trainer is."""
+"""The data pipeline as a Lightning data module whose loaders start at the trainer's step."""
 
 import math
 from typing import Any
@@ -11,7 +11,11 @@ from segdeconv.data.module import DataPipeline
 
 
 class DataModule(LightningDataModule):
-    """Training and validation batches of a pipeline, in the process and from the step that the trainer is at."""
+    """Training and validation batches of a pipeline, for the trainer's process and from its current step.
+
+    Args:
+        pipeline: The samples of both splits.
+    """
 
     def __init__(self, pipeline: DataPipeline) -> None:
         super().__init__()
@@ -19,11 +23,11 @@ class DataModule(LightningDataModule):
 
     @property
     def _run(self) -> Trainer:
-        assert self.trainer is not None, "the data module belongs to a trainer before it makes batches"
+        assert self.trainer is not None, "the data module needs a trainer before it makes batches"
         return self.trainer
 
     def _position(self) -> tuple[int, int]:
-        """(epoch, batches of it done): global_step is the only truth."""
+        """Return (epoch, batches of it that are done), computed from global_step alone."""
         accumulate = self._run.accumulate_grad_batches
         batches = self.pipeline.batches_per_epoch(self._run.world_size)
         epoch, steps = divmod(self._run.global_step, math.ceil(batches / accumulate))
@@ -31,7 +35,7 @@ class DataModule(LightningDataModule):
 
     @property
     def _settings(self) -> dict[str, Any]:
-        """What both loaders are told: whose batches, how large, and made by whom."""
+        """Arguments of both loaders."""
         ranks = {"rank": self._run.global_rank, "world_size": self._run.world_size}
         return {"batch_size": self.pipeline.batch_size, **ranks, **self.pipeline.workers}
 

@@ -1,4 +1,4 @@
-"""The lines that a run prints before it starts: data, network, optimizer, memory, input."""
+"""The lines that a run prints before training: data, network, optimizer, memory, input."""
 
 import math
 from collections.abc import Mapping
@@ -23,18 +23,32 @@ def header(
     run: Path,
     resumed: Path | None,
 ) -> str:
-    """What is about to be trained, on what, and where it goes."""
+    """Return the lines that describe a run, one per topic.
+
+    Args:
+        config: The checked config.
+        data: The data pipeline.
+        task: The network, loss and optimizer.
+        trainer: The trainer.
+        run: The run folder.
+        resumed: The checkpoint that the run resumes from.
+    """
     size, crop = data.preprocessing.size, config["dataset"]["crop"]
-    seen = "x".join(map(str, size)) if size else "its own size"
+    input_size = f"resized to {size[0]}x{size[1]}" if size else "not resized"
     parameters = sum(parameter.numel() for parameter in task.model.parameters())
     frozen = sum(parameter.numel() for parameter in task.model.parameters() if not parameter.requires_grad)
-    seen_at = crop or size
-    memory = seen_at and estimate(
-        task.model, task.loss, task.optimizer, seen_at, precision=str(trainer.precision), averaged=task.ema is not None
+    trained_size = crop or size
+    memory = trained_size and estimate(
+        task.model,
+        task.loss,
+        task.optimizer,
+        trained_size,
+        precision=str(trainer.precision),
+        averaged=task.ema is not None,
     )
     free = available(trainer.strategy.root_device)
     rows = {
-        "data": f"{data.train.kind}: {len(data.train)} train, {len(data.val)} val images seen at {seen}"
+        "data": f"{data.train.kind}: {len(data.train)} train, {len(data.val)} val images, {input_size}"
         + (f", crops of {crop[0]}x{crop[1]}" if crop else ""),
         "classes": f"{len(task.classes)}: {', '.join(task.classes.names)}",
         "network": f"{type(task.model).__name__}, {parameters:,} parameters"
@@ -51,39 +65,39 @@ def header(
         if memory
         else "",
         "loading": _loading(data, trainer.world_size),
-        "run": f"{run}" + (f", going on from {resumed.name}" if resumed else ""),
+        "run": f"{run}" + (f", resumed from {resumed.name}" if resumed else ""),
     }
     return "\n".join(f"{name + ':':<11}{text}" for name, text in rows.items() if text)
 
 
 def _loading(data: DataPipeline, world_size: int) -> str:
-    """Who makes the batches, and where decoded images stay."""
+    """Describe the loader workers and the cache of decoded images."""
     loader = worker_settings(world_size=world_size, **data.workers)
     workers, ahead = loader["num_workers"], loader["prefetch_factor"]
-    made = f"{workers} worker{'s' if workers > 1 else ''}, {ahead} batches ahead each" if workers else "no workers"
-    room = data.room
-    if room.kind == "none":
-        return f"{made}; images are decoded every time"
-    where = f"on disk in {room.folder}" if room.folder else "in memory"
-    if room.needed <= room.capacity:
-        return f"{made}; decoded images are kept {where}, about {readable(room.needed)}"
+    loading = f"{workers} worker{'s' if workers > 1 else ''}, {ahead} batches ahead each" if workers else "no workers"
+    cache = data.room
+    if cache.kind == "none":
+        return f"{loading}; images are decoded every time"
+    where = f"on disk in {cache.folder}" if cache.folder else "in memory"
+    if cache.needed <= cache.capacity:
+        return f"{loading}; decoded images are kept {where}, about {readable(cache.needed)}"
     return (
-        f"{made}; decoded images are kept {where}, {readable(room.capacity)} of about {readable(room.needed)}: the "
-        "others are decoded every time; dataset.cache_size=GiB"
-        + (" or dataset.cache=disk" * (room.folder is None))
-        + " keeps more"
+        f"{loading}; decoded images are kept {where}, {readable(cache.capacity)} of about {readable(cache.needed)}: "
+        "the others are decoded every time; dataset.cache_size=GiB"
+        + (" or dataset.cache=disk" * (cache.folder is None))
+        + " caches more"
     )
 
 
 def _batch(data: DataPipeline, trainer: Trainer) -> str:
-    """How many images make a step; whoever uses more of them chooses the learning rate for them."""
+    """Describe the number of images in an optimizer step, and that the learning rate is not scaled by it."""
     factors = {
         "processes": trainer.world_size,
         "batches": trainer.accumulate_grad_batches,
     }
     several = [f"{count} {name}" for name, count in factors.items() if count > 1]
-    one = f"{data.batch_size} images"
+    images = f"{data.batch_size} images"
     if not several:
-        return one
+        return images
     total = data.batch_size * math.prod(factors.values())
-    return f"{total} images ({' x '.join([*several, one])}; the learning rate is not scaled by them)"
+    return f"{total} images ({' x '.join([*several, images])}; the learning rate is not scaled by them)"

@@ -1,6 +1,6 @@
-"""What segdeconv uses of Lightning beyond its documented interface, in one place.
+"""All uses of Lightning beyond its documented interface.
 
-tests/training/test_lightning_internals.py holds the installed release against it.
+tests/training/test_lightning_internals.py checks them against the installed release.
 """
 
 import logging
@@ -18,27 +18,27 @@ from pytorch_lightning.strategies.launchers import _MultiProcessingLauncher
 from segdeconv.errors import SegdeconvError
 from segdeconv.training.processes import launched_from_outside
 
-TIMEOUT = timedelta(seconds=120)  # of one process waiting for another
+TIMEOUT = timedelta(seconds=120)  # for one process waiting for another
 
 
 class Processes(DDPStrategy):
-    """Data parallel training: gradients are averaged, everything else is each process's own or said so.
+    """Distributed data parallel training.
 
-    The processes are copies of this one (`spawn`), started when the fit begins, so that Hydra runs in one process only:
-    one run directory, each job of a multirun once. Where a launcher has started them already (torchrun, SLURM), every
-    one runs the whole command and Lightning finds its rank.
+    The other processes are spawned when the fit begins, so that Hydra runs in one process only: one run folder, and
+    each job of a multirun once. If a launcher (torchrun, SLURM) has started the processes, each runs the whole command
+    and Lightning determines its rank.
     """
 
     def __init__(self) -> None:
         super().__init__(start_method="popen" if launched_from_outside() else "spawn", timeout=TIMEOUT)
 
     def setup_environment(self) -> None:
-        quieten()  # each process for itself
+        quieten()  # settings of this process only
         super().setup_environment()
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        # Not through DistributedDataParallel, whose forward waits for all processes: their slices of the validation
-        # images are of unequal length, since no image is counted twice.
+        # Not through DistributedDataParallel, whose forward waits for all processes: they may have different numbers
+        # of validation images, since no image is counted twice.
         assert self.lightning_module is not None
         with self.precision_plugin.val_step_context():
             return self.lightning_module.validation_step(*args, **kwargs)
@@ -46,54 +46,61 @@ class Processes(DDPStrategy):
     def on_exception(self, exception: BaseException) -> None:
         super().on_exception(exception)
         if not isinstance(exception, SegdeconvError):
-            # Perhaps only the echo of another process's end: let that one be heard first.
+            # It may be a consequence of another process's error: let that one be reported first.
             time.sleep(3)
 
 
 def spawning_launcher(trainer: Trainer) -> _MultiProcessingLauncher | None:
-    """The launcher that starts this run's processes when the fit begins; None where one process trains, or a launcher
-    from outside has started them.
-    """
+    """Return the launcher that spawns this run's processes, or None with one process or an external launcher."""
     launcher = trainer.strategy.launcher
     return launcher if isinstance(launcher, _MultiProcessingLauncher) else None
 
 
 def quieten() -> None:
-    """Lightning's own lines and tips: our header and progress say what matters."""
+    """Silence Lightning's messages and tips, which repeat or contradict ours."""
     for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
     for message in (
         ".*does not have many workers.*",
-        ".*resuming from a checkpoint that ended before the epoch.*",  # ours resumes: its sampler asks global_step
+        ".*resuming from a checkpoint that ended before the epoch.*",  # our sampler resumes: it reads global_step
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*smaller than the logging interval.*",
-        ".*in eval mode at the start of training.*",  # frozen norms and averaged weights are
-        ".*`weights_only` was not set.*",  # ours are read with it
-        ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",  # pytorch#160843; Lightning 2.6.6 still asks that way
+        ".*in eval mode at the start of training.*",  # frozen norms and averaged weights are in eval mode
+        ".*`weights_only` was not set.*",  # our reader sets it
+        ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",  # pytorch#160843; Lightning 2.6.6 still does so
     ):
         warnings.filterwarnings("ignore", message)
 
 
 def resume_at_epoch_start(trainer: Trainer) -> None:
-    """Let a resumed epoch begin; Lightning takes every restart as being in the middle of an epoch."""
+    """Let a resumed run begin an epoch; Lightning treats every restart as being in the middle of one."""
     trainer.fit_loop.epoch_loop.restarting = False
 
 
 def canonical_loops(
     loops: Mapping[str, Any], global_step: int, batches_per_epoch: int, accumulate: int
 ) -> tuple[int, dict[str, Any]]:
-    """(epoch, loop counters) of Lightning as they are at a step, whatever hook the checkpoint was taken in.
+    """Return Lightning's epoch and loop counters at a step, independent of the hook that saves the checkpoint.
 
-    Lightning's own counters depend on where in its hooks they are read, and a run resumed from them can skip or repeat
-    an epoch (7 of 100 random kills, with 2.6.6); these are a function of global_step alone.
+    Lightning's own counters depend on the hook in which they are read, and a run resumed from them can skip or repeat
+    an epoch (7 of 100 random kills, with 2.6.6); these depend on global_step alone.
+
+    Args:
+        loops: Lightning's loop state, of which other entries are kept.
+        global_step: Optimizer steps done.
+        batches_per_epoch: Batches of an epoch in this process.
+        accumulate: Batches per optimizer step.
+
+    Returns:
+        The epoch and the loop state.
     """
     epoch, steps = divmod(global_step, math.ceil(batches_per_epoch / accumulate))
     batch = steps * accumulate
-    begun = epoch + (batch > 0)
+    started = epoch + (batch > 0)
     total = epoch * batches_per_epoch + batch
     fit = dict(loops["fit_loop"])
-    epochs = {"ready": begun, "started": begun, "processed": epoch, "completed": epoch}
+    epochs = {"ready": started, "started": started, "processed": epoch, "completed": epoch}
     fit["epoch_progress"] = {"total": dict(epochs), "current": dict(epochs)}
     fit["epoch_loop.state_dict"] = {"_batches_that_stepped": global_step}
     fit["epoch_loop.batch_progress"] = {

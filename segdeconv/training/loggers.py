@@ -1,4 +1,4 @@
-"""Where curves and pictures go: TensorBoard, W&B, MLflow, any logger of Lightning's, or nowhere."""
+"""Loggers for scalars and images: TensorBoard, W&B, MLflow, any Lightning logger, or none."""
 
 import inspect
 import os
@@ -17,7 +17,11 @@ from segdeconv.training.resume import without_changeable_keys
 
 
 class TensorBoard(TensorBoardLogger):
-    """Event files in the run's folder itself, and no empty hparams.yaml beside them."""
+    """TensorBoard logger that writes event files into the run folder itself, without an empty hparams.yaml.
+
+    Args:
+        save_dir: The run folder.
+    """
 
     def __init__(self, save_dir: str) -> None:
         super().__init__(save_dir, name="", version="", default_hp_metric=False)
@@ -27,26 +31,41 @@ class TensorBoard(TensorBoardLogger):
 
 
 def build_logger(node: Mapping[str, Any], run: Path) -> Logger | Literal[False]:
-    """The logger that a checked `logger` node names, told the run's folder; False for none."""
+    """Build the logger of a checked `logger` node.
+
+    Args:
+        node: The node; empty for no logger.
+        run: The run folder, passed as `save_dir` if the logger accepts it.
+
+    Returns:
+        The logger, or False for none.
+
+    Raises:
+        UsageError: The logger's package is not installed.
+    """
     if not node:
         return False
     supplied = {"save_dir": str(run)} if "save_dir" in inspect.signature(locate(node, "logger")).parameters else {}
-    # Whoever chooses a logger sends it a run, and not reports about himself to its maker.
+    # Choosing a logger is consent to log a run, not to send telemetry to its vendor.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     try:
         logger: Logger = build(node, "logger", **supplied)
     except ModuleNotFoundError as error:
-        named = re.search(r"'([\w-]+)", str(error))
-        package = named[1] if named else "what it names"
+        match = re.search(r"'([\w-]+)", str(error))
+        package = match[1] if match else "that it imports"
         raise UsageError(f"logger ({node[TARGET]}) needs the package {package} - pip install {package}") from error
     if isinstance(logger, WandbLogger):
-        os.environ["WANDB_DIR"] = str(run.absolute())  # a training process that joins the run asks only for this
+        os.environ["WANDB_DIR"] = str(run.absolute())  # spawned training processes read only this variable
     return logger
 
 
-def show_configuration(logger: Logger | Literal[False], config: Mapping[str, Any], run: Path) -> None:
-    """Open the logger and give it the config. What it refuses, such as a missing login, becomes one sentence."""
+def log_config(logger: Logger | Literal[False], config: Mapping[str, Any], run: Path) -> None:
+    """Open the logger and log the config.
+
+    Raises:
+        UsageError: The logger cannot start, for example because of a missing login.
+    """
     if not logger:
         return
     text = yaml.safe_dump(dict(config), sort_keys=False)
@@ -55,30 +74,37 @@ def show_configuration(logger: Logger | Literal[False], config: Mapping[str, Any
             logger.experiment.add_text("configuration", f"```yaml\n{text}```")
         else:
             logger.log_hyperparams({"run": str(run)} | without_changeable_keys(config))
-        if isinstance(logger, MLFlowLogger):  # whose parameters are cut at 250 characters
+        if isinstance(logger, MLFlowLogger):  # parameters are truncated at 250 characters
             logger.experiment.log_text(logger.run_id, text, "configuration.yaml")
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(
-            f"logger={type(logger).__name__} cannot start: {reason} - mend that or choose logger=tensorboard"
+            f"logger={type(logger).__name__} cannot start: {reason} - fix this or choose logger=tensorboard"
         ) from error
 
 
-def show_picture(logger: Logger, name: str, picture: np.ndarray, step: int) -> None:
-    """picture: (H, W, 3) uint8 RGB. A logger of yours gets pictures by having `log_image(name, [picture], step)`."""
+def log_image(logger: Logger, name: str, image: np.ndarray, step: int) -> None:
+    """Log an image. Other loggers than those named here need a method `log_image(name, [image], step)`.
+
+    Args:
+        logger: The logger.
+        name: Title of the image.
+        image: (H, W, 3) uint8 RGB.
+        step: The optimizer step.
+    """
     if isinstance(logger, TensorBoardLogger):
-        logger.experiment.add_image(name, picture, step, dataformats="HWC")
+        logger.experiment.add_image(name, image, step, dataformats="HWC")
     elif isinstance(logger, MLFlowLogger):
         key = re.sub(r"[^\w./ -]+", "", name)
-        logger.experiment.log_image(logger.run_id, picture, key=key, step=step)
+        logger.experiment.log_image(logger.run_id, image, key=key, step=step)
     elif hasattr(logger, "log_image"):
-        logger.log_image(name, [picture], step)
+        logger.log_image(name, [image], step)
 
 
 def close(logger: Logger | Literal[False]) -> str:
-    """End what the logger has open; returns the command that shows what it has kept, or nothing."""
+    """Close the logger; return the command that displays its logs, or an empty string."""
     if isinstance(logger, WandbLogger):
-        logger.experiment.finish()  # or the next job of a multirun would go on with this run
+        logger.experiment.finish()  # or the next job of a multirun would continue this run
     if isinstance(logger, TensorBoardLogger):
         return f"tensorboard --logdir {logger.save_dir}"
     if isinstance(logger, MLFlowLogger):

@@ -1,4 +1,4 @@
-"""How much memory training takes, before it is taken."""
+"""An estimate of the memory that training needs."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,39 +15,40 @@ from segdeconv.models import SegmentationModel
 from segdeconv.system.devices import autocast
 from segdeconv.system.memory import ran_out_of_memory
 
-# A training step's peak over what its forward pass keeps: 1.19 to 1.26 on a CPU (docs/lab-notes.md).
-PASSING = 1.25
+# Peak memory of a training step relative to what its forward pass keeps: 1.19 to 1.26 on a CPU (docs/lab-notes.md).
+PEAK_FACTOR = 1.25
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that training holds at its peak, by one process.
+    """Peak memory of training in one process, in bytes.
 
-    weights: parameters, their gradients, the optimizer's state, copies in half precision, the average if there is one.
-    image: what the forward pass keeps of one image for the backward pass.
+    Attributes:
+        weights: Parameters, gradients, optimizer state, copies in half precision and averaged weights.
+        image: Activations that the forward pass keeps for the backward pass, per image.
     """
 
     weights: int
     image: int
 
     def total(self, batch_size: int) -> int:
-        """Of a batch."""
+        """Return the bytes needed with a batch of this size."""
         return self.weights + batch_size * self.image
 
 
 @contextmanager
 def explain_out_of_memory(batch_size: int) -> Iterator[None]:
-    """Training that runs out of memory as one sentence."""
+    """Turn out-of-memory errors into a UsageError that names the keys to change."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not ran_out_of_memory(error):
             raise
         half = max(1, batch_size // 2)
-        fewer = f"dataset.batch_size={half} (with trainer.accumulate_grad_batches=2 it learns the same), "
+        fewer = f"dataset.batch_size={half} (with trainer.accumulate_grad_batches=2 the training is equivalent), "
         raise UsageError(
             f"memory ran out with dataset.batch_size={batch_size} - try {fewer if batch_size > 1 else ''}a smaller "
-            f"dataset.crop or dataset.size, or model.width; {command('find', ['batch_size'])} finds what fits"
+            f"dataset.crop or dataset.size, or model.width; {command('find', ['batch_size'])} finds one that fits"
         ) from error
 
 
@@ -60,34 +61,42 @@ def estimate(
     precision: str,
     averaged: bool = False,
 ) -> Memory:
-    """What training images of a (H, W) would hold, from forward passes of one and of two small images on the CPU.
+    """Estimate the memory of training from forward passes of one and of two small images on the CPU.
 
-    What autograd keeps is counted while it keeps it: what the second image adds grows with the number of pixels, the
-    rest does not. What passes through on the way back is a share of that (PASSING).
+    The tensors that autograd saves are counted: those that the second image adds are scaled by the number of pixels,
+    the rest is constant. PEAK_FACTOR accounts for temporary tensors of the backward pass.
+
+    Args:
+        model: The network.
+        loss: The loss.
+        optimizer: The optimizer, for its state.
+        size: (height, width) of the training images.
+        precision: Lightning's precision, such as `bf16-mixed`.
+        averaged: Whether an average of the weights is kept.
     """
     parameters = sum(parameter.nbytes for parameter in model.parameters())
     trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     momentum = int(optimizer.param_groups[0].get("momentum", 0) > 0)
-    slots = 2 if isinstance(optimizer, AdamW) and not momentum else momentum  # Muon has AdamW's for vectors alone
+    slots = 2 if isinstance(optimizer, AdamW) and not momentum else momentum  # Muon has AdamW state for vectors only
     side = max(64, model.minimum_size)
-    one, two = (_kept(model, loss, images, side, precision) for images in (1, 2))
+    one_image, two_images = (_saved_bytes(model, loss, images, side, precision) for images in (1, 2))
     return Memory(
-        weights=parameters * (2 if averaged else 1) + trained * (1 + slots) + 2 * one - two,
-        image=round(PASSING * (two - one) * size[0] * size[1] / side**2),
+        weights=parameters * (2 if averaged else 1) + trained * (1 + slots) + 2 * one_image - two_images,
+        image=round(PEAK_FACTOR * (two_images - one_image) * size[0] * size[1] / side**2),
     )
 
 
-def _kept(model: SegmentationModel, loss: nn.Module, images: int, side: int, precision: str) -> int:
-    """Bytes that images of side x side leave behind for their backward pass."""
+def _saved_bytes(model: SegmentationModel, loss: nn.Module, images: int, side: int, precision: str) -> int:
+    """Return the bytes that autograd saves for the backward pass of images of side x side."""
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    kept: dict[int, Tensor] = {}  # by the place of their storage; held, so that no place is used twice
+    saved: dict[int, Tensor] = {}  # by the address of their storage, and held so that no address is reused
 
     def pack(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor
+        saved[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
     training = model.training
-    model.eval()  # no running statistics are touched and no random number is drawn
+    model.eval()  # changes no running statistics and draws no random numbers
     image = torch.zeros(images, model.in_channels, side, side).contiguous(memory_format=torch.channels_last)
     mask = torch.zeros(images, side, side, dtype=torch.int64)
     try:
@@ -95,4 +104,4 @@ def _kept(model: SegmentationModel, loss: nn.Module, images: int, side: int, pre
             loss_sums(loss, model.supervised(image), mask)
     finally:
         model.train(training)
-    return sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in own)
+    return sum(tensor.untyped_storage().nbytes() for address, tensor in saved.items() if address not in own)

@@ -1,4 +1,4 @@
-"""From a checked config to the objects that learn: data module, network, loss, optimizer."""
+"""Construction of the data pipeline, network, loss and optimizer from a checked config."""
 
 import hashlib
 from collections.abc import Mapping
@@ -19,9 +19,16 @@ from segdeconv.training import resume
 
 
 class Prepared(NamedTuple):
-    """What a config's nodes become.
+    """The objects that a config describes.
 
-    dataset: the `dataset` node as a checkpoint keeps it; facts: what the data is, plain.
+    Attributes:
+        data: The data pipeline.
+        classes: The classes of the data set.
+        model: The network.
+        loss: The loss.
+        optimizer: The optimizer of the network's parameters.
+        dataset: The `dataset` node as it is saved in checkpoints.
+        metadata: Classes, preprocessing, class weights and fingerprints of the data, as plain data.
     """
 
     data: DataPipeline
@@ -30,25 +37,30 @@ class Prepared(NamedTuple):
     loss: nn.Module
     optimizer: Optimizer
     dataset: dict[str, Any]
-    facts: dict[str, Any]
+    metadata: dict[str, Any]
 
 
 def prepare(config: Mapping[str, Any], *, fresh: bool = False) -> Prepared:
-    """Look at the data, say what is in it, and build what learns from it; from a checked config.
+    """Inspect the data, print its classes, and build the objects of a checked config.
 
-    fresh: without trained weights, because the checkpoint of a run that goes on is about to be loaded.
+    Args:
+        config: The checked config.
+        fresh: Build without pretrained weights, because the checkpoint of a resumed run will be loaded.
+
+    Raises:
+        UsageError: The data or a checkpoint named by the config is invalid.
     """
     start = None
     if config["init_from"] is not None and not fresh:
         start = checkpoint.read(config["init_from"], trust=resume.AnyName())
     train_split, val_split = (build_split(config["dataset"], split) for split in ("train", "val"))
     classes = train_split.classes
-    seen, _ = inspect_all([train_split, val_split])
-    weights = balance(config["loss"], seen.pixels[:-1], seen.image_pixels[:-1])
+    statistics, _ = inspect_all([train_split, val_split])
+    weights = balance(config["loss"], statistics.pixels[:-1], statistics.image_pixels[:-1])
     for note in train_split.notes:
         print(note)
-    print(class_table(seen, classes, weights), end="\n\n")
-    dataset = normalisation(config["dataset"], train_split, seen)
+    print(class_table(statistics, classes, weights), end="\n\n")
+    dataset = normalisation(config["dataset"], train_split, statistics)
     data = build_pipeline(dataset, config["augment"], train_split, val_split, seed=config["seed"])
 
     torch.manual_seed(config["seed"])
@@ -56,7 +68,7 @@ def prepare(config: Mapping[str, Any], *, fresh: bool = False) -> Prepared:
     model = build_model(config["model"], len(classes), channels, fresh=fresh or start is not None)
     if start is not None:
         print(transfer.transfer_weights(model, classes, start), end="\n\n")
-    if "classes" in dataset:  # found in the masks: from here on a choice, so that a new mask cannot change them
+    if "classes" in dataset:  # inferred from the masks; saved, so that new masks cannot change them
         dataset = {**dataset, "classes": train_split.stored_classes.to_dict()}
     fingerprints = {
         split.split: hashlib.sha256(split.fingerprint.encode()).hexdigest() for split in (train_split, val_split)

@@ -1,4 +1,4 @@
-"""Several processes: one run, trained by all of them, told in one voice."""
+"""Training in several processes: signals, ranks and reductions."""
 
 from __future__ import annotations
 
@@ -19,16 +19,21 @@ STOP_SIGNALS: dict[int, int] = {
     for name, code in (("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 143))
     if hasattr(signal, name)  # Windows has no SIGHUP
 }
-GO_ON = "go on with the same command and resume=auto"
+RESUME_HINT = "resume with the same command and resume=auto"
 
 
 def interrupted(number: int, saved: str = "") -> Interrupted:
-    """The end of a run that a signal stopped. saved: at which step and where, if anything was."""
-    return Interrupted(f"stopped by {signal.Signals(number).name}{saved} - {GO_ON}", STOP_SIGNALS[number])
+    """Return the exception for a run that a signal stopped.
+
+    Args:
+        number: The signal.
+        saved: Step and path of the saved checkpoint, to append to the message; empty if nothing was saved.
+    """
+    return Interrupted(f"stopped by {signal.Signals(number).name}{saved} - {RESUME_HINT}", STOP_SIGNALS[number])
 
 
 def launched_from_outside() -> bool:
-    """Whether torchrun or SLURM has started several processes, as Lightning recognises them."""
+    """Return whether torchrun or SLURM has started several processes, by the same rules as Lightning."""
     if torch.distributed.is_available() and torch.distributed.is_torchelastic_launched():
         return int(os.environ["WORLD_SIZE"]) > 1
     interactive = os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
@@ -36,12 +41,12 @@ def launched_from_outside() -> bool:
 
 
 def rank_from_outside() -> int:
-    """The place among all processes that torchrun or SLURM gave this one."""
+    """Return the rank that torchrun or SLURM gave this process; 0 without them."""
     return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
 
 
 def agreed(trainer: Trainer, number: int) -> int:
-    """The largest of the processes' numbers, in every one of them."""
+    """Return the maximum of a number over all processes."""
     if trainer.world_size == 1:
         return number
     numbers = torch.tensor(number, device=trainer.strategy.root_device)
@@ -50,7 +55,7 @@ def agreed(trainer: Trainer, number: int) -> int:
 
 
 def summed(trainer: Trainer, values: Tensor) -> Tensor:
-    """The sum over all processes, in each of them."""
+    """Return the sum of a tensor over all processes."""
     values = values.clone()
     if trainer.world_size > 1:
         torch.distributed.all_reduce(values)

@@ -1,4 +1,4 @@
-"""Resuming: which run folder, from which checkpoint, and whether config, data and machine are still the same."""
+"""Resuming: finding the run folder and its checkpoint, and comparing config, data and machine."""
 
 import json
 from collections.abc import Mapping
@@ -18,48 +18,52 @@ from segdeconv.system.files import replace_text
 from segdeconv.training.processes import rank_from_outside
 from segdeconv.training.run_folder import lock_run
 
-# Keys of a config that may differ when a run goes on: they do not change what is learnt.
+# Keys that may change when a run resumes, since they do not affect the result of training.
 CHANGEABLE_KEYS = (
     "resume", "resume_force", "max_time", "logger", "dataset.num_workers", "dataset.timeout", "dataset.root",
     "trainer.activation_checkpointing", "dataset.cache", "dataset.cache_size", "dataset.checksums",
 )  # fmt: skip
 
 
-# Going on: which run, and whether it is the same.
-
-
 def find_run(config: Mapping[str, Any], run: Path, runs: Path | None) -> Path:
-    """The folder of the run that a checked config means: the one that its `resume` names or finds, or else `run`.
+    """Return the run folder for a checked config: the one that its `resume` key selects, or else `run`.
 
-    runs: where resume=auto looks for the newest unfinished run of the same config; None where `run` is the one.
+    Args:
+        config: The checked config.
+        run: The folder of a new run.
+        runs: The folder in which resume=auto searches for the newest unfinished run with the same config; None to
+            use `run`.
+
+    Raises:
+        UsageError: `resume` names a path that is not a run.
     """
     resume = config["resume"]
     if resume not in (None, "auto"):
         path = Path(resume)
         folder = path if path.is_dir() else path.parent
         if not path.exists() or not (folder / "config.yaml").is_file():
-            raise UsageError(f"resume={resume} is no run - give resume=auto or a folder that train.py wrote")
+            raise UsageError(f"resume={resume} is not a run folder - give resume=auto or a folder that train.py wrote")
         return folder
     for folder in sorted(runs.glob("*/"), reverse=True) if resume and runs else ():
-        begun = (folder / "config.yaml").is_file() and any(folder.glob("*.ckpt"))
-        if begun and not finished(folder) and _is_of(folder, config):
+        started = (folder / "config.yaml").is_file() and any(folder.glob("*.ckpt"))
+        if started and not finished(folder) and _has_config(folder, config):
             return folder
     return run
 
 
 def finished(run: Path) -> bool:
-    """Whether a run has come to its end, and not to that of its time."""
+    """Return whether a run is complete: trained to its end, not stopped by max_time, and evaluated."""
     try:
         report = json.loads((run / "report.json").read_text())
-    except (FileNotFoundError, ValueError):  # ValueError: it is damaged, and written anew at the end
+    except (FileNotFoundError, ValueError):  # ValueError: it is damaged and will be rewritten
         return False
     return isinstance(report, dict) and bool(report.get("complete", True))
 
 
-def _is_of(run: Path, config: Mapping[str, Any]) -> bool:
+def _has_config(run: Path, config: Mapping[str, Any]) -> bool:
     try:
         return not differing_keys(read_config(run), config)
-    except UsageError:  # a folder that nobody named: it is passed over
+    except UsageError:  # not a run; it was not named by the user, so skip it
         return False
 
 
@@ -69,96 +73,120 @@ def read_config(run: Path) -> dict[str, Any]:
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        said = str(getattr(error, "problem", None) or type(error).__name__)
-        raise UsageError(f"{path} is not the config of a run ({said}) - choose another hydra.run.dir") from error
+        reason = str(getattr(error, "problem", None) or type(error).__name__)
+        raise UsageError(f"{path} is not the config of a run ({reason}) - choose another hydra.run.dir") from error
     if not isinstance(config, dict):
         raise UsageError(f"{path} is not the config of a run - choose another hydra.run.dir")
     return rename_keys(config, path)
 
 
 def open_run(run: Path, config: Mapping[str, Any]) -> Checkpoint | None:
-    """Make the folder of a run ready; the checkpoint to go on from, or None to start.
+    """Lock the run folder, write config.yaml, and return the checkpoint to resume from, or None for a new run.
 
-    Raises UsageError if the folder holds a run and nothing was said about going on, if its config was another, or if
-    another process is at it.
+    Args:
+        run: The run folder, which is created if needed.
+        config: The checked config.
+
+    Raises:
+        UsageError: The folder contains a run and `resume` is not set, or has another config, or is in use.
     """
     lock_run(run)
     config_file = run / "config.yaml"
-    begun = config_file.is_file() and any(run.glob("*.ckpt"))  # or it failed before it had learnt anything
-    if begun and config["resume"] is None:
-        raise UsageError(f"{run} already holds a run - go on with resume=auto or choose another hydra.run.dir")
+    started = config_file.is_file() and any(run.glob("*.ckpt"))  # without a checkpoint there is nothing to resume
+    if started and config["resume"] is None:
+        raise UsageError(f"{run} already contains a run - resume it with resume=auto or choose another hydra.run.dir")
     resumed = None
-    if begun:
+    if started:
         differing = differing_keys(read_config(run), config)
         if differing and not config["resume_force"]:
             raise UsageError(
-                f"{run} was started with other values of {', '.join(differing)} - give those, or resume_force=true"
+                f"{run} was started with other values of {', '.join(differing)} - use those, or set resume_force=true"
             )
         resumed = usable_checkpoint(run)
-    if rank_from_outside() == 0:  # every process that torchrun starts comes by here
+    if rank_from_outside() == 0:  # torchrun runs this in every process
         replace_text(config_file, yaml.safe_dump(dict(config), sort_keys=False))
     return resumed
 
 
 def usable_checkpoint(run: Path) -> Checkpoint | None:
-    """The newest whole checkpoint of a run to go on from; a damaged newest one is named and passed over.
+    """Return the newest intact checkpoint of a run; print and skip a damaged one.
 
-    None where there is none yet. Raises CheckpointError where there are some and none can be used.
+    Returns:
+        The checkpoint, or None if the run has none yet.
+
+    Raises:
+        CheckpointError: The run has checkpoints, but none is usable.
     """
-    refused = None
+    first_error = None
     for path in (run / "last.ckpt", run / "previous.ckpt"):
         if not path.is_file():
             continue
         try:
-            read = checkpoint.read(path, trust=AnyName())
-            checkpoint.require_resumable(read)
+            candidate = checkpoint.read(path, trust=AnyName())
+            checkpoint.require_resumable(candidate)
         except CheckpointError as error:
-            print(f"passed over: {error}")
-            refused = refused or error
+            print(f"skipped: {error}")
+            first_error = first_error or error
             continue
-        return read
-    if refused is not None:
-        raise refused
+        return candidate
+    if first_error is not None:
+        raise first_error
     return None
 
 
 def compare(resumed: Checkpoint, classes: Classes, fingerprints: Mapping[str, str]) -> None:
-    """Say what no key of the config does: that the files of a split are not what they were.
+    """Compare the data of a resumed run with that of its checkpoint; warn if files have changed.
 
-    Raises UsageError if the data has other classes than it had.
+    Args:
+        resumed: The checkpoint.
+        classes: The classes of the data now.
+        fingerprints: Hash of the data by split, now.
+
+    Raises:
+        UsageError: The data has other classes than the checkpoint.
     """
     before = resumed.classes
     if before.names != classes.names:
         raise UsageError(
             f"{resumed.path} was trained for {len(before)} classes ({', '.join(before.names)}) and the data now has "
-            f"{len(classes)} ({', '.join(classes.names)}) - restore the data, or start another run with "
-            f"init_from={resumed.path}, which keeps what it knows and begins the other classes anew"
+            f"{len(classes)} ({', '.join(classes.names)}) - restore the data, or start a new run with "
+            f"init_from={resumed.path}, which copies the weights of the common classes"
         )
-    known = resumed.facts.get("fingerprints", {})  # earlier versions wrote none
-    for split in [name for name, value in fingerprints.items() if known.get(name, value) != value]:
+    recorded = resumed.facts.get("fingerprints", {})  # missing in checkpoints of earlier versions
+    for split in [name for name, value in fingerprints.items() if recorded.get(name, value) != value]:
         print(
-            f"watch: the files of the {split} split are not those, or not where, they were when {resumed.path} was "
-            "written; the run goes on with what is there now, and not to the same bits"
+            f"warning: files of the {split} split have changed or moved since {resumed.path} was written; the run "
+            "resumes with the current files, so its result will not be bit-identical"
         )
 
 
 def compare_machines(resumed: Checkpoint, device: torch.device) -> None:
-    """Say what of the machine is not as it was, for rounding depends on it."""
-    known, now = resumed.content["segdeconv"].get("machine", {}), machine(device)
-    differing = [f"{name} {known[name]} -> {value}" for name, value in now.items() if known.get(name, value) != value]
+    """Warn about differences between the machine of a checkpoint and this one, which affect rounding."""
+    recorded, now = resumed.content["segdeconv"].get("machine", {}), machine(device)
+    differing = [
+        f"{name} {recorded[name]} -> {value}" for name, value in now.items() if recorded.get(name, value) != value
+    ]
     if differing:
-        print(f"watch: going on, but not to the same bits: {', '.join(differing)}")
+        print(f"warning: the resumed run will not be bit-identical: {', '.join(differing)}")
 
 
 class AnyName(frozenset[str]):
-    """Contains every name: nothing that a checkpoint names is built when a run goes on, its config is composed anew."""
+    """A set that contains every name, to trust a checkpoint from which nothing is built.
+
+    A resumed run builds its objects from the config that was composed for it, not from its checkpoint.
+    """
 
     def __contains__(self, name: object) -> bool:
         return True
 
 
 def without_changeable_keys(node: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    """A config without the keys that may differ; MLflow, for one, refuses to change a parameter when a run goes on."""
+    """Return a config without the keys that may change on resuming; MLflow refuses to change a logged parameter.
+
+    Args:
+        node: The config, or a node of it.
+        where: The node's key with a trailing dot, empty for the config.
+    """
     return {
         name: without_changeable_keys(value, f"{where}{name}.") if isinstance(value, Mapping) else value
         for name, value in node.items()
@@ -167,7 +195,13 @@ def without_changeable_keys(node: Mapping[str, Any], where: str = "") -> dict[st
 
 
 def differing_keys(before: Any, now: Any, where: str = "") -> list[str]:
-    """The keys in which two configs differ, those that change nothing left out."""
+    """Return the keys in which two configs differ, except those that may change on resuming.
+
+    Args:
+        before: A config, or a node or value of it.
+        now: The other one.
+        where: The node's key, empty for the config.
+    """
     if where in CHANGEABLE_KEYS:
         return []
     if isinstance(before, Mapping) and isinstance(now, Mapping):

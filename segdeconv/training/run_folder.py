@@ -1,4 +1,4 @@
-"""The folder of a run: of one run at a time, and with room for its checkpoints."""
+"""The run folder: its lock, and the disk space for its checkpoints."""
 
 import shutil
 from pathlib import Path
@@ -10,39 +10,42 @@ from segdeconv.system.files import PARTIAL, lock_folder
 from segdeconv.system.memory import readable
 from segdeconv.training.processes import rank_from_outside
 
-COPIES = 4  # of the weights that a run has on the disk at its fullest; what the optimizer keeps comes on top
+COPIES = 4  # of the weights on disk at most; optimizer state comes on top
 
-_claimed: dict[Path, object] = {}  # the locks of this process, which keeps them until it ends
+_locks: dict[Path, object] = {}  # held by this process until it ends
 
 
 def lock_run(run: Path) -> None:
-    """Make the folder and lock it for this process, until it ends: two runs in one folder would mix their files.
+    """Create the run folder and lock it until this process ends, so that no two runs share it.
 
-    Of several processes that torchrun or SLURM started for one run the first holds it.
+    If torchrun or SLURM started several processes for the run, the first one holds the lock.
+
+    Raises:
+        UsageError: The path is a file, or another process uses the folder.
     """
     if run.exists() and not run.is_dir():
-        raise UsageError(f"{run} is a file and should be the folder of a run - choose another hydra.run.dir")
-    if rank_from_outside() > 0 or run.resolve() in _claimed:
+        raise UsageError(f"{run} is a file, not a run folder - choose another hydra.run.dir")
+    if rank_from_outside() > 0 or run.resolve() in _locks:
         return
     lock = lock_folder(run, "hydra.run.dir")
     if lock is not None:
-        _claimed[run.resolve()] = lock
-        for left in run.glob(f"{PARTIAL}*"):  # of a writer that was killed, for whoever holds the lock is alone here
-            left.unlink(missing_ok=True)
+        _locks[run.resolve()] = lock
+        for partial in run.glob(f"{PARTIAL}*"):  # from a killed process; the lock ensures that nobody writes them
+            partial.unlink(missing_ok=True)
 
 
 def require_run_folder(run: Path) -> None:
-    """Raise DiskError where the folder of a run that is under way is gone: made anew, it would hide what was lost."""
+    """Raise DiskError if the folder of a running run was removed; recreating it would hide the loss."""
     if not run.is_dir():
-        raise DiskError(f"{run} is gone while a run writes to it - start the run again, or restore the folder")
+        raise DiskError(f"{run} was removed during the run - restore the folder, or start the run again")
 
 
 def require_space(run: Path, task: nn.Module) -> None:
-    """Raise DiskError where the checkpoints of a run cannot fit: best, last, previous and the one being written."""
+    """Raise DiskError if the disk is too small for the checkpoints: best, last, previous and a partial one."""
     weights = sum(tensor.numel() * tensor.element_size() for tensor in task.state_dict().values())
     needed, free = COPIES * weights, shutil.disk_usage(run).free
     if needed > free:
         raise DiskError(
-            f"the checkpoints in {run} take {readable(needed)} or more and {readable(free)} are free - free some space "
-            "or choose another hydra.run.dir"
+            f"the checkpoints in {run} need at least {readable(needed)} and {readable(free)} are free - free some "
+            "space or choose another hydra.run.dir"
         )

@@ -10,34 +10,34 @@ Count = Annotated[int, Field(ge=1)]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerSettings:
-    """How a run trains.
+    """Settings of the trainer.
 
     Taken by `make_trainer`:
-        max_epochs, max_steps: Training ends at whichever comes first; -1 is no limit of steps.
-        accelerator, num_nodes, deterministic: As in Lightning; deterministic refuses operations that may differ from
-            run to run.
-        devices: Processes of one machine, each with batches of its own; auto is every GPU, or one process on a CPU.
-        accumulate: Batches whose gradients make one step; each is as large as dataset.batch_size.
-        precision: auto is bf16-mixed where the machine is fast at it, else 32-true.
-        gradient_clip: Largest norm of the gradient, None for no clipping.
-        validate_every: Epochs between validations.
+        max_epochs, max_steps: Training ends at whichever comes first; -1 means no limit on steps.
+        accelerator, num_nodes, deterministic: As in Lightning; deterministic forbids operations whose results vary
+            between runs.
+        devices: Number of processes per machine, each with its own batches; auto uses every GPU, or one CPU process.
+        accumulate_grad_batches: Batches of dataset.batch_size images per optimizer step.
+        precision: auto uses bf16-mixed where the machine supports it well, else 32-true.
+        gradient_clip_val: Maximum norm of the gradient; None for no clipping.
+        check_val_every_n_epoch: Epochs between validations.
 
     Taken by `make_trainer` and `SegmentationTask`:
-        norm: Where batch norm takes its statistics in training: `batch`, this process's images; `sync`, the images of
-            all processes (accelerators only); `frozen`, nowhere: the running averages stay as they are. The norms of
-            frozen parts (`optimizer.part_lr`) are frozen too.
+        norm: Statistics of batch norm in training: `batch`, over the images of this process; `sync`, over those of all
+            processes (accelerators only); `frozen`, the running averages, which stay unchanged. The norms of frozen
+            parts (`optimizer.part_lr`) are frozen too.
 
     Taken by `SegmentationTask`:
-        ema: Decay of an exponential moving average of the weights, such as 0.999, which is then what is validated and
-            used. Running statistics of batch norm are averaged alike, since those of the last steps belong to other
-            weights. Over the first steps the decay is smaller, (1 + step) / (10 + step), to forget the start.
-        compile: Train through torch.compile; `auto` on GPUs alone, since for a CPU it takes minutes. Checkpoints are
-            the same files, and what validates or uses them compiles nothing.
-        recompute: Keep only the inputs of each stage and compute it again in the backward pass; see
+        ema: Decay of an exponential moving average of the weights, such as 0.999. Validation and later commands use
+            the average. Running statistics of batch norm are averaged too. During the first steps the decay is
+            smaller, (1 + step) / (10 + step).
+        compile: Train with torch.compile; `auto` on GPUs only, since compilation for a CPU takes minutes. Checkpoints
+            are the same, and validation does not compile.
+        activation_checkpointing: Keep only the inputs of each stage and compute it again in the backward pass; see
             `checkpoint_activations`.
 
     Taken by `Checkpoints`:
-        patience: Validations in a row without a better mIoU after which training ends; None for no such end.
+        patience: Number of validations without a better mIoU after which training ends; None for no early stopping.
     """
 
     max_epochs: Count = 20

@@ -1,4 +1,4 @@
-"""The training loss over the micro-batches and processes of an optimizer step, and over the steps of an epoch."""
+"""Training loss of an optimizer step, over micro-batches and processes, and of an epoch."""
 
 import math
 from typing import NamedTuple
@@ -14,7 +14,13 @@ LOWER = "lower optimizer.lr, add schedule.warmup_steps or clip with trainer.grad
 
 
 class Pending(NamedTuple):
-    """A step's loss on its way to the host: [sum, normaliser], the event of its arrival, and what made it."""
+    """A step's loss in transfer to the host.
+
+    Attributes:
+        sums: [sum, normaliser].
+        arrived: CUDA event that marks the end of the transfer; None on a CPU.
+        step, lr, names: Step, learning rate and names of the images, for error messages.
+    """
 
     sums: Tensor
     arrived: torch.cuda.Event | None
@@ -26,8 +32,8 @@ class Pending(NamedTuple):
 class StepLoss:
     """Sums the loss of a step's micro-batches in all processes, and those of an epoch's steps.
 
-    On a GPU the host does not wait for the loss of the step that it has just launched. `reduce` takes note of the step
-    before; `sync_loss` waits, and is called before anything is shown, scored or saved.
+    On a GPU the host does not wait for the loss of the step that it has just launched: `reduce` records the previous
+    step's loss. `sync_loss` waits for the last one, and is called before anything is shown, scored or saved.
 
     Attributes:
         sums: [sum, normaliser] over all processes and finished steps since `reset`.
@@ -43,12 +49,12 @@ class StepLoss:
         self.reset()
 
     def reset(self) -> None:
-        """Start the sums of another epoch."""
+        """Reset the sums for a new epoch."""
         self.sums = [0.0, 0.0]
 
     @property
     def step_is_complete(self) -> bool:
-        """Whether the last micro-batch was the last of its step."""
+        """True if the last micro-batch completed its optimizer step."""
         return not self._micro_batches
 
     def add(self, total: Tensor, normaliser: Tensor, names: list[str]) -> None:
@@ -56,28 +62,36 @@ class StepLoss:
         self._micro_batches.append((total.detach(), normaliser.detach(), names))
 
     def reduce(self, trainer: Trainer, lr: float) -> Tensor:
-        """End the step; return [sum, normaliser] of its loss over all micro-batches and processes, on the device."""
+        """Complete the step.
+
+        Args:
+            trainer: The trainer, for the processes and the step.
+            lr: The learning rate, for error messages.
+
+        Returns:
+            [sum, normaliser] of the loss over all micro-batches and processes, (2,) float32 on the device.
+        """
         totals, normalisers, names = zip(*self._micro_batches, strict=True)
         self._micro_batches = []
         sums = summed(trainer, torch.stack([torch.stack(totals).sum(), torch.stack(normalisers).sum()]).float())
-        self.sync_loss()  # of the step before, on a GPU
+        self.sync_loss()  # the previous step's, on a GPU
         arrived, on_host = None, sums
         if sums.is_cuda:
             on_host = torch.empty(2, pin_memory=True).copy_(sums, non_blocking=True)
             arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             arrived.record()
         self._pending_loss = Pending(
-            on_host, arrived, trainer.global_step, lr, [name for some in names for name in some]
+            on_host, arrived, trainer.global_step, lr, [name for batch in names for name in batch]
         )
         if arrived is None:
             self.sync_loss()
         return sums
 
     def sync_loss(self) -> None:
-        """Take note of the last step's loss.
+        """Wait for the last step's loss and add it to the sums.
 
         Raises:
-            DivergedError: It is not finite. Nothing is saved after that.
+            DivergedError: It is not finite. Nothing is saved afterwards.
         """
         if self._pending_loss is None:
             return

@@ -1,4 +1,4 @@
-"""How a run ends early: signals and the clock set a flag, the step boundary saves and leaves."""
+"""Early end of a run: signals and max_time set a flag; at the next step boundary the run saves and exits."""
 
 import multiprocessing
 import os
@@ -12,13 +12,13 @@ from pytorch_lightning import Callback, Trainer
 
 from segdeconv.errors import TimeUp
 from segdeconv.training.checkpointing import Checkpoints
-from segdeconv.training.processes import GO_ON, STOP_SIGNALS, agreed, interrupted
+from segdeconv.training.processes import RESUME_HINT, STOP_SIGNALS, agreed, interrupted
 
-TIME_IS_UP = 1000  # beside the numbers of signals
+TIME_IS_UP = 1000  # not the number of any signal
 
 
 def _kill_workers() -> None:
-    """So that they do not say that this process is gone."""
+    """Kill the loader workers, so that they print no errors about the end of this process."""
     if hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise
     for child in multiprocessing.active_children():
@@ -26,11 +26,13 @@ def _kill_workers() -> None:
 
 
 class Stopping(Callback):
-    """Signals and the clock set a flag; the step boundary saves and leaves. A second interrupt leaves at once.
+    """Saves and ends the run at a step boundary after a signal or the deadline; a second SIGINT exits at once.
 
-    Between an epoch's last batch and the end of its validation nothing is saved: there the boundary is the epoch's end.
+    Between an epoch's last batch and the end of its validation nothing can be saved, so the run ends after that epoch.
 
-    deadline: in seconds of time.time(), after which training ends; None for no such end.
+    Args:
+        checkpoints: Saves the run.
+        deadline: Time, as of time.time(), after which training ends; None for no limit.
     """
 
     def __init__(self, checkpoints: Checkpoints, *, deadline: float | None = None) -> None:
@@ -39,19 +41,20 @@ class Stopping(Callback):
         self._before: dict[int, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_before": {}}  # which are this process's own
+        return {**self.__dict__, "_before": {}}  # handlers belong to this process
 
     def listen(self) -> None:
-        """From here on signals are a wish that is granted at the next step boundary."""
-        # A notebook or server that trains in a thread keeps its own handlers: Python allows them to the main one only.
+        """Install signal handlers that request an end at the next step boundary."""
+        # Python allows signal handlers in the main thread only; elsewhere the application keeps its own.
         if threading.current_thread() is not threading.main_thread():
             return
         for number in STOP_SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:  # nohup has SIGHUP ignored, a shell's `&` SIGINT
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP, a shell's `&` SIGINT
                 self._before.setdefault(number, signal.getsignal(number))
                 signal.signal(number, self._receive)
 
     def stop_listening(self) -> None:
+        """Restore the previous signal handlers."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
@@ -60,18 +63,18 @@ class Stopping(Callback):
         self.listen()
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        self.listen()  # again: Lightning has put its own handlers in between
+        self.listen()  # again, since Lightning has installed its own handlers
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received == signal.SIGINT:
             _kill_workers()
-            os.write(2, b"segdeconv: error: interrupted twice, nothing more was saved - go on with resume=auto\n")
+            os.write(2, b"segdeconv: error: interrupted twice, nothing more was saved - resume with resume=auto\n")
             os._exit(130)
         self.received = number
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        # After an epoch's last batch comes its validation, and `at_epoch_end` after that. Between the batches that make
-        # one step there is nothing that could be saved.
+        # After an epoch's last batch comes its validation, and then `at_epoch_end`. Between the micro-batches of a step
+        # nothing can be saved.
         last = batch_idx + 1 == trainer.num_training_batches or 0 < trainer.max_steps <= trainer.global_step
         if last or not pl_module.step_loss.step_is_complete:
             return
@@ -80,7 +83,7 @@ class Stopping(Callback):
             self._leave(reason, trainer.global_step)
 
     def at_epoch_end(self, trainer: Trainer, total_steps: int) -> None:
-        """For the Recorder, when it has saved."""
+        """End the run if requested; called by the Recorder after it has saved."""
         reason = self._reason(trainer)
         done = trainer.should_stop or trainer.global_step >= total_steps
         if reason and not (reason == TIME_IS_UP and done):
@@ -93,11 +96,11 @@ class Stopping(Callback):
     def _leave(self, reason: int, step: int) -> None:
         saved = f" at step {step}, saved in {self.checkpoints.last_path}"
         if reason == TIME_IS_UP:
-            raise TimeUp(f"max_time is over{saved} - {GO_ON}")
+            raise TimeUp(f"max_time is over{saved} - {RESUME_HINT}")
         raise interrupted(reason, saved)
 
     def raise_if_requested(self) -> None:
-        """Outside of training, where there is nothing new to save."""
+        """Raise Interrupted if a signal was received outside training, where there is nothing to save."""
         if self.received:
             raise interrupted(self.received)
 

@@ -1,4 +1,4 @@
-"""How switches settle while a network learns, as curves and a picture."""
+"""Statistics of the switches over training, logged as curves and a figure."""
 
 import numpy as np
 from pytorch_lightning import Callback, Trainer
@@ -9,22 +9,27 @@ from segdeconv.analysis.switch_statistics import flip_rate, ties_counted
 from segdeconv.data.dataset import SegmentationDataset
 from segdeconv.data.preprocessing import Preprocessing, resize_image
 from segdeconv.switches.ops import Pooling
-from segdeconv.training.loggers import show_picture
+from segdeconv.training.loggers import log_image
 from segdeconv.training.task import SegmentationTask
 
 
 class SwitchCurves(Callback):
-    """After every validation, to the logger: of each pool the share of windows whose winner has changed since the last
-    validation (`switches/flip_rate/level 1`, the finest) and of those with more than one maximum (`switches/tie_rate`),
-    on a few validation images that stay the same; and the sheet of the switches of the first of them.
+    """Logs statistics of the switches of a few fixed validation images after every validation.
 
-    It runs nothing random and writes nothing that a checkpoint or metrics.csv holds, so runs go on to the same bits.
-    What was before is not kept in a checkpoint: where a run goes on, the first flip rate is missing.
+    For each level, `switches/flip_rate/level K` (1 is the finest) is the fraction of windows whose winner has changed
+    since the last validation, and `switches/tie_rate/level K` the fraction with more than one maximum. The switches of
+    the first image are logged as a figure. Nothing random is run and nothing is saved in checkpoints or metrics.csv, so
+    resumed runs stay bit-identical; the first flip rate after resuming is missing.
+
+    Args:
+        dataset: The validation split.
+        preprocessing: The network's preprocessing.
+        count: Number of images.
     """
 
     def __init__(self, dataset: SegmentationDataset, preprocessing: Preprocessing, *, count: int = 4) -> None:
         self.dataset, self.preprocessing = dataset, preprocessing
-        self.places = sorted({int(place) for place in np.linspace(0, len(dataset) - 1, count)})
+        self.indices = sorted({int(index) for index in np.linspace(0, len(dataset) - 1, count)})
         self.before: list[list[Pooling]] = []
 
     def on_validation_end(self, trainer: Trainer, pl_module: SegmentationTask) -> None:  # type: ignore[override]
@@ -32,17 +37,17 @@ class SwitchCurves(Callback):
             return
         network = pl_module.validation_network
         assert network is not None
-        now, ties, picture = [], [], None
-        for place in self.places:
-            image, _, name = self.dataset[place]
+        now, ties, figure = [], [], None
+        for index in self.indices:
+            image, _, name = self.dataset[index]
             if self.preprocessing.size is not None:
                 image = resize_image(image, self.preprocessing.size)
             with recorded(network.model) as pooled, ties_counted(network.model) as rates:
                 network.logits(self.preprocessing.normalise(image, name)[None])
             if not pooled:
-                return  # its pools keep no switches
-            if picture is None and pooled[0].size == image.shape[:2]:
-                picture = switches_figure(name, image, pooled, rates)
+                return  # the network has no switches
+            if figure is None and pooled[0].size == image.shape[:2]:
+                figure = switches_figure(name, image, pooled, rates)
             now.append([pooling._replace(features=pooling.features[:, :, :0]) for pooling in pooled])
             ties.append(list(rates))
         numbers = {}
@@ -54,5 +59,5 @@ class SwitchCurves(Callback):
         self.before = now
         for logger in trainer.loggers:
             logger.log_metrics(numbers, step=trainer.global_step)
-            if picture is not None:
-                show_picture(logger, "switches", picture, trainer.global_step)
+            if figure is not None:
+                log_image(logger, "switches", figure, trainer.global_step)

@@ -1,4 +1,4 @@
-"""The task that Lightning trains: loss, scores, learning rate, and what a checkpoint remembers."""
+"""The Lightning module: loss, scores, learning rate, and the content of checkpoints."""
 
 import copy
 from collections.abc import Callable, Mapping
@@ -31,13 +31,19 @@ from segdeconv.training.processes import summed
 from segdeconv.training.settings import TrainerSettings
 from segdeconv.training.step_loss import LOWER, StepLoss
 
-# Sums over pixels are divided by this before the backward pass, so that float16 can hold their gradients; a power of
-# two, which changes no digit.
+# Sums over pixels are divided by this before the backward pass, so that float16 can represent their gradients; a power
+# of two, so that no rounding occurs.
 UNIT = 2.0**18
 
 
 class Results(NamedTuple):
-    """Of one split: the mean loss, the scores, and the (C, C) confusion matrix that they come from."""
+    """Results of one split.
+
+    Attributes:
+        loss: Mean loss over the pixels.
+        scores: The scores.
+        confusion: (C, C) counts from which the scores are computed, rows are truth.
+    """
 
     loss: float
     scores: Scores
@@ -45,13 +51,22 @@ class Results(NamedTuple):
 
 
 class SegmentationTask(LightningModule):
-    """A network, a loss and an optimizer, learning one data set.
+    """Trains a network with a loss and an optimizer.
 
-    metadata: the config and the facts of the data, plain, as a checkpoint keeps them.
+    Args:
+        model: The network.
+        loss: A `PixelLoss`, or a module from (logits, mask) to a scalar.
+        optimizer: Its parameter groups have a `base_lr`.
+        schedule: Factor on the learning rate by step.
+        classes: The classes of the data set.
+        seed: Seed of dropout and other random operations, together with the step.
+        total_steps: Optimizer steps of the whole run, for the schedule.
+        metadata: Config and metadata of the data, as plain data for checkpoints.
+        settings: The settings of the trainer.
     """
 
     averaged: SegmentationModel | None
-    validation_network: Network | None = None  # of a validation that is running
+    validation_network: Network | None = None  # during a validation
 
     def __init__(
         self,
@@ -70,7 +85,7 @@ class SegmentationTask(LightningModule):
         if settings.compile is True and settings.activation_checkpointing:
             raise UsageError(
                 "trainer.compile=true and trainer.activation_checkpointing=true: torch.compile chooses by itself what "
-                "to compute again - leave one of them out"
+                "to recompute - set only one of them"
             )
         self.model = model.to(memory_format=torch.channels_last)
         self.loss = loss
@@ -88,14 +103,15 @@ class SegmentationTask(LightningModule):
         self.val_sums: list[Tensor] = []  # [sum, normaliser] of the loss on each of this process's validation images
         self._results: dict[str, Results] = {}
         self._validated = False
-        self.train()  # Lightning takes the modes as they are
+        self.train()  # Lightning keeps the modes of the modules
 
     @property
     def network(self) -> SegmentationModel:
-        """What is validated and used: the average of the weights if there is one."""
+        """The network to validate and to use: the averaged weights if there are any."""
         return self.model if self.averaged is None else self.averaged
 
     def train(self, mode: bool = True) -> Self:
+        """Set training mode, except for frozen norms and the averaged weights."""
         super().train(mode)
         for module in self.model.modules():
             frozen = not any(parameter.requires_grad for parameter in module.parameters(recurse=False))
@@ -109,7 +125,7 @@ class SegmentationTask(LightningModule):
         return self.optimizer
 
     def compiles(self, device: torch.device) -> bool:
-        """Whether training on this device goes through torch.compile."""
+        """Return whether training on this device uses torch.compile."""
         if self.compilation == "auto":
             return (
                 not self.activation_checkpointing and device.type == "cuda" and load_triton_kernels(device) is not None
@@ -119,13 +135,13 @@ class SegmentationTask(LightningModule):
     def on_fit_start(self) -> None:
         keep_freed(self.device)
         if self.compiles(self.device):
-            # The method, not the module, whose parameters would get other names in checkpoints.
+            # The method, not the module: compiling the module would rename the parameters in checkpoints.
             self._supervised = torch.compile(self.model.supervised)
         self.train_matrix.to(self.device)
         self.val_matrix.to(self.device)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        # Everything random or scheduled is a function of the step, so that a resumed run repeats it.
+        # Random numbers and schedule depend on the step alone, so that a resumed run repeats them.
         micro_batch = batch_idx % self.trainer.accumulate_grad_batches
         torch.manual_seed(key(self.seed, "step", self.global_step, micro_batch, self.global_rank))
         factor = self.schedule(self.global_step, self.total_steps)
@@ -137,7 +153,7 @@ class SegmentationTask(LightningModule):
         total, normaliser = loss_sums(self.loss, maps, batch["mask"])
         self.train_matrix.update(maps[0].detach().argmax(dim=1), batch["mask"])
         self.step_loss.add(total, normaliser, batch["name"])
-        # Lightning divides by the number of micro-batches, which on_before_optimizer_step does not count on.
+        # This undoes Lightning's division by the number of micro-batches; see on_before_optimizer_step.
         return total * (self.trainer.accumulate_grad_batches / UNIT)
 
     def _forward(self, image: Tensor) -> tuple[Tensor, ...]:
@@ -146,15 +162,15 @@ class SegmentationTask(LightningModule):
         except ValueError as error:
             if "more than 1 value per channel" in str(error):
                 raise UsageError(
-                    f"batch norm sees a single value per channel in a batch of {len(image)} - raise dataset.batch_size "
+                    f"batch norm has a single value per channel in a batch of {len(image)} - raise dataset.batch_size "
                     "or dataset.crop, or set trainer.norm=frozen"
                 ) from error
             raise
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """From the gradient of the sum of the loss to that of its mean over all micro-batches and processes."""
+        """Scale the gradient of the summed loss to that of its mean over all micro-batches and processes."""
         sums = self.step_loss.reduce(self.trainer, self.optimizer.param_groups[0]["lr"])
-        # Several processes average their gradients, so the sum is world_size times that.
+        # Gradients are averaged over processes, so their sum is world_size times as large.
         scale = torch.where(sums[1] > 0, UNIT * self.trainer.world_size / sums[1], 0.0)
         torch._foreach_mul_([parameter.grad for parameter in self.parameters() if parameter.grad is not None], scale)
 
@@ -172,34 +188,34 @@ class SegmentationTask(LightningModule):
     def on_validation_start(self) -> None:
         self.step_loss.sync_loss()
         self._validated = True
-        # Running statistics are each process's own; the first one's are those that are kept.
+        # Running statistics differ between processes; those of the first process are saved.
         if self.trainer.world_size > 1:
             for buffer in self.network.buffers():
                 torch.distributed.broadcast(buffer, 0)
-        # As evaluate makes it, so that both give the same scores.
+        # The same preparation as in evaluate, so that both give the same scores.
         self.validation_network = Network(self.network, self.device, str(self.trainer.precision))
 
     def on_validation_end(self) -> None:
         self.validation_network = None
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, list[np.ndarray]]:
-        """Scores stored pixels, as scripts/evaluate.py does; the predicted masks are for pictures."""
+        """Count the stored pixels, as evaluate does, and return the predicted masks for logging."""
         assert self.validation_network is not None
         logits = self.validation_network.logits(batch["image"])
         predictions = []
         for position, mask in enumerate(batch["mask"]):
             size = (mask.shape[0], mask.shape[1])
-            one = resized(logits[position : position + 1], size)
-            self.val_sums.append(torch.stack(loss_sums(self.loss, one, mask[None].long())))
-            prediction = labels(one, size)[0]
+            resized_logits = resized(logits[position : position + 1], size)
+            self.val_sums.append(torch.stack(loss_sums(self.loss, resized_logits, mask[None].long())))
+            prediction = labels(resized_logits, size)[0]
             self.val_matrix.update(prediction, mask)
             predictions.append(prediction.cpu().numpy())
         return {"predictions": predictions}
 
     def results(self, split: Literal["train", "val"]) -> Results | None:
-        """What a split has given since `reset`, in all processes; None if there was no validation.
+        """Return the results of a split since `reset`, over all processes; None if there was no validation.
 
-        Processes wait for each other here: every one has to ask.
+        Every process has to call this, since it is a collective operation.
         """
         if split == "val" and not self._validated:
             return None
@@ -215,7 +231,7 @@ class SegmentationTask(LightningModule):
         return self._results[split]
 
     def reset(self, split: Literal["train", "val"]) -> None:
-        """Start the loss and the scores of a split for another epoch."""
+        """Reset the loss and the counts of a split for a new epoch."""
         self._results.pop(split, None)
         if split == "train":
             self.train_matrix.reset()
@@ -226,7 +242,7 @@ class SegmentationTask(LightningModule):
             self._validated = False
 
     def _require_finite(self) -> None:
-        """A finite loss can still have a gradient that is not: what it has made of the weights is not kept."""
+        """Raise DivergedError if a weight is not finite, which can happen with a finite loss."""
         for name, tensor in self.state_dict().items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise DivergedError(
@@ -242,12 +258,12 @@ class SegmentationTask(LightningModule):
             "format": FORMAT,
             "version": __version__,
             "machine": machine(self.device),
-            # So that the scores of an epoch that is cut in two are those of the epoch in one piece.
+            # So that an epoch that was interrupted has the scores of an uninterrupted one.
             "train_counts": summed(self.trainer, self.train_matrix.counts).cpu(),
             "train_loss": self.step_loss.sums,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        counts = checkpoint["segdeconv"]["train_counts"]  # of all processes
+        counts = checkpoint["segdeconv"]["train_counts"]  # summed over all processes
         self.train_matrix.counts = counts if self.global_rank == 0 else torch.zeros_like(counts)
         self.step_loss.sums = list(checkpoint["segdeconv"]["train_loss"])

@@ -1,4 +1,4 @@
-"""How a run runs: Lightning's Trainer, its checkpoints, and going on exactly where it stopped."""
+"""Lightning's Trainer with the settings of a run, and fitting in one or several processes."""
 
 import math
 import os
@@ -33,9 +33,17 @@ def make_trainer(
     settings: TrainerSettings,
     resumed: Checkpoint | None,
 ) -> Trainer:
-    """Lightning's Trainer with what this project needs and nothing that talks.
+    """Return a Trainer that writes verified checkpoints and prints nothing itself.
 
-    resumed: what the run goes on from. Of several processes each reads the file for itself.
+    Args:
+        run: The run folder.
+        callbacks: The callbacks, in order.
+        logger: The logger, or False.
+        settings: The settings of the trainer.
+        resumed: The checkpoint to resume from. With several processes, each reads the file again.
+
+    Raises:
+        UsageError: The settings do not fit the machine.
     """
     quieten()
     accelerator, devices, num_nodes = settings.accelerator, settings.devices, settings.num_nodes
@@ -45,8 +53,8 @@ def make_trainer(
         devices = 1
     if settings.norm == "sync" and accelerator == "cpu":
         raise UsageError(
-            "trainer.norm=sync: torch synchronises batch norm on accelerators only - on a CPU use trainer.norm=batch "
-            "(each process its own statistics) or trainer.norm=frozen"
+            "trainer.norm=sync works on accelerators only - on a CPU use trainer.norm=batch (statistics of each "
+            "process) or trainer.norm=frozen"
         )
     try:
         several = count_processes(accelerator, devices, num_nodes) > 1
@@ -68,7 +76,7 @@ def make_trainer(
             logger=logger,
             plugins=[VerifiedCheckpoints(None if several else resumed)],
             num_sanity_val_steps=0,
-            use_distributed_sampler=False,  # our sampler slices by rank itself
+            use_distributed_sampler=False,  # our sampler distributes the samples
             enable_checkpointing=any(isinstance(callback, Checkpoints) for callback in callbacks),
             enable_progress_bar=False,
             enable_model_summary=False,
@@ -78,67 +86,86 @@ def make_trainer(
 
 
 def count_steps(data: DataPipeline, trainer: Trainer) -> int:
-    """Optimizer steps of the whole run."""
+    """Return the number of optimizer steps of the whole run."""
     assert trainer.max_epochs is not None
     steps = math.ceil(data.batches_per_epoch(trainer.world_size) / trainer.accumulate_grad_batches) * trainer.max_epochs
     return min(steps, trainer.max_steps) if trainer.max_steps > 0 else steps
 
 
 def count_processes(accelerator: str, devices: int | str, num_nodes: int) -> int:
-    """How many processes a Trainer with these settings has."""
+    """Return the number of processes of a Trainer with these settings.
+
+    Raises:
+        UsageError: `devices` is not a number of CPU processes.
+    """
     if accelerator == "gpu":
         indices = CUDAAccelerator.parse_devices(-1 if devices == "auto" else devices)
         return len(indices or []) * num_nodes
     if accelerator == "mps" or devices == "auto":
         return num_nodes
     if not str(devices).isdecimal() or int(devices) < 1:
-        raise UsageError(f"trainer.devices={devices} on the CPU - give the number of processes")
+        raise UsageError(f"trainer.devices={devices} is not a number of CPU processes - give a positive integer")
     return int(devices) * num_nodes
 
 
 def fit(trainer: Trainer, task: LightningModule, data: LightningDataModule, *, resumed: Path | None) -> None:
-    """trainer.fit, with what a process said when it ended raised here as if it had been this one."""
+    """Run trainer.fit, and raise the errors of spawned processes as if they had occurred in this one.
+
+    Args:
+        trainer: The trainer.
+        task: The task to train.
+        data: The training and validation batches.
+        resumed: The checkpoint to resume from.
+
+    Raises:
+        Interrupted: A signal ended the run.
+        UsageError: A process was killed.
+    """
     launcher = spawning_launcher(trainer)
     if launcher is None:
         trainer.fit(task, datamodule=data, ckpt_path=resumed, weights_only=True)
         return
     try:
-        with _signals_passed_on(launcher.kill) as received:
+        with _forward_signals(launcher.kill) as received:
             trainer.fit(task, datamodule=data, ckpt_path=resumed, weights_only=True)
         if received:
             raise interrupted(received[0])
     except ProcessRaisedException as error:
-        said = error_from_traceback(str(error))
-        if isinstance(said, Interrupted) and received:
-            said.exit_code = STOP_SIGNALS[received[0]]
-        if said is None and received:  # before it could answer to a signal, or of the same one
+        cause = error_from_traceback(str(error))
+        if isinstance(cause, Interrupted) and received:
+            cause.exit_code = STOP_SIGNALS[received[0]]
+        if cause is None and received:  # the signal arrived before the process could handle it
             raise interrupted(received[0]) from None
-        if said is None:
+        if cause is None:
             raise
-        raise said from None
+        raise cause from None
     except ProcessExitedException as error:
-        if received:  # before it could answer to a signal
+        if received:  # the signal arrived before the process could handle it
             raise interrupted(received[0]) from None
         raise UsageError(
-            f"a training process was ended from outside ({error}) - if the machine's memory ran out, lower "
-            "dataset.batch_size; go on with the same command and resume=auto"
+            f"a training process was killed ({error}) - if the machine ran out of memory, lower dataset.batch_size; "
+            "resume with the same command and resume=auto"
         ) from None
 
 
 @contextmanager
-def _signals_passed_on(kill: Callable[[int], None]) -> Iterator[list[int]]:
-    """While the processes train, this one hands them the signals that it gets; they save and leave."""
+def _forward_signals(kill: Callable[[int], None]) -> Iterator[list[int]]:
+    """Forward the signals that this process receives to the training processes, which save and exit.
+
+    Yields:
+        The list of received signals.
+    """
     received: list[int] = []
 
-    def pass_on(number: int, frame: FrameType | None) -> None:
+    def forward(number: int, frame: FrameType | None) -> None:
         received.append(number)
         if received.count(signal.SIGINT) == 2:
             os._exit(130)
-        # Never SIGINT: a terminal has sent it to the processes too, and to them a second one means `at once`.
+        # Never SIGINT: a terminal sends it to the processes too, and a second one makes them exit without saving.
         kill(signal.SIGTERM)
 
-    listened = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # as nohup has SIGHUP
-    before = {number: signal.signal(number, pass_on) for number in listened}
+    handled = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
+    before = {number: signal.signal(number, forward) for number in handled}
     try:
         yield received
     finally:

@@ -1,4 +1,4 @@
-"""Trying out before training: which learning rate, which batch size."""
+"""Search for a learning rate and a batch size before training."""
 
 import math
 import time
@@ -17,11 +17,11 @@ from segdeconv.system.memory import available
 from segdeconv.training.memory import estimate
 from segdeconv.training.prepare import Prepared
 
-DIVERGED = 4.0  # times the lowest smoothed loss: beyond that there is nothing to learn about learning rates
+DIVERGED = 4.0  # times the lowest smoothed loss, at which the range test ends
 
 
 class Rate(NamedTuple):
-    """lr; loss: of its batch; smoothed: over the batches so far, at lower rates."""
+    """A learning rate of the range test, with the loss of its batch and the smoothed loss up to it."""
 
     lr: float
     loss: float
@@ -29,7 +29,7 @@ class Rate(NamedTuple):
 
 
 def try_rates(
-    made: Prepared,
+    prepared: Prepared,
     device: torch.device,
     precision: str,
     *,
@@ -38,93 +38,122 @@ def try_rates(
     steps: int = 100,
     num_workers: int = 0,
 ) -> list[Rate]:
-    """Train one step at each of `steps` rising learning rates, from `lowest` to `highest`, until the loss explodes.
+    """Run a learning rate range test: one training step at each of `steps` rising rates, until the loss diverges.
 
-    Smith 2017, section 3.3 (the range test), https://arxiv.org/abs/1506.01186. The network is changed by it.
+    Smith 2017, section 3.3, https://arxiv.org/abs/1506.01186. The test changes the network.
+
+    Args:
+        prepared: Network, loss, optimizer and data.
+        device: The device to train on.
+        precision: Lightning's precision, such as `bf16-mixed`.
+        lowest: First learning rate.
+        highest: Last learning rate.
+        steps: Number of rates, evenly spaced on a logarithmic scale.
+        num_workers: Loader workers.
+
+    Raises:
+        UsageError: The loss diverges within ten steps.
     """
-    made.model.to(device).to(memory_format=torch.channels_last).train()
-    made.loss.to(device)
-    tried: list[Rate] = []
+    prepared.model.to(device).to(memory_format=torch.channels_last).train()
+    prepared.loss.to(device)
+    rates: list[Rate] = []
     average = best = 0.0
-    batches = _batches(made, num_workers)
+    batches = _batches(prepared, num_workers)
     for step in range(steps):
         lr = lowest * (highest / lowest) ** (step / (steps - 1))
-        for group in made.optimizer.param_groups:
-            group["lr"] = lr * group["base_lr"] / made.optimizer.defaults["lr"]
-        loss = _step(made, next(batches), device, precision)
+        for group in prepared.optimizer.param_groups:
+            group["lr"] = lr * group["base_lr"] / prepared.optimizer.defaults["lr"]
+        loss = _step(prepared, next(batches), device, precision)
         average = 0.9 * average + 0.1 * loss if math.isfinite(loss) else math.inf
         smoothed = average / (1 - 0.9 ** (step + 1))
         best = smoothed if step == 0 else min(best, smoothed)
         if not math.isfinite(loss) or smoothed > DIVERGED * best:
             break
-        tried.append(Rate(lr, loss, smoothed))
-    if len(tried) < 10:
+        rates.append(Rate(lr, loss, smoothed))
+    if len(rates) < 10:
         raise UsageError(
-            f"the loss explodes after {len(tried)} steps, at a learning rate of {lr:.1e} - look at the data "
-            "(inspect_data) and at dataset.mean and dataset.std"
+            f"the loss diverges after {len(rates)} steps, at a learning rate of {lr:.1e} - check the data "
+            "(inspect_data), dataset.mean and dataset.std"
         )
-    return tried
+    return rates
 
 
-def best_rate(tried: list[Rate]) -> float:
-    """Where the smoothed loss falls fastest, per factor of learning rate, before it is lowest."""
-    lowest = min(range(len(tried)), key=lambda place: tried[place].smoothed)
-    width = max(2, len(tried) // 20)
-    places = range(width, min(max(width + 1, lowest - width + 1), len(tried) - width))
+def best_rate(rates: list[Rate]) -> float:
+    """Return the learning rate at which the smoothed loss falls fastest, before its minimum."""
+    lowest = min(range(len(rates)), key=lambda index: rates[index].smoothed)
+    width = max(2, len(rates) // 20)
+    indices = range(width, min(max(width + 1, lowest - width + 1), len(rates) - width))
     steepest = min(
-        places, key=lambda place: tried[place + width].smoothed - tried[place - width].smoothed, default=lowest
+        indices, key=lambda index: rates[index + width].smoothed - rates[index - width].smoothed, default=lowest
     )
-    return tried[steepest].lr
+    return rates[steepest].lr
 
 
 class Fit(NamedTuple):
-    """batch_size; seconds: of a training step; memory: bytes at its peak, estimated where there is no counter."""
+    """A batch size that fits, with the seconds of a training step and its peak memory in bytes (estimated on a CPU)."""
 
     batch_size: int
     seconds: float
     memory: int
 
 
-def try_batch_sizes(made: Prepared, device: torch.device, precision: str, *, averaged: bool) -> Iterator[Fit]:
-    """Training steps of 1, 2, 4, ... images until memory or the data set ends; yields each size that fits."""
-    sample = made.data.samples[0, 0]
+def try_batch_sizes(prepared: Prepared, device: torch.device, precision: str, *, averaged: bool) -> Iterator[Fit]:
+    """Run training steps of 1, 2, 4, ... images until memory or the data set is exhausted.
+
+    Args:
+        prepared: Network, loss, optimizer and data.
+        device: The device to train on.
+        precision: Lightning's precision, such as `bf16-mixed`.
+        averaged: Whether an average of the weights is kept.
+
+    Yields:
+        Each batch size that fits.
+    """
+    sample = prepared.data.samples[0, 0]
     size = sample["mask"].shape
-    needed = estimate(made.model, made.loss, made.optimizer, (size[0], size[1]), precision=precision, averaged=averaged)
-    made.model.to(device).to(memory_format=torch.channels_last).train()
-    made.loss.to(device)
+    needed = estimate(
+        prepared.model,
+        prepared.loss,
+        prepared.optimizer,
+        (size[0], size[1]),
+        precision=precision,
+        averaged=averaged,
+    )
+    prepared.model.to(device).to(memory_format=torch.channels_last).train()
+    prepared.loss.to(device)
     batch_size = 1
-    while batch_size <= len(made.data.train):
+    while batch_size <= len(prepared.data.train):
         free = available(device)
         if device.type != "cuda" and free is not None and needed.total(batch_size) > 0.8 * free:
-            return  # without an accelerator the machine would swap instead of refusing
+            return  # a CPU would swap instead of failing
         batch = collate_training([sample] * batch_size)
         try:
-            _step(made, batch, device, precision)  # the first step of a size also makes room for it
+            _step(prepared, batch, device, precision)  # the first step also allocates memory
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
-            begun = time.perf_counter()
+            start = time.perf_counter()
             for _ in range(2):
-                _step(made, batch, device, precision)
-            seconds = (time.perf_counter() - begun) / 2
+                _step(prepared, batch, device, precision)
+            seconds = (time.perf_counter() - start) / 2
         except torch.OutOfMemoryError:
             return
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
-            batch_size *= 2  # batch norm needs more than this
+            batch_size *= 2  # batch norm needs more values
             continue
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else needed.total(batch_size)
         yield Fit(batch_size, seconds, peak)
         batch_size *= 2
 
 
-def _batches(made: Prepared, num_workers: int) -> Iterator[dict[str, Any]]:
-    """Training batches without end."""
+def _batches(prepared: Prepared, num_workers: int) -> Iterator[dict[str, Any]]:
+    """Yield training batches without end."""
     for epoch in count():
         yield from training_loader(
-            made.data.samples,
-            batch_size=made.data.batch_size,
-            seed=made.data.seed,
+            prepared.data.samples,
+            batch_size=prepared.data.batch_size,
+            seed=prepared.data.seed,
             position=partial(_start_of, epoch),
             num_workers=num_workers,
             timeout=0,
@@ -135,14 +164,14 @@ def _start_of(epoch: int) -> tuple[int, int]:
     return epoch, 0
 
 
-def _step(made: Prepared, batch: dict[str, Any], device: torch.device, precision: str) -> float:
-    """One training step; returns the loss."""
+def _step(prepared: Prepared, batch: dict[str, Any], device: torch.device, precision: str) -> float:
+    """Run one training step and return the loss."""
     on_device = {name: batch[name].to(device) for name in ("image", "mask")}
-    seen = for_network(on_device, made.data.preprocessing)
+    normalised = for_network(on_device, prepared.data.preprocessing)
     with autocast(precision, device):
-        total, normaliser = loss_sums(made.loss, made.model.supervised(seen["image"]), seen["mask"])
+        total, normaliser = loss_sums(prepared.loss, prepared.model.supervised(normalised["image"]), normalised["mask"])
     loss = total / normaliser.clamp(min=1.0)
-    made.optimizer.zero_grad()
+    prepared.optimizer.zero_grad()
     loss.backward()  # type: ignore[no-untyped-call]
-    made.optimizer.step()
+    prepared.optimizer.step()
     return float(loss.detach())

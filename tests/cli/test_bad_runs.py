@@ -115,8 +115,8 @@ def test_a_damaged_last_checkpoint_is_passed_over_and_the_one_before_it_used(pla
     damage(place / "run" / "last.ckpt")
     done = resume(commands, place)
     assert done.code == 0, done.err
-    assert "passed over: run/last.ckpt" in done.out
-    assert "going on from previous.ckpt" in done.out
+    assert "skipped: run/last.ckpt" in done.out
+    assert "resumed from previous.ckpt" in done.out
 
 
 def test_a_damaged_last_checkpoint_never_takes_the_place_of_the_whole_one_before_it(place, commands):
@@ -130,7 +130,7 @@ def test_a_damaged_last_checkpoint_never_takes_the_place_of_the_whole_one_before
         cwd=place, limits={"file_size": 15_000},
     )  # fmt: skip
     assert done.code == 5, done.err
-    assert "going on from previous.ckpt" in done.out
+    assert "resumed from previous.ckpt" in done.out
     checkpoint.verify(place / "run" / "previous.ckpt")
 
 
@@ -592,7 +592,7 @@ def test_files_that_changed_since_a_run_was_stopped_are_said(place, commands):
         (place / "run" / "report.json").unlink(missing_ok=True)
         done = commands("train", *given, *words, cwd=place)
         assert done.code == 0, done.err
-        return [line.split()[5] for line in done.out.splitlines() if line.startswith("watch: the files of the ")]
+        return [line.split()[4] for line in done.out.splitlines() if line.startswith("warning: files of the ")]
 
     assert said(2) == ["train", "val"]  # a copy, and so not where they were
     assert said(3) == []
@@ -605,7 +605,7 @@ def test_another_number_of_threads_is_said_when_a_run_goes_on(place, commands):
     content = checkpoint.load_plain(place / "run" / "last.ckpt")
     made_on = content["segdeconv"]["machine"]
     assert set(made_on) == {"torch", "threads", "device"}
-    assert "going on, but not" not in resume(commands, place).out
+    assert "will not be bit-identical" not in resume(commands, place).out
     (place / "run" / "report.json").unlink()
     other = {**content["segdeconv"], "machine": {**made_on, "threads": "64", "torch": "1.0"}}
     changed(place / "run" / "last.ckpt", segdeconv=other)

@@ -215,7 +215,7 @@ def test_a_run_stopped_by_a_signal_goes_on_with_resume_auto(tmp_path):
     assert process.returncode == 143, said
     assert re.match(r"segdeconv: error: stopped by SIGTERM at step \d+, saved in runs/.*last.ckpt - go on with", said)
     done = command("train", *words[2:], "resume=auto", cwd=tmp_path)
-    assert "going on from last.ckpt" in done.stdout
+    assert "resumed from last.ckpt" in done.stdout
     assert len(list(tmp_path.glob("runs/*/*"))) == 1
     assert list(tmp_path.glob("runs/*/*/report.json"))
 

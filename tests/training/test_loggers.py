@@ -18,7 +18,7 @@ from segdeconv.config import compose
 from segdeconv.errors import UsageError
 from segdeconv.train import train
 from segdeconv.training.config_check import check_config, check_logger
-from segdeconv.training.loggers import TensorBoard, build_logger, show_configuration
+from segdeconv.training.loggers import TensorBoard, build_logger, log_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 CONFIG = {
@@ -131,7 +131,7 @@ def test_another_logger_does_not_make_another_run(recorded, capsys):
     before = json.loads(report.read_text())
     report.unlink()  # as if the run had been stopped before its end
     train({**CONFIG, "logger": {}, "resume": "auto", "trainer": {**CONFIG["trainer"]}}, recorded.run)
-    assert "going on from last.ckpt" in capsys.readouterr().out
+    assert "resumed from last.ckpt" in capsys.readouterr().out
     assert json.loads(report.read_text())["miou"] == before["miou"]
 
 
@@ -156,7 +156,7 @@ def test_a_run_holds_event_files_only_if_tensorboard_is_chosen(tmp_path, choice,
 )
 def test_a_logger_that_cannot_be_is_one_sentence(tmp_path, node, message):
     with pytest.raises(UsageError) as caught:
-        show_configuration(build_logger(check_logger(node), tmp_path), {}, tmp_path)
+        log_config(build_logger(check_logger(node), tmp_path), {}, tmp_path)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 

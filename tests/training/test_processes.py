@@ -230,7 +230,7 @@ def test_two_processes_stopped_by_a_signal_go_on_to_the_same_bits(tmp_path):
     with start(tmp_path, *words, "seed=0", "resume=auto") as process:
         out, said = process.communicate()
     assert process.returncode == 0, said
-    assert "going on from last.ckpt" in out
+    assert "resumed from last.ckpt" in out
     assert (tmp_path / "run" / "metrics.csv").read_text() == (tmp_path / "undisturbed" / "metrics.csv").read_text()
     one, other = (checkpoint.load_plain(tmp_path / name / "last.ckpt") for name in ("run", "undisturbed"))
     assert one["global_step"] == other["global_step"]

@@ -179,7 +179,7 @@ def test_a_damaged_last_checkpoint_is_named_and_the_one_before_it_used(tmp_path,
     run(tmp_path)
     (tmp_path / "last.ckpt").write_bytes(b"cut short")
     assert usable_checkpoint(tmp_path).path == tmp_path / "previous.ckpt"
-    assert "passed over: " in capsys.readouterr().out
+    assert "skipped: " in capsys.readouterr().out
 
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "config-before-packages.yaml"

@@ -285,7 +285,7 @@ def test_a_collapse_is_said_in_words_with_the_score_it_equals(tmp_path, capsys, 
 
 def test_few_images_for_batch_norm_are_said(tmp_path, capsys):
     train(config(dataset__batch_size=2, trainer__accumulate_grad_batches=4, trainer__max_epochs=1), tmp_path / "2")
-    assert "watch: batch norm takes its statistics from 2 images at a time" in capsys.readouterr().out
+    assert "warning: batch norm computes its statistics from 2 images at a time" in capsys.readouterr().out
     train(config(dataset__batch_size=2, trainer__norm="frozen", trainer__max_epochs=1), tmp_path / "frozen")
     train(config(dataset__batch_size=4, trainer__max_epochs=1), tmp_path / "4")
     assert "batch norm takes" not in capsys.readouterr().out
@@ -305,7 +305,7 @@ def test_waiting_for_images_is_said(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Uneven, "__getitem__", lambda self, index: (time.sleep(0.02), real(self, index))[1])
     train(config(trainer__max_epochs=2), tmp_path)
     said = capsys.readouterr().out
-    assert said.count("watch: input is the bottleneck: ") == 1
+    assert said.count("warning: input is the bottleneck: ") == 1
     assert "dataset.num_workers (now 0)" in said
 
 
