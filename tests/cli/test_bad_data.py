@@ -81,9 +81,9 @@ REFUSED = {
     "75 smaller": (lambda path: Image.fromarray(MASK[:24, :32]).save(path), None, "is 24x32 and its image"),
     "76 transposed": (lambda path: Image.fromarray(MASK.T.copy()).save(path), None, "is 64x48 and its image"),
     "77 one pixel off": (lambda path: Image.fromarray(MASK[:, 1:].copy()).save(path), None, "is 48x63 and its image"),
-    "78 empty": (picture_files.written(b""), None, "is not a picture"),
+    "78 empty": (picture_files.written(b""), None, "is not an image"),
     "79 missing": (lambda path: path.unlink(), None, "has no mask"),
-    "80 text": (picture_files.written(b"labels"), None, "is not a picture"),
+    "80 text": (picture_files.written(b"labels"), None, "is not an image"),
     "83 float array": (array(labels(0, np.float32)), None, "holds float32 - save it as uint8 or uint16"),
     "83 array with NaN": (array(labels(np.nan, np.float64)), None, "holds float64 - save it as uint8 or uint16"),
 }

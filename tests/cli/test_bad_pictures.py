@@ -87,8 +87,8 @@ def test_a_turned_picture_is_trained_on_only_when_it_is_said_how(tmp_path, comma
         assert done.code == 0
         return
     assert done.code == 2
-    assert f"{name} is stored turned" in done.out
-    assert "say dataset.exif=apply or dataset.exif=ignore" in done.out
+    assert f"{name} is stored rotated" in done.out
+    assert "set dataset.exif=apply or dataset.exif=ignore" in done.out
     assert commands(*words, "dataset.exif=ignore", cwd=tmp_path).code == 0
     # The mask was drawn as stored, so applying the turn to the image is right for the turns that keep the size.
     applied = commands(*words, "dataset.exif=apply", cwd=tmp_path)

@@ -81,7 +81,7 @@ def test_predict_writes_palette_masks_of_the_inputs_size_and_goes_on_after_a_bad
     (photos / "bad.jpg").write_text("no picture")
     done = command("predict", place / "run" / "best.ckpt", photos, "--out", "out", cwd=tmp_path, code=2)
     assert "skipped: " in done.stdout
-    assert "bad.jpg is not a picture" in done.stdout
+    assert "bad.jpg is not an image" in done.stdout
     assert "1 of 4 files could not be read" in done.stderr
     classes = Folder("val", str(place / "mine")).classes
     for name, (height, width) in sizes.items():

@@ -140,7 +140,7 @@ def spoil(root: Path) -> list[str]:
     Image.new("L", (64, 47)).save(root / "trainannot" / "train_002.png")
     (root / "train" / "train_003.png").unlink()
     return [
-        r"train/train_000\.png cannot be decoded",
+        r"train/train_000\.png is damaged and cannot be decoded",
         r"trainannot/train_001\.png has label 77; the classes have labels 0\.\.10 and 11",
         r"trainannot/train_002\.png is 47x64 and its image .*train_002\.png 48x64",
         r"train/train_003\.png is missing",

@@ -342,7 +342,7 @@ def test_grey_of_16_bit_is_learnt_as_it_is_stored(tmp_path: Path) -> None:
         ({"mean": [1, 2, 3]}, r"dataset\.mean has 3 values and the images have 2 channel\(s\) - give one per channel"),
         ({"std": [1.0]}, r"dataset\.std has 1 values and the images have 2 channel\(s\)"),
         ({"channels": 1}, r"site0_.*\.tif has 2 channels of 16 bit and dataset\.channels is 1 - "),
-        ({"channels": None}, r"site0_.*\.tif is a TIFF .* - say dataset\.channels=N"),
+        ({"channels": None}, r"site0_.*\.tif is a TIFF .* - set dataset\.channels=N"),
     ],
 )
 def test_what_does_not_fit_the_channels_is_refused_before_training(tmp_path: Path, settings: Any, words: str) -> None:

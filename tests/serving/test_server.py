@@ -191,9 +191,9 @@ def test_pictures_of_every_kind_are_shown_upright_and_as_predict_reads_them(addr
 
 def test_what_is_no_picture_or_too_large_is_one_sentence(address):
     for body, expected in [
-        (b"no picture", "this file is not a picture (empty, cut or another format)"),
-        (b"", "this file is not a picture"),
-        (picture()[:900], "this file cannot be decoded"),
+        (b"no picture", "this file is not an image (empty, truncated or another format)"),
+        (b"", "this file is not an image"),
+        (picture()[:900], "this file is damaged and cannot be decoded"),
         (picture(size=(1001, 1000)), "this file has 1000x1001 pixels, more than 1000000 - shrink it or raise dataset."),
     ]:
         result = asked(address, "POST", "/look", body)
@@ -438,7 +438,7 @@ def test_a_file_that_is_no_picture_is_one_sentence_on_the_page_and_the_next_is_s
             page.wait_for_selector("body[data-ready]")
             page.set_input_files("#file", tmp_path / "bad.jpg")
             page.wait_for_selector("#trouble:not([hidden])")
-            assert page.text_content("#trouble").startswith("this file is not a picture (empty, cut or another format)")
+            assert page.text_content("#trouble").startswith("this file is not an image (empty, truncated or ")
             assert page.locator("#result").is_hidden()
             page.set_input_files("#file", tmp_path / "photo.png")
             page.wait_for_selector("#result:not([hidden])")

@@ -5,7 +5,7 @@ from pathlib import Path
 from segdeconv.classes import Classes
 from segdeconv.data.dataset import FileDataset, Pair, require_root, require_split
 from segdeconv.data.files.archives import unpack_zip
-from segdeconv.data.files.published import Archive, take, unpacked
+from segdeconv.data.files.published import Archive, obtain, unpacked
 from segdeconv.data.files.reading import MAX_PIXELS, Exif
 from segdeconv.errors import UsageError
 
@@ -121,7 +121,7 @@ def _find_or_unpack(root: str | None) -> Path:
     folder = place / IN_PLACE
     if folder.exists():
         raise UsageError(f"{folder} has no {MASKS}/training - complete it, or move it away to have it made anew")
-    for _, path in take([ARCHIVE], place, root, lacking=EXPECTED, instead=f"an unpacked {IN_PLACE}"):
+    for _, path in obtain([ARCHIVE], place, root, lacking=EXPECTED, instead=f"an unpacked {IN_PLACE}"):
         with unpacked(unpack_zip, path, folder, tuple(f"{IN_PLACE}/{part}/" for part in (IMAGES, MASKS))) as new:
             (new / IN_PLACE).rename(folder)
     return folder

@@ -10,7 +10,7 @@ from pydantic import Field
 from segdeconv.classes import Classes, voc_colours
 from segdeconv.data.dataset import FileDataset, Pair, require_root, require_split
 from segdeconv.data.files.archives import unpack_tar
-from segdeconv.data.files.published import Archive, take, unpacked
+from segdeconv.data.files.published import Archive, obtain, unpacked
 from segdeconv.data.files.reading import MAX_PIXELS, Exif, read_list, read_mask
 from segdeconv.data.splits import choose_val
 from segdeconv.errors import UsageError
@@ -156,7 +156,7 @@ def _find_or_unpack(root: str | None) -> Path:
     missing = [part for part in ARCHIVES if not (place / part).is_dir()]
     lacking = " and ".join(f"{part}/" for part in missing)
     archives = [ARCHIVES[part] for part in missing]
-    for archive, path in take(archives, place, root, lacking=lacking, instead="the folder that holds them unpacked"):
+    for archive, path in obtain(archives, place, root, lacking=lacking, instead="the folder that holds them unpacked"):
         part = archive.name.removesuffix(".tar.gz")
         with unpacked(unpack_tar, path, place / part, WANTED[part]) as new:
             (new / part).rename(place / part)

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from segdeconv.classes import Classes, voc_colours
 from segdeconv.data.dataset import FileDataset, Pair, PublishedScores, require_root, require_split
 from segdeconv.data.files.archives import unpack_tar
-from segdeconv.data.files.published import Archive, take, unpacked
+from segdeconv.data.files.published import Archive, obtain, unpacked
 from segdeconv.data.files.reading import MAX_PIXELS, Exif, read_list
 from segdeconv.drawing import draw
 from segdeconv.errors import UsageError
@@ -176,7 +176,7 @@ def _find_or_unpack(root: str | None, *, augmented: bool) -> Path:
     if folder is None and (place / VOC_IN_PLACE).exists():
         raise UsageError(f"{place / VOC_IN_PLACE} has no {LISTS} - complete it, or move it away to have it made anew")
     lacking = f"{SBD_MASKS}, which trainaug needs" if folder else f"a VOC2012 with {EXPECTED}"
-    for _, path in take(missing, place, root, lacking=lacking, instead="an unpacked VOC2012"):
+    for _, path in obtain(missing, place, root, lacking=lacking, instead="an unpacked VOC2012"):
         if folder is None:
             folder = _unpack_voc(path, place)
         else:

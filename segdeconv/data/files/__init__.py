@@ -1,1 +1,4 @@
-"""Files of images and masks: decoding, channels, downloads, archives. May import nothing of `data` outside it."""
+"""Image and mask files: decoding, channels, downloads and archives.
+
+Must not import anything else of `segdeconv.data`.
+"""

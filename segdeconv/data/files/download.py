@@ -1,4 +1,4 @@
-"""Fetching what strangers serve: https only, from the first address that can, resumed, hashed before it is used."""
+"""Resumable downloads over https from the first working address, verified by hash before use."""
 
 import http.client
 import urllib.error
@@ -15,18 +15,18 @@ from segdeconv.errors import UsageError
 from segdeconv.system.files import hash_file
 
 CHUNK = 1 << 20
-TRIES = 5  # at one address, as long as each brings some bytes
+TRIES = 5  # attempts per address, as long as each receives some bytes
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class _Failed(Exception):
-    """What an address did instead of serving the file."""
+    """An address failed to serve the file; the message gives the reason."""
 
 
 class _SecureRedirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
         if not _is_secure(newurl):
-            raise _Failed(f"it redirects to {newurl}, and only https is fetched")
+            raise _Failed(f"it redirects to {newurl}, which is not https")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
@@ -44,64 +44,75 @@ def fetch(
     md5: str | None = None,
     timeout: float = 30,
 ) -> Path:
-    """Download from the first address that serves the file, unless it is there already.
+    """Download a file from the first address that serves it, unless it exists already.
 
-    A `.part` that an earlier try or another address left is continued. Bytes of the wrong hash are kept as `.bad`
-    until an address serves the right ones.
+    A `.part` file of an earlier attempt or another address is continued. A download with the wrong hash is kept as
+    `.bad` until an address serves the right file.
 
-    md5: of a file whose sha256 nobody publishes. It tells damage, and not who made the file.
-    timeout: seconds without a byte before the next address is tried. Raises UsageError with what each address said
-    and `way_out`. What the disk refuses, a full one above all, is raised as the OSError that it is.
+    Args:
+        urls: The addresses, tried in order.
+        target: The file to write.
+        way_out: The last part of the error message, which suggests what to do instead.
+        sha256: The expected hash, or None to accept any file.
+        md5: The expected hash of a file without a published sha256. It detects damage, but not forgery.
+        timeout: Seconds without a byte before the next address is tried.
+
+    Returns:
+        `target`.
+
+    Raises:
+        UsageError: No address serves the file; the message gives each reason and `way_out`.
+        OSError: The disk refuses the file, for example because it is full.
     """
     kind, expected = ("md5", md5) if sha256 is None and md5 is not None else ("sha256", sha256)
-    said: dict[str, list[str]] = {}  # reason -> who: without a network all addresses fail alike
+    failures: dict[str, list[str]] = {}  # reason -> addresses: without a network all fail for the same reason
     if target.exists():
-        found = None if expected is None else hash_file(target, kind)
-        if found == expected:
+        digest = None if expected is None else hash_file(target, kind)
+        if digest == expected:
             return target
-        said[f"it is not the published file, its {kind} is {found}"] = [str(target)]
+        failures[f"it is not the published file, its {kind} is {digest}"] = [str(target)]
     part = target.with_name(target.name + ".part")
-    # Stopped between the last byte and here:
+    # An earlier run may have stopped after the last byte and before the rename.
     if expected is not None and part.exists() and hash_file(part, kind) == expected:
         return part.replace(target)
     for number, url in enumerate(urls, start=1):
         if not _is_secure(url):
-            raise UsageError(f"will not download from {url}: only https is - check the address")
+            raise UsageError(f"{url} is not an https address; only https is downloaded - check the address")
         try:
             _fetch_verified(url, part, kind, expected, timeout)
         except _Failed as error:
-            said.setdefault(str(error), []).append(urllib.parse.urlsplit(url).netloc)
+            failures.setdefault(str(error), []).append(urllib.parse.urlsplit(url).netloc)
             if number < len(urls):
                 print(f"{url}: {error}; trying the next address", flush=True)
             continue
         part.replace(target)
-        _bad(part).unlink(missing_ok=True)
+        _bad_file(part).unlink(missing_ok=True)
         return target
-    reasons = "; ".join(f"{', '.join(who)}: {reason}" for reason, who in said.items())
+    reasons = "; ".join(f"{', '.join(addresses)}: {reason}" for reason, addresses in failures.items())
     raise UsageError(f"could not download {target.name} ({reasons}) - {way_out}")
 
 
-def _bad(part: Path) -> Path:
+def _bad_file(part: Path) -> Path:
     return part.with_suffix(".bad")
 
 
 def _fetch_verified(url: str, part: Path, kind: str, expected: str | None, timeout: float) -> None:
     continued = part.exists()
-    for left in reversed(range(TRIES)):
+    for tries_left in reversed(range(TRIES)):
         before = part.stat().st_size if part.exists() else 0
         try:
             _fetch(url, part, timeout)
             break
         except _Failed:
-            if not left or not part.exists() or part.stat().st_size <= before:
+            if not tries_left or not part.exists() or part.stat().st_size <= before:
                 raise
-    if expected is None or (found := hash_file(part, kind)) == expected:
+    if expected is None or (digest := hash_file(part, kind)) == expected:
         return
-    if continued:  # perhaps only what was there before is wrong
+    if continued:  # perhaps only the bytes from before are wrong
         part.unlink()
         return _fetch_verified(url, part, kind, expected, timeout)
-    part.replace(_bad(part))
-    raise _Failed(f"it is not the published file, its {kind} is {found} (kept as {_bad(part)})")
+    part.replace(_bad_file(part))
+    raise _Failed(f"it is not the published file, its {kind} is {digest} (kept as {_bad_file(part)})")
 
 
 def _fetch(url: str, part: Path, timeout: float) -> None:
@@ -113,7 +124,7 @@ def _fetch(url: str, part: Path, timeout: float) -> None:
         response = urllib.request.build_opener(_SecureRedirects).open(request, timeout=timeout)
     except urllib.error.HTTPError as error:
         error.close()
-        if error.code == 416 and done:  # nothing after what we have: it is whole, or it is of another file
+        if error.code == 416 and done:  # no bytes after ours: the part is complete, or it is of another file
             part.unlink()
             return _fetch(url, part, timeout)
         raise _Failed(str(error)) from error
@@ -122,11 +133,11 @@ def _fetch(url: str, part: Path, timeout: float) -> None:
     with response:
         continued = response.status == 206
         if continued and not response.headers.get("Content-Range", f"bytes {done}-").startswith(f"bytes {done}-"):
-            raise _Failed(f"it answered with {response.headers['Content-Range']} to bytes={done}-")
+            raise _Failed(f"it answered the request for bytes={done}- with {response.headers['Content-Range']}")
         start = done if continued else 0
         total = None if response.length is None else start + response.length
-        if total is not None and total < done:  # a page that says sorry, say: not worth what is here
-            raise _Failed(f"it serves {total} bytes, and {part} holds {done} already")
+        if total is not None and total < done:  # an error page, for example: the existing bytes are worth more
+            raise _Failed(f"it serves {total} bytes, but {part} already holds {done}")
         try:
             with (
                 part.open("ab" if continued else "wb") as file,
@@ -137,7 +148,7 @@ def _fetch(url: str, part: Path, timeout: float) -> None:
                     bar.update(len(chunk))
                 received = file.tell()
         except OSError as error:
-            error.filename = error.filename or str(part)  # a full disk does not say which file it was
+            error.filename = error.filename or str(part)  # the error of a full disk names no file
             raise
     if total is not None and received != total:
         raise _Failed(f"connection closed after {received} of {total} bytes")

@@ -1,4 +1,4 @@
-"""Archives that others publish: fetched and verified, or taken from where a person put them."""
+"""Published archives: downloaded and verified, or read from the folder where the user put them."""
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,30 +12,47 @@ from segdeconv.errors import UsageError
 
 
 class Archive(NamedTuple):
-    """A published file: its name, what it is for, where it is served, its hash, and how many names its lists hold."""
+    """A published archive.
+
+    Attributes:
+        name: File name.
+        content: Short description for messages.
+        urls: The addresses that serve it.
+        sha256: Its hash, or None if only an md5 is published.
+        lists: Number of names in each of its list files.
+        md5: Its hash if no sha256 is published.
+    """
 
     name: str
-    what: str
+    content: str
     urls: tuple[str, ...]
     sha256: str | None
     lists: Mapping[str, int] = MappingProxyType({})
-    md5: str | None = None  # where nobody publishes a sha256
+    md5: str | None = None
 
 
-def take(
+def obtain(
     archives: Sequence[Archive], place: Path, root: str | None, *, lacking: str, instead: str
 ) -> Iterator[tuple[Archive, Path]]:
-    """Each archive with its verified file in `place`, in turn. A file that is fetched is gone when the next is asked
-    for, one that a person put there stays.
+    """Yield each archive with its verified file in `place`.
 
-    root: `dataset.root`; only without one is anything fetched.
-    lacking: what root does not hold. instead: what may be given as dataset.root, unpacked.
+    A downloaded file is deleted when the next archive is requested; a file that was there before stays.
+
+    Args:
+        archives: The archives to obtain.
+        place: The folder of the archives.
+        root: `dataset.root`. Archives are downloaded only if it is None.
+        lacking: For messages, the files that `root` lacks.
+        instead: For messages, the unpacked folder that can be given as `dataset.root`.
+
+    Raises:
+        UsageError: An archive is missing from `root`, or cannot be downloaded.
     """
     absent = [archive for archive in archives if not (place / archive.name).exists()]
     if root is not None and absent:
         raise UsageError(
-            f"dataset.root={root} does not hold {lacking} - {_by_hand(absent, place)}, or leave dataset.root out to "
-            "have it fetched into data"
+            f"dataset.root={root} does not hold {lacking} - {_by_hand(absent, place)}, or leave out dataset.root to "
+            "download it into data"
         )
     for done, archive in enumerate(archives):
         place.mkdir(parents=True, exist_ok=True)
@@ -46,14 +63,14 @@ def take(
         if was_there:
             yield archive, path
         else:
-            path = path.rename(f"{path}.part")  # a run that is stopped now leaves what the next one knows to be fetched
+            path = path.rename(f"{path}.part")  # if this run is stopped, the next one treats it as a download
             yield archive, path
             path.unlink()
 
 
 @contextmanager
 def unpacked(unpack: Callable[..., None], archive: Path, place: Path, only: str | tuple[str, ...]) -> Iterator[Path]:
-    """A folder of what is wanted of an archive, from which parts are moved to their places; gone afterwards."""
+    """Unpack the selected files of an archive into a temporary folder, from which the caller moves them."""
     folder = place.with_name(f"{place.name}.unpacking")
     shutil.rmtree(folder, ignore_errors=True)
     unpack(archive, folder, only=only)
@@ -62,5 +79,5 @@ def unpacked(unpack: Callable[..., None], archive: Path, place: Path, only: str 
 
 
 def _by_hand(archives: Sequence[Archive], place: Path) -> str:
-    files = " and ".join(f"{archive.name} ({archive.what}, from {archive.urls[0]})" for archive in archives)
+    files = " and ".join(f"{archive.name} ({archive.content}, from {archive.urls[0]})" for archive in archives)
     return f"put {files} into {place.resolve()}"

@@ -1,4 +1,4 @@
-"""Image and mask files -> the arrays that a data set gives."""
+"""Reading of image and mask files as the arrays of a data set."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,11 +9,11 @@ from PIL import Image
 
 from segdeconv.classes import Classes
 from segdeconv.data.files.channels import read_stored
-from segdeconv.data.files.decoding import is_array, open_picture, read_array
+from segdeconv.data.files.decoding import is_array, open_image, read_array
 from segdeconv.errors import UsageError
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".npy"})
-BAND = 1024  # rows of a large picture that are converted at once
+BAND = 1024  # rows of a large image that are converted at once
 MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs
 
 Exif = Literal["refuse", "apply", "ignore"]
@@ -22,34 +22,46 @@ Exif = Literal["refuse", "apply", "ignore"]
 def read_image(
     path: Path, *, channels: int | None = None, exif: Exif = "refuse", max_pixels: int = MAX_PIXELS
 ) -> np.ndarray:
-    """(H, W, 3) uint8 RGB of a picture in any colour mode; transparency is laid on black, 16 bit scaled to 8.
+    """Read an image of any colour mode as (H, W, 3) uint8 RGB.
 
-    channels: if given, (H, W, channels) uint8 or uint16 instead, exactly as the file stores it.
-    exif: a camera's turn of the picture. `apply` it, `ignore` it, or `refuse` such a file, since masks drawn in a
-        viewer that turns and masks drawn in one that does not both exist.
+    Transparent pixels are blended with black, and 16 bits are scaled to 8.
+
+    Args:
+        path: The image file.
+        channels: If given, return (H, W, channels) uint8 or uint16 instead, exactly as stored.
+        exif: How to treat the rotation that a camera wrote into EXIF: `apply` it, `ignore` it, or `refuse` the file.
+            Some viewers apply it and others do not, so the masks drawn in them can have either orientation.
+        max_pixels: Largest number of pixels that is decoded.
+
+    Raises:
+        UsageError: The file cannot be read, or is rotated and `exif` is `refuse`; the message names the file.
     """
-    image, stored = _read(path, channels, max_pixels)
-    if stored != 1 and exif == "refuse":
+    image, orientation = _read(path, channels, max_pixels)
+    if orientation != 1 and exif == "refuse":
         raise UsageError(
-            f"{path} is stored turned (EXIF orientation {stored}) and its mask may or may "
-            "not be - say dataset.exif=apply or dataset.exif=ignore"
+            f"{path} is stored rotated (EXIF orientation {orientation}) and its mask may or may not be - "
+            "set dataset.exif=apply or dataset.exif=ignore"
         )
-    return turn_upright(image, stored) if exif == "apply" else image
+    return turn_upright(image, orientation) if exif == "apply" else image
 
 
 def read_upright(path: Path, *, channels: int | None = None, max_pixels: int = MAX_PIXELS) -> tuple[np.ndarray, int]:
-    """(the picture as `read_image` gives it, upright; the EXIF orientation it is stored in, for `turn_back`)."""
-    image, stored = _read(path, channels, max_pixels)
-    return turn_upright(image, stored), stored
+    """Read an image like `read_image`, upright.
+
+    Returns:
+        The upright image, and the EXIF orientation of the stored one, for `turn_back`.
+    """
+    image, orientation = _read(path, channels, max_pixels)
+    return turn_upright(image, orientation), orientation
 
 
 def _read(path: Path, channels: int | None, max_pixels: int) -> tuple[np.ndarray, int]:
     if channels is not None:
         return read_stored(path, channels, max_pixels=max_pixels)
     if is_array(path):
-        raise UsageError(f"{path} is an array, not a picture - say dataset.channels=N to read it as it is")
-    image, stored = open_picture(path, max_pixels)
-    return _rgb(image, path), stored
+        raise UsageError(f"{path} is an array, not an image - set dataset.channels=N to read it as it is stored")
+    image, orientation = open_image(path, max_pixels)
+    return _rgb(image, path), orientation
 
 
 def _rgb(image: Image.Image, path: Path) -> np.ndarray:
@@ -66,7 +78,7 @@ def _rgb(image: Image.Image, path: Path) -> np.ndarray:
 
 
 def _in_bands(image: Image.Image) -> np.ndarray:
-    """(H, W, 3) uint8; a large picture some rows at a time, since Pillow's way to an array takes three more of it."""
+    """Return (H, W, 3) uint8, converted in bands, since Pillow needs three more copies of what it converts at once."""
     if image.height <= BAND:
         return np.asarray(image.convert("RGB"))
     array = np.empty((image.height, image.width, 3), dtype=np.uint8)
@@ -76,7 +88,7 @@ def _in_bands(image: Image.Image) -> np.ndarray:
     return array
 
 
-# What makes the upright picture of a stored one, by its EXIF orientation.
+# The transform from the stored image to the upright one, by EXIF orientation.
 _TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     1: lambda image: image,
     2: lambda image: image[:, ::-1],
@@ -89,32 +101,35 @@ _TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
-def turn_upright(image: np.ndarray, stored: int) -> np.ndarray:
-    """A picture as its file stores it -> upright."""
-    return np.ascontiguousarray(turned_view(image, stored))
+def turn_upright(image: np.ndarray, orientation: int) -> np.ndarray:
+    """Return an upright copy of an image stored in the given EXIF orientation."""
+    return np.ascontiguousarray(turned_view(image, orientation))
 
 
-def turned_view(image: np.ndarray, stored: int) -> np.ndarray:
-    """The upright view of a picture as its file stores it; what is written into one is in the other."""
-    return _TURNS[stored](image)
+def turned_view(image: np.ndarray, orientation: int) -> np.ndarray:
+    """Return an upright view of a stored image; the two share memory."""
+    return _TURNS[orientation](image)
 
 
-def turn_back(mask: np.ndarray, stored: int) -> np.ndarray:
-    """A mask of the upright picture -> the mask of the picture as its file stores it."""
-    return turn_upright(mask, {6: 8, 8: 6}.get(stored, stored))  # the other turns are their own inverses
+def turn_back(mask: np.ndarray, orientation: int) -> np.ndarray:
+    """Turn a mask of the upright image into the orientation of the stored image."""
+    return turn_upright(mask, {6: 8, 8: 6}.get(orientation, orientation))  # the others are their own inverses
 
 
 def read_labels(path: Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """A mask file as it is: (H, W) integer labels, or (H, W, 3) uint8 if it is coloured. Never grey values.
+    """Read a mask file as stored: (H, W) integer labels, or (H, W, 3) uint8 if it is coloured.
 
-    Palette images give their indices: `convert("L")` would turn VOC's {0, 1, 15, 255} into {0, 38, 147, 220}.
+    Palette images return their indices: `convert("L")` would turn VOC's {0, 1, 15, 255} into {0, 38, 147, 220}.
+
+    Raises:
+        UsageError: The file cannot be read, or cannot hold labels; the message names the file.
     """
     if is_array(path):
-        array = read_array(path, max_pixels)
-        if array.ndim != 2:
-            raise UsageError(f"mask {path} has shape {array.shape} - save masks as (H, W) labels")
-        return array
-    image, _ = open_picture(path, max_pixels)
+        labels = read_array(path, max_pixels)
+        if labels.ndim != 2:
+            raise UsageError(f"mask {path} has shape {labels.shape} - save masks as (H, W) labels")
+        return labels
+    image, _ = open_image(path, max_pixels)
     if image.format in ("JPEG", "MPO", "WEBP"):
         raise UsageError(f"mask {path} is {image.format}, which changes labels - save masks as PNG")
     if image.mode in ("RGB", "RGBA"):
@@ -127,7 +142,11 @@ def read_labels(path: Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 
 
 def read_mask(path: Path, classes: Classes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """(H, W) uint8 class indices or ignore_index of a label or RGB-coloured mask file."""
+    """Read a mask file of labels or RGB colours as (H, W) uint8 class indices or ignore_index.
+
+    Raises:
+        UsageError: The file cannot be read, or has a label or colour that is not in `classes`.
+    """
     labels = read_labels(path, max_pixels=max_pixels)
     try:
         return classes.from_labels(labels) if labels.ndim == 2 else classes.from_colours(labels)
@@ -136,7 +155,7 @@ def read_mask(path: Path, classes: Classes, *, max_pixels: int = MAX_PIXELS) -> 
 
 
 def read_list(path: Path) -> list[tuple[int, str]]:
-    """(line number, text) of the lines of a list file that are not blank."""
+    """Return (line number, text) of each line of a list file that is not blank."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
@@ -145,10 +164,10 @@ def read_list(path: Path) -> list[tuple[int, str]]:
 
 
 def palette(path: Path) -> list[tuple[int, int, int]] | None:
-    """The 256 colours of a palette picture, or None for another picture."""
+    """Return the 256 colours of a palette image, or None for any other image."""
     if is_array(path):
         return None
-    image, _ = open_picture(path, MAX_PIXELS)
+    image, _ = open_image(path, MAX_PIXELS)
     if image.mode != "P":
         return None
     flat = image.getpalette("RGB") or []

@@ -1,4 +1,4 @@
-"""Archives are unpacked strictly: plain files inside one new folder, or one sentence and nothing left behind."""
+"""Archives are unpacked strictly: regular files into one new folder, or an error that leaves no file behind."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def listing(folder: Path) -> list[str]:
 
 
 def zipped(path: Path, *entries: tuple[str, bytes] | tuple[str, bytes, int]) -> Path:
-    """A zip of (name, content[, file type]) entries."""
+    """Write a zip of (name, content[, file type]) entries."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
         for name, content, *kind in entries:
             info = zipfile.ZipInfo(name)
@@ -48,24 +48,24 @@ def test_a_zip_is_unpacked_stripped_and_filtered(tmp_path: Path) -> None:
 
 
 ATTACKS = {
-    "parent": (("../x", b"1"), "leaves its folder"),
-    "inner parent": (("a/../../x", b"1"), "leaves its folder"),
-    "absolute": (("/tmp/segdeconv-attack", b"1"), "leaves its folder"),
-    "backslash": (("..\\x", b"1"), "leaves its folder"),
-    "drive": (("C:/x", b"1"), "leaves its folder"),
+    "parent": (("../x", b"1"), "a path outside its folder"),
+    "inner parent": (("a/../../x", b"1"), "a path outside its folder"),
+    "absolute": (("/tmp/segdeconv-attack", b"1"), "a path outside its folder"),
+    "backslash": (("..\\x", b"1"), "a path outside its folder"),
+    "drive": (("C:/x", b"1"), "a path outside its folder"),
     "symbolic link": (("x", b"/etc/passwd", stat.S_IFLNK), "a link or device"),
     "fifo": (("x", b"", stat.S_IFIFO), "a link or device"),
     "device": (("x", b"", stat.S_IFCHR), "a link or device"),
-    "bomb": (("x", bytes(10_000_000)), "may be a bomb"),
-    "long name": (("x" * 256, b"1"), "too long for a file"),
+    "bomb": (("x", bytes(10_000_000)), "may be a decompression bomb"),
+    "long name": (("x" * 256, b"1"), "too long for a file system"),
 }
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_zip_attacks_are_refused_and_leave_nothing(tmp_path: Path, attack: str) -> None:
-    entry, words = ATTACKS[attack]
+    entry, message = ATTACKS[attack]
     archive = zipped(tmp_path / "a.zip", ("good", b"1"), entry)
-    with pytest.raises(UsageError, match=rf"a\.zip holds '{re.escape(entry[0][:40])}.*', .*{words}"):
+    with pytest.raises(UsageError, match=rf"a\.zip holds '{re.escape(entry[0][:40])}.*', .*{message}"):
         unpack_zip(archive, tmp_path / "new")
     assert listing(tmp_path) == ["a.zip"]
     assert not Path("/tmp/segdeconv-attack").exists()
@@ -82,7 +82,7 @@ def test_too_many_files_or_bytes_are_refused(tmp_path: Path, monkeypatch: pytest
 
 def damaged(archive: Path, damage: str) -> None:
     content = bytearray(archive.read_bytes())
-    central = content.rindex(b"PK\x01\x02")  # the last entry of the list at the end: 'b'
+    central = content.rindex(b"PK\x01\x02")  # the last entry of the central directory: 'b'
     local = content.rindex(b"PK\x03\x04")
     if damage == "cut":
         content = content[: len(content) // 2]
@@ -90,17 +90,17 @@ def damaged(archive: Path, damage: str) -> None:
         content = bytearray()
     elif damage == "flipped":
         content[local + 31 : local + 60] = bytes(29)
-    elif damage == "lying size":
+    elif damage == "false size":
         content[central + 24 : central + 28] = (10).to_bytes(4, "little")
     elif damage == "encrypted":
         content[central + 8] |= 1
         content[local + 6] |= 1
     elif damage == "unknown method":
         content[central + 10] = content[local + 8] = 97
-    elif damage == "name that is no text":
-        content[central + 9] |= 8  # it is UTF-8, says this bit
+    elif damage == "name that is not text":
+        content[central + 9] |= 8  # this bit declares the name as UTF-8
         content[central + 46] = 255
-    elif damage == "list before its start":
+    elif damage == "directory before its start":
         content[-6:-2] = (1 << 24).to_bytes(4, "little")
     archive.write_bytes(content)
 
@@ -111,37 +111,37 @@ def damaged(archive: Path, damage: str) -> None:
         "cut",
         "empty",
         "flipped",
-        "lying size",
+        "false size",
         "encrypted",
         "unknown method",
-        "name that is no text",
-        "list before its start",
+        "name that is not text",
+        "directory before its start",
     ],
 )
 def test_a_damaged_zip_is_refused_and_leaves_nothing(tmp_path: Path, damage: str) -> None:
     archive = zipped(tmp_path / "a.zip", ("a", b"1"), ("b", CONTENT))
     damaged(archive, damage)
-    with pytest.raises(UsageError, match=r"a\.zip is not a whole zip file .* - delete it and try again"):
+    with pytest.raises(UsageError, match=r"a\.zip is not a complete zip file .* - delete it and try again"):
         unpack_zip(archive, tmp_path / "new")
     assert listing(tmp_path) == ["a.zip"]
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 @pytest.mark.parametrize("second", ["a", "a/b"])
-def test_two_entries_for_one_place_are_refused_and_leave_nothing(tmp_path: Path, second: str) -> None:
+def test_two_entries_for_one_path_are_refused_and_leave_nothing(tmp_path: Path, second: str) -> None:
     archive = zipped(tmp_path / "a.zip", ("a", b"1"), (second, b"2"))
     with pytest.raises(UsageError, match=r"a\.zip"):
         unpack_zip(archive, tmp_path / "new")
     assert listing(tmp_path) == ["a.zip"]
 
 
-def test_what_is_not_asked_for_of_a_zip_may_be_anything(tmp_path: Path) -> None:
+def test_unselected_entries_of_a_zip_are_not_checked(tmp_path: Path) -> None:
     archive = zipped(tmp_path / "a.zip", ("in/x", b"1"), ("out/link", b"/etc/passwd", stat.S_IFLNK), ("../x", b"1"))
     unpack_zip(archive, tmp_path / "new", only="in/")
     assert listing(tmp_path / "new") == ["in", "in/x"]
 
 
-def test_a_full_disk_stays_an_error_of_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_raises_os_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -157,7 +157,7 @@ def test_a_full_disk_stays_an_error_of_the_disk(tmp_path: Path, monkeypatch: pyt
 
 
 def entry(name: str, content: bytes = b"", kind: bytes = tarfile.REGTYPE, **fields: object) -> tuple[bytes, bytes]:
-    """(header, content with its padding) of one entry; `fields` are what the header says beside it."""
+    """Return (header, padded content) of one entry; `fields` are other fields of the header."""
     info = tarfile.TarInfo(name)
     info.size, info.type = len(content), kind
     for field, value in fields.items():
@@ -166,7 +166,7 @@ def entry(name: str, content: bytes = b"", kind: bytes = tarfile.REGTYPE, **fiel
 
 
 def tarred(path: Path, *entries: tuple[bytes, bytes], end: bytes = bytes(1024)) -> Path:
-    """A tar of such entries, gzipped if its name ends so."""
+    """Write a tar of such entries, gzipped if its suffix is .tgz."""
     content = b"".join(header + body for header, body in entries) + end
     path.write_bytes(gzip.compress(content) if path.suffix == ".tgz" else content)
     return path
@@ -193,10 +193,10 @@ def test_a_tar_of_every_format_is_unpacked_stripped_and_filtered(tmp_path: Path,
 
 
 TAR_ATTACKS = {
-    "parent": (entry("../x", b"1"), "leaves its folder"),
-    "inner parent": (entry("a/../../x", b"1"), "leaves its folder"),
-    "parent folder": (entry("../x", kind=tarfile.DIRTYPE), "leaves its folder"),
-    "absolute": (entry("/tmp/segdeconv-attack", b"1"), "leaves its folder"),
+    "parent": (entry("../x", b"1"), "a path outside its folder"),
+    "inner parent": (entry("a/../../x", b"1"), "a path outside its folder"),
+    "parent folder": (entry("../x", kind=tarfile.DIRTYPE), "a path outside its folder"),
+    "absolute": (entry("/tmp/segdeconv-attack", b"1"), "a path outside its folder"),
     "symbolic link": (entry("x", kind=tarfile.SYMTYPE, linkname="/etc/passwd"), "a link or device"),
     "hard link": (entry("x", kind=tarfile.LNKTYPE, linkname="/etc/passwd"), "a link or device"),
     "hard link inside": (entry("x", kind=tarfile.LNKTYPE, linkname="good"), "a link or device"),
@@ -205,14 +205,14 @@ TAR_ATTACKS = {
     "fifo": (entry("x", kind=tarfile.FIFOTYPE), "a link or device"),
     "contiguous file": (entry("x", b"1", tarfile.CONTTYPE), "a link or device"),
     "unknown type": (entry("x", b"1", b"Z"), "a link or device"),
-    "long name": (entry("x" * 256, b"1"), "too long for a file"),
-    "long path": (entry("x/" * 1000, b"1"), "too long for a file"),
-    "twice": (entry("good", b"2"), "not a whole tar file"),
-    "file as a folder": (entry("good/x", b"2"), "not a whole tar file"),
-    "negative size": (entry("x", size=-1024), "not a whole tar file .*-1024 bytes"),
-    "header bomb": (entry("x", kind=tarfile.XHDTYPE, size=8 << 30), "not a whole tar file .*header of"),
-    "name bomb": (entry("x", kind=tarfile.GNUTYPE_LONGNAME, size=8 << 30), "not a whole tar file .*header of"),
-    "size lie": (entry("x", b"1", size=8 << 30), "unpacks to more than|not a whole tar file"),
+    "long name": (entry("x" * 256, b"1"), "too long for a file system"),
+    "long path": (entry("x/" * 1000, b"1"), "too long for a file system"),
+    "twice": (entry("good", b"2"), "not a complete tar file"),
+    "file as a folder": (entry("good/x", b"2"), "not a complete tar file"),
+    "negative size": (entry("x", size=-1024), "not a complete tar file .*-1024 bytes"),
+    "header too large": (entry("x", kind=tarfile.XHDTYPE, size=8 << 30), "not a complete tar file .*header of"),
+    "name too large": (entry("x", kind=tarfile.GNUTYPE_LONGNAME, size=8 << 30), "not a complete tar file .*header of"),
+    "false size": (entry("x", b"1", size=8 << 30), "unpacks to more than|not a complete tar file"),
     "too big": (entry("x", b"1", size=60 << 30), "unpacks to more than 100000 files or"),
 }
 
@@ -220,18 +220,18 @@ TAR_ATTACKS = {
 @NAMES
 @pytest.mark.parametrize("attack", TAR_ATTACKS)
 def test_tar_attacks_are_refused_and_leave_nothing(tmp_path: Path, name: str, attack: str) -> None:
-    evil, words = TAR_ATTACKS[attack]
-    archive = tarred(tmp_path / name, entry("good", b"1"), evil)
-    with pytest.raises(UsageError, match=rf"^\S*/{name} .*({words})"):
+    attack_entry, message = TAR_ATTACKS[attack]
+    archive = tarred(tmp_path / name, entry("good", b"1"), attack_entry)
+    with pytest.raises(UsageError, match=rf"^\S*/{name} .*({message})"):
         unpack_tar(archive, tmp_path / "new")
     assert listing(tmp_path) == [name]
     assert not Path("/tmp/segdeconv-attack").exists()
 
 
 def test_a_sparse_file_is_refused(tmp_path: Path) -> None:
-    """512 bytes that unpack to eight gigabytes of zeros."""
+    """The 512 bytes unpack to eight gigabytes of zeros."""
     header = bytearray(entry("x", bytes(512), tarfile.GNUTYPE_SPARSE)[0])
-    header[386:398], header[398:410] = b"%011o\0" % 0, b"%011o\0" % 512  # the one piece that is there
+    header[386:398], header[398:410] = b"%011o\0" % 0, b"%011o\0" % 512  # the only stored block
     header[483:495] = b"%011o\0" % (8 << 30 & 0o77777777777)
     header[148:156] = b" " * 8
     header[148:156] = b"%06o\0 " % sum(header)
@@ -244,17 +244,19 @@ def test_a_sparse_file_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("only", ["", "good"])
-def test_a_gzip_bomb_is_refused_even_if_it_is_only_passed_over(tmp_path: Path, only: str) -> None:
+def test_a_gzip_bomb_is_refused_even_if_it_is_only_skipped(tmp_path: Path, only: str) -> None:
     archive = tarred(tmp_path / "a.tgz", entry("bomb", bytes(30_000_000)), entry("good", b"1"))
     assert archive.stat().st_size < 40_000
-    with pytest.raises(UsageError, match=r"a\.tgz unpacks to more than .* 200 times its own size - it may be a bomb"):
+    with pytest.raises(
+        UsageError, match=r"a\.tgz unpacks to more than .* 200 times its own size - it may be a decompression"
+    ):
         unpack_tar(archive, tmp_path / "new", only=only)
     assert listing(tmp_path) == ["a.tgz"]
 
 
 def test_zeros_after_the_end_are_a_bomb_too(tmp_path: Path) -> None:
     archive = tarred(tmp_path / "a.tgz", entry("good", b"1"), end=bytes(30_000_000))
-    with pytest.raises(UsageError, match="may be a bomb"):
+    with pytest.raises(UsageError, match="may be a decompression bomb"):
         unpack_tar(archive, tmp_path / "new")
     assert listing(tmp_path) == ["a.tgz"]
 
@@ -279,9 +281,9 @@ def damaged_tar(path: Path, damage: str) -> None:
         content = content[: -1500 if plain else -4]
     elif damage == "empty":
         content = bytearray()
-    elif damage == "no tar at all":
+    elif damage == "not a tar":
         content = bytearray(CONTENT)
-    elif plain:  # the header of the third entry, which tarfile alone takes for the end
+    elif plain:  # the header of the third entry; tarfile alone treats it as the end
         content[1024 + 512 + 300_032] ^= 1
     else:
         content[len(content) // 2] ^= 1
@@ -289,11 +291,11 @@ def damaged_tar(path: Path, damage: str) -> None:
 
 
 @NAMES
-@pytest.mark.parametrize("damage", ["cut", "cut near its end", "empty", "no tar at all", "flipped"])
+@pytest.mark.parametrize("damage", ["cut", "cut near its end", "empty", "not a tar", "flipped"])
 def test_a_damaged_tar_is_refused_and_leaves_nothing(tmp_path: Path, name: str, damage: str) -> None:
     archive = tarred(tmp_path / name, entry("a", b"1"), entry("b", CONTENT), entry("c", b"1" * 2000))
     damaged_tar(archive, damage)
-    with pytest.raises(UsageError, match=rf"{name} is not a whole tar file .* - delete it and try again"):
+    with pytest.raises(UsageError, match=rf"{name} is not a complete tar file .* - delete it and try again"):
         unpack_tar(archive, tmp_path / "new")
     assert listing(tmp_path) == [name]
 
@@ -305,7 +307,7 @@ def test_a_tar_may_end_with_any_number_of_zeros(tmp_path: Path, name: str, end: 
     assert (tmp_path / "new" / "a").read_bytes() == b"1"
 
 
-def test_what_is_not_asked_for_of_a_tar_may_be_anything(tmp_path: Path) -> None:
+def test_unselected_entries_of_a_tar_are_not_checked(tmp_path: Path) -> None:
     link = entry("out/link", kind=tarfile.SYMTYPE, linkname="/etc")
     archive = tarred(tmp_path / "a.tar", link, entry("in/x", b"1"), entry("../x", b"1"))
     unpack_tar(archive, tmp_path / "new", only="in/")

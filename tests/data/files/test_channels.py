@@ -1,4 +1,4 @@
-"""Images of any number of channels are read exactly as they were written, or refused by one sentence."""
+"""Images of any number of channels are read exactly as they were written, or refused with an error."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def image_of(channels: int, dtype: Any, size: tuple[int, int] = (24, 32)) -> np.
 
 
 @contextmanager
-def refused(path: Path, words: str) -> Iterator[None]:
-    with pytest.raises(UsageError, match=words) as caught:
+def refused(path: Path, message: str) -> Iterator[None]:
+    with pytest.raises(UsageError, match=message) as caught:
         yield
     assert str(path) in str(caught.value)
     assert " - " in str(caught.value)
@@ -41,7 +41,7 @@ def refused(path: Path, words: str) -> Iterator[None]:
 
 
 def png(path: Path, image: np.ndarray) -> None:
-    """A PNG by its specification: grey, grey and alpha, RGB or RGBA of 8 or 16 bit, every row unfiltered."""
+    """Write an unfiltered PNG, following its specification: grey, grey with alpha, RGB or RGBA of 8 or 16 bits."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -63,7 +63,7 @@ def planes(**settings: Any) -> Callable[[Path, np.ndarray], None]:
 
 
 def with_overview(path: Path, image: np.ndarray) -> None:
-    """A GeoTIFF's way: the picture in tiles, then a small copy of it."""
+    """Write a TIFF in the layout of GeoTIFF: the image in tiles, followed by a smaller copy."""
     settings = {"photometric": "minisblack", "planarconfig": "contig", "tile": (16, 16), "metadata": None}
     with tifffile.TiffWriter(path) as file:
         file.write(image, **settings)
@@ -101,7 +101,7 @@ WRITERS: dict[str, tuple[Callable[[Path, np.ndarray], Any], str, tuple[int, ...]
     "named channels": (planes(metadata={"axes": "CYX"}), ".tif", (2, 3, 5), (np.uint16,)),
     "ImageJ": (planes(imagej=True), ".tif", (2, 5), (np.uint16,)),
     "OME": (planes(ome=True, metadata={"axes": "CYX"}), ".tif", (2, 5), (np.uint16,)),
-    "nothing said": (tifffile.imwrite, ".tif", (2, 3, 4, 5), (np.uint8, np.uint16)),
+    "no axes stated": (tifffile.imwrite, ".tif", (2, 3, 4, 5), (np.uint8, np.uint16)),
     "with an overview": (with_overview, ".tif", (2, 3), (np.uint16,)),
     "npy": (npy(), ".npy", (1, 2, 3, 7), (np.uint8, np.uint16)),
     "npy in Fortran's order": (npy("F"), ".npy", (2,), (np.uint16,)),
@@ -117,25 +117,25 @@ CASES = [
 
 
 @pytest.mark.parametrize(("write", "suffix", "channels", "dtype"), CASES)
-def test_what_was_written_is_read(tmp_path: Path, write: Any, suffix: str, channels: int, dtype: Any) -> None:
+def test_an_image_is_read_as_it_was_written(tmp_path: Path, write: Any, suffix: str, channels: int, dtype: Any) -> None:
     image, path = image_of(channels, dtype), tmp_path / f"x{suffix}"
     write(path, image)
-    found = read_image(path, channels=channels)
-    assert (found.dtype, found.dtype.isnative, found.flags.c_contiguous) == (dtype, True, True)
-    np.testing.assert_array_equal(found, image)
-    # What is not said to be (H, W, C) is only known to be by its count.
+    stored = read_image(path, channels=channels)
+    assert (stored.dtype, stored.dtype.isnative, stored.flags.c_contiguous) == (dtype, True, True)
+    np.testing.assert_array_equal(stored, image)
+    # An array without stated axes is recognised as (H, W, C) only by its number of channels.
     count = r"\d+" if write is tifffile.imwrite else channels
     with refused(path, rf"has {count} channels? of {image.itemsize * 8} bit and dataset\.channels is {channels + 1} -"):
         read_image(path, channels=channels + 1)
 
 
 def test_opencv_reads_the_same_from_our_16_bit_png(tmp_path: Path) -> None:
-    """The writer of these tests is not on its own side only."""
+    """Check the PNG writer of these tests against another reader."""
     for channels in (1, 3, 4):
         image = image_of(channels, np.uint16)
         png(tmp_path / "x.png", image)
-        found = np.atleast_3d(cv2.imread(str(tmp_path / "x.png"), cv2.IMREAD_UNCHANGED))
-        np.testing.assert_array_equal(found[:, :, [2, 1, 0, 3][:channels] if channels > 1 else [0]], image)
+        stored = np.atleast_3d(cv2.imread(str(tmp_path / "x.png"), cv2.IMREAD_UNCHANGED))
+        np.testing.assert_array_equal(stored[:, :, [2, 1, 0, 3][:channels] if channels > 1 else [0]], image)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1)])
@@ -154,7 +154,7 @@ def test_an_array_of_two_axes_is_one_channel(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_image(tmp_path / "x.npy", channels=1), image)
 
 
-def test_an_array_with_its_channels_first_is_refused_with_the_way_out(tmp_path: Path) -> None:
+def test_an_array_with_its_channels_first_is_refused_with_a_way_out(tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", np.moveaxis(image_of(2, np.uint16), 2, 0))
     with refused(tmp_path / "x.npy", r"has shape \(2, 24, 32\), channels first - save np\.moveaxis"):
         read_image(tmp_path / "x.npy", channels=2)
@@ -164,13 +164,13 @@ def test_a_grey_jpeg_is_one_channel_and_a_colour_one_three(tmp_path: Path) -> No
     smooth = np.add.outer(np.arange(48), np.arange(64)).astype(np.uint8)
     for channels, array in ((1, smooth), (3, np.dstack([smooth] * 3))):
         Image.fromarray(array).save(tmp_path / "x.jpg", quality=95)
-        found = read_image(tmp_path / "x.jpg", channels=channels)
-        assert found.shape == (48, 64, channels)
-        assert abs(found.astype(int) - smooth[:, :, None]).max() <= 4
+        image = read_image(tmp_path / "x.jpg", channels=channels)
+        assert image.shape == (48, 64, channels)
+        assert abs(image.astype(int) - smooth[:, :, None]).max() <= 4
 
 
 @pytest.mark.skipif(importlib.util.find_spec("imagecodecs") is not None, reason="imagecodecs is installed")
-def test_a_tiff_packed_with_what_only_imagecodecs_knows_is_read_by_pillow_or_refused(tmp_path: Path) -> None:
+def test_a_tiff_whose_compression_needs_imagecodecs_is_read_by_pillow_or_refused(tmp_path: Path) -> None:
     for channels, dtype in ((1, np.uint8), (3, np.uint8), (4, np.uint8), (1, np.uint16)):
         image, path = image_of(channels, dtype), tmp_path / "x.tif"
         Image.fromarray(image if channels > 1 else image[:, :, 0]).save(path, compression="tiff_lzw")
@@ -178,13 +178,13 @@ def test_a_tiff_packed_with_what_only_imagecodecs_knows_is_read_by_pillow_or_ref
     fakes.stored(path, image_of(2, np.uint16))
     with tifffile.TiffFile(path, mode="r+") as file:
         file.pages[0].tags["Compression"].overwrite(5)
-    with refused(path, r"is packed with LZW - pip install imagecodecs, or save it uncompressed or with deflate"):
+    with refused(path, r"is compressed with LZW - pip install imagecodecs, or save it uncompressed or with deflate"):
         read_image(path, channels=2)
 
 
 @pytest.mark.parametrize("stored", range(2, 9))
 @pytest.mark.parametrize("suffix", [".tif", ".png"])
-def test_a_turned_image_is_treated_as_dataset_exif_says(tmp_path: Path, stored: int, suffix: str) -> None:
+def test_a_rotated_image_follows_dataset_exif(tmp_path: Path, stored: int, suffix: str) -> None:
     image, path = image_of(3, np.uint8), tmp_path / f"x{suffix}"
     if suffix == ".tif":
         fakes.stored(path, image, extratags=[(274, "H", 1, stored, True)])
@@ -192,16 +192,16 @@ def test_a_turned_image_is_treated_as_dataset_exif_says(tmp_path: Path, stored: 
         exif = Image.Exif()
         exif[274] = stored
         Image.fromarray(image).save(path, exif=exif)
-    with refused(path, rf"stored turned \(EXIF orientation {stored}\).*dataset\.exif=apply or dataset\.exif=ignore"):
+    with refused(path, rf"stored rotated \(EXIF orientation {stored}\).*dataset\.exif=apply or dataset\.exif=ignore"):
         read_image(path, channels=3)
     np.testing.assert_array_equal(read_image(path, channels=3, exif="ignore"), image)
     np.testing.assert_array_equal(read_image(path, channels=3, exif="apply"), UPRIGHT[stored](image))
-    upright, found = read_upright(path, channels=3)
-    assert found == stored
+    upright, orientation = read_upright(path, channels=3)
+    assert orientation == stored
     np.testing.assert_array_equal(upright, UPRIGHT[stored](image))
 
 
-# What is refused
+# Files that are refused
 
 
 @pytest.mark.parametrize("dtype", [np.int16, np.int32, np.uint32, np.float32, np.float64])
@@ -212,34 +212,34 @@ def test_other_types_are_refused(tmp_path: Path, dtype: Any, suffix: str) -> Non
         read_image(path, channels=2)
 
 
-def test_pictures_whose_numbers_are_no_measurement_are_refused(tmp_path: Path) -> None:
+def test_images_whose_numbers_are_not_intensities_are_refused(tmp_path: Path) -> None:
     grey = Image.fromarray(image_of(1, np.uint8)[:, :, 0])
-    for name, picture, words in (
-        ("palette.png", grey.convert("P"), "has a palette, whose numbers measure nothing"),
-        ("palette.tif", grey.convert("P"), "has a palette, whose numbers measure nothing"),
+    for name, image, message in (
+        ("palette.png", grey.convert("P"), "has a palette, whose indices are not intensities"),
+        ("palette.tif", grey.convert("P"), "has a palette, whose indices are not intensities"),
         ("bits.png", grey.convert("1"), "has 1 bit - save it with channels of 8 or 16 bit"),
         ("bits.bmp", grey.convert("1"), "has 1 bit"),
     ):
-        picture.save(tmp_path / name)
-        with refused(tmp_path / name, words):
+        image.save(tmp_path / name)
+        with refused(tmp_path / name, message):
             read_image(tmp_path / name, channels=1)
-    (tmp_path / "four.png").write_bytes(fakes_png_of_4_bit())
+    (tmp_path / "four.png").write_bytes(png_of_4_bit())
     with refused(tmp_path / "four.png", "has 4 bit"):
         read_image(tmp_path / "four.png", channels=1)
 
 
-def fakes_png_of_4_bit() -> bytes:
-    picture, file = Image.new("P", (8, 8)), io.BytesIO()
-    picture.putpalette([0, 0, 0, 255, 255, 255] + [9, 9, 9] * 14)
-    picture.save(file, "PNG", bits=4)
+def png_of_4_bit() -> bytes:
+    image, file = Image.new("P", (8, 8)), io.BytesIO()
+    image.putpalette([0, 0, 0, 255, 255, 255] + [9, 9, 9] * 14)
+    image.save(file, "PNG", bits=4)
     return file.getvalue()
 
 
-def test_several_pictures_and_other_axes_are_refused(tmp_path: Path) -> None:
+def test_several_images_and_other_axes_are_refused(tmp_path: Path) -> None:
     image = image_of(1, np.uint16)[:, :, 0]
     tifffile.imwrite(tmp_path / "two.tif", image)
     tifffile.imwrite(tmp_path / "two.tif", image[:9], append=True)
-    with refused(tmp_path / "two.tif", "holds 2 pictures - extract the one that is meant"):
+    with refused(tmp_path / "two.tif", "holds 2 images - save the intended one as a file of its own"):
         read_image(tmp_path / "two.tif", channels=1)
     for axes in ("ZYX", "TYX"):
         path = tmp_path / f"{axes}.tif"
@@ -250,18 +250,18 @@ def test_several_pictures_and_other_axes_are_refused(tmp_path: Path) -> None:
 
 def test_without_channels_no_channel_is_dropped_silently(tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", image_of(3, np.uint8))
-    with refused(tmp_path / "x.npy", r"is an array, not a picture - say dataset\.channels=N"):
+    with refused(tmp_path / "x.npy", r"is an array, not an image - set dataset\.channels=N"):
         read_image(tmp_path / "x.npy")
     for number, write in enumerate((tif(), planes(planarconfig="separate"))):
         write(tmp_path / f"{number}.tif", image_of(2, np.uint16))
-        with refused(tmp_path / f"{number}.tif", r"- say dataset\.channels=N to read"):
+        with refused(tmp_path / f"{number}.tif", r"- set dataset\.channels=N to read"):
             read_image(tmp_path / f"{number}.tif")
 
 
-def test_paths_that_are_no_file_are_refused(tmp_path: Path) -> None:
+def test_paths_that_are_not_regular_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "folder.npy").mkdir()
-    for name, words in (("folder.npy", "is a folder"), ("nothing.tif", "is missing")):
-        with refused(tmp_path / name, words):
+    for name, message in (("folder.npy", "is a folder"), ("nothing.tif", "is missing")):
+        with refused(tmp_path / name, message):
             read_image(tmp_path / name, channels=2)
 
 
@@ -280,8 +280,8 @@ def test_max_pixels_is_the_largest_size_that_is_read(tmp_path: Path, suffix: str
 # Hostile and damaged arrays
 
 
-class Runs:
-    """A pickle of it opens a file when it is read."""
+class CreatesAFile:
+    """Object whose pickle creates a file when it is loaded."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -292,11 +292,11 @@ class Runs:
 
 def test_an_array_of_pickles_is_refused_and_not_run(tmp_path: Path) -> None:
     path, proof = tmp_path / "x.npy", tmp_path / "run"
-    np.save(path, np.array([[Runs(proof)]], dtype=object), allow_pickle=True)
+    np.save(path, np.array([[CreatesAFile(proof)]], dtype=object), allow_pickle=True)
     with refused(path, "holds object - save it as uint8 or uint16"):
         read_image(path, channels=1)
-    path.write_bytes(pickle.dumps(Runs(proof)))
-    with refused(path, "is not a picture"):
+    path.write_bytes(pickle.dumps(CreatesAFile(proof)))
+    with refused(path, "is not an image"):
         read_image(path, channels=1)
     assert not proof.exists()
 
@@ -307,19 +307,19 @@ def npy_with_header(header: str, data: bytes = b"", version: bytes = b"\1\0") ->
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("content", "message"),
     [
         (
             npy_with_header("{'descr': '|u1', 'fortran_order': False, 'shape': (8, 8)}", b"x" * 63),
-            "64 bytes and 63 follow",
+            "64 bytes and the file holds 63",
         ),
         (
             npy_with_header("{'descr': '|u1', 'fortran_order': False, 'shape': (8, 8)}", b"x" * 65),
-            "64 bytes and 65 follow",
+            "64 bytes and the file holds 65",
         ),
         (
             npy_with_header("{'descr': '|u1', 'fortran_order': False, 'shape': (9, 9, 1000000000000)}", b"x"),
-            "81000000000000 bytes and 1 follow",
+            "81000000000000 bytes and the file holds 1",
         ),
         (
             npy_with_header("{'descr': '|u1', 'fortran_order': False, 'shape': (1000000, 1000000)}", b"x"),
@@ -340,10 +340,10 @@ def npy_with_header(header: str, data: bytes = b"", version: bytes = b"\1\0") ->
         (b"\x93NUMPY\2\0\xff\xff\xff\xff{", "damaged"),
     ],
 )
-def test_a_hostile_array_is_refused(tmp_path: Path, content: bytes, words: str) -> None:
+def test_a_hostile_array_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "x.npy"
     path.write_bytes(content)
-    with refused(path, words):
+    with refused(path, message):
         read_image(path, channels=1)
 
 
@@ -351,7 +351,7 @@ def test_a_hostile_array_is_refused(tmp_path: Path, content: bytes, words: str) 
 
 
 def forged(path: Path, **tags: Any) -> Path:
-    """A deflated TIFF of two channels with other values in its header."""
+    """Write a deflated TIFF of two channels and overwrite tags of its header."""
     fakes.stored(path, image_of(2, np.uint16), compression="zlib", metadata=None)
     with tifffile.TiffFile(path, mode="r+") as file:
         for name, value in tags.items():
@@ -360,12 +360,12 @@ def forged(path: Path, **tags: Any) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("tags", "words"),
+    ("tags", "message"),
     [
         ({"ImageLength": 40_000, "ImageWidth": 40_000}, "40000x40000 pixels, more than"),
         ({"ImageLength": 25}, "damaged"),
         ({"ImageWidth": 33}, "damaged"),
-        ({"ImageLength": 20, "RowsPerStrip": 20}, "longer than it says"),
+        ({"ImageLength": 20, "RowsPerStrip": 20}, "longer than its header states"),
         ({"StripOffsets": 2**31}, "beyond its end"),
         ({"StripByteCounts": 2**31}, "beyond its end"),
         ({"StripByteCounts": 50}, "bytes"),
@@ -374,34 +374,34 @@ def forged(path: Path, **tags: Any) -> Path:
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_a_tiff_whose_header_lies_is_refused(tmp_path: Path, tags: dict[str, Any], words: str) -> None:
+def test_a_tiff_with_a_false_header_is_refused(tmp_path: Path, tags: dict[str, Any], message: str) -> None:
     path = forged(tmp_path / "x.tif", **tags)
-    with refused(path, words):
+    with refused(path, message):
         read_image(path, channels=2)
 
 
-def test_a_strip_that_unpacks_to_far_more_than_it_says_is_refused_before_it_does(tmp_path: Path) -> None:
+def test_a_strip_that_would_decompress_to_far_more_than_stated_is_refused_first(tmp_path: Path) -> None:
     path = forged(tmp_path / "x.tif")
-    packer = zlib.compressobj()
-    bomb = b"".join(packer.compress(bytes(1 << 24)) for _ in range(16)) + packer.flush()
+    compressor = zlib.compressobj()
+    bomb = b"".join(compressor.compress(bytes(1 << 24)) for _ in range(16)) + compressor.flush()
     size = path.stat().st_size
     with path.open("ab") as file:
         file.write(bomb)
     with tifffile.TiffFile(path, mode="r+") as file:
         file.pages[0].tags["StripOffsets"].overwrite(size)
         file.pages[0].tags["StripByteCounts"].overwrite(len(bomb))
-    with refused(path, "longer than it says"):
+    with refused(path, "longer than its header states"):
         read_image(path, channels=2)
 
 
 @pytest.mark.parametrize("name", ["interleaved", "deflate", "tiles", "in planes", "in pages", "npy"])
 @pytest.mark.parametrize("share", [0.01, 0.1, 0.5, 0.97])
-def test_cut_files_are_refused(tmp_path: Path, name: str, share: float) -> None:
+def test_truncated_files_are_refused(tmp_path: Path, name: str, share: float) -> None:
     write, suffix, *_ = WRITERS[name]
     path = tmp_path / f"x{suffix}"
     write(path, image_of(2, np.uint16))
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
-    with refused(path, "damaged|is not a picture|has 1 channel"):
+    with refused(path, "damaged|is not an image|has 1 channel"):
         read_image(path, channels=2)
 
 
@@ -415,8 +415,8 @@ def test_random_damage_is_read_or_refused_by_name(tmp_path: Path, name: str) -> 
     for _ in range(150):
         damaged = bytearray(content)
         reach = len(content) if random.random() < 0.3 else 300  # mostly where the headers are
-        for place in random.integers(0, min(reach, len(content)), size=3):
-            damaged[place] = random.integers(256)
+        for position in random.integers(0, min(reach, len(content)), size=3):
+            damaged[position] = random.integers(256)
         path.write_bytes(damaged)
         image = read_or_refusal(path, channels=2, exif="ignore", max_pixels=LIMIT)
         if isinstance(image, str):

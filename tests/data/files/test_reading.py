@@ -1,4 +1,4 @@
-"""Picture and mask files of every kind are read exactly, or refused by one sentence that names them."""
+"""Image and mask files of every kind are read exactly, or refused with an error that names the file."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ LABELS = np.random.default_rng(1).choice([0, 1, 2, 255], size=(48, 64)).astype(n
 
 
 @contextmanager
-def refused(path: Path, words: str) -> Iterator[None]:
-    """One line: names the file, says `words` (a pattern), and after a dash the way out."""
-    with pytest.raises(UsageError, match=words) as caught:
+def refused(path: Path, message: str) -> Iterator[None]:
+    """Expect a UsageError that names the file, matches `message` and, after a dash, suggests a way out."""
+    with pytest.raises(UsageError, match=message) as caught:
         yield
     assert str(path) in str(caught.value)
     assert " - " in str(caught.value)
@@ -45,7 +45,7 @@ def saved(path: Path, array: np.ndarray, **settings: object) -> Path:
 
 
 def read_or_refusal(path: Path, **settings: object) -> np.ndarray | str:
-    """The picture, or the sentence that refuses it; any other exception is a bug."""
+    """Return the image, or the message of the UsageError; any other exception is a bug."""
     try:
         return read_image(path, **settings)
     except UsageError as error:
@@ -53,7 +53,7 @@ def read_or_refusal(path: Path, **settings: object) -> np.ndarray | str:
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG that says it is this large and holds a kilobyte."""
+    """Return a PNG whose header states this size and which holds one kilobyte."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -62,7 +62,7 @@ def png_header(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1000), 0)) + chunk(b"IEND", b"")
 
 
-# Images: what is read
+# Images that are read
 
 
 @pytest.mark.parametrize("suffix", ["png", "bmp", "tif", "tiff", "webp", "PNG"])
@@ -77,7 +77,7 @@ def test_jpegs_give_nearly_the_stored_pixels(tmp_path: Path, name: str, settings
     assert abs(image.astype(int) - SMOOTH).max() <= 12
 
 
-def test_the_content_decides_not_the_suffix(tmp_path: Path) -> None:
+def test_the_content_decides_the_format_not_the_suffix(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_image(saved(tmp_path / "x.jpg", RGB, format="PNG")), RGB)
 
 
@@ -97,7 +97,7 @@ def test_grey_is_repeated_in_three_channels(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["LA", "RGBA"])
-def test_transparency_is_laid_on_black(tmp_path: Path, mode: str) -> None:
+def test_transparent_pixels_are_blended_with_black(tmp_path: Path, mode: str) -> None:
     colour = RGB if mode == "RGBA" else np.dstack([GREY] * 3)
     alpha = RGB[::-1, :, 1]
     path = saved(tmp_path / "x.png", np.dstack([RGB, alpha] if mode == "RGBA" else [GREY, alpha]))
@@ -105,24 +105,24 @@ def test_transparency_is_laid_on_black(tmp_path: Path, mode: str) -> None:
     assert abs(read_image(path) - on_black).max() <= 1
 
 
-def test_palette_pictures_give_their_colours_and_their_transparent_entry_black(tmp_path: Path) -> None:
-    picture = Image.fromarray(GREY // 128)  # entries 0 and 1
-    picture.putpalette([10, 20, 30, 200, 100, 50])
-    picture.save(tmp_path / "plain.png")
-    picture.save(tmp_path / "clear.png", transparency=1)
+def test_palette_images_give_their_colours_with_the_transparent_entry_black(tmp_path: Path) -> None:
+    image = Image.fromarray(GREY // 128)  # entries 0 and 1
+    image.putpalette([10, 20, 30, 200, 100, 50])
+    image.save(tmp_path / "plain.png")
+    image.save(tmp_path / "clear.png", transparency=1)
     colours = np.array([[10, 20, 30], [200, 100, 50]], dtype=np.uint8)
     np.testing.assert_array_equal(read_image(tmp_path / "plain.png"), colours[GREY // 128])
     colours[1] = 0
     np.testing.assert_array_equal(read_image(tmp_path / "clear.png"), colours[GREY // 128])
 
 
-def test_one_bit_pictures_are_black_and_white(tmp_path: Path) -> None:
+def test_one_bit_images_are_black_and_white(tmp_path: Path) -> None:
     image = read_image(saved(tmp_path / "x.png", GREY > 100))
     np.testing.assert_array_equal(image, np.dstack([(GREY > 100).astype(np.uint8) * 255] * 3))
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "tif"])
-def test_cmyk_gives_the_colour_on_paper(tmp_path: Path, suffix: str) -> None:
+def test_cmyk_gives_the_printed_colour(tmp_path: Path, suffix: str) -> None:
     for ink, colour in (((255, 0, 0, 0), (0, 255, 255)), ((0, 0, 0, 255), (0, 0, 0)), ((0, 0, 255, 0), (255, 255, 0))):
         Image.new("CMYK", (16, 16), ink).save(tmp_path / f"x.{suffix}")
         assert abs(read_image(tmp_path / f"x.{suffix}").astype(int) - colour).max() <= 2
@@ -145,12 +145,12 @@ def test_16_bit_colour_is_scaled_and_not_clipped(tmp_path: Path) -> None:
     assert abs(read_image(tmp_path / "x.png").astype(int) - RGB).max() <= 1
 
 
-def test_a_broken_colour_profile_is_no_hindrance(tmp_path: Path) -> None:
+def test_a_broken_colour_profile_is_ignored(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_image(saved(tmp_path / "x.png", RGB, icc_profile=b"not a profile")), RGB)
 
 
 def test_a_jpeg_that_lacks_only_its_end_mark_is_read_whole_or_refused(tmp_path: Path) -> None:
-    """Which of the two depends on how far ahead Pillow's decoder looks; never is anything made up."""
+    """Either can happen, depending on how far ahead Pillow's decoder reads; no pixel is invented."""
     for quality in range(60, 90):
         path = saved(tmp_path / "x.jpg", SMOOTH, quality=quality)
         whole = read_image(path)
@@ -159,15 +159,15 @@ def test_a_jpeg_that_lacks_only_its_end_mark_is_read_whole_or_refused(tmp_path: 
         assert "damaged" in image if isinstance(image, str) else np.array_equal(image, whole)
 
 
-def test_a_photo_with_a_second_picture_in_its_file_is_read_as_the_first(tmp_path: Path) -> None:
-    """Telephones append a depth or brightness map (MPO); their files are called .jpg and are no animations."""
+def test_of_a_photo_with_a_second_image_in_its_file_the_first_is_read(tmp_path: Path) -> None:
+    """Phones append a depth or brightness map (MPO); their files have the suffix .jpg and are not animations."""
     first = Image.fromarray(SMOOTH)
     first.save(tmp_path / "plain.jpg")
     first.save(tmp_path / "phone.jpg", format="MPO", save_all=True, append_images=[Image.new("RGB", (64, 48))])
     np.testing.assert_array_equal(read_image(tmp_path / "phone.jpg"), read_image(tmp_path / "plain.jpg"))
 
 
-# EXIF: how numpy makes the upright picture from the stored one, by orientation
+# EXIF: the NumPy expression for the upright image of a stored one, by orientation
 
 UPRIGHT = {
     1: lambda a: a,
@@ -191,8 +191,8 @@ def turned(path: Path, stored: int) -> Path:
 @pytest.mark.parametrize("stored", range(1, 9))
 def test_exif_apply_turns_upright_and_ignore_leaves_as_stored(tmp_path: Path, stored: int, suffix: str) -> None:
     path = turned(tmp_path / f"x.{suffix}", stored)
-    upright, found = read_upright(path)
-    assert found == stored
+    upright, orientation = read_upright(path)
+    assert orientation == stored
     assert np.array_equal(upright, read_image(path, exif="apply"))
     with refused(path, "more than 1 - shrink it"):
         read_upright(path, max_pixels=1)
@@ -203,7 +203,7 @@ def test_exif_apply_turns_upright_and_ignore_leaves_as_stored(tmp_path: Path, st
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "tif"])
 @pytest.mark.parametrize("stored", range(2, 9))
-def test_a_turned_picture_is_refused_unless_told_what_to_do(tmp_path: Path, stored: int, suffix: str) -> None:
+def test_a_rotated_image_is_refused_without_dataset_exif(tmp_path: Path, stored: int, suffix: str) -> None:
     path = turned(tmp_path / f"x.{suffix}", stored)
     with refused(path, rf"EXIF orientation {stored}.*dataset\.exif=apply or dataset\.exif=ignore"):
         read_image(path)
@@ -214,7 +214,7 @@ def test_turn_back_is_the_exact_inverse_of_apply(stored: int) -> None:
     np.testing.assert_array_equal(turn_back(np.ascontiguousarray(UPRIGHT[stored](GREY)), stored), GREY)
 
 
-# Images: what is refused
+# Images that are refused
 
 
 @pytest.mark.parametrize("suffix", ["png", "webp", "tif"])
@@ -231,7 +231,7 @@ def test_other_formats_are_refused_whatever_their_suffix(tmp_path: Path, fmt: st
         read_image(path)
 
 
-def test_float_pictures_are_refused(tmp_path: Path) -> None:
+def test_float_images_are_refused(tmp_path: Path) -> None:
     path = saved(tmp_path / "x.tif", GREY.astype(np.float32))
     with refused(path, "float image - convert it to 8 or 16 bit"):
         read_image(path)
@@ -239,11 +239,11 @@ def test_float_pictures_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
 @pytest.mark.parametrize("share", [0.01, 0.05, 0.2, 0.5, 0.8, 0.97])
-def test_cut_pictures_are_refused(tmp_path: Path, suffix: str, share: float) -> None:
+def test_truncated_images_are_refused(tmp_path: Path, suffix: str, share: float) -> None:
     path = saved(tmp_path / f"x.{suffix}", RGB)
     content = path.read_bytes()
     path.write_bytes(content[: int(share * len(content))])
-    with refused(path, "is damaged|is not a picture"):
+    with refused(path, "is damaged|is not an image"):
         read_image(path)
 
 
@@ -264,8 +264,8 @@ def test_random_damage_is_read_or_refused_by_name(tmp_path: Path, suffix: str) -
     for _ in range(150):
         damaged = bytearray(content)
         reach = len(content) if random.random() < 0.3 else 200  # mostly where the headers are
-        for place in random.integers(0, min(reach, len(content)), size=3):
-            damaged[place] = random.integers(256)
+        for position in random.integers(0, min(reach, len(content)), size=3):
+            damaged[position] = random.integers(256)
         path.write_bytes(damaged)
         image = read_or_refusal(path, exif="apply", max_pixels=100_000)
         if isinstance(image, str):
@@ -277,25 +277,25 @@ def test_random_damage_is_read_or_refused_by_name(tmp_path: Path, suffix: str) -
 @pytest.mark.parametrize(
     "content", [b"", b"hello\n", b"<html><body></body></html>", b"<svg xmlns='http://www.w3.org/2000/svg'/>"]
 )
-def test_files_that_are_no_picture_are_refused(tmp_path: Path, content: bytes) -> None:
+def test_files_that_are_not_images_are_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "x.png"
     path.write_bytes(content)
-    with refused(path, r"is not a picture \(empty, cut or another format\)"):
+    with refused(path, r"is not an image \(empty, truncated or another format\)"):
         read_image(path)
 
 
-def test_paths_that_are_no_file_are_refused(tmp_path: Path) -> None:
-    made = {
+def test_paths_that_are_not_regular_files_are_refused(tmp_path: Path) -> None:
+    cases = {
         "is a folder": lambda path: path.mkdir(),
         "is missing": lambda path: None,
         "is a dangling link": lambda path: path.symlink_to(tmp_path / "nowhere.jpg"),
-        "link": lambda path: path.symlink_to(path),  # in a loop
-        "x4.jpg": lambda path: os.mkfifo(path),  # and does not hang
+        "link": lambda path: path.symlink_to(path),  # to itself
+        "x4.jpg": lambda path: os.mkfifo(path),  # a pipe must not block the test
     }
-    for number, (words, make) in enumerate(made.items()):
+    for number, (message, make) in enumerate(cases.items()):
         path = tmp_path / f"x{number}.jpg"
         make(path)
-        with refused(path, words):
+        with refused(path, message):
             read_image(path)
 
 
@@ -314,12 +314,12 @@ def test_max_pixels_is_the_largest_size_that_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "bmp", "tif", "webp"])
-def test_pillows_limit_of_the_process_stays_and_binds_only_what_asks_for_it_later(
+def test_pillows_process_wide_limit_is_unchanged_and_applies_only_to_plugins_that_check_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
 ) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     path = saved(tmp_path / f"x.{suffix}", RGB)
-    if suffix in ("tif", "webp"):  # where they take memory
+    if suffix in ("tif", "webp"):  # their plugins check the limit when they allocate memory
         with refused(path, r"exceeds limit of 20 pixels.* - shrink it, or raise PIL's Image\.MAX_IMAGE_PIXELS"):
             read_image(path)
     else:
@@ -328,19 +328,19 @@ def test_pillows_limit_of_the_process_stays_and_binds_only_what_asks_for_it_late
 
 
 @pytest.mark.parametrize("size", [(4000, 4000), (0, 10), (10, 0)])
-def test_a_header_that_lies_about_the_size_is_refused(tmp_path: Path, size: tuple[int, int]) -> None:
+def test_a_header_with_a_false_size_is_refused(tmp_path: Path, size: tuple[int, int]) -> None:
     path = tmp_path / "x.png"
     path.write_bytes(png_header(*size))
-    with refused(path, "damaged|is not a picture"):
+    with refused(path, "damaged|is not an image"):
         read_image(path)
 
 
-# Masks: what is read
+# Masks that are read
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32])
 @pytest.mark.parametrize("suffix", ["png", "tif"])
-def test_label_masks_of_every_width_are_read_as_they_are(tmp_path: Path, dtype: type, suffix: str) -> None:
+def test_label_masks_of_every_integer_type_are_read_as_stored(tmp_path: Path, dtype: type, suffix: str) -> None:
     if (dtype, suffix) == (np.int32, "png"):
         dtype = np.uint16  # PNG has no 32 bit
     path = saved(tmp_path / f"x.{suffix}", LABELS.astype(dtype))
@@ -351,9 +351,9 @@ def test_label_masks_of_every_width_are_read_as_they_are(tmp_path: Path, dtype: 
 
 def test_palette_masks_are_read_as_indices_not_as_grey(tmp_path: Path) -> None:
     path = tmp_path / "x.png"
-    picture = Image.fromarray(LABELS)
-    picture.putpalette([channel for colour in voc_colours(256) for channel in colour])
-    picture.save(path)
+    image = Image.fromarray(LABELS)
+    image.putpalette([channel for colour in voc_colours(256) for channel in colour])
+    image.save(path)
     np.testing.assert_array_equal(read_mask(path, THREE), LABELS)
     assert palette(path) == list(voc_colours(256))
     assert palette(saved(tmp_path / "grey.png", LABELS)) is None
@@ -364,14 +364,14 @@ def test_boolean_masks_are_classes_0_and_1(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("alpha", [False, True])
-def test_colour_masks_are_read_by_the_colour_table(tmp_path: Path, alpha: bool) -> None:
+def test_colour_masks_are_read_with_the_palette_of_the_classes(tmp_path: Path, alpha: bool) -> None:
     coloured = THREE.palette[LABELS]
     if alpha:
         coloured = np.dstack([coloured, GREY])
     np.testing.assert_array_equal(read_mask(saved(tmp_path / "x.png", coloured), THREE), LABELS)
 
 
-def test_labels_that_are_not_in_a_row_become_class_indices(tmp_path: Path) -> None:
+def test_labels_that_are_not_consecutive_become_class_indices(tmp_path: Path) -> None:
     classes = Classes(("a", "b", "c"), THREE.colours, labels=(7, 24, 1000))
     stored = np.array([[7, 24], [1000, 255]], dtype=np.uint16)
     np.testing.assert_array_equal(read_mask(saved(tmp_path / "x.png", stored), classes), [[0, 1], [2, 255]])
@@ -391,7 +391,7 @@ def test_real_voc_masks_are_read_as_labels() -> None:
         assert palette(path)[:21] == list(classes.colours)
 
 
-# Masks: what is refused
+# Masks that are refused
 
 
 @pytest.mark.parametrize("fmt", ["JPEG", "WEBP"])
@@ -404,7 +404,7 @@ def test_masks_in_formats_that_change_labels_are_refused(tmp_path: Path, fmt: st
 @pytest.mark.parametrize(
     ("dtype", "label"), [(np.uint8, 3), (np.uint8, 254), (np.uint16, 60000), (np.int32, 70000), (np.int32, -1)]
 )
-def test_a_label_that_is_no_class_is_named(tmp_path: Path, dtype: type, label: int) -> None:
+def test_a_label_without_a_class_is_named(tmp_path: Path, dtype: type, label: int) -> None:
     stored = LABELS.astype(dtype)
     stored[5, 6] = label
     path = saved(tmp_path / "x.tif", stored)
@@ -412,13 +412,13 @@ def test_a_label_that_is_no_class_is_named(tmp_path: Path, dtype: type, label: i
         read_mask(path, THREE)
 
 
-def test_how_many_more_labels_are_no_class_is_said(tmp_path: Path) -> None:
+def test_the_number_of_further_labels_without_a_class_is_reported(tmp_path: Path) -> None:
     path = saved(tmp_path / "x.png", np.array([[0, 9, 11, 10]], dtype=np.uint8))
     with refused(path, re.escape("has label 9 (and 2 more);")):
         read_mask(path, THREE)
 
 
-def test_an_unknown_colour_is_named_with_its_place(tmp_path: Path) -> None:
+def test_an_unknown_colour_is_named_with_its_position(tmp_path: Path) -> None:
     coloured = THREE.palette[LABELS]
     coloured[7, 11] = (1, 2, 3)
     path = saved(tmp_path / "x.png", coloured)
@@ -439,7 +439,7 @@ def test_missing_empty_and_text_masks_are_refused(tmp_path: Path, content: bytes
     path = tmp_path / "x.png"
     if content is not None:
         path.write_bytes(content)
-    with refused(path, "is missing|is not a picture"):
+    with refused(path, "is missing|is not an image"):
         read_labels(path)
 
 
@@ -450,7 +450,7 @@ def test_a_mask_of_another_size_than_its_image_is_refused(tmp_path: Path, shape:
         dataset_of(pair)[0]
 
 
-def test_max_pixels_of_a_data_set_holds_for_its_masks_too(tmp_path: Path) -> None:
+def test_max_pixels_of_a_data_set_applies_to_its_masks_too(tmp_path: Path) -> None:
     pair = Pair(saved(tmp_path / "i.png", RGB[:10, :10]), saved(tmp_path / "m.png", LABELS), "x")
     with refused(pair.mask, "64x48 pixels, more than 1000"):
         dataset_of(pair, max_pixels=1000)[0]
