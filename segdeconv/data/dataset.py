@@ -238,6 +238,6 @@ def require_root(root: str | Path, expected: str, way_out: str = "give its place
 
 
 def require_split(split: str, names: tuple[str, ...]) -> None:
-    """One sentence if there is no such split."""
+    """Raise UsageError unless `split` is one of `names`."""
     if split not in names:
-        raise UsageError(f"there is no split '{split}' - the splits are {', '.join(names)}")
+        raise UsageError(f"unknown split '{split}' - the splits are {', '.join(names)}")

@@ -194,8 +194,8 @@ def case_clash(mine):
 
 
 LISTS = {
-    "87 empty train": (lists(train=""), "train.txt names no image"),
-    "88 empty val": (lists(val="\n \n"), "val.txt names no image"),
+    "87 empty train": (lists(train=""), "train.txt lists no image"),
+    "88 empty val": (lists(val="\n \n"), "val.txt lists no image"),
     "90 listed twice": (lists(train="train_0\ntrain_1\ntrain_0\n"), "train.txt, line 3: 'train_0' is listed twice"),
     "91 in train and val": (lists(val="val_0\ntrain_1\n"), "train_1.png is in train and in val"),
     "92 names that differ in case": (case_clash, "differ only in upper and lower case"),

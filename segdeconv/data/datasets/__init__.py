@@ -1,1 +1,1 @@
-"""The data sets, one file each. Every class states its own classes; `segdeconv.data` hands them on."""
+"""The data sets, one module each, which also defines its classes. Import them from `segdeconv.data`."""

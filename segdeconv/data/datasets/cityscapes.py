@@ -1,4 +1,4 @@
-"""Cityscapes, with label ids or with train ids."""
+"""Cityscapes, with masks of label ids or train ids."""
 
 from pathlib import Path
 from typing import Literal
@@ -39,22 +39,30 @@ CLASSES = {"ids": IDS, "train_ids": TRAIN_IDS}
 
 
 class Cityscapes(FileDataset):
-    """Streets of fifty cities, seen from a car.
+    """Street scenes of fifty cities, recorded from a car.
 
-    **What**: 2975 train and 500 val images of 1024x2048, finely annotated; the labels of the test images are not
+    **Content**: 2975 train and 500 val images of 1024x2048, finely annotated; the labels of the test images are not
     public.
 
-    **Layout** (as its two archives unpack): `leftImg8bit/{train,val}/CITY/NAME_leftImg8bit.png`, masks
+    **Layout** (of the two unpacked archives): `leftImg8bit/{train,val}/CITY/NAME_leftImg8bit.png`, masks
     `gtFine/{train,val}/CITY/NAME_gtFine_labelIds.png`, or `..._labelTrainIds.png` beside them or instead.
 
-    **Classes**: the 19 that are scored, in the order of their train ids; everything else is ignored.
+    **Classes**: the 19 evaluated classes, in the order of their train ids; everything else is ignored.
 
     **Cite**: Cordts, Omran, Ramos, Rehfeld, Enzweiler, Benenson, Franke, Roth, Schiele: The Cityscapes dataset for
     semantic urban scene understanding, 2016.
 
-    root: the folder that holds leftImg8bit and gtFine; data/cityscapes without one. It needs a login to fetch.
-    labels: which masks to read: `ids`, the published *_labelIds.png (7 is road), `train_ids`, the *_labelTrainIds.png
-        that createTrainIdLabelImgs.py makes of them (0 is road), or `auto`: label ids where they are.
+    Args:
+        split: `train` or `val`.
+        root: The folder of leftImg8bit and gtFine; by default data/cityscapes. Downloading the data set needs a login.
+        labels: The masks to read: `ids`, the published *_labelIds.png (7 is road); `train_ids`, the
+            *_labelTrainIds.png that createTrainIdLabelImgs.py makes of them (0 is road); or `auto`, the kind that more
+            images have, label ids if equal.
+        exif: See `read_image`.
+        max_pixels: Largest number of pixels of an image.
+
+    Raises:
+        UsageError: Files are missing, masks are of the other kind than their name states, or `split` is unknown.
     """
 
     split_names = ("train", "val")
@@ -70,47 +78,47 @@ class Cityscapes(FileDataset):
     ) -> None:
         if split == "test":
             raise UsageError(
-                "the labels of Cityscapes' test images are not public: gtFine/test is all ignored - use val"
+                "the labels of Cityscapes' test images are not public; all pixels of gtFine/test are ignored - use val"
             )
         require_split(split, self.split_names)
         folder = Path(DEFAULT_ROOT if root is None else root).expanduser()
         for part in (IMAGES, MASKS):
             if not (folder / part / split).is_dir():
-                raise UsageError(f"{folder} does not hold {part}/{split} - {_by_hand(folder)}")
+                raise UsageError(f"{folder} does not contain {part}/{split} - {_by_hand(folder)}")
         images = sorted((folder / IMAGES / split).glob(f"*/[!.]*{IMAGE_ENDING}"))
         if not images:
-            raise UsageError(f"{folder / IMAGES / split} holds no CITY/NAME{IMAGE_ENDING} - {_by_hand(folder)}")
+            raise UsageError(f"{folder / IMAGES / split} contains no CITY/NAME{IMAGE_ENDING} - {_by_hand(folder)}")
         names = [image.name.removesuffix(IMAGE_ENDING) for image in images]
         stems = [folder / MASKS / split / image.parent.name / name for image, name in zip(images, names, strict=True)]
         kinds = ENDINGS if labels == "auto" else (labels,)
         masks = {kind: [Path(f"{stem}{ENDINGS[kind]}") for stem in stems] for kind in kinds}
-        there = {kind: sum(mask.is_file() for mask in paths) for kind, paths in masks.items()}
-        kind = max(there, key=lambda kind: there[kind])  # of as many, the first: what was published
-        if not there[kind]:
+        counts = {kind: sum(mask.is_file() for mask in paths) for kind, paths in masks.items()}
+        kind = max(counts, key=lambda kind: counts[kind])  # of equal counts the first: the published label ids
+        if not counts[kind]:
             endings = " or ".join(f"*{ENDINGS[kind]}" for kind in masks)
-            raise UsageError(f"{folder / MASKS / split} holds no {endings} for its images - {_by_hand(folder)}")
+            raise UsageError(f"{folder / MASKS / split} contains no {endings} for its images - {_by_hand(folder)}")
         _require_kind(next(mask for mask in masks[kind] if mask.is_file()), kind, max_pixels)
         pairs = [Pair(*files) for files in zip(images, masks[kind], names, strict=True)]
         super().__init__(split, CLASSES[kind], pairs, exif=exif, max_pixels=max_pixels)
-        read = "label ids, of which 19 are classes" if kind == "ids" else "train ids"
-        self.notes = (f"masks: *{ENDINGS[kind]}, {read}; everything else is ignored",)
+        description = "label ids, of which 19 are classes" if kind == "ids" else "train ids"
+        self.notes = (f"masks: *{ENDINGS[kind]}, {description}; everything else is ignored",)
 
 
 def _require_kind(mask: Path, kind: str, max_pixels: int) -> None:
-    """One sentence if a mask holds what masks of the other kind hold: most values are legal in both.
+    """Raise UsageError if a mask is of the other kind; most values are valid in both.
 
-    Train ids have 255 and end at 18; label ids go to 33 and never have 255.
+    Train ids are 0..18 and 255; label ids are 0..33 and never 255.
     """
-    found = np.unique(read_labels(mask, max_pixels=max_pixels)).tolist()
-    inner = [label for label in found if label != 255]
-    if kind == "ids" and 255 in found and max(inner, default=0) < len(TRAIN_IDS):
+    values = np.unique(read_labels(mask, max_pixels=max_pixels)).tolist()
+    labels = [label for label in values if label != 255]
+    if kind == "ids" and 255 in values and max(labels, default=0) < len(TRAIN_IDS):
         raise UsageError(
-            f"{mask} holds train ids (255 is in it, and nothing between 18 and 255) - restore the published label ids, "
-            f"or name such masks *{ENDINGS['train_ids']}"
+            f"{mask} holds train ids (it has label 255, and none between 18 and 255) - restore the published label "
+            f"ids, or name such masks *{ENDINGS['train_ids']}"
         )
-    if kind == "train_ids" and any(label >= len(TRAIN_IDS) for label in inner):
+    if kind == "train_ids" and any(label >= len(TRAIN_IDS) for label in labels):
         raise UsageError(
-            f"{mask} holds label ids (up to {max(inner)}) - make train ids with createTrainIdLabelImgs.py, or name "
+            f"{mask} holds label ids (up to {max(labels)}) - make train ids with createTrainIdLabelImgs.py, or name "
             f"such masks *{ENDINGS['ids']}"
         )
 
@@ -118,6 +126,6 @@ def _require_kind(mask: Path, kind: str, max_pixels: int) -> None:
 def _by_hand(folder: Path) -> str:
     return (
         "register at https://www.cityscapes-dataset.com/register, download leftImg8bit_trainvaltest.zip (11 GB) and "
-        f"gtFine_trainvaltest.zip (241 MB) from its page of downloads, unpack both into {folder.resolve()}, or give "
+        f"gtFine_trainvaltest.zip (241 MB) from its download page, unpack both into {folder.resolve()}, or give "
         "their folder as dataset.root=DIR"
     )

@@ -1,4 +1,4 @@
-"""The Oxford-IIIT Pet data set: cats and dogs, cut out."""
+"""The Oxford-IIIT Pet data set: cats and dogs with trimaps."""
 
 import re
 from pathlib import Path
@@ -15,8 +15,8 @@ from segdeconv.data.files.reading import MAX_PIXELS, Exif, read_list, read_mask
 from segdeconv.data.splits import choose_val
 from segdeconv.errors import UsageError
 
-IN_PLACE = "oxford-iiit-pet"  # the name of the folder that torchvision makes
-DEFAULT_PLACE = f"data/{IN_PLACE}"
+FOLDER_NAME = "oxford-iiit-pet"  # as in torchvision
+DEFAULT_PLACE = f"data/{FOLDER_NAME}"
 IMAGES, ANNOTATIONS = "images", "annotations"
 EXPECTED = "images/ and annotations/ with trimaps/, trainval.txt and test.txt"
 HOSTS = ("https://thor.robots.ox.ac.uk/~vgg/data/pets", "https://www.robots.ox.ac.uk/~vgg/data/pets/data")
@@ -36,13 +36,13 @@ ARCHIVES = {
         "52425fb6de5c424942b7626b428656fcbd798db970a937df61750c0f1d358e91",
     ),
 }
-WANTED = {
+SELECTED = {
     IMAGES: (f"{IMAGES}/",),
     ANNOTATIONS: tuple(f"{ANNOTATIONS}/{name}" for name in ("trimaps/", "trainval.txt", "test.txt", "README")),
 }
 
 SPECIES = ("cat", "dog")
-# By class id 1..37: tensorflow/datasets, oxford_iiit_pet_dataset_builder.py; as the names of the images have them.
+# By class id 1..37: tensorflow/datasets, oxford_iiit_pet_dataset_builder.py; spelled as in the names of the images.
 BREEDS = (
     "Abyssinian", "american_bulldog", "american_pit_bull_terrier", "basset_hound", "beagle", "Bengal", "Birman",
     "Bombay", "boxer", "British_Shorthair", "chihuahua", "Egyptian_Mau", "english_cocker_spaniel", "english_setter",
@@ -53,29 +53,37 @@ BREEDS = (
 )  # fmt: skip
 Detail = Literal["pet", "species", "breed"]
 ANIMALS: dict[Detail, tuple[str, ...]] = {"pet": ("pet",), "species": SPECIES, "breed": BREEDS}
-# What the trimaps hold, by the README of annotations.tar.gz: 1 the animal, 2 the background, 3 what lies between.
+# Labels of the trimaps, from the README of annotations.tar.gz: 1 the animal, 2 the background, 3 the border.
 TRIMAP = Classes(("background", "pet", "border"), voc_colours(3), labels=(2, 1, 3))
 
 
 class OxfordPets(FileDataset):
-    """A photograph of one cat or dog each, of 37 breeds.
+    """Photographs of one cat or dog each, of 37 breeds.
 
-    **What**: 3680 images to train on, of which a share becomes val, and 3669 test images, of many sizes.
+    **Content**: 3680 images for training, a fraction of which becomes val, and 3669 test images, of many sizes.
 
     **Layout**: `images/NAME.jpg`, trimaps `annotations/trimaps/NAME.png`, and lists `annotations/{trainval,test}.txt`
     of lines `NAME class species breed`. Trimaps are 1 on the animal, 2 on the background and 3 on the border.
 
-    **Classes**: background and pet; or cat and dog, or the 37 breeds, for pet. The border is ignored, or one more
-    class, the last.
+    **Classes**: background and pet; or background, cat and dog; or background and the 37 breeds. The border is ignored,
+    or is the last class.
 
     **Cite**: Parkhi, Vedaldi, Zisserman, Jawahar: Cats and dogs, 2012.
 
-    root: the folder that holds images and annotations, or one with an oxford-iiit-pet that does. Without one it is
-        data/oxford-iiit-pet, and what is absent is fetched there: 0.8 GB. An archive that lies in root is used
-        unfetched.
-    detail: what the animal is called. border: what label 3 is.
-    val_share: of trainval, dealt by split_seed.
-    exif: ignored by default, as in torchvision.
+    Args:
+        split: `train`, `val` or `test`.
+        root: The folder of images/ and annotations/, or one that contains it as oxford-iiit-pet. By default
+            data/oxford-iiit-pet, into which missing archives are downloaded (0.8 GB). An archive in this folder is used
+            without a download.
+        detail: The class of an animal: `pet`, its species or its breed.
+        border: Whether label 3 is ignored or a class.
+        val_share: Fraction of trainval that becomes val, 0..1.
+        split_seed: Seed of the random split.
+        exif: See `read_image`. Ignored by default, as in torchvision.
+        max_pixels: Largest number of pixels of an image.
+
+    Raises:
+        UsageError: The files cannot be found or downloaded, a list is invalid, or `split` is unknown.
     """
 
     def __init__(
@@ -96,12 +104,12 @@ class OxfordPets(FileDataset):
         if split != "test":
             val, _ = choose_val(list(listed), val_share, None, 0, pattern=None, seed=split_seed)
             listed = {name: animal for name, animal in listed.items() if (name in val) == (split == "val")}
-            self.notes = (f"val: about {val_share:g} of trainval, dealt by dataset.split_seed={split_seed}",)
+            self.notes = (f"val: about {val_share:g} of trainval, drawn with dataset.split_seed={split_seed}",)
         pairs = [
             Pair(folder / IMAGES / f"{name}.jpg", folder / ANNOTATIONS / "trimaps" / f"{name}.png", name)
             for name in listed
         ]
-        # The trimaps know one animal; the lists say which it is.
+        # The trimaps do not distinguish animals; the lists give species and breed.
         names = ("background", *ANIMALS[detail], *(("border",) if border == "class" else ()))
         classes = Classes(
             names,
@@ -126,38 +134,38 @@ class OxfordPets(FileDataset):
 
 
 def _listed(listing: Path, detail: Detail) -> dict[str, int]:
-    """The class of the animal in each image, by name."""
+    """Return the class of the animal in each image, by name."""
     if not listing.is_file():
         raise UsageError(f"{listing} is missing - restore it from annotations.tar.gz")
     listed: dict[str, int] = {}
     for number, line in read_list(listing):
         if line.startswith("#"):
             continue
-        found = re.fullmatch(r"(\w+)_(\d+) (\d+) ([12]) \d+", line)
-        if not found or not 1 <= int(found[3]) <= len(BREEDS):
+        match = re.fullmatch(r"(\w+)_(\d+) (\d+) ([12]) \d+", line)
+        if not match or not 1 <= int(match[3]) <= len(BREEDS):
             raise UsageError(
-                f"{listing}, line {number}: '{line}' is not like 'Abyssinian_100 1 1 1' - restore the list"
+                f"{listing}, line {number}: '{line}' does not have the form 'Abyssinian_100 1 1 1' - restore the list"
             )
-        name, breed = f"{found[1]}_{found[2]}", BREEDS[int(found[3]) - 1]
-        if breed != found[1]:
-            raise UsageError(f"{listing}, line {number}: {name} has class {found[3]}, {breed} - restore the list")
+        name, breed = f"{match[1]}_{match[2]}", BREEDS[int(match[3]) - 1]
+        if breed != match[1]:
+            raise UsageError(f"{listing}, line {number}: {name} has class {match[3]}, {breed} - restore the list")
         if name in listed:
-            raise UsageError(f"{listing}, line {number}: '{name}' is listed twice - an image counts once")
-        listed[name] = {"pet": 1, "species": int(found[4]), "breed": int(found[3])}[detail]
+            raise UsageError(f"{listing}, line {number}: '{name}' is listed twice - list every image once")
+        listed[name] = {"pet": 1, "species": int(match[4]), "breed": int(match[3])}[detail]
     if not listed:
-        raise UsageError(f"{listing} names no image - restore it from annotations.tar.gz")
+        raise UsageError(f"{listing} lists no image - restore it from annotations.tar.gz")
     return listed
 
 
 def _find_or_unpack(root: str | None) -> Path:
     place = Path(DEFAULT_PLACE) if root is None else require_root(root, EXPECTED)
-    if not (place / ANNOTATIONS).is_dir() and (place / IN_PLACE).is_dir():
-        place = place / IN_PLACE
+    if not (place / ANNOTATIONS).is_dir() and (place / FOLDER_NAME).is_dir():
+        place = place / FOLDER_NAME
     missing = [part for part in ARCHIVES if not (place / part).is_dir()]
     lacking = " and ".join(f"{part}/" for part in missing)
     archives = [ARCHIVES[part] for part in missing]
-    for archive, path in obtain(archives, place, root, lacking=lacking, instead="the folder that holds them unpacked"):
+    for archive, path in obtain(archives, place, root, lacking=lacking, instead="the folder of the unpacked archives"):
         part = archive.name.removesuffix(".tar.gz")
-        with unpacked(unpack_tar, path, place / part, WANTED[part]) as new:
-            (new / part).rename(place / part)
+        with unpacked(unpack_tar, path, place / part, SELECTED[part]) as unpacked_folder:
+            (unpacked_folder / part).rename(place / part)
     return place

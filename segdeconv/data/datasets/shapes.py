@@ -1,4 +1,4 @@
-"""A synthetic data set that needs no files: shapes and textures in random colours, occluding one another."""
+"""A synthetic data set without files: overlapping shapes and textures in random colours."""
 
 from typing import Annotated
 
@@ -15,23 +15,33 @@ CLASSES = Classes(
     colours=((0, 0, 0), (230, 80, 60), (60, 160, 230), (240, 190, 40), (90, 190, 90), (170, 90, 200), (240, 130, 180)),
 )
 NUM_OBJECTS = (1, 3)  # per image, inclusive
-MAX_KEPT = 128 << 20  # bytes of a split that may be kept in memory
+MAX_CACHE_BYTES = 128 << 20  # largest size of a split that is cached in memory
 
 
 class Shapes(SegmentationDataset):
-    """Images of one to three objects on a mottled ground.
+    """Images of one to three objects on a mottled background.
 
-    **What**: disc, ring and cross, each filled with fine grain of a random colour, are told apart by outline; stripes,
-    checker and speckle are blobs of any outline told apart by texture; the ground is mottled in two random
-    colours. Colours are drawn anew for every object and ground, so colour tells nothing and neither does any single
-    pixel. Later objects hide earlier ones; a border one to two
-    pixels wide around every object is void, as in PASCAL VOC.
+    **Content**: discs, rings and crosses, each filled with fine grain of a random colour, which differ by outline;
+    stripes, checkers and speckles of any outline, which differ by texture; and a background mottled in two random
+    colours. Colours are drawn independently for every object and background, so neither a colour nor a single pixel
+    determines a class. Later objects hide earlier ones. A border of one to two pixels around every object is ignored,
+    as in PASCAL VOC.
 
     **Layout**: none. Image i of a split is a function of (seed, split, i) alone, the same on every machine.
 
-    **Classes**: seven with the background; 255 is void.
+    **Classes**: seven, including the background; 255 is ignored.
 
-    **Cite**: made for this project.
+    **Cite**: this project.
+
+    Args:
+        split: `train`, `val` or `test`.
+        num_train: Number of train images.
+        num_val: Number of val images, and of test images.
+        side: Height and width of the images in pixels.
+        data_seed: Seed of the images.
+
+    Raises:
+        UsageError: `split` is unknown.
     """
 
     classes = CLASSES
@@ -49,8 +59,9 @@ class Shapes(SegmentationDataset):
         require_split(split, self.split_names)
         self.split, self.side, self.data_seed = split, side, data_seed
         self.names = [f"{split}_{index:05d}" for index in range(num_train if split == "train" else num_val)]
-        # Drawing takes 2 ms, as long as a training step of a small network per image: a set that fits is kept.
-        self._kept: dict[int, tuple[Sample, np.ndarray]] | None = {} if len(self) * side**2 * 5 <= MAX_KEPT else None
+        # Drawing an image takes 2 ms, as long as a small network trains on it, so a split that fits is cached.
+        fits = len(self) * side**2 * 5 <= MAX_CACHE_BYTES
+        self._cache: dict[int, tuple[Sample, np.ndarray]] | None = {} if fits else None
 
     def __getitem__(self, index: int) -> Sample:
         image, mask, name = self._drawn(index)[0]
@@ -61,22 +72,22 @@ class Shapes(SegmentationDataset):
 
     def _drawn(self, index: int) -> tuple[Sample, np.ndarray]:
         if not 0 <= index < len(self):
-            raise UsageError(f"shapes has {len(self)} images in '{self.split}', there is no index {index}")
-        if self._kept is None:
-            return self._make(index)
-        if index not in self._kept:
-            self._kept[index] = self._make(index)
-        return self._kept[index]
+            raise UsageError(f"index {index} is out of range; shapes has {len(self)} images in '{self.split}'")
+        if self._cache is None:
+            return self._draw_sample(index)
+        if index not in self._cache:
+            self._cache[index] = self._draw_sample(index)
+        return self._cache[index]
 
-    def _make(self, index: int) -> tuple[Sample, np.ndarray]:
-        """The sample, and the numbers of its objects in the order in which they were laid over one another."""
+    def _draw_sample(self, index: int) -> tuple[Sample, np.ndarray]:
+        """Draw a sample and its (H, W) object numbers, which follow the order of drawing."""
         random = np.random.Generator(np.random.Philox(key=key(self.data_seed, "shapes", self.split, index)))
         side = self.side
-        image = _ground(random, side)
+        image = _background(random, side)
         mask, instances = np.zeros((2, side, side), dtype=np.uint8)
         for number in range(1, 1 + random.integers(NUM_OBJECTS[0], NUM_OBJECTS[1] + 1)):
             label = int(random.integers(1, len(CLASSES)))
-            inside, texture = _draw(random, side, CLASSES.names[label])
+            inside, texture = _draw_object(random, side, CLASSES.names[label])
             border = _border(inside)
             image = np.where(inside[:, :, None], texture, image)
             mask[inside], instances[inside] = label, number
@@ -89,24 +100,24 @@ class Shapes(SegmentationDataset):
 
 
 def _noise(random: np.random.Generator, side: int) -> np.ndarray:
-    """(side, side, 3) float: one random colour with grain."""
+    """Return (side, side, 3) float: one random colour with grain."""
     return random.uniform(30, 225, size=3) + random.normal(0, 14, size=(side, side, 3))
 
 
-def _ground(random: np.random.Generator, side: int) -> np.ndarray:
-    """(side, side, 3) float: patches about 4 pixels wide, between two random colours."""
+def _background(random: np.random.Generator, side: int) -> np.ndarray:
+    """Return (side, side, 3) float: patches about 4 pixels wide that blend two random colours."""
     coarse = random.uniform(0, 1, size=(side // 4 + 2, side // 4 + 2))
-    place = np.arange(side) / 4
-    lower = place.astype(int)
-    share = place - lower
+    position = np.arange(side) / 4
+    lower = position.astype(int)
+    share = position - lower
     rows = coarse[lower] * (1 - share)[:, None] + coarse[lower + 1] * share[:, None]
     patches = rows[:, lower] * (1 - share) + rows[:, lower + 1] * share
     mix = (3 * patches - 1).clip(0, 1)[:, :, None]
     return _noise(random, side) * mix + _noise(random, side) * (1 - mix)
 
 
-def _draw(random: np.random.Generator, side: int, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Where an object is, (side, side) bool, and what it looks like there, (side, side, 3) float."""
+def _draw_object(random: np.random.Generator, side: int, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Draw an object: its pixels, (side, side) bool, and their colours, (side, side, 3) float."""
     radius = random.uniform(0.18, 0.3) * side
     centre = random.uniform(0.2, 0.8, size=2) * side
     angle = random.uniform(0, 2 * np.pi)
@@ -137,7 +148,7 @@ def _draw(random: np.random.Generator, side: int, name: str) -> tuple[np.ndarray
 
 
 def _border(inside: np.ndarray) -> np.ndarray:
-    """Pixels next to one of the other kind: one pixel on each side of the outline."""
+    """Return the pixels on either side of the outline, one pixel wide each."""
     border, down, across = np.zeros_like(inside), np.diff(inside, axis=0), np.diff(inside, axis=1)
     border[:-1] |= down
     border[1:] |= down

@@ -1,4 +1,4 @@
-"""SUN RGB-D, its colour images and 37 classes, with the masks that Ankur Handa published as PNGs."""
+"""SUN RGB-D: its colour images and 37 classes, with the masks that Ankur Handa published as PNGs."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,14 +8,14 @@ from pydantic import Field
 from segdeconv.classes import Classes
 from segdeconv.data.dataset import FileDataset, Pair, PublishedScores, require_split
 from segdeconv.data.files.reading import MAX_PIXELS, Exif
-from segdeconv.data.splits import share
+from segdeconv.data.splits import draw_share
 from segdeconv.errors import UsageError
 
 DEFAULT_ROOT = "data/SUNRGBD"
 IMAGES = {"train": "SUNRGBD-train_images", "test": "SUNRGBD-test_images"}
 MASKS = "sunrgbd_train_test_labels"
-FIRST_TRAIN = 5051  # of the masks' numbers: 1..5050 are the test images', 5051..10335 those of train image 1, 2, ...
-RECORDING = 20  # neighbouring train images that go to train or val together
+FIRST_TRAIN = 5051  # mask numbers 1..5050 belong to test images, 5051..10335 to train images 1, 2, ...
+RECORDING = 20  # consecutive train images that are kept in the same split
 
 # Order and names: seg37list.mat of the SUNRGBDtoolbox, as the README of ankurhanda/sunrgbd-meta-data prints it.
 # Colours: alexgkendall/SegNet-Tutorial, Scripts/sun.png.
@@ -51,7 +51,7 @@ PUBLISHED = (
     PublishedScores("SegNet", *_TABLE_4, "test", 31.84, 72.63, 44.76, 12.66, accuracy=_BY_CLASS),
     PublishedScores("DeepLab-LargeFOV", *_TABLE_4, "test", 32.08, 71.90, 42.21, 8.26),
     PublishedScores("DeepLab-LargeFOV, dense CRF", *_TABLE_4, "test", 24.13, 66.96, 33.06, 9.41),
-    PublishedScores("FCN, learnt deconvolution", *_TABLE_4, "test", 27.39, 68.18, 38.41, 9.68),
+    PublishedScores("FCN, learned deconvolution", *_TABLE_4, "test", 27.39, 68.18, 38.41, 9.68),
     PublishedScores("DeconvNet", *_TABLE_4, "test", 22.57, 66.13, 32.28, 10.47),
     PublishedScores("SegNet", *_BAYESIAN, "test", 22.1, 70.3, 35.6),
     PublishedScores("Bayesian SegNet", *_BAYESIAN, "test", 30.7, 71.2, 45.9),
@@ -59,23 +59,32 @@ PUBLISHED = (
 
 
 class SUNRGBD(FileDataset):
-    """Rooms, seen by four kinds of depth camera; only the colour images.
+    """Indoor scenes recorded with four kinds of depth cameras, of which only the colour images are read.
 
-    **What**: 5285 train and 5050 test images of several sizes. There is no val: a share of train becomes val, and
-    `--split test` gives the numbers that compare with the paper's. Neighbours are often frames of one recording, so val
-    is dealt in runs of 20 images; it flatters still.
+    **Content**: 5285 train and 5050 test images of several sizes. No val split is published: a fraction of train
+    becomes val, and `--split test` gives the scores that compare with the paper's. Consecutive images are often frames
+    of one recording, so val is drawn in runs of 20 images; its scores are still optimistic.
 
     **Layout** (github.com/ankurhanda/sunrgbd-meta-data): `SUNRGBD-train_images/img-000001.jpg` and
     `SUNRGBD-test_images/img-000001.jpg`, numbered from 1 each, and one folder of masks,
-    `sunrgbd_train_test_labels/img-000001.png`: 1..5050 are the test images', 5051..10335 the train images'.
+    `sunrgbd_train_test_labels/img-000001.png`: 1..5050 for the test images, 5051..10335 for the train images.
 
     **Classes**: 37. Label 0, unlabelled, is ignored and label 1, wall, is class 0.
 
     **Cite**: Song, Lichtenberg, Xiao: SUN RGB-D: a RGB-D scene understanding benchmark suite, 2015.
 
-    root: the folder that holds the three; data/SUNRGBD without one. Nobody publishes a hash of them, so they are not
-        fetched.
-    val_share: of the train images, dealt by split_seed. The paper trained on all; 0.004 leaves one run to val.
+    Args:
+        split: `train`, `val` or `test`.
+        root: The folder of the three; by default data/SUNRGBD. No hashes of the files are published, so they are not
+            downloaded.
+        val_share: Fraction of the train images that becomes val, 0..1. The paper trained on all of them; 0.004 leaves
+            one run of images to val.
+        split_seed: Seed of the random split.
+        exif: See `read_image`.
+        max_pixels: Largest number of pixels of an image.
+
+    Raises:
+        UsageError: Files are missing or have other names, or `split` is unknown.
     """
 
     published = PUBLISHED
@@ -95,28 +104,28 @@ class SUNRGBD(FileDataset):
         published = "test" if split == "test" else "train"
         for needed in (IMAGES[published], MASKS):
             if not (folder / needed).is_dir():
-                raise UsageError(f"{folder} does not hold {needed} - {_by_hand(folder)}")
+                raise UsageError(f"{folder} does not contain {needed} - {_by_hand(folder)}")
         pairs = _pairs(folder, published)
         if split != "test":
             run = max(1, min(RECORDING, len(pairs) // RECORDING))
             names = [pair.name for pair in pairs]
             runs = {names[first]: names[first : first + run] for first in range(0, len(names), run)}
-            val = share(runs, val_share, split_seed)
+            val = draw_share(runs, val_share, split_seed)
             pairs = [pair for pair in pairs if (pair.name in val) == (split == "val")]
             part = f"about {val_share:g} of the train images, in runs of {run}"
-            self.notes = (f"val: {part}, dealt by dataset.split_seed={split_seed}",)
+            self.notes = (f"val: {part}, drawn with dataset.split_seed={split_seed}",)
         super().__init__(split, CLASSES, pairs, exif=exif, max_pixels=max_pixels)
 
 
 def _pairs(folder: Path, part: str) -> list[Pair]:
     images = sorted((folder / IMAGES[part]).glob("[!.]*.jpg"))
     if not images:
-        raise UsageError(f"{folder / IMAGES[part]} holds no .jpg - {_by_hand(folder)}")
+        raise UsageError(f"{folder / IMAGES[part]} contains no .jpg - {_by_hand(folder)}")
     pairs = []
     for image in images:
         digits = image.stem.removeprefix("img-")
         if not (digits.isascii() and digits.isdigit()):
-            raise UsageError(f"{image} is not named like img-000001.jpg - restore its name, or take it away")
+            raise UsageError(f"{image} is not named like img-000001.jpg - restore its name, or remove it")
         number = int(digits) + (FIRST_TRAIN - 1 if part == "train" else 0)
         pairs.append(Pair(image, folder / MASKS / f"img-{number:06d}.png", f"{part}-{image.stem.removeprefix('img-')}"))
     return pairs
@@ -124,8 +133,8 @@ def _pairs(folder: Path, part: str) -> list[Pair]:
 
 def _by_hand(folder: Path) -> str:
     return (
-        "download SUNRGBD-train_images.tgz, SUNRGBD-test_images.tgz and sunrgbd_train_test_labels.tar.gz as "
-        "https://github.com/ankurhanda/sunrgbd-meta-data says, unpack each into a folder of its name in "
-        f"{folder.resolve()}, or give the folder that holds {IMAGES['train']}, {IMAGES['test']} and {MASKS} as "
+        "download SUNRGBD-train_images.tgz, SUNRGBD-test_images.tgz and sunrgbd_train_test_labels.tar.gz as described "
+        "at https://github.com/ankurhanda/sunrgbd-meta-data, unpack each into a folder of its name in "
+        f"{folder.resolve()}, or give the folder of {IMAGES['train']}, {IMAGES['test']} and {MASKS} as "
         "dataset.root=DIR"
     )

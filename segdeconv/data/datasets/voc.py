@@ -1,4 +1,4 @@
-"""PASCAL VOC 2012, with SBD's masks of more of its images."""
+"""PASCAL VOC 2012, optionally with the masks of SBD for more of its images."""
 
 import re
 import shutil
@@ -17,7 +17,7 @@ from segdeconv.drawing import draw
 from segdeconv.errors import UsageError
 
 DEFAULT_PLACE = "data"
-VOC_IN_PLACE = Path("VOCdevkit", "VOC2012")  # as in the archive, so that unpacking it by hand gives the same
+VOC_IN_PLACE = Path("VOCdevkit", "VOC2012")  # as in the archive, so that unpacking it by hand gives the same folders
 LISTS = Path("ImageSets", "Segmentation")
 IMAGES, MASKS, SBD_MASKS = "JPEGImages", "SegmentationClass", "SegmentationClassAug"
 OBJECTS, SBD_OBJECTS = "SegmentationObject", "SegmentationObjectAug"
@@ -46,7 +46,7 @@ PUBLISHED = (
     PublishedScores("Bayesian SegNet", *_BAYESIAN, "test", 60.5),
 )
 
-# The first address is the permanent one of its maintainers (github.com/pytorch/vision/pull/9216), the others mirror it.
+# The first address is the permanent one of the maintainers (github.com/pytorch/vision/pull/9216), the others mirror it.
 # sha256: tensorflow/datasets, url_checksums/voc.txt; the same in pytorch/vision, prototype/datasets/_builtin/voc.py.
 VOC_ARCHIVE = Archive(
     "VOCtrainval_11-May-2012.tar",
@@ -60,7 +60,7 @@ VOC_ARCHIVE = Archive(
     "e14f763270cf193d0b5f74b169f44157a4b0c6efa708f4dd0ff78ee691763bcb",
     {"train": 1464, "val": 1449, "trainval": 2913},
 )
-# No mirror of it is known. sha256: pytorch/vision, prototype/datasets/_builtin/sbd.py.
+# No mirror is known. sha256: pytorch/vision, prototype/datasets/_builtin/sbd.py.
 SBD_ARCHIVE = Archive(
     "benchmark.tgz",
     "SBD's masks, 1.4 GB",
@@ -71,28 +71,36 @@ SBD_ARCHIVE = Archive(
 
 
 class VOC(FileDataset):
-    """Photographs of twenty kinds of things, and everything else as background.
+    """Photographs of twenty kinds of objects; everything else is background.
 
-    **What**: 1464 train and 1449 val images of up to 500x500; the masks of the test images are not public. trainval is
-    both. trainaug adds the images of SBD, the Semantic Boundaries Dataset, which outlined things in 11,355 images of
-    VOC: SBD's train and val and VOC's train without VOC's val, 10,582. A mask of VOC's own is used where there is one;
-    SBD's are coarser and have no border.
+    **Content**: 1464 train and 1449 val images of up to 500x500; the masks of the test images are not public. trainval
+    is both. trainaug adds the Semantic Boundaries Dataset (SBD), which outlines objects in 11,355 images of VOC: SBD's
+    train and val and VOC's train without VOC's val, 10,582 images. VOC's own masks are preferred, since SBD's are
+    coarser and have no border.
 
     **Layout**: VOC2012/ with `JPEGImages/NAME.jpg`, `SegmentationClass/NAME.png` and lists of names
     `ImageSets/Segmentation/{train,val,trainval}.txt`; SBD's masks in `SegmentationClassAug/NAME.png`. A list
-    `ImageSets/Segmentation/trainaug.txt` is used if there is one. `SegmentationObject/NAME.png` numbers the objects,
-    `SegmentationObjectAug/NAME.png` SBD's; only crops of objects (dataset.examples) need them.
+    `ImageSets/Segmentation/trainaug.txt` is used if it exists. `SegmentationObject/NAME.png` numbers the objects,
+    `SegmentationObjectAug/NAME.png` those of SBD; only crops of objects (dataset.examples) need them.
 
-    **Classes**: 21, background first; label 255 is the border of things and what is too hard to tell.
+    **Classes**: 21, background first; label 255 is the border of objects, and pixels that are hard to label.
 
     **Cite**: Everingham, Eslami, Van Gool, Williams, Winn, Zisserman: The PASCAL visual object classes challenge: a
     retrospective, 2015; for trainaug Hariharan, Arbelaez, Bourdev, Maji, Malik: Semantic contours from inverse
     detectors, 2011.
 
-    root: the folder VOC2012, or one that holds VOC2012 or VOCdevkit/VOC2012. Without one it is data, and what is
-        absent is fetched there: 2.0 GB, and for trainaug 1.4 GB more. An archive that lies in root is used unfetched.
-    train_list: what the split `train` means.
-    exif: ignored by default, since the masks were drawn and are scored in MATLAB, which does not turn images.
+    Args:
+        split: `train`, `val`, `trainval` or `trainaug`.
+        root: The folder VOC2012, or one that contains VOC2012 or VOCdevkit/VOC2012. By default data, into which missing
+            archives are downloaded (2.0 GB, and 1.4 GB more for trainaug). An archive in this folder is used without a
+            download.
+        train_list: The list of images that the split `train` stands for.
+        exif: See `read_image`. Ignored by default, since the masks were drawn and are evaluated in MATLAB, which does
+            not apply EXIF rotation.
+        max_pixels: Largest number of pixels of an image.
+
+    Raises:
+        UsageError: The files cannot be found or downloaded, a list is invalid, or `split` is unknown.
     """
 
     split_names = ("train", "val", "trainval", "trainaug")
@@ -108,21 +116,21 @@ class VOC(FileDataset):
         max_pixels: int = MAX_PIXELS,
     ) -> None:
         require_split(split, self.split_names)
-        wanted = train_list if split == "train" else split
-        folder = _find_or_unpack(root, augmented=wanted == "trainaug")
-        names = _augmented_names(folder) if wanted == "trainaug" else _names(folder / LISTS / f"{wanted}.txt")
+        image_list = train_list if split == "train" else split
+        folder = _find_or_unpack(root, augmented=image_list == "trainaug")
+        names = _augmented_names(folder) if image_list == "trainaug" else _names(folder / LISTS / f"{image_list}.txt")
         super().__init__(split, CLASSES, [_pair(folder, name) for name in names], exif=exif, max_pixels=max_pixels)
         if train_list == "trainval":
-            self.way_out_of_overlap = "dataset.train_list=trainval holds all of val: say train or trainaug"
+            self.way_out_of_overlap = "set dataset.train_list to train or trainaug, since trainval includes val"
 
     def instances(self, index: int) -> np.ndarray:
         path = self.pairs[index].instances
-        assert path is not None, "every pair of VOC has its place"
+        assert path is not None, "every pair of VOC has a path for it"
         if not path.is_file():
-            way_out = "unpack that folder of VOC's archive too"
+            way_out = "unpack this folder of VOC's archive too"
             if path.parent.name == SBD_OBJECTS:
-                way_out = f"delete {SBD_MASKS}, so that SBD's archive is converted again, with its objects"
-            raise UsageError(f"{path} is missing, which says what is one object - {way_out}")
+                way_out = f"delete {SBD_MASKS}, so that SBD's archive is converted again, including its objects"
+            raise UsageError(f"{path}, which numbers the objects, is missing - {way_out}")
         return super().instances(index)
 
 
@@ -141,10 +149,10 @@ def _names(listing: Path) -> list[str]:
         if not re.fullmatch(r"\w[\w.-]*", line):
             raise UsageError(f"{listing}, line {number}: '{line}' is not a name such as 2007_000032 - restore the list")
         if line in names:
-            raise UsageError(f"{listing}, line {number}: '{line}' is listed twice - an image counts once")
+            raise UsageError(f"{listing}, line {number}: '{line}' is listed twice - list every image once")
         names[line] = None
     if not names:
-        raise UsageError(f"{listing} names no image - restore the list, or choose another split")
+        raise UsageError(f"{listing} lists no image - restore the list, or choose another split")
     return list(names)
 
 
@@ -155,81 +163,83 @@ def _augmented_names(folder: Path) -> list[str]:
         names = _names(listing)
         if shared := [name for name in names if name in val]:
             raise UsageError(
-                f"{listing} names {shared[0]}, which is in val.txt ({len(shared)} such names): a score on images that "
-                "were trained on means nothing - take them off the list, or delete it to have it made anew"
+                f"{listing} lists {shared[0]}, which is also in val.txt ({len(shared)} such names); scores on images "
+                "that were trained on are meaningless - remove them from the list, or delete it to use all of trainaug"
             )
         return names
     sbd = {path.stem for path in (folder / SBD_MASKS).glob("*.png") if not path.name.startswith(".")}
     return sorted((sbd | set(_names(folder / LISTS / "train.txt"))) - val)
 
 
-# Where it lies, and how it gets there
+# Location and download
 
 
 def _find_or_unpack(root: str | None, *, augmented: bool) -> Path:
-    """The folder VOC2012, with SBD's masks if they are wanted."""
+    """Return the folder VOC2012, with SBD's masks if `augmented`, after unpacking what is missing."""
     place = Path(DEFAULT_PLACE) if root is None else require_root(root, EXPECTED)
     folder = next((at for at in (place, place / "VOC2012", place / VOC_IN_PLACE) if (at / LISTS).is_dir()), None)
     missing = [VOC_ARCHIVE] if folder is None else []
     if augmented and (folder is None or not (folder / SBD_MASKS).is_dir()):
         missing.append(SBD_ARCHIVE)
     if folder is None and (place / VOC_IN_PLACE).exists():
-        raise UsageError(f"{place / VOC_IN_PLACE} has no {LISTS} - complete it, or move it away to have it made anew")
+        raise UsageError(
+            f"{place / VOC_IN_PLACE} has no {LISTS} - complete it, or move it away so that it is created again"
+        )
     lacking = f"{SBD_MASKS}, which trainaug needs" if folder else f"a VOC2012 with {EXPECTED}"
     for _, path in obtain(missing, place, root, lacking=lacking, instead="an unpacked VOC2012"):
         if folder is None:
             folder = _unpack_voc(path, place)
         else:
             _convert_sbd(path, folder)
-    assert folder is not None, "it was found or unpacked"
+    assert folder is not None, "the folder existed or was unpacked"
     return folder
 
 
 def _unpack_voc(path: Path, place: Path) -> Path:
     folder = place / VOC_IN_PLACE
-    wanted = tuple(f"{(VOC_IN_PLACE / part).as_posix()}/" for part in (IMAGES, MASKS, OBJECTS, LISTS))
-    with unpacked(unpack_tar, path, place / "VOC2012", wanted) as new:
-        found = new / VOC_IN_PLACE
-        for name in _check_lists(found / LISTS, VOC_ARCHIVE):
-            for file in (found / IMAGES / f"{name}.jpg", found / MASKS / f"{name}.png"):
+    selected = tuple(f"{(VOC_IN_PLACE / part).as_posix()}/" for part in (IMAGES, MASKS, OBJECTS, LISTS))
+    with unpacked(unpack_tar, path, place / "VOC2012", selected) as unpacked_folder:
+        new_folder = unpacked_folder / VOC_IN_PLACE
+        for name in _check_lists(new_folder / LISTS, VOC_ARCHIVE):
+            for file in (new_folder / IMAGES / f"{name}.jpg", new_folder / MASKS / f"{name}.png"):
                 _require(file, VOC_ARCHIVE)
         folder.parent.mkdir(exist_ok=True)
-        found.rename(folder)
+        new_folder.rename(folder)
     return folder
 
 
 def _convert_sbd(path: Path, folder: Path) -> None:
-    """SBD's masks, MATLAB files of the structs GTcls and GTinst, as PNGs with VOC's palette."""
-    from scipy.io import loadmat  # type: ignore[import-untyped]  # needed once, and slow to import
+    """Convert SBD's masks from MATLAB files (structs GTcls and GTinst) to PNGs with VOC's palette."""
+    from scipy.io import loadmat  # type: ignore[import-untyped]  # slow to import and rarely needed
 
     lists = tuple((SBD_IN_ARCHIVE / f"{split}.txt").as_posix() for split in SBD_ARCHIVE.lists)
     kinds = (("inst", "GTinst", SBD_OBJECTS), ("cls", "GTcls", SBD_MASKS))
-    wanted = (*lists, *(f"{(SBD_IN_ARCHIVE / sub).as_posix()}/" for sub, _, _ in kinds))
-    with unpacked(unpack_tar, path, folder / SBD_MASKS, wanted) as new:
+    selected = (*lists, *(f"{(SBD_IN_ARCHIVE / sub).as_posix()}/" for sub, _, _ in kinds))
+    with unpacked(unpack_tar, path, folder / SBD_MASKS, selected) as new:
         for name in tqdm(_check_lists(new / SBD_IN_ARCHIVE, SBD_ARCHIVE), desc="converting SBD's masks", disable=None):
-            for sub, struct, made in kinds:
+            for sub, struct, target in kinds:
                 file = new / SBD_IN_ARCHIVE / sub / f"{name}.mat"
                 _require(file, SBD_ARCHIVE)
                 stored = np.asarray(loadmat(file)[struct]["Segmentation"][0, 0])
-                mask = CLASSES.from_labels(stored) if made == SBD_MASKS else stored.astype(np.uint8)
-                draw.save_mask(mask, CLASSES, new / made / f"{name}.png")
-        # The masks last: they are what says that the conversion is done.
+                mask = CLASSES.from_labels(stored) if target == SBD_MASKS else stored.astype(np.uint8)
+                draw.save_mask(mask, CLASSES, new / target / f"{name}.png")
+        # Masks are moved last, since their folder marks the conversion as complete.
         shutil.rmtree(folder / SBD_OBJECTS, ignore_errors=True)
-        for _, _, made in kinds:
-            (new / made).rename(folder / made)
+        for _, _, target in kinds:
+            (new / target).rename(folder / target)
 
 
 def _check_lists(folder: Path, archive: Archive) -> list[str]:
-    """The names in an archive's lists, which must be as many as were published."""
+    """Return the names in an archive's lists; raises UsageError unless their numbers are the published ones."""
     names = []
     for split, count in archive.lists.items():
         listed = _names(folder / f"{split}.txt")
         if len(listed) != count:
-            raise UsageError(f"{archive.name} lists {len(listed)} images of {split}, not {count} - fetch it again")
+            raise UsageError(f"{archive.name} lists {len(listed)} images of {split}, not {count} - download it again")
         names += listed
     return list(dict.fromkeys(names))
 
 
 def _require(file: Path, archive: Archive) -> None:
     if not file.is_file():
-        raise UsageError(f"{archive.name} lists {file.stem}, but holds no {file.name} - fetch it again")
+        raise UsageError(f"{archive.name} lists {file.stem}, but does not contain {file.name} - download it again")

@@ -60,7 +60,7 @@ def _require_channels(path: Path, actual: int, dtype: np.dtype[Any], channels: i
     if actual != channels:
         raise UsageError(
             f"{path} has {actual} channel{'s' if actual > 1 else ''} of {8 * dtype.itemsize} bit and "
-            f"dataset.channels is {channels} - set dataset.channels to the number that all images have; channels are never converted"
+            f"dataset.channels is {channels} - set it to the number that all images have; channels are never converted"
         )
 
 

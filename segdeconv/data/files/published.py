@@ -51,7 +51,7 @@ def obtain(
     absent = [archive for archive in archives if not (place / archive.name).exists()]
     if root is not None and absent:
         raise UsageError(
-            f"dataset.root={root} does not hold {lacking} - {_by_hand(absent, place)}, or leave out dataset.root to "
+            f"dataset.root={root} does not contain {lacking} - {_by_hand(absent, place)}, or leave out dataset.root to "
             "download it into data"
         )
     for done, archive in enumerate(archives):

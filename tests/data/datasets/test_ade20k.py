@@ -1,4 +1,4 @@
-"""ADE20K: labels 1..150 as classes 0..149, label 0 ignored, and how the archive gets here."""
+"""ADE20K: labels 1..150 as classes 0..149, label 0 ignored, and the download of the archive."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from segdeconv.data.datasets import ade20k
 from segdeconv.data.inspection import class_table, inspect
 from segdeconv.errors import UsageError
 
-# Class names as another library has them (open-mmlab/mmsegmentation, mmseg/datasets/ade.py).
+# Class names of another library (open-mmlab/mmsegmentation, mmseg/datasets/ade.py).
 NAMES = """
     wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, sidewalk, person, earth, door,
     table, mountain, plant, curtain, chair, car, water, painting, sofa, shelf, house, sea, mirror, rug, field, armchair,
@@ -36,15 +36,15 @@ NAMES = """
 """
 
 
-def raises(words: str) -> Any:
-    return pytest.raises(UsageError, match=words)
+def raises(message: str) -> Any:
+    return pytest.raises(UsageError, match=message)
 
 
 def relabel(path: Path, change: Any) -> None:
     Image.fromarray(change(np.array(fakes.opened(path))).astype(np.uint8)).save(path)
 
 
-def test_ade20k_reads_its_masks_as_published_wall_is_class_0_and_label_0_is_ignored(tmp_path: Path) -> None:
+def test_ade20k_reads_published_masks_with_wall_as_class_0_and_label_0_ignored(tmp_path: Path) -> None:
     root = str(fakes.ade20k(tmp_path))
     for split, prefix, first in (("train", "ADE_train", 1), ("val", "ADE_val", 101)):
         data = ADE20K(split, root)
@@ -61,18 +61,18 @@ def test_ade20k_has_the_150_classes_of_the_benchmark() -> None:
     names[89] = "television"  # the first of the synonyms in objectInfo150.txt
     assert list(ade20k.CLASSES.names) == names
     assert ade20k.CLASSES.labels == tuple(range(1, 151))
-    # As in color150.mat, by label.
+    # From color150.mat, by label.
     colours = {
         1: (120, 120, 120), 3: (6, 230, 230), 7: (140, 140, 140), 13: (150, 5, 61), 21: (0, 102, 200),
         48: (0, 163, 255), 50: (250, 10, 15), 67: (255, 0, 0), 85: (255, 184, 184), 105: (8, 184, 170),
         116: (70, 184, 160), 129: (10, 190, 212), 137: (41, 0, 255), 148: (25, 194, 194), 150: (92, 0, 255),
     }  # fmt: skip
     assert {label: ade20k.CLASSES.colours[label - 1] for label in colours} == colours
-    assert ade20k.CLASSES.colours[48] == (140, 140, 141)  # (140, 140, 140) there, which is road's
+    assert ade20k.CLASSES.colours[48] == (140, 140, 141)  # (140, 140, 140) there, the colour of road
     assert len(set(ade20k.CLASSES.colours)) == 150
 
 
-def test_masks_that_somebody_reduced_are_refused_instead_of_shifting_every_class(tmp_path: Path) -> None:
+def test_masks_with_labels_reduced_by_1_are_refused(tmp_path: Path) -> None:
     root = fakes.ade20k(tmp_path)
     path = root / "annotations/training/ADE_train_00000002.png"
     relabel(path, lambda labels: labels - np.uint8(1))
@@ -81,8 +81,8 @@ def test_masks_that_somebody_reduced_are_refused_instead_of_shifting_every_class
     assert problems[0].startswith(f"mask {path} has label 255; the classes have labels 1..150 and 0 for ignored pixels")
 
 
-def test_a_mask_of_the_whole_ade20k_is_refused(tmp_path: Path) -> None:
-    """The full data set's masks are coloured: its classes are in red and green."""
+def test_a_mask_of_the_full_ade20k_is_refused(tmp_path: Path) -> None:
+    """The full data set encodes classes in the red and green channels of its masks."""
     root = fakes.ade20k(tmp_path)
     path = root / "annotations/validation/ADE_val_00000001.png"
     shape = np.array(fakes.opened(path)).shape
@@ -104,7 +104,7 @@ def test_the_root_may_be_the_folder_or_the_one_above_it(tmp_path: Path, above: s
     assert len(ADE20K("val", str(tmp_path / "root"))) == 3
 
 
-def test_what_is_missing_is_one_sentence(tmp_path: Path) -> None:
+def test_missing_files_are_named(tmp_path: Path) -> None:
     with raises(r"dataset\.root=nowhere is not a folder; it should hold an ADEChallengeData2016 with images/ and"):
         ADE20K("train", "nowhere")
     root = fakes.ade20k(tmp_path / "ADEChallengeData2016")
@@ -114,7 +114,7 @@ def test_what_is_missing_is_one_sentence(tmp_path: Path) -> None:
     assert "ADE_train_00000003.png is missing" in inspect(ADE20K("train", str(root)), remember=False).problems[0]
     for path in (root / "images/validation").iterdir():
         path.unlink()
-    with raises(r"images/validation holds no \.jpg - restore it"):
+    with raises(r"images/validation contains no \.jpg - restore it"):
         ADE20K("val", str(root))
     (root / "annotations/training").rename(root / "annotations/train")
     with raises(r"ADEChallengeData2016 has no annotations/training - complete it, or move it away"):
@@ -147,7 +147,7 @@ def test_ade20k_is_fetched_verified_by_md5_and_unpacked_once(published: tuple[Se
     np.testing.assert_array_equal(ADE20K("val")[0].mask == 255, fakes.ade20k_image_and_labels(101)[1] == 0)
 
 
-def test_bytes_of_another_md5_are_not_unpacked(
+def test_an_archive_with_the_wrong_md5_is_not_unpacked(
     published: tuple[Server, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server, content = published
@@ -159,12 +159,12 @@ def test_bytes_of_another_md5_are_not_unpacked(
     ):
         ADE20K("train")
     assert not Path("data/ADEChallengeData2016").exists()
-    Path("mine").mkdir()
-    Path("mine/ADEChallengeData2016.zip").write_bytes(content)
-    assert len(ADE20K("train", "mine")) == 3
-    assert Path("mine/ADEChallengeData2016.zip").exists()  # a person put it there
+    Path("given").mkdir()
+    Path("given/ADEChallengeData2016.zip").write_bytes(content)
+    assert len(ADE20K("train", "given")) == 3
+    assert Path("given/ADEChallengeData2016.zip").exists()  # it was not downloaded
 
 
-def test_the_published_archive_is_the_one_that_others_verify() -> None:
+def test_the_hash_is_that_of_other_libraries() -> None:
     assert ade20k.ARCHIVE.md5 == "7328b3957e407ddae1d3cbf487f149ef"
     assert ade20k.ARCHIVE.urls == ("https://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip",)

@@ -1,4 +1,4 @@
-"""Cityscapes: its tree, and its two kinds of masks, which look alike and mean other things."""
+"""Cityscapes: its folders, and its two kinds of masks, whose equal labels have different meanings."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from segdeconv.data.inspection import class_table, inspect
 from segdeconv.errors import UsageError
 
 
-def raises(words: str) -> Any:
-    return pytest.raises(UsageError, match=words)
+def raises(message: str) -> Any:
+    return pytest.raises(UsageError, match=message)
 
 
 def rewrite(folder: Path, ending: str, change: Any) -> None:
@@ -40,7 +40,7 @@ def test_cityscapes_reads_images_masks_and_names_across_its_cities(tmp_path: Pat
         assert 255 in mask
 
 
-def test_torchvision_finds_the_same_files_and_has_the_same_classes(tmp_path: Path) -> None:
+def test_torchvision_reads_the_same_files_and_has_the_same_classes(tmp_path: Path) -> None:
     root = str(fakes.cityscapes(tmp_path))
     theirs = torchvision.datasets.Cityscapes(root, "train", "fine", "semantic")
     ours = Cityscapes("train", root)
@@ -55,7 +55,7 @@ def test_torchvision_finds_the_same_files_and_has_the_same_classes(tmp_path: Pat
 
 
 def test_cityscapes_has_the_nineteen_classes_of_the_benchmark_with_its_colours() -> None:
-    """labels.py of cityscapesScripts: (name, id, train id, colour) of what is not ignored in evaluation."""
+    """labels.py of cityscapesScripts lists (name, id, train id, colour) of the evaluated classes."""
     rows = """
         road 7 128,64,128 / sidewalk 8 244,35,232 / building 11 70,70,70 / wall 12 102,102,156 / fence 13 190,153,153 /
         pole 17 153,153,153 / traffic_light 19 250,170,30 / traffic_sign 20 220,220,0 / vegetation 21 107,142,35 /
@@ -75,7 +75,7 @@ def test_cityscapes_has_the_nineteen_classes_of_the_benchmark_with_its_colours()
 
 
 @pytest.mark.parametrize(
-    ("kinds", "labels", "said"),
+    ("kinds", "labels", "note"),
     [
         (("labelIds",), "auto", "*_gtFine_labelIds.png, label ids"),
         (("labelTrainIds",), "auto", "*_gtFine_labelTrainIds.png, train ids"),
@@ -84,11 +84,11 @@ def test_cityscapes_has_the_nineteen_classes_of_the_benchmark_with_its_colours()
         (("labelIds", "labelTrainIds"), "ids", "*_gtFine_labelIds.png, label ids"),
     ],
 )
-def test_both_kinds_of_masks_give_the_same_classes_and_it_is_said_which_was_read(
-    tmp_path: Path, kinds: tuple[str, ...], labels: Any, said: str
+def test_both_kinds_of_masks_give_the_same_classes_and_the_notes_name_the_kind(
+    tmp_path: Path, kinds: tuple[str, ...], labels: Any, note: str
 ) -> None:
     data = Cityscapes("train", str(fakes.cityscapes(tmp_path, kinds)), labels=labels)
-    assert data.notes[0].startswith(f"masks: {said}")
+    assert data.notes[0].startswith(f"masks: {note}")
     for index in range(len(data)):
         _, mask, name = data[index]
         ids = fakes.cityscapes_image_and_ids(sum(map(ord, name)))[1]
@@ -112,7 +112,7 @@ def test_masks_under_the_name_of_the_other_kind_are_refused(tmp_path: Path) -> N
         Cityscapes("val", str(root))
 
 
-def test_a_single_mask_of_train_ids_among_label_ids_is_found_by_the_inspection(tmp_path: Path) -> None:
+def test_a_single_mask_of_train_ids_among_label_ids_is_reported_by_the_inspection(tmp_path: Path) -> None:
     root = fakes.cityscapes(tmp_path)
     path = tmp_path / "gtFine/train/bochum/bochum_000001_000019_gtFine_labelIds.png"
     Image.fromarray(fakes.cityscapes_train_ids(np.array(fakes.opened(path)))).save(path)
@@ -124,36 +124,36 @@ def test_a_single_mask_of_train_ids_among_label_ids_is_found_by_the_inspection(t
     )
 
 
-def test_the_test_split_has_no_labels_and_says_so(tmp_path: Path) -> None:
+def test_the_test_split_is_refused_since_it_has_no_labels(tmp_path: Path) -> None:
     root = str(fakes.cityscapes(tmp_path))
-    with raises("labels of Cityscapes' test images are not public: .* - use val"):
+    with raises("labels of Cityscapes' test images are not public; .* - use val"):
         Cityscapes("test", root)
-    with raises("there is no split 'trainval' - the splits are train, val"):
+    with raises("unknown split 'trainval' - the splits are train, val"):
         Cityscapes("trainval", root)
 
 
-def test_what_is_missing_is_named_with_the_steps_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_files_are_named_with_the_steps_to_get_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = (
         r" - register at https://www\.cityscapes-dataset\.com/register, download leftImg8bit_trainvaltest\.zip "
         r"\(11 GB\) and gtFine_trainvaltest\.zip \(241 MB\) .* unpack both into {}, or give their folder "
         r"as dataset\.root=DIR$"
     )
     monkeypatch.chdir(tmp_path)
-    with raises(r"^data/cityscapes does not hold leftImg8bit/train" + steps.format(".*/data/cityscapes")):
+    with raises(r"^data/cityscapes does not contain leftImg8bit/train" + steps.format(".*/data/cityscapes")):
         Cityscapes("train")
     root = fakes.cityscapes(tmp_path / "root")
-    with raises(r"root/gtFine/train holds no \*_gtFine_labelTrainIds\.png for its images" + steps.format(".*/root")):
+    with raises(r"root/gtFine/train contains no \*_gtFine_labelTrainIds\.png for its images" + steps.format(".*/root")):
         Cityscapes("train", str(root), labels="train_ids")
     shutil.rmtree(root / "gtFine")
-    with raises(r"root does not hold gtFine/val" + steps.format(".*/root")):
+    with raises(r"root does not contain gtFine/val" + steps.format(".*/root")):
         Cityscapes("val", "root")
     (root / "leftImg8bit" / "val" / "frankfurt").rename(root / "leftImg8bit" / "frankfurt")
     (root / "gtFine" / "val").mkdir(parents=True)
-    with raises(r"leftImg8bit/val holds no CITY/NAME_leftImg8bit\.png"):
+    with raises(r"leftImg8bit/val contains no CITY/NAME_leftImg8bit\.png"):
         Cityscapes("val", "root")
 
 
-def test_a_missing_mask_and_a_mask_of_another_size_are_problems_by_name(tmp_path: Path) -> None:
+def test_a_missing_mask_and_a_mask_of_another_size_are_named_as_problems(tmp_path: Path) -> None:
     root = fakes.cityscapes(tmp_path)
     masks = sorted((root / "gtFine/train").glob("*/*labelIds.png"))
     masks[0].unlink()

@@ -1,4 +1,4 @@
-"""Every data set finds its files and its classes, and says in one sentence what is wrong with them."""
+"""Shapes, CamVid and Folder read their files and classes, and report what is wrong with them."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from segdeconv.errors import UsageError
 from segdeconv.evaluation.metrics import ConfusionMatrix, scores
 
 
-def raises(words: str) -> Any:
-    return pytest.raises(UsageError, match=words)
+def raises(message: str) -> Any:
+    return pytest.raises(UsageError, match=message)
 
 
 # Shapes
@@ -53,14 +53,14 @@ def test_shapes_have_every_class_and_nothing_else() -> None:
     assert {*range(7), 255} == set(np.unique(masks).tolist())
 
 
-def test_every_edge_between_two_classes_of_shapes_is_void() -> None:
+def test_every_edge_between_two_classes_of_shapes_is_ignored() -> None:
     for index in range(16):
         mask = Shapes("train")[index].mask.astype(int)
-        for one, other in ((mask[1:], mask[:-1]), (mask[:, 1:], mask[:, :-1])):
-            assert not ((one != other) & (one != 255) & (other != 255)).any()
+        for first, second in ((mask[1:], mask[:-1]), (mask[:, 1:], mask[:, :-1])):
+            assert not ((first != second) & (first != 255) & (second != 255)).any()
 
 
-def test_shapes_have_the_sizes_asked_for() -> None:
+def test_shapes_have_the_requested_sizes() -> None:
     assert [len(Shapes(split, num_train=5, num_val=3)) for split in ("train", "val", "test")] == [5, 3, 3]
     image, mask, _ = Shapes("train", side=32)[0]
     assert (image.shape, image.dtype, mask.shape, mask.dtype) == ((32, 32, 3), np.uint8, (32, 32), np.uint8)
@@ -68,13 +68,13 @@ def test_shapes_have_the_sizes_asked_for() -> None:
 
 @pytest.mark.parametrize("index", [-1, 5])
 def test_an_index_beyond_shapes_is_refused(index: int) -> None:
-    with raises(f"shapes has 5 images in 'train', there is no index {index}"):
+    with raises(f"index {index} is out of range; shapes has 5 images in 'train'"):
         Shapes("train", num_train=5)[index]
 
 
 @pytest.mark.parametrize("make", [Shapes, lambda split: CamVid(split, "nowhere")])
 def test_an_unknown_split_is_refused(make: Callable[[str], Any]) -> None:
-    with raises("there is no split 'valid' - the splits are train, val, test"):
+    with raises("unknown split 'valid' - the splits are train, val, test"):
         make("valid")
 
 
@@ -120,9 +120,9 @@ def test_a_drive_of_camvid_becomes_val_and_leaves_train(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("drive", "count"), [("0002", 0), ("train", 4)])
-def test_a_drive_of_camvid_that_is_none_or_all_of_train_is_refused(tmp_path: Path, drive: str, count: int) -> None:
+def test_a_drive_of_camvid_with_no_or_every_train_image_is_refused(tmp_path: Path, drive: str, count: int) -> None:
     with raises(
-        rf"dataset\.drive={drive}: names of {count} of the 4 images of .*train\.txt begin so - name one drive of"
+        rf"dataset\.drive={drive} is the prefix of {count} of the 4 images of .*train\.txt - give one drive of"
     ):
         CamVid("val", str(fakes.camvid(tmp_path)), drive=drive)
 
@@ -134,10 +134,10 @@ def test_the_three_drives_of_the_real_train_split_have_the_known_frames() -> Non
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("content", "message"),
     [
-        ("", r"train\.txt names no image - restore the list"),
-        ("\n \n", r"train\.txt names no image - restore the list"),
+        ("", r"train\.txt lists no image - restore the list"),
+        ("\n \n", r"train\.txt lists no image - restore the list"),
         ("train/a.png trainannot/a.png\ntrain/b.png\n", r"train\.txt, line 2: 'train/b.png' is not 'image mask'"),
         ("a b c\n", r"train\.txt, line 1: 'a b c' is not 'image mask'"),
         ("train/a.png trainannot/a.png\n" * 2, r"train\.txt, line 2: .*twice"),
@@ -146,15 +146,15 @@ def test_the_three_drives_of_the_real_train_split_have_the_known_frames() -> Non
     ],
     ids=["empty", "blank", "one path", "three paths", "twice", "parent", "absolute"],
 )
-def test_a_bad_list_of_camvid_is_refused_by_file_and_line(tmp_path: Path, content: str, words: str) -> None:
+def test_a_bad_list_of_camvid_is_refused_by_file_and_line(tmp_path: Path, content: str, message: str) -> None:
     (fakes.camvid(tmp_path) / "train.txt").write_text(content)
-    with raises(words):
+    with raises(message):
         CamVid("train", str(tmp_path))
 
 
 @pytest.mark.parametrize("dataset", ["camvid", "folder"])
 def test_a_list_that_is_not_utf_8_is_refused_by_name(tmp_path: Path, dataset: str) -> None:
-    """PowerShell's `>` writes UTF-16."""
+    """PowerShell's `>` writes UTF-16, for example."""
     if dataset == "camvid":
         fakes.camvid(tmp_path)
     else:
@@ -192,13 +192,13 @@ def test_the_hash_table_of_camvid_names_every_public_file() -> None:
 
 @needs_camvid
 def test_the_hash_table_of_camvid_matches_the_real_files() -> None:
-    here = sorted(path for path in hashes() if (REAL_CAMVID.parent / path).is_file())
-    sample = np.random.default_rng(0).choice(here, size=20, replace=False)
+    available = sorted(path for path in hashes() if (REAL_CAMVID.parent / path).is_file())
+    sample = np.random.default_rng(0).choice(available, size=20, replace=False)
     for path in (*sample, "CamVid/train.txt", "CamVid/val.txt"):
         assert hashlib.sha256((REAL_CAMVID.parent / path).read_bytes()).hexdigest() == hashes()[path]
 
 
-# Folder: what is found
+# Folder: files and inferred classes
 
 
 def masks_of(data: Folder) -> list[np.ndarray]:
@@ -210,7 +210,7 @@ def masks_of(data: Folder) -> list[np.ndarray]:
 def test_every_kind_of_mask_is_read_in_every_layout(tmp_path: Path, kind: str, layout: str) -> None:
     data = Folder("val", str(fakes.folder(tmp_path, kind, layout=layout)))
     assert data.names == [f"val_{index}" for index in range(fakes.NUM)]
-    # Colours are sorted, so the classes of fakes.COLOURS come as 0, 2, 1.
+    # Inferred colours are sorted, which puts the classes of fakes.COLOURS in the order 0, 2, 1.
     order = np.array([0, 2, 1] if kind == "colours" else [0, 1, 2], dtype=np.uint8)
     for index, (image, mask, _) in enumerate(data[i] for i in range(len(data))):
         true_image, true_mask = fakes.image_and_mask(100 + index, 2 if kind == "binary" else 3)
@@ -230,12 +230,12 @@ def test_every_kind_of_mask_is_read_in_every_layout(tmp_path: Path, kind: str, l
         ("colours", ("colour_000000", "colour_0080ff", "colour_ff0000"), ((0, 0, 0), (0, 128, 255), (255, 0, 0))),
     ],
 )
-def test_classes_are_found_in_the_masks(tmp_path: Path, kind: str, names: tuple[str, ...], colours: Any) -> None:
+def test_classes_are_inferred_from_the_masks(tmp_path: Path, kind: str, names: tuple[str, ...], colours: Any) -> None:
     classes = Folder("train", str(fakes.folder(tmp_path, kind))).classes
     assert (classes.names, classes.colours, classes.ignore_index) == (names, colours, 255)
 
 
-def test_classes_are_found_in_the_masks_of_all_splits(tmp_path: Path) -> None:
+def test_classes_are_inferred_from_the_masks_of_all_splits(tmp_path: Path) -> None:
     fakes.folder(tmp_path, layout="subfolders")
     Image.new("L", (64, 48), 7).save(tmp_path / "val" / "masks" / "val_0.png")
     for split in ("train", "val"):
@@ -267,7 +267,7 @@ def test_sub_folders_are_part_of_the_name_and_masks_without_an_image_are_left_ou
         (tmp_path / sub / "town").mkdir()
         (tmp_path / sub / "train_0.png").rename(tmp_path / sub / "town" / "train_0.png")
     (tmp_path / "images" / "train_1.png").unlink()
-    (tmp_path / "images" / "notes.txt").write_text("no picture")
+    (tmp_path / "images" / "notes.txt").write_text("not an image")
     names = [name for split in ("train", "val") for name in Folder(split, str(tmp_path)).names]
     assert sorted(names) == ["town/train_0", "train_2", "train_3", "val_0", "val_1", "val_2", "val_3"]
 
@@ -325,15 +325,15 @@ def test_a_larger_val_share_keeps_the_val_images_of_a_smaller_one(tmp_path: Path
     ],
     ids=["list", "labels", "colours"],
 )
-@pytest.mark.parametrize("given", ["classes.yaml", "file", "content"])
+@pytest.mark.parametrize("source", ["classes.yaml", "file", "content"])
 def test_classes_are_named_by_a_list_labels_or_colours(
-    tmp_path: Path, kind: str, content: Any, names: Any, labels: Any, colours: Any, given: str
+    tmp_path: Path, kind: str, content: Any, names: Any, labels: Any, colours: Any, source: str
 ) -> None:
     fakes.folder(tmp_path, kind)
-    path = tmp_path / ("names.yaml" if given == "file" else "classes.yaml")
-    if given != "content":
+    path = tmp_path / ("names.yaml" if source == "file" else "classes.yaml")
+    if source != "content":
         path.write_text(yaml.safe_dump(content, sort_keys=False))
-    data = Folder("train", str(tmp_path), classes={"file": str(path), "content": content}.get(given))
+    data = Folder("train", str(tmp_path), classes={"file": str(path), "content": content}.get(source))
     assert (data.classes.names, data.classes.labels, data.classes.colours) == (names, labels, colours)
     index = int(data.names[0].split("_")[1]) + 100 * data.names[0].startswith("val")
     stored = fakes.image_and_mask(index, 3)[1]
@@ -343,7 +343,7 @@ def test_classes_are_named_by_a_list_labels_or_colours(
     np.testing.assert_array_equal(data[0].mask, expected)
 
 
-def test_ignore_names_a_label_that_does_not_count(tmp_path: Path) -> None:
+def test_ignore_names_the_label_of_ignored_pixels(tmp_path: Path) -> None:
     fakes.folder(tmp_path)
     for path in (tmp_path / "masks").iterdir():
         mask = np.array(fakes.opened(path))
@@ -353,7 +353,7 @@ def test_ignore_names_a_label_that_does_not_count(tmp_path: Path) -> None:
     assert {int(value) for mask in masks_of(data) for value in np.unique(mask)} == {0, 1, 2}
 
 
-def test_ignore_names_a_colour_that_does_not_count(tmp_path: Path) -> None:
+def test_ignore_names_the_colour_of_ignored_pixels(tmp_path: Path) -> None:
     fakes.folder(tmp_path, "colours")
     classes = {"ignore": [0, 0, 0], "car": [255, 0, 0], "road": [0, 128, 255]}
     data = Folder("train", str(tmp_path), classes=classes)
@@ -362,7 +362,7 @@ def test_ignore_names_a_colour_that_does_not_count(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("content", "message"),
     [
         ({"a": 0, "b": [1, 2, 3]}, "mixes labels and colours - give every class a label, or every class a colour"),
         ({"a": 0, "b": 1, "ignore": "#000000"}, "mixes labels and colours"),
@@ -372,44 +372,44 @@ def test_ignore_names_a_colour_that_does_not_count(tmp_path: Path) -> None:
         ({"a": 0, "b": True}, "class 'b' is True - give a label"),
         ({"a": 0, "b": 0}, "the class labels .* are not all different"),
         ({"a": 0}, r"1 class\(es\) \['a'\]: a network needs at least two"),
-        ({"a": 1, "b": 2, "ignore": 0}, r"the ignored label 0 lies among the class indices 0\.\.1"),
-        ([], "holds no classes - write one a line"),
+        ({"a": 1, "b": 2, "ignore": 0}, r"the ignored label 0 is one of the class indices 0\.\.1"),
+        ([], "contains no classes - write one per line"),
         ({"a": 0, "b": 5, "ignore": 5}, "5.* ignore"),
         ({"a": [1, 1, 1], "b": "#010101"}, "not all different"),
         ({"a": [1, 1, 1], "b": [2, 2, 2], "ignore": [2, 2, 2]}, "ignore"),
         (["sky", "road", "road"], "not all different"),
     ],
 )
-def test_classes_that_make_no_sense_are_refused(tmp_path: Path, content: Any, words: str) -> None:
-    with raises(words):
+def test_invalid_classes_are_refused(tmp_path: Path, content: Any, message: str) -> None:
+    with raises(message):
         Folder("train", str(fakes.folder(tmp_path)), classes=content)
 
 
-def test_a_classes_file_that_is_missing_or_no_yaml_is_refused(tmp_path: Path) -> None:
+def test_a_classes_file_that_is_missing_or_not_yaml_is_refused(tmp_path: Path) -> None:
     fakes.folder(tmp_path)
     with raises(r"dataset\.classes=nowhere\.yaml is not a file"):
         Folder("train", str(tmp_path), classes="nowhere.yaml")
-    for content, words in ((b"a: [", "is not YAML"), (b"\xff\xfe\x00", "is not YAML"), (b"", "holds no classes")):
+    for content, message in ((b"a: [", "is not YAML"), (b"\xff\xfe\x00", "is not YAML"), (b"", "contains no classes")):
         (tmp_path / "classes.yaml").write_bytes(content)
-        with raises(rf"classes\.yaml {words}"):
+        with raises(rf"classes\.yaml {message}"):
             Folder("train", str(tmp_path))
 
 
-def test_masks_that_are_not_as_the_classes_say_are_refused_by_name(tmp_path: Path) -> None:
+def test_a_mask_with_a_label_outside_the_classes_is_refused_by_name(tmp_path: Path) -> None:
     data = Folder("train", str(fakes.folder(tmp_path, layout="subfolders")), classes=["a", "b"])
     with raises(rf"mask {data.pairs[0].mask} has label 2; the classes have labels 0\.\.1 and 255 for ignored"):
         data[0]
 
 
 @pytest.mark.parametrize("kind", ["labels", "palette", "binary", "colours"])
-def test_classes_are_restored_from_what_a_checkpoint_remembers(tmp_path: Path, kind: str) -> None:
+def test_classes_are_restored_from_a_checkpoint(tmp_path: Path, kind: str) -> None:
     root = str(fakes.folder(tmp_path, kind))
-    found = Folder("val", root)
+    original = Folder("val", root)
     (tmp_path / "classes.yaml").write_text("{other: 0, names: 1}")  # of another data set
-    restored = Folder("val", root, classes=found.classes.to_dict())
-    assert restored.classes == found.classes
-    for one, other in zip(masks_of(restored), masks_of(found), strict=True):
-        np.testing.assert_array_equal(one, other)
+    restored = Folder("val", root, classes=original.classes.to_dict())
+    assert restored.classes == original.classes
+    for restored_mask, mask in zip(masks_of(restored), masks_of(original), strict=True):
+        np.testing.assert_array_equal(restored_mask, mask)
 
 
 # Folder: what is refused
@@ -421,7 +421,7 @@ def test_an_image_without_a_mask_is_refused(tmp_path: Path) -> None:
     with raises(r"images/train_1\.png has no mask; a mask has its image's name in .*masks - add it"):
         Folder("train", str(tmp_path))
     (tmp_path / "masks" / "train_2.png").unlink()
-    with raises(r"images/train_1\.png has no mask \(and 1 more have none\)"):
+    with raises(r"images/train_1\.png has no mask \(and 1 more images have none\)"):
         Folder("train", str(tmp_path))
 
 
@@ -429,7 +429,7 @@ def test_an_image_without_a_mask_is_refused(tmp_path: Path) -> None:
 def test_two_files_of_one_name_are_refused(tmp_path: Path, sub: str, name: str) -> None:
     fakes.folder(tmp_path)
     Image.new("L", (64, 48)).save(tmp_path / sub / name)
-    with raises(r"train_1\.\w+ and .*train_1\.\w+ have the same name - one name is one image"):
+    with raises(r"train_1\.\w+ and .*train_1\.\w+ have the same name; a name identifies one image - rename one"):
         Folder("train", str(tmp_path))
 
 
@@ -443,23 +443,23 @@ def test_two_masks_for_one_image_are_refused(tmp_path: Path) -> None:
 def test_masks_of_labels_beside_masks_of_colours_are_refused(tmp_path: Path) -> None:
     fakes.folder(tmp_path)
     Image.new("RGB", (64, 48)).save(tmp_path / "masks" / "train_1.png")
-    with raises(r"mask .* holds labels and mask .*train_1\.png colours - save all masks one way"):
+    with raises(r"mask .* holds labels and mask .*train_1\.png colours - save all masks in the same way"):
         Folder("train", str(tmp_path))
 
 
-@pytest.mark.parametrize(("channels", "what"), [(1, "labels"), (3, "colours")])
-def test_masks_of_too_many_labels_are_refused(tmp_path: Path, channels: int, what: str) -> None:
+@pytest.mark.parametrize(("channels", "kind"), [(1, "labels"), (3, "colours")])
+def test_masks_of_too_many_labels_are_refused(tmp_path: Path, channels: int, kind: str) -> None:
     fakes.folder(tmp_path)
     ramp = np.arange(48 * 64).reshape(48, 64) % 200
     mask = (ramp if channels == 1 else np.dstack([ramp] * 3)).astype(np.uint8)
     Image.fromarray(mask).save(tmp_path / "masks" / "train_0.png")
-    with raises(rf"mask .*train_0\.png has 200 different {what}, too many to be classes - it looks like a photograph"):
+    with raises(rf"mask .*train_0\.png has 200 different {kind}, too many to be classes - it seems to be a photograph"):
         Folder("train", str(tmp_path))
 
 
 @pytest.mark.parametrize(("layout", "splits"), [("plain", "train, val"), ("lists", "train, val")])
 def test_an_unknown_split_of_a_folder_is_refused(tmp_path: Path, layout: str, splits: str) -> None:
-    with raises(f"there is no split 'test' - the splits are {splits}"):
+    with raises(f"unknown split 'test' - the splits are {splits}"):
         Folder("test", str(fakes.folder(tmp_path, layout=layout)))
 
 
@@ -470,11 +470,11 @@ def test_a_missing_or_empty_folder_is_refused(tmp_path: Path) -> None:
         Folder("train", str(tmp_path))
     (tmp_path / "images").mkdir()
     (tmp_path / "masks").mkdir()
-    with raises(r"images holds no picture - the suffixes are \.bmp"):
+    with raises(r"images contains no image - the supported suffixes are \.bmp"):
         Folder("train", str(tmp_path))
     for sub in ("images", "masks"):
         Image.new("L", (8, 8)).save(tmp_path / sub / "only.png")
-    with raises("holds 1 image with a mask - train and val need one each"):
+    with raises("holds 1 image with a mask - train and val need at least one each"):
         Folder("train", str(tmp_path))
 
 
@@ -486,26 +486,26 @@ def test_a_folder_of_train_without_val_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("content", "message"),
     [
-        ("train_0\nnobody\n", r"line 2: there is no image 'nobody' - it should be in images/"),
-        ("../images/train_0\n", r"line 1: there is no image '\.\./images/train_0'"),
-        ("/etc/passwd.png\n", r"line 1: there is no image '/etc/passwd\.png'"),
-        (".\n", r"line 1: there is no image '\.'"),
-        ("train_0\n\ntrain_0.png\n", r"line 3: 'train_0\.png' is listed twice - an image counts once"),
-        ("\n", "names no image - fill it, or delete all lists for a random split"),
+        ("train_0\nnobody\n", r"line 2: image 'nobody' not found - it should be in images/"),
+        ("../images/train_0\n", r"line 1: image '\.\./images/train_0' not found"),
+        ("/etc/passwd.png\n", r"line 1: image '/etc/passwd\.png' not found"),
+        (".\n", r"line 1: image '\.' not found"),
+        ("train_0\n\ntrain_0.png\n", r"line 3: 'train_0\.png' is listed twice - list every image once"),
+        ("\n", "lists no image - fill it, or delete all lists for a random split"),
     ],
     ids=["unknown", "parent", "absolute", "dot", "twice", "empty"],
 )
-def test_a_bad_list_of_a_folder_is_refused_by_file_and_line(tmp_path: Path, content: str, words: str) -> None:
+def test_a_bad_list_of_a_folder_is_refused_by_file_and_line(tmp_path: Path, content: str, message: str) -> None:
     fakes.folder(tmp_path, layout="lists")
     (tmp_path / "train.txt").write_text(content)
-    with raises(rf"train\.txt,? {words}"):
+    with raises(rf"train\.txt,? {message}"):
         Folder("train", str(tmp_path))
 
 
-def test_colour_alone_does_not_tell_the_classes_of_shapes_apart() -> None:
-    """A network of 1x1 convolutions, which sees colours and nothing else, stays far below 0.5."""
+def test_colour_alone_does_not_distinguish_the_classes_of_shapes() -> None:
+    """A network of 1x1 convolutions, which depends only on colours, stays far below an mIoU of 0.5."""
     torch.manual_seed(0)
     layers = torch.nn.Sequential(
         torch.nn.Conv2d(3, 32, 1),
@@ -520,7 +520,7 @@ def test_colour_alone_does_not_tell_the_classes_of_shapes_apart() -> None:
         images = torch.from_numpy(np.stack([sample.image for sample in samples])).permute(0, 3, 1, 2) / 128 - 1
         splits[split] = images, torch.from_numpy(np.stack([sample.mask for sample in samples])).long()
     images, masks = splits["train"]
-    weights = torch.bincount(masks[masks < 255]).float().rsqrt()  # or it would name the background everywhere
+    weights = torch.bincount(masks[masks < 255]).float().rsqrt()  # otherwise it would predict background everywhere
     optimizer = torch.optim.Adam(layers.parameters(), 0.01)
     for _ in range(60):
         loss = torch.nn.functional.cross_entropy(layers(images), masks, weights, ignore_index=255)

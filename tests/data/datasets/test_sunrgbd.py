@@ -1,4 +1,4 @@
-"""SUN RGB-D: which mask belongs to which image, its classes in the order of the paper's weights, and its val."""
+"""SUN RGB-D: the pairs of images and masks, the classes in the order of the paper's weights, and the val split."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ TABLE_5 = """
 """
 
 
-def raises(words: str) -> Any:
-    return pytest.raises(UsageError, match=words)
+def raises(message: str) -> Any:
+    return pytest.raises(UsageError, match=message)
 
 
 def test_test_masks_come_first_and_train_masks_after_5050(tmp_path: Path) -> None:
     root = str(fakes.sunrgbd(tmp_path))
-    seen = 0
+    num_samples = 0
     for split, first in (("test", 1), ("train", 5051), ("val", 5051)):
         data = SUNRGBD(split, root)
         for image, mask, name in (data[index] for index in range(len(data))):
@@ -40,8 +40,8 @@ def test_test_masks_come_first_and_train_masks_after_5050(tmp_path: Path) -> Non
             assert np.abs(image.astype(int) - true_image).mean() < 6  # a JPEG
             np.testing.assert_array_equal(mask == 255, labels == 0)
             np.testing.assert_array_equal(mask[labels > 0], labels[labels > 0] - 1)
-            seen += 1
-    assert seen == 13
+            num_samples += 1
+    assert num_samples == 13
     assert SUNRGBD("test", root).names == ["test-000001", "test-000002", "test-000003"]
 
 
@@ -50,23 +50,23 @@ def test_sunrgbd_has_the_papers_37_classes_and_label_0_is_ignored() -> None:
     assert sunrgbd.CLASSES.names == names
     assert sunrgbd.CLASSES.labels == tuple(range(1, 38))
     assert sunrgbd.CLASSES.ignored_labels == (0,)
-    # Of the palette sun.png, by label.
+    # From the palette sun.png, by label.
     colours = {1: (153, 112, 72), 4: (118, 106, 128), 20: (59, 18, 13), 33: (44, 51, 79), 37: (84, 65, 29)}
     assert {label: sunrgbd.CLASSES.colours[label - 1] for label in colours} == colours
 
 
 def test_the_papers_weights_fit_the_order_of_the_classes() -> None:
-    """Weights follow from frequencies: what fills rooms has the least, what is small or rare the most."""
+    """Weights fall with frequency: large objects have the smallest weights, small or rare ones the largest."""
     weights = dict(zip(sunrgbd.CLASSES.names, PRESETS["sunrgbd"], strict=True))
     ordered = sorted(weights, key=lambda name: weights[name])
     assert set(ordered[:4]) == {"bed", "wall", "floor", "sofa"}
     assert set(ordered[-4:]) == {"lamp", "paper", "person", "bag"}
-    # The published file has a 38th, void's, 0.351185, before these: the order is that of labels 1..37.
+    # The published file starts with a 38th weight, 0.351185 of label 0; the others follow the labels 1..37.
     assert (weights["wall"], weights["floor_mat"], weights["bag"]) == (0.382592, 1.164314, 4.017548)
     assert class_weights([1] * 37, [1] * 37, class_weighting="sunrgbd") == list(PRESETS["sunrgbd"])
 
 
-def test_val_is_a_seeded_share_of_train_that_keeps_neighbours_together(tmp_path: Path) -> None:
+def test_val_is_a_seeded_fraction_of_train_that_keeps_neighbours_together(tmp_path: Path) -> None:
     root = tmp_path
     for sub in ("SUNRGBD-train_images", "sunrgbd_train_test_labels"):
         (root / sub).mkdir()
@@ -79,7 +79,7 @@ def test_val_is_a_seeded_share_of_train_that_keeps_neighbours_together(tmp_path:
     runs = {(int(name.split("-")[1]) - 1) // 20 for name in val}
     assert val == {f"train-{20 * run + place:06d}" for run in runs for place in range(1, 21)}
     assert splits["train"].notes == (
-        "val: about 0.1 of the train images, in runs of 20, dealt by dataset.split_seed=0",
+        "val: about 0.1 of the train images, in runs of 20, drawn with dataset.split_seed=0",
     )
     assert set(SUNRGBD("val", str(root), split_seed=1).names) != val
     assert len(SUNRGBD("val", str(root), val_share=0.004)) == 20
@@ -87,32 +87,32 @@ def test_val_is_a_seeded_share_of_train_that_keeps_neighbours_together(tmp_path:
 
 def test_the_splits_share_no_image(tmp_path: Path) -> None:
     root = str(fakes.sunrgbd(tmp_path))
-    seen = inspect_all([SUNRGBD(split, root) for split in ("train", "val", "test")], remember=False)
-    assert [inspection.num_images for inspection in seen] == [9, 1, 3]
+    inspections = inspect_all([SUNRGBD(split, root) for split in ("train", "val", "test")], remember=False)
+    assert [inspection.num_images for inspection in inspections] == [9, 1, 3]
 
 
-def test_what_is_missing_is_named_with_the_steps_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_files_are_named_with_the_steps_to_get_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     steps = (
         r" - download SUNRGBD-train_images\.tgz, SUNRGBD-test_images\.tgz and sunrgbd_train_test_labels\.tar\.gz as "
-        r"https://github\.com/ankurhanda/sunrgbd-meta-data says, unpack each into a folder of its name in {}, or "
-        r"give the folder that holds SUNRGBD-train_images, .* as dataset\.root=DIR$"
+        r"described at https://github\.com/ankurhanda/sunrgbd-meta-data, unpack each into a folder of its name in {}, "
+        r"or give the folder of SUNRGBD-train_images, .* as dataset\.root=DIR$"
     )
-    with raises(r"^data/SUNRGBD does not hold SUNRGBD-train_images" + steps.format(".*/data/SUNRGBD")):
+    with raises(r"^data/SUNRGBD does not contain SUNRGBD-train_images" + steps.format(".*/data/SUNRGBD")):
         SUNRGBD("train")
     root = fakes.sunrgbd(tmp_path / "root")
     shutil.rmtree(root / "SUNRGBD-test_images")
     assert len(SUNRGBD("train", str(root))) == 9
-    with raises("root does not hold SUNRGBD-test_images" + steps.format(".*/root")):
+    with raises("root does not contain SUNRGBD-test_images" + steps.format(".*/root")):
         SUNRGBD("test", str(root))
-    with raises("there is no split 'validation' - the splits are train, val, test"):
+    with raises("unknown split 'validation' - the splits are train, val, test"):
         SUNRGBD("validation", str(root))
     shutil.rmtree(root / "sunrgbd_train_test_labels")
-    with raises("root does not hold sunrgbd_train_test_labels"):
+    with raises("root does not contain sunrgbd_train_test_labels"):
         SUNRGBD("val", str(root))
 
 
-def test_files_that_are_not_sunrgbds_are_named(tmp_path: Path) -> None:
+def test_invalid_files_are_named(tmp_path: Path) -> None:
     root = fakes.sunrgbd(tmp_path)
     masks = root / "sunrgbd_train_test_labels"
     (masks / "img-000002.png").unlink()

@@ -1,4 +1,4 @@
-"""VOC and SBD: their splits, their files, and how they get here when some mirrors, or all, do not serve them."""
+"""VOC and SBD: their splits and files, and their download when some or all mirrors fail."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ REAL = SHARED / "VOCdevkit" / "VOC2012"
 needs_voc = pytest.mark.skipif(not REAL.is_dir(), reason=f"no real VOC images in {REAL}")
 
 TRAIN, VAL = ("2007_000001", "2007_000002"), ("2008_000001",)
-# What SBD outlines: an image of VOC's train, one of its val, and two that VOC has no masks of.
+# SBD has masks of an image of VOC's train, of one of its val, and of two without a mask in VOC.
 SBD_TRAIN, SBD_VAL = ("2007_000002", "2009_000001"), ("2008_000001", "2010_000001")
 
 
-def raises(words: str) -> Any:
-    return pytest.raises(UsageError, match=words)
+def raises(message: str) -> Any:
+    return pytest.raises(UsageError, match=message)
 
 
 def listing(folder: Path) -> list[str]:
@@ -39,7 +39,7 @@ def listing(folder: Path) -> list[str]:
 
 
 def augmented(folder: Path) -> Path:
-    """A VOC2012 with SBD's masks already converted."""
+    """Write a VOC2012 that contains the converted masks of SBD."""
     fakes.voc(folder, TRAIN, VAL)
     (folder / "SegmentationClassAug").mkdir()
     for index, name in enumerate((*SBD_TRAIN, *SBD_VAL)):
@@ -86,7 +86,7 @@ def test_the_root_may_be_the_folder_or_one_above_it(tmp_path: Path, above: str) 
     assert VOC("train", str(tmp_path / "root")).names == list(TRAIN)
 
 
-def test_the_train_list_says_what_train_means_and_nothing_else(tmp_path: Path) -> None:
+def test_the_train_list_changes_train_alone(tmp_path: Path) -> None:
     root = str(augmented(tmp_path / "VOC2012"))
     trains = {name: VOC("train", root, train_list=name) for name in ("train", "trainval", "trainaug")}
     assert {name: data.names for name, data in trains.items()} == {
@@ -95,7 +95,7 @@ def test_the_train_list_says_what_train_means_and_nothing_else(tmp_path: Path) -
     assert {data.split for data in trains.values()} == {"train"}
     assert VOC("val", root, train_list="trainaug").names == list(VAL)
     fingerprints = {data.fingerprint for data in trains.values()}
-    assert len(fingerprints) == 3  # or an inspection of one would be remembered as another's
+    assert len(fingerprints) == 3  # otherwise one would reuse the cached inspection of another
 
 
 def test_trainaug_is_sbd_and_vocs_train_without_vocs_val(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_trainaug_is_sbd_and_vocs_train_without_vocs_val(tmp_path: Path) -> None
     own, sbd = tmp_path / "SegmentationClass", tmp_path / "SegmentationClassAug"
     assert {pair.name: pair.mask.parent for pair in data.pairs} == {
         "2007_000001": own,
-        "2007_000002": own,  # though SBD has one too
+        "2007_000002": own,  # SBD has one too
         "2009_000001": sbd,
         "2010_000001": sbd,
     }
@@ -111,61 +111,61 @@ def test_trainaug_is_sbd_and_vocs_train_without_vocs_val(tmp_path: Path) -> None
     assert inspect_all([data, VOC("val", str(tmp_path))], remember=False)[0].num_images == 4
 
 
-def test_a_list_of_trainaug_that_is_there_is_used(tmp_path: Path) -> None:
+def test_an_existing_list_of_trainaug_is_used(tmp_path: Path) -> None:
     listed = augmented(tmp_path) / "ImageSets/Segmentation/trainaug.txt"
     listed.write_text("2010_000001\n2007_000001\n")
     assert VOC("trainaug", str(tmp_path)).names == ["2010_000001", "2007_000001"]
     listed.write_text("2010_000001\n2008_000001\n")
-    with raises(r"trainaug\.txt names 2008_000001, which is in val\.txt \(1 such names\).* - take them off the list"):
+    with raises(
+        r"trainaug\.txt lists 2008_000001, which is also in val\.txt \(1 such names\).* - remove them from the list"
+    ):
         VOC("trainaug", str(tmp_path))
 
 
 def test_training_on_trainval_is_refused_with_the_key_to_change(tmp_path: Path) -> None:
     root = str(fakes.voc(tmp_path, TRAIN, VAL))
-    with raises(
-        r"2008_000001\.jpg is in train and in val: .* - dataset\.train_list=trainval .*: say train or trainaug"
-    ):
+    with raises(r"2008_000001\.jpg is in train and in val: .* - set dataset\.train_list to train or trainaug, since"):
         inspect_all([VOC(split, root, train_list="trainval") for split in ("train", "val")], remember=False)
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("content", "message"),
     [
-        ("", r"train\.txt names no image"),
+        ("", r"train\.txt lists no image"),
         ("2007_000001\n../x\n", r"train\.txt, line 2: '\.\./x' is not a name such as 2007_000032"),
         ("/JPEGImages/a.jpg /SegmentationClass/a.png\n", r"train\.txt, line 1: .* is not a name"),
         ("2007_000001\n2007_000001\n", r"train\.txt, line 2: '2007_000001' is listed twice"),
     ],
 )
-def test_a_bad_list_of_voc_is_refused_by_file_and_line(tmp_path: Path, content: str, words: str) -> None:
+def test_a_bad_list_of_voc_is_refused_by_file_and_line(tmp_path: Path, content: str, message: str) -> None:
     (fakes.voc(tmp_path, TRAIN, VAL) / "ImageSets/Segmentation/train.txt").write_text(content)
-    with raises(words):
+    with raises(message):
         VOC("train", str(tmp_path))
 
 
-def test_a_list_or_a_file_that_is_missing_is_named(tmp_path: Path) -> None:
+def test_a_missing_list_or_file_is_named(tmp_path: Path) -> None:
     root = fakes.voc(tmp_path, TRAIN, VAL)
     (root / "SegmentationClass" / "2007_000002.png").unlink()
     (root / "ImageSets/Segmentation/trainval.txt").unlink()
     with raises(r"Segmentation/trainval\.txt is missing - restore"):
         VOC("trainval", str(root))
     assert re.search(r"Class/2007_000002\.png is missing", inspect(VOC("train", str(root)), remember=False).problems[0])
-    with raises("there is no split 'test' - the splits are train, val, trainval, trainaug"):
+    with raises("unknown split 'test' - the splits are train, val, trainval, trainaug"):
         VOC("test", str(root))
 
 
 @needs_voc
-def test_real_masks_are_read_as_they_are_stored() -> None:
-    """The pictures show two people with a bottle, four people on a sofa behind a chair, and two buses with a car."""
-    seen = {
+def test_real_masks_are_read_as_stored() -> None:
+    """The images show two people with a bottle, four people on a sofa behind a chair, and two buses with a car."""
+    expected = {
         "2011_000003": ((338, 500), {"background", "bottle", "person"}, True),
         "2011_000006": ((375, 500), {"background", "chair", "person", "sofa"}, True),
         "2011_000025": ((375, 500), {"background", "bus", "car"}, False),
     }
     data = VOC("trainval", str(REAL.parents[1]))
-    assert data.names == list(seen)
+    assert data.names == list(expected)
     for image, mask, name in (data[index] for index in range(3)):
-        size, names, ignored = seen[name]
+        size, names, ignored = expected[name]
         assert (image.shape, mask.shape, mask.dtype) == ((*size, 3), size, np.uint8)
         labels = set(np.unique(mask).tolist())
         assert {data.classes.names[label] for label in labels - {255}} == names
@@ -180,7 +180,7 @@ def test_real_masks_are_read_as_they_are_stored() -> None:
 
 
 class Published(NamedTuple):
-    """Small archives as they are published, and the server that serves them at /voc and /sbd."""
+    """Small archives with the published layout, and the server that serves them at /voc and /sbd."""
 
     server: Server
     voc: bytes
@@ -234,7 +234,7 @@ def test_voc_is_fetched_where_no_root_is_given_and_only_once(published: Publishe
     assert VOC("train").names == list(TRAIN)
     assert VOC("val").names == list(VAL)
     assert published.asked == ["/voc"]
-    # Only what is needed is unpacked, and nothing else is left: no archive, no folder half done.
+    # Only the needed files are unpacked, and neither the archive nor a temporary folder remains.
     assert listing(Path("data")) == [f"VOCdevkit/VOC2012/{path}" for path in WANTED]
     assert not [path for path in Path("data").rglob("*") if "unpacking" in path.name]
     np.testing.assert_array_equal(VOC("val")[0].mask, fakes.voc_image_and_mask(2)[1])
@@ -247,8 +247,8 @@ def test_sbd_is_fetched_and_converted_for_trainaug_alone(published: Published) -
     assert published.asked == ["/voc", "/sbd"]
     assert data.names == ["2007_000001", "2007_000002", "2009_000001", "2010_000001"]
     masks = sorted({*SBD_TRAIN, *SBD_VAL})
-    made = [f"{part}Aug/{name}.png" for part in ("SegmentationClass", "SegmentationObject") for name in masks]
-    assert listing(Path("data")) == sorted(f"VOCdevkit/VOC2012/{path}" for path in [*WANTED, *made])
+    converted = [f"{part}Aug/{name}.png" for part in ("SegmentationClass", "SegmentationObject") for name in masks]
+    assert listing(Path("data")) == sorted(f"VOCdevkit/VOC2012/{path}" for path in [*WANTED, *converted])
     for index, name in enumerate((*SBD_TRAIN, *SBD_VAL)):
         stored = fakes.opened(Path("data/VOCdevkit/VOC2012/SegmentationClassAug", f"{name}.png"))
         mask = fakes.voc_image_and_mask(50 + index, border=False)[1]
@@ -262,7 +262,7 @@ def test_sbd_is_fetched_and_converted_for_trainaug_alone(published: Published) -
     assert not [path for path in Path("data").rglob("*") if "unpacking" in path.name or path.suffix == ".mat"]
 
 
-def leads_astray(handler: Handler) -> None:
+def redirect_to_http(handler: Handler) -> None:
     handler.head(302, Content_Length=0, Location="http://example.org/voc.tar")
 
 
@@ -277,10 +277,10 @@ def test_the_second_mirror_serves_when_the_first_does_not(
     content = published.voc
     first = {
         "absent": status(404),
-        "cut": in_pieces(content),  # continued by the first mirror itself
+        "cut": in_pieces(content),  # the first mirror continues it
         "cut for good": in_pieces(content, 1000),
         "corrupt": whole(corrupt(content)),
-        "redirecting away": leads_astray,
+        "redirecting away": redirect_to_http,
         "short": whole(content[:-512]),
     }[trouble]
     urls = (published.server.serve("/first", first), published.server.serve("/second", in_pieces(content)))
@@ -290,7 +290,7 @@ def test_the_second_mirror_serves_when_the_first_does_not(
     assert listing(Path("data")) == [f"VOCdevkit/VOC2012/{path}" for path in WANTED]
 
 
-def test_without_a_network_one_sentence_names_the_files_and_their_place(
+def test_without_a_network_the_error_names_the_files_and_their_folder(
     published: Published, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("VOC_ARCHIVE", "SBD_ARCHIVE"):
@@ -308,13 +308,11 @@ def test_without_a_network_one_sentence_names_the_files_and_their_place(
     Path("data", "VOCtrainval_11-May-2012.tar").write_bytes(published.voc)
     with raises(rf"^could not download benchmark\.tgz \(.*\) - put {sbd_file} {way_out}"):
         VOC("train", train_list="trainaug")
-    assert VOC("train").names == list(TRAIN)  # what was there is unpacked by now
+    assert VOC("train").names == list(TRAIN)  # the archive that existed is unpacked by now
 
 
-@pytest.mark.parametrize("root", [None, "mine"])
-def test_archives_that_a_person_put_there_are_used_without_a_connection_and_stay(
-    published: Published, root: str | None
-) -> None:
+@pytest.mark.parametrize("root", [None, "given"])
+def test_existing_archives_are_used_without_a_connection_and_stay(published: Published, root: str | None) -> None:
     place = Path(root or "data")
     place.mkdir()
     (place / "VOCtrainval_11-May-2012.tar").write_bytes(published.voc)
@@ -328,34 +326,38 @@ def test_archives_that_a_person_put_there_are_used_without_a_connection_and_stay
     ]
 
 
-def test_an_archive_of_other_bytes_is_not_opened(published: Published) -> None:
-    Path("mine").mkdir()
-    Path("mine", "VOCtrainval_11-May-2012.tar").write_bytes(corrupt(published.voc))
-    with raises(r"mine/VOCtrainval_11-May-2012\.tar: it is not the published file, its sha256 is [0-9a-f]{64}\) - put"):
-        VOC("train", "mine")
-    assert [path.name for path in Path("mine").iterdir()] == ["VOCtrainval_11-May-2012.tar"]
-
-
-def test_a_root_that_was_given_is_never_fetched_into(published: Published) -> None:
-    Path("mine").mkdir()
+def test_an_archive_with_the_wrong_hash_is_not_opened(published: Published) -> None:
+    Path("given").mkdir()
+    Path("given", "VOCtrainval_11-May-2012.tar").write_bytes(corrupt(published.voc))
     with raises(
-        r"dataset\.root=mine does not hold a VOC2012 with JPEGImages, .* - put VOC\S+ \(.*\) into \S*/mine, or"
+        r"given/VOCtrainval_11-May-2012\.tar: it is not the published file, its sha256 is [0-9a-f]{64}\) - put"
     ):
-        VOC("train", "mine")
-    fakes.voc(Path("mine"), TRAIN, VAL)
-    with raises(r"root=mine does not hold SegmentationClassAug, which trainaug needs - put benchmark\.tgz \(.*\) into"):
-        VOC("trainaug", "mine")
+        VOC("train", "given")
+    assert [path.name for path in Path("given").iterdir()] == ["VOCtrainval_11-May-2012.tar"]
+
+
+def test_nothing_is_fetched_into_a_given_root(published: Published) -> None:
+    Path("given").mkdir()
+    with raises(
+        r"dataset\.root=given does not contain a VOC2012 with JPEGImages, .* - put VOC\S+ \(.*\) into \S*/given, or"
+    ):
+        VOC("train", "given")
+    fakes.voc(Path("given"), TRAIN, VAL)
+    with raises(
+        r"root=given does not contain SegmentationClassAug, which trainaug needs - put benchmark\.tgz \(.*\) into"
+    ):
+        VOC("trainaug", "given")
     with raises(r"dataset\.root=nowhere is not a folder; it should hold JPEGImages"):
         VOC("train", "nowhere")
     assert published.asked == []
 
 
-def test_an_unpacking_or_a_conversion_that_was_stopped_starts_over(
+def test_an_interrupted_unpacking_or_conversion_starts_over(
     published: Published, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    left = Path("data/VOC2012.unpacking/VOCdevkit/VOC2012/JPEGImages")
-    left.mkdir(parents=True)
-    (left / "half.jpg").write_text("")
+    leftover = Path("data/VOC2012.unpacking/VOCdevkit/VOC2012/JPEGImages")
+    leftover.mkdir(parents=True)
+    (leftover / "half.jpg").write_text("")
     real, saved = draw.save_mask, []
 
     def stopped(*arguments: Any) -> None:
@@ -368,44 +370,44 @@ def test_an_unpacking_or_a_conversion_that_was_stopped_starts_over(
         patch.setattr(draw, "save_mask", stopped)
         with pytest.raises(KeyboardInterrupt):
             VOC("trainaug")
-    assert not Path("data/VOCdevkit/VOC2012/SegmentationClassAug").exists()  # one of four masks is no set of masks
+    assert not Path("data/VOCdevkit/VOC2012/SegmentationClassAug").exists()  # only one of four masks was converted
     assert VOC("train").names == list(TRAIN)
     assert len(VOC("trainaug")) == 4
     assert published.asked == ["/voc", "/sbd"]
-    assert [path.name for path in Path("data").iterdir()] == ["VOCdevkit"]  # what was fetched is gone, once and for all
+    assert [path.name for path in Path("data").iterdir()] == ["VOCdevkit"]  # the downloaded archives are deleted
     assert not [path for path in Path("data").rglob("*") if "half" in path.name or "unpacking" in path.name]
 
 
 @pytest.mark.parametrize("fault", ["image", "mask", "count"])
-def test_an_archive_without_what_it_lists_is_not_put_into_place(
+def test_an_archive_without_a_file_that_it_lists_is_refused(
     published: Published, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fault: str
 ) -> None:
     source = tmp_path / "published" / "VOCdevkit" / "VOC2012"
     if fault == "count":
         (source / "ImageSets/Segmentation/val.txt").write_text("2008_000001\n2008_000002\n")
-        words = r"VOC\S+ lists 2 images of val, not 1 - fetch it again"
+        message = r"VOC\S+ lists 2 images of val, not 1 - download it again"
     else:
         path = "JPEGImages/2007_000002.jpg" if fault == "image" else "SegmentationClass/2007_000002.png"
         (source / path).unlink()
-        words = rf"VOC\S+ lists 2007_000002, but holds no {Path(path).name} - fetch it again"
+        message = rf"VOC\S+ lists 2007_000002, but does not contain {Path(path).name} - download it again"
     content = packed(tmp_path / "published", "VOCdevkit", tmp_path / "faulty.tar")
     urls = (published.server.serve("/faulty", whole(content)),)
     digest = hashlib.sha256(content).hexdigest()
     monkeypatch.setattr(voc, "VOC_ARCHIVE", voc.VOC_ARCHIVE._replace(urls=urls, sha256=digest))
-    with raises(words):
+    with raises(message):
         VOC("train")
     assert not Path("data/VOCdevkit").exists()
 
 
-def test_half_a_tree_that_a_person_unpacked_is_named_before_anything_is_fetched(published: Published) -> None:
+def test_an_incomplete_unpacked_folder_is_named_before_anything_is_fetched(published: Published) -> None:
     Path("data/VOCdevkit/VOC2012/JPEGImages").mkdir(parents=True)
     with raises(r"data/VOCdevkit/VOC2012 has no ImageSets/Segmentation - complete it, or move it away"):
         VOC("train")
     assert published.asked == []
 
 
-def test_the_published_archives_are_the_ones_that_others_verify() -> None:
-    """As in the lists of hashes of tensorflow/datasets and pytorch/vision."""
+def test_the_hashes_are_those_of_other_libraries() -> None:
+    """tensorflow/datasets and pytorch/vision list these hashes."""
     assert voc.VOC_ARCHIVE.sha256 == "e14f763270cf193d0b5f74b169f44157a4b0c6efa708f4dd0ff78ee691763bcb"
     assert voc.SBD_ARCHIVE.sha256 == "6a5a2918d5c73ce032fdeba876574d150d9d04113ab87540a1304cbcc715be53"
     for archive in (voc.VOC_ARCHIVE, voc.SBD_ARCHIVE):
