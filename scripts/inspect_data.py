@@ -21,7 +21,7 @@ def main() -> None:
     """Compose the config, inspect each split."""
     words = sys.argv[1:]
     from segdeconv.data import inspection_page
-    from segdeconv.data.inspection import MOST_SHOWN, class_table, inspect, overlaps
+    from segdeconv.data.inspection import MAX_SHOWN, class_table, inspect, overlaps
     from segdeconv.data.module import build_pipeline, build_split, check_augment, check_dataset, normalisation
     from segdeconv.drawing import html
     from segdeconv.losses import class_weights
@@ -62,10 +62,10 @@ def main() -> None:
     )
     html.write(shown, out / "inspect.html")
     print(f"page:   {out / 'inspect.html'}")
-    for problem in problems[:MOST_SHOWN]:
+    for problem in problems[:MAX_SHOWN]:
         print(f"problem: {problem}")
     if problems:
-        more = f", of which {MOST_SHOWN} are shown" if len(problems) > MOST_SHOWN else ""
+        more = f", of which {MAX_SHOWN} are shown" if len(problems) > MAX_SHOWN else ""
         raise UsageError(f"{choices['dataset']} has {len(problems)} problems{more} - mend the files named above")
     print(f"no problem in {sum(map(len, splits))} images and masks")
 

@@ -1,6 +1,7 @@
-"""From files to batches: data sets (one file each in datasets/), decoding, inspection, augmentation, loading.
+"""Data sets (one module each in datasets/), decoding, inspection, augmentation and loading of batches.
 
-May import everything up to `summary`. A data set is one class and one YAML file in configs/dataset.
+A data set is a class and a YAML file in configs/dataset. In the order of the packages, `data` may import everything up
+to `summary`.
 """
 
 from segdeconv.data.dataset import FileDataset, Pair, Sample, SegmentationDataset

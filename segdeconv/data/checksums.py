@@ -1,4 +1,4 @@
-"""Files held against a list of their hashes, so that one that was damaged or exchanged is not learnt from."""
+"""Verification of a data set's files by their hashes, so that damaged or replaced files are not trained on."""
 
 import os
 import re
@@ -12,35 +12,40 @@ from segdeconv.system.files import hash_file
 
 
 def verify(dataset: SegmentationDataset, *, checksums: str | None = None) -> None:
-    """Read every file of a split and hold it against a list; a decoder accepts most JPEGs with a flipped bit.
+    """Check the hash of every file of a split; decoders accept most JPEGs with a flipped bit.
 
-    checksums: a file as `sha256sum` writes it, lines of `HASH  PATH` with paths from the folder that it lies in. It has
-        to name every file of the split, and may name others.
+    Args:
+        dataset: The split.
+        checksums: A file in the format of `sha256sum`: lines of `HASH  PATH` with paths relative to its folder. It must
+            list every file of the split, and may list others. None checks nothing.
+
+    Raises:
+        UsageError: The list cannot be read, or a file is unreadable, unlisted or has another hash.
     """
     if checksums is None:
         return
     listing = Path(checksums).expanduser()
     expected = _read(listing)
     if not dataset.files:
-        raise UsageError(f"dataset.checksums: {dataset.kind} lies in no files - leave it out")
+        raise UsageError(f"dataset.checksums: {dataset.kind} has no files - leave it out")
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        wrong = [problem for problem in pool.map(lambda file: _problem(file, expected), dataset.files) if problem]
-    if wrong:
-        more = f" (and {len(wrong) - 1} more)" if wrong[1:] else ""
-        raise UsageError(f"{wrong[0]} {listing}{more} - restore the file, or make the list anew")
+        problems = [problem for problem in pool.map(lambda file: _problem(file, expected), dataset.files) if problem]
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if problems[1:] else ""
+        raise UsageError(f"{problems[0]} {listing}{more} - restore the file, or write the list again")
 
 
 def _read(listing: Path) -> dict[str, str]:
     if not listing.is_file():
-        raise UsageError(f"dataset.checksums={listing} is no file - make one: sha256sum images/* masks/* > FILE")
+        raise UsageError(f"dataset.checksums={listing} is not a file - write it with sha256sum images/* masks/* > FILE")
     expected = {}
     for number, line in read_list(listing):
-        found = re.fullmatch(r"([0-9a-fA-F]{64}) [ *](.+)", line)
-        if found is None:
+        match = re.fullmatch(r"([0-9a-fA-F]{64}) [ *](.+)", line)
+        if match is None:
             raise UsageError(
-                f"{listing}, line {number}: '{line[:80]}' is not 'HASH  PATH' - sha256sum writes such lines"
+                f"{listing}, line {number}: '{line[:80]}' is not 'HASH  PATH' - write the list with sha256sum"
             )
-        expected[os.path.realpath(listing.parent / found[2])] = found[1].lower()
+        expected[os.path.realpath(listing.parent / match[2])] = match[1].lower()
     return expected
 
 
@@ -49,6 +54,6 @@ def _problem(file: Path, expected: dict[str, str]) -> str | None:
     if digest is None:
         return f"{file} is not in"
     try:
-        return None if hash_file(file) == digest else f"{file} has another hash than in"
+        return None if hash_file(file) == digest else f"{file} does not have the hash in"
     except OSError as error:
-        return f"{file} cannot be read ({error.strerror}) and is in"
+        return f"{file} cannot be read ({error.strerror}), but is listed in"

@@ -1,4 +1,4 @@
-"""What every data set is: images, masks and names of one split, and the classes."""
+"""Base classes of data sets: the images, masks, names and classes of one split."""
 
 from __future__ import annotations
 
@@ -17,8 +17,12 @@ from segdeconv.errors import UsageError
 
 
 class Sample(NamedTuple):
-    """image: (H, W, channels) uint8 or uint16, RGB if nothing else is said; mask: (H, W) uint8, class index or
-    ignore_index; name: unique in its split.
+    """An image, its mask and its name.
+
+    Attributes:
+        image: (H, W, channels) uint8 or uint16, RGB unless the data set states other channels.
+        mask: (H, W) uint8 of class indices or ignore_index.
+        name: Unique within the split.
     """
 
     image: np.ndarray
@@ -27,9 +31,13 @@ class Sample(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """An image file, its mask file, and the name they share.
+    """The files of one sample.
 
-    instances: a file that says which pixels are of one object, if the data set has such files.
+    Attributes:
+        image: The image file.
+        mask: The mask file.
+        name: The name of the sample, unique within the split.
+        instances: The file that numbers the objects of the image, if the data set has such files.
     """
 
     image: Path
@@ -39,10 +47,18 @@ class Pair(NamedTuple):
 
 
 class PublishedScores(NamedTuple):
-    """What a paper says of a network on a data set, in percent as it is printed; None where it says nothing.
+    """Scores of a network on a data set as published, in percent; None where the paper gives none.
 
-    split: that was scored, in the data set's own words. source: the paper, and where in it; url: its address.
-    boundary_f1: with one-to-one matching. accuracy: of each class by name.
+    Attributes:
+        network: Name of the network.
+        source: The paper, and the table in it.
+        url: Address of the paper.
+        split: The evaluated split, as the data set names it.
+        miou: Mean intersection over union.
+        pixel_accuracy: Fraction of correct pixels.
+        mean_accuracy: Mean of the accuracies of the classes.
+        boundary_f1: Boundary F1 with one-to-one matching.
+        accuracy: Accuracy of each class by name.
     """
 
     network: str
@@ -57,15 +73,22 @@ class PublishedScores(NamedTuple):
 
 
 class SegmentationDataset(ABC):
-    """One split of a data set.
+    """Base class of a split of a data set.
 
-    A subclass is one data set: its constructor takes `split` and whatever finds the data (usually `root`), it states
-    its classes, and a YAML file in configs/dataset names it.
+    A subclass is one data set: its constructor takes `split` and what is needed to find the data (usually `root`), it
+    defines the classes, and a YAML file in configs/dataset names it.
 
-    channels: of every image. as_stored: whether images are what their files hold, so that a picture to be predicted is
-        read as it is stored too; otherwise any picture becomes 8-bit RGB.
-    notes: what a person should know about how the data was taken, a sentence each.
-    published: scores of others on these classes.
+    Attributes:
+        split_names: Names of the splits.
+        channels: Number of channels of every image.
+        as_stored: True if images are read exactly as stored, in prediction too; otherwise every image is read as 8-bit
+            RGB.
+        notes: Facts about the split that the user should see, one line each.
+        published: Published scores on these classes.
+        overlap_hint: Suggestion in the error message for an image that two splits share.
+        classes: The classes of the masks.
+        split: Name of this split.
+        names: Names of the samples, in order.
     """
 
     split_names: tuple[str, ...] = ("train", "val", "test")
@@ -73,7 +96,7 @@ class SegmentationDataset(ABC):
     as_stored: bool = False
     notes: tuple[str, ...] = ()
     published: tuple[PublishedScores, ...] = ()
-    way_out_of_overlap: str = "list it once"  # of an image that two splits share
+    overlap_hint: str = "list it once"
     classes: Classes
     split: str
     names: list[str]
@@ -87,57 +110,65 @@ class SegmentationDataset(ABC):
     @property
     @abstractmethod
     def fingerprint(self) -> str:
-        """Changes when the data changes: what an inspection of it is remembered under."""
+        """Text that changes when the data changes, under which its inspection is cached."""
 
     def stamp(self, index: int) -> str:
-        """Changes when what an image is read from changes while a run lasts; asked each time before it is read."""
+        """Return a text that changes when the files of an image change, checked each time before it is read."""
         return ""
 
     @property
     def kind(self) -> str:
-        """What data set it is."""
+        """Name of the data set."""
         return type(self).__name__
 
     def instances(self, index: int) -> np.ndarray:
-        """(H, W): a number for each object of an image, 0 where there is none, ignore_index where it is not known."""
+        """Return (H, W) numbers of the objects of an image: 0 for background, ignore_index for ignored pixels.
+
+        Raises:
+            UsageError: The data set has no object numbers.
+        """
         raise UsageError(
-            f"{self.kind} does not say which pixels are of one object, which dataset.examples=objects or proposals "
-            "needs - use dataset=voc, voc_aug or shapes, or examples=images"
+            f"{self.kind} has no masks of single objects, which dataset.examples=objects and proposals need - "
+            "use dataset=voc, voc_aug or shapes, or examples=images"
         )
 
     @property
     def whole(self) -> SegmentationDataset:
-        """The data set of whole images, where this one has parts of them: what is looked at before training."""
+        """The data set of whole images, if this one has crops of them; it is inspected before training."""
         return self
 
-    def through(self, view: Callable[[SegmentationDataset], SegmentationDataset]) -> SegmentationDataset:
-        """The same data set, with its whole images seen through a view of them."""
+    def wrap(self, view: Callable[[SegmentationDataset], SegmentationDataset]) -> SegmentationDataset:
+        """Return the same data set with a view applied to its whole images."""
         return view(self)
 
     @property
     def image_files(self) -> list[Path]:
-        """The files that the images lie in, if they do: two splits must not share one."""
+        """Image files, if the data set has files; two splits must not share one."""
         return []
 
     @property
     def files(self) -> list[Path]:
-        """All files that the split is read from."""
+        """All files of the split."""
         return []
 
     @property
     def stored_classes(self) -> Classes:
-        """The classes that the masks were drawn with."""
+        """The classes of the mask files, before merging or renaming."""
         return self.classes
 
 
 class DatasetView(SegmentationDataset):
-    """A data set seen in another way: its images are those of `dataset`, and what is not said anew is what they say."""
+    """Base class of data sets that change the samples of another data set; everything else is delegated to it.
+
+    Args:
+        dataset: The data set to wrap.
+    """
 
     def __init__(self, dataset: SegmentationDataset) -> None:
         self.dataset, self.split, self.split_names = dataset, dataset.split, dataset.split_names
         self.names, self.classes, self.notes = dataset.names, dataset.classes, dataset.notes
         self.channels, self.as_stored = dataset.channels, dataset.as_stored
-        self.way_out_of_overlap = dataset.way_out_of_overlap
+        self.overlap_hint = dataset.overlap_hint
 
     def stamp(self, index: int) -> str:
         return self.dataset.stamp(index)
@@ -163,9 +194,15 @@ class DatasetView(SegmentationDataset):
 
 
 class FileDataset(SegmentationDataset):
-    """A split that lies in files. The subclass finds the pairs; this reads and checks them.
+    """Base class of data sets whose images and masks are files. Subclasses find the pairs; this class reads them.
 
-    channels, exif, max_pixels: see `reading.read_image`.
+    Args:
+        split: Name of the split.
+        classes: The classes of the masks.
+        pairs: The files of each sample, in order.
+        channels: See `read_image`.
+        exif: See `read_image`.
+        max_pixels: Largest number of pixels of an image or mask.
     """
 
     def __init__(
@@ -192,12 +229,15 @@ class FileDataset(SegmentationDataset):
         if image.shape[:2] != mask.shape:
             raise UsageError(
                 f"mask {pair.mask} is {mask.shape[0]}x{mask.shape[1]} and its image {pair.image} "
-                f"{image.shape[0]}x{image.shape[1]} (HxW) - a mask has one label per pixel of its image"
+                f"{image.shape[0]}x{image.shape[1]} (HxW) - give a mask with one label per pixel of its image"
             )
         return Sample(image, mask, pair.name)
 
     def read_mask(self, index: int) -> np.ndarray:
-        """(H, W) uint8 class indices or ignore_index. Overridden where a mask's file alone does not say its classes."""
+        """Return (H, W) uint8 class indices or ignore_index of a sample.
+
+        Subclasses override this if the mask file alone does not determine the classes.
+        """
         return read_mask(self.pairs[index].mask, self.classes, max_pixels=self.max_pixels)
 
     def instances(self, index: int) -> np.ndarray:
@@ -207,10 +247,10 @@ class FileDataset(SegmentationDataset):
     def stamp(self, index: int) -> str:
         pair = self.pairs[index]
         try:
-            found = [(file, file.stat()) for file in (pair.image, pair.mask)]
+            statuses = [(file, file.stat()) for file in (pair.image, pair.mask)]
         except OSError:
-            return ""  # reading says in a sentence what is wrong with it
-        return " ".join(f"{file} {status.st_size} {status.st_mtime_ns}" for file, status in found)
+            return ""  # reading the file will report the error
+        return " ".join(f"{file} {status.st_size} {status.st_mtime_ns}" for file, status in statuses)
 
     @property
     def image_files(self) -> list[Path]:
@@ -229,8 +269,17 @@ class FileDataset(SegmentationDataset):
         return "\n".join(lines)
 
 
-def require_root(root: str | Path, expected: str, way_out: str = "give its place as dataset.root=DIR") -> Path:
-    """The folder of a data set, or one sentence that says what was expected in it."""
+def require_root(root: str | Path, expected: str, way_out: str = "give its folder as dataset.root=DIR") -> Path:
+    """Return the folder of a data set.
+
+    Args:
+        root: `dataset.root`.
+        expected: For the error message, the expected contents of the folder.
+        way_out: For the error message, what to do.
+
+    Raises:
+        UsageError: `root` is not a folder.
+    """
     folder = Path(root).expanduser()
     if not folder.is_dir():
         raise UsageError(f"dataset.root={root} is not a folder; it should hold {expected} - {way_out}")

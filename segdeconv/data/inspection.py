@@ -1,4 +1,4 @@
-"""Look at every file of a split before anything is trained on it: is it readable, and what is in it."""
+"""Inspection of a data set before training: every file is read, and pixels, sizes and channels are counted."""
 
 import hashlib
 import json
@@ -20,23 +20,29 @@ from segdeconv.data.dataset import SegmentationDataset
 from segdeconv.errors import UsageError, command
 from segdeconv.system.files import replace_text
 
-VERSION = 3  # of what an inspection holds; a new number forgets the remembered ones
-MOST_SHOWN = 20
-LARGEST = 3  # images of each class whose numbers are kept
+VERSION = 3  # of the fields of an inspection; a new number invalidates cached ones
+MAX_SHOWN = 20
+NUM_LARGEST = 3  # images listed for each class
 
-
-Seen = TypeVar("Seen")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What one split holds. Counts are by class; the last entry of each is the ignored pixels'.
+    """The contents of one split. Counts are by class; the last entry is for ignored pixels.
 
-    pixels: of each class. image_pixels: of the images in which it occurs. images: those images.
-    sizes: how many images of each (H, W), the most frequent first.
-    bits: of the channels of every image, 8 or 16. mean, std: of each channel over all pixels, in stored units.
-    problems: one sentence for each file that cannot be used.
-    largest: for each class, the indices of the few images with the most pixels of it, the first the largest.
+    Attributes:
+        split: Name of the split.
+        num_images: Number of images.
+        pixels: Number of pixels of each class.
+        image_pixels: Number of pixels of the images in which a class occurs.
+        images: Number of images in which a class occurs.
+        sizes: (H, W, number of images) of each size, the most frequent first.
+        bits: Bits of the channels of every image, 8 or 16.
+        mean: Mean of each channel over all pixels, in the units of the stored numbers.
+        std: Standard deviation of each channel, like `mean`.
+        problems: An error message for each unusable file.
+        largest: For each class, the indices of the images with the most pixels of it, the largest first.
     """
 
     split: str
@@ -52,38 +58,44 @@ class Inspection:
     largest: list[list[int]] = field(default_factory=list)
 
 
-def inspect(dataset: SegmentationDataset, *, remember: bool = True) -> Inspection:
-    """Read every whole image and mask once. Remembered by the files' sizes and times, in the user's cache."""
+def inspect(dataset: SegmentationDataset, *, use_cache: bool = True) -> Inspection:
+    """Read every whole image and mask of a split and count its contents.
+
+    Args:
+        dataset: The split.
+        use_cache: Read and write the result in the user's cache, under the sizes and times of the files. Inspections
+            with problems are not cached.
+    """
     dataset = dataset.whole
     text = f"{VERSION}\n{dataset.kind} {dataset.split}\n{dataset.fingerprint}"
-    memory = cache("inspections") / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
-    if remember and memory.is_file():
+    path = cache_folder("inspections") / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
+    if use_cache and path.is_file():
         try:
-            content = json.loads(memory.read_text())
+            content = json.loads(path.read_text())
             return Inspection(**{**content, "sizes": [tuple(size) for size in content["sizes"]]})
         except (ValueError, TypeError, KeyError):
-            memory.unlink(missing_ok=True)  # cut short by a crash of the machine: look again
+            path.unlink(missing_ok=True)  # truncated by a crash of the machine
     inspection = _inspect(dataset)
-    if remember and not inspection.problems:
-        with suppress(OSError):  # a home that cannot be written costs the next run the same look, nothing else
-            replace_text(memory, json.dumps(asdict(inspection)))
+    if use_cache and not inspection.problems:
+        with suppress(OSError):  # without the file, the next run only inspects again
+            replace_text(path, json.dumps(asdict(inspection)))
     return inspection
 
 
-def cache(kind: str) -> Path:
-    """The folder of what is remembered between runs."""
+def cache_folder(kind: str) -> Path:
+    """Return the folder of a kind of files that are cached between runs."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "segdeconv" / kind
 
 
-def map_with_progress(count: int, look: Callable[[int], Seen], about: str) -> list[Seen]:
-    """What `look` says of each index, with a progress bar."""
-    # Threads suffice: decoding and counting release the interpreter's lock.
+def map_with_progress(count: int, function: Callable[[int], Result], description: str) -> list[Result]:
+    """Return `function` of the indices 0..count - 1, computed in parallel with a progress bar."""
+    # Threads suffice, since decoding and counting release the interpreter's lock.
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        return list(tqdm(pool.map(look, range(count)), total=count, desc=about, leave=False, disable=None))
+        return list(tqdm(pool.map(function, range(count)), total=count, desc=description, leave=False, disable=None))
 
 
-class _Look(NamedTuple):
-    """One image's share: counts by class, the ignored last; size; bits; sums of each channel and of its squares."""
+class _ImageCounts(NamedTuple):
+    """The counts of one image: pixels by class, the ignored last, and (2, C) sums of channels and their squares."""
 
     counts: np.ndarray
     size: tuple[int, int]
@@ -94,40 +106,43 @@ class _Look(NamedTuple):
 def _inspect(dataset: SegmentationDataset) -> Inspection:
     num_classes, ignored = len(dataset.classes), dataset.classes.ignore_index
 
-    def look(index: int) -> _Look | str:
+    def count_image(index: int) -> _ImageCounts | str:
         try:
             image, mask, name = dataset[index]
         except UsageError as error:
             return str(error)
         if image.shape[2] != dataset.channels:
-            return f"{name} has {image.shape[2]} channels and its data set {dataset.channels} - give all as many"
+            return f"{name} has {image.shape[2]} channels, but its data set has {dataset.channels} - make them equal"
         counts = np.bincount(mask.ravel(), minlength=256)
         counts = np.append(counts[:num_classes], counts[ignored])
-        return _Look(counts, (mask.shape[0], mask.shape[1]), 8 * image.dtype.itemsize, _moments(image) * mask.size)
+        return _ImageCounts(
+            counts, (mask.shape[0], mask.shape[1]), 8 * image.dtype.itemsize, _moments(image) * mask.size
+        )
 
     pixels = np.zeros(num_classes + 1, dtype=np.int64)
     image_pixels, images = pixels.copy(), pixels.copy()
     sums = np.zeros((2, dataset.channels))
     sizes: Counter[tuple[int, int]] = Counter()
-    of_bits: dict[int, list[str]] = {}
+    names_by_bits: dict[int, list[str]] = {}
     problems = []
     largest: list[list[tuple[int, int]]] = [[] for _ in range(num_classes)]  # (pixels, -index)
-    for index, (name, seen) in enumerate(
-        zip(dataset.names, map_with_progress(len(dataset), look, f"inspecting {dataset.split}"), strict=True)
-    ):
-        if isinstance(seen, str):
-            problems.append(seen)
+    results = map_with_progress(len(dataset), count_image, f"inspecting {dataset.split}")
+    for index, (name, result) in enumerate(zip(dataset.names, results, strict=True)):
+        if isinstance(result, str):
+            problems.append(result)
             continue
-        pixels += seen.counts
-        image_pixels[seen.counts > 0] += seen.size[0] * seen.size[1]
-        images += seen.counts > 0
-        for label in np.flatnonzero(seen.counts[:-1]):
-            largest[label] = sorted([*largest[label], (int(seen.counts[label]), -index)], reverse=True)[:LARGEST]
-        sizes[seen.size] += 1
-        of_bits.setdefault(seen.bits, []).append(name)
-        sums += seen.sums
-    if len(of_bits) > 1:
-        problems.append(f"{of_bits[8][0]} has 8 bit and {of_bits[16][0]} 16 bit per channel - save all images alike")
+        counts = result.counts
+        pixels += counts
+        image_pixels[counts > 0] += result.size[0] * result.size[1]
+        images += counts > 0
+        for label in np.flatnonzero(counts[:-1]):
+            largest[label] = sorted([*largest[label], (int(counts[label]), -index)], reverse=True)[:NUM_LARGEST]
+        sizes[result.size] += 1
+        names_by_bits.setdefault(result.bits, []).append(name)
+        sums += result.sums
+    if len(names_by_bits) > 1:
+        first_8, first_16 = names_by_bits[8][0], names_by_bits[16][0]
+        problems.append(f"{first_8} has 8 bit and {first_16} 16 bit per channel - save all images with the same bits")
     mean, square = sums / max(1, sum(height * width * count for (height, width), count in sizes.items()))
     return Inspection(
         dataset.split,
@@ -136,19 +151,19 @@ def _inspect(dataset: SegmentationDataset) -> Inspection:
         image_pixels.tolist(),
         images.tolist(),
         [(*size, count) for size, count in sizes.most_common()],
-        max(of_bits, default=8),
+        max(names_by_bits, default=8),
         [_readable(value) for value in mean],
         [_readable(value) for value in np.sqrt(np.maximum(0, square - mean**2))],
         problems,
-        [[-place for _, place in found] for found in largest],
+        [[-negative_index for _, negative_index in entries] for entries in largest],
     )
 
 
 def _moments(image: np.ndarray) -> np.ndarray:
-    """(2, C): the mean of each channel and of its squares."""
-    groups = range(0, image.shape[2], 4)  # as many channels as OpenCV takes
-    found = [np.hstack(cv2.meanStdDev(np.ascontiguousarray(image[:, :, first : first + 4]))) for first in groups]
-    mean, std = np.concatenate(found).T
+    """Return (2, C), the mean of each channel and of its squares."""
+    groups = range(0, image.shape[2], 4)  # OpenCV processes at most four channels
+    parts = [np.hstack(cv2.meanStdDev(np.ascontiguousarray(image[:, :, first : first + 4]))) for first in groups]
+    mean, std = np.concatenate(parts).T
     return np.stack([mean, std**2 + mean**2])
 
 
@@ -156,17 +171,22 @@ def _readable(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def inspect_all(datasets: Iterable[SegmentationDataset], *, remember: bool = True) -> list[Inspection]:
-    """Inspect several splits of one data set; raises UsageError if anything in them cannot be used.
+def inspect_all(datasets: Iterable[SegmentationDataset], *, use_cache: bool = True) -> list[Inspection]:
+    """Inspect several splits of one data set.
 
-    Also if an image is in two splits: scores on images that were trained on mean nothing.
+    Args:
+        datasets: The splits.
+        use_cache: See `inspect`.
+
+    Raises:
+        UsageError: A file cannot be used, the splits have different bits, or an image is in two splits.
     """
     datasets = list(datasets)
-    inspections = [inspect(dataset, remember=remember) for dataset in datasets]
+    inspections = [inspect(dataset, use_cache=use_cache) for dataset in datasets]
     problems = [problem for inspection in inspections for problem in inspection.problems] + overlaps(datasets)
     if not problems and len({inspection.bits for inspection in inspections}) > 1:
-        found = ", ".join(f"{inspection.split} {inspection.bits} bit" for inspection in inspections)
-        problems = [f"the splits differ: {found} per channel - save all images alike"]
+        bits = ", ".join(f"{inspection.split} {inspection.bits} bit" for inspection in inspections)
+        problems = [f"the splits differ: {bits} per channel - save all images with the same bits"]
     if problems:
         more = f" (and {len(problems) - 1} more: {command('inspect_data')} lists them)" if problems[1:] else ""
         raise UsageError(problems[0] + more)
@@ -174,24 +194,27 @@ def inspect_all(datasets: Iterable[SegmentationDataset], *, remember: bool = Tru
 
 
 def overlaps(datasets: Iterable[SegmentationDataset]) -> list[str]:
-    """One sentence for each image file that two splits share."""
+    """Return an error message for each image file that is in two splits, since scores on it would be meaningless."""
     owner: dict[Path, str] = {}
-    sentences = []
+    messages = []
     for dataset in datasets:
         for image in dataset.image_files:
-            path = Path(os.path.realpath(image))  # resolve() raises for a link that leads to itself
+            path = Path(os.path.realpath(image))  # resolve() raises for a link to itself
             if owner.setdefault(path, dataset.split) != dataset.split:
-                sentences.append(
-                    f"{path} is in {owner[path]} and in {dataset.split}: its score would mean nothing - "
-                    f"{dataset.way_out_of_overlap}"
+                messages.append(
+                    f"{path} is in {owner[path]} and in {dataset.split}, so its score would be meaningless - "
+                    f"{dataset.overlap_hint}"
                 )
-    return sentences
+    return messages
 
 
 def class_table(inspection: Inspection, classes: Classes, weights: list[float] | None) -> str:
-    """The counts of one split, for reading.
+    """Format the counts of one split as a table.
 
-    weights: by class, shown as a last column.
+    Args:
+        inspection: The inspection of the split.
+        classes: Its classes.
+        weights: Weight of each class, for the last column.
     """
     total = max(1, sum(inspection.pixels))
     width = max(len(name) for name in (*classes.names, "(ignored)"))
@@ -203,15 +226,15 @@ def class_table(inspection: Inspection, classes: Classes, weights: list[float] |
     ]
     if len(inspection.mean) != 3 or inspection.bits != 8:
         lines.insert(1, f"  {len(inspection.mean)} channel(s) of {inspection.bits} bit")
-        for what, values in (("mean", inspection.mean), ("std", inspection.std)):
-            numbers = ", ".join(f"{value:g}" for value in values[:MOST_SHOWN])
-            lines[1] += f", {what} {numbers}" + (", ..." if len(values) > MOST_SHOWN else "")
+        for statistic, values in (("mean", inspection.mean), ("std", inspection.std)):
+            numbers = ", ".join(f"{value:g}" for value in values[:MAX_SHOWN])
+            lines[1] += f", {statistic} {numbers}" + (", ..." if len(values) > MAX_SHOWN else "")
     several = len(classes.ignored_labels) > 1
     labels: list[object] = [*classes.labels, "other" if several else classes.ignored_labels[0]]
     colours = [*classes.colours, classes.ignore_colour]
     for index, name in enumerate((*classes.names, "(ignored)")):
-        shown = colours[index]
-        colour = f"#{shown[0]:02x}{shown[1]:02x}{shown[2]:02x}" if shown else "-"
+        rgb = colours[index]
+        colour = f"#{rgb[0]:02x}{rgb[1]:02x}{rgb[2]:02x}" if rgb else "-"
         weight = f"{weights[index]:7.4f}" if weights is not None and index < len(weights) else "      -"
         absent = "   <- no pixel in this split" if index < len(classes) and not inspection.pixels[index] else ""
         lines.append(

@@ -1,4 +1,4 @@
-"""Data sets -> batches of tensors, for training and for evaluation."""
+"""Batches of tensors for training and evaluation, and the worker processes that load them."""
 
 import os
 import re
@@ -24,11 +24,18 @@ from segdeconv.data.preprocessing import Preprocessing, resize_image, resize_mas
 from segdeconv.data.sampler import StatelessBatches
 from segdeconv.errors import UsageError
 
-AHEAD = 2  # batches that each worker makes before they are asked for
+PREFETCH = 2  # batches that each worker prepares in advance
 
 
 class TrainingBatches(Dataset[dict[str, Any]]):
-    """Augmented samples, by (epoch, index): numbers as stored, which `for_network` normalises on the device."""
+    """Augmented training samples by (epoch, index), with pixels as stored; `for_network` normalises them on the device.
+
+    Args:
+        dataset: The train split.
+        preprocessing: The preprocessing of the network.
+        augmentation: The augmentation of the samples.
+        mixing: The mixing with other samples, or None.
+    """
 
     def __init__(
         self,
@@ -43,12 +50,12 @@ class TrainingBatches(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, place: tuple[int, int]) -> dict[str, Any]:
-        epoch, index = place
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        epoch, index = key
         image, mask, name = self._augmented(index, epoch, index)
         partner = self.mixing.partner(epoch, index, len(self)) if self.mixing else None
         if self.mixing and partner is not None:
-            # Draws of its own: the partner may be in the batch by itself too, or be this very image.
+            # The partner is augmented with other draws, since it may also be a sample of the batch, or this image.
             other, labels, _ = self._augmented(partner, epoch, len(self) + index)
             image, mask = self.mixing(image, mask, other, labels, epoch, index)
         return {"image": image, "mask": mask, "name": name}
@@ -59,11 +66,16 @@ class TrainingBatches(Dataset[dict[str, Any]]):
         if size is not None:
             image, mask = resize_image(image, size), resize_mask(mask, size)
         image, mask = self.augmentation(image, mask, epoch, draw)
-        return Sample(self.preprocessing.required(image, name), mask, name)
+        return Sample(self.preprocessing.checked(image, name), mask, name)
 
 
 class EvaluationSamples(Dataset[Sample]):
-    """Images of the size that the network sees, masks as they are stored: scores count stored pixels."""
+    """Evaluation samples: images at the input size and masks at their stored size, on which scores are computed.
+
+    Args:
+        dataset: The split.
+        preprocessing: The preprocessing of the network.
+    """
 
     def __init__(self, dataset: SegmentationDataset, preprocessing: Preprocessing) -> None:
         self.dataset, self.preprocessing = dataset, preprocessing
@@ -73,13 +85,13 @@ class EvaluationSamples(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         image, mask, name = self.dataset[index]
-        image = self.preprocessing.required(image, name)
+        image = self.preprocessing.checked(image, name)
         size = self.preprocessing.size
         return Sample(image if size is None else resize_image(image, size), mask, name)
 
 
 def collate_training(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """-> image (N, C, H, W) as stored, see `stacked`; mask (N, H, W) uint8; name: list."""
+    """Return image (N, C, H, W) as stored, see `stacked`; mask (N, H, W) uint8; and name, a list."""
     names = [sample["name"] for sample in samples]
     return {
         "image": _stack([sample["image"] for sample in samples], names),
@@ -89,7 +101,7 @@ def collate_training(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def collate_evaluation(samples: Sequence[Sample]) -> dict[str, Any]:
-    """-> image (N, C, h, w) as stored, see `stacked`; mask: list of (H, W) uint8, each of its own size; name: list."""
+    """Return image (N, C, h, w) as stored, see `stacked`; mask, a list of (H, W) uint8; and name, a list."""
     names = [sample.name for sample in samples]
     return {
         "image": _stack([sample.image for sample in samples], names),
@@ -99,9 +111,15 @@ def collate_evaluation(samples: Sequence[Sample]) -> dict[str, Any]:
 
 
 def for_network(batch: dict[str, Any], preprocessing: Preprocessing) -> dict[str, Any]:
-    """A batch of either kind, on its device, as training and validation take it.
+    """Return a batch as the network needs it, on the device of the batch.
 
-    image: (N, C, H, W) float32, normalised, in channels-last memory. mask: (N, H, W) int64 of a training batch.
+    Args:
+        batch: A batch of `collate_training` or `collate_evaluation`.
+        preprocessing: The preprocessing of the network.
+
+    Returns:
+        The batch with image (N, C, H, W) float32, normalised, in channels-last memory, and for training with mask
+        (N, H, W) int64.
     """
     mask = batch["mask"]
     return {
@@ -115,29 +133,29 @@ def _stack(images: Sequence[np.ndarray], names: Sequence[str]) -> Tensor:
     for image, name in zip(images, names, strict=True):
         if image.shape != images[0].shape:
             raise UsageError(
-                f"{names[0]} is {images[0].shape[:2]} and {name} {image.shape[:2]} (HxW), which make no "
-                "batch - set dataset.size=[H,W] (all images) or dataset.crop=[H,W] (training), or dataset.batch_size=1"
+                f"{names[0]} is {images[0].shape[:2]} and {name} {image.shape[:2]} (HxW), but a batch needs one "
+                "size - set dataset.size=[H,W] (all images) or dataset.crop=[H,W] (training), or dataset.batch_size=1"
             )
     return stacked(images)
 
 
-HELD = {getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)}
+HANDLED_SIGNALS = {getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)}
 
 
 class Loader(DataLoader[Any]):
-    """torch's, whose workers are born deaf to the signals that `prepare_worker` sees to: before it they would die."""
+    """DataLoader whose workers start with signals blocked, since a signal before `prepare_worker` would end them."""
 
     def __iter__(self) -> Any:
         if not self.num_workers or not hasattr(signal, "pthread_sigmask"):  # Windows
             return super().__iter__()
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED_SIGNALS)
         try:
             return super().__iter__()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def check_worker_number_rationality(self) -> None:
-        """Torch's warning of more workers than cores, several lines long: `worker_settings` says what is too many."""
+        """Suppress torch's warning about many workers, since `worker_settings` already checks their number."""
 
 
 def training_loader(
@@ -150,7 +168,20 @@ def training_loader(
     world_size: int = 1,
     **workers: Any,
 ) -> DataLoader[Any]:
-    """Endless epochs of shuffled, augmented batches; see StatelessBatches for `position`."""
+    """Build the loader of shuffled, augmented batches.
+
+    Args:
+        samples: The training samples.
+        batch_size: Batch size per process.
+        seed: Seed of the order.
+        position: See `StatelessBatches`.
+        rank: Index of this process.
+        world_size: Number of processes.
+        workers: `num_workers` and `timeout` of `worker_settings`.
+
+    Raises:
+        UsageError: There are fewer images than a batch, too many workers, or too little shared memory.
+    """
     batches = StatelessBatches(len(samples), batch_size, seed=seed, position=position, rank=rank, world_size=world_size)
     if len(batches) == 0:
         raise UsageError(
@@ -165,8 +196,14 @@ def training_loader(
 def evaluation_loader(
     samples: EvaluationSamples, *, batch_size: int, rank: int = 0, world_size: int = 1, **workers: Any
 ) -> DataLoader[Any]:
-    """Every image once, in order; of several processes each takes every world_size-th. Without a common size, one at a
-    time.
+    """Build the loader of every image in order; each process loads every `world_size`-th image.
+
+    Args:
+        samples: The evaluation samples.
+        batch_size: Batch size per process; it is 1 if images have different sizes.
+        rank: Index of this process.
+        world_size: Number of processes.
+        workers: `num_workers` and `timeout` of `worker_settings`.
     """
     if samples.preprocessing.size is None:
         batch_size = 1
@@ -180,91 +217,102 @@ def evaluation_loader(
 
 
 def worker_settings(*, num_workers: int | None, timeout: float, world_size: int = 1) -> dict[str, Any]:
-    """num_workers: None for as many as suit this machine, which has only so many cores for each process of ours.
-    timeout: seconds a batch may take before we give up.
+    """Return the arguments of a DataLoader that concern its workers.
+
+    Args:
+        num_workers: Number of workers; None chooses it from the cores per process.
+        timeout: Seconds to wait for a batch.
+        world_size: Number of processes that share the cores.
+
+    Raises:
+        UsageError: `num_workers` is much larger than the number of cores.
     """
-    # In a container a process may use fewer cores than the machine has.
+    # A container may allow fewer cores than the machine has.
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cores = max(1, usable // world_size)
     if num_workers is None:
-        # With an accelerator the cores have only the data to do; without one they also train.
+        # Without an accelerator, the cores also train.
         num_workers = min(16, cores) if torch.cuda.is_available() else min(2, cores)
-    most = max(64, 8 * cores)
-    if num_workers > most:
+    limit = max(64, 8 * cores)
+    if num_workers > limit:
         raise UsageError(
-            f"dataset.num_workers={num_workers} and this process has {cores} cores - give {most} or fewer, or leave it "
-            "out for as many as suit the machine"
+            f"dataset.num_workers={num_workers} is too many for the {cores} cores of this process - set at most "
+            f"{limit}, or leave it out to choose the number for the machine"
         )
     return {
         "num_workers": num_workers,
         "persistent_workers": num_workers > 0,
-        "prefetch_factor": AHEAD if num_workers else None,
+        "prefetch_factor": PREFETCH if num_workers else None,
         "timeout": timeout if num_workers else 0,
         "worker_init_fn": prepare_worker,
         "pin_memory": torch.cuda.is_available(),
     }
 
 
-SHARED = Path("/dev/shm")  # where workers put their batches, on Linux
+SHARED_MEMORY = Path("/dev/shm")  # through which workers pass their batches, on Linux
 
 
 def _require_shared_memory(samples: TrainingBatches, batch_size: int, num_workers: int) -> None:
-    """torch waits for ever for a batch that found no room there; so it is counted before."""
-    if not num_workers or not SHARED.is_dir():
+    """Raise UsageError if batches do not fit into the shared memory, since torch would wait for them forever."""
+    if not num_workers or not SHARED_MEMORY.is_dir():
         return
     sample = samples[(0, 0)]
     needed = num_workers * batch_size * (sample["image"].nbytes + sample["mask"].nbytes)
-    free = shutil.disk_usage(SHARED).free
+    free = shutil.disk_usage(SHARED_MEMORY).free
     if needed > free:
         raise UsageError(
-            f"the batches of {num_workers} workers take {needed >> 20} MiB of shared memory and {SHARED} has "
-            f"{free >> 20} - give it more (in a container --shm-size), or lower dataset.num_workers or "
+            f"the batches of {num_workers} workers need {needed >> 20} MiB of shared memory, but {SHARED_MEMORY} has "
+            f"{free >> 20} - increase it (in a container --shm-size), or lower dataset.num_workers or "
             "dataset.batch_size"
         )
 
 
 @contextmanager
 def explain_loader_errors() -> Iterator[None]:
-    """What torch says of loader workers that die, hang or run out of shared memory, as one sentence of ours."""
+    """Turn torch's errors about workers that died, hang or ran out of shared memory into a UsageError."""
     try:
         yield
-    except (RuntimeError, ProcessRaisedException) as error:  # here, or in another training process
-        said = f"{error} {error.__cause__}"
-        if "shared memory" in said:
-            what = "the shared memory for batches ran out (/dev/shm, in a container --shm-size)"
-        elif "DataLoader timed out" in said:
-            what = f"a worker brought no batch in time, it hangs or {SHARED} is full ({str(error).partition('.')[0]})"
-        elif "killed by signal: Killed" in said:
-            what = "a worker was killed, which the system does where memory runs out"
-        elif "DataLoader worker" in said and ("killed by signal" in said or "exited unexpectedly" in said):
-            found = re.search(r"DataLoader worker \(pid[^)]*\)+( is killed by signal: [\w ]+)?", said)
-            what = f"a worker died ({found[0] if found else 'it does not say how'})"
+    except (RuntimeError, ProcessRaisedException) as error:  # the latter from another training process
+        message = f"{error} {error.__cause__}"
+        if "shared memory" in message:
+            cause = "the shared memory for batches ran out (/dev/shm, in a container --shm-size)"
+        elif "DataLoader timed out" in message:
+            reason = str(error).partition(".")[0]
+            cause = f"a worker delivered no batch in time; it hangs or {SHARED_MEMORY} is full ({reason})"
+        elif "killed by signal: Killed" in message:
+            cause = "a worker was killed, probably by the system because memory ran out"
+        elif "DataLoader worker" in message and ("killed by signal" in message or "exited unexpectedly" in message):
+            match = re.search(r"DataLoader worker \(pid[^)]*\)+( is killed by signal: [\w ]+)?", message)
+            cause = f"a worker died ({match[0] if match else 'the reason is unknown'})"
         else:
             raise
         raise UsageError(
-            f"{what} - lower dataset.num_workers or dataset.batch_size, or raise dataset.timeout; then go on with "
+            f"{cause} - lower dataset.num_workers or dataset.batch_size, or raise dataset.timeout; then resume with "
             "resume=auto"
         ) from error
 
 
 def prepare_worker(_: int) -> None:
-    """One thread per worker; signals are the main process's to answer, which may want another batch before it saves.
+    """Limit a worker to one thread and let it ignore signals, which the main process handles.
 
-    A worker still ends when the main process terminates it, which torch does with one that hangs.
+    The main process may need another batch before it saves. A worker still ends when the main process terminates it, as
+    torch does when a worker hangs.
     """
-    cv2.setNumThreads(0)  # torch's are one in a worker already
+    cv2.setNumThreads(0)  # torch already uses one thread in a worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "SIGHUP"):  # Windows has none
+    if hasattr(signal, "SIGHUP"):  # not on Windows
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    known = hasattr(signal, "sigwaitinfo")  # Linux: only this says who has sent a signal
+    sender_is_known = hasattr(signal, "sigwaitinfo")  # Linux
     if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD - {signal.SIGTERM} if known else HELD)
-    if known:
+        signal.pthread_sigmask(
+            signal.SIG_UNBLOCK, HANDLED_SIGNALS - {signal.SIGTERM} if sender_is_known else HANDLED_SIGNALS
+        )
+    if sender_is_known:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_with_the_parent, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_exit_on_signal_of_parent, args=(os.getppid(),), daemon=True).start()
 
 
-def _end_with_the_parent(parent: int) -> None:
+def _exit_on_signal_of_parent(parent: int) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)

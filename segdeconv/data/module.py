@@ -1,4 +1,4 @@
-"""From a checked config to the samples of training and validation: the `dataset` and `augment` nodes."""
+"""Training and validation samples from the `dataset` and `augment` nodes of a config."""
 
 import typing
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ from pydantic import Field
 
 from segdeconv.config import TARGET, build, check, deal, locate
 from segdeconv.data.augmentation import Augmentation, Transform, mask_arguments
-from segdeconv.data.cache import Cached, Kind, make_room, open_store
+from segdeconv.data.cache import Cached, Kind, open_store, plan_cache
 from segdeconv.data.checksums import verify
 from segdeconv.data.crops import Crops
 from segdeconv.data.dataset import SegmentationDataset
@@ -27,21 +27,30 @@ IMAGENET_STD = (58.395, 57.12, 57.375)
 
 
 class DataPipeline:
-    """The train and val split of one data set, as samples of training and validation.
+    """The train and val split of one data set as training and validation samples.
 
-    size: (H, W) that the network sees, in training and prediction; None for each image's own.
-    crop: (H, W) of training batches, cut at random after augmentation; None for `size`.
-    mix, mix_probability: which part of another training image is pasted into an image, and how often; see
-        `Mixing`.
-    batch_size: images per process and step. num_workers: None for as many as suit the machine.
-        More than the machine has cores for are not started.
-    timeout: seconds after which a batch that does not come ends the run.
-    cache: where decoded images stay after they were decoded once, see `cache.make_room`. cache_size: their bound in
-        GiB; None for a quarter of the memory or disk that is free.
-    mean, std: of each channel, in the units of the stored numbers. None is ImageNet's for 8-bit RGB, and what is
-        measured on the train split for other images. The originals feed SegNet raw pixels: mean=[0,0,0], std=[1,1,1].
-    order: of the channels as the network sees them. OpenCV, and so Caffe, reads `bgr`; mean and std stay those of the
-        stored channels.
+    Args:
+        train: The train split.
+        val: The val split.
+        transforms: The augmentation, by name.
+        seed: Seed of the augmentation, the mixing and the order of samples.
+        size: (H, W) of the network's input in training and prediction; None for the size of each image.
+        crop: (H, W) of training batches, cropped at random after augmentation; None for `size`.
+        mix: The part of another training image that is pasted into an image, see `Mixing`.
+        mix_probability: Probability that an image is mixed, 0..1.
+        batch_size: Images per process and step.
+        num_workers: Number of worker processes, limited by the number of cores; None chooses it for the machine.
+        timeout: Seconds to wait for a batch before the run is stopped.
+        cache: Where decoded images are cached, see `cache.plan_cache`.
+        cache_size: Limit of the cache in GiB; None for a quarter of the free memory or disk.
+        mean: Mean of each channel, in the units of the stored numbers. None is ImageNet's for 8-bit RGB, and measured
+            on the train split for other images. The original SegNet is fed raw pixels: mean=[0,0,0], std=[1,1,1].
+        std: Standard deviation of each channel, like `mean`.
+        order: Order of the channels of the network's input. OpenCV, and so Caffe, reads `bgr`; mean and std are those
+            of the stored channels.
+
+    Raises:
+        UsageError: The images do not fit `mean`, `std`, `order`, a transform or the cache.
     """
 
     def __init__(
@@ -69,12 +78,12 @@ class DataPipeline:
         for name, values in (("mean", mean), ("std", std)):
             if len(values) != train.channels:
                 raise UsageError(
-                    f"dataset.{name} has {len(values)} values and the images have {train.channels} channel(s) - give "
-                    "one per channel, or leave it out"
+                    f"dataset.{name} has {len(values)} values, but the images have {train.channels} channel(s) - give "
+                    "one value per channel, or leave it out"
                 )
         if order == "bgr" and train.channels != 3:
             raise UsageError(
-                f"dataset.order=bgr is an order of 3 channels and the images have {train.channels} - leave it out"
+                f"dataset.order=bgr needs images of 3 channels, but they have {train.channels} - leave it out"
             )
         image, mask, _ = train[0]
         bits = 8 * image.dtype.itemsize
@@ -87,23 +96,23 @@ class DataPipeline:
             fill=self.preprocessing.mean,
             seed=seed,
         )
-        seen_at = _size(size) or (image.shape[0], image.shape[1])
-        augmentation.rehearse(resize_image(image, seen_at), resize_mask(mask, seen_at))
+        input_size = _size(size) or (image.shape[0], image.shape[1])
+        augmentation.dry_run(resize_image(image, input_size), resize_mask(mask, input_size))
         self.workers: dict[str, Any] = {"num_workers": num_workers, "timeout": timeout}
-        # Whole images are kept at the size that the network sees, unless they are still to be cut; val keeps its masks.
+        # Whole images are cached at the input size unless crops are taken from them; val masks keep their stored size.
         splits = (train.whole, val.whole)
         sizes = tuple(_size(size) if split is split.whole else None for split in (train, val))
-        self.room = make_room(cache, cache_size, splits, sizes)
-        store = open_store(self.room, splits, sizes)
+        self.cache_plan = plan_cache(cache, cache_size, splits, sizes)
+        store = open_store(self.cache_plan, splits, sizes)
         if store is not None:
-            train = train.through(lambda whole: Cached(whole, store, size=sizes[0]))
-            val = val.through(lambda whole: Cached(whole, store, first=len(splits[0]), size=sizes[1], masks_too=False))
+            train = train.wrap(lambda whole: Cached(whole, store, size=sizes[0]))
+            val = val.wrap(lambda whole: Cached(whole, store, first=len(splits[0]), size=sizes[1], resize_masks=False))
         mixing = None if mix == "none" else Mixing(mix, mix_probability, ignore_index=ignore_index, seed=seed)
         self.samples = TrainingBatches(train, self.preprocessing, augmentation, mixing)
         self.val_samples = EvaluationSamples(val, self.preprocessing)
 
     def batches_per_epoch(self, world_size: int) -> int:
-        """Training batches of one epoch in one of so many processes."""
+        """Return the number of training batches of one epoch in each of `world_size` processes."""
         return len(self.train) // (self.batch_size * world_size)
 
 
@@ -111,49 +120,65 @@ def _size(size: Sequence[int] | None) -> tuple[int, int] | None:
     return (size[0], size[1]) if size else None
 
 
-def normalisation(node: Mapping[str, Any], dataset: SegmentationDataset, seen: Inspection) -> dict[str, Any]:
-    """A `dataset` node with the mean and std that nobody chose.
+def normalisation(node: Mapping[str, Any], dataset: SegmentationDataset, inspection: Inspection) -> dict[str, Any]:
+    """Return a `dataset` node in which a missing mean or std is filled in.
 
-    seen: what was measured on the train split. A channel that is the same everywhere is left as it is.
+    Args:
+        node: A checked `dataset` node.
+        dataset: The train split.
+        inspection: The statistics of the train split. A constant channel gets a std of 1.
     """
-    rgb = dataset.channels == 3 and seen.bits == 8
-    usual = {
-        "mean": list(IMAGENET_MEAN) if rgb else seen.mean,
-        "std": list(IMAGENET_STD) if rgb else [value or 1.0 for value in seen.std],
+    rgb = dataset.channels == 3 and inspection.bits == 8
+    defaults = {
+        "mean": list(IMAGENET_MEAN) if rgb else inspection.mean,
+        "std": list(IMAGENET_STD) if rgb else [value or 1.0 for value in inspection.std],
     }
-    return {**node, **{name: value for name, value in usual.items() if node[name] is None}}
+    return {**node, **{name: value for name, value in defaults.items() if node[name] is None}}
 
 
-# Who takes the keys of a `dataset` node beside the data set itself, and what the program supplies to them.
+# The callables that, besides the data set, take the keys of a `dataset` node; SUPPLIED are their other arguments.
 SCHEMAS = (verify, Relabelled, Crops, DataPipeline)
 SUPPLIED = ("train", "val", "transforms", "seed", "dataset", "split")
 
 
 def check_dataset(node: dict[str, Any]) -> dict[str, Any]:
-    """The `dataset` node of a config: arguments of the data set, of the views of it, of the pipeline."""
+    """Check the `dataset` node of a config: arguments of the data set, of its views and of the pipeline.
+
+    Returns:
+        The node with all defaults filled in.
+
+    Raises:
+        UsageError: A key is unknown, or a value is invalid.
+    """
     return check(node, "dataset", [locate(node, "dataset"), *SCHEMAS], supplied=SUPPLIED)
 
 
 def build_split(node: Mapping[str, Any], split_name: str) -> SegmentationDataset:
-    """One split of the data set that a checked `dataset` node names, its files held against their list if there is one;
-    through its label_map, whole or in crops.
+    """Build one split of the data set of a checked `dataset` node, with its label_map and crops applied.
+
+    Raises:
+        UsageError: The data set cannot be read, or its files do not match `dataset.checksums`.
     """
-    listed, view, crops, _, source = deal(node, SCHEMAS)
+    checksums, view, crops, _, source = deal(node, SCHEMAS)
     dataset = typing.cast(SegmentationDataset, build(source, "dataset", split=split_name))
-    verify(dataset, **listed)
+    verify(dataset, **checksums)
     if view.get("label_map"):
         dataset = Relabelled(dataset, **view)
     return Crops(dataset, **crops) if crops.get("examples", "images") != "images" else dataset
 
 
 def check_augment(nodes: dict[str, Any]) -> dict[str, Any]:
-    """The `augment` node: transforms by name, in order; a name set to null is left out."""
+    """Check the `augment` node of a config: transforms by name, in order; a name set to null is left out.
+
+    Raises:
+        UsageError: A transform or key is unknown, or a value is invalid.
+    """
     checked = {}
     for name, node in nodes.items():
         if node is not None:
             where = f"augment.{name}"
-            # Against the signature, since albumentations only warns of arguments it does not know. Its own
-            # defaults are not written in: they change with its version and this is the user's choice.
+            # Checked against the signature, since albumentations only warns about unknown arguments. Its defaults are
+            # not filled in, because they change between versions.
             defaults = check(node, where, [locate(node, where)])
             checked[name] = {key: defaults[key] for key in (TARGET, *node) if key in defaults}
     return checked
@@ -167,17 +192,31 @@ def build_pipeline(
     *,
     seed: int,
 ) -> DataPipeline:
-    """The pipeline of a checked `dataset` node that `normalisation` has completed, and of a checked `augment` node."""
+    """Build the pipeline of checked `dataset` and `augment` nodes.
+
+    Args:
+        node: A `dataset` node, completed by `normalisation`.
+        augment: An `augment` node.
+        train: The train split.
+        val: The val split.
+        seed: Seed of the config.
+    """
     transforms = build_transforms(augment, ignore_index=train.classes.ignore_index, mean=node["mean"])
     _, _, _, settings, _ = deal(node, SCHEMAS)
     return DataPipeline(train, val, transforms, seed, **settings)
 
 
 def build_transforms(nodes: dict[str, Any], *, ignore_index: int, mean: Sequence[float]) -> dict[str, Transform]:
-    """The transforms of a checked `augment` node by name, told to fill masks with ignore_index."""
+    """Build the transforms of a checked `augment` node, which fill the borders of masks with ignore_index.
+
+    Args:
+        nodes: An `augment` node.
+        ignore_index: Index of ignored pixels.
+        mean: Mean of each channel, with which the borders of images are filled.
+    """
     transforms = {}
     for name, node in nodes.items():
         where = f"augment.{name}"
-        told = mask_arguments(locate(node, where), node, ignore_index=ignore_index, fill=mean)
-        transforms[name] = build({key: node[key] for key in node if key not in told}, where, **told)
+        extra = mask_arguments(locate(node, where), node, ignore_index=ignore_index, fill=mean)
+        transforms[name] = build({key: node[key] for key in node if key not in extra}, where, **extra)
     return transforms

@@ -1,8 +1,8 @@
-"""Object proposals: boxes of an image that may hold an object of any class, the most likely first.
+"""Object proposals: boxes of an image that may contain an object of any class, the most likely first.
 
-DeconvNet looks at each image through such boxes. Its authors took Edge Boxes (Zitnick and Dollar 2014) with edges by
-structured forests. Here are: `windows`, which needs nothing beyond this package; OpenCV's selective search and Edge
-Boxes, where its contributed modules are installed; and boxes that another program wrote into a file.
+DeconvNet processes each image in such boxes. Its authors used Edge Boxes (Zitnick and Dollar 2014) with edges from
+structured forests. This module offers `windows`, which has no further dependencies; OpenCV's selective search and Edge
+Boxes, if its contributed modules are installed; and boxes that another program wrote to a file.
 """
 
 import csv
@@ -14,68 +14,78 @@ from typing import Any
 import cv2
 import numpy as np
 
-from segdeconv.data.boxes import EMPTY, spread
+from segdeconv.data.boxes import EMPTY, non_maximum_suppression
 from segdeconv.drawing.draw import shown
 from segdeconv.errors import UsageError
 
-# (an image (H, W, C), its name) -> (N, 4) boxes as in boxes.py, the most likely first.
+# A function of an image (H, W, C) and its name that returns (N, 4) boxes as in boxes.py, the most likely first.
 Source = Callable[[np.ndarray, str], np.ndarray]
 
-MOST = 1000  # proposals of an image
+MAX_PROPOSALS = 1000  # per image
 BUILT_IN = ("windows", "selective_search", "edge_boxes")
 
 
-def source(name: str, *, every: bool = False) -> Source:
-    """What `--proposals` and `dataset.proposals` mean: one of BUILT_IN, or a file or folder that `read` takes.
+def source(name: str, *, all_windows: bool = False) -> Source:
+    """Return the source of proposals that `--proposals` or `dataset.proposals` names.
 
-    every: all windows, however they overlap: for training, which takes many crops of each object.
+    Args:
+        name: One of BUILT_IN, or the path of a file or folder, see `read_boxes`.
+        all_windows: Return all windows, even overlapping ones, for training on many crops of each object.
+
+    Raises:
+        UsageError: The source is unknown, cannot be read, or needs a module that is not installed.
     """
     if name == "windows":
-        return lambda image, _: windows(image, most=None if every else MOST)
+        return lambda image, _: windows(image, max_boxes=None if all_windows else MAX_PROPOSALS)
     if name in BUILT_IN:
-        contributed()  # or the first image would say that it is missing
+        require_ximgproc()  # before the first image
         find = selective_search if name == "selective_search" else edge_boxes
         return lambda image, _: find(image)
     return read_boxes(Path(name))
 
 
-# Windows: a grid of boxes, ranked by how much their colours differ from those around them.
+# Windows: a grid of boxes, ranked by the contrast of their colours to the surroundings
 
 ASPECTS = (0.5, 0.71, 1.0, 1.41, 2.0)  # width : height
 GROWTH = 1.4  # from one scale to the next
-SMALLEST = 0.1  # of the image's shorter side
-LEVELS = (4, 2, 2)  # of lightness and two hues: 16 colours
-AROUND = 0.2  # of the box's sides: how wide a frame it is compared with
-OVERLAP = 0.5  # IoU that two windows may have
-SEEN_AT = 256  # pixels of the longer side, at which colours are counted
+MIN_SIDE = 0.1  # relative to the image's shorter side
+LEVELS = (4, 2, 2)  # of lightness and the two colour axes: 16 colours
+FRAME_WIDTH = 0.2  # of the frame around a box, relative to its sides
+OVERLAP = 0.5  # largest IoU of two windows
+HISTOGRAM_SIDE = 256  # longer side in pixels of the image whose colours are counted
 
 
-def windows(image: np.ndarray, *, most: int | None = MOST) -> np.ndarray:
-    """Boxes on a grid of places, scales and aspects, ranked by the contrast of their colours to a frame around them.
+def windows(image: np.ndarray, *, max_boxes: int | None = MAX_PROPOSALS) -> np.ndarray:
+    """Return boxes of a grid of positions, scales and aspects, ranked by the contrast to a frame around them.
 
-    The contrast is half the chi-square distance of two histograms of colours (that of Alexe et al. 2010, "What is an
-    object?"), times the square root of the area, since small boxes have a large one by chance. Histograms are read off
-    integral images, all boxes at once.
+    The contrast is half the chi-square distance of two colour histograms (as in Alexe et al. 2010, "What is an
+    object?"), times the square root of the area, since small boxes often have a large random distance. Histograms
+    are computed from integral images, for all boxes at once.
 
-    most: of boxes that overlap the best stays, until there are so many; None for all of them.
+    Args:
+        image: (H, W, C) uint8 or uint16.
+        max_boxes: Maximum number of boxes after non-maximum suppression; None for all boxes without suppression.
+
+    Returns:
+        (N, 4) boxes, the best first.
     """
-    picture = shown(image)
-    scale = min(1.0, SEEN_AT / max(picture.shape[:2]))
+    rgb = shown(image)
+    scale = min(1.0, HISTOGRAM_SIDE / max(rgb.shape[:2]))
     if scale < 1:
-        picture = cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-    boxes = grid(picture.shape[0], picture.shape[1])
-    best = np.argsort(-contrast(picture, boxes), kind="stable")
+        rgb = cv2.resize(rgb, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+    boxes = grid(rgb.shape[0], rgb.shape[1])
+    best = np.argsort(-contrast(rgb, boxes), kind="stable")
     boxes = boxes[best]
-    if most is not None:
-        boxes = boxes[spread(boxes, OVERLAP, most)]
+    if max_boxes is not None:
+        boxes = boxes[non_maximum_suppression(boxes, OVERLAP, max_boxes)]
     return np.rint(boxes / scale).astype(np.int64).clip(0, [image.shape[1], image.shape[0]] * 2)
 
 
 def grid(height: int, width: int) -> np.ndarray:
-    """Boxes of all scales and aspects inside an image; neighbours of one size have an IoU of about a half."""
-    found = [np.array([[0, 0, width, height]])]
-    step = 1 / 3  # of a side: (1 - 1/3) / (1 + 1/3) is a half
-    side = max(4.0, SMALLEST * min(height, width))
+    """Return boxes of all scales and aspects inside an image; neighbours of a size have an IoU of about a half."""
+    boxes = [np.array([[0, 0, width, height]])]
+    step = 1 / 3  # of a side; the IoU is then (1 - 1/3) / (1 + 1/3), a half
+    side = max(4.0, MIN_SIDE * min(height, width))
     while side < max(height, width):
         for aspect in ASPECTS:
             wide, high = round(side * aspect**0.5), round(side / aspect**0.5)
@@ -83,33 +93,38 @@ def grid(height: int, width: int) -> np.ndarray:
                 x = np.linspace(0, width - wide, 1 + int(np.ceil((width - wide) / (wide * step))))
                 y = np.linspace(0, height - high, 1 + int(np.ceil((height - high) / (high * step))))
                 low = np.stack(np.meshgrid(np.rint(x), np.rint(y)), axis=-1).reshape(-1, 2)
-                found.append(np.concatenate([low, low + np.array([wide, high])], axis=1).astype(np.int64))
+                boxes.append(np.concatenate([low, low + np.array([wide, high])], axis=1).astype(np.int64))
         side *= GROWTH
-    return np.concatenate(found)
+    return np.concatenate(boxes)
 
 
-def contrast(picture: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-    """(H, W, 3) uint8 and (N, 4) boxes in it -> (N,) float32 scores; 0 where there is no frame around a box."""
-    height, width = picture.shape[:2]
-    counts = _colour_counts(picture)
-    frame = np.maximum(1, np.rint((boxes[:, 2:] - boxes[:, :2]) * AROUND)).astype(np.int64)
+def contrast(rgb: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """Return (N,) float32 contrasts of (N, 4) boxes to the frames around them, 0 for boxes without a frame.
+
+    Args:
+        rgb: (H, W, 3) uint8.
+        boxes: Boxes inside the image.
+    """
+    height, width = rgb.shape[:2]
+    counts = _colour_counts(rgb)
+    frame = np.maximum(1, np.rint((boxes[:, 2:] - boxes[:, :2]) * FRAME_WIDTH)).astype(np.int64)
     outer = np.concatenate(
         [np.maximum(boxes[:, :2] - frame, 0), np.minimum(boxes[:, 2:] + frame, [width, height])], axis=1
     )
     inside = _sums(counts, boxes)
     around = _sums(counts, outer) - inside
-    area, left = inside.sum(axis=1, keepdims=True), around.sum(axis=1, keepdims=True)
-    share, other = inside / area, around / np.maximum(left, 1)
+    area, frame_area = inside.sum(axis=1, keepdims=True), around.sum(axis=1, keepdims=True)
+    share, other = inside / area, around / np.maximum(frame_area, 1)
     distance = ((share - other) ** 2 / np.maximum(share + other, 1e-6)).sum(axis=1) / 2
-    return np.where(left[:, 0] > 0, distance * np.sqrt(area[:, 0]), 0).astype(np.float32)
+    return np.where(frame_area[:, 0] > 0, distance * np.sqrt(area[:, 0]), 0).astype(np.float32)
 
 
-def _colour_counts(picture: np.ndarray) -> np.ndarray:
-    """(H, W, 3) -> (H + 1, W + 1, colours) int32: how many pixels of each colour lie above and left.
+def _colour_counts(rgb: np.ndarray) -> np.ndarray:
+    """Return (H + 1, W + 1, colours) int32 integral images of the pixels of each colour.
 
-    Each channel of Lab is cut at its own quantiles, so that every image has its own colours.
+    Each channel of Lab is quantised at its own quantiles, so that the colours adapt to the image.
     """
-    lab = cv2.cvtColor(cv2.GaussianBlur(picture, (0, 0), 1.0), cv2.COLOR_RGB2Lab)
+    lab = cv2.cvtColor(cv2.GaussianBlur(rgb, (0, 0), 1.0), cv2.COLOR_RGB2Lab)
     colour = np.zeros(lab.shape[:2], dtype=np.int64)
     for channel, levels in enumerate(LEVELS):
         edges = np.quantile(lab[:, :, channel], np.arange(1, levels) / levels)
@@ -126,46 +141,50 @@ def _sums(counts: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     return (counts[y2, x2] - counts[y1, x2] - counts[y2, x1] + counts[y1, x1]).astype(np.float32)
 
 
-# What OpenCV's contributed modules offer
+# OpenCV's contributed modules
 
 
-def contributed() -> Any:
-    """OpenCV's module ximgproc, or one sentence."""
+def require_ximgproc() -> Any:
+    """Return OpenCV's module ximgproc.
+
+    Raises:
+        UsageError: It is not installed.
+    """
     module = getattr(cv2, "ximgproc", None)
     if module is None:
         raise UsageError(
-            "proposals selective_search and edge_boxes: this OpenCV lacks its module ximgproc - install "
+            "proposals selective_search and edge_boxes need OpenCV's module ximgproc - install "
             "opencv-contrib-python-headless in place of opencv-python-headless, or use windows"
         )
     return module
 
 
-def selective_search(image: np.ndarray, *, most: int = MOST) -> np.ndarray:
-    """OpenCV's selective search (Uijlings et al. 2013), its fast variant, in the order that it gives."""
-    search = contributed().segmentation.createSelectiveSearchSegmentation()
+def selective_search(image: np.ndarray, *, max_boxes: int = MAX_PROPOSALS) -> np.ndarray:
+    """Return (N, 4) boxes of the fast variant of OpenCV's selective search (Uijlings et al. 2013), in its order."""
+    search = require_ximgproc().segmentation.createSelectiveSearchSegmentation()
     search.setBaseImage(np.ascontiguousarray(shown(image)[:, :, ::-1]))
     search.switchToSelectiveSearchFast()
-    return _corners(search.process())[:most]
+    return _corners(search.process())[:max_boxes]
 
 
-def edge_boxes(image: np.ndarray, *, most: int = MOST) -> np.ndarray:
-    """OpenCV's Edge Boxes, on thinned gradients in place of the authors' edges by structured forests."""
-    finder = contributed().createEdgeBoxes()
-    finder.setMaxBoxes(most)
+def edge_boxes(image: np.ndarray, *, max_boxes: int = MAX_PROPOSALS) -> np.ndarray:
+    """Return (N, 4) boxes of OpenCV's Edge Boxes, on thinned gradients instead of edges from structured forests."""
+    finder = require_ximgproc().createEdgeBoxes()
+    finder.setMaxBoxes(max_boxes)
     edges, orientation = _edges(shown(image))
-    found, _ = finder.getBoundingBoxes(edges, orientation)
-    return _corners(found)
+    rectangles, _ = finder.getBoundingBoxes(edges, orientation)
+    return _corners(rectangles)
 
 
-def _corners(found: Any) -> np.ndarray:
-    """(N, 4) x, y, width, height -> boxes."""
-    boxes = np.asarray(found, dtype=np.int64).reshape(-1, 4)
+def _corners(rectangles: Any) -> np.ndarray:
+    """Convert (N, 4) x, y, width, height to boxes."""
+    boxes = np.asarray(rectangles, dtype=np.int64).reshape(-1, 4)
     return np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
 
 
-def _edges(picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(H, W, 3) uint8 -> (H, W) float32 twice: edges of 0..1, one pixel wide, and the direction across them, 0..pi."""
-    smooth = cv2.GaussianBlur(picture, (0, 0), 1.5).astype(np.float32)
+def _edges(rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return (H, W) float32 edges, 0..1 and one pixel wide, and the direction across them, 0..pi."""
+    smooth = cv2.GaussianBlur(rgb, (0, 0), 1.5).astype(np.float32)
     across, down = cv2.Sobel(smooth, cv2.CV_32F, 1, 0), cv2.Sobel(smooth, cv2.CV_32F, 0, 1)
     strength = np.hypot(across, down)
     channel = strength.argmax(axis=2)[:, :, None]
@@ -187,30 +206,36 @@ def _edges(picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 FORMATS = (
     "a .csv with the header name,x1,y1,x2,y2,score, a .json {name: [[x1, y1, x2, y2, score], ...]}, or a folder of "
-    "NAME.npy of shape (boxes, 4 or 5); the score may be missing, x2 and y2 lie one beyond the box"
+    "NAME.npy of shape (boxes, 4 or 5); the score is optional, x2 and y2 are exclusive"
 )
 
 
 def read_boxes(path: Path) -> Source:
-    """Boxes of images by name, from a file or folder as FORMATS says; sorted by score, or in their order without one.
+    """Return a source of the boxes in a file or folder, sorted by score, or in their order without scores.
 
-    Pixels of the image as it is stored; a box may leave it, but must share a pixel with it.
+    Coordinates are pixels of the stored image. A box may extend beyond it, but must overlap it.
+
+    Args:
+        path: A file or folder in one of FORMATS.
+
+    Raises:
+        UsageError: The file does not exist or cannot be read.
     """
     if path.is_dir():
         return lambda image, name: _ranked(_array(path / f"{name}.npy"), path / f"{name}.npy", image)
     if not path.is_file():
-        raise UsageError(f"proposals {path}: there is no such file - give {', '.join(BUILT_IN)}, or {FORMATS}")
+        raise UsageError(f"proposals {path}: file not found - give {', '.join(BUILT_IN)}, or {FORMATS}")
     readers = {".csv": _read_csv, ".json": _read_json}
     if path.suffix.lower() not in readers:
         raise UsageError(f"proposals {path} has an unknown suffix - give {FORMATS}")
     boxes = readers[path.suffix.lower()](path)
 
-    def of(image: np.ndarray, name: str) -> np.ndarray:
+    def boxes_of(image: np.ndarray, name: str) -> np.ndarray:
         if name not in boxes:
-            raise UsageError(f"{path} has no boxes of {name} - add them, by the image's name without suffix")
+            raise UsageError(f"{path} has no boxes of {name} - add them under the image's name without suffix")
         return _ranked(boxes[name], f"{path}, {name}", image)
 
-    return of
+    return boxes_of
 
 
 def _read_csv(path: Path) -> dict[str, Any]:
@@ -228,7 +253,7 @@ def _read_csv(path: Path) -> dict[str, Any]:
                     raise UsageError(f"{path}, line {rows.line_num}: not a number - give {FORMATS}") from None
                 boxes.setdefault(row["name"], []).append(values)
     except (UnicodeDecodeError, csv.Error) as error:
-        raise UsageError(f"{path} is not a table as text ({error}) - give {FORMATS}") from error
+        raise UsageError(f"{path} is not a text table ({error}) - give {FORMATS}") from error
     return boxes
 
 
@@ -238,13 +263,13 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is not JSON ({error}) - give {FORMATS}") from error
     if not isinstance(content, dict):
-        raise UsageError(f"{path} holds a {type(content).__name__} - give {FORMATS}")
+        raise UsageError(f"{path} contains a {type(content).__name__} - give {FORMATS}")
     return content
 
 
 def _array(path: Path) -> np.ndarray:
     if not path.is_file():
-        raise UsageError(f"{path} is missing - every image needs its boxes there, or use windows")
+        raise UsageError(f"{path} is missing - add the boxes of every image, or use windows")
     try:
         with path.open("rb") as file:
             return np.lib.format.read_array(file, allow_pickle=False)
@@ -253,7 +278,7 @@ def _array(path: Path) -> np.ndarray:
 
 
 def _ranked(rows: Any, where: object, image: np.ndarray) -> np.ndarray:
-    """Rows of 4 or 5 numbers -> boxes, the best score first; one sentence if they are nonsense."""
+    """Convert rows of 4 or 5 numbers to boxes, the best score first; raises UsageError if they are invalid."""
     if isinstance(rows, Iterable) and not len(list(rows)):
         return EMPTY
     try:
@@ -264,10 +289,10 @@ def _ranked(rows: Any, where: object, image: np.ndarray) -> np.ndarray:
         raise UsageError(f"{where}: the boxes are not rows of 4 or 5 finite numbers - give {FORMATS}")
     height, width = image.shape[:2]
     x1, y1, x2, y2 = values[:, :4].T
-    wrong = (x2 - x1 < 1) | (y2 - y1 < 1) | (x1 >= width) | (y1 >= height) | (x2 <= 0) | (y2 <= 0)
-    wrong |= (np.abs(values[:, :4]) > 10 * max(height, width)).any(axis=1)
-    if wrong.any():
-        box = ", ".join(f"{value:g}" for value in values[wrong.argmax(), :4])
+    invalid = (x2 - x1 < 1) | (y2 - y1 < 1) | (x1 >= width) | (y1 >= height) | (x2 <= 0) | (y2 <= 0)
+    invalid |= (np.abs(values[:, :4]) > 10 * max(height, width)).any(axis=1)
+    if invalid.any():
+        box = ", ".join(f"{value:g}" for value in values[invalid.argmax(), :4])
         raise UsageError(f"{where}: the box ({box}) is empty or outside the image of {height}x{width} - give {FORMATS}")
     order = np.argsort(-values[:, 4], kind="stable") if values.shape[1] == 5 else np.arange(len(values))
     return np.rint(values[order, :4]).astype(np.int64)

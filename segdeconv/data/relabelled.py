@@ -1,4 +1,4 @@
-"""Any data set with its classes merged, renamed or ignored."""
+"""Data sets with merged, renamed or ignored classes."""
 
 from collections.abc import Mapping
 
@@ -12,19 +12,23 @@ IGNORE = "ignore"
 
 
 class Relabelled(DatasetView):
-    """A view of a data set through other classes; images, names and files stay.
+    """A data set with merged, renamed or ignored classes; images, names and files are unchanged.
 
-    label_map: from a class's name to its new name, or to `ignore`. Classes that get one name become one class; a class
-        that is not named stays. The new classes come in the order in which they first occur among the old ones, each in
-        the colour of its first member.
+    Args:
+        dataset: The data set to wrap.
+        label_map: Maps the name of a class to its new name, or to `ignore`. Classes with the same new name are merged;
+            unlisted classes are kept. The new classes are in the order of their first members, whose colours they have.
+
+    Raises:
+        UsageError: `label_map` has an unknown class, or fewer than two classes are left.
     """
 
     def __init__(self, dataset: SegmentationDataset, label_map: dict[str, str] | None = None) -> None:
         super().__init__(dataset)
         self.label_map = label_map or {}
         self.classes, self._table = relabel(dataset.classes, self.label_map)
-        changed = describe(dataset.classes, self.label_map)
-        self.notes = (*dataset.notes, *([f"classes: {changed}"] if changed else []))
+        changes = describe(dataset.classes, self.label_map)
+        self.notes = (*dataset.notes, *([f"classes: {changes}"] if changes else []))
 
     def __getitem__(self, index: int) -> Sample:
         image, mask, name = self.dataset[index]
@@ -36,7 +40,7 @@ class Relabelled(DatasetView):
 
 
 def in_order_of(dataset: SegmentationDataset, classes: Classes) -> SegmentationDataset:
-    """A view of a data set through the same classes in another order, or with another index of ignored pixels."""
+    """Return a data set with the same classes in the order and with the ignore_index of `classes`."""
     view = Relabelled(dataset)
     view._table = np.full(256, classes.ignore_index, dtype=np.uint8)
     for index, name in enumerate(dataset.classes.names):
@@ -46,10 +50,17 @@ def in_order_of(dataset: SegmentationDataset, classes: Classes) -> SegmentationD
 
 
 def relabel(classes: Classes, label_map: Mapping[str, str]) -> tuple[Classes, np.ndarray]:
-    """(the new classes, (256,) uint8: the new index of every old one)."""
+    """Apply a `label_map` to classes.
+
+    Returns:
+        The new classes, and a (256,) uint8 table of the new index of every old one.
+
+    Raises:
+        UsageError: `label_map` has an unknown class.
+    """
     for name in label_map:
         if name not in classes.names:
-            raise UsageError(f"dataset.label_map: there is no class '{name}' - {did_you_mean(name, classes.names)}")
+            raise UsageError(f"dataset.label_map: unknown class '{name}' - {did_you_mean(name, classes.names)}")
     table = np.full(256, classes.ignore_index, dtype=np.uint8)
     colours: dict[str, tuple[int, int, int]] = {}
     for index, (old, colour) in enumerate(zip(classes.names, classes.colours, strict=True)):
@@ -64,7 +75,7 @@ def relabel(classes: Classes, label_map: Mapping[str, str]) -> tuple[Classes, np
 
 
 def describe(classes: Classes, label_map: Mapping[str, str]) -> str:
-    """What becomes of which classes, in words.
+    """Describe the effect of a `label_map` in a line.
 
     >>> from segdeconv.data.datasets.camvid import CLASSES
     >>> describe(CLASSES, {"sky": "ignore", "pavement": "drivable", "road": "drivable"})
@@ -74,5 +85,5 @@ def describe(classes: Classes, label_map: Mapping[str, str]) -> str:
     for old in classes.names:
         members.setdefault(label_map.get(old, old), []).append(old)
     ignored = members.pop(IGNORE, [])
-    lines = [f"{', '.join(old)} -> {new}" for new, old in members.items() if old != [new]]
-    return "; ".join(lines + ([f"{', '.join(ignored)} -> ignored"] if ignored else []))
+    changes = [f"{', '.join(old)} -> {new}" for new, old in members.items() if old != [new]]
+    return "; ".join(changes + ([f"{', '.join(ignored)} -> ignored"] if ignored else []))

@@ -1,4 +1,4 @@
-"""Which samples make which batch: a function of (seed, epoch), so that a resumed run goes on exactly where it was."""
+"""Order of training samples as a function of (seed, epoch), so that a resumed run continues exactly."""
 
 from collections.abc import Callable, Iterator
 
@@ -9,10 +9,15 @@ from segdeconv.system.seeding import key
 
 
 class StatelessBatches(Sampler[list[tuple[int, int]]]):
-    """Batches of (epoch, index), shuffled anew every epoch; the last, short batch of an epoch is dropped.
+    """Batches of (epoch, index), shuffled in every epoch; the last, incomplete batch of an epoch is dropped.
 
-    position: asked whenever an epoch starts or goes on, gives (epoch, batches of it already done).
-    rank, world_size: this process's share: the global order does not depend on the number of processes.
+    Args:
+        num_samples: Number of samples.
+        batch_size: Batch size per process.
+        seed: Seed of the order.
+        position: Returns (epoch, number of its batches already done); called when an epoch starts or resumes.
+        rank: Index of this process.
+        world_size: Number of processes. The global order does not depend on it.
 
     >>> batches = StatelessBatches(5, 2, seed=0, position=lambda: (0, 1))
     >>> len(batches), len(list(batches))  # an epoch has two batches, one of them is done

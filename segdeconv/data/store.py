@@ -1,4 +1,4 @@
-"""Byte strings by number, in memory or in a file, shared by all processes that hold it and bounded in bytes."""
+"""Store of numbered byte strings, in memory or in a file, shared between processes and limited in size."""
 
 import errno
 import multiprocessing.context
@@ -17,9 +17,9 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-STAMP = 16  # bytes
+STAMP = 16  # bytes of a stamp
 
-_USED = struct.Struct("<Q")  # first in the file: where the next new entry goes
+_USED = struct.Struct("<Q")  # at the start of the file: the offset of the next new entry
 _FIELDS = struct.Struct(f"<QQQI{STAMP}s")
 _CHECK = struct.Struct("<I")
 _RECORD = _FIELDS.size + _CHECK.size
@@ -29,7 +29,15 @@ ON_DISK = fcntl is not None
 
 
 class _Entry(NamedTuple):
-    """offset, room: the bytes that belong to it. length: of what is in them, with this checksum and stamp."""
+    """Position and contents of an entry.
+
+    Attributes:
+        offset: First byte.
+        room: Bytes that belong to the entry.
+        length: Bytes of its content.
+        checksum: CRC-32 of the content.
+        stamp: Version of the content.
+    """
 
     offset: int
     room: int
@@ -39,20 +47,22 @@ class _Entry(NamedTuple):
 
 
 class Store:
-    """`count` places for byte strings, in at most `capacity` bytes: what does not fit is not kept.
+    """Store of byte strings by number, shared between forked and spawned processes.
 
-    path: the file they lie in, for the next run too; None for memory that has no name, which the system takes back with
-        the last process that holds it, however that ends.
+    Writers hold a lock, which the system releases if the process dies. Readers need no lock: a checksum detects
+    incomplete or damaged entries, which are treated as missing. Entries are never evicted: since training reads in
+    random order, the first ones are as useful as later ones.
 
-    Forked processes share it, and so do spawned ones. Whoever writes holds a lock, which the system takes from a
-    process that dies; whoever reads holds none: a checksum tells an entry that is half written, damaged or just being
-    replaced, and such an entry is none. Nothing is ever evicted: the order of training is random, so what came first is
-    as likely to be wanted as what comes last.
+    Args:
+        count: Number of entries.
+        capacity: Limit in bytes; entries that do not fit are not stored.
+        path: File of the store, which later runs can use too. None uses anonymous memory, which the system frees when
+            the last process ends.
     """
 
     def __init__(self, count: int, capacity: int, path: Path | None = None) -> None:
         self.count, self.capacity, self.path = count, capacity, path
-        self._open(os.memfd_create("segdeconv") if path is None else _opened(path))
+        self._open(os.memfd_create("segdeconv") if path is None else _open_file(path))
         start = _USED.size + count * _RECORD
         with self._locked():
             size = os.fstat(self._file).st_size
@@ -60,7 +70,7 @@ class Store:
                 os.ftruncate(self._file, 0)
                 os.ftruncate(self._file, start)
                 size = start
-            elif size > capacity:  # a bound that was higher once; the entries beyond it are none from now on
+            elif size > capacity:  # the limit was lowered; entries beyond it become invalid
                 size = max(start, capacity)
                 os.ftruncate(self._file, size)
             (used,) = _USED.unpack(os.pread(self._file, _USED.size, 0))
@@ -74,21 +84,21 @@ class Store:
 
     def __getstate__(self) -> dict[str, Any]:
         state = {name: value for name, value in self.__dict__.items() if name not in ("_file", "_full")}
-        # Memory without a name can be handed to a process that is being started, and to nobody else.
+        # Anonymous memory can only be passed to a process that is being spawned.
         if self.path is None and self._file is not None and multiprocessing.context.get_spawning_popen() is not None:
-            state["handed"] = reduction.DupFd(self._file)
+            state["descriptor"] = reduction.DupFd(self._file)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        handed = state.pop("handed", None)
+        descriptor = state.pop("descriptor", None)
         self.__dict__.update(state)
-        if handed is not None:
-            self._open(handed.detach())
+        if descriptor is not None:
+            self._open(descriptor.detach())
         else:
-            self._open(None if self.path is None else _opened(self.path))
+            self._open(None if self.path is None else _open_file(self.path))
 
     def get(self, number: int, stamp: bytes) -> bytes | None:
-        """What was put there under the same stamp, if it is whole."""
+        """Return the content stored under a number with the same stamp, or None if it is missing or damaged."""
         entry = self._entry(number) if self._file is not None else None
         if entry is None or entry.stamp != stamp:
             return None
@@ -96,7 +106,13 @@ class Store:
         return content if len(content) == entry.length and zlib.crc32(content) == entry.checksum else None
 
     def put(self, number: int, stamp: bytes, content: bytes) -> None:
-        """Keep it, if there is room. stamp: STAMP bytes that say of what."""
+        """Store content under a number, if it fits.
+
+        Args:
+            number: Number of the entry, below `count`.
+            stamp: STAMP bytes that identify the version of the content.
+            content: The bytes to store.
+        """
         if self._full:
             return
         try:
@@ -105,7 +121,10 @@ class Store:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             self._full = True
-            print(f"cache: no space is left for {self.path}; images that are not in it are decoded every time")
+            print(
+                f"warning: no disk space is left for the cache {self.path}; images that are not in it are decoded "
+                "every time"
+            )
 
     def _put(self, number: int, stamp: bytes, content: bytes) -> None:
         with self._locked():
@@ -145,6 +164,6 @@ class Store:
             fcntl.lockf(self._file, fcntl.LOCK_UN)
 
 
-def _opened(path: Path) -> int:
+def _open_file(path: Path) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

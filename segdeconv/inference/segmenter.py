@@ -109,7 +109,7 @@ class Segmenter:
             release_memory()
         channels = self.preprocessing.channels if self.preprocessing.as_stored else None
         image, stored = read_upright(path, channels=channels, max_pixels=self.max_pixels)
-        return self.preprocessing.required(image, path), stored
+        return self.preprocessing.checked(image, path), stored
 
     def predict(
         self,
@@ -141,7 +141,7 @@ class Segmenter:
         if array.ndim != 3 or 0 in array.shape:
             raise UsageError(f"{name} has shape {array.shape} - give (H, W, {self.preprocessing.channels})")
         size = (array.shape[0], array.shape[1])
-        self.preprocessing.required(array, name)
+        self.preprocessing.checked(array, name)
         if size[0] * size[1] < LARGE:
             keep_freed(self.network.device)
         else:

@@ -104,7 +104,7 @@ class ImageView:
     def __init__(
         self, image: np.ndarray, size: Size, network: Network, preprocessing: Preprocessing, tiler: Tiler, name: str
     ) -> None:
-        self.image = preprocessing.required(resize_image(image, size), name)
+        self.image = preprocessing.checked(resize_image(image, size), name)
         self.size, self.network, self.preprocessing, self.tiler, self.name = size, network, preprocessing, tiler, name
 
     def scores(self, part: Part | None = None) -> Tensor:

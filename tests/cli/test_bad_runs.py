@@ -466,10 +466,10 @@ class Bad(Folder):
         return super().__getitem__(index)
 '''
 HARMS = {
-    "143 killed": ("SIGKILL", (), "a worker was killed, which the system does where memory runs out", 5),
+    "143 killed": ("SIGKILL", (), "a worker was killed, probably by the system because memory ran out", 5),
     "56 segmentation fault": ("SIGSEGV", (), "a worker died", 5),
     "56 exit": ("exit", (), "a worker died", 8),
-    "144 hang": ("hang", ("dataset.timeout=2",), "a worker brought no batch in time", 15),
+    "144 hang": ("hang", ("dataset.timeout=2",), "a worker delivered no batch in time", 15),
 }
 
 

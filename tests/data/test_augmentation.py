@@ -1,4 +1,4 @@
-"""Augmentation depends on (seed, epoch, index) alone and invents no label; batches go on where they were."""
+"""Augmentation depends only on (seed, epoch, index) and invents no labels; the order of batches resumes exactly."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ IMAGE = np.random.default_rng(0).integers(0, 256, size=(48, 64, 3), dtype=np.uin
 SEVEN = np.full((48, 64), 7, dtype=np.uint8)
 BLOCKS = (np.add.outer(np.arange(48) // 6, np.arange(64) // 6) % 2 * 200).astype(np.uint8)  # labels 0 and 200
 
-# What moves pixels, far enough to bring in a border; the other admitted transforms run with their defaults.
+# Arguments that move pixels far enough to create a border; the other admitted transforms use their defaults.
 FAR: dict[str, dict[str, Any]] = {
     "Affine": {"rotate": [-90, 90], "scale": [0.5, 0.7], "translate_percent": [-0.3, 0.3], "shear": [-20, 20]},
     "CoarseDropout": {},
@@ -60,7 +60,7 @@ def built(name: str, **arguments: Any) -> list[Any]:
 
 
 def augmentation(*transforms: Any, seed: int = 0, crop: tuple[int, int] | None = (40, 72)) -> Augmentation:
-    named = {str(place): transform for place, transform in enumerate(transforms)}
+    named = {str(number): transform for number, transform in enumerate(transforms)}
     return Augmentation(named, crop=crop, ignore_index=255, fill=IMAGENET_MEAN, seed=seed)
 
 
@@ -84,25 +84,25 @@ def as_bytes(result: tuple[np.ndarray, np.ndarray]) -> bytes:
 # Randomness
 
 
-def test_the_same_place_gives_the_same_result_whatever_was_drawn_before() -> None:
-    one, other = varied(), varied()
-    expected = as_bytes(one(IMAGE, BLOCKS, 3, 5))
-    for poison in range(3):
-        random.seed(poison)
-        np.random.seed(poison)  # noqa: NPY002 - the state that must not matter
-        torch.manual_seed(poison)
-        one(IMAGE, BLOCKS, poison, 0)
-        assert as_bytes(one(IMAGE, BLOCKS, 3, 5)) == as_bytes(other(IMAGE, BLOCKS, 3, 5)) == expected
+def test_the_result_does_not_depend_on_global_generators_or_earlier_draws() -> None:
+    first, second = varied(), varied()
+    expected = as_bytes(first(IMAGE, BLOCKS, 3, 5))
+    for seed in range(3):
+        random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002 - the state that must not matter
+        torch.manual_seed(seed)
+        first(IMAGE, BLOCKS, seed, 0)
+        assert as_bytes(first(IMAGE, BLOCKS, 3, 5)) == as_bytes(second(IMAGE, BLOCKS, 3, 5)) == expected
 
 
 def test_another_seed_epoch_or_index_gives_another_result() -> None:
-    places = [(seed, epoch, index) for seed in range(2) for epoch in range(3) for index in range(3)]
-    results = {as_bytes(varied(seed=seed)(IMAGE, BLOCKS, epoch, index)) for seed, epoch, index in places}
-    assert len(results) == len(places)
+    keys = [(seed, epoch, index) for seed in range(2) for epoch in range(3) for index in range(3)]
+    results = {as_bytes(varied(seed=seed)(IMAGE, BLOCKS, epoch, index)) for seed, epoch, index in keys}
+    assert len(results) == len(keys)
 
 
-def test_transforms_happen_independently_of_one_another() -> None:
-    """Seeded alike, as Compose.set_random_seed does it, either all flips of a config happen or none."""
+def test_transforms_are_applied_independently() -> None:
+    """With equal seeds, as from Compose.set_random_seed, either all flips or none would be applied."""
     corner = np.arange(16, dtype=np.uint8).reshape(4, 4)
     outcomes = {}
     for flips in itertools.product((False, True), repeat=3):
@@ -112,12 +112,12 @@ def test_transforms_happen_independently_of_one_another() -> None:
     names = ("HorizontalFlip", "VerticalFlip", "Transpose")
     augment = augmentation(*(t for name in names for t in built(name, p=0.5)), crop=None)
     image = np.zeros((4, 4, 3), dtype=np.uint8)
-    seen = Counter(outcomes[augment(image, corner, 0, index)[1].tobytes()] for index in range(800))
-    assert len(seen) == 8
-    assert all(60 < count < 140 for count in seen.values())  # 100 of each expected, deviation 9.4
+    counts = Counter(outcomes[augment(image, corner, 0, index)[1].tobytes()] for index in range(800))
+    assert len(counts) == 8
+    assert all(60 < count < 140 for count in counts.values())  # expected 100 each, standard deviation 9.4
 
 
-def test_the_global_generators_are_left_as_they_were() -> None:
+def test_the_global_generators_are_unchanged() -> None:
     before = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())  # noqa: NPY002
     varied()(IMAGE, BLOCKS, 0, 0)
     assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before  # noqa: NPY002
@@ -126,11 +126,11 @@ def test_the_global_generators_are_left_as_they_were() -> None:
 def epochs(num_workers: int, num: int = 2) -> Iterator[dict[str, Any]]:
     preprocessing = Preprocessing((32, 32), IMAGENET_MEAN, IMAGENET_STD)
     samples = TrainingBatches(Shapes("train", num_train=9, side=40), preprocessing, varied(crop=(24, 24)))
-    place = [0, 0]
+    epoch = [0]
     loader = training_loader(
-        samples, batch_size=2, seed=1, position=lambda: (place[0], 0), num_workers=num_workers, timeout=60
+        samples, batch_size=2, seed=1, position=lambda: (epoch[0], 0), num_workers=num_workers, timeout=60
     )
-    for place[0] in range(num):
+    for epoch[0] in range(num):
         yield from loader
 
 
@@ -139,15 +139,15 @@ def test_0_1_and_2_workers_give_the_same_bits_over_two_epochs() -> None:
     assert len(alone) == 8
     assert not torch.equal(alone[0]["image"], alone[4]["image"])
     for num_workers in (1, 2):
-        for one, other in zip(alone, epochs(num_workers), strict=True):
-            assert one["name"] == other["name"]
-            assert torch.equal(one["image"], other["image"])
-            assert torch.equal(one["mask"], other["mask"])
+        for expected, batch in zip(alone, epochs(num_workers), strict=True):
+            assert batch["name"] == expected["name"]
+            assert torch.equal(batch["image"], expected["image"])
+            assert torch.equal(batch["mask"], expected["mask"])
 
 
 def test_batches_have_the_types_the_network_expects() -> None:
     stored = next(epochs(0))
-    assert (stored["image"].dtype, stored["mask"].dtype) == (torch.uint8, torch.uint8)  # a quarter crosses
+    assert (stored["image"].dtype, stored["mask"].dtype) == (torch.uint8, torch.uint8)  # a quarter of float32 to copy
     preprocessing = Preprocessing((32, 32), IMAGENET_MEAN, IMAGENET_STD)
     batch = for_network(stored, preprocessing)
     assert (batch["image"].shape, batch["image"].dtype) == ((2, 3, 24, 24), torch.float32)
@@ -155,27 +155,27 @@ def test_batches_have_the_types_the_network_expects() -> None:
     assert batch["image"].is_contiguous(memory_format=torch.channels_last)
     rows = stored["image"].numpy().transpose(0, 2, 3, 1)
     expected = (rows - np.array(IMAGENET_MEAN, np.float32)) / np.array(IMAGENET_STD, np.float32)
-    np.testing.assert_array_equal(batch["image"].numpy(), expected.transpose(0, 3, 1, 2))  # to the bit
+    np.testing.assert_array_equal(batch["image"].numpy(), expected.transpose(0, 3, 1, 2))  # bit by bit
     np.testing.assert_array_equal(batch["mask"], stored["mask"])
 
 
 @pytest.mark.parametrize("order", ["rgb", "bgr"])
-def test_16_bit_images_are_normalised_on_the_device_to_the_bit(order) -> None:
+def test_16_bit_images_are_normalised_on_the_device_exactly(order) -> None:
     image = np.random.default_rng(0).integers(0, 65536, (5, 7, 3)).astype(np.uint16)
     mean, std = np.array([30000.0, 100.5, 7.25], np.float32), np.array([9000.0, 3.0, 0.7], np.float32)
-    one = Preprocessing(None, tuple(mean.tolist()), tuple(std.tolist()), 16, order=order)
+    preprocessing = Preprocessing(None, tuple(mean.tolist()), tuple(std.tolist()), 16, order=order)
     expected = (image.astype(np.float32) - mean) / std
     expected = expected[:, :, ::-1] if order == "bgr" else expected
     batch = stacked([image, image])
     before = batch.clone()
-    np.testing.assert_array_equal(one.normalised(batch)[1].permute(1, 2, 0), expected)
+    np.testing.assert_array_equal(preprocessing.normalised(batch)[1].permute(1, 2, 0), expected)
     assert torch.equal(batch, before)
 
 
-@pytest.mark.parametrize(("workers", "found"), [(0, 0), (3, 3), (None, 2)])
-def test_there_are_as_many_workers_as_told_and_else_no_more_than_cores(monkeypatch, workers, found) -> None:
+@pytest.mark.parametrize(("workers", "expected"), [(0, 0), (3, 3), (None, 2)])
+def test_there_are_as_many_workers_as_requested_or_at_most_as_many_as_cores(monkeypatch, workers, expected) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
-    assert worker_settings(num_workers=workers, timeout=9, world_size=2)["num_workers"] == found
+    assert worker_settings(num_workers=workers, timeout=9, world_size=2)["num_workers"] == expected
 
 
 def test_fewer_images_than_a_batch_are_refused() -> None:
@@ -202,7 +202,7 @@ def test_no_admitted_transform_invents_a_label(name: str) -> None:
 
 @pytest.mark.parametrize("name", BORDERED)
 def test_a_border_is_ignored_where_albumentations_alone_makes_it_class_0(name: str) -> None:
-    """The test above has teeth: without what we tell it, the transform does invent a label."""
+    """This validates the test above: with albumentations' defaults, the transform does invent a label."""
     bare = getattr(albumentations, name)(p=1.0, **FAR[name])
     bare.set_random_seed(1)
     results = [
@@ -242,7 +242,7 @@ def image_of(channels: int, dtype: Any) -> np.ndarray:
 
 @pytest.mark.parametrize(("channels", "dtype"), CHANNELS)
 @pytest.mark.parametrize("size", [(20, 30), (96, 128), (60, 10), (1, 1)])
-def test_every_channel_is_resized_as_if_alone(channels: int, dtype: Any, size: tuple[int, int]) -> None:
+def test_every_channel_is_resized_independently(channels: int, dtype: Any, size: tuple[int, int]) -> None:
     image = image_of(channels, dtype)
     resized = resize_image(image, size)
     assert (resized.shape, resized.dtype) == ((*size, channels), dtype)
@@ -265,13 +265,13 @@ def test_a_crop_pads_every_channel_with_its_own_mean(channels: int, dtype: Any) 
 
 
 @pytest.mark.parametrize(("channels", "dtype"), CHANNELS)
-def test_what_moves_pixels_moves_any_number_of_channels(channels: int, dtype: Any) -> None:
+def test_geometric_transforms_support_any_number_of_channels(channels: int, dtype: Any) -> None:
     image, means = image_of(channels, dtype), [99.0] * channels
     names = ("HorizontalFlip", "RandomRotate90", "RandomScale", "Affine", "Perspective", "CoarseDropout")
     nodes = check_augment({name: {"_target_": f"albumentations.{name}", **FAR.get(name, {})} for name in names})
     transforms = build_transforms(nodes, ignore_index=255, mean=means)
     augment = Augmentation(transforms, crop=(40, 72), ignore_index=255, fill=means, seed=0)
-    augment.rehearse(image, SEVEN)
+    augment.dry_run(image, SEVEN)
     for index in range(12):
         moved, mask = augment(image, SEVEN, 0, index)
         assert (moved.shape, moved.dtype, mask.shape) == ((40, 72, channels), dtype, (40, 72))
@@ -279,52 +279,52 @@ def test_what_moves_pixels_moves_any_number_of_channels(channels: int, dtype: An
 
 
 @pytest.mark.parametrize(
-    ("name", "channels", "dtype", "words"),
+    ("name", "channels", "dtype", "message"),
     [
-        ("ColorJitter", 2, np.uint8, "cannot do images of 2 channel(s) of 8 bit and size (48, 64)"),
-        ("ColorJitter", 3, np.uint16, "cannot do images of 3 channel(s) of 16 bit"),
-        ("GaussNoise", 1, np.uint16, "cannot do images of 1 channel(s) of 16 bit"),
-        ("RandomCrop", 3, np.uint8, "cannot do images of 3 channel(s) of 8 bit and size (48, 64)"),
-        ("ToFloat", 3, np.uint8, "makes uint8 images of 3 channels into float32"),
+        ("ColorJitter", 2, np.uint8, "cannot process images of 2 channel(s) of 8 bit and size (48, 64)"),
+        ("ColorJitter", 3, np.uint16, "cannot process images of 3 channel(s) of 16 bit"),
+        ("GaussNoise", 1, np.uint16, "cannot process images of 1 channel(s) of 16 bit"),
+        ("RandomCrop", 3, np.uint8, "cannot process images of 3 channel(s) of 8 bit and size (48, 64)"),
+        ("ToFloat", 3, np.uint8, "changes uint8 images of 3 channels to float32"),
     ],
 )
-def test_a_transform_that_cannot_do_such_images_is_named_before_training(
-    name: str, channels: int, dtype: Any, words: str
+def test_a_transform_that_cannot_process_the_images_is_named_before_training(
+    name: str, channels: int, dtype: Any, message: str
 ) -> None:
     arguments = {"height": 70, "width": 30} if name == "RandomCrop" else {}
     node = {"_target_": f"albumentations.{name}", "p": 0.01, **arguments}
     flip = {"_target_": "albumentations.HorizontalFlip"}
     transforms = build_transforms(check_augment({"flip": flip, "it": node}), ignore_index=255, mean=[0.0] * channels)
     augment = Augmentation(transforms, crop=None, ignore_index=255, fill=[0.0] * channels, seed=0)
-    with pytest.raises(UsageError, match=re.escape(f"augment.it ({name}) {words}")) as caught:
-        augment.rehearse(image_of(channels, dtype), SEVEN)
+    with pytest.raises(UsageError, match=re.escape(f"augment.it ({name}) {message}")) as caught:
+        augment.dry_run(image_of(channels, dtype), SEVEN)
     assert "leave it out with augment.it=null, or choose another" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_a_rehearsal_leaves_the_augmentation_as_it_was() -> None:
-    one, other = varied(), varied()
-    one.rehearse(IMAGE, BLOCKS)
-    assert as_bytes(one(IMAGE, BLOCKS, 1, 2)) == as_bytes(other(IMAGE, BLOCKS, 1, 2))
+def test_a_dry_run_does_not_change_the_augmentation() -> None:
+    first, second = varied(), varied()
+    first.dry_run(IMAGE, BLOCKS)
+    assert as_bytes(first(IMAGE, BLOCKS, 1, 2)) == as_bytes(second(IMAGE, BLOCKS, 1, 2))
 
 
 @pytest.mark.parametrize(("channels", "dtype"), CHANNELS)
-def test_any_number_of_channels_is_normalised_by_its_own_numbers(channels: int, dtype: Any) -> None:
+def test_every_channel_is_normalised_with_its_own_mean_and_std(channels: int, dtype: Any) -> None:
     image = image_of(channels, dtype)
     mean, std = [10.0 + channel for channel in range(channels)], [2.0 + channel for channel in range(channels)]
-    one = Preprocessing(None, tuple(mean), tuple(std), 8 * image.itemsize, as_stored=True)
+    preprocessing = Preprocessing(None, tuple(mean), tuple(std), 8 * image.itemsize, as_stored=True)
     expected = (image.astype(np.float64) - mean) / std
-    np.testing.assert_allclose(one(image).permute(1, 2, 0), expected, rtol=1e-5, atol=1e-3)
-    assert Preprocessing.from_dict(one.to_dict()) == one
+    np.testing.assert_allclose(preprocessing(image).permute(1, 2, 0), expected, rtol=1e-5, atol=1e-3)
+    assert Preprocessing.from_dict(preprocessing.to_dict()) == preprocessing
 
 
 @pytest.mark.parametrize(
     "image", [image_of(1, np.uint8), image_of(2, np.uint8), image_of(3, np.uint16), IMAGE[:, :, 0]]
 )
-def test_an_image_of_another_kind_than_the_network_takes_is_refused(image: np.ndarray) -> None:
-    """One channel would broadcast over the three means in silence."""
+def test_an_image_that_does_not_fit_the_network_is_refused(image: np.ndarray) -> None:
+    """A single channel would silently broadcast over the three means."""
     with pytest.raises(
-        UsageError, match=r"x\.png has . channel\(s\) of \d+ bit and the network takes 3 of 8 bit - give"
+        UsageError, match=r"x\.png has . channel\(s\) of \d+ bit, but the network needs 3 of 8 bit - give"
     ):
         Preprocessing(None, IMAGENET_MEAN, IMAGENET_STD)(image, "x.png")
 
@@ -341,28 +341,28 @@ INTERPOLATING = [
 
 @pytest.mark.parametrize("name", INTERPOLATING)
 @pytest.mark.parametrize("axis", [0, 1])
-def test_a_mask_stays_where_its_image_is(name: str, axis: int) -> None:
-    """OpenCV's INTER_NEAREST, albumentations' default, takes the pixel before the nearest wherever it resizes."""
-    places = np.indices((120, 160), dtype=np.float32)[axis]
-    image, mask = np.repeat(places[..., None], 3, axis=2), places.astype(np.uint8)
-    inside = np.pad(np.ones((110, 150), dtype=bool), 5)  # beside a border, images are mixed with what fills it
+def test_masks_stay_aligned_with_their_images(name: str, axis: int) -> None:
+    """With OpenCV's INTER_NEAREST, albumentations' default, resized masks would be shifted."""
+    positions = np.indices((120, 160), dtype=np.float32)[axis]
+    image, mask = np.repeat(positions[..., None], 3, axis=2), positions.astype(np.uint8)
+    inside = np.pad(np.ones((110, 150), dtype=bool), 5)  # near a border, images are blended with the fill value
     differences = []
     for seed in range(10):
         compose = albumentations.Compose(built(name), additional_targets={"inside": "mask"}, seed=seed)
-        found = compose(image=image, mask=mask, inside=inside.astype(np.uint8))
-        kept = found["inside"] == 1
-        assert kept.sum() > 100
-        differences.append((found["mask"][kept] - found["image"][kept, 0]).mean())
-    assert np.abs(differences).mean() < 0.1  # pixels of the image before
+        result = compose(image=image, mask=mask, inside=inside.astype(np.uint8))
+        valid = result["inside"] == 1
+        assert valid.sum() > 100
+        differences.append((result["mask"][valid] - result["image"][valid, 0]).mean())
+    assert np.abs(differences).mean() < 0.1  # pixels of the original image
 
 
-# What a person may get wrong
+# Invalid arguments
 
 
 @pytest.mark.parametrize("value", [0, None, 254])
 def test_a_fill_mask_that_is_a_class_is_refused(value: int | None) -> None:
-    words = f"albumentations.Affine has fill_mask={value}; borders are ignored, 255 - leave fill_mask out"
-    with pytest.raises(UsageError, match=re.escape(words)):
+    message = f"albumentations.Affine has fill_mask={value}; borders must be ignored pixels, 255 - leave out fill_mask"
+    with pytest.raises(UsageError, match=re.escape(message)):
         build_transforms(
             {"it": {"_target_": "albumentations.Affine", "fill_mask": value}}, ignore_index=255, mean=(0,) * 3
         )
@@ -375,7 +375,7 @@ def test_a_fill_mask_that_is_the_ignored_label_is_accepted() -> None:
 @pytest.mark.parametrize("value", [cv2.INTER_LINEAR, cv2.INTER_CUBIC, cv2.INTER_AREA])
 def test_interpolated_masks_are_refused(value: int) -> None:
     with pytest.raises(
-        UsageError, match=r"albumentations\.Rotate interpolates masks; .* - leave mask_interpolation out"
+        UsageError, match=r"albumentations\.Rotate interpolates masks; .* - leave out mask_interpolation"
     ):
         built("Rotate", mask_interpolation=value)
 
@@ -390,7 +390,7 @@ def test_a_misspelt_argument_is_refused_with_the_nearest_name() -> None:
 
 
 @pytest.mark.parametrize(("name", "arguments"), [("HorizontalFlip", {"p": 2}), ("Rotate", {"limit": "far"})])
-def test_a_value_that_albumentations_refuses_is_one_sentence(name: str, arguments: dict[str, Any]) -> None:
+def test_a_value_that_albumentations_refuses_is_an_error_message(name: str, arguments: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=r"augment\.it") as caught:
         built(name, **arguments)
     assert "correct" in str(caught.value)
@@ -407,16 +407,16 @@ def test_a_transform_set_to_null_is_left_out() -> None:
 @pytest.mark.parametrize("size", [(20, 30), (96, 128), (48, 31), (50, 10), (1, 1)])
 def test_a_resized_mask_takes_every_pixel_from_the_nearest(size: tuple[int, int]) -> None:
     for axis in (0, 1):
-        places = np.arange(SEVEN.shape[axis], dtype=np.uint8)  # every stored pixel says where it is
-        mask = np.broadcast_to(places[:, None] if axis == 0 else places, SEVEN.shape)
-        taken = resize_mask(np.ascontiguousarray(mask), size)
-        assert taken.shape == size
+        positions = np.arange(SEVEN.shape[axis], dtype=np.uint8)  # every pixel has its position as label
+        mask = np.broadcast_to(positions[:, None] if axis == 0 else positions, SEVEN.shape)
+        resized = resize_mask(np.ascontiguousarray(mask), size)
+        assert resized.shape == size
         centres = (np.arange(size[axis]) + 0.5) * SEVEN.shape[axis] / size[axis]
-        assert abs(taken + 0.5 - (centres[:, None] if axis == 0 else centres)).max() <= 0.5 + 1e-4
+        assert abs(resized + 0.5 - (centres[:, None] if axis == 0 else centres)).max() <= 0.5 + 1e-4
 
 
 @pytest.mark.parametrize("size", [(20, 30), (96, 128), (60, 10)])
-def test_a_resized_image_has_its_size_and_keeps_an_even_colour(size: tuple[int, int]) -> None:
+def test_a_resized_image_has_the_size_and_keeps_a_uniform_colour(size: tuple[int, int]) -> None:
     image = np.full((48, 64, 3), (10, 20, 30), dtype=np.uint8)
     assert (resize_image(image, size) == np.full((*size, 3), (10, 20, 30))).all()
 
@@ -436,8 +436,8 @@ def test_preprocessing_subtracts_the_mean_and_divides_by_the_deviation() -> None
 
 @pytest.mark.parametrize("size", [None, (20, 30)])
 def test_preprocessing_is_restored_from_plain_data(size: tuple[int, int] | None) -> None:
-    one = Preprocessing(size, IMAGENET_MEAN, IMAGENET_STD)
-    assert Preprocessing.from_dict(one.to_dict()) == one
+    preprocessing = Preprocessing(size, IMAGENET_MEAN, IMAGENET_STD)
+    assert Preprocessing.from_dict(preprocessing.to_dict()) == preprocessing
 
 
 # The order of samples
@@ -449,7 +449,7 @@ def order(
     return list(StatelessBatches(num, batch, **{"seed": 0, "position": lambda: position, **settings}))
 
 
-def test_an_epoch_is_a_permutation_less_its_short_last_batch() -> None:
+def test_an_epoch_is_a_permutation_without_its_incomplete_last_batch() -> None:
     batches = order((6, 0))
     assert [len(batch) for batch in batches] == [4] * 5
     assert {epoch for batch in batches for epoch, _ in batch} == {6}
@@ -463,7 +463,7 @@ def test_every_epoch_and_seed_has_its_own_order() -> None:
     assert plain[0] != plain[1] != plain[2] != plain[0]
 
 
-def test_every_image_is_seen_in_some_epoch() -> None:
+def test_every_image_occurs_in_some_epoch() -> None:
     assert {index for epoch in range(9) for batch in order((epoch, 0)) for _, index in batch} == set(range(23))
 
 
@@ -473,7 +473,7 @@ def test_resuming_gives_the_rest_of_the_same_epoch(done: int) -> None:
 
 
 @pytest.mark.parametrize("world_size", [2, 5])
-def test_ranks_share_the_global_batch_whose_order_is_that_of_one_process(world_size: int) -> None:
+def test_ranks_split_the_global_batch_in_the_order_of_one_process(world_size: int) -> None:
     ranks = [order(batch=2, num=43, rank=rank, world_size=world_size) for rank in range(world_size)]
     together = [list(itertools.chain(*shares)) for shares in zip(*ranks, strict=True)]
     assert together == order(batch=2 * world_size, num=43)

@@ -1,4 +1,4 @@
-"""Files against a list of their hashes, written by coreutils' sha256sum."""
+"""Verification of files with a list of hashes that coreutils' sha256sum wrote."""
 
 import io
 import subprocess
@@ -16,48 +16,48 @@ from segdeconv.errors import UsageError
 
 def listed(folder: Path, *, binary: bool = False) -> Path:
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.*"))
-    made = subprocess.run(
+    done = subprocess.run(
         ["sha256sum", *(["--binary"] if binary else []), *files], cwd=folder, capture_output=True, check=True
     )
-    (folder / "list.sha256").write_bytes(made.stdout)
+    (folder / "list.sha256").write_bytes(done.stdout)
     return folder / "list.sha256"
 
 
-def flipped_unnoticed(path: Path) -> None:
-    """Flip one bit that the decoder accepts, and that changes the picture."""
+def flip_accepted_bit(path: Path) -> None:
+    """Flip a bit so that the file still decodes, but to another image."""
     content = bytearray(path.read_bytes())
     before = Image.open(path).tobytes()
-    for place in range(len(content) // 2, len(content)):
-        content[place] ^= 4
+    for position in range(len(content) // 2, len(content)):
+        content[position] ^= 4
         try:
             if Image.open(io.BytesIO(content)).convert("RGB").tobytes() != before:
                 path.write_bytes(content)
                 return
         except OSError:
             pass
-        content[place] ^= 4
-    raise AssertionError("no bit of it is accepted")
+        content[position] ^= 4
+    raise AssertionError("the decoder accepts no flipped bit")
 
 
-def test_a_bit_that_the_decoder_accepts_is_noticed(tmp_path, commands):
+def test_a_flipped_bit_that_the_decoder_accepts_is_detected(tmp_path, commands):
     root = fakes.folder(tmp_path / "mine", layout="lists", image_suffix=".jpg")
     listing = listed(root)
-    flipped_unnoticed(root / "images" / "val_1.jpg")
+    flip_accepted_bit(root / "images" / "val_1.jpg")
     done = of_folder(commands, tmp_path, f"dataset.checksums={listing}")
-    require_refused(done, tmp_path, f"mine/images/val_1.jpg has another hash than in {listing}")
+    require_refused(done, tmp_path, f"mine/images/val_1.jpg does not have the hash in {listing}")
     listed(root)
     done = of_folder(commands, tmp_path, f"dataset.checksums={listing}")
     assert done.code == 0, done.err
 
 
-def test_a_damaged_test_split_is_not_taken_for_none(tmp_path, commands):
+def test_a_damaged_test_split_is_not_treated_as_missing(tmp_path, commands):
     root = fakes.camvid(tmp_path / "camvid", ("train", "val", "test"))
     listing = listed(root)
     min((root / "test").glob("*.png")).unlink()
-    words = ("dataset=camvid", "dataset.root=camvid", f"dataset.checksums={listing}")
-    done = commands("inspect_data", *words, cwd=tmp_path)
+    arguments = ("dataset=camvid", "dataset.root=camvid", f"dataset.checksums={listing}")
+    done = commands("inspect_data", *arguments, cwd=tmp_path)
     assert done.code == 2
-    assert "test_000.png cannot be read (No such file or directory) and is in" in done.sentence
+    assert "test_000.png cannot be read (No such file or directory), but is listed in" in done.sentence
 
 
 @pytest.mark.parametrize("binary", [False, True])
@@ -71,13 +71,13 @@ def test_every_file_of_the_split_must_be_listed(tmp_path, binary):
         verify(Folder("val", str(root)), checksums=str(listing))
 
 
-def test_a_list_that_is_none_is_refused_by_file_and_line(tmp_path):
+def test_an_invalid_list_is_refused_by_file_and_line(tmp_path):
     root = fakes.folder(tmp_path / "mine", layout="lists")
     data = Folder("val", str(root))
-    with pytest.raises(UsageError, match=r"no[.]sha256 is no file - make one: sha256sum"):
+    with pytest.raises(UsageError, match=r"no[.]sha256 is not a file - write it with sha256sum"):
         verify(data, checksums=str(tmp_path / "no.sha256"))
     (tmp_path / "md5").write_text("\nd41d8cd98f00b204e9800998ecf8427e  images/val_0.png\n")
-    with pytest.raises(UsageError, match=r"md5, line 2: 'd41d8.*' is not 'HASH  PATH' - sha256sum writes such lines"):
+    with pytest.raises(UsageError, match=r"md5, line 2: 'd41d8.*' is not 'HASH  PATH' - write the list with sha256sum"):
         verify(data, checksums=str(tmp_path / "md5"))
-    with pytest.raises(UsageError, match="Shapes lies in no files - leave it out"):
+    with pytest.raises(UsageError, match="Shapes has no files - leave it out"):
         verify(Shapes("val", num_val=2), checksums=str(listed(root)))

@@ -1,4 +1,4 @@
-"""Boxes, and the crops of objects and proposals that DeconvNet learns from, against numbers worked by hand."""
+"""Boxes, and the crops of objects and proposals for DeconvNet, checked against results computed by hand."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from real_data import SHARED
 
 from segdeconv.classes import Classes
 from segdeconv.data import VOC, CamVid, Sample, SegmentationDataset, Shapes
-from segdeconv.data.boxes import bounding, clipped, cut, expanded, iou, spread, squared
+from segdeconv.data.boxes import bounding_box, clipped, cut, expanded, iou, non_maximum_suppression, squared
 from segdeconv.data.crops import Crops, objects_of
 from segdeconv.data.inspection import inspect
 from segdeconv.data.module import build_split, check_dataset
@@ -29,7 +29,7 @@ def boxes(*rows: tuple[int, int, int, int]) -> np.ndarray:
 
 
 class Drawn(SegmentationDataset):
-    """Rectangles (x1, y1, x2, y2, class) on images of 20x30, later ones on top; no void unless it is drawn."""
+    """Rectangles (x1, y1, x2, y2, class) on images of 20x30, later ones on top; class 255 draws ignored pixels."""
 
     classes = Classes(("background", "a", "b"), ((0, 0, 0), (255, 0, 0), (0, 255, 0)))
 
@@ -45,7 +45,7 @@ class Drawn(SegmentationDataset):
 
     def __getitem__(self, index: int) -> Sample:
         rows, columns = np.mgrid[:20, :30]
-        image = np.dstack([rows + 1, columns + 1, np.full_like(rows, 9)]).astype(np.uint8)  # says where it was
+        image = np.dstack([rows + 1, columns + 1, np.full_like(rows, 9)]).astype(np.uint8)  # encodes the position
         return Sample(image, self._paint(index, numbers=False), self.names[index])
 
     def instances(self, index: int) -> np.ndarray:
@@ -74,19 +74,19 @@ def test_a_box_is_enlarged_around_its_centre_and_rounded_outwards(box: Any, fact
 
 
 def test_squares_have_the_longer_side_and_may_leave_the_image() -> None:
-    given = boxes((0, 10, 20, 15), (10, 0, 15, 20), (1, 2, 4, 5), (0, 0, 4, 7))
-    assert squared(given).tolist() == [[0, 3, 20, 23], [3, 0, 23, 20], [1, 2, 4, 5], [-1, 0, 6, 7]]
-    assert clipped(squared(given), (20, 30)).tolist()[0] == [0, 3, 20, 20]
+    corners = boxes((0, 10, 20, 15), (10, 0, 15, 20), (1, 2, 4, 5), (0, 0, 4, 7))
+    assert squared(corners).tolist() == [[0, 3, 20, 23], [3, 0, 23, 20], [1, 2, 4, 5], [-1, 0, 6, 7]]
+    assert clipped(squared(corners), (20, 30)).tolist()[0] == [0, 3, 20, 20]
 
 
-def test_squares_of_the_authors_lists_are_squares_of_ours() -> None:
-    """Lines of their training files, whose corners are inclusive."""
+def test_squares_in_the_authors_lists_are_unchanged() -> None:
+    """The lines are from the authors' training files, whose corners are inclusive."""
     for x1, y1, x2, y2 in ((267, -20, 517, 230), (88, -24, 387, 275), (34, -116, 542, 392), (-30, -92, 548, 486)):
         box = boxes((x1, y1, x2 + 1, y2 + 1))
         assert squared(box).tolist() == box.tolist()
 
 
-def test_a_cut_fills_what_lies_outside() -> None:
+def test_a_crop_fills_the_part_outside_the_array() -> None:
     array = np.arange(12).reshape(3, 4)
     assert cut(array, np.array([-1, -1, 2, 2]), 99).tolist() == [[99, 99, 99], [99, 0, 1], [99, 4, 5]]
     assert cut(array, np.array([3, 1, 6, 4]), 99).tolist() == [[7, 99, 99], [11, 99, 99], [99, 99, 99]]
@@ -98,29 +98,29 @@ def test_a_cut_fills_what_lies_outside() -> None:
     assert cut(np.ones((3, 4, 2)), np.array([-2, 0, 1, 1]), 0).tolist() == [[[0, 0], [0, 0], [1, 1]]]
 
 
-def test_iou_is_that_of_painted_boxes() -> None:
+def test_iou_equals_that_of_painted_boxes() -> None:
     random = np.random.default_rng(0)
     low = random.integers(0, 20, (2, 30, 2))
     first, second = np.concatenate([low, low + random.integers(1, 20, (2, 30, 2))], axis=2)
-    found = iou(first, second)
+    ious = iou(first, second)
     for i, j in np.ndindex(30, 30):
         painted = np.zeros((2, 40, 40), dtype=bool)
         for canvas, (x1, y1, x2, y2) in zip(painted, (first[i], second[j]), strict=True):
             canvas[y1:y2, x1:x2] = True
-        assert found[i, j] == pytest.approx((painted[0] & painted[1]).sum() / (painted[0] | painted[1]).sum())
+        assert ious[i, j] == pytest.approx((painted[0] & painted[1]).sum() / (painted[0] | painted[1]).sum())
 
 
-def test_spread_keeps_what_the_slow_way_keeps() -> None:
+def test_non_maximum_suppression_equals_a_slow_one() -> None:
     random = np.random.default_rng(1)
     low = random.integers(0, 50, (300, 2))
-    given = np.concatenate([low, low + random.integers(1, 50, (300, 2))], axis=1)
-    kept: list[int] = []
+    candidates = np.concatenate([low, low + random.integers(1, 50, (300, 2))], axis=1)
+    selected: list[int] = []
     for index in range(300):
-        if all(iou(given[[index]], given[[other]])[0, 0] <= 0.4 for other in kept):
-            kept.append(index)
-    assert spread(given, 0.4, 1000).tolist() == kept
-    assert spread(given, 0.4, 7).tolist() == kept[:7]
-    assert spread(boxes(), 0.4, 7).tolist() == []
+        if all(iou(candidates[[index]], candidates[[other]])[0, 0] <= 0.4 for other in selected):
+            selected.append(index)
+    assert non_maximum_suppression(candidates, 0.4, 1000).tolist() == selected
+    assert non_maximum_suppression(candidates, 0.4, 7).tolist() == selected[:7]
+    assert non_maximum_suppression(boxes(), 0.4, 7).tolist() == []
 
 
 # Objects
@@ -130,21 +130,21 @@ def test_objects_have_tight_boxes_and_the_class_of_most_of_their_pixels() -> Non
     mask, instances = np.zeros((2, 6, 8), dtype=np.uint8)
     instances[1:3, 2:7] = 4
     mask[1:3, 2:7] = 2
-    mask[1, 2] = 1  # annotators disagree
+    mask[1, 2] = 1  # a pixel of another class
     instances[5, 0], mask[5, 0] = 9, 1
     instances[4, 4:6] = 7  # an object without a class
     instances[0, 0], mask[0, 0] = 8, 255
     instances[3], mask[3] = 255, 255
-    found = objects_of(mask, instances, Drawn.classes, "x")
-    assert found.boxes.tolist() == [[2, 1, 7, 3], [0, 5, 1, 6]]
-    assert (found.numbers.tolist(), found.classes.tolist()) == ([4, 9], [2, 1])
-    assert bounding(instances == 4).tolist() == [2, 1, 7, 3]
-    with pytest.raises(UsageError, match=r"the mask of x has shape \(6, 8\) and its objects \(6, 7\)"):
+    objects = objects_of(mask, instances, Drawn.classes, "x")
+    assert objects.boxes.tolist() == [[2, 1, 7, 3], [0, 5, 1, 6]]
+    assert (objects.numbers.tolist(), objects.classes.tolist()) == ([4, 9], [2, 1])
+    assert bounding_box(instances == 4).tolist() == [2, 1, 7, 3]
+    with pytest.raises(UsageError, match=r"the mask of x has shape \(6, 8\) and its object numbers \(6, 7\)"):
         objects_of(mask, instances[:, 1:], Drawn.classes, "x")
 
 
 @pytest.mark.parametrize("index", range(4))
-def test_objects_of_shapes_are_the_pixels_that_their_classes_say(index: int) -> None:
+def test_objects_of_shapes_have_one_class_each_and_cover_all_labelled_pixels(index: int) -> None:
     data = Shapes("train", num_train=4)
     mask, instances = data[index].mask, data.instances(index)
     np.testing.assert_array_equal(instances == 0, mask == 0)
@@ -153,7 +153,7 @@ def test_objects_of_shapes_are_the_pixels_that_their_classes_say(index: int) -> 
         assert len(np.unique(mask[instances == number])) == 1
 
 
-def test_objects_of_voc_lie_beside_its_masks_and_only_crops_need_them(tmp_path: Path) -> None:
+def test_only_crops_need_the_object_files_of_voc(tmp_path: Path) -> None:
     root = fakes.voc(tmp_path, TRAIN, VAL)
     data = VOC("train", str(root))
     np.testing.assert_array_equal(data.instances(1), fakes.voc_objects(fakes.voc_image_and_mask(1)[1]))
@@ -162,12 +162,12 @@ def test_objects_of_voc_lie_beside_its_masks_and_only_crops_need_them(tmp_path: 
     data = VOC("train", str(root))
     assert data[0].mask.shape == (64, 80)
     with pytest.raises(
-        UsageError, match=r"Object/2007_000001\.png is missing, .* - unpack that folder of VOC's archive"
+        UsageError, match=r"Object/2007_000001\.png, .*, is missing - unpack this folder of VOC's archive"
     ):
         Crops(data, examples="objects")
 
 
-def test_objects_of_sbd_that_were_not_converted_are_named_with_the_way_out(tmp_path: Path) -> None:
+def test_unconverted_objects_of_sbd_are_named_with_a_way_out(tmp_path: Path) -> None:
     root = fakes.voc(tmp_path, TRAIN, VAL)
     aug = root / "SegmentationClassAug"
     aug.mkdir()
@@ -177,42 +177,42 @@ def test_objects_of_sbd_that_were_not_converted_are_named_with_the_way_out(tmp_p
     data = VOC("trainaug", str(root))
     assert data.names[-1] == "2009_000001"
     with pytest.raises(
-        UsageError, match=r"ObjectAug/2009_000001\.png is missing, .* - delete SegmentationClassAug, so"
+        UsageError, match=r"ObjectAug/2009_000001\.png, .*, is missing - delete SegmentationClassAug, so"
     ):
         data.instances(2)
 
 
-def test_a_data_set_without_objects_says_so(tmp_path: Path) -> None:
+def test_a_data_set_without_object_numbers_is_refused(tmp_path: Path) -> None:
     data = CamVid("train", str(fakes.camvid(tmp_path)))
-    with pytest.raises(UsageError, match="CamVid does not say which pixels are of one object"):
+    with pytest.raises(UsageError, match="CamVid has no masks of single objects"):
         data.instances(0)
-    with pytest.raises(UsageError, match=r"examples=objects needs a class 'background', .* CamVid has sky"):
+    with pytest.raises(UsageError, match=r"examples=objects needs a class 'background' .* CamVid has sky"):
         Crops(data, examples="objects")
 
 
 # Crops of objects
 
 
-def test_a_crop_is_an_object_in_its_context_cut_at_the_border_and_all_else_is_background() -> None:
-    # b lies on a; a touches the left border; a border of void runs below both.
+def test_a_crop_shows_an_object_in_its_context_clipped_to_the_image_with_the_rest_as_background() -> None:
+    # b covers part of a, a touches the left border, and a row of ignored pixels lies below both.
     data = Drawn([(0, 4, 10, 9, 1), (8, 2, 13, 12, 2), (0, 12, 30, 13, 255)])
     crops = Crops(data, examples="objects")
-    # a is 8x5 where it is seen, enlarged to 9.6x6: half of 1.6 and of 1, rounded outwards, and cut at x = 0.
+    # The visible part of a is 8x5, enlarged to 9.6x6: half of 1.6 and of 1, rounded outwards, and clipped at x = 0.
     assert crops.table[:, 1:5].tolist() == [[0, 3, 9, 10], [7, 1, 14, 13]]
     image, mask, name = crops[0]
     np.testing.assert_array_equal(image, data[0].image[3:10, 0:9])
     expected = np.zeros((7, 9), dtype=np.uint8)
-    expected[1:6, 0:8] = 1  # and not the column of b beside it
+    expected[1:6, 0:8] = 1  # without the column of b beside it
     np.testing.assert_array_equal(mask, expected)
     assert (mask.dtype, name) == (np.uint8, "train_0_0000")
     mask = crops[1].mask
     expected = np.zeros((12, 7), dtype=np.uint8)
     expected[1:11, 1:6] = 2
-    expected[11] = 255  # void stays void
+    expected[11] = 255  # ignored pixels stay ignored
     np.testing.assert_array_equal(mask, expected)
 
 
-def test_more_context_takes_in_more() -> None:
+def test_a_larger_context_gives_a_larger_crop() -> None:
     data = Drawn([(10, 5, 20, 15, 1)])
     assert Crops(data, examples="objects", context=1.0).table[0, 1:5].tolist() == [10, 5, 20, 15]
     assert Crops(data, examples="objects", context=3.0).table[0, 1:5].tolist() == [0, 0, 30, 20]
@@ -221,14 +221,14 @@ def test_more_context_takes_in_more() -> None:
 def test_crops_of_merged_classes_have_the_merged_class() -> None:
     data = Relabelled(Drawn([(2, 2, 6, 6, 1), (10, 2, 16, 6, 2)]), {"b": "ignore"})
     crops = Crops(data, examples="objects")
-    assert len(crops) == 1  # what is ignored is no object
+    assert len(crops) == 1  # an ignored object gives no crop
     assert crops.classes.names == ("background", "a")
 
 
 # Crops of proposals
 
 
-def proposed(tmp_path: Path, **images: list[list[float]]) -> str:
+def write_proposals(tmp_path: Path, **images: list[list[float]]) -> str:
     import json
 
     path = tmp_path / "boxes.json"
@@ -236,13 +236,13 @@ def proposed(tmp_path: Path, **images: list[list[float]]) -> str:
     return str(path)
 
 
-def test_a_proposal_becomes_a_square_with_all_classes_and_void_outside(tmp_path: Path) -> None:
+def test_a_proposal_becomes_a_square_with_all_classes_that_is_ignored_outside_the_image(tmp_path: Path) -> None:
     data = Drawn([(0, 4, 10, 9, 1), (8, 2, 13, 12, 2)])
-    # The first is a's box; the second shares 4x5 of its 20 with a's 40: no; the third meets b by 50 / 60.
-    given = proposed(tmp_path, train_0=[[0, 4, 8, 9, 0.9], [0, 4, 4, 9, 0.8], [8, 1, 13, 13, 0.7]])
-    crops = Crops(data, examples="proposals", proposals=given, overlap=0.6)
-    # 8x5 -> 9.6x6 -> (-1, 3, 9, 10) -> a square of 10: 3 rows more, one above and two below. The other 5x12 -> 6x14.4
-    # -> (7, -1, 14, 15) -> a square of 16: 4 columns more before and 5 after.
+    # The first is the box of a; the second has an IoU of 20 / 40 with a, too little; the third has 50 / 60 with b.
+    path = write_proposals(tmp_path, train_0=[[0, 4, 8, 9, 0.9], [0, 4, 4, 9, 0.8], [8, 1, 13, 13, 0.7]])
+    crops = Crops(data, examples="proposals", proposals=path, overlap=0.6)
+    # 8x5 -> 9.6x6 -> (-1, 3, 9, 10) -> a square of 10 with 3 more rows, one above and two below. The other:
+    # 5x12 -> 6x14.4 -> (7, -1, 14, 15) -> a square of 16 with 4 more columns before and 5 after.
     assert crops.table[:, 1:6].tolist() == [[-1, 2, 9, 12, 1], [3, -1, 19, 15, 2]]
     image, mask, _ = crops[0]
     assert image.shape == (10, 10, 3)
@@ -251,27 +251,27 @@ def test_a_proposal_becomes_a_square_with_all_classes_and_void_outside(tmp_path:
     assert (mask[:, 0] == 255).all()
     np.testing.assert_array_equal(mask[:, 1:], data[0].mask[2:12, 0:9])
     assert set(np.unique(mask)) == {0, 1, 2, 255}
-    assert len(Crops(data, examples="proposals", proposals=given, overlap=0.4)) == 3
+    assert len(Crops(data, examples="proposals", proposals=path, overlap=0.4)) == 3
 
 
-def test_an_object_keeps_its_likeliest_proposals_in_train_and_its_best_one_elsewhere(tmp_path: Path) -> None:
-    near = [[1, 4, 11, 9, 0.9], [0, 4, 10, 9, 0.5], [0, 4, 9, 9, 0.7]]
-    given = proposed(tmp_path, train_0=near, val_0=near)
+def test_an_object_has_its_highest_scored_proposals_in_train_and_its_best_one_elsewhere(tmp_path: Path) -> None:
+    proposals = [[1, 4, 11, 9, 0.9], [0, 4, 10, 9, 0.5], [0, 4, 9, 9, 0.7]]
+    path = write_proposals(tmp_path, train_0=proposals, val_0=proposals)
     image = [(0, 4, 10, 9, 1)]
 
-    def found(split: str, **settings: Any) -> list[list[int]]:
-        crops = Crops(Drawn(image, split=split), examples="proposals", proposals=given, context=1.0, **settings)
+    def boxes_of(split: str, **settings: Any) -> list[list[int]]:
+        crops = Crops(Drawn(image, split=split), examples="proposals", proposals=path, context=1.0, **settings)
         return crops.table[:, 1:5].tolist()
 
-    every = [[1, 2, 11, 12], [0, 2, 9, 11], [0, 2, 10, 12]]  # by score
-    assert found("train") == every
-    assert found("train", most=2) == every[:2]
-    assert found("val") == [every[2]]
+    by_score = [[1, 2, 11, 12], [0, 2, 9, 11], [0, 2, 10, 12]]
+    assert boxes_of("train") == by_score
+    assert boxes_of("train", most=2) == by_score[:2]
+    assert boxes_of("val") == [by_score[2]]
 
 
-def test_rare_classes_are_repeated_in_train_up_to_the_median_and_no_further() -> None:
-    one, two = (2, 2, 6, 6), (10, 2, 16, 6)
-    images = [[(*one, 1), (*two, 1)]] * 4 + [[(*one, 2)]]  # eight of a, one of b: the median is 4.5
+def test_rare_classes_are_repeated_in_train_up_to_the_median() -> None:
+    left, right = (2, 2, 6, 6), (10, 2, 16, 6)
+    images = [[(*left, 1), (*right, 1)]] * 4 + [[(*left, 2)]]  # eight of a, one of b: the median is 4.5
 
     def classes(split: str, repeats: int) -> list[int]:
         crops = Crops(Drawn(*images, split=split), examples="objects", repeats=repeats)
@@ -284,7 +284,7 @@ def test_rare_classes_are_repeated_in_train_up_to_the_median_and_no_further() ->
     assert classes("val", 100) == [1] * 8 + [2]
 
 
-def test_proposals_of_shapes_are_the_same_every_time_and_meet_their_objects() -> None:
+def test_proposals_of_shapes_are_reproducible_squares() -> None:
     data = Shapes("train", num_train=4, side=96)
     crops = [Crops(data, examples="proposals", most=3)._find() for _ in range(2)]
     np.testing.assert_array_equal(*crops)
@@ -296,41 +296,41 @@ def test_proposals_of_shapes_are_the_same_every_time_and_meet_their_objects() ->
 # As a data set
 
 
-def test_crops_are_remembered_until_something_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    looks = []
+def test_crops_are_cached_until_something_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    searches = []
     real = Crops._find
-    monkeypatch.setattr(Crops, "_find", lambda self: looks.append(self.split) or real(self))
+    monkeypatch.setattr(Crops, "_find", lambda self: searches.append(self.split) or real(self))
     first = [(2, 2, 6, 6, 1)]
     for images in ([first], [first], [first, first]):
         assert len(Crops(Drawn(*images), examples="objects")) == len(images)
-    assert len(looks) == 2
+    assert len(searches) == 2
     Crops(Drawn(first), examples="objects", context=2.0)
-    assert len(looks) == 3
+    assert len(searches) == 3
 
 
-def test_a_config_asks_for_crops_by_a_key_and_the_images_are_inspected_whole() -> None:
+def test_a_config_selects_crops_by_a_key_and_whole_images_are_inspected() -> None:
     node = {"_target_": "segdeconv.data.Shapes", "num_train": 3, "examples": "objects", "label_map": {"ring": "disc"}}
     checked = check_dataset(node)
     assert (checked["context"], checked["overlap"]) == (1.2, 0.5)
     data = build_split(checked, "train")
     assert "ring" not in data.classes.names
     assert "crops of objects" in data.notes[-1]
-    seen = inspect(data, remember=False)
-    assert (seen.num_images, seen.sizes) == (3, [(64, 64, 3)])
+    inspection = inspect(data, use_cache=False)
+    assert (inspection.num_images, inspection.sizes) == (3, [(64, 64, 3)])
     whole = build_split({**checked, "examples": "images"}, "train")
-    assert seen == inspect(whole, remember=False)
+    assert inspection == inspect(whole, use_cache=False)
     with pytest.raises(
         UsageError, match=r"dataset\.examples=crops: input should be 'images', 'objects' or 'proposals'"
     ):
         check_dataset({**node, "examples": "crops"})
 
 
-def test_a_split_without_an_object_is_refused() -> None:
+def test_a_split_without_objects_is_refused() -> None:
     with pytest.raises(UsageError, match="train of Drawn has no objects"):
         Crops(Drawn([]), examples="objects")
 
 
-def test_voc_in_crops_of_both_kinds(tmp_path: Path) -> None:
+def test_voc_has_crops_of_both_kinds(tmp_path: Path) -> None:
     root = str(fakes.voc(tmp_path, TRAIN, VAL))
     data = VOC("train", root)
     crops = Crops(data, examples="objects")
@@ -345,13 +345,13 @@ def test_voc_in_crops_of_both_kinds(tmp_path: Path) -> None:
 
 
 @needs_voc
-def test_windows_find_most_things_in_real_photographs() -> None:
-    """Boxes of the connected parts of each class, since the objects' masks are not here: 12 in three photographs."""
+def test_windows_overlap_most_objects_in_real_photographs() -> None:
+    """Boxes are those of the 12 connected parts of classes, since the masks of objects are not available here."""
     import cv2
 
     from segdeconv.data.proposals import windows
 
-    met: list[bool] = []
+    overlapped: list[bool] = []
     data = VOC("trainval", str(REAL))
     for index in range(len(data)):
         image, mask, _ = data[index]
@@ -359,6 +359,6 @@ def test_windows_find_most_things_in_real_photographs() -> None:
         for label in set(np.unique(mask).tolist()) - {0, 255}:
             _, _, stats, _ = cv2.connectedComponentsWithStats((mask == label).astype(np.uint8))
             parts += [[x, y, x + w, y + h] for x, y, w, h, area in stats[1:] if area >= 50]
-        met += (iou(np.array(parts), windows(image)) >= 0.5).any(axis=1).tolist()
-    assert len(met) == 12
-    assert np.mean(met) >= 0.9
+        overlapped += (iou(np.array(parts), windows(image)) >= 0.5).any(axis=1).tolist()
+    assert len(overlapped) == 12
+    assert np.mean(overlapped) >= 0.9

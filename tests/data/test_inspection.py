@@ -1,4 +1,4 @@
-"""An inspection counts what a brute-force look counts, lists every problem, and is remembered until a file changes."""
+"""An inspection equals a brute-force count, lists every problem, and is cached until a file changes."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def camvid(tmp_path: Path) -> CamVid:
     return CamVid("train", str(root))
 
 
-def looked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Records the split of every real look from here on."""
+def record_inspections(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a list to which the split of every uncached inspection is appended."""
     splits = []
     real = inspection._inspect
 
@@ -53,7 +53,7 @@ def looked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 # Counts
 
 
-def test_counts_are_those_of_a_brute_force_look(camvid: CamVid) -> None:
+def test_counts_equal_a_brute_force_count(camvid: CamVid) -> None:
     pixels, image_pixels, images, sizes = [0] * 12, [0] * 12, [0] * 12, Counter()
     for pair in camvid.pairs:
         values = list(fakes.opened(pair.mask).tobytes())
@@ -63,13 +63,13 @@ def test_counts_are_those_of_a_brute_force_look(camvid: CamVid) -> None:
                 image_pixels[label] += len(values)
                 images[label] += 1
         sizes[fakes.opened(pair.mask).size[::-1]] += 1
-    seen = inspect(camvid)
-    assert seen.split == "train"
-    assert seen.num_images == 4
-    assert (seen.pixels, seen.image_pixels, seen.images) == (pixels, image_pixels, images)
-    assert seen.images[4] == 1
-    assert seen.sizes == [(48, 64, 3), (16, 32, 1)] == [(*size, count) for size, count in sizes.most_common()]
-    assert seen.problems == []
+    result = inspect(camvid)
+    assert result.split == "train"
+    assert result.num_images == 4
+    assert (result.pixels, result.image_pixels, result.images) == (pixels, image_pixels, images)
+    assert result.images[4] == 1
+    assert result.sizes == [(48, 64, 3), (16, 32, 1)] == [(*size, count) for size, count in sizes.most_common()]
+    assert result.problems == []
 
 
 def test_ignored_pixels_are_counted_last() -> None:
@@ -78,10 +78,10 @@ def test_ignored_pixels_are_counted_last() -> None:
     assert inspect(shapes).pixels == [int((masks == label).sum()) for label in (*range(7), 255)]
 
 
-def test_a_class_whose_label_is_255_is_no_ignored_pixel(tmp_path: Path) -> None:
-    seen = inspect(Folder("train", str(fakes.folder(tmp_path / "data", "binary"))))
-    assert seen.pixels[2] == 0
-    assert min(seen.pixels[:2]) > 0
+def test_a_class_with_label_255_is_not_ignored(tmp_path: Path) -> None:
+    result = inspect(Folder("train", str(fakes.folder(tmp_path / "data", "binary"))))
+    assert result.pixels[2] == 0
+    assert min(result.pixels[:2]) > 0
 
 
 @pytest.mark.parametrize("channels", [1, 2, 5])
@@ -97,12 +97,12 @@ def test_mean_and_deviation_are_those_of_all_pixels(tmp_path: Path, channels: in
         path.unlink()
         Image.new("L", size[::-1], 1).save(root / "train" / "masks" / path.name)
         images.append(image.reshape(-1, channels))
-    seen = inspect(Folder("train", str(root), channels=channels, classes=["a", "b", "c"]), remember=False)
+    result = inspect(Folder("train", str(root), channels=channels, classes=["a", "b", "c"]), use_cache=False)
     pixels = np.concatenate(images).astype(np.float64)
-    assert seen.bits == 8 * np.dtype(dtype).itemsize
-    assert seen.mean == pytest.approx(pixels.mean(axis=0), rel=1e-5)
-    assert seen.std == pytest.approx(pixels.std(axis=0), rel=1e-5)
-    assert (seen.mean[-1], seen.std[-1]) == (77, 0)
+    assert result.bits == 8 * np.dtype(dtype).itemsize
+    assert result.mean == pytest.approx(pixels.mean(axis=0), rel=1e-5)
+    assert result.std == pytest.approx(pixels.std(axis=0), rel=1e-5)
+    assert (result.mean[-1], result.std[-1]) == (77, 0)
 
 
 # Problems
@@ -115,23 +115,25 @@ def test_images_of_8_and_of_16_bit_in_one_data_set_are_refused(tmp_path: Path) -
             bits = np.uint16 if path.stem == "train_2" or split == "val" else np.uint8
             Image.fromarray(np.zeros((48, 64), dtype=bits)).save(path)
     datasets = [Folder(split, str(root), channels=1) for split in ("train", "val")]
-    assert inspect(datasets[0]).problems == ["train_0 has 8 bit and train_2 16 bit per channel - save all images alike"]
+    assert inspect(datasets[0]).problems == [
+        "train_0 has 8 bit and train_2 16 bit per channel - save all images with the same bits"
+    ]
     Image.fromarray(np.zeros((48, 64), dtype=np.uint8)).save(root / "train/images/train_2.png")
     with pytest.raises(UsageError, match="the splits differ: train 8 bit, val 16 bit per channel - save"):
         inspect_all(datasets)
 
 
-def test_images_of_another_number_of_channels_than_their_data_set_says_are_refused() -> None:
+def test_images_with_another_number_of_channels_than_their_data_set_are_refused() -> None:
     class Grey(Shapes):
         channels = 1
 
     assert inspect(Grey("val", num_val=1)).problems == [
-        "val_00000 has 3 channels and its data set 1 - give all as many"
+        "val_00000 has 3 channels, but its data set has 1 - make them equal"
     ]
 
 
-def spoil(root: Path) -> list[str]:
-    """Spoil every one of the four train images, each in its own way; returns what should be said, in order."""
+def damage(root: Path) -> list[str]:
+    """Damage each of the four train images in another way and return the expected messages, in order."""
     image = root / "train" / "train_000.png"
     image.write_bytes(image.read_bytes()[:200])
     mask = fakes.opened(root / "trainannot" / "train_001.png")
@@ -147,26 +149,26 @@ def spoil(root: Path) -> list[str]:
     ]
 
 
-def test_every_problem_is_listed_in_one_sentence_that_names_the_file(tmp_path: Path) -> None:
-    expected = spoil(fakes.camvid(tmp_path / "camvid"))
-    seen = inspect(CamVid("train", str(tmp_path / "camvid")))
-    for problem, words in zip(seen.problems, expected, strict=True):
-        assert re.search(words, problem)
+def test_every_problem_is_listed_with_the_name_of_the_file(tmp_path: Path) -> None:
+    expected = damage(fakes.camvid(tmp_path / "camvid"))
+    result = inspect(CamVid("train", str(tmp_path / "camvid")))
+    for problem, message in zip(result.problems, expected, strict=True):
+        assert re.search(message, problem)
         assert "\n" not in problem
-    assert sum(seen.pixels) == 0
+    assert sum(result.pixels) == 0
 
 
-def test_the_first_problem_is_raised_with_how_many_more_there_are(tmp_path: Path) -> None:
+def test_the_first_problem_is_raised_with_the_number_of_others(tmp_path: Path) -> None:
     root = fakes.camvid(tmp_path / "camvid")
-    first = spoil(root)[0]
+    first = damage(root)[0]
     datasets = [CamVid(split, str(root)) for split in ("train", "val")]
     with pytest.raises(UsageError, match=rf"{first}.* \(and 3 more: python scripts/inspect_data\.py lists them\)"):
         inspect_all(datasets)
 
 
-def test_problems_are_not_remembered(tmp_path: Path, cache: Path) -> None:
+def test_inspections_with_problems_are_not_cached(tmp_path: Path, cache: Path) -> None:
     root = fakes.camvid(tmp_path / "camvid")
-    spoil(root)
+    damage(root)
     inspect(CamVid("train", str(root)))
     assert not cache.exists()
 
@@ -175,10 +177,10 @@ def test_an_image_in_two_splits_is_named(tmp_path: Path) -> None:
     root = fakes.folder(tmp_path / "data", layout="lists")
     (root / "val.txt").write_text("val_0\ntrain_2\n")
     datasets = [Folder(split, str(root)) for split in ("train", "val")]
-    words = r"images/train_2\.png is in train and in val: its score would mean nothing - list it once"
+    message = r"images/train_2\.png is in train and in val, so its score would be meaningless - list it once"
     assert len(overlaps(datasets)) == 1
-    assert re.search(words, overlaps(datasets)[0])
-    with pytest.raises(UsageError, match=words):
+    assert re.search(message, overlaps(datasets)[0])
+    with pytest.raises(UsageError, match=message):
         inspect_all(datasets)
 
 
@@ -195,32 +197,34 @@ def test_splits_that_share_nothing_pass(tmp_path: Path) -> None:
     assert (train.split, val.split) == ("train", "val")
 
 
-# Memory
+# Cache
 
 
-def test_a_remembered_inspection_is_the_same_and_read_once(camvid: CamVid, monkeypatch: pytest.MonkeyPatch) -> None:
-    looks = looked(monkeypatch)
+def test_a_cached_inspection_is_the_same_and_reads_the_files_once(
+    camvid: CamVid, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inspected = record_inspections(monkeypatch)
     first = inspect(camvid)
     assert inspect(CamVid("train", str(camvid.pairs[0].image.parents[1]))) == first
-    assert looks == ["train"]
+    assert inspected == ["train"]
 
 
-def test_remember_false_looks_again_and_writes_nothing(
+def test_without_the_cache_files_are_read_again_and_nothing_is_written(
     camvid: CamVid, monkeypatch: pytest.MonkeyPatch, cache: Path
 ) -> None:
-    looks = looked(monkeypatch)
-    inspect(camvid, remember=False)
+    inspected = record_inspections(monkeypatch)
+    inspect(camvid, use_cache=False)
     assert not cache.exists()
     inspect(camvid)
-    inspect(camvid, remember=False)
-    assert len(looks) == 3
+    inspect(camvid, use_cache=False)
+    assert len(inspected) == 3
 
 
 @pytest.mark.parametrize("change", ["content", "time", "list"])
-def test_an_inspection_is_forgotten_when_a_file_changes(
+def test_a_cached_inspection_is_invalid_when_a_file_changes(
     camvid: CamVid, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
-    looks = looked(monkeypatch)
+    inspected = record_inspections(monkeypatch)
     inspect(camvid)
     mask = camvid.pairs[2].mask
     root = mask.parents[1]
@@ -231,37 +235,37 @@ def test_an_inspection_is_forgotten_when_a_file_changes(
     else:
         (root / "train.txt").write_text("".join((root / "train.txt").read_text().splitlines(keepends=True)[:3]))
     again = inspect(CamVid("train", str(root)))
-    assert looks == ["train", "train"]
+    assert inspected == ["train", "train"]
     if change == "content":
         assert again.pixels[9] >= 48 * 64
     assert again.num_images == (3 if change == "list" else 4)
 
 
-def test_splits_seeds_and_classes_are_remembered_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    looks = looked(monkeypatch)
+def test_splits_seeds_and_classes_are_cached_separately(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inspected = record_inspections(monkeypatch)
     root = str(fakes.folder(tmp_path / "data", layout="lists"))
     swapped = {"a": 2, "b": 1, "c": 0}
     datasets = [Shapes("train", num_train=2), Shapes("val", num_val=2), Shapes("train", num_train=2, data_seed=1)]
     datasets += [Folder("train", root), Folder("train", root, classes=swapped)]
-    seen = [inspect(dataset) for dataset in datasets]
-    assert len(looks) == 5
-    assert seen[3].pixels[0] == seen[4].pixels[2]
+    inspections = [inspect(dataset) for dataset in datasets]
+    assert len(inspected) == 5
+    assert inspections[3].pixels[0] == inspections[4].pixels[2]
 
 
 @pytest.mark.parametrize("content", ["", '{"split": "tr', "[]", "{}"])
-def test_a_memory_that_was_cut_short_is_looked_up_again(
+def test_a_truncated_cache_file_is_replaced(
     camvid: CamVid, monkeypatch: pytest.MonkeyPatch, cache: Path, content: str
 ) -> None:
     first = inspect(camvid)
-    (memory,) = cache.iterdir()
-    memory.write_text(content)
-    looks = looked(monkeypatch)
+    (path,) = cache.iterdir()
+    path.write_text(content)
+    inspected = record_inspections(monkeypatch)
     assert inspect(camvid) == first
-    assert looks == ["train"]
-    assert memory.read_text() != content
+    assert inspected == ["train"]
+    assert path.read_text() != content
 
 
-def test_a_cache_that_cannot_be_written_is_no_hindrance(camvid: CamVid, cache: Path) -> None:
+def test_an_unwritable_cache_is_ignored(camvid: CamVid, cache: Path) -> None:
     cache.parent.mkdir(parents=True)
     cache.write_text("a file where the folder should be")
     assert inspect(camvid).num_images == 4
@@ -271,7 +275,7 @@ def test_a_cache_that_cannot_be_written_is_no_hindrance(camvid: CamVid, cache: P
 
 
 def test_the_table_shows_classes_labels_colours_counts_and_weights() -> None:
-    seen = inspection.Inspection(
+    result = inspection.Inspection(
         "val",
         2,
         [75, 0, 25],
@@ -284,7 +288,7 @@ def test_the_table_shows_classes_labels_colours_counts_and_weights() -> None:
         [],
     )
     classes = Classes(("sky", "pavement"), ((128, 0, 255), (1, 2, 3)), labels=(3, 40))
-    assert class_table(seen, classes, [1.5, 0.25]).splitlines() == [
+    assert class_table(result, classes, [1.5, 0.25]).splitlines() == [
         "val: 2 images (1 of 5x10, 1 of 5x9, 1 of 5x8 and 1 other sizes)",
         "  class     label  colour       images        pixels   share  weight",
         "  sky           3  #8000ff           2            75  75.00%  1.5000",
@@ -294,11 +298,13 @@ def test_the_table_shows_classes_labels_colours_counts_and_weights() -> None:
 
 
 def test_the_table_shows_channels_that_are_not_8_bit_rgb() -> None:
-    seen = inspection.Inspection(
+    result = inspection.Inspection(
         "train", 1, [9, 1, 0], [9, 9, 0], [1, 1, 0], [(1, 9, 1)], 16, [1234.5, 6], [70.25, 8], []
     )
     classes = Classes(("sky", "road"), ((0, 0, 0), (1, 2, 3)))
-    assert class_table(seen, classes, None).splitlines()[1] == "  2 channel(s) of 16 bit, mean 1234.5, 6, std 70.25, 8"
+    assert (
+        class_table(result, classes, None).splitlines()[1] == "  2 channel(s) of 16 bit, mean 1234.5, 6, std 70.25, 8"
+    )
 
 
 def test_a_table_without_weights_has_none(camvid: CamVid) -> None:

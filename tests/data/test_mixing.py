@@ -1,4 +1,4 @@
-"""Training images made of two: which pixels come from where, by images that show it."""
+"""Mixed training images, checked with images whose pixels encode their source."""
 
 import numpy as np
 import pytest
@@ -19,40 +19,40 @@ def mixing(mix, share=1.0, seed=0):
 
 @pytest.fixture
 def labels():
-    """Eight rows of classes 0 to 4 and ignored ones, 40 pixels wide."""
+    """Eight bands of classes 0 to 4 and of ignored pixels, 40 pixels wide."""
     return np.repeat(np.array([0, 1, 2, 3, 4, 255, 0, 4], dtype=np.uint8), 5)[:, None].repeat(40, axis=1)
 
 
 @kinds
-def test_every_pixel_comes_with_its_label_from_one_of_both_images(mix, labels):
-    mine = np.full((40, 40), 7, dtype=np.uint8)
-    image = np.dstack([np.full_like(mine, 10), mine, mine])
+def test_every_pixel_and_its_label_come_from_the_same_image(mix, labels):
+    mask = np.full((40, 40), 7, dtype=np.uint8)
+    image = np.dstack([np.full_like(mask, 10), mask, mask])
     other = np.dstack([np.full_like(labels, 20), labels, labels])
     for epoch in range(20):
-        mixed, mask = mixing(mix)(image, mine, other, labels, epoch, index=3)
-        assert mixed.dtype == mask.dtype == np.uint8
-        assert (mixed[:, :, 1] == mask).all(), "a pixel has another's label"
-        assert ((mixed[:, :, 0] == 20) == (mask != 7)).all()
-        assert {10, 20} == set(np.unique(mixed[:, :, 0])), "nothing is left of one of them"
+        mixed, mixed_mask = mixing(mix)(image, mask, other, labels, epoch, index=3)
+        assert mixed.dtype == mixed_mask.dtype == np.uint8
+        assert (mixed[:, :, 1] == mixed_mask).all(), "a pixel has the label of another"
+        assert ((mixed[:, :, 0] == 20) == (mixed_mask != 7)).all()
+        assert {10, 20} == set(np.unique(mixed[:, :, 0])), "one image is missing from the result"
 
 
-def test_half_the_classes_are_pasted_whole_and_what_is_ignored_never(labels):
-    chosen = []
+def test_half_of_the_classes_are_pasted_whole_and_ignored_pixels_never(labels):
+    all_classes = []
     for index in range(60):
         pasted = mixing("classes").pasted(labels, 0, index)
-        taken = set(np.unique(labels[pasted]))
-        assert len(taken) == 3, "of five classes three"
-        assert 255 not in taken
-        assert (pasted == np.isin(labels, list(taken))).all(), "a class is taken in part"
-        chosen += taken
-    assert set(chosen) == {0, 1, 2, 3, 4}
+        pasted_classes = set(np.unique(labels[pasted]))
+        assert len(pasted_classes) == 3, "not three of five classes"
+        assert 255 not in pasted_classes
+        assert (pasted == np.isin(labels, list(pasted_classes))).all(), "only a part of a class is pasted"
+        all_classes += pasted_classes
+    assert set(all_classes) == {0, 1, 2, 3, 4}
 
 
-def test_of_an_image_that_is_ignored_everywhere_nothing_is_pasted():
+def test_nothing_is_pasted_from_a_fully_ignored_image():
     assert not mixing("classes").pasted(np.full((4, 4), 255, dtype=np.uint8), 0, 0).any()
 
 
-def test_a_box_is_a_rectangle_of_a_tenth_to_half_of_the_image_anywhere_in_it():
+def test_a_box_is_a_rectangle_of_a_tenth_to_half_of_the_image_at_any_position():
     covered = np.zeros((60, 90), dtype=int)
     for index in range(300):
         pasted = mixing("box").pasted(np.zeros((60, 90), dtype=np.uint8), 0, index)
@@ -63,17 +63,17 @@ def test_a_box_is_a_rectangle_of_a_tenth_to_half_of_the_image_anywhere_in_it():
     assert all(edge.any() for edge in (covered[0], covered[-1], covered[:, 0], covered[:, -1], covered[30, 45]))
 
 
-def test_the_draws_follow_seed_epoch_and_index_alone(labels):
-    def drawn(seed, epoch, index):
-        made = mixing("box", seed=seed)
-        return made.partner(epoch, index, 1000), made.pasted(labels, epoch, index).tobytes()
+def test_the_draws_depend_only_on_seed_epoch_and_index(labels):
+    def draw(seed, epoch, index):
+        box_mixing = mixing("box", seed=seed)
+        return box_mixing.partner(epoch, index, 1000), box_mixing.pasted(labels, epoch, index).tobytes()
 
-    places = [(seed, epoch, index) for seed in range(3) for epoch in range(3) for index in range(3)]
-    assert [drawn(*place) for place in places] == [drawn(*place) for place in reversed(places)][::-1]
-    assert len({drawn(*place) for place in places}) == len(places)
+    keys = [(seed, epoch, index) for seed in range(3) for epoch in range(3) for index in range(3)]
+    assert [draw(*key) for key in keys] == [draw(*key) for key in reversed(keys)][::-1]
+    assert len({draw(*key) for key in keys}) == len(keys)
 
 
-def test_the_share_of_images_is_mixed_each_with_any_other():
+def test_the_given_fraction_of_images_is_mixed_with_any_other_image():
     partners = [mixing("box", share=0.3).partner(0, index, 10) for index in range(2000)]
     mixed = [partner for partner in partners if partner is not None]
     assert 0.27 < len(mixed) / len(partners) < 0.33
@@ -82,7 +82,7 @@ def test_the_share_of_images_is_mixed_each_with_any_other():
 
 
 @kinds
-def test_a_training_sample_is_made_of_two_augmented_ones(mix):
+def test_a_training_sample_mixes_two_augmented_ones(mix):
     dataset = Shapes("train", num_train=6, side=32)
     augmentation = Augmentation({}, crop=None, ignore_index=255, fill=[0.0] * 3, seed=0)
     samples = TrainingBatches(dataset, Preprocessing(None, (0.0,) * 3, (1.0,) * 3), augmentation, mixing(mix))
@@ -95,7 +95,7 @@ def test_a_training_sample_is_made_of_two_augmented_ones(mix):
         np.testing.assert_array_equal(sample["mask"], np.where(pasted, other.mask, own.mask))
 
 
-def test_images_of_two_sizes_are_refused_with_the_way_out():
+def test_images_of_two_sizes_are_refused_with_a_way_out():
     small, large = (np.zeros((side, side, 3), dtype=np.uint8) for side in (8, 9))
-    with pytest.raises(UsageError, match=r"mix=box needs training images of one size.*\(8, 8\).*\(9, 9\).*crop"):
+    with pytest.raises(UsageError, match=r"mix=box needs training images of the same size.*\(8, 8\).*\(9, 9\).*crop"):
         mixing("box")(small, small[:, :, 0], large, large[:, :, 0], 0, 0)

@@ -1,4 +1,4 @@
-"""A person's own data: folds and groups, classes merged and ignored by name, any channels from file to mask."""
+"""The user's own data: folds and groups, classes merged and ignored by name, and any channels from file to mask."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from segdeconv.evaluation.evaluate import restore_dataset
 from segdeconv.train import train
 
 
-def raises(words: str) -> Any:
-    return pytest.raises(UsageError, match=words)
+def raises(message: str) -> Any:
+    return pytest.raises(UsageError, match=message)
 
 
 # Folds and groups
@@ -38,10 +38,10 @@ def folds_of(names: list[str], count: int, pattern: str | None = None, seed: int
 
 @pytest.mark.parametrize("num", [2, 3, 10, 23])
 @pytest.mark.parametrize("count", [2, 3, 5])
-def test_every_image_is_val_in_exactly_one_fold_and_folds_are_of_one_size(num: int, count: int) -> None:
+def test_every_image_is_val_in_exactly_one_fold_and_folds_are_of_equal_size(num: int, count: int) -> None:
     names = [f"image_{index}" for index in range(num)]
     if count > num:
-        with raises(f"dataset.folds={count} and there are {num} images or groups of them - give at most {num}"):
+        with raises(f"dataset.folds={count} is larger than the number of images or groups, {num} - set at most {num}"):
             folds_of(names, count)
         return
     parts = folds_of(names, count)
@@ -52,7 +52,7 @@ def test_every_image_is_val_in_exactly_one_fold_and_folds_are_of_one_size(num: i
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_groups_stay_together_in_folds_about_as_large_as_can_be(seed: int) -> None:
+def test_groups_stay_together_in_folds_of_about_equal_size(seed: int) -> None:
     random = np.random.default_rng(seed)
     names = [f"p{patient}/{index}" for patient in range(9) for index in range(random.integers(1, 12))]
     for count in (2, 3, 5):
@@ -60,14 +60,14 @@ def test_groups_stay_together_in_folds_about_as_large_as_can_be(seed: int) -> No
         assert sorted(name for part in parts for name in part) == sorted(names)
         owners = [{name.split("/")[0] for name in part} for part in parts]
         assert sum(map(len, owners)) == 9
-        # Greedy: no part is larger than the smallest by more than one group.
+        # The greedy split makes no fold larger than the smallest by more than one group.
         largest = max(len(members) for members in group(names, "^(p.)").values())
         assert max(map(len, parts)) - min(map(len, parts)) <= largest
         assert parts == folds_of(names[::-1], count, r"^(p\d+)/", seed)
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_a_share_takes_whole_groups_and_leaves_some_to_train(seed: int) -> None:
+def test_a_fraction_takes_whole_groups_and_leaves_some_to_train(seed: int) -> None:
     random = np.random.default_rng(seed)
     names = [f"p{patient}/{index}" for patient in range(7) for index in range(random.integers(1, 12))]
     for part in (0.05, 0.3, 0.95):
@@ -80,8 +80,8 @@ def test_a_share_takes_whole_groups_and_leaves_some_to_train(seed: int) -> None:
         assert abs(len(val) - part * len(names)) <= largest
 
 
-def test_without_groups_a_share_is_what_it_was(tmp_path: Path) -> None:
-    """Counted before there were groups: a checkpoint evaluated now has the val images it was not trained on."""
+def test_without_groups_the_val_images_are_those_of_older_versions(tmp_path: Path) -> None:
+    """Older checkpoints must be evaluated on the val images that they were not trained on."""
     names = [f"image_{index}" for index in range(20)]
     val, notes = choose_val(names, 0.2, None, 0, pattern=None, seed=0)
     assert sorted(val) == ["image_0", "image_1", "image_10", "image_11"]
@@ -90,51 +90,59 @@ def test_without_groups_a_share_is_what_it_was(tmp_path: Path) -> None:
 
 def test_folds_of_a_folder_are_its_splits(tmp_path: Path) -> None:
     root = str(fakes.two_channels(tmp_path))
-    seen: list[str] = []
+    val_names: list[str] = []
     for fold in range(3):
         train, val = (Folder(split, root, folds=3, fold=fold, group="^(site.)_") for split in ("train", "val"))
         assert sorted(train.names + val.names) == sorted(path.stem for path in (tmp_path / "masks").iterdir())
         assert {name[:5] for name in train.names}.isdisjoint(name[:5] for name in val.names)
         assert train.notes == (
-            f"val: fold {fold} of 3, dealt by dataset.split_seed=0; 5 groups by '^(site.)_', none of them in both",
+            f"val: fold {fold} of 3, drawn with dataset.split_seed=0; 5 groups by '^(site.)_', none of them in both",
         )
-        seen += val.names
-    assert len(seen) == len(set(seen)) == 20
+        val_names += val.names
+    assert len(val_names) == len(set(val_names)) == 20
 
 
 @pytest.mark.parametrize(
-    ("settings", "words"),
+    ("settings", "message"),
     [
-        ({"folds": 5, "fold": 5}, r"dataset\.fold=5 of dataset\.folds=5: they are counted from 0 - give 0\.\.4"),
-        ({"fold": 1}, r"dataset\.fold=1 is one of how many\? - give dataset\.folds too"),
-        ({"folds": 9}, r"dataset\.folds=9 and there are 8 images or groups of them - give at most 8"),
-        ({"folds": 3, "group": "^(train|val)"}, r"dataset\.folds=3 and there are 2 .* - give at most 2"),
-        ({"group": "train"}, r"dataset\.group=train has no group - put what belongs together in parentheses"),
-        ({"group": "(train)"}, r"dataset\.group=\(train\) finds nothing in the image name 'val_0' - put"),
-        ({"group": "(x)?_"}, r"finds nothing in the image name 'train_0' - put"),
+        (
+            {"folds": 5, "fold": 5},
+            r"dataset\.fold=5 is out of range for dataset\.folds=5; folds are numbered from 0 - set 0\.\.4",
+        ),
+        ({"fold": 1}, r"dataset\.fold=1 needs the number of folds - set dataset\.folds too"),
+        ({"folds": 9}, r"dataset\.folds=9 is larger than the number of images or groups, 8 - set at most 8"),
+        ({"folds": 3, "group": "^(train|val)"}, r"dataset\.folds=3 is larger than .*, 2 - set at most 2"),
+        (
+            {"group": "train"},
+            r"dataset\.group=train has no parentheses - put the part that identifies a group in parentheses",
+        ),
+        ({"group": "(train)"}, r"dataset\.group=\(train\) does not match the image name 'val_0' - put"),
+        ({"group": "(x)?_"}, r"does not match the image name 'train_0' - put"),
         ({"group": "("}, r"dataset\.group=\( is not a regular expression \(.*\) - put"),
-        ({"group": "(_)"}, r"all images are of one group, \['_'\] - train and val need one each"),
+        ({"group": "(_)"}, r"all images are in one group, \['_'\] - train and val need at least one each"),
     ],
 )
-def test_folds_and_groups_that_make_no_sense_are_refused(tmp_path: Path, settings: Any, words: str) -> None:
-    with raises(words):
+def test_invalid_folds_and_groups_are_refused(tmp_path: Path, settings: Any, message: str) -> None:
+    with raises(message):
         Folder("train", str(fakes.folder(tmp_path)), **settings)
 
 
 @pytest.mark.parametrize("layout", ["lists", "subfolders"])
-def test_stated_splits_are_not_dealt_again_but_held_against_the_groups(tmp_path: Path, layout: str) -> None:
+def test_given_splits_are_not_split_again_but_checked_against_the_groups(tmp_path: Path, layout: str) -> None:
     root = str(fakes.folder(tmp_path, layout=layout))
-    with raises(r"dataset\.folds=2 and .* says itself what is train and val - leave dataset\.folds and"):
+    with raises(
+        r"dataset\.folds=2 has no effect, since .* defines its own train and val - leave out dataset\.folds and"
+    ):
         Folder("train", root, folds=2)
     assert len(Folder("train", root, group="^(train|val)")) == fakes.NUM
-    with raises(r"'0' \(dataset\.group=_\(\[0-9\]\)\) is in train and in val: .* - put all its images into one"):
+    with raises(r"'0' \(dataset\.group=_\(\[0-9\]\)\) is in train and in val, .* - put all its images into one"):
         Folder("train", root, group="_([0-9])")
 
 
 # Classes by name
 
 MAP = {"road": "drivable", "pavement": "drivable", "sky": "ignore", "tree": "nature"}
-KEPT = ("building", "pole", "drivable", "nature", "sign_symbol", "fence", "car", "pedestrian", "bicyclist")
+NEW_NAMES = ("building", "pole", "drivable", "nature", "sign_symbol", "fence", "car", "pedestrian", "bicyclist")
 
 
 def camvid_view(root: Path, split: str = "train", **settings: Any) -> SegmentationDataset:
@@ -144,30 +152,30 @@ def camvid_view(root: Path, split: str = "train", **settings: Any) -> Segmentati
 
 def test_classes_are_merged_renamed_and_ignored_pixel_by_pixel(tmp_path: Path) -> None:
     view, plain = camvid_view(fakes.camvid(tmp_path)), CamVid("train", str(tmp_path))
-    assert view.classes.names == KEPT
+    assert view.classes.names == NEW_NAMES
     assert view.classes.ignore_index == 11
     old = plain.classes
     colour = dict(zip(old.names, old.colours, strict=True))
     assert view.classes.colours[:4] == (colour["building"], colour["pole"], colour["road"], colour["tree"])
-    # By hand: sky building pole road pavement tree sign_symbol fence car pedestrian bicyclist void
-    by_hand = [11, 0, 1, 2, 2, 3, 4, 5, 6, 7, 8, 11]
+    # Classes: sky building pole road pavement tree sign_symbol fence car pedestrian bicyclist void
+    table = [11, 0, 1, 2, 2, 3, 4, 5, 6, 7, 8, 11]
     for index in range(len(plain)):
         image, mask, name = plain[index]
-        found = view[index]
-        np.testing.assert_array_equal(found.image, image)
-        assert found.name == name
-        assert found.mask.dtype == np.uint8
-        assert found.mask.tolist() == [[by_hand[label] for label in row] for row in mask.tolist()]
+        sample = view[index]
+        np.testing.assert_array_equal(sample.image, image)
+        assert sample.name == name
+        assert sample.mask.dtype == np.uint8
+        assert sample.mask.tolist() == [[table[label] for label in row] for row in mask.tolist()]
 
 
 @needs_camvid
 def test_the_merged_classes_of_the_real_camvid_have_the_sums_of_their_members() -> None:
     sky, building, pole, road, pavement, tree, *others, void = COUNTED["val"]
-    seen = inspect(camvid_view(REAL_CAMVID, "val"), remember=False)
-    assert seen.pixels == [building, pole, road + pavement, tree, *others, sky + void]
+    inspection = inspect(camvid_view(REAL_CAMVID, "val"), use_cache=False)
+    assert inspection.pixels == [building, pole, road + pavement, tree, *others, sky + void]
 
 
-def test_a_view_is_inspected_apart_and_keeps_files_kind_and_overlaps(tmp_path: Path) -> None:
+def test_a_relabelled_data_set_is_inspected_separately_and_keeps_files_kind_and_overlaps(tmp_path: Path) -> None:
     root = fakes.folder(tmp_path, layout="lists")
     (root / "val.txt").write_text("val_0\ntrain_2\n")
     plain = [Folder(split, str(root)) for split in ("train", "val")]
@@ -191,14 +199,14 @@ def test_a_data_set_without_files_can_be_relabelled_too() -> None:
 
 
 @pytest.mark.parametrize(
-    ("label_map", "words"),
+    ("label_map", "message"),
     [
-        ({"raod": "x"}, r"dataset\.label_map: there is no class 'raod' - did you mean 'road'\?"),
+        ({"raod": "x"}, r"dataset\.label_map: unknown class 'raod' - did you mean 'road'\?"),
         ({"road": 3}, r"dataset\.label_map=.*: input should be a valid string"),
     ],
 )
-def test_a_label_map_that_makes_no_sense_is_refused(tmp_path: Path, label_map: Any, words: str) -> None:
-    with raises(words):
+def test_an_invalid_label_map_is_refused(tmp_path: Path, label_map: Any, message: str) -> None:
+    with raises(message):
         camvid_view(fakes.camvid(tmp_path), label_map=label_map)
 
 
@@ -209,7 +217,7 @@ def test_fewer_than_two_classes_left_are_refused(tmp_path: Path) -> None:
             Relabelled(data, label_map)
 
 
-def test_what_was_merged_is_said_in_a_line() -> None:
+def test_merged_classes_are_described_in_a_note() -> None:
     view = Relabelled(
         Shapes("val", num_val=1), {"ring": "round", "disc": "round", "cross": "plus", "checker": "ignore"}
     )
@@ -224,17 +232,17 @@ SLIM = {
 }
 
 
-def test_a_checkpoint_remembers_the_map_and_the_classes_that_were_found_in_the_masks(tmp_path: Path) -> None:
-    root = fakes.folder(tmp_path / "mine", num=6)
+def test_a_checkpoint_stores_the_label_map_and_the_inferred_classes(tmp_path: Path) -> None:
+    root = fakes.folder(tmp_path / "data", num=6)
     label_map = {"class_2": "class_0"}
     dataset = {"_target_": "segdeconv.data.Folder", "root": str(root), "label_map": label_map}
     train({**SLIM, "dataset": {**dataset, "size": [32, 32], "num_workers": 0}}, tmp_path / "run")
-    read = checkpoint.read(tmp_path / "run" / "best.ckpt")
-    assert read.classes.names == ("class_0", "class_1")
-    assert read.config["dataset"]["classes"]["names"] == ["class_0", "class_1", "class_2"]
-    # A new label in a mask that a network knows nothing of is an error, not another class.
-    restored = build_split(check_dataset(read.config["dataset"]), "val")
-    assert restored.classes == read.classes
+    trained = checkpoint.read(tmp_path / "run" / "best.ckpt")
+    assert trained.classes.names == ("class_0", "class_1")
+    assert trained.config["dataset"]["classes"]["names"] == ["class_0", "class_1", "class_2"]
+    # The classes are not inferred again: a new label in a mask is an error, not another class.
+    restored = build_split(check_dataset(trained.config["dataset"]), "val")
+    assert restored.classes == trained.classes
     assert set(np.unique(restored[0].mask)) <= {0, 1, 255}
 
 
@@ -243,7 +251,7 @@ def test_a_checkpoint_remembers_the_map_and_the_classes_that_were_found_in_the_m
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A network trained by train.py on 16-bit TIFFs of two channels, neither of which tells the classes alone."""
+    """Train a network with train.py on 16-bit TIFFs of two channels, neither of which suffices alone."""
     place = tmp_path_factory.mktemp("channels")
     fakes.two_channels(place / "tif")
     fakes.two_channels(place / "npy", ".npy")
@@ -256,12 +264,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return place, done.stdout
 
 
-def test_two_channels_of_16_bit_are_learnt_beyond_what_one_of_them_tells(trained: tuple[Path, str]) -> None:
-    place, shown = trained
-    # From one channel alone half of the pixels at best, and never more than a third of mean IoU.
+def test_a_network_learns_from_both_of_two_16_bit_channels(trained: tuple[Path, str]) -> None:
+    place, output = trained
+    # A single channel determines at most half of the pixels, which is a mean IoU of at most a third.
     assert json.loads((place / "run" / "report.json").read_text())["miou"] > 0.8
-    assert "2 channel(s) of 16 bit, mean 2" in shown
-    assert "5 groups by '^(site.)_', none of them in both" in shown
+    assert "2 channel(s) of 16 bit, mean 2" in output
+    assert "5 groups by '^(site.)_', none of them in both" in output
     facts = checkpoint.read(place / "run" / "best.ckpt").facts["preprocessing"]
     assert (len(facts["mean"]), facts["bits"], facts["as_stored"]) == (2, 16, True)
     train_split = Folder("train", str(place / "tif"), channels=2, group="^(site.)_")
@@ -270,15 +278,15 @@ def test_two_channels_of_16_bit_are_learnt_beyond_what_one_of_them_tells(trained
     assert facts["std"] == pytest.approx(pixels.std(axis=0), rel=1e-5)
 
 
-def test_a_checkpoint_alone_reads_two_channels_from_tiff_and_npy(
+def test_a_checkpoint_alone_suffices_to_read_two_channels_from_tiff_and_npy(
     trained: tuple[Path, str], tmp_path: Path, commands: Any
 ) -> None:
     place, _ = trained
     for name in ("best.ckpt", "best.ckpt.sha256"):
         (tmp_path / name).write_bytes((place / "run" / name).read_bytes())
     root = f"dataset.root={place / 'npy'}"
-    words = ("--out", "out", "--masks", "masks", "--pictures", "pictures", root)
-    assert commands("evaluate", "best.ckpt", *words, cwd=tmp_path).code == 0
+    arguments = ("--out", "out", "--masks", "masks", "--pictures", "pictures", root)
+    assert commands("evaluate", "best.ckpt", *arguments, cwd=tmp_path).code == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["miou"] == json.loads((place / "run" / "report.json").read_text())["miou"]
     val = Folder("val", str(place / "npy"), channels=2, group="^(site.)_")
@@ -291,28 +299,28 @@ def test_a_checkpoint_alone_reads_two_channels_from_tiff_and_npy(
     paths = (place / "tif" / "images", "photo.png", "dark.npy")
     done = commands("predict", "best.ckpt", *paths, "--out", "seen", cwd=tmp_path)
     assert done.code == 2
-    for said in (
+    for message in (
         "photo.png has 3 channels of 8 bit and dataset.channels is 2 - ",
-        "dark.npy has 2 channel(s) of 8 bit and the network takes 2 of 16 bit - ",
+        "dark.npy has 2 channel(s) of 8 bit, but the network needs 2 of 16 bit - ",
         "20 masks in seen",
     ):
-        assert said in done.out
+        assert message in done.out
     for name, mask in zip(val.names, masks, strict=True):
         np.testing.assert_array_equal(np.array(fakes.opened(tmp_path / "seen" / f"{name}.png")), mask)
         assert fakes.opened(tmp_path / "seen" / f"{name}_overlay.png").mode == "RGB"
 
 
-def test_another_number_of_channels_than_the_network_takes_is_refused(trained: tuple[Path, str]) -> None:
+def test_a_number_of_channels_that_does_not_fit_the_network_is_refused(trained: tuple[Path, str]) -> None:
     place, _ = trained
     overrides = [f"dataset.root={place / 'tif'}", "dataset.channels=3"]
-    read = checkpoint.read(place / "run" / "best.ckpt", overrides=overrides)
+    loaded = checkpoint.read(place / "run" / "best.ckpt", overrides=overrides)
     with raises(r"was trained on images of 2 channel\(s\) and segdeconv\.data\.Folder gives 3 - leave"):
-        restore_dataset(read, "val")
+        restore_dataset(loaded, "val")
 
 
-def test_grey_of_16_bit_is_learnt_as_it_is_stored(tmp_path: Path) -> None:
-    """12 bit in a 16-bit file: made 8-bit RGB, its 4096 values would be 16."""
-    root = fakes.folder(tmp_path / "mine", num=8)
+def test_16_bit_grey_is_trained_on_as_stored(tmp_path: Path) -> None:
+    """Converted to 8-bit RGB, the 4096 values of 12 bits in a 16-bit file would become 16."""
+    root = fakes.folder(tmp_path / "data", num=8)
     for path in (root / "images").iterdir():
         grey = np.array(fakes.opened(path))[:, :, 0].astype(np.uint16)
         Image.fromarray(1000 + grey).save(path)
@@ -329,24 +337,30 @@ def test_grey_of_16_bit_is_learnt_as_it_is_stored(tmp_path: Path) -> None:
     }  # fmt: skip
     train(config, tmp_path / "run")
     assert json.loads((tmp_path / "run" / "report.json").read_text())["miou"] > 0.7
-    read = checkpoint.read(tmp_path / "run" / "best.ckpt")
-    assert read.model().in_channels == 1
-    assert (read.facts["preprocessing"]["bits"], 1000 < read.facts["preprocessing"]["mean"][0] < 1255) == (16, True)
+    trained = checkpoint.read(tmp_path / "run" / "best.ckpt")
+    assert trained.model().in_channels == 1
+    preprocessing = trained.facts["preprocessing"]
+    assert (preprocessing["bits"], 1000 < preprocessing["mean"][0] < 1255) == (16, True)
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
-    assert config["dataset"]["mean"] is None  # nobody chose it, so a run that goes on measures it again
+    assert config["dataset"]["mean"] is None  # it was not set, so a resumed run measures it again
 
 
 @pytest.mark.parametrize(
-    ("settings", "words"),
+    ("settings", "message"),
     [
-        ({"mean": [1, 2, 3]}, r"dataset\.mean has 3 values and the images have 2 channel\(s\) - give one per channel"),
-        ({"std": [1.0]}, r"dataset\.std has 1 values and the images have 2 channel\(s\)"),
+        (
+            {"mean": [1, 2, 3]},
+            r"dataset\.mean has 3 values, but the images have 2 channel\(s\) - give one value per channel",
+        ),
+        ({"std": [1.0]}, r"dataset\.std has 1 values, but the images have 2 channel\(s\)"),
         ({"channels": 1}, r"site0_.*\.tif has 2 channels of 16 bit and dataset\.channels is 1 - "),
         ({"channels": None}, r"site0_.*\.tif is a TIFF .* - set dataset\.channels=N"),
     ],
 )
-def test_what_does_not_fit_the_channels_is_refused_before_training(tmp_path: Path, settings: Any, words: str) -> None:
-    root = fakes.two_channels(tmp_path / "mine", num=5)
+def test_settings_that_do_not_fit_the_channels_are_refused_before_training(
+    tmp_path: Path, settings: Any, message: str
+) -> None:
+    root = fakes.two_channels(tmp_path / "data", num=5)
     dataset = {"_target_": "segdeconv.data.Folder", "root": str(root), "channels": 2, "batch_size": 2, "num_workers": 0}
-    with raises(words):
+    with raises(message):
         train({**SLIM, "dataset": {**dataset, **settings}}, tmp_path / "run")

@@ -1,4 +1,4 @@
-"""Object proposals: windows against a slow count, files against what was written into them."""
+"""Object proposals: windows are checked against a slow computation, files against their contents."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from segdeconv.data import Shapes, proposals
-from segdeconv.data.boxes import bounding, iou
+from segdeconv.data.boxes import bounding_box, iou
 from segdeconv.errors import UsageError
 
 IMAGE = np.zeros((40, 60, 3), dtype=np.uint8)
@@ -19,7 +19,7 @@ IMAGE = np.zeros((40, 60, 3), dtype=np.uint8)
 
 def objects(data: Shapes, index: int) -> np.ndarray:
     instances = data.instances(index)
-    return np.array([bounding(instances == number) for number in set(np.unique(instances)) - {0, 255}])
+    return np.array([bounding_box(instances == number) for number in set(np.unique(instances)) - {0, 255}])
 
 
 # Windows
@@ -32,25 +32,25 @@ def test_the_grid_lies_inside_the_image_and_its_neighbours_overlap_by_half() -> 
     assert (boxes[:, 2:] - boxes[:, :2] >= 2).all()
     assert [0, 0, 90, 120] in boxes.tolist()
     sizes = boxes[:, 2:] - boxes[:, :2]
-    one = boxes[(sizes == sizes[1000]).all(axis=1)]
-    best = np.sort(iou(one, one), axis=1)[:, -2]
+    same_size = boxes[(sizes == sizes[1000]).all(axis=1)]
+    best = np.sort(iou(same_size, same_size), axis=1)[:, -2]
     assert (best >= 0.45).all()
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 200), (200, 3), (17, 19)])
-def test_an_image_of_any_size_has_windows_in_it(size: tuple[int, int]) -> None:
+def test_an_image_of_any_size_has_windows(size: tuple[int, int]) -> None:
     random = np.random.default_rng(0).integers(0, 256, (*size, 3)).astype(np.uint8)
-    found = proposals.windows(random)
-    assert len(found)
-    assert (found[:, :2] < found[:, 2:]).all()
-    assert (found >= 0).all()
-    assert (found[:, 2:] <= size[::-1]).all()
+    boxes = proposals.windows(random)
+    assert len(boxes)
+    assert (boxes[:, :2] < boxes[:, 2:]).all()
+    assert (boxes >= 0).all()
+    assert (boxes[:, 2:] <= size[::-1]).all()
 
 
-def test_the_contrast_is_that_of_histograms_counted_one_box_at_a_time() -> None:
-    picture = np.random.default_rng(0).integers(0, 256, (40, 50, 3)).astype(np.uint8)
+def test_the_contrast_equals_that_of_histograms_of_single_boxes() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (40, 50, 3)).astype(np.uint8)
     boxes = np.array([[5, 6, 25, 26], [0, 0, 10, 30], [0, 0, 50, 40], [40, 30, 50, 40]])
-    lab = cv2.cvtColor(cv2.GaussianBlur(picture, (0, 0), 1.0), cv2.COLOR_RGB2Lab)
+    lab = cv2.cvtColor(cv2.GaussianBlur(image, (0, 0), 1.0), cv2.COLOR_RGB2Lab)
     colour = np.zeros((40, 50), dtype=int)
     for channel, levels in enumerate(proposals.LEVELS):
         for cut in range(1, levels):
@@ -69,28 +69,28 @@ def test_the_contrast_is_that_of_histograms_counted_one_box_at_a_time() -> None:
         p, q = (np.bincount(colour[where], minlength=16) / where.sum() for where in (inside, outside))
         both = (p + q) > 0
         expected.append(float(((p - q)[both] ** 2 / (p + q)[both]).sum() / 2 * np.sqrt(inside.sum())))
-    np.testing.assert_allclose(proposals.contrast(picture, boxes), expected, rtol=1e-4)
+    np.testing.assert_allclose(proposals.contrast(image, boxes), expected, rtol=1e-4)
 
 
-def test_a_thing_that_stands_out_is_proposed_first() -> None:
+def test_an_object_with_high_contrast_is_proposed_first() -> None:
     image = np.full((120, 160, 3), (40, 90, 40), dtype=np.uint8)
     image[40:80, 60:110] = (220, 60, 50)
-    found = proposals.windows(image)
-    assert iou(found[:1], np.array([[60, 40, 110, 80]]))[0, 0] > 0.5
+    boxes = proposals.windows(image)
+    assert iou(boxes[:1], np.array([[60, 40, 110, 80]]))[0, 0] > 0.5
 
 
-def test_windows_are_the_same_every_time_and_most_things_are_met_by_fifty_of_them() -> None:
+def test_windows_are_reproducible_and_fifty_of_them_overlap_most_objects() -> None:
     data = Shapes("val", num_val=12, side=128)
-    met: list[bool] = []
+    overlapped: list[bool] = []
     for index in range(len(data)):
         image = data[index].image
-        found = proposals.windows(image)
-        np.testing.assert_array_equal(found, proposals.source("windows")(image, "any"))
-        met += (iou(objects(data, index), found[:50]) >= 0.5).any(axis=1).tolist()
-        apart = iou(found, found) - np.eye(len(found))
-        assert apart.max() <= proposals.OVERLAP + 0.1  # rounded to pixels afterwards
-    assert np.mean(met) >= 0.75
-    assert proposals.windows(image, most=5).tolist() == found[:5].tolist()
+        boxes = proposals.windows(image)
+        np.testing.assert_array_equal(boxes, proposals.source("windows")(image, "any"))
+        overlapped += (iou(objects(data, index), boxes[:50]) >= 0.5).any(axis=1).tolist()
+        ious = iou(boxes, boxes) - np.eye(len(boxes))
+        assert ious.max() <= proposals.OVERLAP + 0.1  # boxes are rounded to pixels after the suppression
+    assert np.mean(overlapped) >= 0.75
+    assert proposals.windows(image, max_boxes=5).tolist() == boxes[:5].tolist()
 
 
 def test_sixteen_bits_and_many_channels_have_windows_too() -> None:
@@ -98,26 +98,30 @@ def test_sixteen_bits_and_many_channels_have_windows_too() -> None:
     assert len(proposals.windows(image))
 
 
-# OpenCV's
+# OpenCV's proposals
 
 
 @pytest.mark.parametrize("name", ["selective_search", "edge_boxes"])
-def test_what_opencv_lacks_is_said_before_the_first_image(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_module_of_opencv_is_reported_before_the_first_image(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delattr(cv2, "ximgproc", raising=False)
-    with pytest.raises(UsageError, match="lacks its module ximgproc - install opencv-contrib-python-headless in place"):
+    with pytest.raises(
+        UsageError, match="need OpenCV's module ximgproc - install opencv-contrib-python-headless in place"
+    ):
         proposals.source(name)
 
 
-@pytest.mark.skipif(not hasattr(cv2, "ximgproc"), reason="this OpenCV lacks its module ximgproc")
+@pytest.mark.skipif(not hasattr(cv2, "ximgproc"), reason="OpenCV's module ximgproc is not installed")
 @pytest.mark.parametrize("name", ["selective_search", "edge_boxes"])
-def test_opencvs_proposals_meet_most_things(name: str) -> None:
+def test_opencvs_proposals_overlap_most_objects(name: str) -> None:
     data = Shapes("val", num_val=6, side=128)
-    met: list[bool] = []
+    overlapped: list[bool] = []
     for index in range(len(data)):
-        found = proposals.source(name)(data[index].image, "any")
-        assert (found[:, 2:] <= 128).all()
-        met += (iou(objects(data, index), found) >= 0.5).any(axis=1).tolist()
-    assert np.mean(met) >= 0.6
+        boxes = proposals.source(name)(data[index].image, "any")
+        assert (boxes[:, 2:] <= 128).all()
+        overlapped += (iou(objects(data, index), boxes) >= 0.5).any(axis=1).tolist()
+    assert np.mean(overlapped) >= 0.6
 
 
 # Files
@@ -143,24 +147,24 @@ def written(folder: Path, kind: str, rows: Any, name: str = "a/b") -> Path:
 
 
 @pytest.mark.parametrize("kind", ["csv", "json", "npy"])
-def test_boxes_of_a_file_come_by_score_or_in_their_order_without_one(tmp_path: Path, kind: str) -> None:
+def test_boxes_of_a_file_are_sorted_by_score_or_kept_in_order_without_one(tmp_path: Path, kind: str) -> None:
     find = proposals.source(str(written(tmp_path, kind, ROWS)))
     assert find(IMAGE, "a/b").tolist() == BY_SCORE
     find = proposals.source(str(written(tmp_path, kind, [row[:4] for row in ROWS])))
     assert find(IMAGE, "a/b").tolist() == IN_ORDER
 
 
-def test_an_image_may_have_no_box_but_must_be_named(tmp_path: Path) -> None:
+def test_an_image_may_have_no_boxes_but_must_be_listed(tmp_path: Path) -> None:
     find = proposals.source(str(written(tmp_path, "json", ROWS)))
     assert find(IMAGE, "other").shape == (0, 4)
     with pytest.raises(UsageError, match=r"boxes\.json has no boxes of c - add them"):
         find(IMAGE, "c")
-    with pytest.raises(UsageError, match=r"c\.npy is missing - every image needs its boxes there"):
+    with pytest.raises(UsageError, match=r"c\.npy is missing - add the boxes of every image"):
         proposals.source(str(written(tmp_path / "folder", "npy", ROWS)))(IMAGE, "c")
 
 
 @pytest.mark.parametrize(
-    ("kind", "rows", "words"),
+    ("kind", "rows", "message"),
     [
         ("json", [[1, 2, 3]], "the boxes are not rows of 4 or 5 finite numbers"),
         ("json", [1, 2, 3, 4], "the boxes are not rows of 4 or 5 finite numbers"),
@@ -174,40 +178,40 @@ def test_an_image_may_have_no_box_but_must_be_named(tmp_path: Path) -> None:
         ("npy", [[0, 0, 1e12, 9]], r"the box \(0, 0, 1e\+12, 9\) is empty or outside"),
     ],
 )
-def test_boxes_that_are_nonsense_are_one_sentence(tmp_path: Path, kind: str, rows: Any, words: str) -> None:
+def test_invalid_boxes_are_refused(tmp_path: Path, kind: str, rows: Any, message: str) -> None:
     find = proposals.source(str(written(tmp_path, kind, rows)))
-    with pytest.raises(UsageError, match=words) as caught:
+    with pytest.raises(UsageError, match=message) as caught:
         find(IMAGE, "a/b")
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "words"),
+    ("name", "content", "message"),
     [
         ("boxes.csv", b"name,x1,y1\na,1,2\n", "has no column x2, y2 - give"),
         ("boxes.csv", b"", "has no column name, x1, x2, y1, y2 - give"),
         ("boxes.csv", b"name,x1,y1,x2,y2\na,1,2,3,4\na,1,2,x,4\n", "line 3: not a number"),
         ("boxes.csv", b"name,x1,y1,x2,y2\na,1,2\n", "line 2: not a number"),
-        ("boxes.csv", b"\xff\xfe\x00", "is not a table as text"),
+        ("boxes.csv", b"\xff\xfe\x00", "is not a text table"),
         ("boxes.json", b"{", "is not JSON"),
-        ("boxes.json", b"[1]", "holds a list - give"),
+        ("boxes.json", b"[1]", "contains a list - give"),
         ("boxes.txt", b"", "has an unknown suffix - give a .csv"),
         ("a.npy", b"nonsense", "is not a .npy file of numbers"),
     ],
 )
-def test_a_file_that_is_nonsense_is_one_sentence(tmp_path: Path, name: str, content: bytes, words: str) -> None:
+def test_invalid_files_are_refused(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UsageError, match=words) as caught:
+    with pytest.raises(UsageError, match=message) as caught:
         proposals.source(str(tmp_path if name == "a.npy" else tmp_path / name))(IMAGE, "a")
     assert "\n" not in str(caught.value)
 
 
-def test_an_array_of_objects_runs_nothing(tmp_path: Path) -> None:
+def test_an_array_of_objects_is_refused_without_unpickling(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.array([{"x": 1}], dtype=object), allow_pickle=True)
     with pytest.raises(UsageError, match=r"is not a \.npy file of numbers"):
         proposals.source(str(tmp_path))(IMAGE, "a")
 
 
 def test_a_source_that_does_not_exist_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="proposals widnows: there is no such file - give windows, selective_search"):
+    with pytest.raises(UsageError, match="proposals widnows: file not found - give windows, selective_search"):
         proposals.source("widnows")

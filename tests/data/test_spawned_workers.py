@@ -1,4 +1,4 @@
-"""Where worker processes start afresh (Windows, macOS), everything they are given is pickled."""
+"""Workers on Windows and macOS are spawned, so everything that they need must be picklable."""
 
 import os
 import pickle
@@ -23,26 +23,26 @@ AUGMENTS = sorted(path.stem for path in (CONFIGS / "augment").glob("*.yaml"))
 
 
 def loaders(*arguments):
-    """The training and the evaluation loader of a config, as a run has them."""
+    """Return the training and the evaluation loader of a config, as in a run."""
     config, _ = compose([*arguments, "dataset.num_workers=1", "model.stages=[[4]]"], CONFIGS)
     data = DataModule(prepare(check_config(config)).data)
     data.trainer = SimpleNamespace(global_step=0, accumulate_grad_batches=1, global_rank=0, world_size=1)
     return data.train_dataloader(), data.val_dataloader()
 
 
-def same(one, other):
-    if isinstance(one, torch.Tensor | np.ndarray):
-        return bool((np.asarray(one) == np.asarray(other)).all())
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, tuple | list):
-        return len(one) == len(other) and all(map(same, one, other))
-    return one == other
+def same(first, second):
+    if isinstance(first, torch.Tensor | np.ndarray):
+        return bool((np.asarray(first) == np.asarray(second)).all())
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
+    if isinstance(first, tuple | list):
+        return len(first) == len(second) and all(map(same, first, second))
+    return first == second
 
 
 @pytest.mark.parametrize("augment", AUGMENTS)
 @pytest.mark.parametrize("dataset", ["shapes", "folder", "camvid"])
-def test_what_a_worker_is_given_can_be_pickled_and_is_the_same_afterwards(tmp_path, dataset, augment):
+def test_the_state_of_a_worker_is_the_same_after_pickling(tmp_path, dataset, augment):
     arguments = {
         "shapes": ["dataset.num_train=4", "dataset.num_val=2", "dataset.batch_size=2"],
         "folder": [f"dataset.root={tmp_path}", "dataset.batch_size=2", "dataset.size=[32,32]"],
@@ -50,13 +50,13 @@ def test_what_a_worker_is_given_can_be_pickled_and_is_the_same_afterwards(tmp_pa
     }[dataset]
     if dataset != "shapes":
         getattr(fakes, dataset)(tmp_path)
-    for loader, place in zip(loaders(f"dataset={dataset}", f"augment={augment}", *arguments), [(3, 1), 1], strict=True):
+    for loader, key in zip(loaders(f"dataset={dataset}", f"augment={augment}", *arguments), [(3, 1), 1], strict=True):
         samples, collate, prepare_worker = pickle.loads(
             pickle.dumps((loader.dataset, loader.collate_fn, loader.worker_init_fn))
         )
         assert collate is loader.collate_fn
         assert prepare_worker is loader.worker_init_fn
-        assert same(samples[place], loader.dataset[place])
+        assert same(samples[key], loader.dataset[key])
 
 
 TRAINING = """
@@ -83,12 +83,12 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-def test_workers_that_start_afresh_train_the_same_network(tmp_path):
+def test_spawned_workers_train_the_same_network(tmp_path):
     (tmp_path / "script.py").write_text(TRAINING)
     for method, workers in (("spawn", "2"), ("fork", "0")):
-        words = [sys.executable, "script.py", method, workers, method]
+        arguments = [sys.executable, "script.py", method, workers, method]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=600)
+        done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=600)
         assert done.returncode == 0, done.stderr
     spawned, forked = (checkpoint.read(tmp_path / method / "last.ckpt").weights for method in ("spawn", "fork"))
     assert spawned.keys() == forked.keys()

@@ -313,7 +313,7 @@ def test_classes_of_an_ensemble_are_matched_by_name(trained: Path, tmp_path: Pat
         (("--regions=5", "--flip"), (), "--samples and --flip give mean probabilities"),
         (("--crf", "--samples=3"), (), "--samples and --flip give mean probabilities"),
         (("--regions=-5",), (), "--regions=-5 is no number of regions"),
-        (("--regions=5", "--proposals=nothing"), (), "proposals nothing: there is no such file"),
+        (("--regions=5", "--proposals=nothing"), (), "proposals nothing: file not found"),
         (("--regions=5",), ("dataset.crop=null", "dataset.size=null"), "say which, for example dataset.crop"),
         (("--crf", "crf.colour=3"), (), "there is no key crf.colour - did you mean 'colour_std'"),
         (("--crf", "crf.colour_std=-3"), (), "crf.colour_std=-3: input should be greater than 0"),

@@ -257,7 +257,7 @@ def test_bgr_is_refused_where_there_are_no_three_channels(tmp_path):
     splits = [Folder(split, str(tmp_path / "mine")) for split in ("train", "val")]
     for split in splits:
         split.channels = 4
-    with pytest.raises(UsageError, match=r"dataset.order=bgr is an order of 3 channels and the images have 4"):
+    with pytest.raises(UsageError, match=r"dataset.order=bgr needs images of 3 channels, but they have 4"):
         DataPipeline(*splits, {}, 0, mean=(0,) * 4, std=(1,) * 4, order="bgr")
 
 

@@ -107,7 +107,7 @@ class Folder(FileDataset):
 
 
 def _stated_splits(folder: Path) -> dict[str, list[Pair]] | None:
-    """Return the splits that folders or lists define, or None if there are no such folders or lists."""
+    """Return the splits that sub-folders or lists define, or None without either."""
     folders = [name for name in SPLITS if (folder / name / "images").is_dir()]
     if folders:
         splits = {name: _pairs(folder / name) for name in folders}

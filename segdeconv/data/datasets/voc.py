@@ -121,7 +121,7 @@ class VOC(FileDataset):
         names = _augmented_names(folder) if image_list == "trainaug" else _names(folder / LISTS / f"{image_list}.txt")
         super().__init__(split, CLASSES, [_pair(folder, name) for name in names], exif=exif, max_pixels=max_pixels)
         if train_list == "trainval":
-            self.way_out_of_overlap = "set dataset.train_list to train or trainaug, since trainval includes val"
+            self.overlap_hint = "set dataset.train_list to train or trainaug, since trainval includes val"
 
     def instances(self, index: int) -> np.ndarray:
         path = self.pairs[index].instances

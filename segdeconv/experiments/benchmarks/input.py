@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from segdeconv.data.augmentation import Augmentation
-from segdeconv.data.cache import Cached, make_room, open_store
+from segdeconv.data.cache import Cached, open_store, plan_cache
 from segdeconv.data.dataset import SegmentationDataset
 from segdeconv.data.datasets.camvid import CamVid
 from segdeconv.data.datasets.folder import Folder
@@ -81,7 +81,7 @@ def _rows(
         fill=IMAGENET_MEAN,
         seed=0,
     )
-    room = make_room("memory", None, [dataset], [size])
+    room = plan_cache("memory", None, [dataset], [size])
     store = open_store(room, [dataset], [size])
     assert store is not None
     cached = Cached(dataset, store, size=size)

@@ -76,7 +76,7 @@ def test_masks_with_labels_reduced_by_1_are_refused(tmp_path: Path) -> None:
     root = fakes.ade20k(tmp_path)
     path = root / "annotations/training/ADE_train_00000002.png"
     relabel(path, lambda labels: labels - np.uint8(1))
-    problems = inspect(ADE20K("train", str(root)), remember=False).problems
+    problems = inspect(ADE20K("train", str(root)), use_cache=False).problems
     assert len(problems) == 1
     assert problems[0].startswith(f"mask {path} has label 255; the classes have labels 1..150 and 0 for ignored pixels")
 
@@ -87,12 +87,12 @@ def test_a_mask_of_the_full_ade20k_is_refused(tmp_path: Path) -> None:
     path = root / "annotations/validation/ADE_val_00000001.png"
     shape = np.array(fakes.opened(path)).shape
     Image.fromarray(np.full((*shape, 3), (30, 180, 7), np.uint8)).save(path)
-    assert "has colour (30, 180, 7) at row 0" in inspect(ADE20K("val", str(root)), remember=False).problems[0]
+    assert "has colour (30, 180, 7) at row 0" in inspect(ADE20K("val", str(root)), use_cache=False).problems[0]
 
 
 def test_the_table_shows_the_labels_of_the_files(tmp_path: Path) -> None:
     data = ADE20K("train", str(fakes.ade20k(tmp_path)))
-    lines = class_table(inspect(data, remember=False), data.classes, None).splitlines()
+    lines = class_table(inspect(data, use_cache=False), data.classes, None).splitlines()
     assert lines[2].split()[:2] == ["wall", "1"]
     assert lines[151].split()[:2] == ["flag", "150"]
     assert lines[152].split()[:3] == ["(ignored)", "0", "#000000"]
@@ -111,7 +111,7 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
     with raises("ADE20K's test images have no public labels - use val"):
         ADE20K("test", str(root))
     (root / "annotations/training/ADE_train_00000003.png").unlink()
-    assert "ADE_train_00000003.png is missing" in inspect(ADE20K("train", str(root)), remember=False).problems[0]
+    assert "ADE_train_00000003.png is missing" in inspect(ADE20K("train", str(root)), use_cache=False).problems[0]
     for path in (root / "images/validation").iterdir():
         path.unlink()
     with raises(r"images/validation contains no \.jpg - restore it"):

@@ -104,7 +104,7 @@ def test_masks_under_the_name_of_the_other_kind_are_refused(tmp_path: Path) -> N
         Cityscapes("train", str(root))
     for path in tmp_path.rglob("*labelIds.png"):
         path.rename(path.with_name(path.name.replace("labelIds", "labelTrainIds")))
-    assert inspect(Cityscapes("train", str(root)), remember=False).problems == []
+    assert inspect(Cityscapes("train", str(root)), use_cache=False).problems == []
 
     root = fakes.cityscapes(tmp_path / "b", ("labelTrainIds",))
     rewrite(root, "labelTrainIds.png", lambda mask: np.where(mask == 18, 33, mask))
@@ -116,7 +116,7 @@ def test_a_single_mask_of_train_ids_among_label_ids_is_reported_by_the_inspectio
     root = fakes.cityscapes(tmp_path)
     path = tmp_path / "gtFine/train/bochum/bochum_000001_000019_gtFine_labelIds.png"
     Image.fromarray(fakes.cityscapes_train_ids(np.array(fakes.opened(path)))).save(path)
-    problems = inspect(Cityscapes("train", str(root)), remember=False).problems
+    problems = inspect(Cityscapes("train", str(root)), use_cache=False).problems
     assert len(problems) == 1
     assert (
         "bochum_000001_000019_gtFine_labelIds.png has label 255; the classes have labels 7..8, 11..13, 17, 19..28, "
@@ -158,7 +158,7 @@ def test_a_missing_mask_and_a_mask_of_another_size_are_named_as_problems(tmp_pat
     masks = sorted((root / "gtFine/train").glob("*/*labelIds.png"))
     masks[0].unlink()
     Image.fromarray(np.full((10, 10), 7, np.uint8)).save(masks[1])
-    problems = inspect(Cityscapes("train", str(root)), remember=False).problems
+    problems = inspect(Cityscapes("train", str(root)), use_cache=False).problems
     assert len(problems) == 2
     assert f"{masks[0]} is missing" in problems[0]
     assert f"mask {masks[1]} is 10x10 and its image" in problems[1]
@@ -166,6 +166,6 @@ def test_a_missing_mask_and_a_mask_of_another_size_are_named_as_problems(tmp_pat
 
 def test_the_table_shows_label_ids_and_that_several_are_ignored(tmp_path: Path) -> None:
     data = Cityscapes("train", str(fakes.cityscapes(tmp_path)))
-    lines = class_table(inspect(data, remember=False), data.classes, None).splitlines()
+    lines = class_table(inspect(data, use_cache=False), data.classes, None).splitlines()
     assert lines[2].split()[:3] == ["road", "7", "#804080"]
     assert lines[-1].split()[:3] == ["(ignored)", "other", "#000000"]

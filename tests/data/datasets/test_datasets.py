@@ -170,7 +170,7 @@ TRAIN_IMAGES = [366, 365, 366, 367, 349, 319, 351, 173, 360, 317, 201, 367]
 @needs_camvid
 @pytest.mark.parametrize(("split", "num"), [("train", 367), ("val", 101)])
 def test_the_real_camvid_has_the_counted_pixels_of_every_class(split: str, num: int) -> None:
-    inspection = inspect(CamVid(split, str(REAL_CAMVID)), remember=False)
+    inspection = inspect(CamVid(split, str(REAL_CAMVID)), use_cache=False)
     assert inspection.problems == []
     assert inspection.num_images == num
     assert inspection.sizes == [(360, 480, num)]

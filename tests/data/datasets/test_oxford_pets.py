@@ -96,7 +96,7 @@ def test_val_is_a_seeded_fraction_of_trainval(tmp_path: Path) -> None:
     assert train | val == {line.split()[0] for line in fakes.PETS["trainval"]}
     assert len({tuple(OxfordPets("val", root, split_seed=seed).names) for seed in range(9)}) > 1
     assert len(OxfordPets("val", root, val_share=0.4)) == 2
-    inspect_all([OxfordPets(split, root) for split in ("train", "val", "test")], remember=False)
+    inspect_all([OxfordPets(split, root) for split in ("train", "val", "test")], use_cache=False)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_missing_and_invalid_files_are_named(tmp_path: Path) -> None:
     path = root / "annotations/trimaps/Abyssinian_201.png"
     Image.fromarray((np.array(fakes.opened(path)) - 1) * np.uint8(127)).save(path)
     (root / "images/yorkshire_terrier_190.jpg").unlink()
-    problems = inspect(OxfordPets("test", str(root)), remember=False).problems
+    problems = inspect(OxfordPets("test", str(root)), use_cache=False).problems
     assert len(problems) == 2
     assert "yorkshire_terrier_190.jpg is missing" in problems[0]
     assert f"mask {path} has label 0 (and 2 more); the classes have labels 2, 1, 3" in problems[1]

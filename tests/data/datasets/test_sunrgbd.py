@@ -87,7 +87,7 @@ def test_val_is_a_seeded_fraction_of_train_that_keeps_neighbours_together(tmp_pa
 
 def test_the_splits_share_no_image(tmp_path: Path) -> None:
     root = str(fakes.sunrgbd(tmp_path))
-    inspections = inspect_all([SUNRGBD(split, root) for split in ("train", "val", "test")], remember=False)
+    inspections = inspect_all([SUNRGBD(split, root) for split in ("train", "val", "test")], use_cache=False)
     assert [inspection.num_images for inspection in inspections] == [9, 1, 3]
 
 
@@ -119,7 +119,7 @@ def test_invalid_files_are_named(tmp_path: Path) -> None:
     labels = np.array(fakes.opened(masks / "img-000003.png"))
     labels[0, 0] = 38
     Image.fromarray(labels).save(masks / "img-000003.png")
-    problems = inspect(SUNRGBD("test", str(root)), remember=False).problems
+    problems = inspect(SUNRGBD("test", str(root)), use_cache=False).problems
     assert len(problems) == 2
     assert "img-000002.png is missing" in problems[0]
     assert "img-000003.png has label 38; the classes have labels 1..37 and 0 for ignored pixels" in problems[1]

@@ -108,7 +108,7 @@ def test_trainaug_is_sbd_and_vocs_train_without_vocs_val(tmp_path: Path) -> None
         "2010_000001": sbd,
     }
     np.testing.assert_array_equal(data[2].mask, fakes.voc_image_and_mask(51, border=False)[1])
-    assert inspect_all([data, VOC("val", str(tmp_path))], remember=False)[0].num_images == 4
+    assert inspect_all([data, VOC("val", str(tmp_path))], use_cache=False)[0].num_images == 4
 
 
 def test_an_existing_list_of_trainaug_is_used(tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_an_existing_list_of_trainaug_is_used(tmp_path: Path) -> None:
 def test_training_on_trainval_is_refused_with_the_key_to_change(tmp_path: Path) -> None:
     root = str(fakes.voc(tmp_path, TRAIN, VAL))
     with raises(r"2008_000001\.jpg is in train and in val: .* - set dataset\.train_list to train or trainaug, since"):
-        inspect_all([VOC(split, root, train_list="trainval") for split in ("train", "val")], remember=False)
+        inspect_all([VOC(split, root, train_list="trainval") for split in ("train", "val")], use_cache=False)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,9 @@ def test_a_missing_list_or_file_is_named(tmp_path: Path) -> None:
     (root / "ImageSets/Segmentation/trainval.txt").unlink()
     with raises(r"Segmentation/trainval\.txt is missing - restore"):
         VOC("trainval", str(root))
-    assert re.search(r"Class/2007_000002\.png is missing", inspect(VOC("train", str(root)), remember=False).problems[0])
+    assert re.search(
+        r"Class/2007_000002\.png is missing", inspect(VOC("train", str(root)), use_cache=False).problems[0]
+    )
     with raises("unknown split 'test' - the splits are train, val, trainval, trainaug"):
         VOC("test", str(root))
 
