@@ -252,27 +252,27 @@ def test_a_checkpoint_stores_the_label_map_and_the_inferred_classes(tmp_path: Pa
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Train a network with train.py on 16-bit TIFFs of two channels, neither of which suffices alone."""
-    place = tmp_path_factory.mktemp("channels")
-    fakes.two_channels(place / "tif")
-    fakes.two_channels(place / "npy", ".npy")
+    folder = tmp_path_factory.mktemp("channels")
+    fakes.two_channels(folder / "tif")
+    fakes.two_channels(folder / "npy", ".npy")
     settings = ("size=[48,64]", "crop=[48,48]", "channels=2", "batch_size=4", "num_workers=0", "group='^(site.)_'")
     done = command(
         "train", "dataset=folder", "dataset.root=tif", *(f"dataset.{setting}" for setting in settings),
         "model.stages=[[16],[16]]", "trainer.max_epochs=12", "optimizer.lr=0.01", "augment=turns", "hydra.run.dir=run",
-        cwd=place,
+        cwd=folder,
     )  # fmt: skip
-    return place, done.stdout
+    return folder, done.stdout
 
 
 def test_a_network_learns_from_both_of_two_16_bit_channels(trained: tuple[Path, str]) -> None:
-    place, output = trained
+    folder, output = trained
     # A single channel determines at most half of the pixels, which is a mean IoU of at most a third.
-    assert json.loads((place / "run" / "report.json").read_text())["miou"] > 0.8
+    assert json.loads((folder / "run" / "report.json").read_text())["miou"] > 0.8
     assert "2 channel(s) of 16 bit, mean 2" in output
     assert "5 groups by '^(site.)_', none of them in both" in output
-    facts = checkpoint.read(place / "run" / "best.ckpt").facts["preprocessing"]
+    facts = checkpoint.read(folder / "run" / "best.ckpt").facts["preprocessing"]
     assert (len(facts["mean"]), facts["bits"], facts["as_stored"]) == (2, 16, True)
-    train_split = Folder("train", str(place / "tif"), channels=2, group="^(site.)_")
+    train_split = Folder("train", str(folder / "tif"), channels=2, group="^(site.)_")
     pixels = np.concatenate([train_split[index].image.reshape(-1, 2) for index in range(len(train_split))])
     assert facts["mean"] == pytest.approx(pixels.mean(axis=0), rel=1e-5)
     assert facts["std"] == pytest.approx(pixels.std(axis=0), rel=1e-5)
@@ -281,22 +281,22 @@ def test_a_network_learns_from_both_of_two_16_bit_channels(trained: tuple[Path, 
 def test_a_checkpoint_alone_suffices_to_read_two_channels_from_tiff_and_npy(
     trained: tuple[Path, str], tmp_path: Path, commands: Any
 ) -> None:
-    place, _ = trained
+    folder, _ = trained
     for name in ("best.ckpt", "best.ckpt.sha256"):
-        (tmp_path / name).write_bytes((place / "run" / name).read_bytes())
-    root = f"dataset.root={place / 'npy'}"
+        (tmp_path / name).write_bytes((folder / "run" / name).read_bytes())
+    root = f"dataset.root={folder / 'npy'}"
     arguments = ("--out", "out", "--masks", "masks", "--pictures", "pictures", root)
     assert commands("evaluate", "best.ckpt", *arguments, cwd=tmp_path).code == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert report["miou"] == json.loads((place / "run" / "report.json").read_text())["miou"]
-    val = Folder("val", str(place / "npy"), channels=2, group="^(site.)_")
+    assert report["miou"] == json.loads((folder / "run" / "report.json").read_text())["miou"]
+    val = Folder("val", str(folder / "npy"), channels=2, group="^(site.)_")
     masks = [np.array(fakes.opened(tmp_path / "masks" / f"{name}.png")) for name in val.names]
     ious = iou_by_hand([val[index].mask for index in range(len(val))], masks, 3, 255)
     assert [entry["iou"] for entry in report["classes"]] == pytest.approx(ious, abs=1e-6)
 
     Image.fromarray(np.zeros((20, 20, 3), np.uint8)).save(tmp_path / "photo.png")
     fakes.stored(tmp_path / "dark.npy", np.zeros((20, 20, 2), np.uint8))
-    paths = (place / "tif" / "images", "photo.png", "dark.npy")
+    paths = (folder / "tif" / "images", "photo.png", "dark.npy")
     done = commands("predict", "best.ckpt", *paths, "--out", "seen", cwd=tmp_path)
     assert done.code == 2
     for message in (
@@ -311,9 +311,9 @@ def test_a_checkpoint_alone_suffices_to_read_two_channels_from_tiff_and_npy(
 
 
 def test_a_number_of_channels_that_does_not_fit_the_network_is_refused(trained: tuple[Path, str]) -> None:
-    place, _ = trained
-    overrides = [f"dataset.root={place / 'tif'}", "dataset.channels=3"]
-    loaded = checkpoint.read(place / "run" / "best.ckpt", overrides=overrides)
+    folder, _ = trained
+    overrides = [f"dataset.root={folder / 'tif'}", "dataset.channels=3"]
+    loaded = checkpoint.read(folder / "run" / "best.ckpt", overrides=overrides)
     with raises(r"was trained on images of 2 channel\(s\) and segdeconv\.data\.Folder gives 3 - leave"):
         restore_dataset(loaded, "val")
 

@@ -32,15 +32,15 @@ class Archive(NamedTuple):
 
 
 def obtain(
-    archives: Sequence[Archive], place: Path, root: str | None, *, lacking: str, instead: str
+    archives: Sequence[Archive], folder: Path, root: str | None, *, lacking: str, instead: str
 ) -> Iterator[tuple[Archive, Path]]:
-    """Yield each archive with its verified file in `place`.
+    """Yield each archive with its verified file in `folder`.
 
     A downloaded file is deleted when the next archive is requested; a file that was there before stays.
 
     Args:
         archives: The archives to obtain.
-        place: The folder of the archives.
+        folder: The folder of the archives.
         root: `dataset.root`. Archives are downloaded only if it is None.
         lacking: For messages, the files that `root` lacks.
         instead: For messages, the unpacked folder that can be given as `dataset.root`.
@@ -48,17 +48,17 @@ def obtain(
     Raises:
         UsageError: An archive is missing from `root`, or cannot be downloaded.
     """
-    absent = [archive for archive in archives if not (place / archive.name).exists()]
+    absent = [archive for archive in archives if not (folder / archive.name).exists()]
     if root is not None and absent:
         raise UsageError(
-            f"dataset.root={root} does not contain {lacking} - {_by_hand(absent, place)}, or leave out dataset.root to "
-            "download it into data"
+            f"dataset.root={root} does not contain {lacking} - {_by_hand(absent, folder)}, or leave out dataset.root "
+            "to download it into data"
         )
     for done, archive in enumerate(archives):
-        place.mkdir(parents=True, exist_ok=True)
-        path = place / archive.name
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / archive.name
         was_there = path.exists()
-        way_out = f"{_by_hand(archives[done:], place)}, or give {instead} as dataset.root=DIR"
+        way_out = f"{_by_hand(archives[done:], folder)}, or give {instead} as dataset.root=DIR"
         fetch(archive.urls if root is None else (), path, way_out=way_out, sha256=archive.sha256, md5=archive.md5)
         if was_there:
             yield archive, path
@@ -69,15 +69,15 @@ def obtain(
 
 
 @contextmanager
-def unpacked(unpack: Callable[..., None], archive: Path, place: Path, only: str | tuple[str, ...]) -> Iterator[Path]:
+def unpacked(unpack: Callable[..., None], archive: Path, target: Path, only: str | tuple[str, ...]) -> Iterator[Path]:
     """Unpack the selected files of an archive into a temporary folder, from which the caller moves them."""
-    folder = place.with_name(f"{place.name}.unpacking")
+    folder = target.with_name(f"{target.name}.unpacking")
     shutil.rmtree(folder, ignore_errors=True)
     unpack(archive, folder, only=only)
     yield folder
     shutil.rmtree(folder)
 
 
-def _by_hand(archives: Sequence[Archive], place: Path) -> str:
+def _by_hand(archives: Sequence[Archive], folder: Path) -> str:
     files = " and ".join(f"{archive.name} ({archive.content}, from {archive.urls[0]})" for archive in archives)
-    return f"put {files} into {place.resolve()}"
+    return f"put {files} into {folder.resolve()}"

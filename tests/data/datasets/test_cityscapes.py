@@ -42,16 +42,16 @@ def test_cityscapes_reads_images_masks_and_names_across_its_cities(tmp_path: Pat
 
 def test_torchvision_reads_the_same_files_and_has_the_same_classes(tmp_path: Path) -> None:
     root = str(fakes.cityscapes(tmp_path))
-    theirs = torchvision.datasets.Cityscapes(root, "train", "fine", "semantic")
-    ours = Cityscapes("train", root)
-    files = {Path(image).name: np.array(mask) for image, (_, mask) in zip(theirs.images, theirs, strict=True)}
-    assert set(files) == {f"{name}_leftImg8bit.png" for name in ours.names}
-    table = np.array([row.train_id for row in theirs.classes if row.id >= 0])
-    for _, mask, name in (ours[index] for index in range(len(ours))):
+    reference = torchvision.datasets.Cityscapes(root, "train", "fine", "semantic")
+    dataset = Cityscapes("train", root)
+    files = {Path(image).name: np.array(mask) for image, (_, mask) in zip(reference.images, reference, strict=True)}
+    assert set(files) == {f"{name}_leftImg8bit.png" for name in dataset.names}
+    table = np.array([row.train_id for row in reference.classes if row.id >= 0])
+    for _, mask, name in (dataset[index] for index in range(len(dataset))):
         np.testing.assert_array_equal(mask, table[files[f"{name}_leftImg8bit.png"]])
-    scored = sorted((row for row in theirs.classes if not row.ignore_in_eval), key=lambda row: row.train_id)
-    assert [row.name.replace(" ", "_") for row in scored] == list(ours.classes.names)
-    assert [row.color for row in scored] == list(ours.classes.colours)
+    scored = sorted((row for row in reference.classes if not row.ignore_in_eval), key=lambda row: row.train_id)
+    assert [row.name.replace(" ", "_") for row in scored] == list(dataset.classes.names)
+    assert [row.color for row in scored] == list(dataset.classes.colours)
 
 
 def test_cityscapes_has_the_nineteen_classes_of_the_benchmark_with_its_colours() -> None:

@@ -46,15 +46,15 @@ def test_trimaps_are_1_on_the_pet_2_on_the_background_and_3_is_ignored(tmp_path:
 
 def test_torchvision_reads_the_same(tmp_path: Path) -> None:
     fakes.oxford_pets(tmp_path / "oxford-iiit-pet")
-    theirs = torchvision.datasets.OxfordIIITPet(str(tmp_path), "test", ["category", "segmentation"])
-    ours = OxfordPets("test", str(tmp_path), detail="breed", border="class")
-    assert len(ours) == len(theirs) == 2
+    reference = torchvision.datasets.OxfordIIITPet(str(tmp_path), "test", ["category", "segmentation"])
+    dataset = OxfordPets("test", str(tmp_path), detail="breed", border="class")
+    assert len(dataset) == len(reference) == 2
     categories = [int(entry[1]) for entry in map(str.split, fakes.PETS["test"])]
-    for index, (image, (category, trimap)) in enumerate(theirs):
-        np.testing.assert_array_equal(ours[index].image, np.array(image))
+    for index, (image, (category, trimap)) in enumerate(reference):
+        np.testing.assert_array_equal(dataset[index].image, np.array(image))
         # torchvision numbers the breeds from 0, the file from 1.
         assert category == categories[index] - 1
-        np.testing.assert_array_equal(ours[index].mask, np.array([99, category + 1, 0, 38])[np.array(trimap)])
+        np.testing.assert_array_equal(dataset[index].mask, np.array([99, category + 1, 0, 38])[np.array(trimap)])
 
 
 def test_the_border_may_be_a_class(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def test_val_is_a_seeded_fraction_of_train_that_keeps_neighbours_together(tmp_pa
     assert not train & val
     assert (len(train), len(val)) == (720, 80)
     runs = {(int(name.split("-")[1]) - 1) // 20 for name in val}
-    assert val == {f"train-{20 * run + place:06d}" for run in runs for place in range(1, 21)}
+    assert val == {f"train-{20 * run + number:06d}" for run in runs for number in range(1, 21)}
     assert splits["train"].notes == (
         "val: about 0.1 of the train images, in runs of 20, drawn with dataset.split_seed=0",
     )

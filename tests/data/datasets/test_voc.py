@@ -124,7 +124,7 @@ def test_an_existing_list_of_trainaug_is_used(tmp_path: Path) -> None:
 
 def test_training_on_trainval_is_refused_with_the_key_to_change(tmp_path: Path) -> None:
     root = str(fakes.voc(tmp_path, TRAIN, VAL))
-    with raises(r"2008_000001\.jpg is in train and in val: .* - set dataset\.train_list to train or trainaug, since"):
+    with raises(r"2008_000001\.jpg is in train and in val, .* - set dataset\.train_list to train or trainaug, since"):
         inspect_all([VOC(split, root, train_list="trainval") for split in ("train", "val")], use_cache=False)
 
 
@@ -299,10 +299,10 @@ def test_without_a_network_the_error_names_the_files_and_their_folder(
         monkeypatch.setattr(
             voc, name, getattr(voc, name)._replace(urls=("http://127.0.0.1:9/a", "http://127.0.0.1:9/b"))
         )
-    place = re.escape(str(Path("data").resolve()))
+    folder = re.escape(str(Path("data").resolve()))
     voc_file = r"VOCtrainval_11-May-2012\.tar \(VOC's images and masks, 2\.0 GB, from http\S+\)"
     sbd_file = r"benchmark\.tgz \(SBD's masks, 1\.4 GB, from http\S+\)"
-    way_out = f"into {place}, or give an unpacked VOC2012 as dataset.root=DIR$"
+    way_out = f"into {folder}, or give an unpacked VOC2012 as dataset.root=DIR$"
     with raises(rf"^could not download VOCtrainval_11-May-2012\.tar \(.*refused\) - put {voc_file} {way_out}"):
         VOC("train")
     with raises(rf"^could not download VOC\S+ \(.*\) - put {voc_file} and {sbd_file} {way_out}"):
@@ -315,13 +315,13 @@ def test_without_a_network_the_error_names_the_files_and_their_folder(
 
 @pytest.mark.parametrize("root", [None, "given"])
 def test_existing_archives_are_used_without_a_connection_and_stay(published: Published, root: str | None) -> None:
-    place = Path(root or "data")
-    place.mkdir()
-    (place / "VOCtrainval_11-May-2012.tar").write_bytes(published.voc)
-    (place / "benchmark.tgz").write_bytes(published.sbd)
+    folder = Path(root or "data")
+    folder.mkdir()
+    (folder / "VOCtrainval_11-May-2012.tar").write_bytes(published.voc)
+    (folder / "benchmark.tgz").write_bytes(published.sbd)
     assert len(VOC("train", root, train_list="trainaug")) == 4
     assert published.asked == []
-    assert sorted(path.name for path in place.iterdir()) == [
+    assert sorted(path.name for path in folder.iterdir()) == [
         "VOCdevkit",
         "VOCtrainval_11-May-2012.tar",
         "benchmark.tgz",
