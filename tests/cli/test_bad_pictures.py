@@ -162,7 +162,7 @@ def test_a_list_that_leads_out_of_its_folder_or_nowhere_is_named_with_its_line(t
     (tmp_path / "mine" / "val.txt").write_text(f"val_0\n{entry}\n")
     done = commands("inspect_data", "dataset=folder", "dataset.root=mine", cwd=tmp_path)
     assert done.code == 2
-    assert f"mine/val.txt, line 2: there is no image '{entry}' - " in done.sentence
+    assert f"mine/val.txt, line 2: image '{entry}' not found - " in done.sentence
 
 
 @pytest.mark.parametrize("entry", ["../../x.png", "/x.png", "train/../../x.png"])

@@ -246,7 +246,7 @@ KEYS = {
     "136 misspelt argument": (("augment.flip.probability=1",), "there is no key augment.flip.probability"),
     "139 file": (("hydra.run.dir=file",), "file: file exists, so it cannot be written as asked"),
     "139 below a file": (("hydra.run.dir=file/run",), "file/run"),
-    "146 workers": (("dataset.num_workers=1000",), "dataset.num_workers=1000 and this process has"),
+    "146 workers": (("dataset.num_workers=1000",), "dataset.num_workers=1000 is too many for the"),
     "148 devices": (("trainer.accelerator=cpu", "trainer.devices=0"), "trainer.devices=0 on the CPU"),
     "62 secrets": (
         ("dataset=camvid", "dataset.root=${oc.env:TOKEN}"),
