@@ -79,7 +79,7 @@ class TrainingDiagnostics(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         self._epochs += 1
         if self.wait.fraction > MAX_WAIT and self.wait.waited > MIN_SECONDS and not self._warned_of_waiting:
-            cached = trainer.datamodule.pipeline.room.kind != "none"  # type: ignore[attr-defined]
+            cached = trainer.datamodule.pipeline.cache_plan.kind != "none"  # type: ignore[attr-defined]
             if not cached or self._epochs > 1:  # in the next epoch cached images are decoded already
                 self._warned_of_waiting = True
                 workers = pl_module.trainer.train_dataloader.num_workers

@@ -75,7 +75,7 @@ def _loading(data: DataPipeline, world_size: int) -> str:
     loader = worker_settings(world_size=world_size, **data.workers)
     workers, ahead = loader["num_workers"], loader["prefetch_factor"]
     loading = f"{workers} worker{'s' if workers > 1 else ''}, {ahead} batches ahead each" if workers else "no workers"
-    cache = data.room
+    cache = data.cache_plan
     if cache.kind == "none":
         return f"{loading}; images are decoded every time"
     where = f"on disk in {cache.folder}" if cache.folder else "in memory"
