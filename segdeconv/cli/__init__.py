@@ -1,6 +1,6 @@
-"""The commands: their shared options, exit codes and error lines, and `segdeconv COMMAND`.
+"""The command line: shared options, exit codes and error messages of the commands, and `segdeconv COMMAND`.
 
-May import everything; nothing but scripts/ imports it.
+May import every other package; only scripts/ imports it.
 """
 
 from segdeconv.cli.main import main

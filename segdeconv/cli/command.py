@@ -1,4 +1,4 @@
-"""How a command runs: its argument parser, its exit code, and one line on stderr for an error."""
+"""The frame of every command: its argument parser, its exit code, and one line on stderr for an error."""
 
 import argparse
 import errno
@@ -15,25 +15,30 @@ from PIL import Image
 from segdeconv.errors import SegdeconvError, Terminated, UsageError, command
 from segdeconv.system import KEEP_FREED
 
-# Of a disk that is full, read-only, broken or not this user's; anything else is a bug of ours.
+# Errors of a disk that is full, read-only, broken or owned by another user; any other OSError is a bug in segdeconv.
 DISK_ERRORS = (
     errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENAMETOOLONG, errno.ENOSPC, errno.EPERM, errno.EROFS,
 )  # fmt: skip
 
 PACKAGE = Path(__file__).resolve().parent.parent
-# An installed package carries scripts/ and configs/ inside itself; in a clone they lie beside it.
+# An installed package contains scripts/ and configs/; in a clone they are next to the package.
 HOME = PACKAGE if (PACKAGE / "scripts").is_dir() else PACKAGE.parent
 
-if os.environ.get(KEEP_FREED):  # a process that a command has spawned, which imports the command's script again
+if os.environ.get(KEEP_FREED):  # a process spawned by a command, which imports the command's script again
     Image.MAX_IMAGE_PIXELS = None
 
 
-# Options that were renamed: former name -> current name. Every command that has the current one takes both.
+# Renamed options: former name -> current name. Every command with the current name accepts both.
 RENAMED_OPTIONS = {"--balancing": "--class-weighting", "--least-side": "--min-side", "--whole-too": "--with-whole"}
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """The argument parser of a script: its errors are UsageErrors, and it takes renamed options by both names."""
+    """The argument parser of a script, which raises UsageError and accepts renamed options by both names.
+
+    Args:
+        script: File name of the script.
+        **settings: Arguments of `argparse.ArgumentParser`.
+    """
 
     def __init__(self, script: str, **settings: Any) -> None:
         super().__init__(command(Path(script).stem), **settings)
@@ -63,20 +68,21 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def run_command(main: Callable[[], int | None], help_text: str = "") -> NoReturn:
-    """Run a script's `main` as the owner of this process, and leave with the exit code of the contract.
+    """Run a script's `main` and exit the process with the documented exit code.
 
-    0 done; 1 a bug of ours, with its traceback; 2 user, config or data; 3 diverged; 4 checkpoint;
-    5 disk; 130 interrupted; 143 terminated.
+    0 success; 1 a bug in segdeconv, with its traceback; 2 error in usage, config or data; 3 training diverged;
+    4 checkpoint; 5 disk; 130 interrupted; 143 terminated.
 
     Args:
-        help_text: what -h and --help print; for a script without an `ArgumentParser`.
+        main: The script's function; it may return an exit code.
+        help_text: Text that -h and --help print, for a script without an `ArgumentParser`.
     """
     Image.MAX_IMAGE_PIXELS = None  # dataset.max_pixels is checked from the header
-    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # what is wrong with a video our own error says
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # silent: segdeconv reports errors of videos itself
     os.environ.setdefault(KEEP_FREED, "1")
     for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
         number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) == signal.SIG_DFL:  # nohup has it ignored
+        if number is not None and signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP
             signal.signal(number, _terminate)
     script = Path(sys.argv[0])
     try:
@@ -91,20 +97,20 @@ def run_command(main: Callable[[], int | None], help_text: str = "") -> NoReturn
     except Terminated as error:
         code = _report(f"stopped by {error} - run the same command again", 143)
     except BrokenPipeError:
-        # The reader of our output (`| head`) went away; point stdout elsewhere so that the
-        # interpreter's last flush does not raise again.
+        # The reader of the output (`| head`) closed the pipe; redirect stdout so that the interpreter's last flush
+        # does not raise again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except MemoryError:
-        code = _report("memory ran out - close other programs, or give smaller images or batches", 2)
+        code = _report("memory ran out - close other programs, or use smaller images or batches", 2)
     except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
-        what = f"{error.filename}: {(error.strerror or str(error)).lower()}"
-        code = _report(f"{what}, so it cannot be written as asked - choose another name or folder", 2)
+        problem = f"{error.filename}: {(error.strerror or str(error)).lower()}"
+        code = _report(f"{problem}, so it cannot be written - choose another name or folder", 2)
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
-        what = f"cannot read or write {error.filename or 'a file'}: {error.strerror}"
-        code = _report(f"{what} - free some space, change the permissions or choose another folder", 5)
+        problem = f"cannot read or write {error.filename or 'a file'}: {error.strerror}"
+        code = _report(f"{problem} - free some space, change the permissions or choose another folder", 5)
     sys.stdout.flush()
     sys.exit(code)
 

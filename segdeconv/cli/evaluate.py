@@ -1,4 +1,4 @@
-"""The command `evaluate`: from its arguments to report.json, report.html, masks and pictures."""
+"""The command `evaluate`, which writes report.json, report.html, masks and pictures."""
 
 import argparse
 import sys
@@ -12,30 +12,30 @@ from segdeconv.errors import command
 
 
 def parse(description: str) -> argparse.Namespace:
-    """The arguments of the command line."""
+    """Parse the command line."""
     parser = ArgumentParser("evaluate.py", description=description)
     add = parser.add_argument
     add("checkpoint", help="a .ckpt that train.py wrote")
     add("overrides", nargs="*", metavar="key=value", help="for example dataset.root=DIR")
     add("--split", default="val", help="train, val (default) or test")
-    text = "folder for the report (default: evaluation/ beside the checkpoint, or here if shipped)"
+    text = "folder for the report (default: evaluation/ next to the checkpoint; for a shipped network, in this folder)"
     add("--out", type=Path, help=text)
-    add("--compare", metavar="CHECKPOINT", help="a second network of the same classes, put beside it")
-    add("--masks", type=Path, help="folder for the predicted masks, exactly as counted")
-    add("--pictures", type=Path, help="folder for image, truth, prediction and error of 12 images")
-    add("--no-boundary", action="store_true", help="without boundary scores (20 ms an image of 360x480)")
-    add("--ablate", action="store_true", help="score it too with something else in place of the switches")
-    add("--uncertainty", action="store_true", help="say which signs of doubt find its errors")
+    add("--compare", metavar="CHECKPOINT", help="a second network with the same classes to compare it with")
+    add("--masks", type=Path, help="folder for the predicted masks, exactly as scored")
+    add("--pictures", type=Path, help="folder for figures of image, truth, prediction and error of 12 images")
+    add("--no-boundary", action="store_true", help="skip boundary scores (20 ms per image of 360x480)")
+    add("--ablate", action="store_true", help="also score the network with its switches replaced")
+    add("--uncertainty", action="store_true", help="report how well measures of uncertainty detect errors")
     add_prediction_options(parser)
     return parser.parse_intermixed_args()
 
 
 def run(description: str) -> None:
-    """Restore, evaluate, report."""
+    """Run the command: evaluate the checkpoint and write the report."""
     arguments = parse(description)
     overrides, crf_keys = split_overrides(arguments.overrides)
     if arguments.regions and not any(override.startswith("dataset.examples=") for override in overrides):
-        overrides.append("dataset.examples=images")  # what was trained on crops is scored on whole images
+        overrides.append("dataset.examples=images")  # a network trained on crops is scored on whole images
     settings = prediction_settings(arguments, crf_keys)
 
     import numpy as np
@@ -49,39 +49,41 @@ def run(description: str) -> None:
 
     if arguments.uncertainty:
         uncertainty.require_plain(settings)
-    read = read_checkpoint(arguments.checkpoint, arguments.trust, overrides)
+    checkpoint = read_checkpoint(arguments.checkpoint, arguments.trust, overrides)
     other = arguments.compare and read_checkpoint(arguments.compare, arguments.trust, overrides)
-    dataset = restore_dataset(read, arguments.split)
+    dataset = restore_dataset(checkpoint, arguments.split)
     if other:
-        class_order(other, dataset)  # refused before the first of two evaluations
-    segmenter = Segmenter(read, settings)
+        class_order(other, dataset)  # raises an error before the first evaluation rather than after it
+    segmenter = Segmenter(checkpoint, settings)
     if arguments.ablate:
         ablation.require_unpooling(segmenter.network.model)
 
-    def save(one: Predicted) -> None:
+    def save(predicted: Predicted) -> None:
         if arguments.masks:
-            draw.save_mask(one.prediction, read.classes, arguments.masks / f"{dataset.names[one.place]}.png")
-        if arguments.pictures and one.place in {int(chosen) for chosen in np.linspace(0, len(dataset) - 1, 12)}:
-            image, mask, name = dataset[one.place]
-            picture = draw.enlarged(draw.comparison(image, mask, one.prediction, read.classes), 128)
-            strip = draw.legend(read.classes, range(len(read.classes)), picture.shape[1])
-            draw.save_image(np.concatenate([picture, strip]), arguments.pictures / f"{name}.png")
+            draw.save_mask(
+                predicted.prediction, checkpoint.classes, arguments.masks / f"{dataset.names[predicted.place]}.png"
+            )
+        if arguments.pictures and predicted.place in {int(index) for index in np.linspace(0, len(dataset) - 1, 12)}:
+            image, mask, name = dataset[predicted.place]
+            figure = draw.enlarged(draw.comparison(image, mask, predicted.prediction, checkpoint.classes), 128)
+            strip = draw.legend(checkpoint.classes, range(len(checkpoint.classes)), figure.shape[1])
+            draw.save_image(np.concatenate([figure, strip]), arguments.pictures / f"{name}.png")
 
     outlines = not arguments.no_boundary
     evaluation = Evaluation.of(segmenter, dataset, outlines=outlines, on_prediction=save)
-    facts: dict[str, Any] = {"command": command("evaluate", sys.argv[1:])}
+    metadata: dict[str, Any] = {"command": command("evaluate", sys.argv[1:])}
     if arguments.ablate:
-        facts["ablation"] = ablation.ablate(evaluation)
+        metadata["ablation"] = ablation.ablate(evaluation)
     if arguments.uncertainty:
-        facts["uncertainty"] = uncertainty.uncertainty(segmenter, dataset)
-    content = evaluation.report(**facts)
+        metadata["uncertainty"] = uncertainty.uncertainty(segmenter, dataset)
+    content = evaluation.report(**metadata)
     second = None
     if other:
         compared = Evaluation.of(Segmenter(other, settings), dataset, outlines=outlines)
         content["compared"] = compared.report()
         second = report_page.Evaluated(content["compared"], compared.gallery)
-    place = Path() if cards.SHIPPED in read.path.parents else read.path.parent
-    out = arguments.out or place / "evaluation"
+    folder = Path() if cards.SHIPPED in checkpoint.path.parents else checkpoint.path.parent
+    out = arguments.out or folder / "evaluation"
     report.write_json(content, out / "report.json")
     first = report_page.Evaluated(content, evaluation.gallery)
     html.write(report_page.build_page(first, dataset, second=second), out / "report.html")
@@ -90,10 +92,10 @@ def run(description: str) -> None:
     if other:
         print(f"\n{other.path}:\n\n{compared.score_table()}")
     if arguments.ablate:
-        print(f"\n{ablation.ablation_table(facts['ablation'])}")
+        print(f"\n{ablation.ablation_table(metadata['ablation'])}")
     if arguments.uncertainty:
-        print(f"\n{uncertainty.uncertainty_table(facts['uncertainty'])}")
+        print(f"\n{uncertainty.uncertainty_table(metadata['uncertainty'])}")
     print(f"\nreport:   {out / 'report.json'}, {out / 'report.html'}")
-    for what in ("masks", "pictures"):
-        if getattr(arguments, what):
-            print(f"{what + ':':<10}{getattr(arguments, what)}")
+    for output in ("masks", "pictures"):
+        if getattr(arguments, output):
+            print(f"{output + ':':<10}{getattr(arguments, output)}")

@@ -1,4 +1,4 @@
-"""`segdeconv COMMAND ...`: the commands of scripts/, from any folder."""
+"""The console command `segdeconv COMMAND ...`, which runs the scripts in scripts/ from any folder."""
 
 import ast
 import runpy
@@ -10,28 +10,32 @@ from segdeconv.cli import command
 
 
 def commands() -> dict[str, Path]:
-    """Every command by its name: whatever lies in the folder of scripts."""
+    """Return the path of every script by the name of its command."""
     return {path.stem: path for path in sorted((command.HOME / "scripts").glob("*.py"))}
 
 
 def summary(script: Path) -> str:
-    """The first line of a script's docstring."""
+    """Return the first line of a script's docstring."""
     docstring = ast.get_docstring(ast.parse(script.read_text(encoding="utf-8")))
     return docstring.splitlines()[0] if docstring else ""
 
 
 def overview() -> str:
-    """What `segdeconv --help` prints."""
-    found = commands()
-    width = max(map(len, found))
-    lines = [f"    {name:<{width}}  {summary(script)}" for name, script in found.items()]
+    """Return the text that `segdeconv --help` prints."""
+    scripts = commands()
+    width = max(map(len, scripts))
+    lines = [f"    {name:<{width}}  {summary(script)}" for name, script in scripts.items()]
     return "\n".join(
-        ["segdeconv COMMAND ...", "", *lines, "", "segdeconv COMMAND --help says what a command can be told."]
+        ["segdeconv COMMAND ...", "", *lines, "", "segdeconv COMMAND --help shows the options of a command."]
     )
 
 
 def run() -> None:
-    """Run the script that the command line names, as `python scripts/NAME.py` would."""
+    """Run the script that the command line names, as `python scripts/NAME.py` does.
+
+    Raises:
+        UsageError: The command is unknown.
+    """
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
         print(overview())
@@ -39,15 +43,15 @@ def run() -> None:
     if name == "--version":
         print(f"segdeconv {__version__}")
         return
-    found = commands()
-    if name not in found:
-        raise errors.UsageError(f"there is no command '{name}' - {errors.did_you_mean(name, found)}")
+    scripts = commands()
+    if name not in scripts:
+        raise errors.UsageError(f"unknown command '{name}' - {errors.did_you_mean(name, scripts)}")
     errors.TYPED = "segdeconv {}"
-    # The script's own path, so that what starts it again (worker processes, one process per device) finds it.
-    sys.argv[:2] = [str(found[name])]
+    # The script's own path, since worker processes and the processes of further devices start it again.
+    sys.argv[:2] = [str(scripts[name])]
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def main() -> None:
-    """The console command `segdeconv`."""
+    """Run the console command `segdeconv`."""
     command.run_command(run)

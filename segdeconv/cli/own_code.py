@@ -1,4 +1,4 @@
-"""Modules of the user's own, in the current folder: found by a command that was told their names."""
+"""Import of the user's own modules from the current folder, for commands whose arguments name them."""
 
 from __future__ import annotations
 
@@ -17,23 +17,27 @@ CONFIGS = HOME / "configs"
 
 
 def find_own_code(names: Iterable[str]) -> None:
-    """Let the current folder be imported from, if a name is of a module that is not installed.
+    """Add the current folder to sys.path if a name belongs to a module that is not installed.
 
-    It joins the end of sys.path, where it can hide nothing, and only then: whoever labels a folder of pictures runs no
-    code that lies among them.
+    The folder is appended, so it hides no installed module. It is added only if needed, so that predicting a folder of
+    images never runs code that lies in it.
 
     Args:
-        names: dotted names of classes that the user typed or trusts.
+        names: Dotted names of classes that the user typed or trusts.
     """
-    for own in {name.partition(".")[0] for name in names}:
-        missing = own.isidentifier() and own not in sys.modules and importlib.util.find_spec(own) is None
+    for module in {name.partition(".")[0] for name in names}:
+        missing = module.isidentifier() and module not in sys.modules and importlib.util.find_spec(module) is None
         if missing and os.getcwd() not in sys.path:
             sys.path.append(os.getcwd())
 
 
 def compose(arguments: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """`compose` from configs/, with the user's own modules importable that the configuration names."""
-    from segdeconv.config import compose, targets  # late: Hydra takes a while to import
+    """Compose a config from configs/ and make the user's own modules that it names importable.
+
+    Returns:
+        The config, and the chosen file of each config group.
+    """
+    from segdeconv.config import compose, targets  # a late import, since Hydra takes a while
 
     config, choices = compose(arguments, CONFIGS)
     find_own_code(targets(config))
@@ -41,8 +45,8 @@ def compose(arguments: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def read_checkpoint(path: str, trust: Sequence[str], overrides: Sequence[str] = ()) -> Checkpoint:
-    """`checkpoint.read`, with the user's own modules importable that `--trust` names."""
-    from segdeconv.checkpoints import checkpoint  # late: torch takes seconds to import
+    """Read a checkpoint with `checkpoint.read` and make the user's own modules that `trust` names importable."""
+    from segdeconv.checkpoints import checkpoint  # a late import, since torch takes seconds
 
     find_own_code(trust)
     return checkpoint.read(path, trust=trust, overrides=overrides)

@@ -1,4 +1,4 @@
-"""The command `predict`: from its arguments to a folder of masks."""
+"""The command `predict`, which writes a folder of masks."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ if TYPE_CHECKING:
     from segdeconv.inference.segmenter import Segmenter
 
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-# What does not change what is written; all other arguments are part of what a folder was made by.
-NOT_MADE_BY = {"checkpoint", "paths", "out", "overwrite", "memory", "tile", "verify_tiling", "trust"}
+# Arguments that do not affect the outputs; all others are part of the provenance of a folder of predictions.
+NOT_RECORDED = {"checkpoint", "paths", "out", "overwrite", "memory", "tile", "verify_tiling", "trust"}
 
 
 def parse(description: str) -> argparse.Namespace:
-    """The arguments of the command line."""
+    """Parse the command line."""
     parser = ArgumentParser("predict.py", description=description)
     add = parser.add_argument
     text = "a .ckpt that train.py wrote, a .safetensors with its card, or the name of a shipped network"
     add("checkpoint", help=text)
-    add("paths", nargs="+", metavar="PATH", help="pictures, folders, patterns, lists, videos, -; then key=value")
+    add("paths", nargs="+", metavar="PATH", help="images, folders, patterns, lists, videos, -; then key=value")
     add("--out", type=Path, default=Path("predictions"), help="folder (default: predictions)")
-    add("--overwrite", action="store_true", help="begin anew where DIR holds predictions made by something else")
-    add = parser.add_argument_group("what is written beside masks and overlays").add_argument
-    add("--no-overlay", action="store_true", help="masks alone")
+    add("--overwrite", action="store_true", help="replace predictions in DIR that were made in another way")
+    add = parser.add_argument_group("outputs besides masks and overlays").add_argument
+    add("--no-overlay", action="store_true", help="write no overlays")
     add("--probabilities", action="store_true", help="DIR/<name>.npy: (classes, H, W) float16")
     add("--uncertainty", action="store_true", help="DIR/<name>_uncertainty.png: entropy, or variance with --samples")
     add("--class-masks", action="store_true", help="DIR/<name>_<class>.png: 255 where the class is")
@@ -41,22 +41,22 @@ def parse(description: str) -> argparse.Namespace:
     add("--min-area", type=int, default=1, metavar="PIXELS", help="leave out smaller regions (default: 1)")
     add("--frames", action="store_true", help="DIR/<name>/000001.png ...: the mask of each frame of a video")
     add = parser.add_argument_group("large images").add_argument
-    add("--memory", metavar="SIZE", help="what the network's maps may take, such as 500M (default: 1G to 4G)")
-    add("--tile", default="auto", metavar="N|HxW", help="the largest tile, overlap included, in place of --memory")
+    add("--memory", metavar="SIZE", help="limit for feature maps, such as 500M (default: 1G to 4G)")
+    add("--tile", default="auto", metavar="N|HxW", help="the largest tile, overlap included, instead of --memory")
     add("--verify-tiling", action="store_true", help="compare tiles with the whole image, and write nothing")
     add_prediction_options(parser)
     return parser.parse_intermixed_args()
 
 
 def run(description: str) -> None:
-    """Restore, predict each image."""
+    """Run the command: predict all images and videos and write their outputs."""
     arguments = parse(description)
     overrides, crf_keys = split_overrides(path for path in arguments.paths if is_override(path))
     paths = [path for path in arguments.paths if not is_override(path)]
     if arguments.min_area != 1 and not arguments.polygons:
-        raise UsageError("--min-area does nothing without --polygons - add it")
+        raise UsageError("--min-area has no effect without --polygons - add it")
     if arguments.verify_tiling and (arguments.regions or arguments.ensemble or arguments.crf):
-        raise UsageError("--verify-tiling is about one network's tiles - leave out --regions, --ensemble and --crf")
+        raise UsageError("--verify-tiling checks the tiles of one network - leave out --regions, --ensemble and --crf")
     settings = prediction_settings(
         arguments,
         crf_keys,
@@ -75,80 +75,94 @@ def run(description: str) -> None:
     def report(message: str) -> None:
         tqdm.write(message, file=sys.stdout)
 
-    read = read_checkpoint(arguments.checkpoint, arguments.trust, overrides)
+    checkpoint = read_checkpoint(arguments.checkpoint, arguments.trust, overrides)
     outputs = Outputs(
         arguments.out,
-        read.classes,
+        checkpoint.classes,
         overlay=not arguments.no_overlay,
         probabilities=arguments.probabilities,
         uncertainty=arguments.uncertainty or arguments.samples > 0,
         class_masks=arguments.class_masks,
         polygons=arguments.polygons,
-        least_area=arguments.min_area,
+        min_area=arguments.min_area,
         frames=arguments.frames,
     )
     images = find_images(paths, arguments.out, outputs.endings())
-    segmenter = Segmenter(read, settings, report=report)
+    segmenter = Segmenter(checkpoint, settings, report=report)
     if arguments.verify_tiling:
         verify(segmenter, images)
         return
-    origin = made_by(arguments, read, settings.second)
-    with closing(ProgressLog(arguments.out, origin, overwrite=arguments.overwrite)) as progress_log:
-        labelling = BatchPrediction(segmenter, outputs, progress_log, report)
+    recorded = provenance(arguments, checkpoint, settings.second)
+    with closing(ProgressLog(arguments.out, recorded, overwrite=arguments.overwrite)) as progress_log:
+        batch = BatchPrediction(segmenter, outputs, progress_log, report)
         done = sum(progress_log.has(name, path) for name, path in images.items())
         if done:
-            print(f"{done} of {len(images)} were done before and are left as they are")
+            print(f"{done} of {len(images)} are already done and are skipped")
         with tqdm(total=len(images), initial=done, unit="image", disable=None) as bar:
-            for _ in labelling.run(images):
+            for _ in batch.run(images):
                 bar.update()
         tables = write_tables(progress_log, outputs)
-    print(
-        f"{len(images) - labelling.failed} masks in {arguments.out}, with {' and '.join(path.name for path in tables)}"
-    )
-    if labelling.failed:
+    print(f"{len(images) - batch.failed} masks in {arguments.out}, with {' and '.join(path.name for path in tables)}")
+    if batch.failed:
         raise UsageError(
-            f"{labelling.failed} of {len(images)} files could not be read, named above - mend or leave them out"
+            f"{batch.failed} of {len(images)} files could not be read, see the messages above - repair them or leave "
+            "them out"
         )
 
 
-def made_by(arguments: argparse.Namespace, read: Checkpoint, second: Checkpoint | None) -> dict[str, Any]:
-    """What decides the content of every output: another one would write others under the same names."""
-    settings = {key: value for key, value in vars(arguments).items() if key not in NOT_MADE_BY}
+def provenance(arguments: argparse.Namespace, checkpoint: Checkpoint, second: Checkpoint | None) -> dict[str, Any]:
+    """Return the checkpoint and settings that determine the outputs, as recorded in the progress log."""
+    settings = {key: value for key, value in vars(arguments).items() if key not in NOT_RECORDED}
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in settings.items()}
     if second is not None:
         settings["ensemble"] = second.sha256
     keys = sorted(path for path in arguments.paths if is_override(path))
-    return {"checkpoint": read.sha256, **settings, "keys": keys}
+    return {"checkpoint": checkpoint.sha256, **settings, "keys": keys}
 
 
 def verify(segmenter: Segmenter, images: dict[str, Path]) -> None:
-    """Print how near the scores by tiles are to those of the whole; UsageError where they are not the same."""
+    """Print the agreement of prediction in tiles with prediction of the whole image.
+
+    Raises:
+        UsageError: The predictions of an image differ.
+    """
     from segdeconv.inference.tiling_check import compare_tiling
 
     wrong = 0
     for path in images.values():
         comparison = compare_tiling(segmenter, path)
-        print(comparison.sentence)
+        print(comparison.summary)
         wrong += not comparison.same
     if wrong:
-        raise UsageError(f"{wrong} of {len(images)} images come out otherwise in tiles - give them more --memory")
+        raise UsageError(f"{wrong} of {len(images)} images have other predictions in tiles - give more --memory")
 
 
 def tile_size(text: str) -> tuple[int, int] | None:
-    """(H, W) of `N`, `HxW` or `auto`."""
+    """Parse `N`, `HxW` or `auto`.
+
+    Returns:
+        (H, W); None for `auto`.
+
+    Raises:
+        UsageError: The text is none of these.
+    """
     if text == "auto":
         return None
     match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
     if not match or not all(int(side) for side in match.groups(text) if side):
-        raise UsageError(f"--tile={text} is no size - write for example 1024, 768x1024 or auto")
+        raise UsageError(f"--tile={text} is not a size - write for example 1024, 768x1024 or auto")
     return int(match[1]), int(match[2] or match[1])
 
 
 def byte_count(text: str | None) -> int | None:
-    """Bytes of `500M`, `2G`, `2GB`, `1.5GiB`."""
+    """Parse an amount of memory such as `500M`, `2G`, `2GB` or `1.5GiB` into bytes.
+
+    Raises:
+        UsageError: The text is not an amount of memory.
+    """
     if text is None:
         return None
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMG]?)(?:i?B)?", text, re.IGNORECASE)
     if not match or float(match[1]) == 0:
-        raise UsageError(f"--memory={text} is no amount of memory - write for example 500M or 2G")
+        raise UsageError(f"--memory={text} is not an amount of memory - write for example 500M or 2G")
     return int(float(match[1]) * UNITS[match[2].upper()])

@@ -1,4 +1,4 @@
-"""From a checkpoint to class scores of any image: whole, tiled, by regions, ensemble, CRF; many images and videos.
+"""Prediction with a checkpoint: whole images, tiles, regions, ensembles and CRFs; folders of images and videos.
 
 May import everything up to `checkpoints`.
 """

@@ -1,4 +1,7 @@
-"""From many images to a folder of masks: reading, the network and writing at the same time, to go on where it was."""
+"""Batch prediction: many images and videos to a folder of masks.
+
+Reading, the network and writing run at the same time. An interrupted batch prediction resumes where it stopped.
+"""
 
 import json
 import re
@@ -19,7 +22,7 @@ from segdeconv.data.files.decoding import header_pixels
 from segdeconv.data.files.reading import turn_back, turned_view
 from segdeconv.drawing import draw
 from segdeconv.errors import UsageError
-from segdeconv.inference.inputs import VIDEOS, output
+from segdeconv.inference.inputs import VIDEOS, output_path
 from segdeconv.inference.polygons import regions
 from segdeconv.inference.progress_log import ProgressLog
 from segdeconv.inference.segmenter import Prediction, Segmenter
@@ -27,19 +30,25 @@ from segdeconv.inference.tiling import Part
 from segdeconv.inference.video import VideoWriter, open_video
 from segdeconv.system.files import replacing, replacing_path
 
-AHEAD = 4  # images that are read before the network has seen the one before them
-BEHIND = 8  # images that are written while the network goes on
-WRITERS = 2  # threads
-HELD_PIXELS = 1 << 26  # pixels that are held at once, unless one image has more
+MAX_READ_AHEAD = 4  # images read before the network has processed the current one
+MAX_PENDING_WRITES = 8  # images being written while the network processes the next
+WRITER_THREADS = 2
+MAX_PIXELS_IN_MEMORY = 1 << 26  # of all images together, unless a single one has more
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """What is written for each image NAME, beside NAME.png, into a folder.
+    """The files written for each image NAME, in addition to its mask NAME.png.
 
-    overlay: NAME_overlay.png. probabilities: NAME.npy, (classes, H, W) float16. uncertainty: NAME_uncertainty.png.
-    class_masks: NAME_CLASS.png for each class, 255 where it is. polygons: NAME_regions.json, of `least_area` pixels
-    or more. frames: of a video, NAME/000001.png and so on. Videos become NAME_overlay.mp4.
+    Attributes:
+        out: Output folder.
+        overlay: Write NAME_overlay.png; for a video, NAME_overlay.mp4.
+        probabilities: Write NAME.npy, (classes, H, W) float16.
+        uncertainty: Write NAME_uncertainty.png.
+        class_masks: Write NAME_CLASS.png for each class: 255 where the class is, 0 elsewhere.
+        polygons: Write NAME_regions.json, with the regions of `min_area` pixels or more.
+        min_area: Minimum area of a region in pixels.
+        frames: Write the mask of each frame of a video, NAME/000001.png and so on.
     """
 
     out: Path
@@ -49,25 +58,29 @@ class Outputs:
     uncertainty: bool = False
     class_masks: bool = False
     polygons: bool = False
-    least_area: int = 1
+    min_area: int = 1
     frames: bool = False
 
     def endings(self) -> list[str]:
-        """How the names of everything end that may be written for an image or a video."""
-        found = [".png"]
-        found += ["_overlay.png", "_overlay.mp4"] if self.overlay else []
-        found += [".npy"] if self.probabilities else []
-        found += ["_uncertainty.png"] if self.uncertainty else []
-        found += [f"_{_plain(name)}.png" for name in self.classes.names] if self.class_masks else []
-        return found + (["_regions.json"] if self.polygons else [])
+        """Return the file name endings of all outputs of an image or a video."""
+        endings = [".png"]
+        endings += ["_overlay.png", "_overlay.mp4"] if self.overlay else []
+        endings += [".npy"] if self.probabilities else []
+        endings += ["_uncertainty.png"] if self.uncertainty else []
+        endings += [f"_{_file_name(name)}.png" for name in self.classes.names] if self.class_masks else []
+        return endings + (["_regions.json"] if self.polygons else [])
 
     def path(self, name: str, ending: str) -> Path:
-        """Of one output."""
-        return output(self.out, name, ending)
+        """Return the path of one output file."""
+        return output_path(self.out, name, ending)
 
-    def write(self, name: str, prediction: Prediction, certain: bool) -> list[Path]:
-        """All pictures and polygons of an image; the files. certain: whether `uncertainty` is from 0 to 1."""
-        mask = turn_back(prediction.mask, prediction.stored)  # to the orientation of the file
+    def write(self, name: str, prediction: Prediction, bounded: bool) -> list[Path]:
+        """Write the mask, figures and polygons of an image, and return the files written.
+
+        Args:
+            bounded: The uncertainty is in 0..1; otherwise its figure is scaled to its maximum.
+        """
+        mask = turn_back(prediction.mask, prediction.orientation)  # as the image is stored in its file
         files = [self.path(name, ".png")]
         draw.save_mask(mask, self.classes, files[0])
         if self.overlay:
@@ -75,70 +88,78 @@ class Outputs:
             draw.save_overlay(prediction.image, prediction.mask, self.classes, files[-1])
         if prediction.uncertainty is not None:
             files.append(self.path(name, "_uncertainty.png"))
-            top = 1.0 if certain else float(prediction.uncertainty.max())
+            top = 1.0 if bounded else float(prediction.uncertainty.max())
             draw.save_image(draw.heat(prediction.uncertainty, top), files[-1])
         if self.class_masks:
-            for index, known in enumerate(self.classes.names):
-                files.append(self.path(name, f"_{_plain(known)}.png"))
+            for index, class_name in enumerate(self.classes.names):
+                files.append(self.path(name, f"_{_file_name(class_name)}.png"))
                 draw.save_image(np.where(mask == index, np.uint8(255), np.uint8(0)), files[-1])
         if self.polygons:
             files.append(self.path(name, "_regions.json"))
             confidence = prediction.confidence
-            sure = None if confidence is None else turn_back(confidence, prediction.stored)
-            found = regions(mask, least=self.least_area, confidence=sure)
+            if confidence is not None:
+                confidence = turn_back(confidence, prediction.orientation)
+            numbered_regions = enumerate(regions(mask, min_area=self.min_area, confidence=confidence), start=1)
             content = {
                 "image": {"file_name": name, "height": mask.shape[0], "width": mask.shape[1]},
-                "annotations": [region.annotation(number, 1) for number, region in enumerate(found, start=1)],
+                "annotations": [region.annotation(number, 1) for number, region in numbered_regions],
             }
             with replacing(files[-1]) as file:
                 file.write(json.dumps(content).encode())
         return files
 
     @contextmanager
-    def sink(self, name: str, size: tuple[int, int], stored: int) -> Iterator[Callable[[Part, np.ndarray], None]]:
-        """Takes the probabilities of an image, a part at a time, into NAME.npy, which is on the disk, not in memory."""
+    def sink(self, name: str, size: tuple[int, int], orientation: int) -> Iterator[Callable[[Part, np.ndarray], None]]:
+        """Open NAME.npy and yield a function that writes the probabilities of one part of the image to it.
+
+        The array is memory-mapped, so the probabilities of the whole image are never held in memory.
+        """
         path = self.path(name, ".npy")
-        stored_size = size if stored < 5 else size[::-1]
+        stored_size = size if orientation < 5 else size[::-1]  # EXIF orientations 5 to 8 swap rows and columns
         with replacing_path(path) as partial:
             shape = (len(self.classes), *stored_size)
             array = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float16, shape=shape)
 
-            def keep(part: Part, values: np.ndarray) -> None:
-                for channel, one in zip(array, values, strict=True):
-                    turned_view(channel, stored)[slice(*part[0]), slice(*part[1])] = one
+            def write_part(part: Part, values: np.ndarray) -> None:
+                for channel, class_values in zip(array, values, strict=True):
+                    turned_view(channel, orientation)[slice(*part[0]), slice(*part[1])] = class_values
 
-            yield keep
+            yield write_part
             array.flush()
 
 
-def _plain(name: str) -> str:
-    """A class's name as part of a file's."""
-    return re.sub(r"[^\w.-]+", "_", name)
+def _file_name(class_name: str) -> str:
+    """Replace the characters of a class name that may be unsafe in a file name."""
+    return re.sub(r"[^\w.-]+", "_", class_name)
 
 
 class PixelBudget:
-    """How many pixels may be held at once; whoever wants more waits, but a single image always has its turn."""
+    """A limit on the pixels in memory, shared by threads. An image larger than the limit is admitted alone."""
 
     def __init__(self, pixels: int) -> None:
         self.pixels, self.used, self.closed = pixels, 0, False
         self.changed = threading.Condition()
 
-    def take(self, pixels: int) -> None:
-        """Wait until there is room for so many more."""
+    def acquire(self, pixels: int) -> None:
+        """Wait until the pixels fit.
+
+        Raises:
+            InterruptedError: The budget was closed.
+        """
         with self.changed:
             self.changed.wait_for(lambda: self.closed or not self.used or self.used + pixels <= self.pixels)
             if self.closed:
                 raise InterruptedError
             self.used += pixels
 
-    def give(self, pixels: int) -> None:
-        """They are held no longer."""
+    def release(self, pixels: int) -> None:
+        """Return pixels to the budget."""
         with self.changed:
             self.used -= pixels
             self.changed.notify_all()
 
     def close(self) -> None:
-        """Nobody needs any more."""
+        """Interrupt every thread that waits in `acquire`."""
         with self.changed:
             self.closed = True
             self.changed.notify_all()
@@ -146,50 +167,60 @@ class PixelBudget:
 
 @dataclass
 class BatchPrediction:
-    """Labels images and videos one after another and writes their outputs, with a line in the progress_log for each.
+    """Prediction of many images and videos, with their outputs and one line each in the progress log.
 
-    told: called with a sentence about each file that is skipped or cut. failed: how many were skipped.
+    Attributes:
+        report: Called with a message about each file that is skipped or truncated.
+        failed: Number of files skipped so far.
+        budget: Limit on the pixels of the images in memory.
     """
 
     segmenter: Segmenter
     outputs: Outputs
     progress_log: ProgressLog
-    told: Callable[[str], None] = print
+    report: Callable[[str], None] = print
     failed: int = 0
-    budget: PixelBudget = field(default_factory=lambda: PixelBudget(HELD_PIXELS))
+    budget: PixelBudget = field(default_factory=lambda: PixelBudget(MAX_PIXELS_IN_MEMORY))
 
     def run(self, images: Mapping[str, Path]) -> Iterator[str]:
-        """Label what the progress_log does not have; the name of each image, when the network has seen it."""
+        """Predict the images and videos missing from the progress log.
+
+        Args:
+            images: Path of each image by the name of its outputs.
+
+        Yields:
+            The name of each image once its prediction has been computed or skipped.
+        """
         waiting = iter([(name, path) for name, path in images.items() if not self.progress_log.has(name, path)])
-        reader, writers = ThreadPoolExecutor(1), ThreadPoolExecutor(WRITERS)
-        read: deque[tuple[str, Path, Future[Any]]] = deque()
-        written: deque[Future[None]] = deque()
+        reader, writers = ThreadPoolExecutor(1), ThreadPoolExecutor(WRITER_THREADS)
+        reads: deque[tuple[str, Path, Future[Any]]] = deque()
+        writes: deque[Future[None]] = deque()
         try:
             while True:
                 for name, path in waiting:
-                    read.append((name, path, reader.submit(self._read, path)))
-                    if len(read) >= AHEAD:
+                    reads.append((name, path, reader.submit(self._read, path)))
+                    if len(reads) >= MAX_READ_AHEAD:
                         break
-                if not read:
+                if not reads:
                     break
-                name, path, future = read.popleft()
+                name, path, future = reads.popleft()
                 try:
                     if path.suffix.lower() in VIDEOS:
                         future.result()
                         self._video(name, path)
                     else:
-                        image, stored, pixels = future.result()
-                        prediction, files = self._predict(name, image, stored)
-                        written.append(writers.submit(self._write, name, path, prediction, files, pixels))
+                        image, orientation, pixels = future.result()
+                        prediction, files = self._predict(name, image, orientation)
+                        writes.append(writers.submit(self._write, name, path, prediction, files, pixels))
                         del image, prediction
                 except UsageError as error:
                     self.failed += 1
-                    self.told(f"skipped: {error}")
-                while len(written) > BEHIND or (written and written[0].done()):
-                    written.popleft().result()
+                    self.report(f"skipped: {error}")
+                while len(writes) > MAX_PENDING_WRITES or (writes and writes[0].done()):
+                    writes.popleft().result()
                 yield name
-            while written:
-                written.popleft().result()
+            while writes:
+                writes.popleft().result()
         finally:
             self.budget.close()
             for pool in (reader, writers):
@@ -199,34 +230,34 @@ class BatchPrediction:
         if path.suffix.lower() in VIDEOS:
             return None
         pixels = header_pixels(path)
-        self.budget.take(pixels)
+        self.budget.acquire(pixels)
         try:
-            image, stored = self.segmenter.open(path)
+            image, orientation = self.segmenter.open(path)
         except BaseException:
-            self.budget.give(pixels)
+            self.budget.release(pixels)
             raise
-        return image, stored, pixels
+        return image, orientation, pixels
 
-    def _predict(self, name: str, image: np.ndarray, stored: int) -> tuple[Prediction, list[Path]]:
+    def _predict(self, name: str, image: np.ndarray, orientation: int) -> tuple[Prediction, list[Path]]:
         predict = partial(
             self.segmenter.predict,
             image,
             name=name,
-            stored=stored,
+            orientation=orientation,
             uncertainty=self.outputs.uncertainty,
             confidence=self.outputs.polygons,
         )
         if not self.outputs.probabilities:
             return predict(), []
-        with self.outputs.sink(name, (image.shape[0], image.shape[1]), stored) as sink:
+        with self.outputs.sink(name, (image.shape[0], image.shape[1]), orientation) as sink:
             prediction = predict(sink=sink)
         return prediction, [self.outputs.path(name, ".npy")]
 
     def _write(self, name: str, path: Path, prediction: Prediction, files: list[Path], pixels: int) -> None:
         files = files + self.outputs.write(name, prediction, not self.segmenter.settings.samples)
-        size = list(turn_back(prediction.mask, prediction.stored).shape)
+        size = list(turn_back(prediction.mask, prediction.orientation).shape)
         self.progress_log.add(name, path, files, size=size, pixels=prediction.pixels())
-        self.budget.give(pixels)
+        self.budget.release(pixels)
 
     def _video(self, name: str, path: Path) -> None:
         video = open_video(path, self.segmenter.max_pixels)
@@ -247,31 +278,38 @@ class BatchPrediction:
                     draw.save_mask(prediction.mask, self.outputs.classes, files[-1])
         if self.outputs.overlay:
             files.append(self.outputs.path(name, "_overlay.mp4"))
-        if count < video.promised:
-            self.told(f"{path} gave {count} of {video.promised} frames - it is cut or damaged; those are done")
-        pixels = {known: int(total) for known, total in zip(self.outputs.classes.names, totals, strict=True)}
+        if count < video.frame_count:
+            self.report(
+                f"{path}: only {count} of {video.frame_count} frames can be read, the file is truncated or damaged - "
+                "those frames were processed"
+            )
+        pixels = {name: int(total) for name, total in zip(self.outputs.classes.names, totals, strict=True)}
         self.progress_log.add(name, path, files, size=list(size), pixels=pixels, frames=count)
 
 
 def write_tables(progress_log: ProgressLog, outputs: Outputs) -> list[Path]:
-    """The tables of everything in the folder, each made anew and in one piece: statistics.csv, regions.json."""
+    """Write the tables of all predictions in the folder and return their paths.
+
+    statistics.csv has one line for each image and class. regions.json (COCO) merges the NAME_regions.json files; it is
+    written only if `outputs.polygons`. An existing table is replaced atomically.
+    """
     files = [progress_log.out / "statistics.csv"]
     with replacing(files[0]) as file:
         file.write(b"name,class,pixels,share\n")
         for entry in progress_log.sorted():
             total = max(1, sum(entry["pixels"].values()))
-            for known, count in entry["pixels"].items():
-                file.write(f"{_cell(entry['name'])},{_cell(known)},{count},{count / total:.6f}\n".encode())
+            for class_name, count in entry["pixels"].items():
+                file.write(f"{_cell(entry['name'])},{_cell(class_name)},{count},{count / total:.6f}\n".encode())
     if outputs.polygons:
         files.append(progress_log.out / "regions.json")
         with replacing(files[1]) as file:
             file.write(b'{"images": [')
-            described = [
+            entries = [
                 entry
                 for entry in progress_log.sorted()
                 if any(name.endswith("_regions.json") for name in entry["files"])
             ]
-            for number, entry in enumerate(described, start=1):
+            for number, entry in enumerate(entries, start=1):
                 image = {
                     "id": number,
                     "file_name": entry["source"]["path"],
@@ -281,11 +319,11 @@ def write_tables(progress_log: ProgressLog, outputs: Outputs) -> list[Path]:
                 file.write(_separated(number, image))
             file.write(b'],\n"annotations": [')
             count = 0
-            for number, entry in enumerate(described, start=1):
+            for number, entry in enumerate(entries, start=1):
                 for annotation in _annotations(progress_log.out, entry["files"]):
                     count += 1
                     file.write(_separated(count, {**annotation, "id": count, "image_id": number}))
-            categories = [{"id": index, "name": known} for index, known in enumerate(outputs.classes.names, start=1)]
+            categories = [{"id": index, "name": name} for index, name in enumerate(outputs.classes.names, start=1)]
             file.write(b'],\n"categories": ' + json.dumps(categories).encode() + b"}\n")
     return files
 
@@ -300,5 +338,5 @@ def _separated(number: int, entry: dict[str, Any]) -> bytes:
 
 
 def _cell(text: str) -> str:
-    """A field of CSV, RFC 4180."""
+    """Quote a CSV field where RFC 4180 requires it."""
     return '"' + text.replace('"', '""') + '"' if set(text) & set(',"\r\n') else text

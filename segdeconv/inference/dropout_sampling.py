@@ -1,4 +1,4 @@
-"""Monte Carlo dropout: several forward passes with dropout, their mean and how far they disagree."""
+"""Monte Carlo dropout: the mean and the disagreement of several forward passes with dropout."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,17 +12,19 @@ from segdeconv.errors import UsageError
 from segdeconv.inference.scorers import entropy_of
 from segdeconv.system.seeding import key
 
-Input = TypeVar("Input")  # whatever is scored: a batch, or a part of an image
+Input = TypeVar("Input")  # the scorer's argument: a batch, or a part of an image
 
 
 class Samples(NamedTuple):
     """Statistics of several forward passes with dropout; all float32.
 
-    probabilities: (N, C, H, W), the mean softmax over the passes: what is predicted is its largest class.
-    variance: (N, C, H, W), of each class's softmax over the passes (divided by their number).
-    entropy: (N, H, W), of `probabilities`, in nats: all that is uncertain.
-    information: (N, H, W), `entropy` less the mean entropy of the single passes: what they disagree about, which more
-        data could tell; the mutual information of prediction and weights. Houlsby et al. 2011, arXiv 1112.5745.
+    Attributes:
+        probabilities: (N, C, H, W), the mean softmax over the passes; its largest class is the prediction.
+        variance: (N, C, H, W), the variance of each class's softmax over the passes (divided by their number).
+        entropy: (N, H, W), the entropy of `probabilities` in nats: the total uncertainty.
+        information: (N, H, W), the mutual information of prediction and weights in nats: `entropy` minus the mean
+            entropy of the single passes. It measures their disagreement, which more training data could reduce.
+            Houlsby et al. 2011, https://arxiv.org/abs/1112.5745.
     """
 
     probabilities: Tensor
@@ -32,25 +34,32 @@ class Samples(NamedTuple):
 
     @property
     def uncertainty(self) -> Tensor:
-        """(N, H, W), the mean over classes of `variance`: the uncertainty that Bayesian SegNet shows."""
+        """Mean of `variance` over the classes, (N, H, W): the uncertainty shown in the Bayesian SegNet paper."""
         return self.variance.mean(dim=1)
 
 
 def sampled(
     scorer: Callable[[Input], Tensor], network: nn.Module, samples: int, *, seed: int = 0
 ) -> Callable[[Input], Samples]:
-    """Monte Carlo dropout: several forward passes, each with its own dropout, batch norm as in any prediction.
+    """Return a function that computes statistics over several forward passes with different dropout.
 
     Kendall, Badrinarayanan, Cipolla 2017 (Bayesian SegNet), section 3, https://arxiv.org/abs/1511.02680.
 
-    scorer: gives probabilities, by way of `network`, whose dropouts are on for each pass and off afterwards.
-    seed: pass k is made with `torch.manual_seed(key(seed, "sample", k))`, so that a batch has the same result whatever
-        came before it; the random numbers of the program are left as they were.
+    Batch norm uses its running statistics, as in any prediction. Memory is that of one pass and four results,
+    independent of the number of passes.
 
-    Takes the memory of one pass and of four results, whatever the number of passes.
+    Args:
+        scorer: Computes probabilities with `network`.
+        network: The network whose dropout layers are enabled during each pass and disabled afterwards.
+        samples: Number of passes.
+        seed: Pass k runs under `torch.manual_seed(key(seed, "sample", k))`, so that the result of a batch does not
+            depend on earlier batches. The global random state is left unchanged.
+
+    Raises:
+        UsageError: `samples` is less than 1, or the network has no dropout.
     """
     if samples < 1:
-        raise UsageError(f"--samples={samples} is no number of passes - give 1 or more, or leave it out")
+        raise UsageError(f"--samples={samples} is not a valid number of passes - give 1 or more, or leave it out")
     dropouts = [module for module in network.modules() if isinstance(module, _DropoutNd) and module.p > 0]
     if not dropouts:
         raise UsageError(
@@ -63,15 +72,15 @@ def sampled(
         with torch.no_grad(), torch.random.fork_rng(list(devices)), _on(dropouts):
             torch.manual_seed(key(seed, "sample", 0))
             first = scorer(image)
-            # Welford's sums: squares less squared sums would lose the small variances.
+            # Welford's algorithm: the difference of squares and squared mean would lose small variances to rounding.
             mean, squares, within = first.clone(), torch.zeros_like(first), entropy_of(first)
             for index in range(1, samples):
                 torch.manual_seed(key(seed, "sample", index))
-                one = scorer(image)
-                before = one - mean
-                mean += before / (index + 1)
-                squares += before * (one - mean)
-                within += entropy_of(one)
+                probabilities = scorer(image)
+                difference = probabilities - mean
+                mean += difference / (index + 1)
+                squares += difference * (probabilities - mean)
+                within += entropy_of(probabilities)
         entropy = entropy_of(mean)
         return Samples(mean, squares / samples, entropy, (entropy - within / samples).clamp(min=0))
 

@@ -1,4 +1,4 @@
-"""What the arguments of predict mean: pictures and videos, and the names of what is written for each."""
+"""The inputs of predict: the images and videos that its arguments name, and the names of their output files."""
 
 import glob
 import hashlib
@@ -11,75 +11,85 @@ from segdeconv.data.files.reading import SUFFIXES, read_list
 from segdeconv.errors import UsageError
 
 VIDEOS = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpg", ".mpeg", ".webm"})
-LONGEST = 255  # bytes of a file's name
+MAX_NAME_LENGTH = 255  # bytes of a file name
 STDIN = "-"
 
 
 def find_images(arguments: Sequence[str], out: Path, endings: Sequence[str]) -> dict[str, Path]:
-    """The pictures and videos that arguments mean, by the name (without suffix) of their output in `out`.
+    """Find the images and videos that command-line arguments name.
 
-    arguments: files, folders (their pictures, with sub-folders), patterns, lists (.txt, one path a line, as seen from
-        the working folder; `-` for one on stdin).
-    endings: how the names of the files that are written for each of them end.
+    Args:
+        arguments: Files, folders (searched for images, sub-folders included), glob patterns, and lists (.txt files with
+            one path a line, relative to the working folder; `-` reads such a list from stdin).
+        out: Output folder.
+        endings: File name endings of the outputs written for each image.
+
+    Returns:
+        The path of each image or video, by the name (without suffix) of its outputs in `out`.
+
+    Raises:
+        UsageError: An argument names no image, or two images would have the same output file.
     """
     images: dict[str, Path] = {}
     owners: dict[str, Path] = {}
     for argument in arguments:
-        for path, name in _meant(argument, out):
+        for path, name in _resolve(argument, out):
             for ending in endings:
                 owner = owners.setdefault(name + ending, path)
                 if owner != path:
-                    raise UsageError(f"{path} and {owner} would both become {out / name}{ending} - use two folders")
+                    raise UsageError(
+                        f"{path} and {owner} have the same output file {out / name}{ending} - use two --out folders"
+                    )
             images[name] = path
     if not images:
-        raise UsageError("no image was given - name pictures, folders, or a pattern in quotes after the checkpoint")
+        raise UsageError("no images given - list images, folders, or a quoted pattern after the checkpoint")
     return images
 
 
-def _meant(argument: str, out: Path) -> Iterator[tuple[Path, str]]:
-    """(path, name of its output) of everything that one argument means."""
+def _resolve(argument: str, out: Path) -> Iterator[tuple[Path, str]]:
+    """Yield the path and the output name of each image or video that one argument names."""
     if argument == STDIN and not Path(argument).exists():
-        yield from _listed(
+        yield from _resolve_list(
             [(number, line.strip()) for number, line in enumerate(sys.stdin, 1) if line.strip()], "stdin"
         )
         return
-    found = [Path(argument)] if Path(argument).exists() else [Path(path) for path in sorted(glob.glob(argument))]
-    if not found and Path(argument).is_symlink():
-        found = [Path(argument)]
-    if not found:
-        raise UsageError(f"there is no {argument} - give pictures, folders, or a pattern in quotes")
-    inner = Path(os.path.realpath(out))
-    for path in found:
-        if inner in (Path(os.path.realpath(path)), Path(os.path.realpath(path.parent))):
-            raise UsageError(f"--out {out} is the folder of the images, which would mix both - choose another")
+    paths = [Path(argument)] if Path(argument).exists() else [Path(path) for path in sorted(glob.glob(argument))]
+    if not paths and Path(argument).is_symlink():
+        paths = [Path(argument)]  # a dangling link, for which reading gives the precise error
+    if not paths:
+        raise UsageError(f"{argument} not found - give images, folders, or a quoted pattern")
+    out_folder = Path(os.path.realpath(out))
+    for path in paths:
+        if out_folder in (Path(os.path.realpath(path)), Path(os.path.realpath(path.parent))):
+            raise UsageError(f"--out {out} is the folder of the input images - choose another folder for the outputs")
         if path.suffix.lower() == ".txt" and path.is_file():
-            yield from _listed(read_list(path), str(path))
+            yield from _resolve_list(read_list(path), str(path))
         elif not path.is_dir():
             yield path, path.stem
         else:
             inside = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in SUFFIXES]
             if not inside:
-                raise UsageError(f"{path} holds no picture - the suffixes are {', '.join(sorted(SUFFIXES))}")
+                raise UsageError(f"{path} contains no images - supported suffixes: {', '.join(sorted(SUFFIXES))}")
             for file in inside:
-                if inner not in Path(os.path.realpath(file)).parents:
+                if out_folder not in Path(os.path.realpath(file)).parents:
                     yield file, file.relative_to(path).with_suffix("").as_posix()
 
 
-def _listed(lines: list[tuple[int, str]], where: str) -> Iterator[tuple[Path, str]]:
+def _resolve_list(lines: list[tuple[int, str]], where: str) -> Iterator[tuple[Path, str]]:
     for number, line in lines:
         path = Path(line)
         if not path.exists():
-            raise UsageError(f"{where}, line {number}: there is no {line} - paths are as seen from this folder")
+            raise UsageError(f"{where}, line {number}: {line} not found - give paths relative to the current folder")
         inside = not path.is_absolute() and ".." not in path.parts
         yield path, (path.with_suffix("") if inside else Path(path.stem)).as_posix()
 
 
-def output(out: Path, name: str, ending: str) -> Path:
-    """out/NAMEending; a name that is then too long for a file is cut, and ends in its hash."""
+def output_path(out: Path, name: str, ending: str) -> Path:
+    """Return the path of an output file; a file name that would be too long is truncated and ends in its hash."""
     path = out / f"{name}{ending}"
-    if len(os.fsencode(path.name)) > LONGEST:
+    if len(os.fsencode(path.name)) > MAX_NAME_LENGTH:
         stem = os.fsencode(Path(name).name)
         digest = hashlib.sha256(stem).hexdigest()[:8]
-        kept = stem[: LONGEST - len(os.fsencode(ending)) - len(digest) - 1].decode(errors="ignore")
-        path = path.with_name(f"{kept}~{digest}{ending}")
+        start = stem[: MAX_NAME_LENGTH - len(os.fsencode(ending)) - len(digest) - 1].decode(errors="ignore")
+        path = path.with_name(f"{start}~{digest}{ending}")
     return path

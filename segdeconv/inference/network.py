@@ -1,4 +1,7 @@
-"""The one place where a trained network becomes one that scores images: folded, on its device, padded, OOM-safe."""
+"""The trained network prepared for inference: norms folded, on its device, with padding and an out-of-memory fallback.
+
+All code that predicts obtains its network here.
+"""
 
 from typing import Self, TypeVar
 
@@ -17,10 +20,10 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class Network:
-    """A network prepared for inference: normalised images of any size and number -> `ClassScores`.
+    """A network prepared for inference, which maps a batch of normalised images of any size to `ClassScores`.
 
     Args:
-        model: A trained network; a copy of it is used, so make a new one after it has learned.
+        model: A trained network. It is copied: create a new `Network` after further training.
         device: Where it runs; images may be on any device.
         precision: One of `devices.PRECISIONS`.
         flip: Average the probabilities of each image and its mirror image.
@@ -28,7 +31,7 @@ class Network:
 
     Attributes:
         model: The prepared copy, for hooks.
-        source: The model that it was copied from; of a checkpoint, on torch's meta device, without its weights.
+        source: The model that was copied; if it came from a checkpoint, on torch's meta device, without weights.
 
     Raises:
         UsageError: `samples` is negative, or the network has no dropout to sample.
@@ -55,7 +58,7 @@ class Network:
         flip: bool = False,
         samples: int = 0,
     ) -> Self:
-        """The network of a checkpoint; by default on the best device, in the precision that is fast there."""
+        """Build the network of a checkpoint; by default on the best device, in the precision that is fast there."""
         precision = resolve_precision(precision, checkpoint.facts["precision"])
         network = cls(checkpoint.model(), device or best_device(), precision, flip=flip, samples=samples)
         network.source.to("meta")
@@ -68,7 +71,10 @@ class Network:
         return ClassScores(drawn.probabilities, True, drawn.uncertainty, drawn.information)
 
     def logits(self, images: Tensor) -> Tensor:
-        """(N, C, H, W) normalised images -> (N, K, H, W) logits of one pass; memory that runs out is the caller's."""
+        """Compute the (N, K, H, W) logits of (N, C, H, W) normalised images in one pass.
+
+        Running out of memory raises the exception of torch, which the caller handles.
+        """
         return self._padded(images)
 
     def _forward(self, images: Tensor) -> Tensor:
@@ -82,8 +88,8 @@ class Network:
 def prepare_for_inference(model: Model, device: torch.device, precision: str) -> Model:
     """Copy a network into its fastest form: batch norms folded, on the device, channels last.
 
-    The weights of convolutions are kept in the dtype that they are computed in (`autocast` would convert them in every
-    pass). Running statistics are part of the copy.
+    Convolution weights are stored in the dtype of the computation, since `autocast` would convert them in every pass.
+    The copy includes the running statistics.
     """
     network = fold_norms(model).to(device).to(memory_format=torch.channels_last)
     if precision.endswith("mixed"):

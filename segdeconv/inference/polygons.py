@@ -1,9 +1,9 @@
-"""Regions of a mask as polygons along the edges of pixels, and back.
+"""Regions of a mask as polygons along pixel edges.
 
-A region is what hangs together over the sides of pixels (4-connected) in one class. Its polygon goes clockwise around
-its outermost pixels, through their corners, so that its area is the number of pixels. A hole is entered along a line
-and left on the same line, which encloses nothing: one polygon tells the whole region to any reader of COCO's format,
-https://cocodataset.org/#format-data, which knows no holes.
+A region is a 4-connected component of the pixels of one class. Its polygon runs clockwise around the outermost pixels,
+through their corners, so that its area equals the number of pixels. Each hole is connected to the outer boundary by a
+line that is followed in both directions and so encloses no area: one polygon describes the whole region in COCO's
+format, https://cocodataset.org/#format-data, which has no holes.
 """
 
 from collections.abc import Iterator
@@ -15,16 +15,20 @@ import numpy as np
 
 from segdeconv.drawing.draw import pixel_counts
 
-# Directions along the edges of pixels, each a right turn from the one before: east, south, west, north.
+# Directions along pixel edges, each a right turn from the previous one: east, south, west, north.
 STEPS = np.array([(0, 1), (1, 0), (0, -1), (-1, 0)])
-ROWS = 1 << 9  # of an image that are summed at once
+ROWS = 1 << 9  # image rows whose confidence is summed at once
 
 
 @dataclass(frozen=True)
 class Region:
-    """class_index; area: pixels; box: (x, y, width, height); polygon: (n, 2) int, x and y of corners of pixels.
+    """A connected region of one class.
 
-    score: the mean confidence of its pixels; 1.0 where none was given.
+    Attributes:
+        area: Number of pixels.
+        box: (x, y, width, height) in pixels.
+        polygon: (n, 2) int, x and y of pixel corners.
+        score: Mean confidence of its pixels; 1.0 without a confidence map.
     """
 
     class_index: int
@@ -34,7 +38,12 @@ class Region:
     score: float
 
     def annotation(self, identity: int, image: int) -> dict[str, Any]:
-        """As COCO writes it. identity, image: ids; the category's is the class index plus one, since 0 means none."""
+        """Return the region as a COCO annotation; its category id is the class index plus one, since 0 means none.
+
+        Args:
+            identity: Id of the annotation.
+            image: Id of the image.
+        """
         return {
             "id": identity,
             "image_id": image,
@@ -47,83 +56,88 @@ class Region:
         }
 
 
-def regions(mask: np.ndarray, *, least: int = 1, confidence: np.ndarray | None = None) -> Iterator[Region]:
-    """The regions of a (H, W) uint8 mask of at least so many pixels, class by class, from the top.
+def regions(mask: np.ndarray, *, min_area: int = 1, confidence: np.ndarray | None = None) -> Iterator[Region]:
+    """Find the regions of a mask, ordered by class index, then from top to bottom.
 
-    confidence: (H, W), of each pixel's class. Holds 4 bytes for each pixel, and more for each on an outline.
+    Memory is 4 bytes for each pixel, and more for each pixel on a boundary.
+
+    Args:
+        mask: (H, W) uint8 class indices.
+        min_area: Minimum area of a region in pixels.
+        confidence: (H, W), the confidence of each pixel's class.
     """
-    for index in (value for value, count in enumerate(pixel_counts(mask)) if count >= least):
+    for index in (value for value, count in enumerate(pixel_counts(mask)) if count >= min_area):
         count, numbered, stats, _ = cv2.connectedComponentsWithStats((mask == index).view(np.uint8), connectivity=4)
-        stats[0, cv2.CC_STAT_AREA] = 0  # what is not of this class
-        kept = stats[:, cv2.CC_STAT_AREA] >= least
-        kept[0] = False
-        if not kept.any():
+        stats[0, cv2.CC_STAT_AREA] = 0  # component 0 holds the pixels of all other classes
+        large_enough = stats[:, cv2.CC_STAT_AREA] >= min_area
+        large_enough[0] = False
+        if not large_enough.any():
             continue
         sums = np.zeros(count)
         if confidence is not None:
             for top in range(0, len(mask), ROWS):
                 place = slice(top, top + ROWS)
                 sums += np.bincount(numbered[place].ravel(), confidence[place].ravel(), minlength=count)
-        loops = _loops(numbered, kept)
-        for number in np.flatnonzero(kept).tolist():
+        loops = _loops(numbered, large_enough)
+        for number in np.flatnonzero(large_enough).tolist():
             x, y, width, height, area = (int(value) for value in stats[number])
             score = sums[number] / area if confidence is not None else 1.0
             yield Region(index, area, (x, y, width, height), _joined(loops[number]), float(score))
 
 
-def _loops(numbered: np.ndarray, kept: np.ndarray) -> dict[int, list[np.ndarray]]:
-    """All outlines of the components that are kept, by their numbers: (n, 2) corners (x, y), the outermost first."""
-    inside = np.pad(kept[numbered], 1)  # of two neighbours in a class both are, in one component, or neither
+def _loops(numbered: np.ndarray, selected: np.ndarray) -> dict[int, list[np.ndarray]]:
+    """Trace the boundaries of the selected components: by number, (n, 2) corners (x, y), the outermost loop first."""
+    inside = np.pad(selected[numbered], 1)  # two neighbours of one class are in the same component, so both or neither
     width = numbered.shape[1]
     corners_wide = width + 1
     middle = inside[1:-1, 1:-1]
-    # Of a pixel's four sides, those to another component; with the pixel on the right of the way along the side.
+    # The sides of pixels that border on another component, directed so that the pixel lies to the right.
     sides = (
         (inside[:-2, 1:-1], 0),
         (inside[1:-1, 2:], 1),
         (inside[2:, 1:-1], corners_wide + 1),
         (inside[1:-1, :-2], corners_wide),
     )
-    starts, ways, owners = [], [], []
+    starts, directions, owners = [], [], []
     for direction, (beside, corner) in enumerate(sides):
         y, x = np.divmod(np.flatnonzero(middle & ~beside), width)
         starts.append(y * corners_wide + x + corner)
-        ways.append(np.full(len(y), direction))
+        directions.append(np.full(len(y), direction))
         owners.append(numbered[y, x])
-    start, way, owner = (np.concatenate(values) for values in (starts, ways, owners))
-    key = start * 4 + way
+    start, heading, owner = (np.concatenate(values) for values in (starts, directions, owners))
+    key = start * 4 + heading
     order = np.argsort(key)
-    start, way, owner, key = start[order], way[order], owner[order], key[order]
-    end = start + STEPS[way, 0] * corners_wide + STEPS[way, 1]
+    start, heading, owner, key = start[order], heading[order], owner[order], key[order]
+    end = start + STEPS[heading, 0] * corners_wide + STEPS[heading, 1]
     following = np.full(len(key), -1)
-    # Where two pixels of a region touch at a corner, the right turn stays with the pixel: over corners nothing hangs
-    # together.
+    # Where two pixels of a region touch only at a corner, a right turn stays with the same pixel, since regions are
+    # 4-connected. Later turns override earlier ones: left, straight on, right.
     for turn in (3, 0, 1):
-        wanted = end * 4 + (way + turn) % 4
+        wanted = end * 4 + (heading + turn) % 4
         place = np.searchsorted(key, wanted).clip(0, len(key) - 1)
-        there = (key[place] == wanted) & (owner[place] == owner)
-        following = np.where(there, place, following)
+        exists = (key[place] == wanted) & (owner[place] == owner)
+        following = np.where(exists, place, following)
     corner_y, corner_x = np.divmod(start, corners_wide)
-    turns = way != way[np.argsort(following)]  # an edge that goes on straight adds no corner
-    found: dict[int, list[np.ndarray]] = {int(number): [] for number in np.flatnonzero(kept)}
-    after, straight, seen = following.tolist(), (~turns).tolist(), bytearray(len(key))
-    for first in range(len(after)):
-        if seen[first]:
+    turns = heading != heading[np.argsort(following)]  # a straight continuation adds no corner
+    loops: dict[int, list[np.ndarray]] = {int(number): [] for number in np.flatnonzero(selected)}
+    successors, straight, visited = following.tolist(), (~turns).tolist(), bytearray(len(key))
+    for first in range(len(successors)):
+        if visited[first]:
             continue
-        corners, at = [], first
-        while not seen[at]:
-            seen[at] = 1
-            if not straight[at]:
-                corners.append(at)
-            at = after[at]
-        # The first edge in reading order is the top of the uppermost pixel, so the outermost outline comes first.
-        found[int(owner[first])].append(np.stack([corner_x[corners], corner_y[corners]], axis=1))
-    return found
+        corners, edge = [], first
+        while not visited[edge]:
+            visited[edge] = 1
+            if not straight[edge]:
+                corners.append(edge)
+            edge = successors[edge]
+        # The first edge in reading order is the top of the uppermost pixel, so the outermost loop comes first.
+        loops[int(owner[first])].append(np.stack([corner_x[corners], corner_y[corners]], axis=1))
+    return loops
 
 
 def _joined(loops: list[np.ndarray]) -> np.ndarray:
-    """One polygon: the outermost outline, from whose first corner every hole is entered and left."""
-    whole = [loops[0]]
+    """Join the loops of a region into one polygon, which visits each hole from the outermost loop's first corner."""
+    pieces = [loops[0]]
     for hole in loops[1:]:
-        whole += [loops[0][:1], hole, hole[:1]]
-    return np.concatenate([*whole, loops[0][:1]]) if len(loops) > 1 else loops[0]
+        pieces += [loops[0][:1], hole, hole[:1]]
+    return np.concatenate([*pieces, loops[0][:1]]) if len(loops) > 1 else loops[0]

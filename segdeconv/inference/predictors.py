@@ -1,4 +1,4 @@
-"""How an image becomes class scores: one type of function for tiles, regions, two networks and a CRF."""
+"""Predictors, which map an image to its class scores: in tiles, by regions, with an ensemble, refined by a CRF."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -25,22 +25,25 @@ from segdeconv.inference.tiling import Part, Size, parts, whole
 from segdeconv.inference.views import ImageView, Tiler, resized_part
 from segdeconv.system.memory import available
 
-ENDLESS = 1 << 30  # pixels of a side
-LEAST_MEMORY = 1 << 30  # since what the system calls free leaves out what it uses as a cache
-MOST_MEMORY = 4 << 30  # bytes that maps take at most unless more is said
-SHARE = 4  # of the memory that is free, one part is for maps
-NUMBERS = 16  # bytes for each class and pixel of the result that is being made: scores, their softmax, and copies
+UNLIMITED = 1 << 30  # pixels of a side
+MIN_MEMORY = 1 << 30  # a lower bound, since the system does not count its cache as free memory
+MAX_MEMORY = 4 << 30  # bytes of feature maps, unless `memory` asks for more
+FREE_MEMORY_DIVISOR = 4  # feature maps may take a quarter of the free memory
+BYTES_PER_SCORE = 16  # of the result, for each class and pixel: scores, their softmax, and copies
 
 EnsembleMode = Literal["paper", "released"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RegionSettings:
-    """Prediction by object proposals, see `regions.by_regions`.
+    """Settings of prediction by object proposals, see `regions.by_regions`.
 
     Attributes:
-        num: Regions an image, 1 or more.
+        num: Regions per image, 1 or more.
         proposals: `windows`, `selective_search`, `edge_boxes`, or a file of boxes.
+        mode: Rule for overlapping regions: `paper`, `mean` or `released`.
+        min_side: Smallest side of a region in pixels; None for the default of the mode.
+        with_whole: Use the whole image as an additional region.
         save_to: Folder for NAME.npz of every image: boxes (N, 4), scores (N, C, h, w) float32.
     """
 
@@ -54,24 +57,24 @@ class RegionSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class PredictionSettings:
-    """How a checkpoint predicts.
+    """Prediction settings of a checkpoint.
 
     Attributes:
         precision: `auto`, `32-true`, `bf16-mixed` or `16-mixed`.
         flip: Average the probabilities of the image and its mirror image.
         scales: Average the probabilities over the image at these multiples of the input size, each in (0, 16].
         samples: Average this many forward passes with dropout; 0 for one without.
-        memory: Bytes that the network's maps may take; None for a quarter of what is free, between 1 and 4 GiB. An
+        memory: Bytes of the network's feature maps; None for a quarter of the free memory, between 1 and 4 GiB. An
             image that needs more is predicted in tiles, with the same result.
         tile: (H, W) of the largest tile, overlap included, in place of `memory`.
         regions: Predict by object proposals, as DeconvNet does.
         second: A second network of the same classes, whose probabilities are averaged with those of the first.
-        ensemble_mode: `paper` is the mean of both softmaxes; `released` the softmax of the product of both scores, each
-            without what is below 0.
-        crf: Refine the outlines at last.
+        ensemble_mode: `paper` is the mean of both softmaxes; `released` is the softmax of the product of both scores,
+            each clamped at 0 from below.
+        crf: Refine the result by a CRF.
 
     Raises:
-        UsageError: Settings that exclude each other.
+        UsageError: A setting is out of range, or settings exclude each other_scores.
     """
 
     precision: str = "auto"
@@ -88,35 +91,42 @@ class PredictionSettings:
     def __post_init__(self) -> None:
         several = self.regions is not None or self.second is not None
         if not self.scales or any(not 0 < scale <= 16 for scale in self.scales):
-            raise UsageError(f"scales={list(self.scales)} are no scales - give numbers such as 0.75,1,1.25")
+            raise UsageError(
+                f"scales={list(self.scales)} are not valid scales; each must be above 0 and at most 16 - "
+                "give numbers such as 0.75,1,1.25"
+            )
         if self.samples and len(self.scales) > 1:
-            raise UsageError("--samples and --scales are both means over looks - leave one of them out")
+            raise UsageError("--samples and --scales cannot be combined: both average forward passes - leave one out")
         if (several or self.crf) and (self.samples or (self.flip and several)):
             raise UsageError(
-                "--samples and --flip give mean probabilities, and --regions and --ensemble take the scores before them"
-                " - leave one of them out (--crf goes with --flip)"
+                "--samples and --flip average probabilities, but --regions and --ensemble need scores before the "
+                "softmax - leave one of them out (--crf can be combined with --flip)"
             )
         if (several or self.crf) and (self.tile or tuple(self.scales) != (1.0,)):
             raise UsageError(
-                "--regions, --ensemble and --crf see images in a way of their own - leave out --scales and --tile"
+                "--regions, --ensemble and --crf cannot be combined with --scales or --tile - leave out --scales and "
+                "--tile"
             )
         if self.regions and self.regions.num < 1:
-            raise UsageError(f"--regions={self.regions.num} is no number of regions - give 1 or more")
+            raise UsageError(f"--regions={self.regions.num} is not a valid number of regions - give 1 or more")
 
     @property
     def single_pass(self) -> bool:
-        """Whether an image is predicted by what the network says of it as a whole, so that images can be batched."""
+        """True if one forward pass over the whole image gives its prediction, so that images can be batched."""
         return not (self.regions or self.second or self.crf or self.tile) and tuple(self.scales) == (1.0,)
 
 
 def build_predictor(
     checkpoint: Checkpoint, network: Network, settings: PredictionSettings, *, report: Callable[[str], None] = print
 ) -> Predictor:
-    """The function that predicts an image as the settings say.
+    """Build the predictor for the given settings.
 
     Args:
-        checkpoint: What `network` was made of.
-        report: Called with a message where something continues otherwise than asked.
+        checkpoint: The checkpoint of `network`.
+        report: Called with a message when prediction deviates from the settings, for example with smaller tiles.
+
+    Raises:
+        UsageError: The checkpoint does not support the settings.
     """
     predictor: Predictor = (
         _region_predictor(checkpoint, network, settings.regions)
@@ -136,7 +146,7 @@ def build_predictor(
             checkpoint.classes,
             settings.second.classes,
             owners=(str(checkpoint.path), str(settings.second.path)),
-            way_out="an ensemble needs networks of the same classes",
+            way_out="an ensemble needs networks with the same classes",
         )
         other = TiledPredictor(second, settings.second.preprocessing, report=report)
         predictor = ensemble(predictor, other, settings.ensemble_mode, order)
@@ -144,7 +154,7 @@ def build_predictor(
 
 
 def whole_image(predictor: Predictor, image: np.ndarray, name: str) -> ClassScores:
-    """The scores of a whole image, (1, C, H, W) float32, put together from its parts."""
+    """Compute the scores of a whole image, (1, C, H, W) float32, and assemble them from their parts."""
     canvas: ClassScores | None = None
     for (rows, columns), scores in predictor(image, name):
         if scores.values.shape[-2:] == image.shape[:2]:
@@ -161,13 +171,18 @@ def whole_image(predictor: Predictor, image: np.ndarray, name: str) -> ClassScor
 
 
 class TiledPredictor:
-    """Predict an image whole, or in tiles where it needs more memory than there is, at one or more scales.
+    """A predictor that processes an image whole, or in tiles if it needs too much memory, at one or more scales.
 
     Args:
-        network: Its `flip` and `samples` say what is averaged.
-        preprocessing: Its size is the network's input size at scale 1; None for each image's own.
-        scales, memory, tile: See `PredictionSettings`.
+        network: The network; its `flip` and `samples` apply.
+        preprocessing: Its size is the network's input size at scale 1; None for the size of each image.
+        scales: See `PredictionSettings`.
+        memory: See `PredictionSettings`.
+        tile: See `PredictionSettings`.
         report: Called with a message when memory runs out and tiles become smaller.
+
+    Raises:
+        UsageError: The tile is smaller than the network's receptive field allows.
     """
 
     def __init__(
@@ -182,10 +197,10 @@ class TiledPredictor:
     ) -> None:
         self.network, self.preprocessing, self.scales = network, preprocessing, scales
         free = available(network.device)
-        self.memory = memory or max(LEAST_MEMORY, min(MOST_MEMORY, free // SHARE if free else MOST_MEMORY))
+        self.memory = memory or max(MIN_MEMORY, min(MAX_MEMORY, free // FREE_MEMORY_DIVISOR if free else MAX_MEMORY))
         self.tiler = Tiler(network.source, memory=self.memory, tile=tile, report=report)
         if tile is not None:
-            self.tiler.geometry.steps(tile, (ENDLESS, ENDLESS))  # raises now if it is too small
+            self.tiler.geometry.steps(tile, (UNLIMITED, UNLIMITED))  # raises UsageError now if the tile is too small
 
     def __call__(self, image: np.ndarray, name: str) -> Iterator[tuple[Part, ClassScores]]:
         size = (image.shape[0], image.shape[1])
@@ -197,18 +212,18 @@ class TiledPredictor:
             yield from self._sampled(views[0], size)
             return
         several = len(views) > 1
-        known = {view: view.scores() for view in views if self.tiler.step(view.size) is None}
-        sources = [partial(_cut, known[view]) if view in known else view.scores for view in views]
+        complete = {view: view.scores() for view in views if self.tiler.step(view.size) is None}
+        sources = [partial(_crop, complete[view]) if view in complete else view.scores for view in views]
         for part in parts(size, self._step(views, size)):
             total: Tensor | None = None
             for view, scores in zip(views, sources, strict=True):
-                if part == whole(size) and view in known:
-                    one = resized(known[view], size).float()
+                if part == whole(size) and view in complete:
+                    values = resized(complete[view], size).float()
                 else:
-                    one = resized_part(scores, view.size, size, part)
+                    values = resized_part(scores, view.size, size, part)
                 if several and not self.network.flip:
-                    one = one.softmax(dim=1)
-                total = one if total is None else total + one
+                    values = values.softmax(dim=1)
+                total = values if total is None else total + values
             assert total is not None
             yield part, ClassScores(total / len(views) if several else total, self.network.flip or several)
 
@@ -218,16 +233,17 @@ class TiledPredictor:
 
         draw_samples = sampled(probabilities, self.network.model, self.network.samples)
 
-        def both(part: Part) -> Tensor:
-            drawn = draw_samples(part)
-            return torch.cat([drawn.probabilities, drawn.uncertainty[:, None]], dim=1)
+        def sampled_maps(part: Part) -> Tensor:
+            samples = draw_samples(part)
+            return torch.cat([samples.probabilities, samples.uncertainty[:, None]], dim=1)
 
-        known = both(whole(view.size)) if self.tiler.step(view.size) is None else None
+        complete = sampled_maps(whole(view.size)) if self.tiler.step(view.size) is None else None
+        source = sampled_maps if complete is None else partial(_crop, complete)
         for part in parts(size, self._step([view], size)):
-            if known is not None and part == whole(size):
-                maps = resized(known, size)
+            if complete is not None and part == whole(size):
+                maps = resized(complete, size)
             else:
-                maps = resized_part(both if known is None else partial(_cut, known), view.size, size, part)
+                maps = resized_part(source, view.size, size, part)
             yield part, ClassScores(maps[:, :-1], True, maps[:, -1])
 
     def _input_size(self, size: Size, scale: float) -> Size:
@@ -235,7 +251,7 @@ class TiledPredictor:
         return max(1, round(scale * base[0])), max(1, round(scale * base[1]))
 
     def _step(self, views: Sequence[ImageView], size: Size) -> Size:
-        """The size of the parts that the result is made in: those of the views, and few numbers at once."""
+        """Return the size of the parts of the result: no larger than the views' tiles, and within the memory limit."""
         height, width = size
         for view in views:
             step = self.tiler.step(view.size)
@@ -243,11 +259,11 @@ class TiledPredictor:
                 height = min(height, max(1, step[0] * size[0] // view.size[0]))
                 width = min(width, max(1, step[1] * size[1] // view.size[1]))
         if height == size[0] and width == size[1]:
-            height = max(1, min(height, self.memory // (NUMBERS * self.network.source.num_classes * width)))
+            height = max(1, min(height, self.memory // (BYTES_PER_SCORE * self.network.source.num_classes * width)))
         return height, width
 
 
-def _cut(scores: Tensor, part: Part) -> Tensor:
+def _crop(scores: Tensor, part: Part) -> Tensor:
     return scores[..., slice(*part[0]), slice(*part[1])]
 
 
@@ -255,10 +271,10 @@ def _region_predictor(checkpoint: Checkpoint, network: Network, regions: RegionS
     settings = checkpoint.config["dataset"]
     input_size = settings["crop"] or settings["size"]  # the crop is what the network was trained on
     if not input_size:
-        raise UsageError("--regions resizes every region to one size - say which, for example dataset.crop=[224,224]")
+        raise UsageError("--regions needs a size for every region - set it, for example dataset.crop=[224,224]")
     first = checkpoint.classes.names[0]
     if first != "background" and not regions.with_whole:
-        raise UsageError(f"what no region covers would become '{first}', the first class - add --with-whole")
+        raise UsageError(f"pixels outside all regions would become '{first}', the first class - add --with-whole")
     propose = source(regions.proposals)
     return by_regions(
         lambda images: network(images).values,
@@ -270,54 +286,54 @@ def _region_predictor(checkpoint: Checkpoint, network: Network, regions: RegionS
         min_side=regions.min_side,
         with_whole=regions.with_whole,
         batch_size=settings["batch_size"],
-        keep=_saver(regions.save_to) if regions.save_to else None,
+        on_scores=_saver(regions.save_to) if regions.save_to else None,
     )
 
 
 def _saver(folder: Path) -> Callable[[str, np.ndarray, Tensor], None]:
-    """Writes each image's regions into DIR/NAME.npz: boxes (N, 4), scores (N, C, h, w) float32."""
-    kept: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+    """Return a function that writes each image's regions to DIR/NAME.npz: boxes (N, 4), scores (N, C, h, w) float32."""
+    batches: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}  # of the current image only
 
     def save(name: str, boxes: np.ndarray, scores: Tensor) -> None:
-        if name not in kept:
-            kept.clear()
-        kept.setdefault(name, []).append((boxes, scores.cpu().numpy()))
+        if name not in batches:
+            batches.clear()
+        batches.setdefault(name, []).append((boxes, scores.cpu().numpy()))
         path = folder / f"{name}.npz"
         path.parent.mkdir(parents=True, exist_ok=True)
         np.savez(
             path,
-            boxes=np.concatenate([boxes for boxes, _ in kept[name]]),
-            scores=np.concatenate([scores for _, scores in kept[name]]),
+            boxes=np.concatenate([boxes for boxes, _ in batches[name]]),
+            scores=np.concatenate([scores for _, scores in batches[name]]),
         )
 
     return save
 
 
 def ensemble(first: Predictor, second: Predictor, mode: EnsembleMode, order: Sequence[int]) -> Predictor:
-    """The probabilities of two networks together: EDeconvNet is DeconvNet and FCN-8s.
+    """Combine the probabilities of two networks, such as EDeconvNet: DeconvNet and FCN-8s.
 
     Noh, Hong, Han 2015, section 4.4, https://arxiv.org/abs/1505.04366.
 
     Args:
         mode: See `PredictionSettings.ensemble_mode`.
-        order: For each class of the first, its index in the second.
+        order: The index in the second network of each class of the first.
     """
 
     def predict(image: np.ndarray, name: str) -> Iterator[tuple[Part, ClassScores]]:
-        one = whole_image(first, image, name)
-        other = whole_image(second, image, name)
-        other = other._replace(values=other.values[:, list(order)].to(one.values.device))
+        scores = whole_image(first, image, name)
+        other_scores = whole_image(second, image, name)
+        other_scores = other_scores._replace(values=other_scores.values[:, list(order)].to(scores.values.device))
         if mode == "paper":
-            mean = (one.probabilities() + other.probabilities()) / 2
+            combined = (scores.probabilities() + other_scores.probabilities()) / 2
         else:
-            mean = (one.values.clamp(min=0) * other.values.clamp(min=0)).softmax(dim=1)
-        yield whole((image.shape[0], image.shape[1])), ClassScores(mean, True)
+            combined = (scores.values.clamp(min=0) * other_scores.values.clamp(min=0)).softmax(dim=1)
+        yield whole((image.shape[0], image.shape[1])), ClassScores(combined, True)
 
     return predict
 
 
 def refined(predictor: Predictor, settings: CRF) -> Predictor:
-    """The probabilities of a predictor, refined by a fully connected CRF."""
+    """Return a predictor whose probabilities are those of another, refined by a fully connected CRF."""
 
     def predict(image: np.ndarray, name: str) -> Iterator[tuple[Part, ClassScores]]:
         probabilities = whole_image(predictor, image, name).probabilities()[0]

@@ -1,8 +1,8 @@
-"""predictions.jsonl: what a folder of predictions holds, so that one that was interrupted goes on where it was.
+"""The progress log predictions.jsonl of a folder of predictions, with which an interrupted batch prediction resumes.
 
-Its first line says what the predictions were made by, each further one what was written for an image, when all of it
-was. Lines are only ever added; what a cut left of the last one is taken away when the folder is opened again. The
-tables for reading are made from it in the end.
+The first line records the checkpoint and settings. Each further line records the outputs of one image and is appended
+once all of them are complete. A last line that was cut off is removed when the folder is opened again. The tables
+statistics.csv and regions.json are built from the log.
 """
 
 import json
@@ -18,37 +18,42 @@ NAME = "predictions.jsonl"
 
 
 class ProgressLog:
-    """The progress_log of a folder, for this process alone until `close`.
+    """The progress log of a folder, locked for this process until `close`.
 
-    made_by: plain data that decides what is written: checkpoint and settings.
-    overwrite: begin anew where the folder holds predictions, of whatever origin.
-    Raises UsageError for a folder whose predictions were made by something else, or that another process writes to.
+    Args:
+        out: The folder of predictions.
+        provenance: JSON data that determines the outputs: checkpoint and settings.
+        overwrite: Discard the predictions in the folder and start again.
+
+    Raises:
+        UsageError: The predictions in the folder were made by another checkpoint or with other settings, or another
+            process is writing to the folder.
     """
 
-    def __init__(self, out: Path, made_by: Mapping[str, Any], *, overwrite: bool = False) -> None:
+    def __init__(self, out: Path, provenance: Mapping[str, Any], *, overwrite: bool = False) -> None:
         self.out, self.entries = out, {}  # type: Path, dict[str, dict[str, Any]]
         self.lock = lock_folder(out, "--out")
         self.file = (out / NAME).open("r+b") if (out / NAME).exists() else (out / NAME).open("x+b")
-        for left in out.rglob(f"{PARTIAL}*"):  # of a writer that was killed, for we are alone here
-            left.unlink(missing_ok=True)
-        first, whole = self._read()
-        same = first == _plain(made_by)
+        for partial in out.rglob(f"{PARTIAL}*"):  # left by a process that was killed: the folder is locked
+            partial.unlink(missing_ok=True)
+        first, length = self._read()
+        same = first == _as_json(provenance)
         if overwrite or not (same or self.entries):
-            self.entries, whole = {}, 0
+            self.entries, length = {}, 0
         elif not same:
             self.close()
             raise UsageError(
-                f"{out} holds predictions {_difference(first or {}, _plain(made_by))} - choose another --out, or say "
-                "--overwrite"
+                f"{out} contains predictions {_difference(first or {}, _as_json(provenance))} - choose another --out, "
+                "or add --overwrite"
             )
-        self.file.truncate(whole)
-        self.file.seek(whole)
-        if not whole:
-            self._add(made_by)
+        self.file.truncate(length)
+        self.file.seek(length)
+        if not length:
+            self._add(provenance)
 
     def _read(self) -> tuple[dict[str, Any] | None, int]:
-        """(the first line, bytes up to the end of the last whole line)."""
-        first, whole = None, 0
+        """Read the log; return its first line and the number of bytes up to the end of the last complete line."""
+        first, length = None, 0
         for line in self.file:
             try:
                 entry = json.loads(line)
@@ -56,15 +61,15 @@ class ProgressLog:
                 break
             if not line.endswith(b"\n") or not isinstance(entry, dict):
                 break
-            whole += len(line)
+            length += len(line)
             if first is None:
                 first = entry
             elif isinstance(entry.get("name"), str):
                 self.entries[entry["name"]] = entry
-        return first, whole
+        return first, length
 
     def has(self, name: str, source: Path) -> bool:
-        """Whether all outputs of an image are there, whole, and the image is still the one that they were made of."""
+        """Return True if all outputs of an image exist with their recorded sizes and the image has not changed."""
         entry = self.entries.get(name)
         if entry is None or entry["source"] != stamp(source):
             return False
@@ -73,43 +78,51 @@ class ProgressLog:
         except OSError:
             return False
 
-    def add(self, name: str, source: Path, files: list[Path], **facts: Any) -> None:
-        """An image whose outputs are all there."""
+    def add(self, name: str, source: Path, files: list[Path], **metadata: Any) -> None:
+        """Record an image whose outputs are all complete.
+
+        Args:
+            name: Name of the outputs.
+            source: Path of the image.
+            files: The output files.
+            **metadata: Further entries of the line, such as `pixels`.
+        """
         sizes = {os.path.relpath(file, self.out): file.stat().st_size for file in files}
-        entry = {"name": name, "source": stamp(source), "files": sizes, **facts}
+        entry = {"name": name, "source": stamp(source), "files": sizes, **metadata}
         self._add(entry)
-        self.entries[name] = _plain(entry)
+        self.entries[name] = _as_json(entry)
 
     def _add(self, entry: Mapping[str, Any]) -> None:
         self.file.write(json.dumps(entry).encode() + b"\n")
         self.file.flush()
 
     def sorted(self) -> Iterator[dict[str, Any]]:
-        """Every image in the folder, by name."""
+        """Iterate over the entries of all images in the folder, ordered by name."""
         return (self.entries[name] for name in sorted(self.entries))
 
     def close(self) -> None:
-        """Let others have the folder."""
+        """Close the file and unlock the folder."""
         self.file.close()
         if self.lock is not None:
-            if os.name != "nt":  # where the lock's file goes with its release
-                Path(self.lock.lock_file).unlink(missing_ok=True)  # while it is held, so that it is nobody else's yet
+            if os.name != "nt":  # on Windows, releasing the lock deletes its file
+                # Deleted while the lock is still held, so that it cannot be another process's lock.
+                Path(self.lock.lock_file).unlink(missing_ok=True)
             self.lock.release()
 
 
 def stamp(path: Path) -> dict[str, Any]:
-    """What tells a file from another, or from itself after a change, without reading it."""
+    """Return path, size and modification time of a file, by which a changed or different file is detected."""
     state = path.stat()
     return {"path": str(path.resolve()), "bytes": state.st_size, "changed": state.st_mtime_ns}
 
 
-def _plain(data: Mapping[str, Any]) -> dict[str, Any]:
+def _as_json(data: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(data))
 
 
 def _difference(first: dict[str, Any], now: dict[str, Any]) -> str:
     if first.get("checkpoint") != now.get("checkpoint"):
-        return "of another checkpoint"
+        return "of a different checkpoint"
     keys = [key for key in now if first.get(key) != now[key]]
     keys += [key for key in first if key not in now]
-    return f"made with {keys[0]}={first.get(keys[0])}, not {now.get(keys[0])}" if keys else "of another version"
+    return f"made with {keys[0]}={first.get(keys[0])}, not {now.get(keys[0])}" if keys else "of a different version"

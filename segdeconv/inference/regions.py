@@ -1,7 +1,7 @@
 """Prediction by regions, as DeconvNet predicts.
 
-Noh, Hong, Han 2015, sections 3.3 and 4.3, https://arxiv.org/abs/1505.04366. Paper and released code differ, and both
-are here: `paper` and `released`.
+Noh, Hong, Han 2015, sections 3.3 and 4.3, https://arxiv.org/abs/1505.04366. The paper and its released code differ;
+both rules are implemented, as `paper` and `released`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -32,26 +32,32 @@ def by_regions(
     min_side: int | None = None,
     with_whole: bool = False,
     batch_size: int = 8,
-    keep: Callable[[str, np.ndarray, Tensor], None] | None = None,
+    on_scores: Callable[[str, np.ndarray, Tensor], None] | None = None,
 ) -> Predictor:
-    """The scores of an image from up to `num` of its regions, the most likely proposals first.
+    """Return a predictor that aggregates the scores of up to `num` regions, the best proposals first.
 
-    Each proposal is enlarged by `context` and extended to a square, which may leave the image (black there), and seen
-    at the network's size; its scores, before any softmax, are resized back, and laid over those of the others.
+    Each proposal is enlarged by `context`, extended to a square, which may extend beyond the image (black there), and
+    resized to the network's input size. Its scores before the softmax are resized back and aggregated over the regions.
+    Memory is that of one batch of regions and one array of scores, independent of `num`.
 
-    scorer: gives logits. preprocessing: its size is what a region is resized to.
-    mode: where regions overlap. `paper` is the maximum over all regions, each of which is 0 outside itself
-        (equation 1); so a negative score counts only where every region covers a pixel. `mean` is equation 2, divided
-        by the number of regions that cover a pixel, which changes no label. `released` is the maximum over regions
-        and 0. What no region covers is 0 for every class, which is the first class, in all three.
-    min_side: regions with a smaller side in pixels are skipped and do not count. None is half the network's side in
-        the released code (112 of 224), and 1 otherwise.
-    with_whole: the whole image is a region too, resized as it is, beyond `num`.
-    keep: is given the name, the regions (N, 4) and their raw scores, (n, C, h, w) a batch, for whoever wants to check.
-
-    Takes the memory of one batch of regions and of one array of scores, whatever `num` is.
+    Args:
+        scorer: Computes logits.
+        preprocessing: Its size is the input size that regions are resized to.
+        propose: Returns the proposals of an image, the best first.
+        num: Maximum number of regions.
+        mode: Rule for overlapping regions. `paper` is the maximum over all regions, each of which is 0 outside itself
+            (equation 1), so a negative score is kept only where every region covers a pixel. `mean` is equation 2,
+            divided by the number of regions that cover a pixel, which does not change the prediction. `released` is
+            the maximum over regions and 0. With all three, pixels outside all regions have score 0 for every class
+            and are predicted as the first class.
+        context: Factor by which each proposal is enlarged.
+        min_side: Regions with a smaller side in pixels are skipped and do not count towards `num`. None is half the
+            network's input size with `released` (112 of 224), and 1 otherwise.
+        with_whole: Add the whole image as a region, resized without padding, in addition to `num`.
+        batch_size: Regions in one forward pass.
+        on_scores: Called for each batch with the image's name, the regions (n, 4) and their raw scores (n, C, h, w).
     """
-    assert preprocessing.size is not None, "regions are resized to a size"
+    assert preprocessing.size is not None, "regions need an input size"
     if min_side is None:
         min_side = min(preprocessing.size) // 2 if mode == "released" else 1
 
@@ -66,22 +72,22 @@ def by_regions(
         for first in range(0, len(regions), batch_size):
             batch = regions[first : first + batch_size]
             scores = scorer(torch.stack([preprocessing(cut(image, box, BLACK), name) for box in batch])).float()
-            if keep is not None:
-                keep(name, batch, scores)
+            if on_scores is not None:
+                on_scores(name, batch, scores)
             if canvas is None:
                 start = -torch.inf if mode == "paper" else 0.0
                 canvas = scores.new_full((scores.shape[1], height, width), start)
                 covered = covered.to(scores.device)
-            for box, one in zip(batch.tolist(), scores, strict=True):
-                rows, columns, seen = _laid_out(one, box, height, width)
-                here = canvas[:, rows, columns]
+            for box, region_scores in zip(batch.tolist(), scores, strict=True):
+                rows, columns, values = _clip_to_image(region_scores, box, height, width)
+                target = canvas[:, rows, columns]
                 if mode == "mean":
-                    here += seen
+                    target += values
                 else:
-                    torch.maximum(here, seen, out=here)
+                    torch.maximum(target, values, out=target)
                 covered[rows, columns] += 1
-        if canvas is None:  # nothing was proposed, or all of it was too small
-            logits = scorer(preprocessing(image, name)[None])  # says how many classes there are
+        if canvas is None:  # no proposals, or all of them too small
+            logits = scorer(preprocessing(image, name)[None])  # only for the number of classes
             canvas = logits.float().new_zeros(logits.shape[1], height, width)
         elif mode == "paper":
             canvas = torch.where(covered < len(regions), canvas.clamp(min=0), canvas)
@@ -92,8 +98,8 @@ def by_regions(
     return predict
 
 
-def _laid_out(scores: Tensor, box: Sequence[int], height: int, width: int) -> tuple[slice, slice, Tensor]:
-    """(C, h, w) scores of a region -> the rows and columns of the image that it covers, and its scores there."""
+def _clip_to_image(scores: Tensor, box: Sequence[int], height: int, width: int) -> tuple[slice, slice, Tensor]:
+    """Resize a region's (C, h, w) scores; return the rows and columns of the image it covers and the scores there."""
     x1, y1, x2, y2 = box
     rows, columns = slice(max(0, y1), min(height, y2)), slice(max(0, x1), min(width, x2))
     full = resized(scores[None], (y2 - y1, x2 - x1))[0]

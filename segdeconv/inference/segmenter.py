@@ -1,4 +1,4 @@
-"""A trained network in use: any image, of any size, to its mask. What predict does, and two lines of Python do."""
+"""The segmenter, which predicts the masks of images of any size with a trained network."""
 
 import threading
 from collections.abc import Callable, Collection, Iterable
@@ -24,21 +24,24 @@ from segdeconv.inference.scorers import entropy_of, labels, labels_and_confidenc
 from segdeconv.inference.tiling import Part
 from segdeconv.system.memory import keep_freed, release_memory
 
-LARGE = 1 << 24  # pixels of an image with which memory is given back as soon as it is free
+LARGE_IMAGE = 1 << 24  # pixels; for larger images, freed memory is returned to the system at once
 
-# (part of the image, (C, h, w) float32 probabilities of it)
+# Called with a part of the image and its (C, h, w) float32 probabilities.
 Sink = Callable[[Part, np.ndarray], None]
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a network says of one image, upright.
+    """The prediction for one image; image and maps are upright.
 
-    image: (H, W, channels) as it was read. mask: (H, W) uint8 class indices.
-    uncertainty: (H, W) float16 if it was asked for: with samples the mean variance over classes, otherwise the entropy
-        of the probabilities, divided by the largest there can be, so 0..1.
-    confidence: (H, W) float16 if it was asked for: the probability of the class in `mask`.
-    stored: the EXIF orientation of the file that it was read from.
+    Attributes:
+        image: (H, W, channels) as read.
+        mask: (H, W) uint8 class indices.
+        uncertainty: (H, W) float16 if requested: with samples, the variance averaged over the classes; otherwise the
+            entropy of the probabilities divided by its maximum, in 0..1.
+        confidence: (H, W) float16 if requested: the probability of the class in `mask`.
+        orientation: EXIF orientation of the image's file.
+        repeat: Repeats the prediction and passes the probabilities to a sink.
     """
 
     image: np.ndarray
@@ -46,40 +49,43 @@ class Prediction:
     classes: Classes
     uncertainty: np.ndarray | None
     confidence: np.ndarray | None
-    stored: int
-    again: Callable[[Sink], None]
+    orientation: int
+    repeat: Callable[[Sink], None]
 
     def probabilities(self) -> np.ndarray:
-        """(C, H, W) float32, computed now: the network looks again."""
-        found = np.empty((len(self.classes), *self.mask.shape), dtype=np.float32)
+        """Compute the probabilities, (C, H, W) float32, with another forward pass."""
+        probabilities = np.empty((len(self.classes), *self.mask.shape), dtype=np.float32)
 
-        def keep(part: Part, values: np.ndarray) -> None:
-            found[:, slice(*part[0]), slice(*part[1])] = values
+        def write_part(part: Part, values: np.ndarray) -> None:
+            probabilities[:, slice(*part[0]), slice(*part[1])] = values
 
-        self.again(keep)
-        return found
+        self.repeat(write_part)
+        return probabilities
 
     def pixels(self) -> dict[str, int]:
-        """How many pixels each class has."""
+        """Return the number of pixels of each class."""
         return dict(zip(self.classes.names, draw.pixel_counts(self.mask), strict=False))
 
     def overlay(self) -> np.ndarray:
-        """(H', W', 3) uint8: the mask on the image, with a legend below; small images are enlarged."""
+        """Draw the mask over the image, with a legend below: (H', W', 3) uint8. Small images are enlarged."""
         return draw.overlay_with_legend(self.image, self.mask, self.classes)
 
     def save(self, path: str | Path) -> None:
-        """The mask as a palette PNG, in the orientation of the image's file."""
-        draw.save_mask(turn_back(self.mask, self.stored), self.classes, Path(path))
+        """Write the mask as a palette PNG, in the orientation of the image's file."""
+        draw.save_mask(turn_back(self.mask, self.orientation), self.classes, Path(path))
 
 
 class Segmenter:
-    """A checkpoint's network, ready to label images. Several threads may share one; they take turns.
+    """A checkpoint's network that predicts the masks of images. Threads can share it; they predict one at a time.
 
     Args:
-        checkpoint: As `checkpoint.read` gives it.
-        settings: How it predicts; by default one forward pass, in tiles where an image needs more memory than is free.
-        device: None for the best one.
-        report: Called with a message where something continues otherwise than asked.
+        checkpoint: The checkpoint, from `checkpoint.read`.
+        settings: Prediction settings; by default one forward pass, in tiles if an image needs more memory than is free.
+        device: The device; None for the best one available.
+        report: Called with a message when prediction deviates from the settings, for example with smaller tiles.
+
+    Raises:
+        UsageError: The checkpoint does not support the settings.
     """
 
     def __init__(
@@ -101,86 +107,100 @@ class Segmenter:
             samples=self.settings.samples,
         )
         self.predictor = build_predictor(checkpoint, self.network, self.settings, report=report)
-        self._turn = threading.Lock()
+        self._lock = threading.Lock()
 
     def open(self, path: Path) -> tuple[np.ndarray, int]:
-        """(the image of a file, upright, as the network takes it; the EXIF orientation it is stored in)."""
-        if header_pixels(path) >= LARGE:
+        """Read an image file.
+
+        Returns:
+            The upright image with the channels that the network expects, and its EXIF orientation in the file.
+
+        Raises:
+            UsageError: The image cannot be read, or is of another kind than the network expects.
+        """
+        if header_pixels(path) >= LARGE_IMAGE:
             release_memory()
         channels = self.preprocessing.channels if self.preprocessing.as_stored else None
-        image, stored = read_upright(path, channels=channels, max_pixels=self.max_pixels)
-        return self.preprocessing.checked(image, path), stored
+        image, orientation = read_upright(path, channels=channels, max_pixels=self.max_pixels)
+        return self.preprocessing.checked(image, path), orientation
 
     def predict(
         self,
         image: str | Path | Image.Image | np.ndarray,
         *,
         name: str = "the image",
-        stored: int = 1,
+        orientation: int = 1,
         uncertainty: bool = False,
         confidence: bool = False,
         sink: Sink | None = None,
     ) -> Prediction:
-        """Label one image.
+        """Predict the mask of one image.
 
         Args:
-            image: A file, a PIL image as it is, or (H, W, 3) uint8 RGB (what the network was trained on, if other).
-            name: Of the image, in messages and for what is read or written of it.
-            stored: EXIF orientation of the file, 1 to 8, that `Prediction.save` turns the mask back to.
-            uncertainty, confidence: Keep these maps too.
-            sink: Called with the probabilities, part by part; they are never held whole.
+            image: A file, a PIL image (its EXIF orientation is ignored), or an (H, W, 3) uint8 RGB array (or the kind
+                of image that the network was trained on).
+            name: Name of the image, for messages and for files that belong to it.
+            orientation: EXIF orientation of the file, 1 to 8, which `Prediction.save` restores.
+            uncertainty: Compute the uncertainty of each pixel.
+            confidence: Compute the confidence of each pixel.
+            sink: Called with the probabilities part by part, so that they are never held in memory as a whole.
 
         Raises:
-            UsageError: The image cannot be read, or is of another kind than the network takes.
+            UsageError: The image cannot be read, or is of another kind than the network expects.
         """
         if isinstance(image, str | Path):
             image, name = Path(image), str(image)
-            array, stored = self.open(image)
+            array, orientation = self.open(image)
         else:
             array = np.asarray(image.convert("RGB")) if isinstance(image, Image.Image) else np.asarray(image)
         if array.ndim != 3 or 0 in array.shape:
             raise UsageError(f"{name} has shape {array.shape} - give (H, W, {self.preprocessing.channels})")
         size = (array.shape[0], array.shape[1])
         self.preprocessing.checked(array, name)
-        if size[0] * size[1] < LARGE:
+        if size[0] * size[1] < LARGE_IMAGE:
             keep_freed(self.network.device)
         else:
             release_memory()
         mask = np.empty(size, dtype=np.uint8)
         confidences = np.empty(size, dtype=np.float16) if confidence else None
         uncertainties = np.empty(size, dtype=np.float16) if uncertainty or self.settings.samples else None
-        with self._turn:
+        with self._lock:
             for part, scores in self.predictor(array, name):
-                place = slice(*part[0]), slice(*part[1])
+                area = slice(*part[0]), slice(*part[1])
                 if confidences is None:
                     index = labels(scores.values, (scores.values.shape[-2], scores.values.shape[-1]))
                 else:
                     index, top = labels_and_confidence(scores)
-                    confidences[place] = top[0].cpu().numpy()
-                mask[place] = index[0].cpu().numpy()
+                    confidences[area] = top[0].cpu().numpy()
+                mask[area] = index[0].cpu().numpy()
                 if uncertainties is not None and scores.uncertainty is not None:
-                    uncertainties[place] = scores.uncertainty[0].cpu().numpy()
+                    uncertainties[area] = scores.uncertainty[0].cpu().numpy()
                 if sink is None and (uncertainties is None or scores.uncertainty is not None):
                     continue
                 probabilities = scores.probabilities()
                 if uncertainties is not None and scores.uncertainty is None:
                     entropy = entropy_of(probabilities) / np.log(max(2, len(self.classes)))
-                    uncertainties[place] = entropy[0].cpu().numpy()
+                    uncertainties[area] = entropy[0].cpu().numpy()
                 if sink is not None:
                     sink(part, probabilities[0].cpu().numpy())
-        again = partial(self._predict_again, array, name)
-        return Prediction(array, mask, self.classes, uncertainties, confidences, stored, again)
+        repeat = partial(self._predict_to_sink, array, name)
+        return Prediction(array, mask, self.classes, uncertainties, confidences, orientation, repeat)
 
-    def _predict_again(self, image: np.ndarray, name: str, sink: Sink) -> None:
+    def _predict_to_sink(self, image: np.ndarray, name: str, sink: Sink) -> None:
         self.predict(image, name=name, sink=sink)
 
 
 def load(path: str | Path, *, trust: Collection[str] = (), overrides: Iterable[str] = (), **settings: Any) -> Segmenter:
-    """Load a network to predict with; `segdeconv.load`.
+    """Load a trained network for prediction; available as `segdeconv.load`.
 
     Args:
         path: A .ckpt, a .safetensors with its card, or the name of a shipped network.
-        trust, overrides: See `checkpoint.read`; `overrides=["dataset.size=null"]` keeps every image at its own size.
+        trust: See `checkpoint.read`.
+        overrides: See `checkpoint.read`; `["dataset.size=null"]` keeps every image at its own size.
         **settings: See `PredictionSettings`, for example `precision="32-true"`, `flip=True` or `tile=(512, 512)`.
+
+    Raises:
+        CheckpointError: The checkpoint cannot be read.
+        UsageError: A setting is invalid.
     """
     return Segmenter(checkpoint.read(path, trust=trust, overrides=overrides), PredictionSettings(**settings))

@@ -1,4 +1,4 @@
-"""Whether an image seen in tiles comes out as the image seen whole."""
+"""The check that prediction in tiles equals prediction of the whole image."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,26 +12,35 @@ from segdeconv.inference.views import ImageView, Tiler
 
 @dataclass(frozen=True)
 class Comparison:
-    """How near the scores of an image by tiles are to those of the whole, and that as a sentence."""
+    """The agreement of prediction in tiles with prediction of the whole image.
+
+    Attributes:
+        labels: Fraction of pixels with the same class.
+        scores: Fraction of pixels whose probabilities differ by at most 1e-4.
+        max_difference: Largest difference of two probabilities.
+        summary: A message with these numbers.
+    """
 
     labels: float
     scores: float
-    worst: float
-    sentence: str
+    max_difference: float
+    summary: str
 
     @property
     def same(self) -> bool:
-        """Of the labels 99.9 % are equal, and of the pixels' probabilities 99.9 % differ by 1e-4 at most.
+        """True if 99.9 % of the pixels have the same class, and 99.9 % have probabilities within 1e-4.
 
-        Not all: rounding can flip a switch between two cells that are all but equal, which moves a value by a pixel.
+        A few pixels may differ: rounding can flip a switch between two almost equal values, which moves a value by a
+        pixel.
         """
         return self.labels >= 0.999 and self.scores >= 0.999
 
 
 def compare_tiling(segmenter: Segmenter, path: Path) -> Comparison:
-    """See an image whole and in tiles, at the size that the network sees it at; both in float32, each held whole.
+    """Compare prediction in tiles with prediction of the whole image, at the network's input size.
 
-    Without a tile that is smaller than the image the smallest that is used is taken, twice what lies around a part.
+    If the settings give no tile smaller than the image, a tile of twice the overlap plus one stride is used. The
+    probabilities of both predictions are held in memory as a whole.
     """
     image, _ = segmenter.open(path)
     network, settings = segmenter.network, segmenter.settings
@@ -47,21 +56,21 @@ def compare_tiling(segmenter: Segmenter, path: Path) -> Comparison:
         tile = geometry.tile(size, tiler.memory)
     assert tile is not None
     if size[0] <= tile[0] and size[1] <= tile[1]:
-        said = f"{path}: {size[0]}x{size[1]} is one tile of {tile[0]}x{tile[1]}, and so the same"
-        return Comparison(1.0, 1.0, 0.0, said)
-    found = []
+        summary = f"{path}: {size[0]}x{size[1]} fits into one tile of {tile[0]}x{tile[1]}, so the predictions are equal"
+        return Comparison(1.0, 1.0, 0.0, summary)
+    probabilities = []
     for limit in (size, tile):
         limited = Tiler(tiler.model, memory=tiler.memory, tile=limit)
         view = ImageView(image, size, network, segmenter.preprocessing, limited, str(path))
-        found.append(ClassScores(view.scores().float(), network.flip).probabilities())
-    whole, tiled = found
+        probabilities.append(ClassScores(view.scores().float(), network.flip).probabilities())
+    whole, tiled = probabilities
     count = len(list(parts(size, geometry.steps(tile, size))))
     equal = float((whole.argmax(dim=1) == tiled.argmax(dim=1)).double().mean())
     differences = (whole - tiled).abs().amax(dim=1)
-    near, worst = float((differences <= 1e-4).double().mean()), float(differences.max())
-    said = (
-        f"{path}: {count} tiles of {tile[0]}x{tile[1]} or smaller against the whole of {size[0]}x{size[1]}, float32: "
-        f"{100 * equal:.4f} % of the labels are equal, {100 * near:.4f} % of the pixels' probabilities within 1e-4, "
-        f"the largest difference is {worst:.1e}"
+    close, maximum = float((differences <= 1e-4).double().mean()), float(differences.max())
+    summary = (
+        f"{path}: {count} tiles of at most {tile[0]}x{tile[1]} compared with the whole image of {size[0]}x{size[1]}, "
+        f"float32: {100 * equal:.4f} % of the pixels have the same class, {100 * close:.4f} % have probabilities "
+        f"within 1e-4, the largest difference is {maximum:.1e}"
     )
-    return Comparison(equal, near, worst, said)
+    return Comparison(equal, close, maximum, summary)

@@ -1,4 +1,4 @@
-"""Videos: frames one at a time, in and out."""
+"""Reading and writing of videos, one frame at a time."""
 
 from __future__ import annotations
 
@@ -15,24 +15,29 @@ from segdeconv.data.files.decoding import first_bytes, require_size
 from segdeconv.errors import UsageError
 from segdeconv.system.files import replacing_path
 
-USUAL_RATE = 25.0  # frames in a second, of a file that does not say
+DEFAULT_RATE = 25.0  # frames per second of a file that does not specify them
 
 
 @dataclass(frozen=True)
 class Video:
-    """rate: frames in a second. promised: how many frames the file says that it has, 0 if it does not."""
+    """A video file.
+
+    Attributes:
+        rate: Frames per second.
+        frame_count: Number of frames according to the file's header; 0 if unknown.
+    """
 
     path: Path
     rate: float
-    promised: int
+    frame_count: int
 
     def frames(self) -> Iterator[np.ndarray]:
-        """(H, W, 3) uint8 RGB, upright as the file says. Ends where the file cannot be read on."""
+        """Iterate over the frames, (H, W, 3) uint8 RGB, turned upright; stop where the file becomes unreadable."""
         capture = cv2.VideoCapture(str(self.path))
         try:
             while True:
-                there, frame = capture.read()
-                if not there:
+                success, frame = capture.read()
+                if not success:
                     return
                 yield np.ascontiguousarray(frame[:, :, ::-1])
         finally:
@@ -40,26 +45,37 @@ class Video:
 
 
 def open_video(path: Path, max_pixels: int) -> Video:
-    """What a file says of itself; raises UsageError for one that gives no frame."""
+    """Open a video file and read its rate and number of frames.
+
+    Raises:
+        UsageError: The file is not a readable video, has no readable frame, or has frames of more than `max_pixels`.
+    """
     first_bytes(path)
     capture = cv2.VideoCapture(str(path))
     try:
         if not capture.isOpened():
-            raise UsageError(f"{path} is no video that can be read - convert it to MP4, or leave it out")
+            raise UsageError(f"{path} is not a readable video - convert it to MP4, or leave it out")
         width, height = (int(capture.get(number)) for number in (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT))
         require_size(path, width, height, max_pixels)
-        rate, promised = capture.get(cv2.CAP_PROP_FPS), capture.get(cv2.CAP_PROP_FRAME_COUNT)
+        rate, frame_count = capture.get(cv2.CAP_PROP_FPS), capture.get(cv2.CAP_PROP_FRAME_COUNT)
         if not capture.read()[0]:
-            raise UsageError(f"{path} is a video without a frame that can be read - restore it, or leave it out")
+            raise UsageError(f"{path} has no readable frame - restore the video, or leave it out")
     finally:
         capture.release()
-    return Video(path, rate if 0 < rate < 1000 else USUAL_RATE, max(0, round(promised)))
+    return Video(path, rate if 0 < rate < 1000 else DEFAULT_RATE, max(0, round(frame_count)))
 
 
 class VideoWriter:
-    """An MP4 that takes its name when it is whole; frames of one size, whose odd last row and column are left out.
+    """A writer of MP4 files, which appear under their final name once they are complete.
 
-    MPEG-4 part 2, which the FFmpeg inside OpenCV always has, and whose sides are even.
+    All frames have one size. The codec is MPEG-4 part 2, which the FFmpeg in OpenCV always includes. It requires even
+    sides, so an odd last row or column is dropped.
+
+    Args:
+        rate: Frames per second.
+
+    Raises:
+        UsageError: OpenCV has no MP4 encoder.
     """
 
     def __init__(self, path: Path, rate: float) -> None:
@@ -70,7 +86,7 @@ class VideoWriter:
         return self
 
     def write(self, frame: np.ndarray) -> None:
-        """(H, W, 3) uint8 RGB."""
+        """Append a frame, (H, W, 3) uint8 RGB."""
         height, width = (side // 2 * 2 for side in frame.shape[:2])
         if self.writer is None:
             code = cv2.VideoWriter.fourcc(*"mp4v")
@@ -78,7 +94,7 @@ class VideoWriter:
             self.writer = cv2.VideoWriter(str(partial), code, self.rate, (width, height))
             if not self.writer.isOpened():
                 raise UsageError(
-                    f"{self.path} cannot be written as MP4 - this OpenCV has no encoder; install opencv-python-headless"
+                    f"{self.path} cannot be written; this OpenCV has no MP4 encoder - install opencv-python-headless"
                 )
         self.writer.write(np.ascontiguousarray(frame[:height, :width, ::-1]))
 

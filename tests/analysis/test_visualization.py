@@ -78,7 +78,7 @@ def test_visualize_draws_every_sheet_without_being_asked(trained, commands):
         picture = np.asarray(opened(trained / "v" / f"{name}.png"))
         assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 50
         assert f'src="{name}.png"' in page
-    assert "7 sheets in v" in done.out
+    assert "7 figures in v" in done.out
 
 
 def test_visualize_takes_pictures_a_class_and_units_by_number(trained, commands, tmp_path):
@@ -94,12 +94,12 @@ def test_visualize_takes_pictures_a_class_and_units_by_number(trained, commands,
 
 
 @pytest.mark.parametrize(("words", "sentence"), [
-    (["nowhere"], "there is no nowhere - give pictures, folders, or a pattern"),
-    (["--only", "flows"], "--only flows is no kind of sheet - did you mean 'flow'"),
-    (["--class", "rin"], "--class rin is no class of"),
+    (["nowhere"], "nowhere not found - give images, folders, or a quoted pattern"),
+    (["--only", "flows"], "--only flows is not a kind of figure - did you mean 'flow'"),
+    (["--class", "rin"], "--class rin is not a class of"),
     (["--only", "units", "--layers", "encoder.stage.0"], "the network has no layer 'encoder.stage.0' - did you mean"),
     (["--only", "units", "--maps", "0,99"], "--maps 99: encoder.stages.0 has the maps 0 to 3"),
-    (["--maps", "a"], "--maps a is no list of numbers"),
+    (["--maps", "a"], "--maps a is not a list of numbers"),
     (["--images", "0"], "--images=0 is too few"),
 ])  # fmt: skip
 def test_what_cannot_be_drawn_is_one_sentence(trained, commands, words, sentence):

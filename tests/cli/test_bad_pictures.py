@@ -127,7 +127,7 @@ def skipped(trained, commands):
 def test_a_prediction_goes_on_after_bad_files_and_exits_2(trained, skipped):
     assert skipped.code == 2
     count = len(picture_files.BAD)
-    assert f"{count} of {count + 1} files could not be read, named above" in skipped.sentence
+    assert f"{count} of {count + 1} files could not be read, see the messages above" in skipped.sentence
     assert (trained / "some" / "z good.png").is_file()
     written = ["predictions.jsonl", "statistics.csv", "z good.png", "z good_overlay.png"]
     assert sorted(path.name for path in (trained / "some").iterdir()) == written

@@ -244,7 +244,7 @@ KEYS = {
     "133 no value": (("optimizer.lr=",), "optimizer.lr=: input should be a valid number"),
     "134 twice": (("dataset=shapes", "dataset=camvid"), "dataset is given twice"),
     "136 misspelt argument": (("augment.flip.probability=1",), "there is no key augment.flip.probability"),
-    "139 file": (("hydra.run.dir=file",), "file: file exists, so it cannot be written as asked"),
+    "139 file": (("hydra.run.dir=file",), "file: file exists, so it cannot be written -"),
     "139 below a file": (("hydra.run.dir=file/run",), "file/run"),
     "146 workers": (("dataset.num_workers=1000",), "dataset.num_workers=1000 is too many for the"),
     "148 devices": (("trainer.accelerator=cpu", "trainer.devices=0"), "trainer.devices=0 on the CPU"),

@@ -48,7 +48,7 @@ def test_the_commands_are_the_scripts_with_their_first_lines(tmp_path, words):
 
 def test_a_misspelt_command_is_one_line(tmp_path):
     done = segdeconv("trian", cwd=tmp_path, code=2)
-    assert done.stderr.startswith("segdeconv: error: there is no command 'trian' - did you mean 'train'? Available: ")
+    assert done.stderr.startswith("segdeconv: error: unknown command 'trian' - did you mean 'train'? Available: ")
     assert len(done.stderr.splitlines()) == 1
 
 

@@ -1,4 +1,4 @@
-"""predict: any size in tiles, on from where it was, videos, polygons, tables; and the same from Python."""
+"""Batch prediction: tiles, resuming, videos, polygons and tables, by the command predict and from Python."""
 
 import csv
 import io
@@ -40,7 +40,7 @@ MODEL = {"stages": ((4,), (8,)), "dropout_at": "central"}
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with a random network that has dropout and sees images at their own size, and some images."""
+    """A folder with images and the checkpoint of a random network, which has dropout and keeps the images' size."""
     folder = tmp_path_factory.mktemp("anywhere")
     torch.manual_seed(3)
     model = SegNet(3, **MODEL)
@@ -75,7 +75,7 @@ def files(folder):
 
 
 def rasterised(polygon: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """(H, W) bool: the pixels whose centres lie within a polygon along pixel edges (odd winding)."""
+    """Rasterise a polygon along pixel edges: (H, W) bool, True where the pixel's centre is inside (even-odd rule)."""
     inside = np.zeros((size[0], size[1] + 1), dtype=bool)
     for (x, y), (to_x, to_y) in zip(polygon, np.roll(polygon, -1, axis=0), strict=True):
         low, high = sorted((int(y), int(to_y)))
@@ -86,7 +86,7 @@ def rasterised(polygon: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.logical_xor.accumulate(inside, axis=1)[:, :-1]
 
 
-# Python.
+# From Python.
 
 
 FROM_PYTHON = """
@@ -103,47 +103,48 @@ assert state() == before, (before, state())
 """
 
 
-def test_loading_and_predicting_from_python_changes_nothing_process_wide(place, tmp_path):
+def test_prediction_from_python_changes_no_process_wide_state(place, tmp_path):
     words = [sys.executable, "-c", FROM_PYTHON, str(place / "best.ckpt"), str(place / "photos" / "a.png")]
     environment = {**os.environ, "NO_ALBUMENTATIONS_UPDATE": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([*words, str(tmp_path / "mask.png")], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
 
 
-def test_a_setting_that_a_segmenter_does_not_have_is_a_type_error(place):
+def test_an_unknown_setting_is_a_type_error(place):
     with pytest.raises(TypeError, match="flips"):
         segdeconv.load(place / "best.ckpt", flips=True)
 
 
-def test_two_lines_of_python_predict_what_the_network_says(place):
+def test_prediction_from_python_gives_the_networks_result(place):
     path = place / "photos" / "a.png"
-    found = segdeconv.load(place / "best.ckpt").predict(path)
+    prediction = segdeconv.load(place / "best.ckpt").predict(path)
     image = np.asarray(fakes.opened(path))
-    ready = (image.astype(np.float32) - [120, 110, 100]) / 60
+    normalised = (image.astype(np.float32) - [120, 110, 100]) / 60
     with torch.no_grad():
-        logits = checkpoint.read(place / "best.ckpt").model()(torch.tensor(ready).permute(2, 0, 1)[None].float())
-    assert np.array_equal(found.mask, logits[0].argmax(0).numpy())
-    assert np.allclose(found.probabilities(), logits[0].softmax(0).numpy(), atol=1e-5)
-    assert found.pixels() == {name: int((found.mask == index).sum()) for index, name in enumerate(CLASSES.names)}
-    assert found.overlay().ndim == 3
-    found.save(place / "mask.png")
-    assert np.array_equal(np.asarray(fakes.opened(place / "mask.png")), found.mask)
+        logits = checkpoint.read(place / "best.ckpt").model()(torch.tensor(normalised).permute(2, 0, 1)[None].float())
+    mask = prediction.mask
+    assert np.array_equal(mask, logits[0].argmax(0).numpy())
+    assert np.allclose(prediction.probabilities(), logits[0].softmax(0).numpy(), atol=1e-5)
+    assert prediction.pixels() == {name: int((mask == index).sum()) for index, name in enumerate(CLASSES.names)}
+    assert prediction.overlay().ndim == 3
+    prediction.save(place / "mask.png")
+    assert np.array_equal(np.asarray(fakes.opened(place / "mask.png")), mask)
 
 
-@pytest.mark.parametrize("how", [Image.fromarray, np.asarray, lambda image: np.asfortranarray(image)])
-def test_arrays_and_pil_images_are_taken_as_they_are(place, how):
+@pytest.mark.parametrize("convert", [Image.fromarray, np.asarray, lambda image: np.asfortranarray(image)])
+def test_arrays_and_pil_images_are_predicted_as_they_are(place, convert):
     segmenter = segdeconv.load(place / "best.ckpt")
     image = np.asarray(fakes.opened(place / "photos" / "a.png"))
-    assert np.array_equal(segmenter.predict(how(image)).mask, segmenter.predict(place / "photos" / "a.png").mask)
+    assert np.array_equal(segmenter.predict(convert(image)).mask, segmenter.predict(place / "photos" / "a.png").mask)
 
 
-def test_what_is_no_image_is_one_sentence(place):
+def test_input_that_is_not_an_image_is_an_error_message(place):
     segmenter = segdeconv.load(place / "best.ckpt")
     with pytest.raises(UsageError, match=r"the image has shape \(4, 4\) - give \(H, W, 3\)"):
         segmenter.predict(np.zeros((4, 4), np.uint8))
     with pytest.raises(UsageError, match="the image has 3 channel"):
         segmenter.predict(np.zeros((4, 4, 3), np.float32))
-    with pytest.raises(UsageError, match=r"leave one of them out"):
+    with pytest.raises(UsageError, match=r"leave one out"):
         segdeconv.load(place / "best.ckpt", samples=2, scales=(1, 2))
     with pytest.raises(AttributeError, match="module 'segdeconv' has no attribute 'laod'"):
         segdeconv.laod  # noqa: B018
@@ -159,7 +160,7 @@ def test_importing_the_package_imports_no_torch():
 
 
 @pytest.mark.parametrize(
-    "how",
+    "options",
     [
         {},
         {"flip": True},
@@ -169,42 +170,42 @@ def test_importing_the_package_imports_no_torch():
     ],
     ids=str,
 )
-def test_tiles_give_what_the_whole_gives(place, how):
+def test_prediction_in_tiles_equals_prediction_of_the_whole_image(place, options):
     path = place / "photos" / "a.png"
-    whole = segdeconv.load(place / "best.ckpt", precision="32-true", **how).predict(path, uncertainty=True)
-    segmenter = segdeconv.load(place / "best.ckpt", precision="32-true", tile=(70, 64), **how)
-    seen = []
+    whole = segdeconv.load(place / "best.ckpt", precision="32-true", **options).predict(path, uncertainty=True)
+    segmenter = segdeconv.load(place / "best.ckpt", precision="32-true", tile=(70, 64), **options)
+    sizes = []
     score = segmenter.network.logits
-    segmenter.network.logits = lambda image: seen.append(image.shape[-2:]) or score(image)
+    segmenter.network.logits = lambda image: sizes.append(image.shape[-2:]) or score(image)
     tiled = segmenter.predict(path, uncertainty=True)
-    assert len(seen) > 5
-    assert max(height for height, _ in seen) <= 72
-    assert max(width for _, width in seen) <= 68
+    assert len(sizes) > 5
+    assert max(height for height, _ in sizes) <= 72
+    assert max(width for _, width in sizes) <= 68
     assert (whole.mask == tiled.mask).mean() >= 0.999
     assert np.abs(whole.probabilities() - tiled.probabilities()).max() < 1e-4
     assert np.abs(whole.uncertainty.astype(float) - tiled.uncertainty).max() < 2e-3  # float16
 
 
-def test_several_scales_are_the_mean_of_what_each_gives(place):
+def test_several_scales_give_the_mean_of_the_single_scales(place):
     path = place / "photos" / "a.png"
     both = segdeconv.load(place / "best.ckpt", scales=(0.5, 1)).predict(path).probabilities()
     half = segdeconv.load(place / "best.ckpt", overrides=["dataset.size=[65,86]"]).predict(path)
     logits = torch.tensor(half.probabilities()).log()  # of the enlarged scores, up to a constant
-    one = segdeconv.load(place / "best.ckpt").predict(path).probabilities()
-    assert np.allclose(both, (logits.softmax(0).numpy() + one) / 2, atol=1e-4)
+    full = segdeconv.load(place / "best.ckpt").predict(path).probabilities()
+    assert np.allclose(both, (logits.softmax(0).numpy() + full) / 2, atol=1e-4)
 
 
-def test_samples_go_with_tiles_and_differ_where_the_dropout_does(place):
+def test_samples_can_be_combined_with_tiles(place):
     path = place / "photos" / "a.png"
     whole, tiled = (
         segdeconv.load(place / "best.ckpt", samples=30, tile=tile, precision="32-true") for tile in (None, (70, 64))
     )
-    one, other = whole.predict(path), tiled.predict(path)
-    assert one.uncertainty.shape == other.uncertainty.shape == one.mask.shape
-    assert np.abs(one.probabilities() - other.probabilities()).mean() < 0.05  # 30 throws of other coins
+    first, second = whole.predict(path), tiled.predict(path)
+    assert first.uncertainty.shape == second.uncertainty.shape == first.mask.shape
+    assert np.abs(first.probabilities() - second.probabilities()).mean() < 0.05  # 30 samples of different dropout
 
 
-def test_little_memory_means_small_tiles_and_the_same_mask(place):
+def test_small_memory_gives_small_tiles_and_the_same_mask(place):
     path = place / "photos" / "a.png"
     whole = segdeconv.load(place / "best.ckpt").predict(path)
     segmenter = segdeconv.load(place / "best.ckpt", memory=1 << 18)
@@ -214,53 +215,54 @@ def test_little_memory_means_small_tiles_and_the_same_mask(place):
     assert (segmenter.predict(path).mask == whole.mask).mean() >= 0.999
 
 
-def test_out_of_memory_means_smaller_tiles_until_nothing_is_smaller(place):
-    told = []
-    read = checkpoint.read(place / "best.ckpt")
-    segmenter = Segmenter(read, PredictionSettings(precision="32-true"), report=told.append)
+def test_out_of_memory_gives_smaller_tiles_down_to_the_smallest(place):
+    messages = []
+    content = checkpoint.read(place / "best.ckpt")
+    segmenter = Segmenter(content, PredictionSettings(precision="32-true"), report=messages.append)
     score = segmenter.network.logits
 
     def scarce(limit):
-        def seen(image):
+        def limited_score(image):
             if image.shape[-2] * image.shape[-1] > limit:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return score(image)
 
-        return seen
+        return limited_score
 
     whole = segmenter.predict(place / "photos" / "a.png").mask
     segmenter.network.logits = scarce(6000)
-    found = segmenter.predict(place / "photos" / "a.png").mask
-    assert (found == whole).mean() >= 0.999
-    assert told[0] == "memory ran out at 130x171 pixels: continuing with tiles of 130x85"
-    assert len(told) < 5
-    count = len(told)
+    tiled = segmenter.predict(place / "photos" / "a.png").mask
+    assert (tiled == whole).mean() >= 0.999
+    assert messages[0] == "memory ran out at 130x171 pixels: continuing with tiles of 130x85"
+    assert len(messages) < 5
+    count = len(messages)
     segmenter.predict(place / "photos" / "a.png")
-    assert len(told) == count  # it has learnt
+    assert len(messages) == count  # the smaller tiles are kept
     segmenter.network.logits = scarce(100)
-    with pytest.raises(UsageError, match=r"memory ran out on 36x36 pixels, and SegNet takes no smaller tiles"):
+    with pytest.raises(UsageError, match=r"memory ran out on 36x36 pixels, the smallest tile of SegNet"):
         segmenter.predict(place / "photos" / "a.png")
 
 
-def test_verify_tiling_says_how_near_and_notices_what_is_not(place, commands, monkeypatch):
+def test_verify_tiling_reports_the_agreement_and_detects_wrong_tiles(place, commands, monkeypatch):
     words = ("predict", "best.ckpt", "photos/a.png", "--verify-tiling", "--tile", "72")
     done = commands(*words, cwd=place)
     assert done.code == 0, done.err
-    assert "12 tiles of 72x72 or smaller against the whole of 130x171" not in done.out
-    assert "of 72x72 or smaller against the whole of 130x171, float32: 100.0000 % of the labels are equal" in done.out
+    assert "12 tiles of at most 72x72 compared with the whole image of 130x171" not in done.out
+    expected = "of at most 72x72 compared with the whole image of 130x171, float32: 100.0000 % of the pixels have the "
+    assert expected in done.out
     assert not (place / "predictions").exists()
     segmenter = segdeconv.load(place / "best.ckpt", tile=(72, 72), precision="32-true")
-    right = type(segmenter.predictor.tiler.geometry).window
+    original = type(segmenter.predictor.tiler.geometry).window
     monkeypatch.setattr(type(segmenter.predictor.tiler.geometry), "window", lambda self, part, size: part)
     assert not compare_tiling(segmenter, place / "photos" / "a.png").same
-    monkeypatch.setattr(type(segmenter.predictor.tiler.geometry), "window", right)
+    monkeypatch.setattr(type(segmenter.predictor.tiler.geometry), "window", original)
     assert compare_tiling(segmenter, place / "photos" / "a.png").same
 
 
 # The command.
 
 
-def test_everything_that_can_be_written_is_written_and_agrees(place, commands):
+def test_all_outputs_are_written_and_agree(place, commands):
     words = ("--probabilities", "--uncertainty", "--class-masks", "--polygons", "--min-area", "4", "--scales", "1,1.5")
     done = commands("predict", "best.ckpt", "photos", "--out", "full", *words, cwd=place)
     assert done.code == 0, done.err
@@ -271,21 +273,21 @@ def test_everything_that_can_be_written_is_written_and_agrees(place, commands):
     assert [annotation["id"] for annotation in coco["annotations"]] == list(range(1, len(coco["annotations"]) + 1))
     for number, name in enumerate(("a", "deep/b", "deep/c"), start=1):
         mask = np.asarray(fakes.opened(out / f"{name}.png"))
-        likely = np.load(out / f"{name}.npy")
-        assert likely.dtype == np.float16
-        assert np.allclose(likely.astype(float).sum(axis=0), 1, atol=2e-3)
-        best = likely.astype(float).max(axis=0)
-        assert np.take_along_axis(likely, mask[None].astype(int), axis=0)[0] == pytest.approx(best, abs=1e-3)
+        probabilities = np.load(out / f"{name}.npy")
+        assert probabilities.dtype == np.float16
+        assert np.allclose(probabilities.astype(float).sum(axis=0), 1, atol=2e-3)
+        best = probabilities.astype(float).max(axis=0)
+        assert np.take_along_axis(probabilities, mask[None].astype(int), axis=0)[0] == pytest.approx(best, abs=1e-3)
         assert fakes.opened(out / f"{name}_uncertainty.png").size == mask.shape[::-1]
-        for index, known in enumerate(("ground", "thing", "sky_high")):
-            assert np.array_equal(np.asarray(fakes.opened(out / f"{name}_{known}.png")), (mask == index) * 255)
+        for index, class_name in enumerate(("ground", "thing", "sky_high")):
+            assert np.array_equal(np.asarray(fakes.opened(out / f"{name}_{class_name}.png")), (mask == index) * 255)
         rows = [row for row in table if row["name"] == name]
         assert [int(row["pixels"]) for row in rows] == np.bincount(mask.ravel(), minlength=3).tolist()
         assert sum(float(row["share"]) for row in rows) == pytest.approx(1, abs=1e-5)
         image = coco["images"][number - 1]
         assert (image["height"], image["width"]) == mask.shape
         back = np.full(mask.shape, 255)
-        for annotation in (one for one in coco["annotations"] if one["image_id"] == number):
+        for annotation in (entry for entry in coco["annotations"] if entry["image_id"] == number):
             inside = rasterised(np.array(annotation["segmentation"][0]).reshape(-1, 2), mask.shape)
             assert inside.sum() == annotation["area"] >= 4
             assert annotation["score"] == pytest.approx(best[inside].mean(), abs=2e-3)
@@ -295,7 +297,7 @@ def test_everything_that_can_be_written_is_written_and_agrees(place, commands):
         assert drawn.mean() > 0.5
 
 
-def test_a_second_run_does_only_what_is_missing_and_another_checkpoint_is_refused(place, commands):
+def test_a_second_run_predicts_what_is_missing_and_another_checkpoint_is_refused(place, commands):
     words = ("predict", "best.ckpt", "photos", "--out", "again")
     assert commands(*words, cwd=place).code == 0
     out = place / "again"
@@ -303,28 +305,29 @@ def test_a_second_run_does_only_what_is_missing_and_another_checkpoint_is_refuse
     (out / "a.png").unlink()
     (out / "deep" / "b_overlay.png").write_bytes(b"cut")
     done = commands(*words, cwd=place)
-    assert "1 of 3 were done before and are left as they are" in done.out
+    assert "1 of 3 are already done and are skipped" in done.out
     after = files(out)
     assert {name: after[name] for name in after if name != "predictions.jsonl"} == {
         name: before[name] for name in before if name != "predictions.jsonl"
     }
     done = commands(*words, "--flip", cwd=place)
     assert done.code == 2
-    assert "again holds predictions made with flip=False, not True - choose another --out, or say --ov" in done.sentence
-    read = checkpoint.load_plain(place / "best.ckpt")
-    checkpoint.write({**read, "other": 1}, place / "other.ckpt")
+    expected = "again contains predictions made with flip=False, not True - choose another --out, or add --overwrite"
+    assert expected in done.sentence
+    content = checkpoint.load_plain(place / "best.ckpt")
+    checkpoint.write({**content, "other": 1}, place / "other.ckpt")
     done = commands("predict", "other.ckpt", "photos", "--out", "again", cwd=place)
-    assert "again holds predictions of another checkpoint - choose another --out" in done.sentence
+    assert "again contains predictions of a different checkpoint - choose another --out" in done.sentence
     assert commands("predict", "other.ckpt", "photos", "--out", "again", "--overwrite", cwd=place).code == 0
 
 
-def test_a_folder_that_is_killed_again_and_again_ends_as_one_that_was_not(place, tmp_path):
+def test_a_batch_prediction_killed_repeatedly_ends_like_an_uninterrupted_one(place, tmp_path):
     photos = tmp_path / "photos"
     photos.mkdir()
     random = np.random.default_rng(1)
     for number in range(40):
         Image.fromarray(random.integers(0, 256, (30, 40, 3), dtype=np.uint8)).save(photos / f"{number:02d}.png")
-    # The command in a process that is forked from this one, so that it costs no import.
+    # The command runs in a process forked from this one, to save its imports.
     command = ["predict.py", str(place / "best.ckpt"), "photos", "--polygons", "--out"]
     kills = 0
     for delay in (0.05, 0.15, 0.3, 0.5, 60):
@@ -352,7 +355,7 @@ def test_a_folder_that_is_killed_again_and_again_ends_as_one_that_was_not(place,
 
 
 def forked_predict(words, cwd):
-    """predict in a child process; its number."""
+    """Run predict in a child process and return its process id."""
     child = os.fork()
     if child:
         return child
@@ -370,7 +373,7 @@ def forked_predict(words, cwd):
         os._exit(1)
 
 
-def test_a_journal_is_cut_back_to_its_last_whole_line_and_belongs_to_one_process(tmp_path):
+def test_a_progress_log_is_truncated_to_its_last_complete_line_and_locked(tmp_path):
     source = tmp_path / "a.png"
     source.write_bytes(b"image")
     out = tmp_path / "out"
@@ -396,7 +399,7 @@ def test_a_journal_is_cut_back_to_its_last_whole_line_and_belongs_to_one_process
     again.close()
 
 
-def test_lists_patterns_and_stdin_name_images_as_they_lie(place, commands, tmp_path):
+def test_a_list_keeps_the_folders_of_its_images(place, commands, tmp_path):
     (tmp_path / "photos").symlink_to(place / "photos")
     (tmp_path / "list.txt").write_text("photos/deep/b.png\n\nphotos/a.png\n")
     done = commands("predict", place / "best.ckpt", "list.txt", "--no-overlay", "--out", "out", cwd=tmp_path)
@@ -406,24 +409,25 @@ def test_lists_patterns_and_stdin_name_images_as_they_lie(place, commands, tmp_p
     ]  # fmt: skip
     (tmp_path / "list.txt").write_text("photos/a.png\nphotos/none.png\n")
     done = commands("predict", place / "best.ckpt", "list.txt", "--out", "out2", cwd=tmp_path)
-    assert "list.txt, line 2: there is no photos/none.png - paths are as seen from this folder" in done.sentence
+    expected = "list.txt, line 2: photos/none.png not found - give paths relative to the current folder"
+    assert expected in done.sentence
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--tile", "large"), "--tile=large is no size - write for example 1024, 768x1024 or auto"),
-        (("--tile", "20"), "tiles of 20x20 are too small: SegNet hears"),
-        (("--memory", "much"), "--memory=much is no amount of memory - write for example 500M or 2G"),
-        (("--scales", "1,b"), "--scales=1,b are no numbers - write for example 0.75,1,1.25"),
-        (("--scales", "0"), "scales=[0.0] are no scales"),
-        (("--min-area", "9"), "--min-area does nothing without --polygons - add it"),
-        (("--crf", "--tile", "64"), "--regions, --ensemble and --crf see images in a way of their own"),
-        (("--samples", "2", "--scales", "1,2"), "--samples and --scales are both means over looks - leave one"),
+        (("--tile", "large"), "--tile=large is not a size - write for example 1024, 768x1024 or auto"),
+        (("--tile", "20"), "tiles of 20x20 are too small: the receptive field of SegNet extends"),
+        (("--memory", "much"), "--memory=much is not an amount of memory - write for example 500M or 2G"),
+        (("--scales", "1,b"), "--scales=1,b: expected numbers - write for example 0.75,1,1.25"),
+        (("--scales", "0"), "scales=[0.0] are not valid scales"),
+        (("--min-area", "9"), "--min-area has no effect without --polygons - add it"),
+        (("--crf", "--tile", "64"), "--regions, --ensemble and --crf cannot be combined with --scales or --tile"),
+        (("--samples", "2", "--scales", "1,2"), "--samples and --scales cannot be combined"),
         (("dataset.max_pixels=100",), "files could not be read"),
     ],
 )
-def test_what_cannot_be_done_is_one_sentence(place, commands, words, message):
+def test_invalid_arguments_are_an_error_message(place, commands, words, message):
     done = commands("predict", "best.ckpt", "photos/a.png", "--out", "refused", *words, cwd=place)
     assert done.code == 2
     assert message in done.sentence
@@ -440,10 +444,10 @@ def video(path, frames, rate=5.0, code="mp4v"):
     writer.release()
 
 
-def test_a_video_becomes_one_of_the_same_length_and_rate_and_a_cut_one_what_is_left_of_it(place, commands, tmp_path):
+def test_a_video_keeps_its_length_and_rate_and_a_truncated_one_its_readable_frames(place, commands, tmp_path):
     random = np.random.default_rng(0)
     coarse = random.integers(0, 256, (12, 10, 13, 3), dtype=np.uint8)
-    frames = [np.kron(one, np.ones((8, 8, 1), np.uint8)) for one in coarse]
+    frames = [np.kron(frame, np.ones((8, 8, 1), np.uint8)) for frame in coarse]
     video(tmp_path / "film.mp4", frames)
     video(tmp_path / "whole.avi", frames, code="MJPG")
     content = (tmp_path / "whole.avi").read_bytes()
@@ -453,12 +457,12 @@ def test_a_video_becomes_one_of_the_same_length_and_rate_and_a_cut_one_what_is_l
     done = commands("predict", place / "best.ckpt", *paths, "--frames", "--out", "out", cwd=tmp_path)
     assert done.code == 2
     assert "1 of 3 files could not be read" in done.sentence
-    assert "skipped: text.mp4 is no video that can be read - convert it to MP4" in done.out
+    assert "skipped: text.mp4 is not a readable video - convert it to MP4" in done.out
     capture = cv2.VideoCapture(str(tmp_path / "out" / "film_overlay.mp4"))
     assert capture.get(cv2.CAP_PROP_FPS) == 5
     assert capture.get(cv2.CAP_PROP_FRAME_COUNT) == 12
-    there, first = capture.read()
-    assert there
+    success, first = capture.read()
+    assert success
     assert first.shape[1] >= 256  # enlarged, so that the legend can be read
     decoded = cv2.VideoCapture(str(tmp_path / "film.mp4"))
     segmenter = segdeconv.load(place / "best.ckpt")
@@ -469,17 +473,17 @@ def test_a_video_becomes_one_of_the_same_length_and_rate_and_a_cut_one_what_is_l
         assert np.array_equal(np.asarray(fakes.opened(path)), segmenter.predict(frame[:, :, ::-1]).mask)
     left = len(list((tmp_path / "out" / "cut").glob("*.png")))
     assert 3 <= left < 12
-    assert f"cut.avi gave {left} of 12 frames - it is cut or damaged; those are done" in done.out
+    assert f"cut.avi: only {left} of 12 frames can be read, the file is truncated or damaged" in done.out
     again = commands("predict", place / "best.ckpt", *paths[:2], "--frames", "--out", "out", cwd=tmp_path)
-    assert "2 of 2 were done before" in again.out
+    assert "2 of 2 are already done" in again.out
 
 
-def test_a_video_that_is_stored_turned_is_seen_upright(tmp_path):
+def test_a_video_stored_turned_is_read_upright(tmp_path):
     frame = np.zeros((48, 96, 3), np.uint8)
     frame[:, :48] = 255
     video(tmp_path / "lying.mp4", [frame] * 3)
     content = bytearray((tmp_path / "lying.mp4").read_bytes())
-    matrix = content.index(b"tkhd") + 4 + 40  # ISO/IEC 14496-12, 8.3.2: where a track's header says its turn
+    matrix = content.index(b"tkhd") + 4 + 40  # ISO/IEC 14496-12, 8.3.2: the track header's transformation matrix
     content[matrix : matrix + 36] = struct.pack(">9i", 0, 65536, 0, -65536, 0, 0, 0, 0, 1 << 30)
     (tmp_path / "turned.mp4").write_bytes(content)
     first = next(open_video(tmp_path / "turned.mp4", 10_000).frames())
@@ -490,26 +494,26 @@ def test_a_video_that_is_stored_turned_is_seen_upright(tmp_path):
         open_video(tmp_path / "turned.mp4", 100)
 
 
-# Parts of it.
+# Components.
 
 
 @pytest.mark.parametrize("size", [(1, 1), (37, 61), (5, 300)])
 @pytest.mark.parametrize("kind", ["photo", "grey", "palette"])
-def test_a_png_that_is_written_row_by_row_is_what_pillow_reads(size, kind):
+def test_pillow_reads_a_png_written_row_by_row(size, kind):
     random = np.random.default_rng(0)
     image = random.integers(0, 256, (*size, 3) if kind == "photo" else size, dtype=np.uint8)
     file = io.BytesIO()
     palette = CLASSES.palette if kind == "palette" else None
-    picture = Png(file, size, channels=3 if kind == "photo" else 1, palette=palette)
+    png = Png(file, size, channels=3 if kind == "photo" else 1, palette=palette)
     for top in range(0, size[0], 7):
-        picture.write(image[top : top + 7])
-    picture.close()
-    found = Image.open(io.BytesIO(file.getvalue()))
-    assert found.mode == {"photo": "RGB", "grey": "L", "palette": "P"}[kind]
-    assert np.array_equal(np.asarray(found), image)
+        png.write(image[top : top + 7])
+    png.close()
+    decoded = Image.open(io.BytesIO(file.getvalue()))
+    assert decoded.mode == {"photo": "RGB", "grey": "L", "palette": "P"}[kind]
+    assert np.array_equal(np.asarray(decoded), image)
 
 
-def test_polygons_hold_the_pixels_of_their_regions_holes_and_corners_included():
+def test_polygons_cover_the_pixels_of_their_regions_with_holes_and_corners():
     random = np.random.default_rng(0)
     for trial in range(30):
         mask = random.integers(0, 3, random.integers(1, 20, 2), dtype=np.uint8)
@@ -523,13 +527,13 @@ def test_polygons_hold_the_pixels_of_their_regions_holes_and_corners_included():
             back[inside] = region.class_index
             count += 1
         assert np.array_equal(back, mask)
-        by_hand = sum(
+        expected = sum(
             cv2.connectedComponents((mask == index).astype(np.uint8), connectivity=4)[0] - 1 for index in range(3)
         )
-        assert count == by_hand
+        assert count == expected
 
 
-def test_a_ring_is_one_polygon_whose_area_another_program_agrees_with():
+def test_a_ring_is_one_polygon_whose_area_opencv_confirms():
     mask = np.zeros((9, 9), np.uint8)
     mask[1:8, 1:8] = 1
     mask[3:6, 3:6] = 0
@@ -543,8 +547,8 @@ def test_a_ring_is_one_polygon_whose_area_another_program_agrees_with():
     assert not (differs & (outline == 0)).any()
 
 
-def test_a_tiler_sees_whole_what_fits(place):
+def test_an_image_that_fits_into_memory_is_not_tiled(place):
     tiler = Tiler(SegNet(3, **MODEL).eval().to("meta"), memory=1 << 20)
     assert tiler.step((10, 10)) is None
-    assert "geometry" not in vars(tiler)  # nobody had to look
+    assert "geometry" not in vars(tiler)  # the network was not traced
     assert tiler.step((1000, 1000)) is not None

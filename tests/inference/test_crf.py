@@ -1,4 +1,4 @@
-"""The dense CRF: a mean field written with plain loops, the reference's own numbers, and what it is for."""
+"""The dense CRF, compared with a mean field in plain loops and with pydensecrf, and its effect on images."""
 
 import math
 from collections import defaultdict
@@ -36,13 +36,15 @@ def scene(noise):
     return image.clip(0, 255).astype(np.uint8), mask
 
 
-def blocky(mask, num_classes, block, certainty):
-    """Probabilities that know of each block of pixels its commonest class."""
+def blocky(mask, num_classes, block, confidence):
+    """Probabilities in which each block of pixels has its most frequent class with the given confidence."""
     one_hot = torch.nn.functional.one_hot(torch.from_numpy(mask).long(), num_classes + 1)[:, :, :num_classes]
     counts = torch.nn.functional.avg_pool2d(one_hot.permute(2, 0, 1).float(), block, ceil_mode=True)
-    known = torch.nn.functional.one_hot(counts.argmax(dim=0), num_classes).permute(2, 0, 1).float()
-    known = known.repeat_interleave(block, dim=1).repeat_interleave(block, dim=2)[:, : mask.shape[0], : mask.shape[1]]
-    return known * certainty + (1 - certainty) / num_classes
+    one_hot_blocks = torch.nn.functional.one_hot(counts.argmax(dim=0), num_classes).permute(2, 0, 1).float()
+    one_hot_blocks = one_hot_blocks.repeat_interleave(block, dim=1).repeat_interleave(block, dim=2)[
+        :, : mask.shape[0], : mask.shape[1]
+    ]
+    return one_hot_blocks * confidence + (1 - confidence) / num_classes
 
 
 def looped_mean_field(probabilities, image, settings):
@@ -55,8 +57,8 @@ def looped_mean_field(probabilities, image, settings):
 
     def bilateral(i, j):
         colours = math.dist(image[i].astype(float), image[j].astype(float))
-        place = math.dist(i, j) ** 2 / (2 * settings.bilateral_std**2)
-        return math.exp(-place - colours**2 / (2 * settings.colour_std**2))
+        distance = math.dist(i, j) ** 2 / (2 * settings.bilateral_std**2)
+        return math.exp(-distance - colours**2 / (2 * settings.colour_std**2))
 
     kernels = []
     for weight, kernel in ((settings.spatial_weight, spatial), (settings.bilateral_weight, bilateral)):
@@ -78,20 +80,20 @@ def looped_mean_field(probabilities, image, settings):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_the_exact_mean_field_is_the_one_written_with_plain_loops(device):
-    image = (random_image(6, 7) // 8).astype(np.uint8)  # alike enough for the colours to matter
+def test_the_exact_mean_field_equals_one_in_plain_loops(device):
+    image = (random_image(6, 7) // 8).astype(np.uint8)  # similar enough for the colours to matter
     probabilities = random_probabilities(3, 6, 7)
     settings = CRF(spatial_std=1.5, bilateral_std=4, colour_std=9, iterations=4)
     expected = looped_mean_field(probabilities, image, settings)
     assert (expected - probabilities).abs().max() > 0.1
-    found = refine(probabilities.to(device), image, settings=settings, exact=True)
-    assert found.dtype == torch.float32
-    assert found.device.type == device
-    assert torch.allclose(found.cpu(), expected, rtol=0, atol=1e-6)
+    result = refine(probabilities.to(device), image, settings=settings, exact=True)
+    assert result.dtype == torch.float32
+    assert result.device.type == device
+    assert torch.allclose(result.cpu(), expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_the_bilateral_kernel_gives_the_numbers_of_pydensecrf(device):
+def test_the_bilateral_kernel_gives_the_results_of_pydensecrf(device):
     generator = np.random.default_rng(7)
     image = generator.integers(90, 130, (4, 5, 3), dtype=np.uint8)
     probabilities = generator.random((2, 4, 5))
@@ -101,8 +103,8 @@ def test_the_bilateral_kernel_gives_the_numbers_of_pydensecrf(device):
                 [0.488507, 0.897058, 0.502823, 0.141404, 0.617493], [0.06669, 0.056795, 0.394802, 0.894603, 0.705845],
                 ]  # fmt: skip
     settings = CRF(spatial_weight=0, bilateral_weight=1.5, colour_std=13, iterations=5)
-    found = refine(torch.from_numpy(probabilities).to(device), image, settings=settings)
-    assert np.allclose(found[0].cpu(), expected, rtol=0, atol=2e-5)
+    result = refine(torch.from_numpy(probabilities).to(device), image, settings=settings)
+    assert np.allclose(result[0].cpu(), expected, rtol=0, atol=2e-5)
 
 
 def looped_lattice(features, values):
@@ -117,67 +119,68 @@ def looped_lattice(features, values):
         ]
         point = [sum(scaled[axis:]) - (axis * scaled[axis - 1] if axis else 0) for axis in range(corners)]
         nearest = [corners * round(value / corners) for value in point]
-        while sum(nearest):  # off the plane: the coordinate that was rounded furthest that way goes back
-            way = 1 if sum(nearest) > 0 else -1
-            axis = min(range(corners), key=lambda axis: way * (point[axis] - nearest[axis]))
-            nearest[axis] -= way * corners
+        while sum(nearest):  # off the plane: correct the coordinate with the largest rounding error
+            sign = 1 if sum(nearest) > 0 else -1
+            axis = min(range(corners), key=lambda axis: sign * (point[axis] - nearest[axis]))
+            nearest[axis] -= sign * corners
         rest = [value - near for value, near in zip(point, nearest, strict=True)]
-        falling = sorted(range(corners), key=lambda axis: -rest[axis])
-        shares = {}
+        descending = sorted(range(corners), key=lambda axis: -rest[axis])
+        weights = {}
         for step in range(corners):
-            last = set(falling[corners - step :])
+            last = set(descending[corners - step :])
             name = tuple(nearest[axis] + step - corners * (axis in last) for axis in range(corners))
             if step:
-                share = (rest[falling[dimensions - step]] - rest[falling[dimensions - step + 1]]) / corners
+                weight = (rest[descending[dimensions - step]] - rest[descending[dimensions - step + 1]]) / corners
             else:
-                share = 1 - (rest[falling[0]] - rest[falling[dimensions]]) / corners
-            shares[name] = share
-        assert min(shares.values()) >= 0
-        assert math.isclose(sum(shares.values()), 1)
-        met = sum(share * np.array(name) for name, share in shares.items())
-        assert np.allclose(met, point)  # the shares are the point's barycentric coordinates
-        corners_of.append(shares)
+                weight = 1 - (rest[descending[0]] - rest[descending[dimensions]]) / corners
+            weights[name] = weight
+        assert min(weights.values()) >= 0
+        assert math.isclose(sum(weights.values()), 1)
+        reached = sum(weight * np.array(name) for name, weight in weights.items())
+        assert np.allclose(reached, point)  # the weights are the point's barycentric coordinates
+        corners_of.append(weights)
 
-    held = defaultdict(lambda: np.zeros(values.shape[1]))
-    for shares, value in zip(corners_of, values, strict=True):
-        for name, share in shares.items():
-            held[name] = held[name] + share * value
+    at_corners = defaultdict(lambda: np.zeros(values.shape[1]))
+    for weights, value in zip(corners_of, values, strict=True):
+        for name, weight in weights.items():
+            at_corners[name] = at_corners[name] + weight * value
     for direction in range(corners):
         step = np.ones(corners, dtype=int)
         step[direction] -= corners
-        nothing = np.zeros(values.shape[1])
-        held = {
+        zero = np.zeros(values.shape[1])
+        at_corners = {
             name: value
-            + sum(held.get(tuple(int(part) for part in np.array(name) + way * step), nothing) for way in (-1, 1)) / 2
-            for name, value in held.items()
+            + sum(at_corners.get(tuple(int(part) for part in np.array(name) + sign * step), zero) for sign in (-1, 1))
+            / 2
+            for name, value in at_corners.items()
         }
-    return np.array([sum(share * held[name] for name, share in shares.items()) for shares in corners_of])
+    return np.array([sum(weight * at_corners[name] for name, weight in weights.items()) for weights in corners_of])
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dimensions", [1, 2, 3, 4, 5, 6])
-def test_the_lattice_is_the_one_written_with_a_dictionary(dimensions, device):
+def test_the_lattice_equals_one_in_a_dictionary(dimensions, device):
     generator = np.random.default_rng(dimensions)
     features = generator.normal(0, 1.5, (150, dimensions)).astype(np.float32)
     values = generator.random((150, 4)).astype(np.float32)
-    found = Lattice(torch.from_numpy(features).to(device))(torch.from_numpy(values).to(device))
-    assert np.allclose(found.cpu(), looped_lattice(features, values), rtol=1e-4, atol=1e-5)
+    result = Lattice(torch.from_numpy(features).to(device))(torch.from_numpy(values).to(device))
+    assert np.allclose(result.cpu(), looped_lattice(features, values), rtol=1e-4, atol=1e-5)
 
 
 def features_of(image):
-    """Place and colour of every pixel in the published standard deviations, (H * W, 5)."""
+    """Position and colour of every pixel in the published standard deviations, (H * W, 5)."""
     rows, columns = np.mgrid[: image.shape[0], : image.shape[1]]
     return torch.tensor(np.dstack([columns / 20, rows / 20, image / 3]), dtype=torch.float32).flatten(0, 1)
 
 
 def relative_error(features):
-    """The lattice's error in weighted means of random values, by the exact means' own mean and by their spread."""
+    """The lattice's error in weighted means of random values, relative to their mean and to their spread."""
     values = torch.rand(len(features), 4, generator=torch.Generator().manual_seed(0))
     lattice = Lattice(features)
     weights = (torch.cdist(features, features).square() / -2).exp()
     exact = (weights @ values) / weights.sum(dim=1, keepdim=True)
-    found = lattice(values) / lattice(torch.ones_like(values))
-    return float((found - exact).square().mean().sqrt() / exact.mean()), float((found - exact).std() / exact.std())
+    result = lattice(values) / lattice(torch.ones_like(values))
+    return float((result - exact).square().mean().sqrt() / exact.mean()), float((result - exact).std() / exact.std())
 
 
 @pytest.mark.parametrize("noise", [None, 0, 2, 4, 8])
@@ -189,7 +192,7 @@ def test_filtering_a_40x50_image_is_within_a_tenth_of_exact(noise):
 
 
 @pytest.mark.parametrize(("noise", "labels"), [(0, 0), (4, 0.01), (8, 0.02)])
-def test_on_a_scene_the_lattice_gives_the_labels_of_exact_filtering(noise, labels):
+def test_on_a_scene_the_lattice_gives_the_classes_of_exact_filtering(noise, labels):
     image, mask = scene(noise)
     probabilities, settings = blocky(mask, 3, 8, 0.6), CRF(iterations=3)
     fast, exact = (refine(probabilities, image, settings=settings, exact=exact) for exact in (False, True))
@@ -198,7 +201,7 @@ def test_on_a_scene_the_lattice_gives_the_labels_of_exact_filtering(noise, label
 
 
 def test_the_spatial_kernel_is_exact_across_its_blocks():
-    # Longer and wider than a block of rows and its reach; colours play no part.
+    # Longer and wider than a block of rows and its reach; colours have no influence.
     settings = CRF(spatial_std=2, bilateral_weight=0, iterations=1)
     probabilities = random_probabilities(2, 75, 83)
     rows, columns = (torch.arange(size, dtype=torch.float64) for size in (75, 83))
@@ -206,8 +209,8 @@ def test_the_spatial_kernel_is_exact_across_its_blocks():
     scale = kernel.sum(dim=1, keepdim=True).rsqrt()
     values = probabilities.double().flatten(1).T
     expected = (values.log() + 3 * scale * (kernel @ (scale * values))).softmax(dim=1).T.reshape(2, 75, 83)
-    found = refine(probabilities, random_image(75, 83), settings=settings)
-    assert torch.allclose(found.double(), expected, rtol=0, atol=1e-6)
+    result = refine(probabilities, random_image(75, 83), settings=settings)
+    assert torch.allclose(result.double(), expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("exact", [False, True])
@@ -217,13 +220,13 @@ def test_probabilities_sum_to_one(exact):
     assert torch.allclose(refined.sum(dim=0), torch.ones(20, 31))
 
 
-def test_without_weights_or_iterations_the_probabilities_come_back():
+def test_without_weights_or_iterations_the_probabilities_are_unchanged():
     probabilities, image = random_probabilities(3, 9, 8), random_image(9, 8)
     for settings in (CRF(spatial_weight=0, bilateral_weight=0), CRF(iterations=0)):
         assert torch.allclose(refine(probabilities, image, settings=settings), probabilities, atol=1e-6)
 
 
-def test_a_class_of_probability_0_may_win_and_nothing_is_infinite():
+def test_probabilities_of_0_stay_finite_and_can_win():
     probabilities = torch.zeros(2, 12, 12)
     probabilities[0] = 1
     probabilities[:, 6, 6] = torch.tensor([0.0, 1.0])
@@ -232,7 +235,7 @@ def test_a_class_of_probability_0_may_win_and_nothing_is_infinite():
     assert (refined.argmax(dim=0) == 0).all()
 
 
-def test_one_wrong_pixel_of_a_plain_image_is_smoothed_away():
+def test_a_single_wrong_pixel_of_a_uniform_image_is_corrected():
     probabilities = torch.full((2, 20, 20), 0.3)
     probabilities[0] = 0.7
     probabilities[:, 9, 11] = torch.tensor([0.2, 0.8])
@@ -242,7 +245,7 @@ def test_one_wrong_pixel_of_a_plain_image_is_smoothed_away():
 
 
 def test_an_edge_in_colour_stops_the_smoothing():
-    """Two columns right of the edge are taken for the left class and go over; in a plain image one class takes all."""
+    """Two columns right of the edge change from the left class to the right; a uniform image becomes one class."""
     probabilities = torch.full((2, 30, 30), 0.3)
     probabilities[0, :, :17], probabilities[1, :, 17:] = 0.7, 0.7
     edge = np.full((30, 30, 3), 60, dtype=np.uint8)
@@ -255,8 +258,8 @@ def test_an_edge_in_colour_stops_the_smoothing():
 
 
 @pytest.mark.parametrize("exact", [False, True])
-def test_one_pixel_is_sharpened_by_itself(exact):
-    """With itself as its only neighbour each normalised kernel is 1: q = softmax(log p + 8 q)."""
+def test_the_probabilities_of_a_single_pixel_are_sharpened(exact):
+    """The pixel is its only neighbour, so each normalised kernel is 1: q = softmax(log p + 8 q)."""
     probabilities = torch.tensor([0.6, 0.4]).view(2, 1, 1)
     expected = probabilities.flatten()
     for _ in range(10):
@@ -272,7 +275,7 @@ def test_images_have_any_number_of_channels(channels):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_the_same_input_gives_the_same_bits_and_is_left_alone(device):
+def test_the_result_is_bitwise_reproducible_and_the_input_unchanged(device):
     image, probabilities = random_image(33, 47), random_probabilities(6, 33, 47).to(device)
     copies = image.copy(), probabilities.clone()
     torch.use_deterministic_algorithms(True)
@@ -285,7 +288,7 @@ def test_the_same_input_gives_the_same_bits_and_is_left_alone(device):
     assert torch.equal(probabilities, copies[1])
 
 
-def test_mixed_precision_changes_nothing_and_half_probabilities_are_taken():
+def test_mixed_precision_changes_nothing_and_half_probabilities_are_accepted():
     image, probabilities = random_image(12, 14), random_probabilities(3, 12, 14)
     plain = refine(probabilities, image)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -300,19 +303,23 @@ def test_an_image_may_be_a_tensor_or_read_only():
     assert torch.equal(refine(probabilities, np.asarray(Image.fromarray(image))), plain)
 
 
-def test_what_does_not_fit_is_one_sentence():
+def test_invalid_input_is_an_error_message():
     probabilities = random_probabilities(3, 12, 14)
-    with pytest.raises(UsageError, match=r"\(3, 12, 14\) and an image of shape \(14, 12, 3\) - .* of equal H and W"):
+    with pytest.raises(
+        UsageError, match=r"\(3, 12, 14\) and an image of shape \(14, 12, 3\) - .* with the same H and W"
+    ):
         refine(probabilities, random_image(14, 12))
     with pytest.raises(UsageError, match=r"\(1, 3, 12, 14\)"):
         refine(probabilities[None], random_image(12, 14))
-    with pytest.raises(UsageError, match="uint16 - its colours must be uint8"):
+    with pytest.raises(UsageError, match="uint16 - give uint8 colours"):
         refine(probabilities, random_image(12, 14).astype(np.uint16))
-    with pytest.raises(UsageError, match="standard deviations are too small for an image of 3 channels - enlarge them"):
+    with pytest.raises(
+        UsageError, match="standard deviations are too small for an image of 3 channels - increase them"
+    ):
         refine(probabilities, random_image(12, 14), settings=CRF(colour_std=0.001))
 
 
-def test_settings_are_those_published_and_are_checked_as_configs_are():
+def test_the_default_settings_are_the_published_ones_and_are_validated():
     published = {"spatial_weight": 3.0, "spatial_std": 3.0, "bilateral_weight": 5.0, "bilateral_std": 20.0}
     assert check({}, "crf", [CRF]) == published | {"colour_std": 3.0, "iterations": 10}
     with pytest.raises(UsageError, match=r"crf\.colour_std=0: input should be greater than 0"):
@@ -322,12 +329,12 @@ def test_settings_are_those_published_and_are_checked_as_configs_are():
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"no real VOC images in {REAL}")
-def test_real_outlines_come_back_from_blocks():
+def test_boundaries_of_a_real_image_are_recovered_from_blocks():
     image = np.asarray(Image.open(REAL / "JPEGImages/2011_000025.jpg"))
     mask = np.array(Image.open(REAL / "SegmentationClass/2011_000025.png"))
     counted = mask != 255
     probabilities = blocky(np.where(counted, mask, 21), 21, 16, 0.6)
     refined = refine(probabilities, image, settings=CRF(iterations=5))
-    before, after = ((found.argmax(dim=0).numpy() != mask)[counted].mean() for found in (probabilities, refined))
+    before, after = ((result.argmax(dim=0).numpy() != mask)[counted].mean() for result in (probabilities, refined))
     assert after < 0.95 * before
     assert relative_error(features_of(image[100:140, 200:250]))[0] < 0.1

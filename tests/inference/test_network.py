@@ -1,4 +1,4 @@
-"""A network in use: what it gives against the same computed by hand, and what its settings exclude."""
+"""The network prepared for inference, compared with direct computation, and settings that exclude each other."""
 
 import copy
 
@@ -34,7 +34,7 @@ def trained(tmp_path_factory):
     return fakes.untrained(path, {"_target_": "segdeconv.data.Shapes", "num_train": 2})
 
 
-def test_a_prediction_is_the_models_own_on_images_padded_to_its_minimum(model):
+def test_scores_equal_those_of_the_model_on_images_padded_to_its_minimum_size(model):
     images = torch.randn(2, 3, 9, 40)
     with torch.no_grad():
         expected = model(F.pad(images, (0, 0, 0, 23)))[:, :, :9]
@@ -51,15 +51,15 @@ def test_flipped_and_sampled_predictions_are_probabilities(model):
         expected = (model(images).softmax(1) + model(images.flip(-1)).softmax(1).flip(-1)) / 2
     assert flipped.is_probability
     torch.testing.assert_close(flipped.values, expected, rtol=1e-4, atol=1e-5)
-    drawn = Network(model, CPU, "32-true", samples=3)(images)
-    # Dropout draws its numbers in the order of memory.
+    samples = Network(model, CPU, "32-true", samples=3)(images)
+    # Dropout draws random numbers in memory order.
     last = copy.deepcopy(model).to(memory_format=torch.channels_last)
     by_hand = sampled(lambda batch: last(batch).softmax(dim=1), last, 3)(
         images.contiguous(memory_format=torch.channels_last)
     )
-    torch.testing.assert_close(drawn.probabilities(), by_hand.probabilities, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(drawn.uncertainty, by_hand.uncertainty, rtol=1e-3, atol=1e-6)
-    torch.testing.assert_close(drawn.information, by_hand.information, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(samples.probabilities(), by_hand.probabilities, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(samples.uncertainty, by_hand.uncertainty, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(samples.information, by_hand.information, rtol=1e-3, atol=1e-5)
 
 
 def test_scores_of_one_image_of_a_batch_are_resized_with_their_uncertainty():
@@ -72,13 +72,13 @@ def test_scores_of_one_image_of_a_batch_are_resized_with_their_uncertainty():
     assert one.information is None
 
 
-def test_parts_of_any_predictor_are_put_together():
+def test_the_parts_of_any_predictor_are_assembled():
     values, uncertainty = torch.randn(1, 4, 20, 30), torch.rand(1, 20, 30)
 
     def predictor(image, name):
         for rows, columns in parts((20, 30), (7, 11)):
-            place = (..., slice(*rows), slice(*columns))
-            yield (rows, columns), ClassScores(values[place], True, uncertainty[place])
+            area = (..., slice(*rows), slice(*columns))
+            yield (rows, columns), ClassScores(values[area], True, uncertainty[area])
 
     scores = whole_image(predictor, np.zeros((20, 30, 3), np.uint8), "x")
     assert torch.equal(scores.values, values)
@@ -86,18 +86,17 @@ def test_parts_of_any_predictor_are_put_together():
     assert scores.is_probability
 
 
-def test_two_networks_agree_with_themselves_in_tiles(trained):
-    """An ensemble of a network with itself, seen in tiles, is the network seen whole."""
-    read = checkpoint.read(trained, overrides=["dataset.size=null"])
+def test_an_ensemble_of_a_network_with_itself_in_tiles_equals_the_network(trained):
+    content = checkpoint.read(trained, overrides=["dataset.size=null"])
     image = np.random.default_rng(0).integers(0, 256, (130, 170, 3)).astype(np.uint8)
-    alone = Segmenter(read, PredictionSettings(precision="32-true"), device=CPU)
-    tiled = Segmenter(read, PredictionSettings(precision="32-true", tile=(72, 72)), device=CPU)
-    both = ensemble(tiled.predictor, tiled.predictor, "paper", range(len(read.classes)))
-    expected = whole_image(alone.predictor, image, "x").probabilities()
+    single = Segmenter(content, PredictionSettings(precision="32-true"), device=CPU)
+    tiled = Segmenter(content, PredictionSettings(precision="32-true", tile=(72, 72)), device=CPU)
+    both = ensemble(tiled.predictor, tiled.predictor, "paper", range(len(content.classes)))
+    expected = whole_image(single.predictor, image, "x").probabilities()
     assert (whole_image(both, image, "x").values - expected).abs().max() < 1e-4
 
 
-def test_what_is_left_of_a_checkpoints_model_has_no_weights(trained):
+def test_the_source_model_of_a_checkpoint_keeps_no_weights(trained):
     network = Network.of(checkpoint.read(trained), device=CPU)
     assert {parameter.device.type for parameter in network.source.parameters()} == {"meta"}
     assert {parameter.device.type for parameter in network.model.parameters()} == {"cpu"}
@@ -106,12 +105,12 @@ def test_what_is_left_of_a_checkpoints_model_has_no_weights(trained):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"scales": (0, 1)}, "are no scales"),
+        ({"scales": (0, 1)}, "are not valid scales"),
         ({"samples": 3, "scales": (1, 2)}, "--samples and --scales"),
-        ({"crf": CRF(), "samples": 3}, "--samples and --flip give mean probabilities"),
-        ({"regions": RegionSettings(num=3), "flip": True}, "--samples and --flip give mean probabilities"),
+        ({"crf": CRF(), "samples": 3}, "--samples and --flip average probabilities"),
+        ({"regions": RegionSettings(num=3), "flip": True}, "--samples and --flip average probabilities"),
         ({"crf": CRF(), "tile": (64, 64)}, "leave out --scales and --tile"),
-        ({"regions": RegionSettings(num=-3)}, "is no number of regions"),
+        ({"regions": RegionSettings(num=-3)}, "is not a valid number of regions"),
     ],
 )
 def test_settings_that_exclude_each_other_are_refused(settings, message):
@@ -119,6 +118,6 @@ def test_settings_that_exclude_each_other_are_refused(settings, message):
         PredictionSettings(**settings)
 
 
-def test_a_setting_that_does_not_exist_is_a_type_error():
+def test_an_unknown_setting_is_a_type_error():
     with pytest.raises(TypeError, match="flips"):
         PredictionSettings(flips=True)

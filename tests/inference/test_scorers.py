@@ -1,4 +1,4 @@
-"""Scorers that wrap scorers, against the same computed directly."""
+"""Scorers that wrap other scorers, compared with direct computation."""
 
 import pytest
 import torch
@@ -18,11 +18,11 @@ def _seed():
     torch.manual_seed(0)
 
 
-def scorer_of_size(seen):
-    """A scorer that notes the sizes it is called with; its scores are the image's channels."""
+def recording_scorer(sizes):
+    """A scorer that records the sizes it is called with; its scores are the image's channels."""
 
     def score(image):
-        seen.append(tuple(image.shape[-2:]))
+        sizes.append(tuple(image.shape[-2:]))
         return image
 
     return score
@@ -32,14 +32,14 @@ def scorer_of_size(seen):
     ("size", "called_with"),
     [((1, 1), (32, 32)), ((20, 50), (32, 50)), ((50, 20), (50, 32)), ((32, 32), (32, 32)), ((37, 41), (37, 41))],
 )
-def test_padding_goes_below_and_right_up_to_the_minimum_and_is_cut_off(size, called_with):
-    seen = []
+def test_padding_is_added_below_and_right_up_to_the_minimum_and_cropped_again(size, called_with):
+    sizes = []
     image = torch.randn(2, 3, *size)
-    assert torch.equal(with_padding(scorer_of_size(seen), 32)(image), image)
-    assert seen == [called_with]
+    assert torch.equal(with_padding(recording_scorer(sizes), 32)(image), image)
+    assert sizes == [called_with]
 
 
-def test_padded_network_sees_zeros_around_the_image():
+def test_a_padded_image_is_surrounded_by_zeros():
     model = SegNet(3, width=0.0625).eval()
     image = torch.randn(1, 3, 9, 40)
     by_hand = torch.zeros(1, 3, 32, 40)
@@ -48,7 +48,7 @@ def test_padded_network_sees_zeros_around_the_image():
         assert torch.equal(with_padding(model, model.minimum_size)(image), model(by_hand)[:, :, :9])
 
 
-def test_flipped_is_the_mean_softmax_of_both_views():
+def test_with_flip_is_the_mean_softmax_of_both_views():
     model = SegNet(3, width=0.0625).eval()
     image = torch.randn(2, 3, 33, 47)
     with torch.no_grad():
@@ -61,7 +61,7 @@ def test_flipped_is_the_mean_softmax_of_both_views():
     torch.testing.assert_close(result.sum(dim=1), torch.ones(2, 33, 47))
 
 
-def test_flipped_result_is_the_same_for_the_mirror_image():
+def test_with_flip_gives_the_same_result_for_the_mirror_image():
     model = SegNet(3, width=0.0625).eval()
     image = torch.randn(1, 3, 32, 34)
     with torch.no_grad():
@@ -75,7 +75,7 @@ def test_labels_are_the_largest_channel():
     assert result.dtype == torch.uint8
 
 
-def test_labels_resize_scores_and_not_labels():
+def test_labels_resizes_scores_and_not_class_indices():
     scores = torch.randn(1, 4, 6, 8)
     direct = F.interpolate(scores, size=(13, 17), mode="bilinear", align_corners=False).argmax(1)
     assert torch.equal(labels(scores, (13, 17)).long(), direct)
@@ -99,7 +99,7 @@ def test_autocast_runs_convolutions_in_the_precision(precision, dtype):
         assert torch.nn.Conv2d(3, 4, 3)(torch.randn(1, 3, 8, 8)).dtype == dtype
 
 
-def test_a_precision_that_is_asked_for_is_taken(monkeypatch):
+def test_a_requested_precision_is_used(monkeypatch):
     monkeypatch.setattr("segdeconv.system.devices.fast_precision", lambda: "bf16-mixed")
     assert resolve_precision("16-mixed", trained="bf16-mixed") == "16-mixed"
     assert resolve_precision("auto") == "bf16-mixed"
@@ -121,7 +121,7 @@ def test_unknown_precision_is_refused():
 
 
 def trained_norms(network):
-    """Give every batch norm statistics and parameters unlike its first ones."""
+    """Give every batch norm statistics and parameters that differ from the initial ones."""
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.running_mean, -1, 1)
@@ -141,7 +141,7 @@ def trained_norms(network):
         lambda: DeconvBlock(6, 4, kernel=7, padding=0),
     ],
 )
-def test_a_folded_block_is_one_layer_and_the_same_function(block):
+def test_a_folded_block_is_a_single_layer_and_the_same_function(block):
     block = trained_norms(block())
     layer = block.conv if isinstance(block, ConvBlock) else block.deconv
     x = torch.randn(2, layer.in_channels, 9, 8)
@@ -164,34 +164,34 @@ def test_a_folded_block_is_one_layer_and_the_same_function(block):
     ],
 )
 def test_a_folded_network_is_the_same_function(network):
-    # In float64, where rounding moves no switch.
+    # In float64, where rounding changes no switch.
     network = trained_norms(network().double())
     image = torch.randn(1, 3, network.minimum_size, network.minimum_size + 9, dtype=torch.float64)
     with torch.no_grad():
         torch.testing.assert_close(fold_norms(network)(image), network(image), rtol=1e-8, atol=1e-8)
 
 
-def test_memory_that_runs_out_is_met_with_half_the_batch():
-    seen = []
+def test_out_of_memory_halves_the_batch():
+    sizes = []
 
     def scorer(image):
-        seen.append(len(image))
+        sizes.append(len(image))
         if len(image) > 2:
-            torch.empty(2**50)  # what a machine says that has not enough
+            torch.empty(2**50)  # fails as on a machine without enough memory
         return image * 2
 
     images = torch.arange(5.0).reshape(5, 1, 1, 1)
     assert torch.equal(with_oom_fallback(scorer)(images), images * 2)
-    assert seen[:2] == [5, 3]
-    assert max(seen[2:]) <= 3
+    assert sizes[:2] == [5, 3]
+    assert max(sizes[2:]) <= 3
 
 
-def test_one_image_that_is_too_large_is_one_sentence():
+def test_a_single_image_that_is_too_large_is_an_error_message():
     def scorer(image):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     image = torch.full((1, 1, 300, 200), 3.0)
-    with pytest.raises(UsageError, match=r"memory ran out on one image of 300x200 - give a smaller dataset.size"):
+    with pytest.raises(UsageError, match=r"memory ran out on one image of 300x200 - set a smaller dataset.size"):
         with_oom_fallback(scorer)(image)
     with pytest.raises(RuntimeError, match="another fault"):
         with_oom_fallback(_fails)(image)
@@ -202,7 +202,7 @@ def _fails(image):
 
 
 def norms_in_use(network):
-    """Running statistics as after training."""
+    """Give every batch norm running statistics as after training."""
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.2)
@@ -211,7 +211,7 @@ def norms_in_use(network):
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_a_network_made_ready_is_a_faster_copy_that_says_the_same(precision):
+def test_a_network_prepared_for_inference_is_a_faster_copy_with_the_same_scores(precision):
     network, device = norms_in_use(SegNetBasic(5, width=8)), torch.device("cpu")
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     copy = prepare_for_inference(network, device, precision)
@@ -220,12 +220,12 @@ def test_a_network_made_ready_is_a_faster_copy_that_says_the_same(precision):
     assert computed == {torch.float32 if precision == "32-true" else torch.bfloat16}
     image = torch.randn(2, 3, 45, 60)
     with torch.no_grad(), autocast(precision, device):
-        found, unfolded = copy(image).float(), network(image).float()
+        folded_scores, unfolded = copy(image).float(), network(image).float()
     with torch.no_grad():
         exact = network.double()(image.double())
     network.float()
-    # As near to the exact scores as the network is that it was made from.
-    assert (found - exact).abs().mean() < 1.2 * (unfolded - exact).abs().mean() + 1e-6
-    assert (found - exact).abs().mean() < (1e-5 if precision == "32-true" else 0.1) * exact.abs().max()
+    # As close to the exact scores as the original network.
+    assert (folded_scores - exact).abs().mean() < 1.2 * (unfolded - exact).abs().mean() + 1e-6
+    assert (folded_scores - exact).abs().mean() < (1e-5 if precision == "32-true" else 0.1) * exact.abs().max()
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
     assert [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]

@@ -1,4 +1,4 @@
-"""Windows: every pixel once, aligned, holding all that is heard; and scores by parts are those of the whole."""
+"""Windows cover every pixel once, are aligned and hold receptive fields; scores in tiles equal those of the whole."""
 
 import numpy as np
 import pytest
@@ -41,18 +41,18 @@ def test_parts_cover_every_pixel_once(size, step):
 
 @given(
     stride=st.sampled_from([1, 2, 3, 8, 32]),
-    heard=st.tuples(st.integers(0, 90), st.integers(0, 90)),
+    extent=st.tuples(st.integers(0, 90), st.integers(0, 90)),
     sawtooth=st.booleans(),
-    least=st.integers(1, 80),
+    min_window=st.integers(1, 80),
     length=st.integers(1, 700),
     tile=st.integers(1, 400),
 )
 @settings(max_examples=150, deadline=None)
-def test_windows_hold_all_that_is_heard_begin_at_a_stride_and_are_as_long_as_the_network_needs(
-    stride, heard, sawtooth, least, length, tile
+def test_windows_hold_the_receptive_field_are_aligned_and_as_long_as_the_network_needs(
+    stride, extent, sawtooth, min_window, length, tile
 ):
     teeth = np.arange(stride) if sawtooth else np.zeros(stride, dtype=int)
-    axis = Axis(stride, heard[0] + teeth, heard[1] + teeth[::-1], least)
+    axis = Axis(stride, extent[0] + teeth, extent[1] + teeth[::-1], min_window)
     step = axis.step(tile)
     if step == 0:
         return
@@ -60,11 +60,11 @@ def test_windows_hold_all_that_is_heard_begin_at_a_stride_and_are_as_long_as_the
         first, last = axis.window(part, length)
         assert first % stride == 0
         assert last == length or last % stride == 0
-        assert last - first <= max(tile, axis.overlap + stride, least + stride)
-        assert last - first >= min(length, least)
-        places = np.arange(*part)
-        assert first <= max(0, (places - axis.before[places % stride]).min())
-        assert last > min(length - 1, (places + axis.after[places % stride]).max())
+        assert last - first <= max(tile, axis.overlap + stride, min_window + stride)
+        assert last - first >= min(length, min_window)
+        pixels = np.arange(*part)
+        assert first <= max(0, (pixels - axis.before[pixels % stride]).min())
+        assert last > min(length - 1, (pixels + axis.after[pixels % stride]).max())
 
 
 def skeleton(make):
@@ -72,7 +72,7 @@ def skeleton(make):
         return make().eval()
 
 
-def test_what_networks_hear_is_what_the_table_of_layers_says():
+def test_the_geometry_agrees_with_the_summarys_receptive_fields():
     vgg = geometry_of(skeleton(lambda: SegNet(11, width=0.25)), 32)
     # 404 pixels (docs/describe.md), of which 192 at most, and no fewer than 160, lie before a multiple of 32.
     assert (vgg.rows.stride, vgg.rows.overlap, vgg.exact) == (32, 384, True)
@@ -95,13 +95,13 @@ def in_use(network):
             nn.init.uniform_(module.bias, -1, 1)
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
             nn.init.kaiming_normal_(module.weight)
-    return network.eval().double()  # in which rounding moves no switch
+    return network.eval().double()  # in float64, rounding changes no switch
 
 
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in NETWORKS]
 )
-def test_scores_by_parts_are_those_of_the_whole(name):
+def test_scores_in_tiles_equal_those_of_the_whole_image(name):
     network = in_use(NETWORKS[name]())
     geometry = geometry_of(skeleton(NETWORKS[name]), network.minimum_size)
     assert geometry.exact
@@ -114,14 +114,14 @@ def test_scores_by_parts_are_those_of_the_whole(name):
         whole = network(image)
         for part in parts(size, step):
             (top, bottom), (left, right) = geometry.window(part, size)
-            seen = network(image[..., top:bottom, left:right])
+            scores = network(image[..., top:bottom, left:right])
             (first, last), (start, stop) = part
-            one = seen[..., first - top : last - top, start - left : stop - left]
-            torch.testing.assert_close(one, whole[..., first:last, start:stop], rtol=1e-10, atol=1e-10)
+            scores = scores[..., first - top : last - top, start - left : stop - left]
+            torch.testing.assert_close(scores, whole[..., first:last, start:stop], rtol=1e-10, atol=1e-10)
 
 
-def test_windows_one_stride_too_small_would_not_do():
-    """Or the test above would prove nothing."""
+def test_windows_one_stride_too_small_change_the_scores():
+    """Otherwise the test above would prove nothing."""
     network = in_use(SegNetBasic(3, width=4))
     geometry = geometry_of(skeleton(lambda: SegNetBasic(3, width=4)), 32)
     image = torch.randn(1, 3, 64, 400, dtype=torch.float64)
@@ -134,18 +134,18 @@ def test_windows_one_stride_too_small_would_not_do():
     assert (whole - shifted).abs().max() > 1e-3
 
 
-def test_a_tile_without_room_for_what_is_heard_is_refused():
+def test_a_tile_too_small_for_the_receptive_field_is_refused():
     geometry = geometry_of(skeleton(lambda: SegNetBasic(3, width=4)), 32)
     with pytest.raises(
         UsageError,
-        match=r"tiles of 200x500 are too small: SegNetBasic hears 96 pixels and more on every side - give tiles of "
-        "208x208 or larger",
+        match=r"tiles of 200x500 are too small: the receptive field of SegNetBasic extends at least 96 pixels to every "
+        "side - give tiles of 208x208 or larger",
     ):
         geometry.steps((200, 500), (1000, 1000))
     assert geometry.steps((100, 500), (90, 1000)) == (90, 304)  # an image that is no taller than the tile
 
 
-def test_a_tile_fits_into_the_memory_that_is_given():
+def test_a_tile_fits_into_the_given_memory():
     geometry = geometry_of(skeleton(lambda: SegNetBasic(3, width=4)), 32)
     for size in ((3000, 4000), (100, 100_000), (100_000, 100), (12_000, 9_000)):
         for memory in (30 << 20, 200 << 20):
@@ -155,31 +155,31 @@ def test_a_tile_fits_into_the_memory_that_is_given():
                 continue
             assert geometry.needed(tile) <= memory * 1.01
             step = geometry.steps(tile, size)
-            assert all(one % 16 == 0 or one == side for one, side in zip(step, size, strict=True))
+            assert all(length % 16 == 0 or length == side for length, side in zip(step, size, strict=True))
 
 
-class Everywhere(nn.Module):
+class Global(nn.Module):
     def forward(self, image):
         return image[:, :2] + image.mean(dim=(2, 3), keepdim=True)[:, :2]
 
 
-def test_a_network_that_hears_all_of_the_image_everywhere_takes_no_tiles():
+def test_a_network_that_depends_on_the_whole_image_cannot_be_tiled():
     with pytest.raises(
-        UsageError, match="every score of Everywhere hears all of the image, so it cannot be cut into tiles"
+        UsageError, match="every score of Global depends on the whole image, so images cannot be divided into tiles"
     ):
-        geometry_of(Everywhere(), 1)
+        geometry_of(Global(), 1)
 
 
-class Stretched(nn.Module):
+class Resized(nn.Module):
     def forward(self, image):
         small = nn.functional.interpolate(image, size=(image.shape[-2] * 3 // 7, image.shape[-1] * 3 // 7))
         return nn.functional.interpolate(small, size=image.shape[-2:], mode="bilinear")
 
 
-def test_a_network_that_normalises_by_what_it_sees_is_known_not_to_be_exact():
-    """Its group norm takes the mean over the whole map, which no window has."""
+def test_a_network_that_normalises_by_statistics_of_its_input_is_not_exact():
+    """Its group norm computes the mean over the whole feature map, which no window holds."""
     assert not geometry_of(skeleton(lambda: FPN(3, **SMALL)), 32).exact
 
 
-def test_a_network_whose_ratios_depend_on_the_image_is_known_not_to_be_exact():
-    assert not geometry_of(Stretched(), 1).exact
+def test_a_network_that_resizes_by_a_ratio_of_the_image_size_is_not_exact():
+    assert not geometry_of(Resized(), 1).exact

@@ -208,7 +208,7 @@ def test_a_network_without_dropout_gets_one_sentence():
         ):
             sampled(probabilities_of(model), model, 5)
     model = SegNet(3, width=SLIM, dropout_at="central")
-    with pytest.raises(UsageError, match=r"--samples=-1 is no number of passes"):
+    with pytest.raises(UsageError, match=r"--samples=-1 is not a valid number of passes"):
         sampled(probabilities_of(model), model, -1)
 
 
@@ -419,7 +419,7 @@ def test_a_picture_that_would_be_written_twice_is_refused_in_whatever_order_they
         Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(f"photos/{name}.png")
     assert typed("predict", "run/best.ckpt", "photos", "--out", "both") == 0  # two masks, two overlays
     assert typed("predict", "run/best.ckpt", "photos", "--samples", "2", "--out", "more") == 2
-    assert "would both become more/x_uncertainty.png" in capsys.readouterr().err
+    assert "have the same output file more/x_uncertainty.png" in capsys.readouterr().err
 
 
 def test_a_heat_map_goes_from_black_to_pale_in_steps_of_its_values():
