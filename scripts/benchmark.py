@@ -1,14 +1,15 @@
-"""Measure speed and memory against SegNet as it is usually written, in one run, and write a table and a plot.
+"""Compare speed and memory with the usual implementation of SegNet, and write a table and a plot.
 
     python scripts/benchmark.py [speed] [memory] [growth] [kernels] [input] [--size 360,480] [--batch 2] [--repeats 5]
                                 [--classes 11] [--root CAMVID] [--out DIR]
 
-speed   training steps and inference passes in turn, beside the machine's own matrix products
-memory  their peaks, each in a process of its own, and those of U-Net and FCN-8s
-growth  seconds and memory against pixels, images and classes
-kernels pooling and unpooling against torch's own, and against a copy
-input   images a second, from the disk and from the cache
-Without a word: speed. Writes DIR/benchmark.md, benchmark.json and, where matplotlib is installed, benchmark.png.
+speed    training steps and inference passes in turn, and the machine's matrix products for reference
+memory   peak memory, each measured in a separate process, also of U-Net and FCN-8s
+growth   time and memory by number of pixels, images and classes
+kernels  pooling and unpooling compared with torch's, and with a copy
+input    images per second, from the disk and from the cache
+
+The default is speed. Writes DIR/benchmark.md, benchmark.json and, if matplotlib is installed, benchmark.png.
 """
 
 import sys
@@ -23,26 +24,26 @@ PARTS = ("speed", "memory", "growth", "kernels", "input")
 
 
 def main() -> None:
-    """Measure what was asked for, show it, write it."""
+    """Run the chosen benchmarks, print the tables and write them."""
     parser = ArgumentParser("benchmark.py", description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} (default speed)")
     parser.add_argument("--size", default="360,480", help="height,width (default 360,480)")
-    parser.add_argument("--batch", type=int, default=2, help="images (default 2)")
-    parser.add_argument("--classes", type=int, default=11, help="(default 11)")
-    parser.add_argument("--repeats", type=int, default=5, help="of which the median is shown (default 5)")
-    parser.add_argument("--root", type=Path, help="CamVid's folder, for input (default: built-in pictures)")
+    parser.add_argument("--batch", type=int, default=2, help="images per batch (default 2)")
+    parser.add_argument("--classes", type=int, default=11, help="number of classes (default 11)")
+    parser.add_argument("--repeats", type=int, default=5, help="repetitions, whose median is shown (default 5)")
+    parser.add_argument("--root", type=Path, help="CamVid's folder, for input (default: built-in images)")
     parser.add_argument("--out", type=Path, default=Path("benchmark"), help="folder (default: benchmark)")
     arguments = parser.parse_args()
-    wanted = arguments.parts or ["speed"]
-    for part in wanted:
+    chosen = arguments.parts or ["speed"]
+    for part in chosen:
         if part not in PARTS:
-            raise UsageError(f"there is no part '{part}' - {did_you_mean(part, PARTS)}")
+            raise UsageError(f"unknown part '{part}' - {did_you_mean(part, PARTS)}")
     try:
         height, width = map(int, arguments.size.split(","))
     except ValueError:
-        raise UsageError(f"--size {arguments.size} is no size - write height,width, for example 360,480") from None
+        raise UsageError(f"--size {arguments.size} is not a size - write height,width, for example 360,480") from None
     if min(height, width, arguments.batch, arguments.classes, arguments.repeats) < 1:
-        raise UsageError("--size, --batch, --classes and --repeats are 1 or more")
+        raise UsageError("--size, --batch, --classes and --repeats must be positive - give 1 or more")
 
     from segdeconv.evaluation.report import write_json
     from segdeconv.experiments.benchmarks import contestants, parts, plot
@@ -57,21 +58,21 @@ def main() -> None:
         "input": lambda: parts.images(arguments.root, task.size),
     }
     tables = []
-    for part in wanted:
+    for part in chosen:
         for table in measures[part]():
             print(f"\n{table.markdown()}", flush=True)
             tables.append(table)
-    facts = {"command": command("benchmark", sys.argv[1:]), **parts.machine(task.device)}
+    metadata = {"command": command("benchmark", sys.argv[1:]), **parts.machine(task.device)}
     arguments.out.mkdir(parents=True, exist_ok=True)
-    head = "# Benchmark\n\n" + "\n".join(f"* {name}: {value}" for name, value in facts.items())
+    head = "# Benchmark\n\n" + "\n".join(f"* {name}: {value}" for name, value in metadata.items())
     text = "\n".join([head, *(f"\n{table.markdown()}" for table in tables)])
     (arguments.out / "benchmark.md").write_text(text)
-    content = {**facts, "tables": [{"title": table.title, "rows": table.rows, "note": table.note} for table in tables]}
-    write_json(content, arguments.out / "benchmark.json")
+    rows = [{"title": table.title, "rows": table.rows, "note": table.note} for table in tables]
+    write_json({**metadata, "tables": rows}, arguments.out / "benchmark.json")
     if find_spec("matplotlib"):
         plot.save(tables, arguments.out / "benchmark.png")
     else:
-        print("no plot: it needs matplotlib - pip install matplotlib")
+        print("no plot: matplotlib is not installed - pip install matplotlib")
     print("\n".join(str(path) for path in sorted(arguments.out.glob("benchmark.*"))))
 
 

@@ -1,9 +1,9 @@
-"""Show a network layer by layer: shapes, kernels, receptive fields, parameters, operations, memory.
+"""Summarise a network layer by layer: shapes, kernels, receptive fields, parameters, operations, memory.
 
     python scripts/describe.py [model=NAME] [size=[H,W]] [classes=N] [--json FILE] [key=value ...]
 
-Nothing is computed: the network needs no memory and any size is quick. The number of classes and of channels is that
-of the data set (dataset=NAME), the size what it is seen at (dataset.size), or 360x480.
+The network is traced without computing anything, so any size is fast and needs no memory. The number of classes and of
+channels is that of the data set (dataset=NAME), the size its input size (dataset.crop or dataset.size), or 360x480.
 """
 
 import shutil
@@ -20,7 +20,7 @@ from segdeconv.errors import UsageError, did_you_mean
 
 
 def main() -> None:
-    """Compose the config, trace the network, print the table."""
+    """Compose the config, trace the network and print the table."""
     words = sys.argv[1:]
     from segdeconv.config import list_groups
     from segdeconv.evaluation import report
@@ -28,39 +28,44 @@ def main() -> None:
     from segdeconv.summary.summary import describe, layer_table
 
     path = pop_option(words, "--json")
-    asked = _value(pop_option(words, "size")), _value(pop_option(words, "classes"))
+    size, num_classes = _value(pop_option(words, "size")), _value(pop_option(words, "classes"))
     config, _ = compose(words)
     known = {*list_groups(CONFIGS), "size", "classes"}
     if unknown := sorted(set(config) - known - {"seed", "resume", "resume_force", "init_from", "max_time"}):
-        raise UsageError(f"there is no key {unknown[0]} - {did_you_mean(unknown[0], known)}")
+        raise UsageError(f"unknown key {unknown[0]} - {did_you_mean(unknown[0], known)}")
     model, dataset = check_model(config["model"]), config["dataset"]
-    size = asked[0] or dataset.get("crop") or dataset.get("size") or [360, 480]
+    size = size or dataset.get("crop") or dataset.get("size") or [360, 480]
     if not (isinstance(size, list) and len(size) == 2 and all(isinstance(side, int) and side > 0 for side in size)):
-        raise UsageError(f"size={size} is no height and width - write for example size=[360,480]")
-    num_classes = asked[1] if asked[1] is not None else class_count(dataset)
+        raise UsageError(f"size={size} is not a height and width - write for example size=[360,480]")
+    if num_classes is None:
+        num_classes = class_count(dataset)
     if not isinstance(num_classes, int) or num_classes < 1:
-        raise UsageError(f"classes={num_classes} is no number of classes - write for example classes=21")
+        raise UsageError(f"classes={num_classes} is not a number of classes - write for example classes=21")
     channels = dataset.get("channels") or 3
-    found = describe(lambda: build_model(model, num_classes, channels, fresh=True), (size[0], size[1]))
-    print(layer_table(found, shutil.get_terminal_size((120, 24)).columns if sys.stdout.isatty() else 1000))
+    summary = describe(lambda: build_model(model, num_classes, channels, fresh=True), (size[0], size[1]))
+    print(layer_table(summary, shutil.get_terminal_size((120, 24)).columns if sys.stdout.isatty() else 1000))
     if path:
-        report.write_json(found.to_dict(), Path(path))
-        print(f"\neverything: {path}")
+        report.write_json(summary.to_dict(), Path(path))
+        print(f"\nfull summary: {path}")
 
 
 def class_count(dataset: dict[str, Any]) -> int:
-    """How many classes a data set has, without its files where its code says so."""
+    """Return the number of classes of a data set, without reading its files if its code defines them.
+
+    Raises:
+        UsageError: The classes are defined by files, and dataset.root is not set.
+    """
     from segdeconv.classes import Classes
     from segdeconv.config import TARGET, locate
     from segdeconv.data.relabelled import relabel
 
     schema = locate(dataset, "dataset")
-    known = getattr(schema, "classes", None) or getattr(sys.modules[schema.__module__], "CLASSES", None)
-    if isinstance(known, Classes):
-        return len(relabel(known, dataset.get("label_map") or {})[0])
+    classes = getattr(schema, "classes", None) or getattr(sys.modules[schema.__module__], "CLASSES", None)
+    if isinstance(classes, Classes):
+        return len(relabel(classes, dataset.get("label_map") or {})[0])
     if dataset.get("root") is None:
-        raise UsageError(f"{dataset[TARGET]} says its classes when its files are read - give dataset.root or classes=N")
-    from segdeconv.data.module import build_split, check_dataset  # late: albumentations takes a second to import
+        raise UsageError(f"the classes of {dataset[TARGET]} are read from its files - set dataset.root or classes=N")
+    from segdeconv.data.module import build_split, check_dataset  # a late import, since albumentations takes a second
 
     return len(build_split(check_dataset(dataset), "train").classes)
 
@@ -69,7 +74,7 @@ def _value(text: str | None) -> Any:
     try:
         return yaml.safe_load(text) if text else None
     except yaml.YAMLError:
-        raise UsageError(f"'{text}' cannot be read - write for example size=[360,480]") from None
+        raise UsageError(f"'{text}' is not valid YAML - write for example size=[360,480]") from None
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
-"""Score a checkpoint on a split of the data set it was trained on.
+"""Evaluate a checkpoint on a split of the data set it was trained on.
 
     python scripts/evaluate.py CHECKPOINT [--split val] [--out DIR] [--masks DIR] [--pictures DIR] [key=value ...]
 
-The checkpoint is enough; dataset.root=DIR says where the data lies if it has moved. Every stored pixel that is not
-ignored counts, at the mask's own size. Prints a table and writes DIR/report.json and DIR/report.html, one page with the
-scores, where they come from, and the best, the median and the worst images; --compare OTHER puts another network beside
-it.
+The checkpoint contains the config of its data; set dataset.root=DIR if the data has moved. Predictions are scored at
+the size of the stored masks, over all pixels that are not ignored. Prints a table and writes DIR/report.json and
+DIR/report.html, a page with the scores, their breakdown, and the best, median and worst images. --compare OTHER adds
+another network to the page.
 
---regions N sees each image through its N likeliest object proposals, as DeconvNet does; --ensemble CHECKPOINT adds a
-second network, as EDeconvNet does with FCN-8s; --crf refines the outlines. --ablate says what the switches are worth,
---uncertainty which signs of doubt find the errors.
+--regions N predicts each image from its N best object proposals, as DeconvNet does; --ensemble CHECKPOINT adds a second
+network, as EDeconvNet does with FCN-8s; --crf refines the result. --ablate measures how much the switches contribute,
+--uncertainty how well measures of uncertainty detect errors.
 """
 
 from segdeconv.cli.command import run_command

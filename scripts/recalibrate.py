@@ -1,10 +1,10 @@
-"""Compute a checkpoint's batch norm statistics anew, over the whole train split.
+"""Recompute a checkpoint's batch norm statistics over the whole train split.
 
     python scripts/recalibrate.py CHECKPOINT [--out FILE] [key=value ...]
 
-As the authors of SegNet do before they test, in place of running averages, which remember the last steps of training.
-Writes <name>_recalibrated.ckpt beside the checkpoint, to use like any other. dataset.batch_size=N sets how many images
-make a batch (default: as many as in training).
+The authors of SegNet do this before testing; it replaces the running averages, which reflect the last steps of
+training. Writes <name>_recalibrated.ckpt next to the checkpoint, for use like any other. dataset.batch_size=N sets the
+batch size (default: that of training).
 """
 
 from pathlib import Path
@@ -15,23 +15,23 @@ from segdeconv.errors import UsageError, command
 
 
 def main() -> None:
-    """Parse, read, recalibrate, write."""
+    """Parse the command line, recalibrate the checkpoint and write it."""
     parser = ArgumentParser("recalibrate.py", description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", help="a .ckpt that train.py wrote")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example dataset.root=DIR")
-    parser.add_argument("--out", type=Path, help="file to write (default: <name>_recalibrated.ckpt beside it)")
-    parser.add_argument("--trust", action="append", default=[], help="a class of your own that the config names")
+    parser.add_argument("--out", type=Path, help="file to write (default: <name>_recalibrated.ckpt next to it)")
+    parser.add_argument("--trust", action="append", default=[], help="allow a class of your own that the config names")
     arguments = parser.parse_intermixed_args()
 
     from segdeconv.checkpoints import checkpoint
     from segdeconv.system.devices import best_device
     from segdeconv.training.batchnorm_recalibration import recalibrated
 
-    read = read_checkpoint(arguments.checkpoint, arguments.trust, arguments.overrides)
-    out = arguments.out or read.path.with_name(f"{read.path.stem}_recalibrated.ckpt")
-    if out.resolve() == read.path.resolve():
+    source = read_checkpoint(arguments.checkpoint, arguments.trust, arguments.overrides)
+    out = arguments.out or source.path.with_name(f"{source.path.stem}_recalibrated.ckpt")
+    if out.resolve() == source.path.resolve():
         raise UsageError(f"--out {out} is the checkpoint itself - give it another name")
-    checkpoint.write(recalibrated(read, device=best_device()).content, out)
+    checkpoint.write(recalibrated(source, device=best_device()).content, out)
     print(f"written: {out}\nuse it:  {command('evaluate', [str(out)])}")
 
 

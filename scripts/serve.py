@@ -1,8 +1,8 @@
-"""Try a network on a page of this machine.
+"""Serve a web page on this machine to try a network on your own images.
 
     python scripts/serve.py CHECKPOINT [--port 8000] [--host 127.0.0.1] [--samples N] [key=value ...]
 
-Open the address that it prints, drop a picture. Ctrl-C ends it.
+Open the printed address in a browser and drop an image on the page. Ctrl-C stops the server.
 """
 
 import sys
@@ -14,34 +14,34 @@ from segdeconv.errors import UsageError
 
 
 def main() -> None:
-    """Parse, read, serve."""
+    """Parse the command line, read the checkpoint and serve the page."""
     parser = ArgumentParser("serve.py", description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", help="a .ckpt that train.py wrote, a .safetensors, or a shipped network")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example dataset.max_pixels=50000000")
-    parser.add_argument("--port", type=int, default=8000, help="0 for any that is free (default 8000)")
-    parser.add_argument("--host", default="127.0.0.1", help="the address to listen on (default: this machine alone)")
+    parser.add_argument("--port", type=int, default=8000, help="0 for any free port (default 8000)")
+    parser.add_argument("--host", default="127.0.0.1", help="the address to listen on (default: this machine only)")
     add_network_options(parser)
     arguments = parser.parse_intermixed_args()
     if not 0 <= arguments.port <= 65535:
-        raise UsageError(f"--port {arguments.port} is no port - give 0 to 65535")
+        raise UsageError(f"--port {arguments.port} is not a valid port - give 0 to 65535")
 
     from segdeconv.inference.predictors import PredictionSettings
     from segdeconv.inference.segmenter import Segmenter
-    from segdeconv.serving.predictor import PicturePredictor
+    from segdeconv.serving.predictor import ImagePredictor
     from segdeconv.serving.server import Server
 
-    read = read_checkpoint(arguments.checkpoint, arguments.trust, arguments.overrides)
+    checkpoint = read_checkpoint(arguments.checkpoint, arguments.trust, arguments.overrides)
     settings = PredictionSettings(precision=arguments.precision, samples=arguments.samples)
-    predictor = PicturePredictor(Segmenter(read, settings))
+    predictor = ImagePredictor(Segmenter(checkpoint, settings))
     server = Server(predictor, arguments.host, arguments.port)
     if not server.loopback:
         print(
-            f"segdeconv: warning: --host {arguments.host} lets everyone on your network send pictures and see the "
-            "answers; nothing is encrypted and nobody is asked who he is",
+            f"segdeconv: warning: --host {arguments.host} lets everyone on your network send images and see the "
+            "results, without encryption or authentication",
             file=sys.stderr,
         )
     print(f"{predictor.name}, {len(predictor.classes)} classes: {server.url}", flush=True)
-    print("Ctrl-C ends it.", flush=True)
+    print("Press Ctrl-C to stop.", flush=True)
     server.serve()
 
 

@@ -1,10 +1,10 @@
-"""Train a network: compose a config from configs/ and the command line, and run it.
+"""Train a network with a config composed from configs/ and the command line.
 
     python scripts/train.py [dataset=NAME] [model=NAME] [experiment=NAME] [key=value ...]
 
-The names are files in configs/; keys are arguments of the classes that those files name. A run writes into
-runs/<dataset>-<model>/<time>/: best.ckpt, last.ckpt, config.yaml, metrics.csv, report.json, TensorBoard events.
-resume=auto goes on with the newest unfinished run of the same config.
+NAME is a file in configs/; a key is an argument of the class that such a file names. A run writes to
+runs/<dataset>-<model>/<time>/: best.ckpt, last.ckpt, config.yaml, metrics.csv, report.json and TensorBoard events.
+resume=auto resumes the newest unfinished run of the same config.
 """
 
 import os
@@ -18,7 +18,7 @@ from segdeconv.errors import UsageError, command
 
 
 def main() -> None:
-    """Give Hydra the command line; it calls `train` once per job, with the job's folder."""
+    """Pass the command line to Hydra, which calls `train` once per job, with the job's folder."""
     import hydra
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
@@ -42,11 +42,11 @@ def main() -> None:
         try:
             if launched_from_outside() and not named:
                 raise UsageError(
-                    "torchrun or SLURM has started this command several times, each with a clock of its own - name one "
-                    "folder for all with hydra.run.dir=DIR"
+                    "torchrun or SLURM started several processes of this command, which would each choose their own "
+                    "run folder - set one for all with hydra.run.dir=DIR"
                 )
             if launched_from_outside() and rank_from_outside() > 0:
-                sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - one voice for all processes, until this one ends
+                sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - only rank 0 prints; open until exit
             config = to_plain(composed, sys.argv[1:])
             find_own_code(targets(config))
             train(config, run, runs=None if named else runs, typed=typed)
@@ -54,9 +54,9 @@ def main() -> None:
             raise _Failed(error) from error
         finally:
             if not named and folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()  # Hydra made it, and the run was another's or has not begun
+                folder.rmdir()  # created by Hydra, but the job resumed another run or failed before it began
 
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints lines of its own and leaves with 1
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints errors itself and exits with code 1
     try:
         hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")(job)()
     except _Failed as failed:
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 class _Failed(BaseException):
-    """Carries an error past Hydra, which would print lines of its own about any Exception."""
+    """A carrier that brings an exception past Hydra, which would print its own message about any Exception."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error

@@ -1,10 +1,11 @@
-"""Draw what a network sees: its switches, where they lead, how the decoder builds a mask, what units respond to.
+"""Draw figures of a network: its switches and their paths, the stages of the decoder, and the responses of units.
 
     python scripts/visualize.py CHECKPOINT [IMAGE_OR_FOLDER ...] [--out DIR] [key=value ...]
 
-Without pictures it takes the validation split of the checkpoint's data set. Writes PNG figures, for the first images
-NAME_switches, NAME_flow, NAME_stages and NAME_stability, for each layer units_LAYER, and index.html with all of them.
-A network without unpooling has no stages, and one whose pools keep no switches only units; that is said.
+Without images, the validation split of the checkpoint's data set is used. Writes PNG figures: NAME_switches, NAME_flow,
+NAME_stages and NAME_stability for the first images, and units_LAYER for each layer; index.html shows all of them. A
+network without unpooling has no stages, and one whose pools store no switches has only units; missing figures are
+reported.
 """
 
 import html
@@ -20,18 +21,20 @@ KINDS = "switches,flow,stages,stability,units"
 
 
 def main() -> int:
-    """Parse, restore, draw each image and each layer."""
+    """Parse the command line, read the checkpoint and draw the figures of images and layers."""
     parser = ArgumentParser("visualize.py", description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", help="a .ckpt that train.py wrote")
-    parser.add_argument("paths", nargs="*", metavar="PATH", help="pictures, folders, patterns, lists; then key=value")
+    parser.add_argument("paths", nargs="*", metavar="PATH", help="images, folders, patterns, lists; then key=value")
     parser.add_argument("--out", type=Path, default=Path("visualized"), help="folder (default: visualized)")
-    parser.add_argument("--only", default=KINDS, metavar="KIND,...", help=f"which sheets (default: {KINDS})")
-    parser.add_argument("--images", type=int, default=3, help="how many images have sheets of their own (default 3)")
-    parser.add_argument("--class", dest="label", help="whose way through the decoder is shown (default: the largest)")
+    parser.add_argument(
+        "--only", default=KINDS, metavar="KIND,...", help=f"kinds of figures to draw (default: {KINDS})"
+    )
+    parser.add_argument("--images", type=int, default=3, help="number of images to draw figures of (default 3)")
+    parser.add_argument("--class", dest="label", help="class shown in the stages of the decoder (default: the largest)")
     parser.add_argument("--layers", metavar="NAME,...", help="modules whose units are shown (default: encoder stages)")
-    parser.add_argument("--maps", metavar="N,...", help="numbers of the units (default: some at random)")
-    parser.add_argument("--num-maps", type=int, default=6, help="how many at random (default 6)")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice at random (default 0)")
+    parser.add_argument("--maps", metavar="N,...", help="indices of the units (default: random)")
+    parser.add_argument("--num-maps", type=int, default=6, help="number of random units (default 6)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random choice (default 0)")
     parser.add_argument("--search", type=int, default=200, help="most images to search for activations (default 200)")
     add_network_options(parser)
     arguments = parser.parse_intermixed_args()
@@ -39,7 +42,7 @@ def main() -> int:
     kinds = arguments.only.split(",")
     for kind in kinds:
         if kind not in KINDS.split(","):
-            raise UsageError(f"--only {kind} is no kind of sheet - {did_you_mean(kind, KINDS.split(','))}")
+            raise UsageError(f"--only {kind} is not a kind of figure - {did_you_mean(kind, KINDS.split(','))}")
     maps = numbers(arguments.maps) if arguments.maps else None
     for name in ("images", "num_maps", "search"):
         if getattr(arguments, name) < 1:
@@ -56,16 +59,16 @@ def main() -> int:
     from segdeconv.inference.segmenter import Segmenter
 
     files = find_images(paths, arguments.out, [f"_{kind}.png" for kind in kinds]) if paths else {}
-    read = read_checkpoint(arguments.checkpoint, arguments.trust, overrides)
-    names = read.classes.names
+    checkpoint = read_checkpoint(arguments.checkpoint, arguments.trust, overrides)
+    names = checkpoint.classes.names
     if arguments.label is not None and arguments.label not in names:
         raise UsageError(
-            f"--class {arguments.label} is no class of {read.path} - {did_you_mean(arguments.label, names)}"
+            f"--class {arguments.label} is not a class of {checkpoint.path} - {did_you_mean(arguments.label, names)}"
         )
     label = names.index(arguments.label) if arguments.label is not None else None
     settings = PredictionSettings(precision=arguments.precision, samples=arguments.samples)
-    visualizer = Visualizer(Segmenter(read, settings))
-    pictures = of_files(files, read.preprocessing) if files else of_dataset(restore_dataset(read, "val"))
+    visualizer = Visualizer(Segmenter(checkpoint, settings))
+    images = of_files(files, checkpoint.preprocessing) if files else of_dataset(restore_dataset(checkpoint, "val"))
     written: list[str] = []
 
     def write(name: str, figure: Any) -> None:
@@ -76,49 +79,53 @@ def main() -> int:
     for reason in dict.fromkeys(filter(None, lacking.values())):
         print(f"without {', '.join(kind for kind in kinds if lacking[kind] == reason)}: {reason}")
     if set(kinds) - {"units"}:
-        for picture in tqdm(pictures[: arguments.images], unit="image", disable=None):
-            for kind, figure in visualizer.figures(picture, kinds, label=label).items():
-                write(f"{picture.name}_{kind}", figure)
+        for image in tqdm(images[: arguments.images], unit="image", disable=None):
+            for kind, figure in visualizer.figures(image, kinds, label=label).items():
+                write(f"{image.name}_{kind}", figure)
     if "units" in kinds:
         layers = arguments.layers.split(",") if arguments.layers else visualizer.layers()
         if not layers:
-            raise UsageError(f"{read.path} has no encoder with stages - name modules of it with --layers")
-        step = max(1, len(pictures) // arguments.search)
-        searched = pictures[::step][: arguments.search]
+            raise UsageError(f"{checkpoint.path} has no encoder with stages - name its modules with --layers")
+        step = max(1, len(images) // arguments.search)
+        searched = images[::step][: arguments.search]
         strongest = visualizer.strongest(searched, layers)
         for layer in tqdm(layers, unit="layer", disable=None):
-            sheet = visualizer.units_figure(
+            figure = visualizer.units_figure(
                 searched, strongest, layer, maps=maps, num=arguments.num_maps, seed=arguments.seed
             )
-            write(f"units_{layer}", sheet)
+            write(f"units_{layer}", figure)
     if not written:
         raise UsageError(
-            f"{read.path} has nothing to show of --only {arguments.only}, as said above - try --only units"
+            f"{checkpoint.path} has no figures for --only {arguments.only}, for the reasons above - try --only units"
         )
-    write_index(arguments.out, read.path.name, written)
-    print(f"{len(written)} sheets in {arguments.out}; {arguments.out / 'index.html'} shows them all")
+    write_index(arguments.out, checkpoint.path.name, written)
+    print(f"{len(written)} figures in {arguments.out}; {arguments.out / 'index.html'} shows them all")
     return 0
 
 
 def write_index(out: Path, title: str, names: list[str]) -> None:
-    """One page with all sheets."""
+    """Write a page with all figures."""
     from urllib.parse import quote
 
     from segdeconv.system.files import replace_text
 
-    shown = "\n".join(
+    figures = "\n".join(
         f'<figure><img src="{quote(name)}" alt="{html.escape(name)}" style="max-width:100%"></figure>' for name in names
     )
     head = f'<!doctype html>\n<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n'
-    replace_text(out / "index.html", f"{head}{shown}\n")
+    replace_text(out / "index.html", f"{head}{figures}\n")
 
 
 def numbers(text: str) -> list[int]:
-    """`0,5,9` as numbers."""
+    """Parse a list of integers such as `0,5,9`.
+
+    Raises:
+        UsageError: The text is not a list of integers.
+    """
     try:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
-        raise UsageError(f"--maps {text} is no list of numbers - give for example --maps 0,5,9") from error
+        raise UsageError(f"--maps {text} is not a list of numbers - give for example --maps 0,5,9") from error
 
 
 if __name__ == "__main__":

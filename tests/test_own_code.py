@@ -1,4 +1,4 @@
-"""docs/own-code.md, as it is typed: a data set, a network and a loss that are not segdeconv's."""
+"""The commands of docs/own-code.md, with a data set, a network and a loss of the user's own."""
 
 import os
 import re
@@ -30,7 +30,7 @@ OWN = ("dataset._target_=mine.Stripes", "model._target_=mine.TinyNet", "loss._ta
 
 @pytest.fixture
 def own(tmp_path, monkeypatch):
-    """The current folder: a copy of docs/own_code."""
+    """A copy of docs/own_code as the current folder."""
     folder = shutil.copytree(ROOT / "docs" / "own_code", tmp_path / "own")
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "path", [place for place in sys.path if Path(place).resolve() != folder])
@@ -52,27 +52,27 @@ def config(*arguments):
 
 
 def test_a_config_names_classes_of_the_current_folder(own):
-    found = config(*OWN, "model.width=8", "loss.epsilon=2")
-    assert found["dataset"]["count"] == 256  # mine.Stripes' own default
-    assert found["dataset"]["batch_size"] == 16  # of configs/dataset/shapes.yaml, which the name replaces in part
-    assert (found["model"]["width"], found["loss"]["epsilon"]) == (8, 2.0)
-    assert {"mine.Poly", "mine.Stripes", "mine.TinyNet"} <= set(foreign(found))
-    assert sys.path[-1] == os.getcwd()  # after everything that is installed
+    composed = config(*OWN, "model.width=8", "loss.epsilon=2")
+    assert composed["dataset"]["count"] == 256  # the default of mine.Stripes
+    assert composed["dataset"]["batch_size"] == 16  # from configs/dataset/shapes.yaml, replaced only in part
+    assert (composed["model"]["width"], composed["loss"]["epsilon"]) == (8, 2.0)
+    assert {"mine.Poly", "mine.Stripes", "mine.TinyNet"} <= set(foreign(composed))
+    assert sys.path[-1] == os.getcwd()  # after all installed packages
 
 
-def test_the_current_folder_is_on_no_path_until_a_config_names_something_in_it(own):
+def test_the_current_folder_is_importable_only_if_a_config_names_something_in_it(own):
     config()
-    assert os.getcwd() not in sys.path  # a file among pictures that are being labelled is never imported
+    assert os.getcwd() not in sys.path  # a file among the images of a prediction is never imported
 
 
-def test_from_python_the_path_is_the_callers(own):
+def test_from_python_sys_path_is_unchanged(own):
     before = list(sys.path)
     with pytest.raises(UsageError, match=r"correct the name, or start in the folder that holds mine\.py"):
         locate({"_target_": "mine.Poly"}, "loss")
     assert sys.path == before
 
 
-def test_what_is_trusted_is_found_in_the_current_folder_and_what_is_installed_stays_where_it_is(own):
+def test_trusted_classes_are_found_in_the_current_folder_and_installed_modules_take_precedence(own):
     (own / "yaml.py").write_text("raise AssertionError")
     own_code.find_own_code(["yaml.Loader", "albumentations.Resize", "", ".Poly"])
     assert os.getcwd() not in sys.path
@@ -81,19 +81,19 @@ def test_what_is_trusted_is_found_in_the_current_folder_and_what_is_installed_st
     assert locate({"_target_": "mine.Poly"}, "loss").__name__ == "Poly"
 
 
-def test_a_folder_of_configurations_adds_its_files_to_ours(own):
-    found = config("--config-dir=configs", "experiment=stripes")
-    assert {"mine.Poly", "mine.Stripes", "mine.TinyNet"} <= set(foreign(found))
-    assert found["optimizer"]["lr"] == 0.01
-    assert "num_train" not in found["dataset"]
+def test_a_config_folder_adds_its_files_to_the_shipped_ones(own):
+    composed = config("--config-dir=configs", "experiment=stripes")
+    assert {"mine.Poly", "mine.Stripes", "mine.TinyNet"} <= set(foreign(composed))
+    assert composed["optimizer"]["lr"] == 0.01
+    assert "num_train" not in composed["dataset"]
     _, choices = compose(["--config-dir=configs", "dataset=stripes", "model=tinynet"], CONFIGS)
     assert (choices["dataset"], choices["model"], choices["augment"]) == ("stripes", "tinynet", "flip")
 
 
-def test_a_folder_of_configurations_may_have_any_name(own):
-    place = own / "it's, my [own] dir"
-    shutil.copytree(own / "configs", place)
-    assert config(f"--config-dir={place}", "dataset=stripes")["dataset"]["_target_"] == "mine.Stripes"
+def test_a_config_folder_can_have_any_name(own):
+    folder = own / "it's, my [own] dir"
+    shutil.copytree(own / "configs", folder)
+    assert config(f"--config-dir={folder}", "dataset=stripes")["dataset"]["_target_"] == "mine.Stripes"
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_a_folder_of_configurations_may_have_any_name(own):
         (["--config-dir=same", "dataset=shapes"], "same/dataset/shapes.yaml is the name of one of ours"),
     ],
 )
-def test_a_mistake_with_own_code_is_named_with_the_way_out(own, arguments, message):
+def test_a_mistake_in_own_code_is_named_with_the_way_out(own, arguments, message):
     (own / "broken.py").write_text("raise RuntimeError('no luck')")
     (own / "same" / "dataset").mkdir(parents=True)
     (own / "same" / "dataset" / "shapes.yaml").write_text("_target_: mine.Stripes\n")
@@ -123,13 +123,13 @@ def test_a_mistake_with_own_code_is_named_with_the_way_out(own, arguments, messa
     assert "\n" not in str(caught.value)
 
 
-def test_what_a_yaml_file_sets_and_a_class_does_not_take_can_be_taken_out(own):
+def test_a_key_of_a_yaml_file_that_a_class_does_not_accept_can_be_removed(own):
     assert (
         "num_train" not in config("experiment=demo", OWN[0], OWN[1], "~dataset.num_train", "~model.stages")["dataset"]
     )
 
 
-def test_a_callable_that_takes_any_argument_judges_it_itself():
+def test_a_callable_that_accepts_any_argument_validates_it_itself():
     def schema(*, lr: float = 1.0, **rest): ...
 
     node = {"_target_": "somewhere.schema", "lr": 2, "momentum": 0.9}
@@ -138,7 +138,7 @@ def test_a_callable_that_takes_any_argument_judges_it_itself():
         check({**node, "model": 1}, "optimizer", [schema], supplied=["model"])
 
 
-def test_the_pages_poly_loss_is_cross_entropy_where_epsilon_is_nothing_and_adds_as_published(own):
+def test_the_poly_loss_of_the_page_is_cross_entropy_for_epsilon_0_and_the_published_loss_otherwise(own):
     own_code.find_own_code(["mine.Poly"])
     poly = locate({"_target_": "mine.Poly"}, "loss")
     logits, mask = torch.randn(2, 3, 4, 5), torch.randint(3, (2, 4, 5))
@@ -146,18 +146,18 @@ def test_the_pages_poly_loss_is_cross_entropy_where_epsilon_is_nothing_and_adds_
     plain = poly(epsilon=0.0, class_weights=None, ignore_index=255)(logits, mask)
     assert torch.allclose(plain, F.cross_entropy(logits, mask, ignore_index=255))
     weights = [1.0, 2.0, 0.5]
-    by_hand = []
+    expected = []
     for image in range(2):
         for row, column in np.ndindex(4, 5):
             label = int(mask[image, row, column])
             if label != 255:
-                share = float(logits[image, :, row, column].softmax(0)[label])
-                by_hand.append(weights[label] * (2 * (1 - share) - np.log(share)))
-    found = poly(epsilon=2.0, class_weights=weights, ignore_index=255)(logits, mask)
-    assert float(found) == pytest.approx(np.mean(by_hand), rel=1e-5)
+                probability = float(logits[image, :, row, column].softmax(0)[label])
+                expected.append(weights[label] * (2 * (1 - probability) - np.log(probability)))
+    loss = poly(epsilon=2.0, class_weights=weights, ignore_index=255)(logits, mask)
+    assert float(loss) == pytest.approx(np.mean(expected), rel=1e-5)
 
 
-def test_what_a_config_leaves_out_is_what_train_yaml_has():
+def test_missing_keys_of_a_config_have_the_defaults_of_train_yaml():
     assert check_config({}) == config()
     groups = yaml.safe_load((CONFIGS / "train.yaml").read_text())["defaults"]
     assert set(DEFAULTS) == {name for entry in groups if isinstance(entry, dict) for name in entry} - {
@@ -178,7 +178,7 @@ def test_training_from_python_needs_no_hydra(own):
 
 
 @pytest.mark.slow
-def test_every_command_of_the_page_does_what_it_says(own):
+def test_every_command_of_the_page_works(own):
     (own / "photos").mkdir()
     Image.fromarray(np.full((40, 50, 3), 90, np.uint8)).save(own / "photos" / "photo.png")
     blocks = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)

@@ -1,4 +1,4 @@
-"""A page on this machine to try a network: drop a picture, see what it is made of.
+"""A local web page to try a network: drop an image on it and explore the prediction.
 
 May import everything up to `training`.
 """

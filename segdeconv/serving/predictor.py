@@ -1,4 +1,4 @@
-"""The prediction of one picture, with all that the page asks about it afterwards."""
+"""The prediction of one image, with everything that the page needs to explain its pixels."""
 
 import tempfile
 import time
@@ -17,22 +17,26 @@ from segdeconv.inference.scorers import ClassScores, entropy_of, labels_and_conf
 from segdeconv.inference.segmenter import Segmenter
 from segdeconv.switches.ops import Pooling
 
-LARGEST = 2_000_000  # pixels that are shown and labelled; larger pictures are reduced
+MAX_PIXELS = 2_000_000  # larger images are reduced to this size before they are predicted and shown
 
 
 @dataclass(frozen=True)
-class PicturePrediction:
-    """What a network says of a picture.
+class ImagePrediction:
+    """The prediction of one image.
 
-    picture: (H, W, 3) uint8, upright, as it is shown. reduced_from: the (H, W) that the file has, if that is more.
-    probabilities: (C, H, W) float32, on the network's device.
-    labels: (H, W) uint8; confidence: (H, W) float32, the probability of that class.
-    uncertainty: (H, W) float32 in 0..1: the entropy of the probabilities as a share of the most that it can be.
-    pooled: of the encoder, for the paths of pixels; empty if its pools keep no switches. network_size: (H, W) of the
-        network's input. seconds: that it took.
+    Attributes:
+        image: (H, W, 3) uint8, upright, as shown on the page.
+        reduced_from: (H, W) of the file, if the image was reduced.
+        probabilities: (C, H, W) float32, on the network's device.
+        labels: (H, W) uint8 class indices.
+        confidence: (H, W) float32, the probability of the class in `labels`.
+        uncertainty: (H, W) float32 in 0..1, the entropy of the probabilities divided by its maximum.
+        pooled: Outputs of the encoder's pools, for the paths of pixels; empty if the pools store no switches.
+        network_size: (H, W) of the network's input.
+        seconds: Time of the prediction.
     """
 
-    picture: np.ndarray
+    image: np.ndarray
     reduced_from: Size | None
     probabilities: Tensor
     labels: np.ndarray
@@ -44,40 +48,51 @@ class PicturePrediction:
 
     @property
     def size(self) -> Size:
-        """(H, W) of the picture as it is shown."""
-        return self.picture.shape[0], self.picture.shape[1]
+        """(H, W) of the image as shown on the page."""
+        return self.image.shape[0], self.image.shape[1]
 
 
-class PicturePredictor:
-    """A segmenter and all that the page shows of a picture."""
+class ImagePredictor:
+    """The predictor of the page.
+
+    Args:
+        segmenter: Reads the images; its network predicts them.
+    """
 
     def __init__(self, segmenter: Segmenter) -> None:
         self.segmenter, self.classes = segmenter, segmenter.classes
         self.name = type(segmenter.network.model).__name__
 
-    def predict(self, content: bytes) -> PicturePrediction:
-        """Predict the picture that a file holds; raises UsageError, about `this file`, if it cannot be read."""
+    def predict(self, content: bytes) -> ImagePrediction:
+        """Predict an image.
+
+        Args:
+            content: The bytes of an image file.
+
+        Raises:
+            UsageError: The image cannot be read; the message calls it `this file`.
+        """
         with tempfile.TemporaryDirectory(prefix="segdeconv-") as folder:
-            path = Path(folder) / "picture"
+            path = Path(folder) / "image"
             path.write_bytes(content)
             try:
                 image, _ = self.segmenter.open(path)
             except UsageError as error:
                 raise UsageError(str(error).replace(str(path), "this file")) from None
         started = time.monotonic()
-        whole = (image.shape[0], image.shape[1])
-        shrink = (LARGEST / (whole[0] * whole[1])) ** 0.5
-        if shrink < 1:
-            image = resize_image(image, (max(1, int(shrink * whole[0])), max(1, int(shrink * whole[1]))))
+        original = (image.shape[0], image.shape[1])
+        scale = (MAX_PIXELS / (original[0] * original[1])) ** 0.5
+        if scale < 1:
+            image = resize_image(image, (max(1, int(scale * original[0])), max(1, int(scale * original[1]))))
         size = (image.shape[0], image.shape[1])
         network, normalised = self.segmenter.network, self.segmenter.preprocessing(image, "this file")
         with switch_paths.recorded(network.model) as pooled:
             probabilities = network(normalised[None]).of_image(0, size).probabilities()
         index, confidence = labels_and_confidence(ClassScores(probabilities, True))
         entropy = entropy_of(probabilities)[0] / np.log(len(self.classes))
-        return PicturePrediction(
+        return ImagePrediction(
             draw.shown(image),
-            whole if shrink < 1 else None,
+            original if scale < 1 else None,
             probabilities[0],
             index[0].cpu().numpy(),
             confidence[0].cpu().numpy(),
@@ -88,18 +103,23 @@ class PicturePredictor:
         )
 
 
-def pixel(seen: PicturePrediction, y: int, x: int) -> dict[str, Any]:
-    """What is known of a pixel of the shown picture: every class's probability, and where its switches lead.
+def pixel(prediction: ImagePrediction, y: int, x: int) -> dict[str, Any]:
+    """Explain a pixel of the shown image: the probability of every class, and the path of its switches.
 
-    Places and boxes are in pixels of the shown picture; box is left, top, right, bottom.
+    Returns:
+        `probabilities` of the classes, and `path`, a list of one entry for each pool. Positions and boxes are in
+        pixels of the shown image; a box is left, top, right, bottom.
+
+    Raises:
+        UsageError: The pixel lies outside the image.
     """
-    height, width = seen.size
+    height, width = prediction.size
     if not (0 <= y < height and 0 <= x < width):
-        raise UsageError(f"pixel x={x}, y={y} is not in a picture of {width}x{height}")
-    down, across = height / seen.network_size[0], width / seen.network_size[1]
+        raise UsageError(f"pixel x={x}, y={y} is outside the image of {width}x{height} pixels")
+    down, across = height / prediction.network_size[0], width / prediction.network_size[1]
     steps = []
-    if seen.pooled:
-        for step in switch_paths.path(seen.pooled, (int((y + 0.5) / down), int((x + 0.5) / across))):
+    if prediction.pooled:
+        for step in switch_paths.path(prediction.pooled, (int((y + 0.5) / down), int((x + 0.5) / across))):
             top, left, bottom, right = step.box
             side = 2**step.level
             window = (step.window[1] * side, step.window[0] * side)
@@ -115,4 +135,4 @@ def pixel(seen: PicturePrediction, y: int, x: int) -> dict[str, Any]:
                     "place": [(step.place[1] + 0.5) * across, (step.place[0] + 0.5) * down],
                 }
             )  # fmt: skip
-    return {"probabilities": seen.probabilities[:, y, x].tolist(), "path": steps}
+    return {"probabilities": prediction.probabilities[:, y, x].tolist(), "path": steps}

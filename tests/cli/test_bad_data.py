@@ -1,4 +1,4 @@
-"""Masks, lists and folders through the real commands: taken as stated, or refused in one line before the first step."""
+"""Masks, lists and folders through the real commands: accepted, or refused in one line before the first step."""
 
 import shutil
 from pathlib import Path
@@ -50,7 +50,7 @@ def int32(path):
 
 
 class Marked:
-    """Unpickled, it says so on the disk."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -59,14 +59,14 @@ class Marked:
         return Path(self.path).touch, ()
 
 
-# A mask of one val image of a folder whose classes are found, or named by `classes.yaml`.
-TAKEN = {
+# The mask of one val image in a folder whose classes are inferred, or named by `classes.yaml`.
+ACCEPTED = {
     "61 palette": (lambda path: fakes.mask_file(MASK, "palette").save(path), None),
     "62 grey labels": (grey(0), None),
     "63 16-bit labels": (grey(2, np.uint16), None),
     "64 int32 tiff": (int32, None),
     "65 known colours": (coloured, NAMED),
-    "67 colours without a table": (coloured, None),  # they are found and shown, as labels are
+    "67 colours without a table": (coloured, None),  # inferred and shown, as labels are
     "68 known colours with alpha": (coloured_with_alpha, NAMED),
     "72 255 is ignored": (grey(255), None),
     "73 all ignored": (lambda path: Image.new("L", (64, 48), 255).save(path), None),
@@ -98,9 +98,9 @@ def with_mask(place, make, classes, masks="colours"):
         (place / "mine" / "classes.yaml").write_text(classes)
 
 
-@pytest.mark.parametrize("name", TAKEN)
-def test_a_mask_that_can_be_read_is_trained_and_scored_with(tmp_path, commands, name):
-    with_mask(tmp_path, *TAKEN[name])
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_a_valid_mask_is_used_for_training_and_scores(tmp_path, commands, name):
+    with_mask(tmp_path, *ACCEPTED[name])
     done = of_folder(commands, tmp_path)
     assert done.code == 0, done.err
     assert "  3: " in done.out or "3: " in done.out.partition("classes:")[2]
@@ -108,19 +108,19 @@ def test_a_mask_that_can_be_read_is_trained_and_scored_with(tmp_path, commands, 
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_mask_that_cannot_be_read_is_named_before_the_first_step(tmp_path, commands, name):
+def test_an_invalid_mask_is_named_before_the_first_step(tmp_path, commands, name):
     make, classes, words = REFUSED[name]
     with_mask(tmp_path, make, classes)
     done = of_folder(commands, tmp_path)
     require_refused(done, tmp_path, words)
-    assert "val_0" in done.sentence or name.startswith("72")  # there the first mask is refused already
+    assert "val_0" in done.sentence or name.startswith("72")  # there, the first mask is already refused
 
 
-def test_an_array_of_pickles_is_refused_and_runs_nothing(tmp_path, commands):
+def test_an_array_of_pickles_is_refused_and_runs_no_code(tmp_path, commands):
     marker = tmp_path / "marker"
     array(np.array([Marked(str(marker))], dtype=object))(tmp_path / "x.png")
     np.load(tmp_path / "x.npy", allow_pickle=True)
-    assert marker.exists(), "the payload must fire under a careless load, or this test shows nothing"
+    assert marker.exists(), "the payload must run in an unsafe load, otherwise this test proves nothing"
     marker.unlink()
     fakes.folder(tmp_path / "mine", layout="lists")
     (tmp_path / "mine" / "masks" / "val_0.png").unlink()
@@ -130,22 +130,22 @@ def test_an_array_of_pickles_is_refused_and_runs_nothing(tmp_path, commands):
 
 
 @pytest.mark.parametrize(
-    ("name", "words"),
+    ("name", "message"),
     [
         ("70 label of the number of classes", "has label 12; the classes have labels 0..10 and 11 for ignored pixels"),
         ("82 binary mask of a named set", "has label 255; the classes have labels 0..10 and 11 for ignored pixels"),
     ],
 )
-def test_a_label_that_a_published_set_does_not_have_is_named(tmp_path, commands, name, words):
+def test_a_label_unknown_to_a_published_data_set_is_named(tmp_path, commands, name, message):
     fakes.camvid(tmp_path / "camvid")
     mask = np.full((48, 64), 12 if name.startswith("70") else 255, np.uint8)
     Image.fromarray(mask).save(tmp_path / "camvid" / "valannot" / "val_000.png")
     done = train(commands, tmp_path, "dataset=camvid", "dataset.root=camvid")
-    require_refused(done, tmp_path, words)
+    require_refused(done, tmp_path, message)
     assert "val_000.png" in done.sentence
 
 
-def test_masks_of_0_and_255_are_two_classes_of_a_folder_and_it_is_said_before_training(tmp_path, commands):
+def test_masks_of_0_and_255_are_two_classes_which_are_shown_before_training(tmp_path, commands):
     fakes.folder(tmp_path / "mine", "binary", layout="lists")
     done = of_folder(commands, tmp_path)
     assert done.code == 0, done.err
@@ -153,7 +153,7 @@ def test_masks_of_0_and_255_are_two_classes_of_a_folder_and_it_is_said_before_tr
     assert done.out.index("foreground") < done.out.index("network:")
 
 
-def test_a_class_that_never_occurs_is_named_in_the_table(tmp_path, commands):
+def test_a_class_without_pixels_is_named_in_the_table(tmp_path, commands):
     fakes.folder(tmp_path / "mine", layout="lists")
     (tmp_path / "mine" / "classes.yaml").write_text("[a, b, c, ghost]")
     done = of_folder(commands, tmp_path)
@@ -162,7 +162,7 @@ def test_a_class_that_never_occurs_is_named_in_the_table(tmp_path, commands):
     assert line.endswith("<- no pixel in this split")
 
 
-def test_every_pixel_ignored_is_a_loss_of_zero_and_finite_weights(tmp_path, commands):
+def test_masks_of_ignored_pixels_only_give_zero_loss_and_finite_weights(tmp_path, commands):
     import torch
 
     fakes.folder(tmp_path / "mine", layout="lists")
@@ -205,20 +205,20 @@ LISTS = {
 
 
 @pytest.mark.parametrize("name", LISTS)
-def test_a_list_that_makes_no_split_is_named(tmp_path, commands, name):
+def test_an_invalid_list_is_named(tmp_path, commands, name):
     make, words = LISTS[name]
     fakes.folder(tmp_path / "mine", layout="lists")
     make(tmp_path / "mine")
     require_refused(of_folder(commands, tmp_path), tmp_path, words)
 
 
-def test_lists_may_have_blank_lines_crlf_and_a_byte_order_mark_and_a_last_batch_of_one(tmp_path, commands):
+def test_lists_can_have_blank_lines_crlf_and_a_byte_order_mark_and_a_last_batch_of_one(tmp_path, commands):
     fakes.folder(tmp_path / "mine", layout="lists")
     lists(train="\ufefftrain_0\r\n\r\ntrain_1\r\ntrain_2", val="\r\nval_0\r\n\r\n")(tmp_path / "mine")
     done = of_folder(commands, tmp_path)
     assert done.code == 0, done.err
     assert "3 train, 1 val images" in done.out
-    assert "1 epochs, 1 steps" in done.out  # batch norm never sees the single image that two and two leave over
+    assert "1 epochs, 1 steps" in done.out  # the incomplete last batch of one image is dropped
 
 
 ROOTS = {
@@ -233,18 +233,18 @@ ROOTS = {
 
 
 @pytest.mark.parametrize("name", ROOTS)
-def test_a_data_set_that_is_not_there_or_not_whole_is_named_with_what_was_expected(tmp_path, commands, name):
-    words, sentence = ROOTS[name]
+def test_a_missing_or_incomplete_data_set_is_named_with_the_expected_files(tmp_path, commands, name):
+    words, message = ROOTS[name]
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()
     fakes.camvid(tmp_path / "half")
     (tmp_path / "half" / "train" / "train_002.png").unlink()
     fakes.voc(tmp_path / "halfvoc")
     (tmp_path / "halfvoc" / "SegmentationClass" / "2007_000002.png").unlink()
-    require_refused(train(commands, tmp_path, *words), tmp_path, sentence)
+    require_refused(train(commands, tmp_path, *words), tmp_path, message)
 
 
-@pytest.mark.parametrize("what", ["classes", "table"])
+@pytest.mark.parametrize("kind", ["classes", "table"])
 @pytest.mark.parametrize(
     "content",
     [
@@ -266,11 +266,11 @@ def test_a_data_set_that_is_not_there_or_not_whole_is_named_with_what_was_expect
         "{? [x] : 0, b: 1}",
     ],
 )
-def test_a_class_table_that_is_none_is_named_and_runs_nothing(tmp_path, commands, what, content):
+def test_an_invalid_class_table_is_named_and_runs_no_code(tmp_path, commands, kind, content):
     fakes.folder(tmp_path / "mine", layout="lists")
-    place = tmp_path / ("mine/classes.yaml" if what == "classes" else "table.yaml")
-    place.write_text(content)
-    words = () if what == "classes" else ("dataset.classes=table.yaml",)
+    path = tmp_path / ("mine/classes.yaml" if kind == "classes" else "table.yaml")
+    path.write_text(content)
+    words = () if kind == "classes" else ("dataset.classes=table.yaml",)
     done = commands("inspect_data", "dataset=folder", "dataset.root=mine", *words, cwd=tmp_path)
     assert done.code == 2, done.out + done.err
     assert " - " in done.sentence

@@ -1,4 +1,4 @@
-"""Pictures of every kind through the real commands: read as stated, or refused in one line before the first step."""
+"""Image files of every kind through the real commands: read correctly, or refused in one line before the first step."""
 
 import subprocess
 import sys
@@ -17,7 +17,7 @@ SLIM = (
 
 
 def mask_beside(image, masks):
-    """A mask of a picture's stored size, with three labels where there is room."""
+    """Write a mask of an image's stored size, with three labels if it is large enough."""
     with Image.open(image) as stored:
         size = stored.size[::-1]
     labels = (np.arange(size[0] * size[1]) % 3).reshape(size).astype(np.uint8)
@@ -25,7 +25,7 @@ def mask_beside(image, masks):
 
 
 def pairs(folder, makers):
-    """A person's folder with these pictures, of which each is in val and a good one in train."""
+    """Create a data folder with the given images in val and good images in train."""
     for sub in ("train/images", "train/masks", "val/images", "val/masks"):
         (folder / sub).mkdir(parents=True)
     for number in range(2):
@@ -40,7 +40,7 @@ def pairs(folder, makers):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, commands):
-    """A network whose validation and training have seen every good picture at its own size."""
+    """A network trained and validated on every good image at its own size."""
     place = tmp_path_factory.mktemp("pictures")
     pairs(place / "mine", picture_files.GOOD)
     for image in (place / "mine" / "val" / "images").iterdir():  # under other names: an image is in one split only
@@ -67,19 +67,19 @@ def predicted(trained, commands):
 
 
 @pytest.mark.parametrize("name", [*picture_files.GOOD, *picture_files.TURNED])
-def test_a_picture_that_can_be_read_gets_a_mask_of_its_own_size(trained, predicted, name):
+def test_a_readable_image_gets_a_mask_of_its_own_size(trained, predicted, name):
     with Image.open(trained / "photos" / name) as image:
         size = image.size
     mask = fakes.opened(predicted / f"{(trained / 'photos' / name).stem}.png")
     assert mask.mode == "P"
-    assert mask.size == size  # as stored: also where a camera's turn was applied and taken back
+    assert mask.size == size  # as stored, also if the EXIF orientation was applied and reverted
     assert np.array(mask).max() < 3
     start = name.rpartition(".")[0][:40]
     assert [path for path in predicted.iterdir() if path.name.startswith(start) and "_overlay" in path.name]
 
 
 @pytest.mark.parametrize("name", picture_files.TURNED)
-def test_a_turned_picture_is_trained_on_only_when_it_is_said_how(tmp_path, commands, name):
+def test_a_turned_image_is_used_for_training_only_if_the_config_says_how(tmp_path, commands, name):
     pairs(tmp_path / "mine", {name: picture_files.TURNED[name]})
     words = ("inspect_data", "dataset=folder", "dataset.root=mine")
     done = commands(*words, cwd=tmp_path)
@@ -90,13 +90,13 @@ def test_a_turned_picture_is_trained_on_only_when_it_is_said_how(tmp_path, comma
     assert f"{name} is stored rotated" in done.out
     assert "set dataset.exif=apply or dataset.exif=ignore" in done.out
     assert commands(*words, "dataset.exif=ignore", cwd=tmp_path).code == 0
-    # The mask was drawn as stored, so applying the turn to the image is right for the turns that keep the size.
+    # The mask was drawn as stored, so applying the orientation to the image works if it keeps the size.
     applied = commands(*words, "dataset.exif=apply", cwd=tmp_path)
     assert applied.code == (0 if name[-5] in "234" else 2)
 
 
 @pytest.mark.parametrize("name", picture_files.BAD)
-def test_a_picture_that_cannot_be_read_ends_training_in_one_line_before_its_first_step(tmp_path, commands, name):
+def test_an_unreadable_image_ends_training_in_one_line_before_the_first_step(tmp_path, commands, name):
     make, words = picture_files.BAD[name]
     pairs(tmp_path / "mine", {"good.png": picture_files.saved("PNG")})
     make(tmp_path / "mine" / "val" / "images" / name)
@@ -124,7 +124,7 @@ def skipped(trained, commands):
     return commands("predict", "run/best.ckpt", "bad photos", "--out", "some", cwd=trained, timeout=30)
 
 
-def test_a_prediction_goes_on_after_bad_files_and_exits_2(trained, skipped):
+def test_prediction_continues_after_bad_files_and_exits_with_2(trained, skipped):
     assert skipped.code == 2
     count = len(picture_files.BAD)
     assert f"{count} of {count + 1} files could not be read, see the messages above" in skipped.sentence
@@ -134,14 +134,14 @@ def test_a_prediction_goes_on_after_bad_files_and_exits_2(trained, skipped):
 
 
 @pytest.mark.parametrize("name", picture_files.BAD)
-def test_a_prediction_has_one_line_for_a_bad_file(skipped, name):
+def test_prediction_prints_one_line_for_a_bad_file(skipped, name):
     lines = [line for line in skipped.out.splitlines() if f"/{name} " in line]
     assert len(lines) == 1
     assert lines[0].startswith("skipped: ")
     assert picture_files.BAD[name][1] in lines[0]
 
 
-def test_a_file_that_may_not_be_read_is_named(tmp_path, trained, commands):
+def test_a_file_without_read_permission_is_named(tmp_path, trained, commands):
     pairs(tmp_path / "mine", {"secret.png": picture_files.saved("PNG")})
     secret = tmp_path / "mine" / "val" / "images" / "secret.png"
     secret.chmod(0)
@@ -156,7 +156,7 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path, trained, commands):
 
 
 @pytest.mark.parametrize("entry", ["../outside", "/etc/hostname", "nobody"])
-def test_a_list_that_leads_out_of_its_folder_or_nowhere_is_named_with_its_line(tmp_path, commands, entry):
+def test_a_list_entry_outside_its_folder_or_missing_is_named_with_its_line(tmp_path, commands, entry):
     fakes.folder(tmp_path / "mine", layout="lists")
     picture_files.saved("PNG")(tmp_path / "outside.png")
     (tmp_path / "mine" / "val.txt").write_text(f"val_0\n{entry}\n")
@@ -166,7 +166,7 @@ def test_a_list_that_leads_out_of_its_folder_or_nowhere_is_named_with_its_line(t
 
 
 @pytest.mark.parametrize("entry", ["../../x.png", "/x.png", "train/../../x.png"])
-def test_a_list_of_a_published_data_set_that_leads_out_of_it_is_named(tmp_path, commands, entry):
+def test_a_list_entry_outside_a_published_data_set_is_named(tmp_path, commands, entry):
     fakes.camvid(tmp_path / "camvid")
     with (tmp_path / "camvid" / "train.txt").open("a") as file:
         file.write(f"{entry} trainannot/train_000.png\n")
@@ -176,7 +176,7 @@ def test_a_list_of_a_published_data_set_that_leads_out_of_it_is_named(tmp_path, 
 
 
 def test_a_jpeg_with_flipped_bits_is_read_or_named(tmp_path, trained, commands):
-    """Of flips in the coded pixels most give another picture, which nothing but a checksum could tell."""
+    """Most flips in the coded pixels give another valid image, which only a checksum could detect."""
     whole = picture_files.encoded("JPEG", quality=95)
     random = np.random.default_rng(0)
     photos = tmp_path / "photos"
@@ -192,7 +192,7 @@ def test_a_jpeg_with_flipped_bits_is_read_or_named(tmp_path, trained, commands):
 
 
 @pytest.mark.slow
-def test_a_picture_of_144_million_pixels_is_predicted_in_less_than_2_gb(tmp_path, trained, monkeypatch):
+def test_an_image_of_144_million_pixels_is_predicted_in_less_than_2_gb(tmp_path, trained, monkeypatch):
     coarse = np.random.default_rng(0).integers(0, 256, (120, 120, 3), dtype=np.uint8)
     Image.fromarray(coarse).resize((12_000, 12_000), Image.Resampling.BILINEAR).save(tmp_path / "large.jpg")
     words = ("--memory", "300M", "dataset.size=null", "--out", "out")
@@ -211,13 +211,13 @@ def test_a_picture_of_144_million_pixels_is_predicted_in_less_than_2_gb(tmp_path
         check=True,
     )
     assert int(done.stdout.splitlines()[-1]) * 1024 < 2e9
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # which a command lifts for itself alone
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # commands lift the limit only for their own process
     mask = Image.open(tmp_path / "out" / "large.png")
     assert (mask.size, mask.mode) == ((12_000, 12_000), "P")
     mask.close()
 
 
-def test_a_picture_of_too_many_pixels_says_the_key(tmp_path, trained, commands):
+def test_an_image_with_too_many_pixels_names_the_config_key(tmp_path, trained, commands):
     picture_files.saved("PNG")(tmp_path / "x.png")
     done = commands("predict", trained / "run" / "best.ckpt", "x.png", "dataset.max_pixels=100", cwd=tmp_path)
     assert done.code == 2

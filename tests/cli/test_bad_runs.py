@@ -1,4 +1,4 @@
-"""Checkpoints, keys, disks and workers through the real commands: one line, the exit code of the contract, no harm."""
+"""Bad checkpoints, keys, disks and workers through the real commands: one line, the documented exit code, no damage."""
 
 import os
 import shutil
@@ -34,7 +34,7 @@ def trained(tmp_path_factory, commands):
 
 @pytest.fixture
 def place(trained, tmp_path):
-    """A copy of the data and of a run that died after its only epoch, before it was finished."""
+    """A copy of the data and of a run that was killed after its only epoch, before it was finished."""
     shutil.copytree(trained / "mine", tmp_path / "mine")
     shutil.copytree(trained / "run", tmp_path / "run")
     (tmp_path / "run" / "report.json").unlink()
@@ -42,7 +42,7 @@ def place(trained, tmp_path):
 
 
 def changed(path, **parts):
-    """The checkpoint with other parts, and the sidecar that belongs to it."""
+    """Replace parts of a checkpoint and write it with a matching checksum file."""
     checkpoint.write({**checkpoint.load_plain(path), **parts}, path)
 
 
@@ -74,8 +74,8 @@ def with_hyper_parameters(**more):
 
 
 def without_facts(path):
-    remembered = checkpoint.load_plain(path)["hyper_parameters"]
-    changed(path, hyper_parameters={**remembered, "facts": {"classes": 3}})
+    hyper_parameters = checkpoint.load_plain(path)["hyper_parameters"]
+    changed(path, hyper_parameters={**hyper_parameters, "facts": {"classes": 3}})
 
 
 REFUSED = {
@@ -109,7 +109,7 @@ def test_a_checkpoint_that_cannot_be_trusted_is_exit_code_4(place, commands, scr
 
 
 @pytest.mark.parametrize("damage", [cut, flipped, with_nan, lambda path: path.write_bytes(b"")])
-def test_a_damaged_last_checkpoint_is_passed_over_and_the_one_before_it_used(place, commands, damage):
+def test_a_damaged_last_checkpoint_is_skipped_and_the_previous_one_used(place, commands, damage):
     for name in ("last.ckpt", "last.ckpt.sha256"):
         shutil.copy(place / "run" / name, place / "run" / name.replace("last", "previous"))
     damage(place / "run" / "last.ckpt")
@@ -119,8 +119,8 @@ def test_a_damaged_last_checkpoint_is_passed_over_and_the_one_before_it_used(pla
     assert "resumed from previous.ckpt" in done.out
 
 
-def test_a_damaged_last_checkpoint_never_takes_the_place_of_the_whole_one_before_it(place, commands):
-    """Gone on with from previous.ckpt and cut at the next write, there must still be previous.ckpt."""
+def test_a_damaged_last_checkpoint_never_replaces_the_intact_previous_one(place, commands):
+    """A run resumed from previous.ckpt and interrupted at the next write still has previous.ckpt."""
     for name in ("previous.ckpt", "previous.ckpt.sha256"):
         shutil.copy(place / "run" / name.replace("previous", "last"), place / "run" / name)
     cut(place / "run" / "last.ckpt")
@@ -134,14 +134,14 @@ def test_a_damaged_last_checkpoint_never_takes_the_place_of_the_whole_one_before
     checkpoint.verify(place / "run" / "previous.ckpt")
 
 
-def test_a_run_none_of_whose_checkpoints_is_whole_is_not_started_anew_over_them(place, commands):
+def test_a_run_without_an_intact_checkpoint_is_not_restarted_over_its_files(place, commands):
     cut(place / "run" / "last.ckpt")
     done = resume(commands, place)
     assert done.code == 4
     assert "run/last.ckpt is damaged" in done.sentence
 
 
-def test_weights_alone_are_nothing_to_go_on_from(place, commands):
+def test_a_run_cannot_be_resumed_from_weights_alone(place, commands):
     content = checkpoint.load_plain(place / "run" / "last.ckpt")
     checkpoint.write({part: content[part] for part in checkpoint.PARTS}, place / "run" / "last.ckpt")
     done = resume(commands, place)
@@ -152,7 +152,7 @@ def test_weights_alone_are_nothing_to_go_on_from(place, commands):
 
 
 @pytest.mark.parametrize("script", ["evaluate", "predict", "recalibrate", "init_from", "ensemble", "resume"])
-def test_an_address_is_no_checkpoint_anywhere(place, commands, script):
+def test_a_url_is_not_accepted_as_a_checkpoint(place, commands, script):
     address = "https://example.org/best.ckpt"
     words = {
         "evaluate": ("evaluate", address),
@@ -167,7 +167,7 @@ def test_an_address_is_no_checkpoint_anywhere(place, commands, script):
     assert address in done.sentence or "example.org" in done.sentence
 
 
-def test_careless_loading_cannot_be_switched_on_from_outside(place, commands):
+def test_unsafe_loading_cannot_be_enabled_by_the_environment(place, commands):
     import os as system
 
     class Payload:
@@ -182,7 +182,7 @@ def test_careless_loading_cannot_be_switched_on_from_outside(place, commands):
 
 
 def test_a_checkpoint_saved_on_an_accelerator_is_read_without_one(place, commands):
-    """Its storages say cuda:0, as those of a run on one do."""
+    """The checkpoint's storages have the device cuda:0, as after training on a GPU."""
     import zipfile
 
     path = place / "run" / "best.ckpt"
@@ -201,7 +201,7 @@ def test_a_checkpoint_saved_on_an_accelerator_is_read_without_one(place, command
     assert "segdeconv: warning: best.ckpt.sha256 is missing, so run/best.ckpt cannot be verified" in done.err
 
 
-def test_data_of_other_classes_is_refused_by_name_and_mapped_when_asked(place, commands):
+def test_data_with_other_classes_is_refused_by_name_and_mapped_on_request(place, commands):
     (place / "mine" / "classes.yaml").write_text("thing: 1\nground: 0\nother: 2\n")
     words = ("evaluate", "run/best.ckpt", "dataset.classes=mine/classes.yaml", "--out")
     done = commands(*words, "refused", cwd=place)
@@ -214,14 +214,14 @@ def test_data_of_other_classes_is_refused_by_name_and_mapped_when_asked(place, c
     assert done.code == 0, done.err
     same = commands("evaluate", "run/best.ckpt", "--out", "same", cwd=place)
     assert same.code == 0, same.err
-    found, expected = (yaml.safe_load((place / name / "report.json").read_text()) for name in ("mapped", "same"))
-    assert found["confusion"] == expected["confusion"]  # the classes came in another order and were told by name
-    assert [entry["name"] for entry in found["classes"]] == ["class_0", "class_1", "class_2"]
+    mapped, expected = (yaml.safe_load((place / name / "report.json").read_text()) for name in ("mapped", "same"))
+    assert mapped["confusion"] == expected["confusion"]  # the classes, in another order, are matched by name
+    assert [entry["name"] for entry in mapped["classes"]] == ["class_0", "class_1", "class_2"]
 
 
-def test_more_classes_begin_a_new_head_only_when_that_is_asked(place, commands):
+def test_more_classes_start_a_new_head_only_on_request(place, commands):
     (place / "mine" / "classes.yaml").write_text("[class_0, class_1, class_2, more]")
-    done = resume(commands, place)  # that the data has changed is in no key of the config
+    done = resume(commands, place)  # no key of the config reflects the changed data
     assert done.code == 2, done.err
     assert "was trained for 3 classes (class_0, class_1, class_2) and the data now has 4" in done.sentence
     assert "init_from=run/last.ckpt" in done.sentence
@@ -242,7 +242,7 @@ KEYS = {
     "132 no size": (("dataset.size=[0,5]",), "dataset.size=[0, 5]: input should be greater than"),
     "132 negative seed": (("seed=-1",), "seed=-1: input should be greater than"),
     "133 no value": (("optimizer.lr=",), "optimizer.lr=: input should be a valid number"),
-    "134 twice": (("dataset=shapes", "dataset=camvid"), "dataset is given twice"),
+    "134 twice": (("dataset=shapes", "dataset=camvid"), "dataset is base twice"),
     "136 misspelt argument": (("augment.flip.probability=1",), "there is no key augment.flip.probability"),
     "139 file": (("hydra.run.dir=file",), "file: file exists, so it cannot be written -"),
     "139 below a file": (("hydra.run.dir=file/run",), "file/run"),
@@ -260,15 +260,15 @@ KEYS = {
 
 
 @pytest.mark.parametrize("name", KEYS)
-def test_a_key_that_makes_no_sense_is_named_before_anything_starts(tmp_path, commands, name):
-    words, sentence = KEYS[name]
+def test_an_invalid_key_is_named_before_anything_starts(tmp_path, commands, name):
+    words, message = KEYS[name]
     (tmp_path / "file").touch()
-    given = [] if any(word.startswith("hydra.run.dir") for word in words) else ["hydra.run.dir=run"]
+    run_folder = [] if any(word.startswith("hydra.run.dir") for word in words) else ["hydra.run.dir=run"]
     slim = [word for word in SLIM if not any(word.split("=")[0] == other.split("=")[0] for other in words)]
     env = {"TOKEN": "a-secret-of-the-environment"}
-    done = commands("train", *slim, *words, *given, cwd=tmp_path, env=env)
+    done = commands("train", *slim, *words, *run_folder, cwd=tmp_path, env=env)
     assert done.code in (2, 5), done.out + done.err
-    assert sentence in done.sentence
+    assert message in done.sentence
     assert " - " in done.sentence
     assert "epoch 1" not in done.out
     for path in tmp_path.rglob("*"):
@@ -276,7 +276,7 @@ def test_a_key_that_makes_no_sense_is_named_before_anything_starts(tmp_path, com
 
 
 @pytest.mark.parametrize("accelerator", ["gpu", "mps"])
-def test_an_accelerator_that_the_machine_lacks_is_one_sentence(tmp_path, commands, accelerator):
+def test_a_missing_accelerator_is_an_error_message(tmp_path, commands, accelerator):
     if torch.cuda.is_available() or torch.backends.mps.is_available():
         pytest.skip("this machine has an accelerator")
     words = (f"trainer.accelerator={accelerator}", "trainer.devices=2", "hydra.run.dir=run")
@@ -293,7 +293,7 @@ def test_crops_larger_than_the_images_are_padded_with_ignored_pixels(place, comm
     assert float(row[header.index("train/loss")]) > 0
 
 
-# A changed config, and runs in one place
+# A changed config, and several runs in one folder
 
 
 @pytest.mark.parametrize(
@@ -303,8 +303,8 @@ def test_crops_larger_than_the_images_are_padded_with_ignored_pixels(place, comm
         "loss=dice", "schedule=cosine", "trainer.max_epochs=3", "seed=7",
     ],
 )  # fmt: skip
-def test_going_on_with_another_config_is_refused_with_its_key(place, commands, word):
-    words = [given for given in DATA if given.split("=")[0] != word.split("=")[0]]
+def test_resuming_with_another_config_is_refused_with_its_key(place, commands, word):
+    words = [other for other in DATA if other.split("=")[0] != word.split("=")[0]]
     done = commands("train", *words, word, "hydra.run.dir=run", "resume=auto", cwd=place)
     assert done.code == 2, done.out + done.err
     assert f"other values of {word.split('=')[0]}" in done.sentence
@@ -312,13 +312,13 @@ def test_going_on_with_another_config_is_refused_with_its_key(place, commands, w
 
 
 @pytest.mark.parametrize("word", ["dataset.num_workers=1", "dataset.timeout=60", "logger=tensorboard", "max_time=1h"])
-def test_going_on_with_harmless_keys_changed_is_allowed(place, commands, word):
-    words = [given for given in DATA if given.split("=")[0] != word.split("=")[0]]
+def test_resuming_with_changed_harmless_keys_is_allowed(place, commands, word):
+    words = [other for other in DATA if other.split("=")[0] != word.split("=")[0]]
     done = commands("train", *words, word, "hydra.run.dir=run", "resume=auto", cwd=place)
     assert done.code == 0, done.out + done.err
 
 
-def test_a_finished_run_says_so_and_is_left_as_it_is(trained, tmp_path, commands):
+def test_a_finished_run_is_reported_and_left_unchanged(trained, tmp_path, commands):
     for name in ("mine", "run"):
         shutil.copytree(trained / name, tmp_path / name)
     before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.suffix == ".ckpt"}
@@ -340,7 +340,7 @@ HOSTILE_CONFIGS = {
 
 
 @pytest.mark.parametrize("name", HOSTILE_CONFIGS)
-def test_a_config_in_the_folder_of_a_run_is_data_and_never_code(place, commands, name):
+def test_a_config_in_a_run_folder_never_runs_code(place, commands, name):
     (place / "run" / "config.yaml").write_text(HOSTILE_CONFIGS[name])
     done = resume(commands, place)
     assert done.code == 2, done.err
@@ -348,7 +348,7 @@ def test_a_config_in_the_folder_of_a_run_is_data_and_never_code(place, commands,
     assert not list(place.rglob("marker"))
 
 
-def test_a_report_that_was_cut_short_is_not_the_end_of_a_run(place, commands):
+def test_a_run_with_a_truncated_report_is_not_finished(place, commands):
     (place / "run" / "report.json").write_text('{"miou": 0.')
     (place / "run" / "metrics.csv").write_text("no,numbers\nat,all\n")
     assert resume(commands, place).code == 0
@@ -365,7 +365,7 @@ time.sleep(60)
 """
 
 
-def test_two_runs_never_share_a_folder_and_the_lock_of_a_dead_one_is_taken_over(place, commands):
+def test_two_runs_never_share_a_folder_and_the_lock_of_a_killed_run_is_released(place, commands):
     shutil.rmtree(place / "run")
     with subprocess.Popen(
         [sys.executable, "-c", HOLD, "run"],
@@ -409,7 +409,7 @@ def test_results_that_cannot_be_written_are_exit_code_5(place, commands, script)
     assert ("mine/train.txt" if "file" in script else "there") in done.sentence
 
 
-def test_a_disk_that_is_too_small_for_the_checkpoints_is_said_before_the_first_step(place, commands):
+def test_a_disk_too_small_for_the_checkpoints_is_an_error_before_the_first_step(place, commands):
     (place / "small").mkdir()
     words = [word for word in DATA if not word.startswith("model.stages")]
     words += ["model.stages=[[64],[256,256]]", "hydra.run.dir=small/run"]
@@ -420,18 +420,18 @@ def test_a_disk_that_is_too_small_for_the_checkpoints_is_said_before_the_first_s
 
 
 @pytest.mark.parametrize("limits", ["full", "file size"])
-def test_a_disk_that_fills_up_leaves_the_old_checkpoint_whole(place, commands, limits):
-    """The last checkpoint is kept outside of the small disk, so that it can be looked at afterwards."""
+def test_a_disk_that_fills_up_leaves_the_old_checkpoint_intact(place, commands, limits):
+    """The last checkpoint is stored outside the small disk, so that it can be checked afterwards."""
     run = place / "run"
     before = {path.name: path.read_bytes() for path in run.glob("*.ckpt")}
     size = sum(map(len, before.values()))
     words = [word for word in DATA if "max_epochs" not in word]
-    given = {"file_size": 20_000} if limits == "file size" else {"tmpfs": {str(place / "tiny"): str(size // 8)}}
+    settings = {"file_size": 20_000} if limits == "file size" else {"tmpfs": {str(place / "tiny"): str(size // 8)}}
     (place / "tiny").mkdir()
     target = "run" if limits == "file size" else "tiny/run"
     done = commands(
         "train", *words, "trainer.max_epochs=9", f"hydra.run.dir={target}", "resume=auto", "resume_force=true",
-        cwd=place, limits=given,
+        cwd=place, limits=settings,
     )  # fmt: skip
     assert done.code == 5, done.out + done.err
     assert target in done.sentence or "a file" in done.sentence
@@ -447,25 +447,25 @@ MISBEHAVING = '''
 import os, signal, time
 from segdeconv.data.datasets.folder import Folder
 class Bad(Folder):
-    """A data set one of whose workers comes to harm."""
-    def __init__(self, split, root, *, harm: str = "") -> None:
+    """A data set whose worker fails in a chosen way."""
+    def __init__(self, split, root, *, failure: str = "") -> None:
         super().__init__(split, root)
-        self.harm = harm
+        self.failure = failure
     def __getitem__(self, index):
         import torch
         if torch.utils.data.get_worker_info() is not None:
-            if self.harm == "hang":
+            if self.failure == "hang":
                 time.sleep(1000)
-            if self.harm == "exit":
+            if self.failure == "exit":
                 os._exit(3)
-            if self.harm == "shm":
+            if self.failure == "shm":
                 import numpy as np
                 image, mask, name = super().__getitem__(index)
                 return type(super().__getitem__(index))(np.tile(image, (60, 60, 1)), np.tile(mask, (60, 60)), name)
-            os.kill(os.getpid(), getattr(signal, self.harm))
+            os.kill(os.getpid(), getattr(signal, self.failure))
         return super().__getitem__(index)
 '''
-HARMS = {
+FAILURES = {
     "143 killed": ("SIGKILL", (), "a worker was killed, probably by the system because memory ran out", 5),
     "56 segmentation fault": ("SIGSEGV", (), "a worker died", 5),
     "56 exit": ("exit", (), "a worker died", 8),
@@ -473,13 +473,13 @@ HARMS = {
 }
 
 
-@pytest.mark.parametrize("name", HARMS)
-def test_a_worker_that_comes_to_harm_ends_the_run_in_one_line(place, commands, name):
-    harm, more, words, seconds = HARMS[name]
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_failed_worker_ends_the_run_with_one_line(place, commands, name):
+    failure, more, words, seconds = FAILURES[name]
     (place / "bad.py").write_text(MISBEHAVING)
-    given = [word for word in DATA[2:] if "num_workers" not in word]
+    base = [word for word in DATA[2:] if "num_workers" not in word]
     done = commands(
-        "train", "dataset=folder", "dataset._target_=bad.Bad", "dataset.root=mine", f"dataset.harm={harm}", *given,
+        "train", "dataset=folder", "dataset._target_=bad.Bad", "dataset.root=mine", f"dataset.failure={failure}", *base,
         "dataset.num_workers=1", *more, "hydra.run.dir=new", cwd=place, timeout=60,
     )  # fmt: skip
     assert done.code == 2, done.err
@@ -488,11 +488,11 @@ def test_a_worker_that_comes_to_harm_ends_the_run_in_one_line(place, commands, n
     assert done.seconds < seconds + 5
 
 
-def test_too_little_shared_memory_is_said(place, commands):
+def test_too_little_shared_memory_is_reported(place, commands):
     (place / "bad.py").write_text(MISBEHAVING)
-    given = [word for word in DATA[2:] if "num_workers" not in word and "size=[" not in word]
+    base = [word for word in DATA[2:] if "num_workers" not in word and "size=[" not in word]
     done = commands(
-        "train", "dataset=folder", "dataset._target_=bad.Bad", "dataset.root=mine", "dataset.harm=shm", *given,
+        "train", "dataset=folder", "dataset._target_=bad.Bad", "dataset.root=mine", "dataset.failure=shm", *base,
         "dataset.size=[512,512]", "dataset.num_workers=1", "hydra.run.dir=new", cwd=place, timeout=60,
         limits={"tmpfs": {"/dev/shm": "1m"}},
     )  # fmt: skip
@@ -500,7 +500,7 @@ def test_too_little_shared_memory_is_said(place, commands):
     assert "shared memory" in done.sentence
 
 
-def test_nothing_of_the_environment_is_written_into_a_run(place, commands):
+def test_no_environment_variable_is_written_to_a_run(place, commands):
     words = [word for word in DATA if not word.startswith("logger")]
     secrets = {"TOKEN": "a-planted-secret", "HOME": "/home/a-planted-name"}
     done = commands("train", *words, "hydra.run.dir=new", cwd=place, env=secrets)
@@ -513,10 +513,10 @@ def test_nothing_of_the_environment_is_written_into_a_run(place, commands):
 @pytest.mark.slow
 @pytest.mark.parametrize("model", sorted(path.stem for path in (ROOT / "configs" / "model").glob("*.yaml")))
 def test_every_network_trains_under_deterministic_algorithms(tmp_path, commands, model):
-    """Two runs of a small form of it have the same weights, bit by bit."""
+    """Two runs of a small form of the network have the same weights, bit by bit."""
     small = ("model.fc_width=16",) if model in ("deconvnet", "fcn", "deeplab_largefov") else ()
     small += () if "basic" in model or model == "bilinear_interpolation" else ("model.width=0.05",)
-    found = []
+    weights = []
     for name in ("one", "two"):
         done = commands(
             "train", f"model={model}", *small,
@@ -526,13 +526,13 @@ def test_every_network_trains_under_deterministic_algorithms(tmp_path, commands,
             "logger=none", f"hydra.run.dir={name}", cwd=tmp_path,
         )  # fmt: skip
         assert done.code == 0, done.err
-        found.append(checkpoint.read(tmp_path / name / "last.ckpt").weights)
-    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+        weights.append(checkpoint.read(tmp_path / name / "last.ckpt").weights)
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
-# The same, as they are typed
+# The same, in fresh processes
 
-TYPED = (
+COMMANDS = (
     (("train", "datset=voc"), 2, "there is no key datset"),
     (("train", "optimizer.lr=abc"), 2, "optimizer.lr=abc"),
     (("train", "dataset=folder", "dataset.root=nope"), 2, "nope is not a folder"),
@@ -541,30 +541,30 @@ TYPED = (
     (("evaluate", "run/cut.ckpt"), 4, "run/cut.ckpt is not a checkpoint that can be read safely"),
     (("evaluate", "nothing.ckpt"), 2, "there is no checkpoint nothing.ckpt"),
     (("predict", "run/best.ckpt", "run/config.yaml"), 2, "1 of 1 files could not be read"),
-    (("predict", "run/best.ckpt", "train.txt"), 2, "there is no train_0"),
+    (("predict", "run/best.ckpt", "train.txt"), 2, "train_0 not found"),
     (("inspect_data", "dataset=folder", "dataset.root=train.txt"), 2, "train.txt is not a folder"),
     (("evaluate", "run/best.ckpt", "--nonsense"), 2, "unrecognized arguments: --nonsense"),
 )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", range(len(TYPED)))
-def test_what_a_person_types_ends_in_one_line_too(place, number):
-    (script, *words), code, sentence = TYPED[number]
+@pytest.mark.parametrize("number", range(len(COMMANDS)))
+def test_a_typed_command_also_ends_with_one_line(place, number):
+    (script, *words), code, message = COMMANDS[number]
     shutil.copy(place / "mine" / "train.txt", place)
     (place / "run" / "cut.ckpt").write_bytes((place / "run" / "best.ckpt").read_bytes()[:5000])
     command = [sys.executable, str(ROOT / "scripts" / f"{script}.py"), *words]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=place, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == code, done.stderr
-    assert sentence in Outcome(done.returncode, done.stdout, done.stderr, 0).sentence
+    assert message in Outcome(done.returncode, done.stdout, done.stderr, 0).sentence
 
 
 # Diverging
 
 
 def test_a_gradient_that_is_not_finite_never_becomes_a_checkpoint(place, commands):
-    """The loss is finite, its gradient is not: the weights are what is looked at."""
+    """The loss is finite but its gradient is not, so the weights must be checked."""
     (place / "bad.py").write_text(
         "import torch\nfrom torch import nn\n"
         "class Loss(nn.Module):\n"
@@ -581,40 +581,40 @@ def test_a_gradient_that_is_not_finite_never_becomes_a_checkpoint(place, command
     assert not list((place / "new").glob("*.ckpt"))
 
 
-# What changed while a run was not running
+# Changes between two runs
 
 
-def test_files_that_changed_since_a_run_was_stopped_are_said(place, commands):
-    given = [word for word in DATA if "max_epochs" not in word]
+def test_files_changed_since_a_run_was_stopped_are_reported(place, commands):
+    base = [word for word in DATA if "max_epochs" not in word]
 
-    def said(epochs):
+    def changed_splits(epochs):
         words = (f"trainer.max_epochs={epochs}", "resume_force=true", "hydra.run.dir=run", "resume=auto")
         (place / "run" / "report.json").unlink(missing_ok=True)
-        done = commands("train", *given, *words, cwd=place)
+        done = commands("train", *base, *words, cwd=place)
         assert done.code == 0, done.err
         return [line.split()[4] for line in done.out.splitlines() if line.startswith("warning: files of the ")]
 
-    assert said(2) == ["train", "val"]  # a copy, and so not where they were
-    assert said(3) == []
+    assert changed_splits(2) == ["train", "val"]  # a copy, so all files are in another place
+    assert changed_splits(3) == []
     name = (place / "mine" / "train.txt").read_text().split()[0]
     next((place / "mine" / "masks").glob(f"{Path(name).stem}.*")).touch()
-    assert said(4) == ["train"]
+    assert changed_splits(4) == ["train"]
 
 
-def test_another_number_of_threads_is_said_when_a_run_goes_on(place, commands):
+def test_another_number_of_threads_is_reported_when_a_run_resumes(place, commands):
     content = checkpoint.load_plain(place / "run" / "last.ckpt")
-    made_on = content["segdeconv"]["machine"]
-    assert set(made_on) == {"torch", "threads", "device"}
+    machine = content["segdeconv"]["machine"]
+    assert set(machine) == {"torch", "threads", "device"}
     assert "will not be bit-identical" not in resume(commands, place).out
     (place / "run" / "report.json").unlink()
-    other = {**content["segdeconv"], "machine": {**made_on, "threads": "64", "torch": "1.0"}}
+    other = {**content["segdeconv"], "machine": {**machine, "threads": "64", "torch": "1.0"}}
     changed(place / "run" / "last.ckpt", segdeconv=other)
     done = resume(commands, place)
     assert done.code == 0, done.err
     assert f"not to the same bits: torch 1.0 -> {torch.__version__}, threads 64 -> 1" in done.out
 
 
-def test_a_run_folder_that_goes_away_hides_no_error(tmp_path, commands):
+def test_a_deleted_run_folder_hides_no_error(tmp_path, commands):
     (tmp_path / "mine.py").write_text(
         "import shutil\nfrom segdeconv.data import Shapes\nfrom segdeconv.errors import UsageError\n\n"
         "class Gone(Shapes):\n    def __init__(self, split: str) -> None:\n        shutil.rmtree('runs')\n"

@@ -1,4 +1,4 @@
-"""Hypothesis against the parts that take any input. Derandomized; SEGDECONV_FUZZ=N tries N examples of each."""
+"""Hypothesis tests of the parts that accept arbitrary input. Derandomised; SEGDECONV_FUZZ=N runs N examples of each."""
 
 import contextlib
 import io
@@ -45,7 +45,7 @@ SIDES = st.integers(1, 9)
 
 @contextlib.contextmanager
 def refused_by_name(name):
-    """Whatever happens inside is right, or an error of ours that names the file."""
+    """Accept success, or a UsageError that names the file."""
     try:
         yield
     except UsageError as error:
@@ -57,7 +57,7 @@ def refused_by_name(name):
 
 
 @given(st.integers(0, 2**31), SIDES, SIDES, st.integers(1, 3), st.booleans())
-def test_pool_and_unpool_are_torchs_whatever_the_size_and_however_many_ties(seed, height, width, channels, ties):
+def test_pool_and_unpool_equal_those_of_torch_for_any_size_and_number_of_ties(seed, height, width, channels, ties):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(2, channels, height, width, generator=generator)
     x = x.round() if ties else x
@@ -78,14 +78,14 @@ def test_pool_and_unpool_are_torchs_whatever_the_size_and_however_many_ties(seed
 
 
 @given(st.integers(2, 6), st.integers(1, 40), st.integers(0, 2**31), st.integers(1, 5))
-def test_scores_of_any_masks_in_any_batches_are_those_counted_one_by_one(num_classes, pixels, seed, pieces):
+def test_scores_of_any_masks_in_any_batches_equal_direct_counts(num_classes, pixels, seed, pieces):
     random = np.random.default_rng(seed)
     prediction = random.integers(0, num_classes, pixels)
     mask = random.choice([*range(num_classes), 255], pixels)
     matrix = ConfusionMatrix(num_classes, 255)
     for part in np.array_split(np.arange(pixels), pieces):
         matrix.update(torch.from_numpy(prediction[part]), torch.from_numpy(mask[part]))
-    found = scores(matrix.compute())
+    result = scores(matrix.compute())
     ious = []
     for index in range(num_classes):
         counted = mask != 255
@@ -93,10 +93,10 @@ def test_scores_of_any_masks_in_any_batches_are_those_counted_one_by_one(num_cla
         either = sum(((prediction == index) | (mask == index)) & counted)
         if either:
             ious.append(both / either)
-        assert np.isnan(found.iou[index]) if not either else found.iou[index] == pytest.approx(both / either)
-    assert found.miou == pytest.approx(np.mean(ious)) if ious else np.isnan(found.miou)
+        assert np.isnan(result.iou[index]) if not either else result.iou[index] == pytest.approx(both / either)
+    assert result.miou == pytest.approx(np.mean(ious)) if ious else np.isnan(result.miou)
     right, total = sum((prediction == mask) & (mask != 255)), sum(mask != 255)
-    assert found.pixel_accuracy == pytest.approx(right / total) if total else np.isnan(found.pixel_accuracy)
+    assert result.pixel_accuracy == pytest.approx(right / total) if total else np.isnan(result.pixel_accuracy)
 
 
 # Classes
@@ -111,19 +111,19 @@ def tables(draw):
 
 
 @given(tables(), arrays.arrays(np.uint8, (4, 5)))
-def test_labels_become_indices_one_by_one_or_the_first_unknown_one_is_named(classes, labels):
-    known = {**{label: index for index, label in enumerate(classes.labels)}, 255: 255}
-    known |= {label: index for index, label in enumerate(classes.labels)}
-    unknown = sorted({int(value) for value in labels.ravel()} - set(known))
+def test_labels_become_class_indices_or_the_first_unknown_label_is_named(classes, labels):
+    indices = {**{label: index for index, label in enumerate(classes.labels)}, 255: 255}
+    indices |= {label: index for index, label in enumerate(classes.labels)}
+    unknown = sorted({int(value) for value in labels.ravel()} - set(indices))
     if unknown:
         with pytest.raises(UsageError, match=rf"has label {unknown[0]}\b"):
             classes.from_labels(labels)
     else:
-        assert classes.from_labels(labels).tolist() == [[known[int(value)] for value in row] for row in labels]
+        assert classes.from_labels(labels).tolist() == [[indices[int(value)] for value in row] for row in labels]
 
 
 @given(tables(), st.integers(0, 2**31))
-def test_a_mask_survives_its_colours_and_a_table_its_plain_form(classes, seed):
+def test_a_mask_is_restored_from_its_colours_and_a_table_from_its_yaml(classes, seed):
     mask = np.random.default_rng(seed).integers(0, len(classes), (3, 4)).astype(np.uint8)
     assert (classes.from_colours(classes.palette[mask]) == mask).all()
     assert Classes.from_dict(yaml.safe_load(yaml.safe_dump(classes.to_dict()))) == classes
@@ -137,13 +137,13 @@ VALUES = st.recursive(
 
 
 @given(VALUES)
-def test_a_class_table_of_anything_is_taken_or_refused_in_one_sentence(value):
+def test_any_class_table_is_accepted_or_refused_with_an_error_message(value):
     with contextlib.suppress(UsageError):
         assert len(_parse_classes(value, "classes.yaml")) >= 2
 
 
 @given(tables(), st.data())
-def test_relabelling_sends_every_class_where_its_name_says(classes, data):
+def test_relabelling_maps_every_class_by_its_name(classes, data):
     new = st.sampled_from([*classes.names, "ignore", "new"])
     mapping = data.draw(st.dictionaries(st.sampled_from(classes.names), new))
     try:
@@ -159,7 +159,7 @@ def test_relabelling_sends_every_class_where_its_name_says(classes, data):
 
 
 @given(st.binary(max_size=200))
-def test_a_list_of_any_bytes_is_read_or_refused(tmp_path_factory, data):
+def test_a_list_of_arbitrary_bytes_is_read_or_refused(tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "list.txt"
     path.write_bytes(data)
     with refused_by_name("list.txt"):
@@ -167,7 +167,7 @@ def test_a_list_of_any_bytes_is_read_or_refused(tmp_path_factory, data):
 
 
 @given(st.lists(st.text(min_size=1, max_size=6), min_size=2, max_size=20, unique=True), st.floats(0.01, 0.99))
-def test_a_split_is_never_empty_whatever_the_names_and_the_share(names, share):
+def test_a_split_is_never_empty_for_any_names_and_fraction(names, share):
     val, _ = choose_val(names, share, None, 0, pattern=None, seed=0)
     assert 0 < len(val) < len(names)
     assert set(val) <= set(names)
@@ -177,12 +177,12 @@ def test_a_split_is_never_empty_whatever_the_names_and_the_share(names, share):
 
 
 @given(st.lists(st.text(max_size=20), max_size=3))
-def test_a_command_line_of_anything_is_composed_or_refused_in_one_sentence(words):
+def test_any_command_line_is_composed_or_refused_with_an_error_message(words):
     with contextlib.suppress(SegdeconvError):
         assert set(override({"a": {"b": 1}, "c": 2}, words)) == {"a", "c"}
 
 
-# Masks and pictures
+# Masks and images
 
 
 def in_memory(image, **arguments):
@@ -220,7 +220,7 @@ def test_a_damaged_mask_is_read_with_known_labels_or_refused_by_name(tmp_path_fa
 @given(
     st.binary(max_size=300), st.sampled_from([b"", b"\x89PNG\r\n\x1a\n", b"II*\0", b"\x93NUMPY\1\0", b"BM", b"RIFF"])
 )
-def test_any_bytes_are_no_picture_and_say_so(tmp_path_factory, data, start):
+def test_arbitrary_bytes_are_read_or_refused_by_name(tmp_path_factory, data, start):
     path = tmp_path_factory.getbasetemp() / "any.png"
     path.write_bytes(start + data)
     for read in (read_labels, lambda path: read_image(path, channels=2, max_pixels=1000), read_image):
@@ -229,7 +229,7 @@ def test_any_bytes_are_no_picture_and_say_so(tmp_path_factory, data, start):
 
 
 @given(arrays.arrays(np.uint8, st.tuples(SIDES, SIDES)), st.integers(1, 8))
-def test_a_turn_and_back_is_the_picture(mask, orientation):
+def test_turning_upright_and_back_restores_the_mask(mask, orientation):
     assert (turn_back(turn_upright(mask, orientation), orientation) == mask).all()
 
 
@@ -237,7 +237,7 @@ def test_a_turn_and_back_is_the_picture(mask, orientation):
 
 
 @given(arrays.arrays(np.uint8, st.tuples(SIDES, SIDES), elements=st.integers(0, 5)), SIDES, SIDES)
-def test_a_resized_mask_invents_no_label(mask, height, width):
+def test_a_resized_mask_has_no_new_labels(mask, height, width):
     assert set(np.unique(resize_mask(mask, (height, width)))) <= set(np.unique(mask))
 
 
@@ -248,7 +248,7 @@ AUGMENTED = {
 
 
 @given(st.integers(0, 2**31), SIDES, SIDES, st.integers(1, 12), st.integers(0, 3), st.integers(0, 50))
-def test_augmentation_of_any_size_is_a_function_of_seed_epoch_and_index(seed, height, width, crop, epoch, index):
+def test_augmentation_of_any_size_depends_only_on_seed_epoch_and_index(seed, height, width, crop, epoch, index):
     random = np.random.default_rng(seed)
     image = random.integers(0, 256, (height, width, 3)).astype(np.uint8)
     mask = random.integers(0, 4, (height, width)).astype(np.uint8)
@@ -259,8 +259,8 @@ def test_augmentation_of_any_size_is_a_function_of_seed_epoch_and_index(seed, he
         )
         for _ in range(2)
     ]  # fmt: skip
-    built[1](image, mask, epoch + 1, index)  # whatever was drawn before
-    (image_1, mask_1), (image_2, mask_2) = (one(image, mask, epoch, index) for one in built)
+    built[1](image, mask, epoch + 1, index)  # earlier draws must not matter
+    (image_1, mask_1), (image_2, mask_2) = (augmentation(image, mask, epoch, index) for augmentation in built)
     assert (image_1 == image_2).all()
     assert (mask_1 == mask_2).all()
     assert image_1.shape == (crop, crop, 3)
@@ -269,7 +269,7 @@ def test_augmentation_of_any_size_is_a_function_of_seed_epoch_and_index(seed, he
 
 
 @pytest.mark.slow
-def test_many_more_examples_hold_too():
+def test_many_more_examples_also_pass():
     words = [sys.executable, "-m", "pytest", "-q", "-x", __file__]
     root = Path(__file__).parents[2]
     environment = {**os.environ, "SEGDECONV_FUZZ": "1500", "PYTHONPATH": str(root)}

@@ -1,4 +1,4 @@
-"""The whole road, as a person walks it: the real commands in fresh processes."""
+"""The whole workflow with the real commands in fresh processes."""
 
 import json
 import re
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A network trained by train.py on a person's folder of jpg images and RGB-coloured png masks."""
+    """A network trained by train.py on a folder of JPEG images and RGB-coloured PNG masks."""
     place = tmp_path_factory.mktemp("road")
     fakes.folder(place / "mine", "colours", layout="plain", image_suffix=".jpg", mask_ending="_mask")
     done = command(
@@ -41,7 +41,7 @@ def test_training_shows_the_colour_table_before_it_starts(trained):
         assert 0 <= shown.index(line) < header
 
 
-def test_the_checkpoint_alone_gives_the_scores_that_training_saw(trained, tmp_path):
+def test_the_checkpoint_alone_gives_the_scores_of_training(trained, tmp_path):
     place, _ = trained
     copy = tmp_path / "elsewhere"
     copy.mkdir()
@@ -70,7 +70,7 @@ def test_the_checkpoint_alone_gives_the_scores_that_training_saw(trained, tmp_pa
     assert np.array(report["confusion"]).sum() == total
 
 
-def test_predict_writes_palette_masks_of_the_inputs_size_and_goes_on_after_a_bad_file(trained, tmp_path):
+def test_predict_writes_palette_masks_of_the_inputs_size_and_skips_a_bad_file(trained, tmp_path):
     place, _ = trained
     photos = tmp_path / "photos"
     sizes = {"a": (37, 61), "deep/b": (1, 1), "deep/c": (200, 90)}
@@ -95,12 +95,12 @@ def test_predict_writes_palette_masks_of_the_inputs_size_and_goes_on_after_a_bad
 
 def test_evaluate_at_several_scales_counts_what_predict_writes(trained, tmp_path, commands):
     place, _ = trained
-    best, looks = place / "run" / "best.ckpt", ("--scales", "0.75,1.25", "--flip")
-    done = commands("evaluate", best, *looks, "--out", tmp_path / "there", "--masks", tmp_path / "counted", cwd=place)
+    best, options = place / "run" / "best.ckpt", ("--scales", "0.75,1.25", "--flip")
+    done = commands("evaluate", best, *options, "--out", tmp_path / "there", "--masks", tmp_path / "counted", cwd=place)
     assert done.code == 0, done.err
     val = Folder("val", str(place / "mine"))
     files = [val.image_files[place] for place in range(len(val))]
-    assert commands("predict", best, *files, *looks, "--out", tmp_path / "predicted", cwd=place).code == 0
+    assert commands("predict", best, *files, *options, "--out", tmp_path / "predicted", cwd=place).code == 0
     truths, masks = [], []
     for index, name in enumerate(val.names):
         truths.append(np.asarray(val[index].mask))
@@ -115,7 +115,7 @@ def test_evaluate_at_several_scales_counts_what_predict_writes(trained, tmp_path
     assert "leave out --scales" in done.sentence
 
 
-def test_predict_takes_patterns_and_puts_the_mask_into_the_files_own_orientation(trained, tmp_path, commands):
+def test_predict_accepts_patterns_and_writes_the_mask_in_the_files_orientation(trained, tmp_path, commands):
     place, _ = trained
     image = Image.fromarray(np.zeros((20, 30, 3), np.uint8))
     exif = image.getexif()
@@ -136,7 +136,7 @@ def test_predict_takes_patterns_and_puts_the_mask_into_the_files_own_orientation
         (("dataset.size=[8,8]",), "no images given"),
     ],
 )
-def test_predict_refuses_what_would_end_badly(trained, tmp_path, commands, arguments, message):
+def test_predict_refuses_bad_arguments(trained, tmp_path, commands, arguments, message):
     place, _ = trained
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()
@@ -175,7 +175,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, commands):
     assert "dataset.root=/nope is not a folder; it should hold train.txt" in done.sentence
 
 
-def test_a_file_that_is_no_checkpoint_is_exit_code_4(tmp_path):
+def test_a_file_that_is_not_a_checkpoint_is_exit_code_4(tmp_path):
     torch.save({"model": 3}, tmp_path / "other.ckpt")
     done = command("evaluate", "other.ckpt", cwd=tmp_path, code=4)
     assert done.stderr.splitlines()[-1].startswith("segdeconv: error: other.ckpt is not a checkpoint of segdeconv")
@@ -192,12 +192,12 @@ def test_a_bad_mask_in_a_worker_is_still_one_line(tmp_path, commands):
     assert f"{mask.name} has label 99" in done.sentence
 
 
-def test_a_class_table_survives_the_checkpoint():
+def test_a_class_table_is_restored_from_a_checkpoint():
     classes = Classes(("a", "b"), ((1, 2, 3), (4, 5, 6)), 255, (0, 255), (9, 9, 9))
     assert Classes.from_dict(json.loads(json.dumps(classes.to_dict()))) == classes
 
 
-def test_a_sweep_gives_every_job_its_folder(tmp_path, commands):
+def test_a_sweep_gives_every_job_its_own_folder(tmp_path, commands):
     words = ("--multirun", "seed=1,2", "dataset.num_train=4", "dataset.num_val=2", *SLIM)
     assert commands("train", *words, cwd=tmp_path).code == 0
     configs = sorted(tmp_path.glob("runs/multirun/*/*/config.yaml"))
@@ -205,15 +205,15 @@ def test_a_sweep_gives_every_job_its_folder(tmp_path, commands):
     assert all((path.parent / "report.json").is_file() for path in configs)
 
 
-def test_a_run_stopped_by_a_signal_goes_on_with_resume_auto(tmp_path):
+def test_a_run_stopped_by_a_signal_resumes_with_resume_auto(tmp_path):
     words = [sys.executable, str(ROOT / "scripts" / "train.py"), "dataset.num_train=600", "dataset.num_val=2", *SLIM]
     with subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         while not list(tmp_path.rglob("last.ckpt")) and process.poll() is None:  # one of two epochs is done
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
-        _, said = process.communicate()
-    assert process.returncode == 143, said
-    assert re.match(r"segdeconv: error: stopped by SIGTERM at step \d+, saved in runs/.*last.ckpt - go on with", said)
+        _, err = process.communicate()
+    assert process.returncode == 143, err
+    assert re.match(r"segdeconv: error: stopped by SIGTERM at step \d+, saved in runs/.*last.ckpt - go on with", err)
     done = command("train", *words[2:], "resume=auto", cwd=tmp_path)
     assert "resumed from last.ckpt" in done.stdout
     assert len(list(tmp_path.glob("runs/*/*"))) == 1
@@ -221,6 +221,6 @@ def test_a_run_stopped_by_a_signal_goes_on_with_resume_auto(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_demo_reaches_what_the_readme_says(tmp_path):
+def test_the_demo_reaches_the_score_in_the_readme(tmp_path):
     command("train", "experiment=demo", "hydra.run.dir=demo", cwd=tmp_path)
     assert json.loads((tmp_path / "demo" / "report.json").read_text())["miou"] >= 0.85

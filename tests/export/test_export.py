@@ -253,10 +253,10 @@ def test_mistakes_are_one_sentence(segnet, tmp_path, commands, monkeypatch):
         (("--out", "net.pt2", "--half"), "--half is for .onnx and .safetensors - leave it out"),
         (
             ("--out", "net.onnx", "--layout", "nchw"),
-            "--layout nchw is for images as they are stored - add --preprocess",
+            "--layout nchw has no effect without --preprocess - add it",
         ),
-        (("--out", "net.safetensors", "--argmax"), "--preprocess and --argmax are of graphs"),
-        (("--out", "net.pt2", "--about", "a.yaml"), "--about is for .safetensors - leave it out"),
+        (("--out", "net.safetensors", "--argmax"), "--preprocess and --argmax are for graphs"),
+        (("--out", "net.pt2", "--about", "a.yaml"), "--about is only for .safetensors files - leave it out"),
         (
             ("--out", "net.safetensors", "--about", "a.yaml"),
             "--about a.yaml cannot be read as plain YAML (FileNotFound",
@@ -265,7 +265,7 @@ def test_mistakes_are_one_sentence(segnet, tmp_path, commands, monkeypatch):
             ("--out", "net.safetensors", "--about", "dates.yaml"),
             "cannot be read as plain YAML (TypeError) - write lines",
         ),
-        (("--out", "net.safetensors", "--about", "taken.yaml"), "should hold names of its own and what they say"),
+        (("--out", "net.safetensors", "--about", "taken.yaml"), "must be a mapping without the keys 'format'"),
     ]:
         done = commands("export", read.path, *words, cwd=tmp_path)
         assert done.code == 2, done.err
