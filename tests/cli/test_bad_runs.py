@@ -611,7 +611,7 @@ def test_another_number_of_threads_is_reported_when_a_run_resumes(place, command
     changed(place / "run" / "last.ckpt", segdeconv=other)
     done = resume(commands, place)
     assert done.code == 0, done.err
-    assert f"not to the same bits: torch 1.0 -> {torch.__version__}, threads 64 -> 1" in done.out
+    assert f"will not be bit-identical: torch 1.0 -> {torch.__version__}, threads 64 -> 1" in done.out
 
 
 def test_a_deleted_run_folder_hides_no_error(tmp_path, commands):

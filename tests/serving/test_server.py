@@ -451,7 +451,9 @@ def test_a_file_that_is_not_an_image_shows_an_error_and_the_next_image_is_shown(
             page.wait_for_selector("body[data-ready]")
             page.set_input_files("#file", tmp_path / "bad.jpg")
             page.wait_for_selector("#error:not([hidden])")
-            assert page.text_content("#error").startswith("this file is not an image (empty, truncated or another format)")
+            assert page.text_content("#error").startswith(
+                "this file is not an image (empty, truncated or another format)"
+            )
             assert page.locator("#result").is_hidden()
             page.set_input_files("#file", tmp_path / "photo.png")
             page.wait_for_selector("#result:not([hidden])")
