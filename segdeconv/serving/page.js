@@ -57,7 +57,7 @@ async function predict(file) {
   document.body.classList.add("busy");
   try {
     const response = await checkedResponse(
-      fetch("predict", { method: "POST", body: file, headers: { "Content-Type": "application/octet-stream" } }),
+      fetch("look", { method: "POST", body: file, headers: { "Content-Type": "application/octet-stream" } }),
     );
     const content = await response.arrayBuffer();
     if (number === lastRequest) await show(content);
@@ -175,7 +175,7 @@ function showDetails() {
   const details = [`${size}, predicted at ${width}×${height} in ${prediction.seconds.toFixed(2)} s.`];
   if (prediction.reduced_from) {
     const [fullHeight, fullWidth] = prediction.reduced_from;
-    const maximum = `${network.max_pixels / 1e6} million pixels`;
+    const maximum = `${network.largest / 1e6} million pixels`;
     details.push(`Reduced from ${fullWidth}×${fullHeight} to the maximum of ${maximum}.`);
   }
   details.push(`Mean confidence: ${percent(prediction.mean_confidence)}.`);
@@ -222,15 +222,15 @@ function clearPixel() {
 }
 
 async function explain(pixel) {
-  const { image } = prediction;
+  const { picture } = prediction;
   let explanation;
   try {
-    explanation = await (await checkedResponse(fetch(`pixel?image=${image}&y=${pixel.y}&x=${pixel.x}`))).json();
+    explanation = await (await checkedResponse(fetch(`pixel?picture=${picture}&y=${pixel.y}&x=${pixel.x}`))).json();
   } catch (error) {
     showError(error.message);
     return;
   }
-  if (prediction.image !== image) return;
+  if (prediction.picture !== picture) return;
   clearPixel();
   $("pixel").hidden = false;
   $("pixel-title").textContent = `Pixel x ${pixel.x}, y ${pixel.y}`;

@@ -251,17 +251,17 @@ class Handler(BaseHTTPRequestHandler):
         if parts.path == "/pixel":
             try:
                 query = parse_qs(parts.query, max_num_fields=3)
-                number, y, x = (int(query[name][0]) for name in ("image", "y", "x"))
+                number, y, x = (int(query[name][0]) for name in ("picture", "y", "x"))
             except (KeyError, ValueError):
-                raise Refused(HTTPStatus.BAD_REQUEST, "request /pixel?image=NUMBER&y=ROW&x=COLUMN") from None
+                raise Refused(HTTPStatus.BAD_REQUEST, "request /pixel?picture=NUMBER&y=ROW&x=COLUMN") from None
             self.timer.cancel()
             explanation = self.server.run_in_main_thread(lambda: self.server.pixel(number, y, x))
             return "application/json", json.dumps(explanation).encode()
         raise Refused(HTTPStatus.NOT_FOUND, f"page not found - open {self.server.url}")
 
     def _post(self) -> tuple[str, bytes]:
-        if urlsplit(self.path).path != "/predict":
-            raise Refused(HTTPStatus.NOT_FOUND, "page not found - send images to /predict")
+        if urlsplit(self.path).path != "/look":
+            raise Refused(HTTPStatus.NOT_FOUND, "page not found - send images to /look")
         origin = self.headers.get("Origin")
         if origin is not None and origin != f"http://{self.headers['Host']}":
             raise Refused(HTTPStatus.FORBIDDEN, "images are accepted only from this server's own page")
@@ -300,7 +300,7 @@ def about(predictor: ImagePredictor) -> dict[str, Any]:
         "network": predictor.name,
         "classes": [{"name": name, "colour": list(colour)} for name, colour in classes],
         "max_bytes": MAX_BYTES,
-        "max_pixels": MAX_PIXELS,
+        "largest": MAX_PIXELS,
         "size": predictor.segmenter.preprocessing.size,
     }
 
@@ -315,7 +315,7 @@ def packed(number: int, prediction: ImagePrediction) -> bytes:
     height, width = prediction.size
     areas = np.bincount(prediction.labels.ravel(), minlength=prediction.probabilities.shape[0]) / prediction.labels.size
     metadata = {
-        "image": number,
+        "picture": number,
         "height": height,
         "width": width,
         "reduced_from": prediction.reduced_from,

@@ -144,7 +144,7 @@ def expected_probabilities(trained, image):
 
 def test_a_response_contains_the_prediction_of_every_pixel(address, trained):
     image = fakes.image_and_mask(3, 3, (83, 121))[0]
-    status, _, body = request(address, "POST", "/predict", image_file())
+    status, _, body = request(address, "POST", "/look", image_file())
     assert status == 200
     metadata, labels, confidence, uncertainty, shown = unpacked(body)
     probabilities = expected_probabilities(trained, image)
@@ -159,8 +159,8 @@ def test_a_response_contains_the_prediction_of_every_pixel(address, trained):
 
 
 def test_a_pixels_path_is_its_switch_path_in_pixels_of_the_image(address, trained):
-    metadata, *_ = unpacked(request(address, "POST", "/predict", image_file())[2])
-    explanation = json.loads(request(address, "GET", f"/pixel?image={metadata['image']}&y=60&x=100")[2])
+    metadata, *_ = unpacked(request(address, "POST", "/look", image_file())[2])
+    explanation = json.loads(request(address, "GET", f"/pixel?picture={metadata['picture']}&y=60&x=100")[2])
     image = fakes.image_and_mask(3, 3, (83, 121))[0]
     probabilities = expected_probabilities(trained, image)
     np.testing.assert_allclose(explanation["probabilities"], probabilities[:, 60, 100], atol=1e-4)
@@ -173,18 +173,18 @@ def test_a_pixels_path_is_its_switch_path_in_pixels_of_the_image(address, traine
     top, left, bottom, right = steps[-1].box
     box = [left * 121 / 56, top * 83 / 40, right * 121 / 56, bottom * 83 / 40]
     np.testing.assert_allclose(explanation["path"][-1]["box"], box)
-    gone = request(address, "GET", f"/pixel?image={metadata['image'] - 1}&y=0&x=0")
+    gone = request(address, "GET", f"/pixel?picture={metadata['picture'] - 1}&y=0&x=0")
     expected = (410, "another image was predicted in the meantime - drop this one again")
     assert (gone[0], error_message(gone)) == expected
-    outside = request(address, "GET", f"/pixel?image={metadata['image']}&y=83&x=0")
+    outside = request(address, "GET", f"/pixel?picture={metadata['picture']}&y=83&x=0")
     assert (outside[0], error_message(outside)) == (422, "pixel x=0, y=83 is outside the image of 121x83 pixels")
-    assert request(address, "GET", "/pixel?image=one")[0] == 400
+    assert request(address, "GET", "/pixel?picture=one")[0] == 400
 
 
 def test_images_of_every_kind_are_shown_upright_and_as_predict_reads_them(address):
     exif = Image.Exif()
     exif[0x0112] = 6
-    turned = unpacked(request(address, "POST", "/predict", image_file(kind="JPEG", exif=exif))[2])
+    turned = unpacked(request(address, "POST", "/look", image_file(kind="JPEG", exif=exif))[2])
     assert turned[-1].shape == (121, 83, 3)
     image = fakes.image_and_mask(3, 3, (83, 121))[0]
     for stored, expected in [
@@ -194,7 +194,7 @@ def test_images_of_every_kind_are_shown_upright_and_as_predict_reads_them(addres
     ]:
         file = io.BytesIO()
         stored.save(file, format="PNG")
-        assert (unpacked(request(address, "POST", "/predict", file.getvalue())[2])[-1] == expected).all()
+        assert (unpacked(request(address, "POST", "/look", file.getvalue())[2])[-1] == expected).all()
 
 
 def test_a_file_that_is_not_an_image_or_too_large_is_an_error_message(address):
@@ -207,28 +207,26 @@ def test_a_file_that_is_not_an_image_or_too_large_is_an_error_message(address):
             "this file has 1000x1001 pixels, more than 1000000 - shrink it or raise dataset.",
         ),
     ]:
-        result = request(address, "POST", "/predict", body)
+        result = request(address, "POST", "/look", body)
         assert result[0] == 422
         assert expected in error_message(result)
         assert "/tmp" not in error_message(result)
 
 
 def test_a_body_that_is_too_long_is_refused_before_it_is_read(address):
-    result = request(address, "POST", "/predict", b"", Content_Length=str(server.MAX_BYTES + 1))
+    result = request(address, "POST", "/look", b"", Content_Length=str(server.MAX_BYTES + 1))
     assert result[0] == 413
     assert error_message(result) == "this file is larger than 32 MB - reduce it, or use the command predict"
-    assert request(address, "POST", "/predict", b"", Content_Length="9" * 5000)[0] == 413
-    assert request(address, "POST", "/predict", b"", Content_Length=None)[0] == 411
-    assert request(address, "POST", "/predict", b"", Content_Length="-1")[0] == 411
-    assert (
-        request(address, "POST", "/predict", b"0\r\n\r\n", Content_Length=None, Transfer_Encoding="chunked")[0] == 411
-    )
+    assert request(address, "POST", "/look", b"", Content_Length="9" * 5000)[0] == 413
+    assert request(address, "POST", "/look", b"", Content_Length=None)[0] == 411
+    assert request(address, "POST", "/look", b"", Content_Length="-1")[0] == 411
+    assert request(address, "POST", "/look", b"0\r\n\r\n", Content_Length=None, Transfer_Encoding="chunked")[0] == 411
 
 
 @pytest.mark.parametrize(
     "target",
     ["/../server.py", "/page.js/../server.py", "/%2e%2e/server.py", "/server.py", "//etc/passwd", "/etc/passwd",
-     "/page.html", "/predict", "http://127.0.0.1/etc/passwd"],
+     "/page.html", "/look", "http://127.0.0.1/etc/passwd"],
 )  # fmt: skip
 def test_nothing_but_the_page_is_served(address, target):
     result = request(address, "GET", target)
@@ -239,17 +237,17 @@ def test_requests_to_other_hosts_and_from_other_pages_are_refused(address):
     port = address.rpartition(":")[2]
     for host in (f"evil.example:{port}", "evil.example", f"127.0.0.1.evil.example:{port}", "", "[", "0x7f.1"):
         assert request(address, "GET", "/", Host=host)[0] == 403
-        assert request(address, "POST", "/predict", image_file(), Host=host)[0] == 403
+        assert request(address, "POST", "/look", image_file(), Host=host)[0] == 403
     assert request(address, "GET", "/", Host=None)[0] == 403
     for host in (f"localhost:{port}", f"[::1]:{port}", address):
         assert request(address, "GET", "/", Host=host)[0] == 200
     for origin in ("http://evil.example", "null", f"https://{address}", "http://127.0.0.1:1"):
-        assert request(address, "POST", "/predict", image_file(), Origin=origin)[0] == 403
-    assert request(address, "POST", "/predict", image_file(), Origin=f"http://{address}")[0] == 200
-    assert request(address, "POST", "/predict", image_file(), Content_Type="text/plain")[0] == 415
+        assert request(address, "POST", "/look", image_file(), Origin=origin)[0] == 403
+    assert request(address, "POST", "/look", image_file(), Origin=f"http://{address}")[0] == 200
+    assert request(address, "POST", "/look", image_file(), Content_Type="text/plain")[0] == 415
     assert request(address, "POST", "/", image_file())[0] == 404
     for method in ("OPTIONS", "PUT", "DELETE", "TRACE"):
-        status, headers, body = request(address, method, "/predict")
+        status, headers, body = request(address, method, "/look")
         assert (status, body) == (501, b"")
         assert not [name for name in headers if name.lower().startswith("access-control")]
 
