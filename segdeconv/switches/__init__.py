@@ -1,4 +1,4 @@
-"""Max-pooling that records which cell of each 2x2 window won, and unpooling into it: functions, modules and kernels.
+"""Max-pooling that records the winning cell of each 2x2 window, and unpooling into it: functions, modules and kernels.
 
 May import `errors` alone.
 """

@@ -1,11 +1,12 @@
-"""The end of an encoder's stage in one pass over memory on a GPU: batch norm, ReLU and max-pool with switches.
+"""Fused end of an encoder stage on a GPU: batch norm, ReLU and max-pool with switches in one pass over memory.
 
-The separate steps write the normalised map and read it again, which at full resolution takes longer than what is
-computed there. Here one kernel reads what the convolution wrote and writes the pooled map; the statistics before it are
-torch's own. torch.compile fuses the separate steps by itself and keeps them.
+The separate steps write the normalised map and read it again, which at full resolution takes longer than the
+arithmetic. Here one kernel reads the output of the convolution and writes the pooled map; the batch statistics are
+computed by torch. Under torch.compile the separate steps are used, because the compiler fuses them itself.
 
-The results differ by rounding alone: float32 arithmetic in another order, as between any two of torch's own batch
-norms. It moves a switch where two of its four values are equal but for the last bit.
+The results differ from the separate steps by rounding only: the float32 operations run in another order, as they do
+between any two of torch's own batch norm kernels. A switch changes where the two largest values of its window differ
+in the last bit only.
 """
 
 from typing import Any
@@ -13,42 +14,50 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.modules import module as everyones
+from torch.nn.modules import module as torch_module
 
 from segdeconv.switches.ops import Pooling, load_triton_kernels
 
 
 def fuses(stage: nn.Module, pool: nn.Module, x: Tensor) -> bool:
-    """Whether `norm_relu_pool` does what the last block of a stage and its `MaxPool` do.
+    """Return whether `norm_relu_pool` can replace the last block of a stage and its `MaxPool`.
 
-    stage: ConvBlocks in a row. x: what goes into the stage, (N, C, H, W).
-    It does for plain batch norm in training, all of it float32, on a GPU with Triton, outside of torch.compile, and if
-    nobody has put hooks on the modules that it would pass by.
+    It can for plain batch norm in training mode, with float32 parameters and statistics, on a GPU with Triton, outside
+    torch.compile, and if none of the modules that it would bypass has hooks.
+
+    Args:
+        stage: Sequence of ConvBlocks.
+        pool: The pool that follows the stage.
+        x: Input of the stage, (N, C, H, W).
     """
     if not _runs_on_its_device(x) or not isinstance(stage, nn.Sequential):
         return False
     block: Any = stage[-1]
     norm = block.norm
-    if type(norm) is not nn.BatchNorm2d:  # none, folded, or one of a subclass, such as SyncBatchNorm
+    if type(norm) is not nn.BatchNorm2d:  # absent, folded, or a subclass such as SyncBatchNorm
         return False
-    numbers = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    tensors = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
     return (
         norm.training
         and norm.track_running_stats
         and norm.momentum is not None
-        and all(tensor is not None and tensor.dtype == torch.float32 for tensor in numbers)
-        and x.numel() > x.shape[1]  # of a single pixel torch refuses to take statistics, and says so
-        and not any(_hooked(module) for module in (stage, block, norm, block.activation, pool))
+        and all(tensor is not None and tensor.dtype == torch.float32 for tensor in tensors)
+        and x.numel() > x.shape[1]  # torch raises its own error for the statistics of a single pixel
+        and not any(_has_hooks(module) for module in (stage, block, norm, block.activation, pool))
     )
 
 
 def norm_relu_pool(x: Tensor, norm: nn.BatchNorm2d, *, relu_before: bool, packed: bool = False) -> Pooling:
-    """Batch norm in training mode, ReLU and `max_pool`, and norm's running statistics brought up to date.
+    """Apply batch norm in training mode, ReLU and `max_pool`, and update the norm's running statistics.
 
-    x: (N, C, H, W) on a GPU, what a convolution gave. Only where `fuses` says so.
-    relu_before: the maxima are looked for after the ReLU, so that a window of four zeros names its first cell. The
-        features are rectified either way, and the same.
-    packed: see `max_pool`.
+    Call it only where `fuses` returns True.
+
+    Args:
+        x: Output of a convolution, (N, C, H, W), on a GPU.
+        norm: The batch norm that follows the convolution.
+        relu_before: Search for the maxima after the ReLU, so that a window of four zeros selects its first cell. The
+            features are rectified, and the same, either way.
+        packed: Return packed switches, see `max_pool`.
     """
     assert norm.momentum is not None
     assert norm.num_batches_tracked is not None
@@ -66,7 +75,7 @@ class _NormReluPool(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, inverse_std: Tensor, relu_before: bool,
         packed: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        from segdeconv.switches import fused_triton  # late: Triton is not everywhere
+        from segdeconv.switches import fused_triton  # imported late, because Triton may not be installed
 
         channels = torch.stack([mean, weight * inverse_std, bias])
         features, switches, winners = fused_triton.norm_pool(x, channels, relu_before=relu_before, packed=packed)
@@ -77,28 +86,28 @@ class _NormReluPool(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        """With y = weight * n + bias, n = (x - mean) / std, and M values of each channel:
+        """Return the gradients of x, weight and bias.
 
-        dx = weight / std * (dy - sum(dy) / M - n * sum(dy * n) / M), where dy is 0 but for the winners.
+        With y = weight * n + bias, n = (x - mean) / std, and M values per channel,
+        dx = weight / std * (dy - sum(dy) / M - n * sum(dy * n) / M), where dy is 0 except at the winning cells.
         """
         from segdeconv.switches import fused_triton
 
         x, weight, mean, inverse_std, features, switches, winners = ctx.saved_tensors
         total, with_deviation = fused_triton.norm_pool_sums(gradient, features, winners, mean[None])
-        of_weight = with_deviation * inverse_std
-        of_x = None
+        weight_gradient = with_deviation * inverse_std
+        x_gradient = None
         if ctx.needs_input_grad[0]:
             scale, values = weight * inverse_std, x.numel() // x.shape[1]
-            slope = scale * inverse_std * of_weight / values
+            slope = scale * inverse_std * weight_gradient / values
             channels = torch.stack([mean, scale, scale * total / values, slope])
-            of_x = fused_triton.norm_pool_gradient(x, gradient, features, switches, channels)
-        return of_x, of_weight, total, None, None, None, None
+            x_gradient = fused_triton.norm_pool_gradient(x, gradient, features, switches, channels)
+        return x_gradient, weight_gradient, total, None, None, None, None
 
 
-def _hooked(module: nn.Module) -> bool:
-    """Whether calling a module does more than its `forward`."""
+def _has_hooks(module: nn.Module) -> bool:
     own = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return any(own) or everyones._has_any_global_hook()  # type: ignore[no-untyped-call]
+    return any(own) or torch_module._has_any_global_hook()  # type: ignore[no-untyped-call]
 
 
 def _runs_on_its_device(x: Tensor) -> bool:

@@ -1,11 +1,13 @@
-"""Triton kernels for the end of an encoder's stage: batch norm, ReLU and max-pool, forward and backward.
+"""Triton kernels for the end of an encoder stage: batch norm, ReLU and max-pool, forward and backward.
 
-Only `fused.py` calls them, under the conditions of `triton_kernels.py`, whose tiles of windows these are. All
-arithmetic is in float32; what the separate steps would write is rounded to the type of the map before it is compared,
-so that equal values tie here if they tie there. No atomics, so the same bits every time.
+Only `fused.py` calls them, under the same conditions as `triton_kernels.py`, whose tiles of windows they share. All
+arithmetic is in float32. Values are rounded to the type of the map before they are compared, as the separate steps
+would write them, so that they tie here exactly where they tie there. There are no atomics, so results are reproducible
+bit for bit.
 
-Bytes that must move for one window of values of b bytes (4 of float32, 2 of float16 and bfloat16), s = 1, or 1/4 of
-packed switches, after the statistics; beside them those of the separate steps, with the ReLU after or before the pool:
+Bytes moved per window after the statistics, for values of b bytes (4 for float32, 2 for float16 and bfloat16) and
+switches of s bytes (1, or 1/4 if packed). The last column has the bytes of the separate steps, with the ReLU after or
+before the pool:
 
     forward     4 b read, 2 b + s written       13 of float16    31 or 43
     sums        3 b read                         6
@@ -32,14 +34,15 @@ from segdeconv.switches.triton_kernels import (
     _write_two,
 )
 
-POINTERS = {"gradient": None, "winners": None, "channels": "*fp32", "sums": "*fp32"}  # beside those of the other file
+# Pointer arguments in addition to those of triton_kernels.py.
+POINTERS = {"gradient": None, "winners": None, "channels": "*fp32", "sums": "*fp32"}
 
-SUMMED = 4096  # windows of a program that adds them up: few sums are left to add
+SUM_TILE = 4096  # windows per program of the summing kernel; large, so that few partial sums remain
 
 
 @triton.jit
 def _of_channel(channels, outer, inner, h, C, CHANNELS_LAST: tl.constexpr):
-    """A number for each channel, where its windows are in a tile."""
+    """Load one value per channel, broadcast to the windows of a tile."""
     if CHANNELS_LAST:
         values = tl.load(channels + inner, mask=inner < C, other=0.0)[None, :]
     else:
@@ -54,7 +57,7 @@ def _rectified(x):
 
 @triton.jit
 def _normalised(cells, mean, scale, shift, exists, RELU: tl.constexpr):
-    """Cells as the separate steps would have written them; -inf for those outside of the map."""
+    """Return cells as the separate steps would have written them, and -inf for cells outside the map."""
     values = ((cells.to(tl.float32) - mean) * scale + shift).to(cells.dtype)
     if RELU:
         values = _rectified(values)
@@ -94,9 +97,9 @@ def _norm_pool_kernel(
 
 @triton.jit
 def _gradient_of_maxima(gradient, features, places, mask):
-    """What the ReLU lets through of the gradient of the features, float32."""
-    given = tl.load(gradient + places, mask=mask, other=0.0).to(tl.float32)
-    return tl.where(tl.load(features + places, mask=mask, other=0.0).to(tl.float32) <= 0, 0.0, given)
+    """Return the gradient of the features after the backward pass of the ReLU, float32."""
+    incoming = tl.load(gradient + places, mask=mask, other=0.0).to(tl.float32)
+    return tl.where(tl.load(features + places, mask=mask, other=0.0).to(tl.float32) <= 0, 0.0, incoming)
 
 
 @triton.jit
@@ -108,7 +111,7 @@ def _norm_pool_sums_kernel(
     dy = _gradient_of_maxima(gradient, features, windows, mask)
     winner = tl.load(winners + windows, mask=mask, other=0.0)
     deviation = winner.to(tl.float32) - _of_channel(channels, outer, inner, h, C, CHANNELS_LAST)
-    # A window that is not there has dy = 0. What a program leaves: a row of channels, or a column of rows.
+    # Windows beyond the map have dy = 0. Each program writes one row of channels, or one column of rows.
     if CHANNELS_LAST:
         places = sums + tl.program_id(0) * C + inner
         second = tl.num_programs(0) * C
@@ -151,39 +154,59 @@ def _norm_pool_gradient_kernel(
 def norm_pool(x: Tensor, channels: Tensor, *, relu_before: bool, packed: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Pool relu((x - mean) * scale + shift).
 
-    x: (N, C, H, W). channels: (3, C) float32, mean, scale and shift.
-    Returns the features, (N, C, h, w); the switches, packed or not; and the cells of x that won, as the features.
+    Args:
+        x: (N, C, H, W).
+        channels: Mean, scale and shift, (3, C) float32.
+        relu_before: Search for the maxima after the ReLU.
+        packed: Return packed switches.
+
+    Returns:
+        The features, (N, C, h, w); the switches, packed or not; and the winning cells of x, (N, C, h, w).
     """
     x, layout = _dense(x)
-    features, switches, within = _empty_pooling(x, layout, packed)
+    features, switches, packs = _empty_pooling(x, layout, packed)
     winners = torch.empty_like(features)
     _launch(
         _norm_pool_kernel, x, channels, features, winners, switches, x.shape[2:], features, layout,
-        PACKED=within, RELU_BEFORE=relu_before,
+        PACKED=packs, RELU_BEFORE=relu_before,
     )  # fmt: skip
-    return features, pack(switches) if packed and not within else switches, winners
+    return features, pack(switches) if packed and not packs else switches, winners
 
 
 def norm_pool_sums(gradient: Tensor, features: Tensor, winners: Tensor, channels: Tensor) -> Tensor:
-    """(2, C) float32: the sum of the gradient that passes the ReLU, and of it times the winners' x - mean.
+    """Sum, per channel, the gradient that passes the ReLU, and that gradient times the winners' x - mean.
 
-    gradient, features, winners: (N, C, h, w). channels: (k, C) float32, the mean first.
+    Args:
+        gradient: Gradient of the features, (N, C, h, w).
+        features: (N, C, h, w).
+        winners: Winning cells of x, (N, C, h, w).
+        channels: (k, C) float32, the mean first.
+
+    Returns:
+        Both sums, (2, C) float32.
     """
     features, layout = _dense(features)
     gradient, winners = (tensor.contiguous(memory_format=layout) for tensor in (gradient, winners))
     n, c, h, _ = features.shape
-    *_, (first, second) = _tiles(features, layout, SUMMED)
+    *_, (first, second) = _tiles(features, layout, SUM_TILE)
     shape = (2, first, c) if layout == torch.channels_last else (2, n, c, h, second)
     sums = torch.empty(shape, dtype=torch.float32, device=features.device)
-    size = (2 * h, 2 * features.shape[3])  # of no consequence: no cell is read
-    _launch(_norm_pool_sums_kernel, gradient, features, winners, channels, sums, size, features, layout, tile=SUMMED)
+    size = (2 * h, 2 * features.shape[3])  # unused: this kernel reads no cells
+    _launch(_norm_pool_sums_kernel, gradient, features, winners, channels, sums, size, features, layout, tile=SUM_TILE)
     return sums.sum(dim=1 if layout == torch.channels_last else (1, 3, 4))
 
 
 def norm_pool_gradient(x: Tensor, gradient: Tensor, features: Tensor, switches: Tensor, channels: Tensor) -> Tensor:
-    """(N, C, H, W), the gradient of x: scale * dy - offset - slope * (x - mean), dy in the cells that won and passed.
+    """Return the gradient of x, scale * dy - offset - slope * (x - mean), (N, C, H, W).
 
-    gradient, features: (N, C, h, w). channels: (4, C) float32, mean, scale, offset and slope.
+    dy is the gradient of the features in the winning cells that pass the ReLU, and 0 in all others.
+
+    Args:
+        x: (N, C, H, W).
+        gradient: Gradient of the features, (N, C, h, w).
+        features: (N, C, h, w).
+        switches: Packed or not.
+        channels: Mean, scale, offset and slope, (4, C) float32.
     """
     x, layout = _dense(x)
     gradient, features, switches = (

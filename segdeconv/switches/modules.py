@@ -1,4 +1,4 @@
-"""Max-pooling with switches and unpooling as modules, on which hooks can be put. They have no parameters."""
+"""Max-pooling with switches and unpooling as modules without parameters, so that hooks can be registered on them."""
 
 from torch import Tensor, nn
 
@@ -6,11 +6,11 @@ from segdeconv.switches.ops import Pooling, max_pool, unpool
 
 
 class MaxPool(nn.Module):
-    """2x2 max-pool of stride 2 that returns its switches, see `max_pool`.
+    """2x2 max-pool with stride 2 that also returns its switches, see `max_pool`.
 
     Args:
         level: Position among the pools of the network; 1 is the first, which pools the finest map.
-        packed: Whether the switches take two bits each instead of a byte, see `pack`.
+        packed: Store each switch in two bits instead of a byte, see `pack`.
 
     >>> import torch
     >>> MaxPool(1)(torch.zeros(1, 4, 5, 6)).features.shape
@@ -26,10 +26,10 @@ class MaxPool(nn.Module):
 
 
 class Unpool(nn.Module):
-    """The inverse of the `MaxPool` of the same level: values go back to where the maxima were, see `unpool`.
+    """Counterpart of the `MaxPool` of the same level: puts values back where the maxima were, see `unpool`.
 
     Args:
-        level: Level of the pool whose switches it reads; 1 is the first, which pools the finest map.
+        level: Level of the pool whose switches it uses; 1 is the first, which pools the finest map.
 
     >>> import torch
     >>> features, switches, size = MaxPool(1)(torch.zeros(1, 4, 5, 6))

@@ -1,22 +1,22 @@
-"""Switches: which cell of each 2x2 window won, and putting a value back into that cell.
+"""Pooling with switches, which record the winning cell of each 2x2 window, and unpooling into that cell.
 
-A 2x2 max-pool loses the place of the maximum. Kept as a *switch*, two bits per window, it lets the decoder put a
-value back where the maximum was: the other three cells get zeros. Zeiler & Fergus 2013, section 2.1,
+A 2x2 max-pool loses the position of the maximum. Kept as a *switch*, two bits per window, it lets the decoder put a
+value back where the maximum was; the other three cells become zero. Zeiler & Fergus 2013, section 2.1,
 https://arxiv.org/abs/1311.2901; Noh et al. 2015, section 3.2, https://arxiv.org/abs/1505.04366; Badrinarayanan et
 al. 2017, section 3, https://arxiv.org/abs/1511.00561.
 
-Pooling is ceil-mode, as in the originals: an odd side keeps its last row or column as a window of its own (45 -> 23),
-so any H, W works. Bit for bit the results are those of `max_pool2d(x, 2, 2, ceil_mode=True, return_indices=True)`
-and `max_unpool2d(..., output_size=size)`, in values, places, ties (the first cell wins) and gradients, but the
-switches take 1 byte instead of 8 and unpooling is legal under `torch.use_deterministic_algorithms(True)`.
+Pooling is ceil-mode, as in the original implementations: the last row or column of an odd side is a window of its own
+(45 -> 23), so any H and W work. The results equal those of `max_pool2d(x, 2, 2, ceil_mode=True, return_indices=True)`
+and `max_unpool2d(..., output_size=size)` bit for bit, in values, positions, ties (the first cell wins) and gradients,
+but the switches take 1 byte instead of 8 and unpooling works under `torch.use_deterministic_algorithms(True)`.
 
-Each operation exists three times. *Eager*: the fastest that torch's own kernels give. *Plain*: one tensor expression
-with no indices and no scatter, for torch.compile and torch.export, with free sizes. On a GPU with Triton,
-*triton_kernels.py*: one pass over memory. Pooling, unpooling and reading by switches are each other's gradients, so
-three small autograd functions close the circle and no input is kept for the backward pass.
+Each operation has three implementations. *Eager* is the fastest that torch's own kernels allow. *Plain* is one tensor
+expression without indices or scatter, for torch.compile and torch.export with dynamic sizes. On a GPU with Triton,
+*triton_kernels.py* needs one pass over memory. Pooling, unpooling and picking the cells that the switches select are
+each other's gradients, so three small autograd functions suffice and no input is kept for the backward pass.
 
-Switches come one to a byte, or *packed*, four channels to a byte: wherever switches are taken, both are, told apart by
-the number of channels (of a single channel they are the same).
+Switches take one byte each or are *packed*, four channels per byte. Every function that takes switches accepts both
+and tells them apart by the number of channels (for a single channel both forms are the same).
 """
 
 import functools
@@ -28,16 +28,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from segdeconv.switches.packing import one_to_a_byte, pack
+from segdeconv.switches.packing import pack, unpack_if_packed
 from segdeconv.switches.torch_kernels import pick_eager, pick_plain, place_eager, place_plain, pool_eager, pool_plain
 
 
 class Pooling(NamedTuple):
-    """What a max-pool returns.
+    """Result of a max-pool.
 
-    features: (N, C, ceil(H/2), ceil(W/2)), the maxima.
-    switches: same shape, uint8, `2*dy + dx` in 0..3: the winning cell of each window; packed, (N, ceil(C/4), h, w).
-    size: (H, W) before pooling; unpooling needs it, since 45 and 46 both pool to 23.
+    Attributes:
+        features: The maxima, (N, C, ceil(H/2), ceil(W/2)).
+        switches: The winning cell of each window, `2*dy + dx` in 0..3, uint8 of the same shape; if packed,
+            (N, ceil(C/4), h, w).
+        size: (H, W) before pooling; unpooling needs it, because 45 and 46 both pool to 23.
     """
 
     features: Tensor
@@ -46,16 +48,16 @@ class Pooling(NamedTuple):
 
     @property
     def codes(self) -> Tensor:
-        """(N, C, h, w) uint8, the switches one to a byte, however they are kept."""
-        return one_to_a_byte(self.switches, self.features.shape[1])
+        """The switches in unpacked form, (N, C, h, w) uint8."""
+        return unpack_if_packed(self.switches, self.features.shape[1])
 
 
 def max_pool(x: Tensor, *, packed: bool = False) -> Pooling:
-    """2x2 max-pool with stride 2 that remembers where each maximum was.
+    """Max-pool 2x2 windows with stride 2 and record where each maximum was.
 
-    x: (N, C, H, W), any floating dtype, any H, W >= 1. A window with a NaN gives NaN; which cell it names is
-    unspecified.
-    packed: switches of two bits, see `pack`; what is kept for the backward pass is packed too.
+    Args:
+        x: (N, C, H, W), any floating dtype, any H, W >= 1. A window with a NaN gives NaN and an unspecified switch.
+        packed: Store each switch in two bits, see `pack`, also for the backward pass.
 
     >>> max_pool(torch.tensor([[[[1., 5., 2.], [3., 4., 9.], [8., 7., 6.]]]])).switches
     tensor([[[[1, 2],
@@ -66,10 +68,18 @@ def max_pool(x: Tensor, *, packed: bool = False) -> Pooling:
 
 
 def unpool(x: Tensor, switches: Tensor, size: tuple[int, int]) -> Tensor:
-    """Put every value of x into the cell its switch names, and zeros into the other three.
+    """Put every value of x into the cell that its switch selects, and zeros into the other three.
 
-    x: (N, C, h, w); switches: (N, C, h, w) uint8 from `max_pool`, or packed; size: the (H, W) that was pooled.
-    Returns (N, C, H, W).
+    Args:
+        x: (N, C, h, w).
+        switches: (N, C, h, w) uint8 from `max_pool`, or packed.
+        size: The (H, W) that was pooled.
+
+    Returns:
+        (N, C, H, W).
+
+    Raises:
+        ValueError: The switches or the size do not fit x.
 
     >>> unpool(torch.tensor([[[[7.]]]]), torch.tensor([[[[3]]]], dtype=torch.uint8), (2, 2))
     tensor([[[[0., 0.],
@@ -87,8 +97,8 @@ def _check(x: Tensor, switches: Tensor, size: tuple[int, int]) -> None:
     if switches.dtype != torch.uint8 or tuple(switches.shape) not in shapes or (h, w) != pooled:
         raise ValueError(
             f"cannot unpool values of shape {tuple(x.shape)} to size {tuple(size)} with {switches.dtype} switches of "
-            f"shape {tuple(switches.shape)}: switches are uint8, of the shape of the values or four channels to a "
-            f"byte, and pool size to {pooled}"
+            f"shape {tuple(switches.shape)}: switches must be uint8, have the shape of the values (or four channels "
+            f"per byte) and pool size to {pooled}"
         )
 
 
@@ -115,7 +125,7 @@ class _MaxPool(torch.autograd.Function):
 
 
 class _Unpool(torch.autograd.Function):
-    """unsigned_zero: torch adds gradients into zeros, so that of -0.0 becomes 0.0; the gradient of pooling does too."""
+    """Unpooling. With `unsigned_zero`, -0.0 becomes 0.0, as in torch's gradient of pooling, which adds into zeros."""
 
     @staticmethod
     def forward(x: Tensor, switches: Tensor, height: int, width: int, unsigned_zero: bool) -> Tensor:
@@ -123,7 +133,7 @@ class _Unpool(torch.autograd.Function):
         if triton_kernels is not None:
             return triton_kernels.place(x, switches, height, width, unsigned_zero=unsigned_zero)
         place = place_plain if torch.compiler.is_compiling() else place_eager
-        return place(x + 0.0 if unsigned_zero else x, one_to_a_byte(switches, x.shape[1]), height, width)
+        return place(x + 0.0 if unsigned_zero else x, unpack_if_packed(switches, x.shape[1]), height, width)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int, int, bool], output: Tensor) -> None:
@@ -136,7 +146,7 @@ class _Unpool(torch.autograd.Function):
 
 
 class _Pick(torch.autograd.Function):
-    """Read the cell each switch names: the gradient of unpooling, and the transpose of it."""
+    """Picking the cell that each switch selects: the gradient of unpooling, and its transpose."""
 
     @staticmethod
     def forward(x: Tensor, switches: Tensor) -> Tensor:
@@ -144,7 +154,7 @@ class _Pick(torch.autograd.Function):
         if triton_kernels is not None:
             return triton_kernels.pick(x, switches)
         pick = pick_plain if torch.compiler.is_compiling() else pick_eager
-        return pick(x, one_to_a_byte(switches, x.shape[1]))
+        return pick(x, unpack_if_packed(switches, x.shape[1]))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -164,18 +174,18 @@ def _kernels(x: Tensor) -> ModuleType | None:
 
 @functools.cache
 def load_triton_kernels(device: torch.device) -> ModuleType | None:
-    """The module `triton_kernels` where a GPU can run it, else None: torch's own kernels do the work, slower."""
+    """Return the module `triton_kernels` if the GPU can run it, else None: the slower torch kernels are used."""
     if importlib.util.find_spec("triton") is None:
         return None
-    one = torch.zeros(1, 1, 1, 1, device=device)
+    x = torch.zeros(1, 1, 1, 1, device=device)
     try:
         from segdeconv.switches import triton_kernels
 
-        triton_kernels.pool(one)
-    except Exception as error:  # no C compiler, no Python headers, too old a GPU: each of its own type
+        triton_kernels.pool(x)
+    except Exception as error:  # no C compiler, no Python headers and too old a GPU raise different types
         reason = str(error).strip().partition("\n")[0]
         warnings.warn(
-            f"Triton does not run on {device} ({type(error).__name__}: {reason}), so pooling and unpooling take "
+            f"Triton does not run on {device} ({type(error).__name__}: {reason}), so pooling and unpooling use "
             "torch's slower kernels - Triton needs a C compiler and a GPU of compute capability 7.0 or more",
             stacklevel=2,
         )

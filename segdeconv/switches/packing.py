@@ -1,4 +1,4 @@
-"""Switches in two bits: four channels to a byte."""
+"""Packed switches: two bits each, four channels per byte."""
 
 import torch
 import torch.nn.functional as F
@@ -6,9 +6,15 @@ from torch import Tensor
 
 
 def pack(switches: Tensor) -> Tensor:
-    """Four to a byte: (N, C, h, w) uint8 in 0..3 -> (N, ceil(C/4), h, w) uint8, in the same memory format.
+    """Pack the switches of four channels into one byte.
 
-    Channel c is in byte c // 4, at bits 2 (c % 4) and 2 (c % 4) + 1; bits of channels that are not there are 0.
+    Channel c is in byte c // 4, at bits 2 (c % 4) and 2 (c % 4) + 1; bits beyond the last channel are 0.
+
+    Args:
+        switches: (N, C, h, w) uint8 in 0..3.
+
+    Returns:
+        (N, ceil(C/4), h, w) uint8, in the same memory format.
 
     >>> pack(torch.tensor([3, 2, 1, 0, 3], dtype=torch.uint8).view(1, 5, 1, 1)).flatten().tolist()  # 0b00011011
     [27, 3]
@@ -23,7 +29,14 @@ def pack(switches: Tensor) -> Tensor:
 
 
 def unpack(packed: Tensor, channels: int) -> Tensor:
-    """What `pack` was given, of so many channels.
+    """Undo `pack`.
+
+    Args:
+        packed: (N, ceil(C/4), h, w) uint8.
+        channels: Number of channels C before packing.
+
+    Returns:
+        (N, C, h, w) uint8 in 0..3.
 
     >>> unpack(torch.tensor([27, 3], dtype=torch.uint8).view(1, 2, 1, 1), 5).flatten().tolist()
     [3, 2, 1, 0, 3]
@@ -31,7 +44,7 @@ def unpack(packed: Tensor, channels: int) -> Tensor:
     codes = [(packed >> 2 * position) & 3 for position in range(4)]
     if torch.compiler.is_compiling():
         return torch.stack(codes, dim=2).flatten(1, 2)[:, :channels]
-    # In place, since stacking would lose the memory format.
+    # Copied into place, because stacking would lose the memory format.
     shape = (packed.shape[0], channels, *packed.shape[2:])
     switches = torch.empty(shape, dtype=torch.uint8, device=packed.device, memory_format=layout(packed))
     for position, code in enumerate(codes):
@@ -40,11 +53,12 @@ def unpack(packed: Tensor, channels: int) -> Tensor:
     return switches
 
 
-def one_to_a_byte(switches: Tensor, channels: int) -> Tensor:
-    """Switches of so many channels, packed or not, as `unpack` gives them."""
+def unpack_if_packed(switches: Tensor, channels: int) -> Tensor:
+    """Return switches of `channels` channels, packed or not, in unpacked form."""
     return switches if switches.shape[1] == channels else unpack(switches, channels)
 
 
 def layout(x: Tensor) -> torch.memory_format:
+    """Return the memory format of a tensor: channels_last or contiguous."""
     channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return torch.channels_last if channels_last else torch.contiguous_format

@@ -1,4 +1,4 @@
-"""Pooling, unpooling and reading by switches with torch operations: eager, and one plain expression for graphs."""
+"""Pooling, unpooling and picking by switches with torch operations: eager, and plain expressions for graphs."""
 
 import torch
 import torch.nn.functional as F
@@ -6,9 +6,9 @@ from torch import Tensor
 
 from segdeconv.switches.packing import layout
 
-# Eager. Values are handled as integers of their size, which selects bits exactly (no -0.0, no NaN * 0) and runs
-# vectorised, as `torch.where` on strided views does not; and comparisons write such integers, because a bool would be
-# converted for every product.
+# Eager. Values are viewed as integers of the same size, which selects bits exactly (no -0.0, no NaN * 0) and runs
+# vectorised, unlike `torch.where` on strided views. Comparisons write integers too, because bools would be converted
+# for every product.
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # the integer type of a value's size in bytes
 
@@ -16,7 +16,7 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # the integer type of 
 def pool_eager(x: Tensor) -> tuple[Tensor, Tensor]:
     features, indices = F.max_pool2d(x, 2, 2, ceil_mode=True, return_indices=True)
     height, width = features.shape[-2:]
-    # An index is row * W + column in the plane; less that of its window's first cell it is 0, 1, W or W + 1.
+    # An index is row * W + column in the plane; minus the index of its window's first cell it is 0, 1, W or W + 1.
     rows = torch.arange(height, dtype=torch.int32, device=x.device) * (2 * x.shape[-1])
     columns = torch.arange(width, dtype=torch.int32, device=x.device) * 2
     within = indices.to(torch.int32).sub_(rows[:, None] + columns)
@@ -52,13 +52,12 @@ def pick_eager(x: Tensor, switches: Tensor) -> Tensor:
     return lower.bitwise_xor_(upper).bitwise_and_(row).bitwise_xor_(upper).view(x.dtype)
 
 
-# Plain. Parity of H and W is unknown while a graph is traced: the cells of all windows come from a map that is wider by
-# one row and column of what cannot win, and windows are spread over four times the channels, shuffled into place and
-# cut to size.
+# Plain. The parity of H and W is unknown while a graph is traced. So cells are read from a map padded by one row and
+# one column that cannot win, and values are placed into four times as many channels, shuffled into windows and cropped.
 
 
 def _cells(x: Tensor, fill: float) -> list[Tensor]:
-    """The four cells of every window, by code: four of (N, C, ceil(H/2), ceil(W/2))."""
+    """Return the four cells of every window in the order of their codes, each (N, C, ceil(H/2), ceil(W/2))."""
     height, width = x.shape[-2:]
     wider = F.pad(x, (0, 1, 0, 1), value=fill)
     return [wider[..., dy : height + dy : 2, dx : width + dx : 2] for dy in (0, 1) for dx in (0, 1)]
@@ -78,7 +77,7 @@ def place_plain(x: Tensor, switches: Tensor, height: int, width: int) -> Tensor:
     codes = torch.arange(4, dtype=torch.uint8, device=x.device)[:, None, None]
     cells = torch.where(switches[:, :, None] == codes, x[:, :, None], 0)  # (N, C, 4, h, w)
     placed = F.pixel_shuffle(cells.flatten(1, 2), 2)
-    # By a negative padding: of a slice torch.export would keep its bounds, and not know that the size is this.
+    # Cropped by negative padding: for a slice, torch.export would not infer that the result has this size.
     return F.pad(placed, (0, width - placed.shape[-1], 0, height - placed.shape[-2]))
 
 

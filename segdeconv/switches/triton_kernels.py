@@ -1,16 +1,16 @@
-"""Triton kernels for CUDA: pooling, unpooling and reading by switches, each in one pass over memory.
+"""Triton kernels for CUDA: pooling, unpooling and picking by switches, each in one pass over memory.
 
-Only `ops.py` calls them, and imports this file only once a tensor lies on a GPU: Triton is not everywhere. Bit for
-bit they give what `ops.py` gives without them. No atomics, so the same bits every time.
+Only `ops.py` calls them, and it imports this file only for tensors on a GPU, because Triton may not be installed. The
+results equal those of `ops.py` without them bit for bit. There are no atomics, so results are reproducible.
 
-A *tile* is OUTER x INNER windows, and what lies side by side in it lies side by side in memory:
+A *tile* is OUTER x INNER windows, and neighbours in a tile are neighbours in memory:
 
     layout           outer                          inner      cells of a window
-    channels_last    windows, (n, i, j) in a row    channels   four places, each a run of channels
+    channels_last    windows, (n, i, j) in a row    channels   four positions, each a run of channels
     contiguous       rows of windows, (n, c, i)     columns    two rows, read whole and split into even and odd
 
-Bytes that must move for one window of values of b bytes (4 of float32, 2 of float16 and bfloat16), s = 1, or 1/4 of
-packed switches; the gradient of pooling is a placing and that of unpooling a picking:
+Bytes moved per window, for values of b bytes (4 for float32, 2 for float16 and bfloat16) and switches of s bytes (1,
+or 1/4 if packed). The gradient of pooling is `place`, that of unpooling is `pick`:
 
     pool    4 b read, b + s written          11 of float16
     place   b + s read, 4 b written          11
@@ -26,19 +26,19 @@ from torch import Tensor
 
 from segdeconv.switches.packing import pack
 
-# What the kernels take pointers to, and of which type; None is the type of the values.
+# Types of the kernels' pointer arguments; None is the type of the values.
 POINTERS = {"x": None, "features": None, "out": None, "switches": "*u8"}
 
-TILE = 1024  # windows of a program: eight in each thread of four warps, 16 bytes of float16
+TILE = 1024  # windows per program: eight, or 16 bytes of float16, per thread of four warps
 
 
 @triton.jit
 def _windows(total, h, w, H, W, C, OUTER: tl.constexpr, INNER: tl.constexpr, CHANNELS_LAST: tl.constexpr):
-    """Where the windows of this program are.
+    """Return the positions of this program's windows.
 
-    Returns outer, inner, the masks of outer for windows and for those that have lower cells, the mask of inner, whether
-    right cells exist, the places of the upper and the lower cells on the left, and (OUTER, INNER) each, place and mask
-    of a window in a map that has one value a window.
+    Returns outer, inner, the masks of outer for windows and for windows with lower cells, the mask of inner, whether
+    right cells exist, the offsets of the upper left and the lower left cells, and, (OUTER, INNER) each, offset and mask
+    of the windows in a map with one value per window.
     """
     outer = tl.program_id(0) * OUTER + tl.arange(0, OUTER)
     inner = tl.program_id(1) * INNER + tl.arange(0, INNER)
@@ -51,7 +51,7 @@ def _windows(total, h, w, H, W, C, OUTER: tl.constexpr, INNER: tl.constexpr, CHA
     else:
         plane, i = outer // h, outer % h
         first = (plane.to(tl.int64) * H + 2 * i) * W
-        right = outer >= 0  # the mask of a row says it, column by column
+        right = outer >= 0  # always true: the column masks of the rows decide
         length, below = w, W
     rows, inside = outer < total, inner < length
     places = (outer.to(tl.int64) * length)[:, None] + inner[None, :]
@@ -64,7 +64,7 @@ def _read_two(
     x, place, rows, right, inner, inside, W, C, fill,
     OUTER: tl.constexpr, INNER: tl.constexpr, CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
-    """The left and the right cells of one row of the windows, (OUTER, INNER) each; `fill` where there is none."""
+    """Return the left and right cells of one row of the windows, (OUTER, INNER) each; `fill` beyond the map."""
     if CHANNELS_LAST:
         cells = x + place[:, None] + inner[None, :]
         left = tl.load(cells, mask=rows[:, None] & inside[None, :], other=fill)
@@ -93,7 +93,7 @@ def _write_two(
 
 @triton.jit
 def _read_codes(switches, outer, inner, places, mask, h, w, C, CHANNELS_LAST: tl.constexpr, PACKED: tl.constexpr):
-    """The switch of each window, 0 to 3, from a byte of its own or from two bits of one that four channels share."""
+    """Return the switch of each window, 0 to 3, from its own byte, or if PACKED from two bits of a shared byte."""
     if PACKED:
         groups = (C + 3) // 4
         if CHANNELS_LAST:
@@ -114,7 +114,7 @@ def _read_codes(switches, outer, inner, places, mask, h, w, C, CHANNELS_LAST: tl
 def _write_codes(
     switches, codes, outer, rows, places, mask, C, OUTER: tl.constexpr, INNER: tl.constexpr, PACKED: tl.constexpr
 ):  # fmt: skip
-    """PACKED: four neighbours into a byte, which are four channels of a window in channels_last alone."""
+    """Write switches. PACKED puts four neighbours into a byte: four channels of a window only in channels_last."""
     if PACKED:
         groups = (C + 3) // 4
         group = tl.program_id(1) * (INNER // 4) + tl.arange(0, INNER // 4)
@@ -128,13 +128,13 @@ def _write_codes(
 
 @triton.jit
 def _comparable(x):
-    """The same number in a type that every GPU, and Triton's interpreter, compares."""
+    """Return x in a type that every GPU, and Triton's interpreter, can compare."""
     return x.to(tl.float32) if x.dtype.is_bf16() else x
 
 
 @triton.jit
 def _better(best, codes, cell, code: tl.constexpr):
-    """The larger of two cells, the first of equals, the later of NaNs; a value is moved as it is, never computed."""
+    """Return the larger of two cells, the first of equals and the later of NaNs, by selection without arithmetic."""
     a, b = _comparable(cell), _comparable(best)
     wins = (a > b) | (a != a)
     return tl.where(wins, cell, best), tl.where(wins, code, codes)
@@ -197,27 +197,35 @@ def _pick_kernel(
 
 
 def pool(x: Tensor, *, packed: bool = False) -> tuple[Tensor, Tensor]:
-    """The maxima and switches of (N, C, H, W): see `switches.max_pool`, and `switches.pack` for `packed`."""
+    """Return the maxima and switches of x, (N, C, H, W); see `switches.max_pool`, and `switches.pack` for `packed`."""
     x, layout = _dense(x)
-    features, switches, within = _empty_pooling(x, layout, packed)
-    _launch(_pool_kernel, x, features, switches, x.shape[2:], features, layout, PACKED=within)
-    return features, pack(switches) if packed and not within else switches
+    features, switches, packs = _empty_pooling(x, layout, packed)
+    _launch(_pool_kernel, x, features, switches, x.shape[2:], features, layout, PACKED=packs)
+    return features, pack(switches) if packed and not packs else switches
 
 
 def _empty_pooling(x: Tensor, layout: torch.memory_format, packed: bool) -> tuple[Tensor, Tensor, bool]:
-    """Features and switches for a kernel to write, and whether it packs these; in contiguous ones `pack` has to."""
+    """Return empty features and switches, and whether the kernel packs the switches itself.
+
+    A kernel packs in channels_last only; contiguous switches are packed afterwards with `pack`.
+    """
     n, c, height, width = x.shape
     pooled = ((height + 1) // 2, (width + 1) // 2)
-    within = packed and layout == torch.channels_last
+    packs = packed and layout == torch.channels_last
     features = torch.empty((n, c, *pooled), dtype=x.dtype, device=x.device, memory_format=layout)
-    shape = (n, (c + 3) // 4 if within else c, *pooled)
-    return features, torch.empty(shape, dtype=torch.uint8, device=x.device, memory_format=layout), within
+    shape = (n, (c + 3) // 4 if packs else c, *pooled)
+    return features, torch.empty(shape, dtype=torch.uint8, device=x.device, memory_format=layout), packs
 
 
 def place(x: Tensor, switches: Tensor, height: int, width: int, *, unsigned_zero: bool = False) -> Tensor:
-    """(N, C, h, w) -> (N, C, height, width): see `switches.unpool`.
+    """Unpool x, (N, C, h, w), to (N, C, height, width); see `switches.unpool`.
 
-    unsigned_zero: write 0.0 for -0.0.
+    Args:
+        x: (N, C, h, w).
+        switches: (N, C, h, w) uint8, or packed.
+        height: Rows of the result.
+        width: Columns of the result.
+        unsigned_zero: Write 0.0 for -0.0.
     """
     x, layout = _dense(x)
     switches = switches.contiguous(memory_format=layout)
@@ -228,7 +236,7 @@ def place(x: Tensor, switches: Tensor, height: int, width: int, *, unsigned_zero
 
 
 def pick(x: Tensor, switches: Tensor) -> Tensor:
-    """(N, C, H, W) -> (N, C, h, w): the cell that each switch names."""
+    """Return the cell of x, (N, C, H, W), that each switch selects, (N, C, h, w)."""
     x, layout = _dense(x)
     switches = switches.contiguous(memory_format=layout)
     shape = (*x.shape[:2], *switches.shape[2:])
@@ -239,16 +247,16 @@ def pick(x: Tensor, switches: Tensor) -> Tensor:
 
 
 def _dense(x: Tensor) -> tuple[Tensor, torch.memory_format]:
-    """The tensor in the layout that it comes nearest to, and that layout."""
+    """Return the tensor in the memory format that is closest to its strides, and that format."""
     if x.is_contiguous():
         return x, torch.contiguous_format
-    if x.stride(1) == 1:  # channels_last, or a part of such a map
+    if x.stride(1) == 1:  # channels_last, or a slice of a channels_last map
         return x.contiguous(memory_format=torch.channels_last), torch.channels_last
     return x.contiguous(), torch.contiguous_format
 
 
 def _tiles(small: Tensor, layout: torch.memory_format, tile: int) -> tuple[int, int, int, tuple[int, int]]:
-    """How many outer there are, OUTER, INNER and the numbers of programs for a tensor that has one value a window."""
+    """Return the outer length, OUTER, INNER and the grid for a tensor that has one value per window."""
     n, c, h, w = small.shape
     total, length = (n * h * w, c) if layout == torch.channels_last else (n * c * h, w)
     inner = max(4, min(256, triton.next_power_of_2(length)))
@@ -258,16 +266,16 @@ def _tiles(small: Tensor, layout: torch.memory_format, tile: int) -> tuple[int, 
 
 def _launch(
     kernel: Any,
-    *given: Any,  # tensors, the (H, W) of the larger map, the tensor that has one value a window, the layout
+    *arguments: Any,  # tensors, the (H, W) of the larger map, the tensor with one value per window, the memory format
     tile: int = TILE,
     **constants: bool,
 ) -> None:
-    *tensors, (height, width), small, layout = given
+    *tensors, (height, width), small, layout = arguments
     _, c, h, w = small.shape
     if small.numel() == 0:
         return
     total, outer, inner, grid = _tiles(small, layout, tile)
-    with torch.cuda.device_of(small):  # Triton launches on the current one
+    with torch.cuda.device_of(small):  # Triton launches on the current device
         kernel[grid](
             *tensors, total, h, w, height, width, c,
             OUTER=outer, INNER=inner, CHANNELS_LAST=layout == torch.channels_last, **constants,

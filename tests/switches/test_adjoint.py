@@ -1,4 +1,4 @@
-"""What transposed convolution and unpooling are: gradients and transposes of convolution and max pooling."""
+"""Transposed convolution and unpooling as gradients and transposes of convolution and max-pooling."""
 
 import itertools
 import re
@@ -29,7 +29,7 @@ def randn(*size, **options):
 
 
 def remainder(side, kernel, stride, padding, dilation):
-    """The rows that a convolution of this stride leaves over: what output_padding has to say."""
+    """Return the number of rows that a convolution of this stride leaves over, which output_padding restores."""
     return (side + 2 * padding - dilation * (kernel - 1) - 1) % stride
 
 
@@ -60,7 +60,7 @@ def test_the_blocks_of_encoder_and_decoder_are_adjoint():
 
 
 def by_definition(x, weight, bias, stride, padding, dilation):
-    """Every value puts down its kernel; what falls on one pixel is added, over all incoming maps."""
+    """Add the kernel of every value to the output, over all incoming maps."""
     channels, height, width = x.shape
     outputs, kernel = weight.shape[1:3]
     size = [stride * (side - 1) + dilation * (kernel - 1) + 1 for side in (height, width)]
@@ -71,7 +71,7 @@ def by_definition(x, weight, bias, stride, padding, dilation):
 
 
 @pytest.mark.parametrize(("kernel", "stride", "padding", "dilation"), [(3, 1, 1, 1), (4, 2, 1, 1), (3, 2, 2, 2)])
-def test_it_combines_many_maps_into_one_by_adding(kernel, stride, padding, dilation):
+def test_a_transposed_convolution_adds_its_incoming_maps(kernel, stride, padding, dilation):
     x, weight, bias = randn(3, 4, 3), randn(3, 2, kernel, kernel), randn(2)
     settings = {"stride": stride, "padding": padding, "dilation": dilation}
     whole = F.conv_transpose2d(x[None], weight, bias, **settings)[0]
@@ -80,7 +80,7 @@ def test_it_combines_many_maps_into_one_by_adding(kernel, stride, padding, dilat
     torch.testing.assert_close(whole, sum(alone) + bias[:, None, None])
 
 
-# Unpooling. Values of a permutation: every window has one maximum.
+# Unpooling. The values are a permutation, so that every window has one maximum.
 
 
 def distinct(*size):
@@ -93,16 +93,16 @@ def test_unpooling_and_pooling_are_each_others_gradients_through_the_same_switch
     x = distinct(2, 3, *size).requires_grad_()
     features, switches, where = max_pool(x)
     g, h = randn(*features.shape), randn(*x.shape)
-    (of_pooling,) = torch.autograd.grad(features, x, g)
-    assert torch.equal(of_pooling, unpool(g, switches, where))
+    (pooling_gradient,) = torch.autograd.grad(features, x, g)
+    assert torch.equal(pooling_gradient, unpool(g, switches, where))
     y = randn(*features.shape, requires_grad=True)
-    (of_unpooling,) = torch.autograd.grad(unpool(y, switches, where), y, h)
+    (unpooling_gradient,) = torch.autograd.grad(unpool(y, switches, where), y, h)
     for n, c, i, j in itertools.product(*map(range, features.shape)):
         row, column = divmod(int(switches[n, c, i, j]), 2)
-        assert of_unpooling[n, c, i, j] == h[n, c, 2 * i + row, 2 * j + column]
-    # Each other's transposes while the switches stay; and to pool what was unpooled gives it back.
-    torch.testing.assert_close((unpool(y, switches, where) * h).sum(), (y * of_unpooling).sum())
-    assert torch.equal(unpool(features, switches, where)[of_pooling != 0], x[of_pooling != 0])
+        assert unpooling_gradient[n, c, i, j] == h[n, c, 2 * i + row, 2 * j + column]
+    # For fixed switches the two are each other's transposes, and pooling undoes unpooling.
+    torch.testing.assert_close((unpool(y, switches, where) * h).sum(), (y * unpooling_gradient).sum())
+    assert torch.equal(unpool(features, switches, where)[pooling_gradient != 0], x[pooling_gradient != 0])
 
 
 @pytest.mark.parametrize("size", [(6, 8), (7, 9)])
@@ -117,7 +117,7 @@ def test_unpooling_puts_zeros_where_no_maximum_was(size):
             assert torch.equal(restored[n, c, i : i + 2, j : j + 2], expected)
 
 
-# The page that says the same in words.
+# The page that explains this.
 
 
 def blocks():
@@ -130,7 +130,7 @@ def test_every_block_of_the_page_runs():
 
 
 @pytest.mark.parametrize(
-    ("there", "here"),
+    ("original", "changed"),
     [
         ("output_padding=(1, 0))  # the same", "output_padding=(1, 0)) * 2  # the same"),
         ("+= x[c, i, j]", "= x[c, i, j]"),
@@ -138,8 +138,8 @@ def test_every_block_of_the_page_runs():
         ("torch.equal(gradient, unpool(g,", "torch.equal(gradient, unpool(2 * g,"),
     ],
 )
-def test_what_the_page_says_is_checked_by_its_blocks(there, here):
+def test_the_code_blocks_check_the_claims_of_the_page(original, changed):
     text = "\n".join(blocks())
-    assert text.count(there) == 1
+    assert text.count(original) == 1
     with pytest.raises(AssertionError):
-        exec(compile(text.replace(there, here), str(PAGE), "exec"), {})
+        exec(compile(text.replace(original, changed), str(PAGE), "exec"), {})

@@ -1,4 +1,4 @@
-"""Pooling and unpooling as modules: the functions, with a level, hooks and no state."""
+"""Pooling and unpooling as modules: they compute what the functions do, have a level and hooks, and no state."""
 
 import copy
 
@@ -19,14 +19,14 @@ NETWORKS = {
 @pytest.mark.parametrize("packed", [False, True])
 def test_they_compute_what_the_functions_compute_and_have_no_state(packed):
     x = torch.randn(2, 5, 7, 10)
-    pool, back = MaxPool(1, packed=packed), Unpool(1)
+    pool, inverse = MaxPool(1, packed=packed), Unpool(1)
     expected = max_pool(x, packed=packed)
     pooling = pool(x)
     assert torch.equal(pooling.features, expected.features)
     assert torch.equal(pooling.switches, expected.switches)
-    assert torch.equal(back(*pooling), unpool(*expected))
+    assert torch.equal(inverse(*pooling), unpool(*expected))
     assert not pool.state_dict()
-    assert not back.state_dict()
+    assert not inverse.state_dict()
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -34,10 +34,10 @@ def test_every_pool_and_its_unpooling_have_the_same_level_and_size(name):
     network = copy.deepcopy(NETWORKS[name]()).eval()
     sizes, levels = {}, []
 
-    def pooled(module, given, output):
+    def pooled(module, inputs, output):
         sizes[module.level] = output.size
 
-    def unpooled(module, given, output):
+    def unpooled(module, inputs, output):
         levels.append(module.level)
         assert output.shape[-2:] == sizes[module.level]
 

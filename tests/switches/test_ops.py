@@ -1,4 +1,4 @@
-"""Switches against torch's own pair, max_pool2d with indices and max_unpool2d, compared by bits."""
+"""Switches compared bit for bit with torch's max_pool2d with indices and max_unpool2d."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ INF = float("inf")
 
 
 def bits(x):
-    """The value's bit pattern as an integer: 0.0 and -0.0 differ, a NaN equals itself."""
+    """Return the bit patterns as integers: 0.0 and -0.0 differ, and a NaN equals itself."""
     return x.detach().contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
 
 
@@ -36,14 +36,14 @@ def torch_unpool(x, indices, size):
 
 
 def places(switches, size):
-    """Switches -> flat index of each winner in its plane, window by window."""
+    """Return the flat index of each winner in its plane, window by window."""
     rows = 2 * torch.arange(switches.shape[-2])[:, None] + (switches // 2).long().cpu()
     columns = 2 * torch.arange(switches.shape[-1]) + (switches % 2).long().cpu()
     return rows * size[1] + columns
 
 
 def gradient_like(x):
-    """Random, without a negative zero (see test_negative_zero_gradient_...)."""
+    """Return a random gradient without negative zeros (see test_negative_zero_gradient_...)."""
     gradient = torch.randn(x.shape, dtype=torch.float64).to(x.dtype).to(x.device)
     return gradient.where(gradient != 0, 1.0)
 
@@ -74,7 +74,7 @@ DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.i
 @pytest.mark.parametrize("kind", ["no ties", "ties", "equal", "minus infinity"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_pool_and_unpool_have_torchs_bits_in_values_places_and_gradients(dtype, layout, kind, device):
+def test_pool_and_unpool_equal_torch_in_values_positions_and_gradients(dtype, layout, kind, device):
     for size in SIZES:
         x = random_input(kind, size, dtype, layout).to(device)
         ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
@@ -102,7 +102,7 @@ def test_pool_and_unpool_have_torchs_bits_in_values_places_and_gradients(dtype, 
         assert_same_bits(ours.grad, theirs.grad)
 
 
-def test_negative_zero_gradient_has_torchs_bits():
+def test_negative_zero_gradient_equals_torch():
     x = torch.arange(4.0).reshape(1, 1, 2, 2)
     ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
     gradient = torch.tensor([[[[-0.0]]]])
@@ -111,7 +111,7 @@ def test_negative_zero_gradient_has_torchs_bits():
     assert_same_bits(ours.grad, theirs.grad)
 
 
-def test_gradient_of_unpool_keeps_negative_zero_as_torch_does():
+def test_gradient_of_unpool_preserves_negative_zero_as_torch_does():
     x = torch.arange(4.0).reshape(1, 1, 2, 2)
     features, indices = torch_pool(x)
     ours, theirs = features.clone().requires_grad_(), features.clone().requires_grad_()
@@ -121,7 +121,7 @@ def test_gradient_of_unpool_keeps_negative_zero_as_torch_does():
     assert_same_bits(ours.grad, theirs.grad)
 
 
-def test_unpool_moves_every_value_unchanged_special_ones_included():
+def test_unpool_moves_every_value_unchanged_including_special_values():
     x = torch.tensor([[[[-0.0, float("nan"), INF, -INF, 1e-45]]]])
     switches = torch.tensor([[[[3, 0, 1, 2, 1]]]], dtype=torch.uint8)
     restored = unpool(x, switches, (2, 10))
@@ -175,7 +175,7 @@ def test_picking_reads_the_cell_that_placing_wrote(size, implementation_name):
 
 def test_unpool_places_caffes_example():
     # caffe-segnet test_upsample_layer.cpp: values 1, 2, 9, 4 with mask 2, 5, 12, 14 into 4x4.
-    # Its mask crosses windows (1 stands top left and goes top right), so each value stands here in its cell's window.
+    # Its mask crosses windows (1 moves from top left to top right), so here each value is in the window of its cell.
     flat = {2: 1.0, 5: 2.0, 12: 9.0, 14: 4.0}
     values, switches = torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2, dtype=torch.uint8)
     for place, value in flat.items():
@@ -208,7 +208,7 @@ def test_sizes_of_the_originals_chain_and_back():
     assert tuple(x.shape[-2:]) == (360, 480)
 
 
-def test_strided_and_expanded_inputs_and_gradients_are_read_right():
+def test_strided_and_expanded_inputs_and_gradients_are_read_correctly():
     base = torch.randn(2, 3, 12, 14)
     x = base[:, :, ::2, 1::2].requires_grad_()
     assert_same_bits(max_pool(x).features, torch_pool(x.contiguous())[0])
@@ -233,7 +233,7 @@ def test_deterministic_algorithms_allow_forward_and_backward():
         x = torch.randn(1, 2, 5, 7, requires_grad=True)
         features, indices = torch_pool(x.detach())
         with pytest.raises(RuntimeError, match="deterministic"):
-            torch_unpool(features, indices, (5, 7))  # what this project replaces
+            torch_unpool(features, indices, (5, 7))  # the operation that this project replaces
         pooling = max_pool(x)
         unpool(pooling.features, pooling.switches, pooling.size).square().sum().backward()
     finally:
@@ -242,8 +242,8 @@ def test_deterministic_algorithms_allow_forward_and_backward():
 
 
 @pytest.mark.parametrize("size", [(4, 4), (5, 3), (1, 2)])
-def test_first_and_second_derivatives_are_right(size):
-    # Distinct values far apart, so that no finite difference moves a maximum.
+def test_first_and_second_derivatives_are_correct(size):
+    # The values are distinct and far apart, so that no finite difference moves a maximum.
     x = torch.randperm(2 * size[0] * size[1]).double().reshape(1, 2, *size).requires_grad_()
     switches = max_pool(x).switches
     values = torch.randn(switches.shape, dtype=torch.float64, requires_grad=True)
@@ -259,21 +259,21 @@ def test_first_and_second_derivatives_are_right(size):
         assert torch.autograd.gradgradcheck(function, argument)
 
 
-def test_switches_carry_no_gradient_and_the_input_is_not_kept():
+def test_switches_have_no_gradient_and_the_input_is_not_saved():
     x = torch.randn(1, 2, 4, 4, requires_grad=True)
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.dtype) or tensor, lambda t: t):
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.dtype) or tensor, lambda t: t):
         pooling = max_pool(x)
         unpool(pooling.features, pooling.switches, pooling.size)
     assert not pooling.switches.requires_grad
-    assert set(kept) == {torch.uint8}
+    assert set(saved) == {torch.uint8}
 
 
 @pytest.mark.parametrize(
     ("values", "switches", "size", "message"),
     [
-        ((1, 2, 3, 4), (torch.int64, (1, 2, 3, 4)), (6, 8), r"torch\.int64 switches .* switches are uint8"),
-        ((1, 2, 3, 4), (torch.uint8, (1, 3, 3, 4)), (6, 8), r"shape \(1, 3, 3, 4\): .* of the shape of the values"),
+        ((1, 2, 3, 4), (torch.int64, (1, 2, 3, 4)), (6, 8), r"torch\.int64 switches .* switches must be uint8"),
+        ((1, 2, 3, 4), (torch.uint8, (1, 3, 3, 4)), (6, 8), r"shape \(1, 3, 3, 4\): .* have the shape of the values"),
         ((1, 2, 3, 4), (torch.uint8, (1, 2, 3, 4)), (7, 8), r"to size \(7, 8\) .* pool size to \(4, 4\)"),
         ((1, 2, 3, 4), (torch.uint8, (1, 2, 3, 4)), (6, 9), r"to size \(6, 9\) .* pool size to \(3, 5\)"),
     ],
@@ -323,12 +323,12 @@ def test_exported_network_takes_any_size_and_has_no_indices_or_scatter():
         assert expected.std() > 0.01  # so that the tolerance means something
 
 
-# Packed.
+# Packed switches.
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("channels", [1, 2, 4, 7, 8])
-def test_packed_switches_are_a_byte_for_four_channels_and_come_back(channels, layout):
+def test_packed_switches_take_a_byte_for_four_channels_and_can_be_unpacked(channels, layout):
     codes = torch.randint(0, 4, (2, channels, 3, 5), dtype=torch.uint8).contiguous(memory_format=layout)
     packed = pack(codes)
     assert packed.shape == (2, -(-channels // 4), 3, 5)
@@ -338,30 +338,32 @@ def test_packed_switches_are_a_byte_for_four_channels_and_come_back(channels, la
         assert torch.equal(packed[:, byte].int(), expected)
     restored = unpack(packed, channels)
     assert torch.equal(restored, codes)
-    if packed.shape[1] > 1:  # of a single channel both formats are the same
+    if packed.shape[1] > 1:  # for a single channel both formats are the same
         assert packed.is_contiguous(memory_format=layout)
         assert restored.is_contiguous(memory_format=layout)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_packed_switches_give_the_same_bits_and_four_times_less_is_kept(layout):
+def test_packed_switches_give_the_same_bits_and_save_four_times_less(layout):
     for size in SIZES:
-        results, kept = [], []
+        results, saved_bytes = [], []
         for packed in (False, True):
             torch.manual_seed(0)
             x = random_input("ties", (size[0] + 1, size[1]), torch.float32, layout)[:, :, 1:].requires_grad_()
             x = x.repeat(1, 4, 1, 1)  # 12 channels
             x.retain_grad()
-            held = []
-            with torch.autograd.graph.saved_tensors_hooks(lambda t, held=held: held.append(t.nbytes) or t, lambda t: t):
+            saved = []
+            with torch.autograd.graph.saved_tensors_hooks(
+                lambda t, saved=saved: saved.append(t.nbytes) or t, lambda t: t
+            ):
                 pooling = max_pool(x, packed=packed)
                 restored = unpool(pooling.features, pooling.switches, pooling.size)
-            kept.append([pooling.switches.nbytes, sum(held)])
+            saved_bytes.append([pooling.switches.nbytes, sum(saved)])
             (gradient,) = torch.autograd.grad((restored * restored.detach()).sum(), x, create_graph=True)
             results.append((pooling.features, restored, gradient))
         for one, other in zip(*results, strict=True):
             assert_same_bits(one, other)
-        assert [4 * few for few in kept[1]] == kept[0]
+        assert [4 * packed for packed in saved_bytes[1]] == saved_bytes[0]
 
 
 def make_slim(network, packed):

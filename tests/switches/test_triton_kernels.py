@@ -1,4 +1,4 @@
-"""The Triton kernels: right numbers (triton_kernel_cases.py, fused_stage_cases.py), and only where they can run."""
+"""The Triton kernels: correct results (triton_kernel_cases.py, fused_stage_cases.py), used only where they can run."""
 
 import importlib.util
 import os
@@ -22,9 +22,9 @@ def run(*arguments, **environment):
     )
 
 
-@pytest.mark.slow  # Triton interprets them
+@pytest.mark.slow  # Triton interprets the kernels
 @pytest.mark.parametrize("cases", ["triton_kernel_cases", "fused_stage_cases"])
-def test_the_kernels_have_torchs_numbers(cases):
+def test_the_kernels_give_the_results_of_torch(cases):
     interpreted = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
     done = run("-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/switches/{cases}.py", **interpreted)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -48,7 +48,7 @@ for name, kernel in sorted({**vars(triton_kernels), **vars(fused_triton)}.items(
     for values in product((False, True), repeat=len(choices)):
         constants = {"OUTER": 16, "INNER": 64, **dict(zip(choices, values))}
         if name in ("_pool_kernel", "_norm_pool_kernel") and constants["PACKED"] and not constants["CHANNELS_LAST"]:
-            continue  # packed afterwards
+            continue  # contiguous switches are packed afterwards
         signature = {}
         for argument in kernel.arg_names:
             if argument in constants:
@@ -63,7 +63,7 @@ for name, kernel in sorted({**vars(triton_kernels), **vars(fused_triton)}.items(
 """
 
 
-def test_every_kernel_compiles_for_a_gpu_that_is_not_here_and_has_no_atomics(tmp_path):
+def test_every_kernel_compiles_for_an_absent_gpu_and_has_no_atomics(tmp_path):
     done = run("-c", COMPILE, TRITON_CACHE_DIR=str(tmp_path))
     assert done.returncode == 0, done.stderr
     separate, fused = {"_pool", "_place", "_pick"}, {"_norm_pool", "_norm_pool_sums", "_norm_pool_gradient"}
@@ -82,10 +82,10 @@ print(before, "triton" in sys.modules, *(name in sys.modules for name in names))
     assert run("-c", probe).stdout.split() == ["False"] * 4
 
 
-def test_where_triton_does_not_run_it_is_said_and_torchs_kernels_are_taken(monkeypatch):
+def test_where_triton_does_not_run_a_warning_is_given_and_torchs_kernels_are_used(monkeypatch):
     load_triton_kernels.cache_clear()
-    with pytest.warns(UserWarning, match=r"Triton does not run on meta \(.*\), so pooling .* take torch's slower"):
-        assert load_triton_kernels(torch.device("meta")) is None  # no GPU, as for Triton an old one is none
+    with pytest.warns(UserWarning, match=r"Triton does not run on meta \(.*\), so pooling .* use torch's slower"):
+        assert load_triton_kernels(torch.device("meta")) is None  # fails as a GPU too old for Triton does
     load_triton_kernels.cache_clear()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert load_triton_kernels(torch.device("cuda")) is None

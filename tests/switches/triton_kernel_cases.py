@@ -1,5 +1,8 @@
-"""The Triton kernels against torch's own pair, by bits. test_triton_kernels.py runs this file in a process of its own:
-on the GPU where there is one, else in Triton's interpreter, which has to be chosen before Triton is imported."""
+"""The Triton kernels compared bit for bit with torch's pooling and unpooling.
+
+test_triton_kernels.py runs this file in its own process: on a GPU if there is one, else in Triton's interpreter, which
+has to be selected before Triton is imported.
+"""
 
 import pytest
 import torch
@@ -24,7 +27,7 @@ def _through_the_kernels(monkeypatch):
 @pytest.mark.parametrize("kind", ["no ties", "ties", "minus infinity"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_values_places_and_gradients_are_torchs(dtype, layout, kind):
+def test_values_positions_and_gradients_equal_torch(dtype, layout, kind):
     for size in ((1, 1), (7, 1), (4, 6), (5, 7)):
         x = random_input(kind, size, dtype, layout).to(DEVICE)
         ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
@@ -48,16 +51,16 @@ def test_values_places_and_gradients_are_torchs(dtype, layout, kind):
 
 @pytest.mark.parametrize("channels", [1, 3, 4, 9])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_packed_switches_are_the_others_packed_and_do_the_same(layout, channels):
+def test_packed_switches_equal_the_unpacked_ones_and_give_the_same_results(layout, channels):
     for size in ((1, 1), (5, 7), (6, 4)):
         x = torch.randn(2, channels, *size).contiguous(memory_format=layout).to(DEVICE)
-        loose, packed = max_pool(x), max_pool(x, packed=True)
-        assert_same_bits(packed.features, loose.features)
-        assert torch.equal(packed.switches, pack(loose.switches))
-        values = torch.randn(loose.features.shape).to(DEVICE).contiguous(memory_format=layout)
-        places = (triton_kernels.place(values, pooling.switches, *size) for pooling in (packed, loose))
-        assert_same_bits(*places)
-        assert_same_bits(triton_kernels.pick(x, packed.switches), triton_kernels.pick(x, loose.switches))
+        unpacked, packed = max_pool(x), max_pool(x, packed=True)
+        assert_same_bits(packed.features, unpacked.features)
+        assert torch.equal(packed.switches, pack(unpacked.switches))
+        values = torch.randn(unpacked.features.shape).to(DEVICE).contiguous(memory_format=layout)
+        placed = (triton_kernels.place(values, pooling.switches, *size) for pooling in (packed, unpacked))
+        assert_same_bits(*placed)
+        assert_same_bits(triton_kernels.pick(x, packed.switches), triton_kernels.pick(x, unpacked.switches))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -82,7 +85,7 @@ def test_maps_larger_than_a_tile_have_no_seams(layout):
     assert_same_bits(triton_kernels.pick(restored, pooling.switches), features)
 
 
-def test_other_layouts_and_mixed_ones_are_read_right():
+def test_other_and_mixed_memory_formats_are_read_correctly():
     base = torch.randn(2, 3, 12, 14).to(DEVICE)
     for x in (base[:, :, ::2, 1::2], base.transpose(2, 3), base[:, 1:2], base[:0], base.permute(1, 0, 2, 3)):
         pooling, (features, indices) = max_pool(x), torch_pool(x.contiguous())
@@ -108,7 +111,7 @@ def test_deterministic_algorithms_allow_them():
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_network_has_the_same_bits_with_and_without_them(monkeypatch, packed):
+def test_a_network_computes_the_same_bits_with_and_without_the_kernels(monkeypatch, packed):
     network = SegNet(3, stages=((4,), (6, 5)), packed_switches=packed).to(DEVICE, memory_format=torch.channels_last)
     image = torch.randn(2, 3, 13, 10).to(DEVICE).contiguous(memory_format=torch.channels_last)
 
