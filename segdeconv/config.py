@@ -197,7 +197,7 @@ def build(node: Mapping[str, Any], where: str, **supplied: Any) -> Any:
         raise UsageError(f"{where} ({node[TARGET]}) refuses its arguments: {error} - correct them") from error
 
 
-def deal(node: Mapping[str, Any], schemas: Sequence[Callable[..., Any]]) -> tuple[Node, ...]:
+def split_arguments(node: Mapping[str, Any], schemas: Sequence[Callable[..., Any]]) -> tuple[Node, ...]:
     """Each schema's share of a node's arguments, in order, and last what none of them takes, with its `_target_`.
 
     A key that several schemas name goes to each of them.

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from segdeconv.checkpoints import checkpoint
-from segdeconv.config import build, deal
+from segdeconv.config import build, split_arguments
 from segdeconv.data.loading import explain_loader_errors
 from segdeconv.errors import TimeUp, UsageError, command
 from segdeconv.evaluation import report
@@ -72,7 +72,7 @@ def train(config: Mapping[str, Any], run: str | Path, *, runs: Path | None = Non
     prepared = prepare(config, fresh=resumed is not None)
     if resumed is not None:
         resume.compare(resumed, prepared.classes, prepared.metadata["fingerprints"])
-    settings = TrainerSettings(**deal(config["trainer"], [TrainerSettings])[0])
+    settings = TrainerSettings(**split_arguments(config["trainer"], [TrainerSettings])[0])
     checkpoints = Checkpoints(run, resumed=resumed_path, patience=settings.patience)
     deadline = started + config_check.seconds(config["max_time"]) if config["max_time"] is not None else None
     stopping = Stopping(checkpoints, deadline=deadline)

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from segdeconv.config import TARGET, build, check, deal, locate
+from segdeconv.config import TARGET, build, check, locate, split_arguments
 from segdeconv.data.augmentation import Augmentation, Transform, mask_arguments
 from segdeconv.data.cache import Cached, Kind, open_store, plan_cache
 from segdeconv.data.checksums import verify
@@ -159,7 +159,7 @@ def build_split(node: Mapping[str, Any], split_name: str) -> SegmentationDataset
     Raises:
         UsageError: The data set cannot be read, or its files do not match `dataset.checksums`.
     """
-    checksums, view, crops, _, source = deal(node, SCHEMAS)
+    checksums, view, crops, _, source = split_arguments(node, SCHEMAS)
     dataset = typing.cast(SegmentationDataset, build(source, "dataset", split=split_name))
     verify(dataset, **checksums)
     if view.get("label_map"):
@@ -202,7 +202,7 @@ def build_pipeline(
         seed: Seed of the config.
     """
     transforms = build_transforms(augment, ignore_index=train.classes.ignore_index, mean=node["mean"])
-    _, _, _, settings, _ = deal(node, SCHEMAS)
+    _, _, _, settings, _ = split_arguments(node, SCHEMAS)
     return DataPipeline(train, val, transforms, seed, **settings)
 
 

@@ -1,10 +1,10 @@
-"""Losses: modules from (logits, mask) to a scalar, none of which counts ignored pixels; class weights.
+"""Losses, modules that map (logits, mask) to a scalar and leave out ignored pixels, and class weights.
 
 May import `errors`, `system`, `switches`, `config` and `classes`.
 """
 
 from segdeconv.losses.base import LogitAdjusted, PixelLoss, loss_sums
-from segdeconv.losses.combined import Sum, balance, build_loss, check_loss
+from segdeconv.losses.combined import Sum, build_loss, check_loss, compute_class_weights
 from segdeconv.losses.pixelwise import OHEM, CrossEntropy, Focal
 from segdeconv.losses.regions import Dice, LovaszSoftmax
 
@@ -17,8 +17,8 @@ __all__ = [
     "LovaszSoftmax",
     "PixelLoss",
     "Sum",
-    "balance",
     "build_loss",
     "check_loss",
+    "compute_class_weights",
     "loss_sums",
 ]

@@ -1,8 +1,8 @@
-"""What every loss is: a module from (logits, mask) to a scalar.
+"""Base classes of losses, which are modules that map (logits, mask) to a scalar.
 
-A mean over pixels is kept as a sum and its normaliser, because a batch may come in pieces (accumulated micro-batches,
-several processes): the mean over the whole is the sum of the sums by the sum of the normalisers, and a mean of means
-is another number wherever the pieces have unequal shares of ignored pixels.
+A mean over pixels is kept as a sum and its normaliser, because a batch may be split (into accumulated micro-batches or
+over several processes). The mean over the whole batch is the sum of the sums divided by the sum of the normalisers;
+the mean of the parts' means differs from it where the parts have different numbers of ignored pixels.
 """
 
 import math
@@ -16,31 +16,44 @@ from torch import Tensor, nn
 
 
 class PixelLoss(nn.Module, ABC):
-    """A loss that is a sum over pixels, divided by a normaliser. A subclass gives both.
+    """Loss that is a sum over pixels divided by a normaliser. Subclasses define both in `sums`.
 
-    A loss that is none (one number from a whole map) can be any module from (logits, mask) to a scalar; the pieces of
-    a batch are then averaged by their numbers of pixels.
+    A loss that is computed from a whole map can be any other module that maps (logits, mask) to a scalar. The parts of
+    a split batch are then averaged with their numbers of pixels as weights.
     """
 
     @abstractmethod
     def sums(self, logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """logits: (N, C, H, W); mask: (N, H, W) int64, class indices or ignore_index -> (sum, normaliser), scalars."""
+        """Return the sum over pixels and its normaliser, both scalars.
+
+        Args:
+            logits: (N, C, H, W).
+            mask: Class indices or ignore_index, (N, H, W) int64.
+        """
 
     def forward(self, logits: Tensor, mask: Tensor) -> Tensor:
-        """logits: (N, C, H, W); mask: (N, H, W) int64, class indices or ignore_index -> the mean, a scalar."""
+        """Return the mean loss, a scalar.
+
+        Args:
+            logits: (N, C, H, W).
+            mask: Class indices or ignore_index, (N, H, W) int64.
+        """
         total, normaliser = self.sums(logits, mask)
         return total / torch.where(normaliser > 0, normaliser, 1.0)
 
 
 class LogitAdjusted(PixelLoss):
-    """Any loss, of logits to which `logit_adjustment * log weight` of each class is added.
+    """Wrapper that adds `logit_adjustment * log weight` of each class to the logits before any loss.
 
-    With class weights a network predicts weight * p in place of p: rare classes are learned early, and predicted where
-    they are not. The adjustment keeps what is learned, but the network's own scores are weight**(1 - logit_adjustment)
-    * p: 0 keeps the weights in its scores, 1 removes them. Menon et al. 2021, section 4,
+    With class weights a network predicts weight * p instead of p: it learns rare classes early, but also predicts them
+    where they are absent. With the adjustment it learns in the same way, but its own scores become
+    weight**(1 - logit_adjustment) * p: 0 keeps the weights in the scores, 1 removes them. Menon et al. 2021, section 4,
     https://arxiv.org/abs/2007.07314, with weights in place of their priors.
 
-    loss: has the same class weights. A class of weight 0 is left as it is.
+    Args:
+        loss: The wrapped loss, built with the same class weights.
+        logit_adjustment: Factor on the logarithm of the weights, 0..1.
+        class_weights: One per class; the logits of a class of weight 0 are not changed.
     """
 
     shift: Tensor
@@ -62,9 +75,15 @@ class LogitAdjusted(PixelLoss):
 
 
 def loss_sums(loss: nn.Module, logits: Tensor | Sequence[Tensor], mask: Tensor) -> tuple[Tensor, Tensor]:
-    """(sum, normaliser) of any loss; see PixelLoss. Of several maps of logits for one mask, those of all together."""
+    """Return the sum and the normaliser of any loss; see PixelLoss.
+
+    Args:
+        loss: A PixelLoss or any other module that maps (logits, mask) to a scalar.
+        logits: (N, C, H, W), or several such maps for one mask, whose sums and normalisers are added.
+        mask: Class indices or ignore_index, (N, H, W) int64.
+    """
     if not isinstance(logits, Tensor):
-        total, normaliser = torch.stack([torch.stack(loss_sums(loss, one, mask)) for one in logits]).sum(dim=0)
+        total, normaliser = torch.stack([torch.stack(loss_sums(loss, output, mask)) for output in logits]).sum(dim=0)
         return total, normaliser
     if isinstance(loss, PixelLoss):
         return loss.sums(logits, mask)
@@ -72,7 +91,8 @@ def loss_sums(loss: nn.Module, logits: Tensor | Sequence[Tensor], mask: Tensor) 
 
 
 def weights_buffer(class_weights: Sequence[float] | None) -> Tensor | None:
-    """Class weights as a tensor to register as a buffer, not in the state dict: they are facts of the data, kept in
-    the checkpoint's facts.
+    """Return class weights as a float32 tensor to register as a non-persistent buffer.
+
+    They stay out of the state dict because they describe the data and are saved in the checkpoint's `facts`.
     """
     return None if class_weights is None else torch.tensor(list(class_weights), dtype=torch.float32)

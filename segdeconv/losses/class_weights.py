@@ -1,4 +1,4 @@
-"""Class weights from pixel counts, so that rare classes are heard in the loss."""
+"""Class weights computed from pixel counts, so that rare classes count in the loss."""
 
 from collections.abc import Callable, Sequence
 from typing import Annotated
@@ -8,7 +8,7 @@ from pydantic import Field
 
 from segdeconv.errors import UsageError, did_you_mean
 
-# As published in the training files of the originals, one per label in their order. They cannot be reproduced
+# Published in the training files of the original authors, one per label in their order. They cannot be reproduced
 # exactly from the published labels: SignSymbol differs by a factor of 2.7.
 PRESETS: dict[str, tuple[float, ...]] = {
     "camvid": (0.2595, 0.1826, 4.5640, 0.1417, 0.9051, 0.3826, 9.6446, 1.8418, 0.6823, 6.2478, 7.3614),
@@ -22,14 +22,17 @@ PRESETS: dict[str, tuple[float, ...]] = {
 
 
 def median_frequency(pixels: Sequence[int], image_pixels: Sequence[int]) -> list[float]:
-    """Median frequency balancing: weight(c) = median of all freq / freq(c).
+    """Return class weights by median frequency balancing: weight(c) = median of all freq / freq(c).
 
-    Eigen & Fergus 2015, section 6.3.2, https://arxiv.org/abs/1411.4734: freq(c) is the pixels of class c divided by
-    all pixels of the images in which c occurs.
+    Eigen & Fergus 2015, section 6.3.2, https://arxiv.org/abs/1411.4734: freq(c) is the number of pixels of class c
+    divided by the number of pixels of all images in which c occurs. A class without pixels gets weight 0.
 
-    pixels: of each class. image_pixels: of the images in which each class occurs, ignored pixels included. To take
-    the ignored pixels into the median, as the originals' numbers did, give them as a last entry and drop its weight.
-    A class without a pixel gets weight 0: it is never a target.
+    To include the ignored pixels in the median, as the published weights do, append them as a last entry and drop its
+    weight.
+
+    Args:
+        pixels: Number of pixels of each class.
+        image_pixels: For each class, number of pixels of all images in which it occurs, including ignored pixels.
 
     >>> median_frequency([50, 25, 25], [100, 100, 50])
     [1.0, 2.0, 1.0]
@@ -43,7 +46,13 @@ def median_frequency(pixels: Sequence[int], image_pixels: Sequence[int]) -> list
 
 
 def inverse_frequency(pixels: Sequence[int], image_pixels: Sequence[int]) -> list[float]:
-    """weight(c) = 1 / (classes present * share of c): every class weighs the same in the whole. Absent classes get 0.
+    """Return class weights by inverse frequency: weight(c) = 1 / (number of classes present * fraction of c).
+
+    Every class present then has the same total weight. A class without pixels gets weight 0.
+
+    Args:
+        pixels: Number of pixels of each class.
+        image_pixels: Unused; makes the signature that of `median_frequency`.
 
     >>> inverse_frequency([75, 25], [100, 100])
     [0.6666666666666666, 2.0]
@@ -68,10 +77,17 @@ def class_weights(
     class_weighting: str = "none",
     class_weighting_power: Annotated[float, Field(gt=0, le=1)] = 1.0,
 ) -> list[float] | None:
-    """The weights that `loss.class_weighting=NAME` asks for: `none`, a formula, or a preset of the originals.
+    """Return the class weights selected by `loss.class_weighting=NAME`, or None for `none`.
 
-    class_weighting_power: exponent on the weights. Full balancing buys accuracy on rare classes with false alarms; 0.5
-    halves the range of the weights on a logarithmic scale.
+    Args:
+        pixels: Number of pixels of each class.
+        image_pixels: For each class, number of pixels of all images in which it occurs, including ignored pixels.
+        class_weighting: `none`, the name of a formula, or the name of a published preset.
+        class_weighting_power: Exponent on the weights. Full weights improve rare classes at the price of false
+            positives; 0.5 halves the range of the weights on a logarithmic scale.
+
+    Raises:
+        UsageError: The name is unknown, or a preset has another number of classes.
     """
     if class_weighting == "none":
         return None
@@ -84,7 +100,7 @@ def class_weights(
     weights = list(PRESETS[class_weighting]) if formula is None else formula(pixels, image_pixels)
     if len(weights) != len(pixels):
         raise UsageError(
-            f"loss.class_weighting={class_weighting} has {len(weights)} weights and the data set {len(pixels)} classes "
-            "- choose loss.class_weighting=median_frequency to compute them"
+            f"loss.class_weighting={class_weighting} has {len(weights)} weights, but the data set has {len(pixels)} "
+            "classes - use loss.class_weighting=median_frequency to compute the weights"
         )
     return [weight**class_weighting_power for weight in weights]

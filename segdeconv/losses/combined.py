@@ -7,20 +7,23 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from segdeconv.config import Node, build, check, deal, locate
+from segdeconv.config import Node, build, check, locate, split_arguments
 from segdeconv.errors import UsageError
 from segdeconv.losses.base import LogitAdjusted, PixelLoss
-from segdeconv.losses.class_weights import class_weights as class_weighting
+from segdeconv.losses.class_weights import class_weights as compute_weights
 
 
 class Sum(PixelLoss):
-    """Several losses, each times its factor, added.
+    """Weighted sum of several losses.
 
-    parts: by a name, what each part is: a node with `_target_`, its arguments, and `factor` (1 where it is left out).
-        Each gets the class weights and the ignore_index of the whole.
-
-    Where a batch comes in pieces, each piece counts by its number of pixels that are not ignored: exact for parts
+    The parts of a split batch are weighted by their numbers of pixels that are not ignored, which is exact for losses
     that are means over these pixels.
+
+    Args:
+        parts: By name, a node with `_target_`, arguments of the loss, and its `factor` (1 by default). Each loss gets
+            the class weights and the ignore_index of the sum.
+        class_weights: One per class; None for equal weights.
+        ignore_index: Mask value of ignored pixels.
 
     >>> parts = {"ce": {"_target_": "segdeconv.losses.CrossEntropy", "factor": 2.0}}
     >>> Sum(parts=parts)(torch.zeros(1, 4, 2, 2), torch.zeros(1, 2, 2, dtype=torch.int64)).item()  # 2 log 4
@@ -50,36 +53,42 @@ class Sum(PixelLoss):
         return torch.stack(values).sum() * counted, counted
 
 
-# Who takes the keys of a `loss` node beside the loss itself.
-SCHEMAS = (class_weighting, LogitAdjusted)
+# Schemas that share the keys of a `loss` node with the loss itself.
+SCHEMAS = (compute_weights, LogitAdjusted)
 
 
 def check_loss(node: Mapping[str, Any]) -> Node:
-    """The `loss` node of a config: arguments of the loss, of the class weighting, and of the
-    adjustment that takes them out of the scores.
+    """Check the `loss` node of a config and return it with defaults filled in.
+
+    It holds the arguments of the loss, of the class weighting, and of the logit adjustment.
+
+    Raises:
+        UsageError: A key is unknown or a value is invalid.
     """
     return _check(node, "loss", *SCHEMAS, supplied=["pixels", "image_pixels", "loss"])
 
 
-def balance(node: Mapping[str, Any], pixels: Sequence[int], image_pixels: Sequence[int]) -> list[float] | None:
-    """Class weights by the class weighting of a checked `loss` node; see `class_weights`."""
-    return class_weighting(pixels, image_pixels, **deal(node, SCHEMAS)[0])
+def compute_class_weights(
+    node: Mapping[str, Any], pixels: Sequence[int], image_pixels: Sequence[int]
+) -> list[float] | None:
+    """Return the class weights that a checked `loss` node asks for; see `class_weights.class_weights`."""
+    return compute_weights(pixels, image_pixels, **split_arguments(node, SCHEMAS)[0])
 
 
 def build_loss(node: Mapping[str, Any], *, class_weights: Sequence[float] | None, ignore_index: int) -> nn.Module:
-    """The loss of a checked `loss` node, given the class weights that `balance` finds."""
-    _, settings, own = deal(node, SCHEMAS)
+    """Build the loss of a checked `loss` node, with the class weights of `compute_class_weights`."""
+    _, settings, own = split_arguments(node, SCHEMAS)
     loss: nn.Module = build(own, "loss", class_weights=class_weights, ignore_index=ignore_index)
     return LogitAdjusted(loss, class_weights=class_weights, **settings) if settings["logit_adjustment"] else loss
 
 
-def _check(node: Mapping[str, Any], where: str, *beside: Any, supplied: Sequence[str] = ()) -> Node:
-    """One loss, in a sum or by itself. beside: whose arguments stand in the same node."""
+def _check(node: Mapping[str, Any], where: str, *other_schemas: Any, supplied: Sequence[str] = ()) -> Node:
+    """Check the node of one loss, alone or in a sum; other_schemas share its keys."""
     schema = locate(node, where)
-    checked = check(node, where, [schema, *beside], supplied=["class_weights", "ignore_index", *supplied])
+    checked = check(node, where, [schema, *other_schemas], supplied=["class_weights", "ignore_index", *supplied])
     if schema is Sum:
         if not checked["parts"]:
-            raise UsageError(f"{where}.parts is empty - name at least one loss, as configs/loss/ce_dice.yaml does")
+            raise UsageError(f"{where}.parts is empty - give at least one loss, as in configs/loss/ce_dice.yaml")
         checked["parts"] = {
             name: _check(part, f"{where}.parts.{name}", _factor) for name, part in checked["parts"].items()
         }
@@ -87,4 +96,4 @@ def _check(node: Mapping[str, Any], where: str, *beside: Any, supplied: Sequence
 
 
 def _factor(*, factor: Annotated[float, Field(ge=0)] = 1.0) -> None:
-    """The schema of what a part of a sum has beside its own arguments."""
+    """Serve as the schema of the key that each part of a sum has in addition to the arguments of its loss."""

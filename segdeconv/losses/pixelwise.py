@@ -1,4 +1,4 @@
-"""Losses that are a sum over pixels: cross entropy, and two that listen to hard pixels more."""
+"""Losses that are a sum over pixels: cross entropy, focal loss and online hard example mining."""
 
 import math
 from collections.abc import Sequence
@@ -13,16 +13,19 @@ from segdeconv.losses.base import PixelLoss, weights_buffer
 
 
 class CrossEntropy(PixelLoss):
-    """Mean over the pixels that are not ignored of weight[class] * -log softmax.
-
-    normalisation: what the weighted sum is divided by. `pixels`: the number of pixels that count, as Caffe's
-        softmax loss does and so the published configs; `weights`: the sum of their weights, as
-        `torch.nn.functional.cross_entropy` does. The same without class weights; with them the gradient differs by
-        the mean weight, which acts as another learning rate.
-    label_smoothing: share of each pixel's truth that is spread evenly over all classes, each with its own weight, as
-        torch does it. Szegedy et al. 2016, section 7, https://arxiv.org/abs/1512.00567.
+    """Cross entropy: mean over the pixels that are not ignored of weight[class] * -log softmax.
 
     A batch in which every pixel is ignored has loss 0 and gradient 0.
+
+    Args:
+        normalisation: Divisor of the weighted sum. `pixels` is the number of pixels that are not ignored, as in
+            Caffe's softmax loss and therefore in the published configs; `weights` is the sum of their weights, as in
+            `torch.nn.functional.cross_entropy`. Without class weights both are the same; with them the gradients
+            differ by the mean weight, which acts like another learning rate.
+        label_smoothing: Fraction of each pixel's target that is spread evenly over all classes, each with its own
+            weight, as in torch. Szegedy et al. 2016, section 7, https://arxiv.org/abs/1512.00567.
+        class_weights: One per class; None for equal weights.
+        ignore_index: Mask value of ignored pixels.
 
     >>> CrossEntropy()(torch.zeros(1, 4, 2, 2), torch.full((1, 2, 2), 255)).item()
     0.0
@@ -44,28 +47,31 @@ class CrossEntropy(PixelLoss):
 
     def sums(self, logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         total = F.cross_entropy(
-            logits.float(),  # the sum over a batch of pixels is beyond bfloat16
+            logits.float(),  # bfloat16 cannot hold the sum over the pixels of a batch
             mask,
             self.weights,
             ignore_index=self.ignore_index,
             reduction="sum",
             label_smoothing=self.label_smoothing,
         )
-        counts = mask != self.ignore_index
+        valid = mask != self.ignore_index
         if self.normalisation == "weights" and self.weights is not None:
-            normaliser = (self.weights[mask.where(counts, 0)] * counts).sum()
+            normaliser = (self.weights[mask.where(valid, 0)] * valid).sum()
         else:
-            normaliser = counts.sum().to(total.dtype)
+            normaliser = valid.sum().to(total.dtype)
         return total, normaliser
 
 
 class Focal(PixelLoss):
-    """Mean over the pixels that are not ignored of weight[class] * (1 - p)**gamma * -log p, p the true class's softmax.
+    """Focal loss: mean of weight[class] * (1 - p)**gamma * -log p, where p is the softmax of the true class.
 
-    Pixels that are right already count less. Lin et al. 2017, section 3, https://arxiv.org/abs/1708.02002; their
-    alpha is the class weights here.
+    The mean is over the pixels that are not ignored. Pixels that are already correct count less. Lin et al. 2017,
+    section 3, https://arxiv.org/abs/1708.02002; the paper's alpha corresponds to the class weights.
 
-    gamma: 0 is cross entropy, 2 the paper's choice.
+    Args:
+        gamma: 0 gives cross entropy; the paper uses 2.
+        class_weights: One per class; None for equal weights.
+        ignore_index: Mask value of ignored pixels.
     """
 
     weights: Tensor | None
@@ -82,26 +88,29 @@ class Focal(PixelLoss):
         self.register_buffer("weights", weights_buffer(class_weights), persistent=False)
 
     def sums(self, logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        counts = mask != self.ignore_index
-        surprise = F.cross_entropy(logits.float(), mask, ignore_index=self.ignore_index, reduction="none")
-        # 1 - p without cancellation. Where p rounds to 1 a power below 1 has no slope: the clamp passes none on.
-        doubt = (-torch.expm1(-surprise)).clamp_min(1e-12)
-        each = doubt**self.gamma * surprise  # 0 where ignored, as surprise is
+        valid = mask != self.ignore_index
+        losses = F.cross_entropy(logits.float(), mask, ignore_index=self.ignore_index, reduction="none")
+        # 1 - p without cancellation. The clamp blocks the infinite gradient of a power below 1 where p rounds to 1.
+        error = (-torch.expm1(-losses)).clamp_min(1e-12)
+        losses = error**self.gamma * losses  # cross entropy is 0 at ignored pixels, so this is too
         if self.weights is not None:
-            each = each * self.weights[mask.where(counts, 0)]
-        return each.sum(), counts.sum().to(each.dtype)
+            losses = losses * self.weights[mask.where(valid, 0)]
+        return losses.sum(), valid.sum().to(losses.dtype)
 
 
 class OHEM(PixelLoss):
-    """Cross entropy of the hardest pixels alone: online hard example mining.
+    """Online hard example mining (OHEM): cross entropy of the hardest pixels only.
 
-    Shrivastava, Gupta, Girshick 2016, section 4, https://arxiv.org/abs/1604.03540, with pixels for their regions. The
-    hardest are those whose true class has the lowest probability; they are looked for in each batch of one process.
+    Shrivastava, Gupta, Girshick 2016, section 4, https://arxiv.org/abs/1604.03540, with pixels in place of regions. The
+    hardest pixels are those whose true class has the lowest probability; they are selected in each batch of one
+    process, without regard to the class weights. The weighted sum is divided by the number of selected pixels.
 
-    share: of the pixels that are not ignored, how many are kept at least; pixels as hard as the last one too.
-    threshold: all pixels whose true class has a lower probability than this are kept as well.
-
-    The weighted sum is divided by the number of pixels kept. Class weights do not take part in the choice.
+    Args:
+        share: Minimum fraction of the pixels that are not ignored to select; pixels that tie with the easiest of them
+            are selected too.
+        threshold: Also select all pixels whose true class has a probability below this; None for no threshold.
+        class_weights: One per class; None for equal weights.
+        ignore_index: Mask value of ignored pixels.
     """
 
     weights: Tensor | None
@@ -119,14 +128,15 @@ class OHEM(PixelLoss):
         self.register_buffer("weights", weights_buffer(class_weights), persistent=False)
 
     def sums(self, logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        counts = mask != self.ignore_index
-        surprise = F.cross_entropy(logits.float(), mask, ignore_index=self.ignore_index, reduction="none")
-        seen = surprise.detach()[counts]
-        kept = counts
-        if len(seen):
-            easiest = seen.topk(math.ceil(self.share * len(seen)), sorted=False).values.min()
-            kept = counts & (surprise >= easiest)
+        valid = mask != self.ignore_index
+        losses = F.cross_entropy(logits.float(), mask, ignore_index=self.ignore_index, reduction="none")
+        candidates = losses.detach()[valid]
+        selected = valid
+        if len(candidates):
+            easiest = candidates.topk(math.ceil(self.share * len(candidates)), sorted=False).values.min()
+            selected = valid & (losses >= easiest)
             if self.threshold is not None:
-                kept |= counts & (surprise > -math.log(self.threshold))
-        each = surprise if self.weights is None else surprise * self.weights[mask.where(counts, 0)]
-        return (each * kept).sum(), kept.sum().to(each.dtype)
+                selected |= valid & (losses > -math.log(self.threshold))
+        if self.weights is not None:
+            losses = losses * self.weights[mask.where(valid, 0)]
+        return (losses * selected).sum(), selected.sum().to(losses.dtype)

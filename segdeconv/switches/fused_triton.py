@@ -2,8 +2,8 @@
 
 Only `fused.py` calls them, under the same conditions as `triton_kernels.py`, whose tiles of windows they share. All
 arithmetic is in float32. Values are rounded to the type of the map before they are compared, as the separate steps
-would write them, so that they tie here exactly where they tie there. There are no atomics, so results are reproducible
-bit for bit.
+would write them, so that they tie here exactly where they tie there. The kernels use no atomics, so results are
+reproducible bit for bit.
 
 Bytes moved per window after the statistics, for values of b bytes (4 for float32, 2 for float16 and bfloat16) and
 switches of s bytes (1, or 1/4 if packed). The last column has the bytes of the separate steps, with the ReLU after or

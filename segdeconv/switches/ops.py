@@ -16,7 +16,7 @@ expression without indices or scatter, for torch.compile and torch.export with d
 each other's gradients, so three small autograd functions suffice and no input is kept for the backward pass.
 
 Switches take one byte each or are *packed*, four channels per byte. Every function that takes switches accepts both
-and tells them apart by the number of channels (for a single channel both forms are the same).
+and distinguishes them by the number of channels (for a single channel both forms are the same).
 """
 
 import functools

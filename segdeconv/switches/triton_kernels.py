@@ -1,7 +1,7 @@
 """Triton kernels for CUDA: pooling, unpooling and picking by switches, each in one pass over memory.
 
 Only `ops.py` calls them, and it imports this file only for tensors on a GPU, because Triton may not be installed. The
-results equal those of `ops.py` without them bit for bit. There are no atomics, so results are reproducible.
+results equal those of `ops.py` without them bit for bit. They use no atomics, so results are reproducible.
 
 A *tile* is OUTER x INNER windows, and neighbours in a tile are neighbours in memory:
 

@@ -13,7 +13,7 @@ from segdeconv.classes import Classes
 from segdeconv.config import build
 from segdeconv.data.inspection import class_table, inspect_all
 from segdeconv.data.module import DataPipeline, build_pipeline, build_split, normalisation
-from segdeconv.losses import balance, build_loss
+from segdeconv.losses import build_loss, compute_class_weights
 from segdeconv.models import SegmentationModel, build_model
 from segdeconv.training import resume
 
@@ -56,7 +56,7 @@ def prepare(config: Mapping[str, Any], *, fresh: bool = False) -> Prepared:
     train_split, val_split = (build_split(config["dataset"], split) for split in ("train", "val"))
     classes = train_split.classes
     statistics, _ = inspect_all([train_split, val_split])
-    weights = balance(config["loss"], statistics.pixels[:-1], statistics.image_pixels[:-1])
+    weights = compute_class_weights(config["loss"], statistics.pixels[:-1], statistics.image_pixels[:-1])
     for note in train_split.notes:
         print(note)
     print(class_table(statistics, classes, weights), end="\n\n")

@@ -1,11 +1,11 @@
-"""Class weights against the table of CamVid's counts and the published lists (originals, section 2.2)."""
+"""Class weights checked against the table of CamVid's pixel counts and the published lists."""
 
 import pytest
 
 from segdeconv.losses.class_weights import PRESETS, class_weights, inverse_frequency, median_frequency
 
 IMAGE = 360 * 480
-# CamVid train: class, pixels, images with it, weight with the median over 11 classes, and over 12 (void among them).
+# CamVid train: class, pixels, images with the class, weight with the median over 11 classes, and over 12 with void.
 CAMVID = [
     ("Sky", 10_682_767, 366, 0.2793, 0.2565),
     ("DecoderTrace", 14_750_079, 365, 0.2017, 0.1853),
@@ -25,23 +25,23 @@ PIXELS = [row[1] for row in CAMVID]
 IMAGE_PIXELS = [row[2] * IMAGE for row in CAMVID]
 
 
-def test_median_frequency_gives_the_tables_weights_over_11_classes():
+def test_median_frequency_gives_the_weights_of_the_table_over_11_classes():
     weights = median_frequency(PIXELS, IMAGE_PIXELS)
     assert [round(weight, 4) for weight in weights] == [row[3] for row in CAMVID]
 
 
-def test_median_frequency_gives_the_tables_weights_with_void_in_the_median():
+def test_median_frequency_gives_the_weights_of_the_table_with_void_in_the_median():
     weights = median_frequency([*PIXELS, VOID[1]], [*IMAGE_PIXELS, VOID[2] * IMAGE])
     assert [round(weight, 4) for weight in weights] == [row[4] for row in (*CAMVID, VOID)]
 
 
-def test_median_frequency_leaves_absent_classes_out_of_the_median_and_weighs_them_zero():
+def test_median_frequency_leaves_absent_classes_out_of_the_median_and_gives_them_weight_zero():
     # Frequencies 0.5, 0.1, 0.2: median 0.2.
     assert median_frequency([50, 0, 10, 20], [100, 0, 100, 100]) == pytest.approx([0.4, 0, 2, 1])
     assert median_frequency([0, 0], [0, 0]) == [0.0, 0.0]
 
 
-def test_median_frequency_of_two_is_the_mean_of_both():
+def test_the_median_of_two_frequencies_is_their_mean():
     # Frequencies 0.75 and 0.25: median 0.5.
     assert median_frequency([75, 25], [100, 100]) == pytest.approx([2 / 3, 2])
 
@@ -66,34 +66,34 @@ def test_sunrgbd_preset_is_the_published_list_without_void():
         "0.705917, 4.005834, 2.208329, 0.967071, 1.475710, 5.347752, 0.745528, 4.017548"
     )
     assert list(PRESETS["sunrgbd"]) == [float(x) for x in published.split(", ")][1:]
-    # The median of 38 frequencies is the mean of the two in the middle: their weights' inverses have mean 1.
+    # The median of 38 frequencies is the mean of the middle two, so the inverses of their weights have mean 1.
     middle = 1 / 0.980661, 1 / 1.020118
     assert sum(middle) == pytest.approx(2, abs=1e-5)
 
 
-def test_no_balancing_is_no_weights():
+def test_without_class_weighting_the_weights_are_none():
     assert class_weights(PIXELS, IMAGE_PIXELS) is None
 
 
-def test_balancing_by_name_is_the_formula():
+def test_class_weighting_by_name_applies_the_formula():
     for name, formula in {"median_frequency": median_frequency, "inverse_frequency": inverse_frequency}.items():
         assert class_weights(PIXELS, IMAGE_PIXELS, class_weighting=name) == formula(PIXELS, IMAGE_PIXELS)
 
 
-def test_temper_is_an_exponent_and_keeps_absent_classes_at_zero():
+def test_the_power_is_an_exponent_and_keeps_absent_classes_at_zero():
     weights = class_weights(
         [50, 0, 10, 20], [100, 0, 100, 100], class_weighting="median_frequency", class_weighting_power=0.5
     )
     assert weights == pytest.approx([0.4**0.5, 0, 2**0.5, 1])
 
 
-def test_unknown_balancing_is_refused_with_a_proposal():
+def test_an_unknown_class_weighting_is_refused_with_a_suggestion():
     with pytest.raises(
         ValueError, match=r"loss\.class_weighting=median_freqency is unknown - did you mean 'median_freq"
     ):
         class_weights(PIXELS, IMAGE_PIXELS, class_weighting="median_freqency")
 
 
-def test_preset_of_another_data_set_is_refused():
-    with pytest.raises(ValueError, match=r"loss\.class_weighting=camvid has 11 weights and the data set 2 classes"):
+def test_the_preset_of_another_data_set_is_refused():
+    with pytest.raises(ValueError, match=r"loss\.class_weighting=camvid has 11 weights, but the data set has 2"):
         class_weights([1, 1], [2, 2], class_weighting="camvid")

@@ -1,4 +1,4 @@
-"""Losses against torch's, torchvision's and kornia's, numbers worked by hand, and loops over pixels."""
+"""Losses compared with torch, torchvision and kornia, with values computed by hand, and with loops over pixels."""
 
 import itertools
 import math
@@ -23,9 +23,9 @@ from segdeconv.losses import (
     LovaszSoftmax,
     PixelLoss,
     Sum,
-    balance,
     build_loss,
     check_loss,
+    compute_class_weights,
     loss_sums,
 )
 from segdeconv.losses.regions import _gradient
@@ -35,23 +35,23 @@ WEIGHTS = (0.2, 1.0, 5.0)
 CE, DICE, LOVASZ = ({"_target_": f"segdeconv.losses.{name}"} for name in ("CrossEntropy", "Dice", "LovaszSoftmax"))
 EVERY = {
     "cross_entropy": CrossEntropy,
-    "smoothed": lambda **given: CrossEntropy(label_smoothing=0.1, **given),
-    "adjusted": lambda **given: adjusted(CrossEntropy, 0.75, **given),
-    "adjusted_lovasz": lambda **given: adjusted(LovaszSoftmax, 0.75, **given),
+    "smoothed": lambda **arguments: CrossEntropy(label_smoothing=0.1, **arguments),
+    "adjusted": lambda **arguments: adjusted(CrossEntropy, 0.75, **arguments),
+    "adjusted_lovasz": lambda **arguments: adjusted(LovaszSoftmax, 0.75, **arguments),
     "focal": Focal,
     "ohem": OHEM,
-    "ohem_threshold": lambda **given: OHEM(share=0.1, threshold=0.5, **given),
+    "ohem_threshold": lambda **arguments: OHEM(share=0.1, threshold=0.5, **arguments),
     "dice": Dice,
-    "dice_all": lambda **given: Dice(classes="all", smooth=0.0, **given),
-    "dice_per_image": lambda **given: Dice(per_image=True, **given),
+    "dice_all": lambda **arguments: Dice(classes="all", smooth=0.0, **arguments),
+    "dice_per_image": lambda **arguments: Dice(per_image=True, **arguments),
     "lovasz": LovaszSoftmax,
-    "sum": lambda **given: Sum(parts={"ce": {**CE, "factor": 0.5}, "dice": DICE, "lovasz": LOVASZ}, **given),
+    "sum": lambda **arguments: Sum(parts={"ce": {**CE, "factor": 0.5}, "dice": DICE, "lovasz": LOVASZ}, **arguments),
 }
 
 
-def adjusted(loss, adjustment, *, class_weights=None, **given):
+def adjusted(loss, adjustment, *, class_weights=None, **arguments):
     return LogitAdjusted(
-        loss(class_weights=class_weights, **given), logit_adjustment=adjustment, class_weights=class_weights
+        loss(class_weights=class_weights, **arguments), logit_adjustment=adjustment, class_weights=class_weights
     )
 
 
@@ -68,7 +68,7 @@ def batch():
 
 
 def brute_force(logits, mask, weights, by_weights):
-    """Pixel by pixel in float64."""
+    """Compute the loss pixel by pixel in float64."""
     total, divisor = 0.0, 0.0
     for n, y, x in np.ndindex(*mask.shape):
         label = int(mask[n, y, x])
@@ -81,13 +81,13 @@ def brute_force(logits, mask, weights, by_weights):
 
 
 @pytest.mark.parametrize("normalisation", ["pixels", "weights"])
-def test_without_class_weights_it_is_torchs_mean(batch, normalisation):
+def test_cross_entropy_without_class_weights_equals_the_mean_of_torch(batch, normalisation):
     logits, mask = batch
     expected = F.cross_entropy(logits, mask, ignore_index=255)
     torch.testing.assert_close(CrossEntropy(normalisation=normalisation)(logits, mask), expected)
 
 
-def test_weights_normalisation_is_torchs_weighted_mean(batch):
+def test_normalisation_by_weights_equals_the_weighted_mean_of_torch(batch):
     logits, mask = batch
     expected = F.cross_entropy(logits, mask, torch.tensor(WEIGHTS), ignore_index=255)
     loss = CrossEntropy(normalisation="weights", class_weights=WEIGHTS)
@@ -95,7 +95,7 @@ def test_weights_normalisation_is_torchs_weighted_mean(batch):
 
 
 @pytest.mark.parametrize("normalisation", ["pixels", "weights"])
-def test_it_equals_a_loop_over_the_pixels(batch, normalisation):
+def test_cross_entropy_equals_a_loop_over_the_pixels(batch, normalisation):
     logits, mask = batch
     expected = brute_force(logits, mask, WEIGHTS, normalisation == "weights")
     loss = CrossEntropy(normalisation=normalisation, class_weights=WEIGHTS)
@@ -103,7 +103,7 @@ def test_it_equals_a_loop_over_the_pixels(batch, normalisation):
 
 
 def test_caffe_divides_by_pixels_and_torch_by_weights():
-    # Equal logits: every pixel costs log 3. One pixel of each class, one ignored.
+    # The logits are equal, so every pixel costs log 3. There is one pixel of each class, and one is ignored.
     logits, mask = torch.zeros(1, 3, 2, 2), torch.tensor([[[0, 1], [2, 255]]])
     pixels = CrossEntropy(class_weights=WEIGHTS)(logits, mask)
     weights = CrossEntropy(class_weights=WEIGHTS, normalisation="weights")(logits, mask)
@@ -111,7 +111,7 @@ def test_caffe_divides_by_pixels_and_torch_by_weights():
     assert weights.item() == pytest.approx(math.log(3))
 
 
-def test_all_weights_one_is_the_unweighted_loss(batch):
+def test_weights_of_one_give_the_unweighted_loss(batch):
     torch.testing.assert_close(CrossEntropy(class_weights=(1, 1, 1))(*batch), CrossEntropy()(*batch))
 
 
@@ -123,8 +123,8 @@ def test_ignored_pixels_change_nothing_and_get_no_gradient(batch, ignore_index):
     logits.requires_grad_()
     loss = CrossEntropy(ignore_index=ignore_index, class_weights=WEIGHTS, normalisation="weights")(logits, mask)
     loss.backward()
-    seen = logits.detach().movedim(1, -1)[~ignored]
-    torch.testing.assert_close(loss.detach(), F.cross_entropy(seen, mask[~ignored], torch.tensor(WEIGHTS)))
+    valid_logits = logits.detach().movedim(1, -1)[~ignored]
+    torch.testing.assert_close(loss.detach(), F.cross_entropy(valid_logits, mask[~ignored], torch.tensor(WEIGHTS)))
     by_pixel = logits.grad.abs().sum(dim=1)
     assert by_pixel[ignored].eq(0).all()
     assert by_pixel[~ignored].gt(0).all()
@@ -132,7 +132,7 @@ def test_ignored_pixels_change_nothing_and_get_no_gradient(batch, ignore_index):
 
 @pytest.mark.parametrize("normalisation", ["pixels", "weights"])
 @pytest.mark.parametrize("class_weights", [None, WEIGHTS])
-def test_all_ignored_batch_has_loss_and_gradient_zero(normalisation, class_weights):
+def test_cross_entropy_of_an_ignored_batch_has_loss_and_gradient_zero(normalisation, class_weights):
     logits = torch.randn(2, 3, 4, 4, requires_grad=True)
     loss = CrossEntropy(normalisation=normalisation, class_weights=class_weights)
     value = loss(logits, torch.full((2, 4, 4), 255))
@@ -160,13 +160,13 @@ def test_bfloat16_logits_are_summed_in_float32():
     assert logits.grad.float().abs().mean().item() == pytest.approx(0.5 / 200_000, rel=1e-2)
 
 
-def test_class_weights_move_with_the_module_but_are_not_in_its_state():
+def test_class_weights_move_with_the_module_but_are_not_in_its_state_dict():
     loss = CrossEntropy(class_weights=WEIGHTS)
     assert not loss.state_dict()
     assert loss.to("meta").weights.device.type == "meta"
 
 
-# All of them.
+# All losses.
 
 
 @every
@@ -181,7 +181,7 @@ def test_a_batch_of_ignored_pixels_has_loss_and_gradient_zero_and_is_finite(make
 
 @every
 @pytest.mark.parametrize("ignore_index", [11, -1])
-def test_what_an_ignored_pixel_holds_changes_nothing_and_gets_no_gradient(make, ignore_index, batch):
+def test_the_logits_of_ignored_pixels_change_nothing_and_get_no_gradient(make, ignore_index, batch):
     logits, mask = batch
     loss, ignored = make(class_weights=WEIGHTS, ignore_index=ignore_index), mask == 255
     mask = mask.masked_fill(ignored, ignore_index)
@@ -194,17 +194,17 @@ def test_what_an_ignored_pixel_holds_changes_nothing_and_gets_no_gradient(make, 
 
 
 @every
-def test_equal_class_weights_of_one_are_none(make, batch):
+def test_class_weights_of_one_equal_no_weights(make, batch):
     torch.testing.assert_close(make(class_weights=(1, 1, 1))(*batch), make()(*batch))
 
 
 @every
-def test_class_weights_are_heard(make, batch):
+def test_class_weights_change_the_loss(make, batch):
     assert make(class_weights=WEIGHTS)(*batch).item() != pytest.approx(make()(*batch).item(), rel=1e-3)
 
 
 @every
-def test_bfloat16_logits_give_what_their_float32_copies_give(make, batch):
+def test_bfloat16_logits_give_the_loss_of_their_float32_copies(make, batch):
     logits, mask = batch[0].bfloat16().requires_grad_(), batch[1]
     value = make()(logits, mask)
     assert value.dtype == torch.float32
@@ -215,11 +215,11 @@ def test_bfloat16_logits_give_what_their_float32_copies_give(make, batch):
 
 
 @every
-def test_certain_and_right_costs_nothing_and_certain_and_wrong_is_finite(make):
+def test_confident_and_correct_costs_nothing_and_confident_and_wrong_is_finite(make):
     mask = torch.tensor([[[0, 1, 2, 0]]])
-    right = 200 * F.one_hot(mask, 3).movedim(-1, 1).float()
+    correct = 200 * F.one_hot(mask, 3).movedim(-1, 1).float()
     smoothed = make is EVERY["smoothed"]
-    for logits, low, high in ((right, 0, 1e-3), (right.roll(1, dims=1), 0.3, 1000)):
+    for logits, low, high in ((correct, 0, 1e-3), (correct.roll(1, dims=1), 0.3, 1000)):
         logits.requires_grad_()
         value = make()(logits, mask)
         value.backward()
@@ -227,8 +227,8 @@ def test_certain_and_right_costs_nothing_and_certain_and_wrong_is_finite(make):
         assert logits.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("name", [name for name in EVERY if name != "ohem_threshold"])  # which jumps at its threshold
-def test_the_gradient_is_that_of_the_value(name):
+@pytest.mark.parametrize("name", [name for name in EVERY if name != "ohem_threshold"])  # it jumps at its threshold
+def test_the_gradient_equals_finite_differences(name):
     generator = torch.Generator().manual_seed(3)
     logits = torch.randn(2, 3, 2, 3, generator=generator).double().requires_grad_()
     mask = torch.randint(0, 3, (2, 2, 3), generator=generator)
@@ -236,22 +236,22 @@ def test_the_gradient_is_that_of_the_value(name):
     loss = EVERY[name](class_weights=WEIGHTS)
     value = loss(logits, mask)
     (gradient,) = torch.autograd.grad(value, logits)
-    step, found = 1e-2, torch.empty_like(logits)
+    step, differences = 1e-2, torch.empty_like(logits)
     with torch.no_grad():
         for place in itertools.product(*map(range, logits.shape)):
             moved = logits.detach().clone()
             moved[place] += step
             up = loss(moved, mask).item()
             moved[place] -= 2 * step
-            found[place] = (up - loss(moved, mask).item()) / (2 * step)
-    torch.testing.assert_close(gradient, found, rtol=1e-2, atol=2e-4)
+            differences[place] = (up - loss(moved, mask).item()) / (2 * step)
+    torch.testing.assert_close(gradient, differences, rtol=1e-2, atol=2e-4)
 
 
 # Label smoothing.
 
 
 @pytest.mark.parametrize("normalisation", ["pixels", "weights"])
-def test_label_smoothing_is_torchs(batch, normalisation):
+def test_label_smoothing_equals_torch(batch, normalisation):
     logits, mask = batch
     counted, weights = mask != 255, torch.tensor(WEIGHTS)
     loss = CrossEntropy(label_smoothing=0.2, class_weights=WEIGHTS, normalisation=normalisation)
@@ -262,17 +262,17 @@ def test_label_smoothing_is_torchs(batch, normalisation):
 
 
 def test_label_smoothing_by_hand():
-    # One pixel with probabilities 1/4 and 3/4, the first one true: 0.9 log 4 + 0.1 (log 4 + log(4/3)) / 2.
+    # One pixel with probabilities 1/4 and 3/4, of the first class: 0.9 log 4 + 0.1 (log 4 + log(4/3)) / 2.
     logits, mask = torch.tensor([[1.0, 3.0]]).log().view(1, 2, 1, 1), torch.zeros(1, 1, 1, dtype=torch.int64)
     expected = 0.9 * math.log(4) + 0.05 * (math.log(4) + math.log(4 / 3))
     assert CrossEntropy(label_smoothing=0.1)(logits, mask).item() == pytest.approx(expected, rel=1e-6)
 
 
-# Focal.
+# Logit adjustment.
 
 
 @pytest.mark.parametrize("adjustment", [0.0, 0.5, 1.0])
-def test_what_is_learnt_best_is_the_frequency_times_what_the_adjustment_leaves_of_the_weight(adjustment):
+def test_the_optimal_scores_are_the_frequencies_times_the_weights_to_one_minus_the_adjustment(adjustment):
     frequency, weights = torch.tensor([0.7, 0.2, 0.1]), torch.tensor(WEIGHTS)
     mask = torch.arange(3).repeat_interleave(torch.tensor([70, 20, 10])).view(1, 10, 10)
     best = (frequency * weights ** (1 - adjustment)).log()[None, :, None, None].repeat(1, 1, 10, 10).requires_grad_()
@@ -281,14 +281,14 @@ def test_what_is_learnt_best_is_the_frequency_times_what_the_adjustment_leaves_o
 
 
 @pytest.mark.parametrize("loss", [CrossEntropy, OHEM, Dice, LovaszSoftmax])
-def test_an_adjusted_loss_is_the_loss_of_shifted_logits(batch, loss):
+def test_an_adjusted_loss_equals_the_loss_of_shifted_logits(batch, loss):
     logits, mask = batch
     shifted = logits + 0.5 * torch.tensor(WEIGHTS).log()[:, None, None]
     expected = loss(class_weights=WEIGHTS)(shifted, mask)
     torch.testing.assert_close(adjusted(loss, 0.5, class_weights=WEIGHTS)(logits, mask), expected)
 
 
-def test_an_adjustment_without_weights_or_for_a_class_of_weight_zero_is_none(batch):
+def test_without_weights_or_for_a_class_of_weight_zero_nothing_is_adjusted(batch):
     logits, mask = batch
     torch.testing.assert_close(adjusted(CrossEntropy, 1.0)(logits, mask), CrossEntropy()(logits, mask))
     mask[mask == 1] = 255
@@ -298,10 +298,10 @@ def test_an_adjustment_without_weights_or_for_a_class_of_weight_zero_is_none(bat
 
 
 @pytest.mark.parametrize("name", ["cross_entropy", "ce_lovasz"])
-def test_the_command_line_adjusts_any_loss_by_the_weights_of_its_balancing(name):
+def test_the_command_line_adjusts_any_loss_by_its_class_weights(name):
     words = [f"loss={name}", "loss.class_weighting=median_frequency", "loss.logit_adjustment=0.5"]
     node = composed(*words)
-    weights = balance(node, [90, 10], [100, 100])
+    weights = compute_class_weights(node, [90, 10], [100, 100])
     built = build_loss(node, class_weights=weights, ignore_index=255)
     assert isinstance(built, LogitAdjusted)
     torch.testing.assert_close(built.shift, 0.5 * torch.tensor(weights).log())
@@ -309,15 +309,18 @@ def test_the_command_line_adjusts_any_loss_by_the_weights_of_its_balancing(name)
     assert not isinstance(plain, LogitAdjusted)
 
 
+# Focal.
+
+
 @pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0, 5.0])
-def test_focal_with_two_classes_is_torchvisions(gamma):
+def test_focal_with_two_classes_equals_torchvision(gamma):
     scores, mask = torch.randn(3, 4, 5), torch.randint(2, (3, 4, 5))
     logits = torch.stack([torch.zeros_like(scores), scores], dim=1)
     expected = sigmoid_focal_loss(scores, mask.float(), alpha=-1, gamma=gamma, reduction="mean")
     torch.testing.assert_close(Focal(gamma=gamma)(logits, mask), expected)
 
 
-def test_focal_is_kornias(batch):
+def test_focal_equals_kornia(batch):
     logits, mask = batch
     theirs = kornia.losses.focal_loss(
         logits, mask, alpha=None, gamma=2.0, reduction="sum", weight=torch.tensor(WEIGHTS), ignore_index=255
@@ -351,7 +354,7 @@ def test_focal_has_a_finite_gradient_where_the_probability_is_exactly_one(gamma)
 
 
 def hardest(logits, mask, share, threshold, weights):
-    """By sorting a list of all pixels."""
+    """Compute the loss by sorting a list of all pixels."""
     pixels = []
     for n, y, x in np.ndindex(*mask.shape):
         label = int(mask[n, y, x])
@@ -361,13 +364,13 @@ def hardest(logits, mask, share, threshold, weights):
     pixels.sort(reverse=True)
     count = math.ceil(share * len(pixels))
     if threshold is not None:
-        count = max(count, sum(surprise > -math.log(threshold) for surprise, _ in pixels))
-    return sum(surprise * weight for surprise, weight in pixels[:count]) / count
+        count = max(count, sum(loss > -math.log(threshold) for loss, _ in pixels))
+    return sum(loss * weight for loss, weight in pixels[:count]) / count
 
 
 @pytest.mark.parametrize("threshold", [None, 0.05, 0.3, 0.9])
 @pytest.mark.parametrize("share", [0.01, 0.25, 1.0])
-def test_ohem_is_the_mean_over_the_head_of_the_sorted_list(batch, share, threshold):
+def test_ohem_is_the_mean_over_the_start_of_the_sorted_list(batch, share, threshold):
     loss = OHEM(share=share, threshold=threshold, class_weights=WEIGHTS)
     assert loss(*batch).item() == pytest.approx(hardest(*batch, share, threshold, WEIGHTS), rel=1e-5)
 
@@ -379,25 +382,25 @@ def test_ohem_of_all_pixels_is_cross_entropy(batch):
 def test_ohem_gives_the_easy_pixels_no_gradient(batch):
     logits, mask = batch[0].requires_grad_(), batch[1]
     OHEM(share=0.2)(logits, mask).backward()
-    surprise = F.cross_entropy(logits, mask, ignore_index=255, reduction="none")
-    heard = logits.grad.abs().sum(dim=1) > 0
-    assert heard.sum().item() == math.ceil(0.2 * (mask != 255).sum().item())
-    assert surprise[heard].min() >= surprise[(mask != 255) & ~heard].max()
+    losses = F.cross_entropy(logits, mask, ignore_index=255, reduction="none")
+    selected = logits.grad.abs().sum(dim=1) > 0
+    assert selected.sum().item() == math.ceil(0.2 * (mask != 255).sum().item())
+    assert losses[selected].min() >= losses[(mask != 255) & ~selected].max()
 
 
-def test_ohem_keeps_every_pixel_of_a_tie():
+def test_ohem_selects_every_pixel_of_a_tie():
     mask = torch.zeros(1, 2, 4, dtype=torch.int64)
-    total, kept = OHEM(share=0.25).sums(torch.zeros(1, 2, 2, 4), mask)
-    assert (total.item(), kept.item()) == (pytest.approx(8 * math.log(2)), 8)
+    total, selected = OHEM(share=0.25).sums(torch.zeros(1, 2, 2, 4), mask)
+    assert (total.item(), selected.item()) == (pytest.approx(8 * math.log(2)), 8)
 
 
 # Dice.
 
 
 def probabilities_for(*rows):
-    """Logits of shape (1, 2, 1, pixels) whose softmax gives class 1 these probabilities."""
-    share = torch.tensor(rows).double()
-    return torch.stack([(1 - share).log(), share.log()])[None, :, None].float()
+    """Return logits of shape (1, 2, 1, pixels) whose softmax gives class 1 these probabilities."""
+    probabilities = torch.tensor(rows).double()
+    return torch.stack([(1 - probabilities).log(), probabilities.log()])[None, :, None].float()
 
 
 def test_dice_by_hand():
@@ -411,8 +414,8 @@ def test_dice_by_hand():
     assert Dice(smooth=1.0)(logits, mask).item() == pytest.approx(smooth, rel=1e-5)
 
 
-def test_dice_of_a_class_that_does_not_occur():
-    # All pixels are of class 0: class 1 costs nothing, or 1 - smooth / (sum(p) + smooth).
+def test_dice_of_an_absent_class():
+    # All pixels are of class 0, so class 1 costs nothing, or 1 - smooth / (sum(p) + smooth) with classes="all".
     logits, mask = probabilities_for(0.5, 0.25, 0.25), torch.zeros(1, 1, 3, dtype=torch.int64)
     zero = 1 - (2 * 2.0 + 1) / (2.0 + 3 + 1)
     assert Dice()(logits, mask).item() == pytest.approx(zero, rel=1e-5)
@@ -420,7 +423,7 @@ def test_dice_of_a_class_that_does_not_occur():
 
 
 @pytest.mark.parametrize("class_weights", [None, WEIGHTS])
-def test_dice_per_image_is_kornias(batch, class_weights):
+def test_dice_per_image_equals_kornia(batch, class_weights):
     logits, mask = batch
     mask[1][mask[1] == 2] = 0  # a class that is present in one image only
     weight = None if class_weights is None else torch.tensor(class_weights)
@@ -429,13 +432,13 @@ def test_dice_per_image_is_kornias(batch, class_weights):
     torch.testing.assert_close(ours(logits, mask), theirs)
 
 
-def test_dice_of_a_batch_is_that_of_its_images_side_by_side(batch):
+def test_dice_of_a_batch_equals_that_of_its_images_joined_side_by_side(batch):
     logits, mask = batch
-    beside = Dice(per_image=True)(torch.cat([*logits.split(1)], dim=-1), torch.cat([*mask.split(1)], dim=-1))
-    torch.testing.assert_close(Dice()(logits, mask), beside)
+    joined = Dice(per_image=True)(torch.cat([*logits.split(1)], dim=-1), torch.cat([*mask.split(1)], dim=-1))
+    torch.testing.assert_close(Dice()(logits, mask), joined)
 
 
-def test_an_image_without_a_pixel_that_counts_is_no_part_of_the_mean_over_images(batch):
+def test_an_image_of_ignored_pixels_is_left_out_of_the_mean_over_images(batch):
     logits, mask = batch
     mask[0] = 255
     torch.testing.assert_close(Dice(per_image=True)(logits, mask), Dice()(logits[1:], mask[1:]))
@@ -445,7 +448,7 @@ def test_an_image_without_a_pixel_that_counts_is_no_part_of_the_mean_over_images
 
 
 def jaccard_extension(errors, member):
-    """The Lovász extension of 1 - IoU by its definition: sets grow by the pixel of the next smaller error."""
+    """Compute the Lovász extension of 1 - IoU by its definition: sets grow by the pixel of the next smaller error."""
 
     def cost(wrong):
         if not wrong:
@@ -461,30 +464,30 @@ def jaccard_extension(errors, member):
 
 
 @pytest.mark.parametrize("class_weights", [None, WEIGHTS])
-def test_lovasz_is_the_extension_by_its_definition(batch, class_weights):
+def test_lovasz_equals_the_definition_of_the_extension(batch, class_weights):
     logits, mask = batch[0].double(), batch[1].clone()
     mask[mask == 1] = 255  # class 1 does not occur
-    shares = logits.softmax(1).movedim(1, -1)[mask != 255].numpy()
+    probabilities = logits.softmax(1).movedim(1, -1)[mask != 255].numpy()
     truth = mask[mask != 255].numpy()
     costs = {
-        label: jaccard_extension(np.abs((truth == label) - shares[:, label]).tolist(), (truth == label).tolist())
+        label: jaccard_extension(np.abs((truth == label) - probabilities[:, label]).tolist(), (truth == label).tolist())
         for label in (0, 2)
     }
     weights = class_weights or (1, 1, 1)
     expected = sum(weights[label] * cost for label, cost in costs.items()) / (weights[0] + weights[2])
-    found = LovaszSoftmax(class_weights=class_weights)(logits, mask).item()
-    assert found == pytest.approx(expected, rel=1e-5)
+    assert LovaszSoftmax(class_weights=class_weights)(logits, mask).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_lovasz_by_hand():
-    # Class 1: p = .8, .4, .2, y = 1, 1, 0. Errors .6 (member), .2, .2: costs of the growing sets 1/2, then 1 and 1
-    # or 1/2 and 1, whichever .2 comes first: .6 / 2 + .2 / 2. Class 0: errors .2 (member), .6, .2 (others): after .6
-    # the union is 2 of which 1 is left, 1/2; after both others or the member 1 in the end: .6 / 2 + .2 / 2.
+    # Class 1: p = .8, .4, .2, y = 1, 1, 0. Errors .6 (member), .2, .2. The costs of the growing sets are 1/2, then 1
+    # and 1 or 1/2 and 1, depending on which .2 comes first: .6 / 2 + .2 / 2. Class 0: errors .2 (member), .6, .2
+    # (others). After .6 the union has 2 pixels and the intersection 1, so the cost is 1/2; at the end it is 1 in
+    # either order: .6 / 2 + .2 / 2.
     logits, mask = probabilities_for(0.8, 0.4, 0.2), torch.tensor([[[1, 1, 0]]])
     assert LovaszSoftmax()(logits, mask).item() == pytest.approx(0.4, rel=1e-5)
 
 
-def test_lovasz_is_kornias_where_every_class_occurs():
+def test_lovasz_equals_kornia_where_every_class_occurs():
     generator = torch.Generator().manual_seed(5)
     logits, mask = torch.randn(1, 4, 9, 11, generator=generator), torch.randint(4, (1, 9, 11), generator=generator)
     torch.testing.assert_close(LovaszSoftmax()(logits, mask), kornia.losses.lovasz_softmax_loss(logits, mask))
@@ -494,7 +497,7 @@ def test_lovasz_is_kornias_where_every_class_occurs():
     torch.testing.assert_close(ours, theirs)
 
 
-def test_lovasz_of_certain_predictions_is_one_minus_iou(batch):
+def test_lovasz_of_confident_predictions_is_one_minus_iou(batch):
     mask = batch[1]
     predicted = torch.randint(3, mask.shape, generator=torch.Generator().manual_seed(7))
     logits = 1000 * F.one_hot(predicted, 3).movedim(-1, 1).float()
@@ -507,10 +510,10 @@ def test_lovasz_of_certain_predictions_is_one_minus_iou(batch):
     assert LovaszSoftmax()(logits, mask).item() == pytest.approx(1 - float(sum(ious)) / 3, rel=1e-5)
 
 
-def test_lovasz_keeps_its_digits_in_a_large_batch():
-    # Steps of 1 - IoU are a millionth here; taken as differences in float32 most of their digits are rounding.
+def test_lovasz_keeps_its_precision_in_a_large_batch():
+    # Steps of 1 - IoU are a millionth here; as differences in float32 they would be mostly rounding error.
     generator = torch.Generator().manual_seed(0)
-    errors = (torch.rand(1_000_000, generator=generator) * 1e5).round() / 1e5  # of equal ones the first pixel is first
+    errors = (torch.rand(1_000_000, generator=generator) * 1e5).round() / 1e5  # equal errors keep the pixels' order
     member = torch.rand(1_000_000, generator=generator) < 0.3
     order = errors.argsort(descending=True, stable=True)
     lost = member[order].double()
@@ -522,7 +525,7 @@ def test_lovasz_keeps_its_digits_in_a_large_batch():
 # Sums.
 
 
-def test_a_sum_is_its_parts_times_their_factors(batch):
+def test_a_sum_adds_its_parts_times_their_factors(batch):
     parts = {"ce": {**CE, "normalisation": "weights", "factor": 0.5}, "dice": {**DICE, "factor": 2}, "lovasz": LOVASZ}
     expected = (
         0.5 * CrossEntropy(normalisation="weights", class_weights=WEIGHTS)(*batch)
@@ -532,7 +535,7 @@ def test_a_sum_is_its_parts_times_their_factors(batch):
     torch.testing.assert_close(Sum(parts=parts, class_weights=WEIGHTS)(*batch), expected)
 
 
-def test_a_sum_of_means_over_pixels_is_exact_in_pieces(batch):
+def test_a_sum_of_means_over_pixels_is_exact_for_a_split_batch(batch):
     logits, mask = batch  # two images with unequal numbers of ignored pixels
     loss = Sum(parts={"ce": CE, "focal": {"_target_": "segdeconv.losses.Focal", "factor": 3.0}}, class_weights=WEIGHTS)
     pieces = [loss_sums(loss, *piece) for piece in zip(logits.split(1), mask.split(1), strict=True)]
@@ -541,7 +544,7 @@ def test_a_sum_of_means_over_pixels_is_exact_in_pieces(batch):
     torch.testing.assert_close(whole, loss(logits, mask))
 
 
-def test_losses_that_are_sums_over_pixels_say_so():
+def test_losses_that_are_sums_over_pixels_are_pixel_losses():
     assert all(issubclass(loss, PixelLoss) for loss in (CrossEntropy, Focal, OHEM, Sum))
     assert not any(issubclass(loss, PixelLoss) for loss in (Dice, LovaszSoftmax))
 
@@ -551,14 +554,14 @@ def composed(*arguments):
 
 
 @pytest.mark.parametrize("name", ["cross_entropy", "focal", "ohem", "dice", "lovasz", "ce_dice", "ce_lovasz"])
-def test_every_shipped_configuration_builds_and_may_stand_in_a_checkpoint(name, batch):
+def test_every_shipped_config_builds_and_is_allowed_in_a_checkpoint(name, batch):
     node = composed(f"loss={name}")
     assert foreign(node) == []
     loss = build_loss(node, class_weights=WEIGHTS, ignore_index=255)
     assert 0 < loss(*batch).item() < 10
 
 
-def test_the_command_line_reaches_into_a_sum_and_defaults_are_written_in():
+def test_the_command_line_sets_keys_inside_a_sum_and_defaults_are_filled_in():
     node = composed("loss=ce_dice", "loss.parts.dice.factor=0.5", "loss.parts.cross_entropy.label_smoothing=0.1")
     assert node["parts"]["dice"] == {
         **DICE, "classes": "present", "per_image": False, "smooth": 1.0, "factor": 0.5,
@@ -577,16 +580,16 @@ def test_the_command_line_reaches_into_a_sum_and_defaults_are_written_in():
         ({"dice": {**DICE, "ignore_index": 3}}, "there is no key loss.parts.dice.ignore_index"),
         ({"dice": {**DICE, "class_weighting": "camvid"}}, "there is no key loss.parts.dice.class_weighting"),
         ({"dice": {"factor": 1}}, "loss.parts.dice._target_ is None - give the dotted name of a class, as in"),
-        ({}, "loss.parts is empty - name at least one loss"),
+        ({}, "loss.parts is empty - give at least one loss"),
         ({"all": {"_target_": "segdeconv.losses.Sum", "parts": {"ce": {**CE, "x": 1}}}}, "loss.parts.all.parts.ce.x"),
     ],
 )  # fmt: skip
-def test_a_mistake_in_a_part_of_a_sum_is_named_by_its_place(changes, message):
+def test_an_error_in_a_part_of_a_sum_names_its_key(changes, message):
     with pytest.raises(UsageError) as caught:
         check_loss({"_target_": "segdeconv.losses.Sum", "parts": changes})
     assert message in str(caught.value)
 
 
-def test_a_checkpoint_is_asked_for_the_classes_inside_a_sum():
+def test_foreign_classes_inside_a_sum_are_found():
     node = {"_target_": "segdeconv.losses.Sum", "parts": {"own": {"_target_": "mine.Poly"}, "dice": DICE}}
     assert foreign({"loss": node}) == ["mine.Poly"]
