@@ -1,4 +1,4 @@
-"""The networks: one architecture, one file, one paper; layers, encoders, VGG and its weights.
+"""Segmentation networks, one file per architecture, and their layers, encoders and pretrained VGG weights.
 
 May import `errors`, `system`, `switches`, `config` and `classes`.
 """

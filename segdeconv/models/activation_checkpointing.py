@@ -1,4 +1,4 @@
-"""Activation checkpointing: stages that keep only their inputs and are computed again in the backward pass.
+"""Activation checkpointing: stages save only their inputs and are recomputed in the backward pass.
 
 Chen et al. 2016, section 3, https://arxiv.org/abs/1604.06174.
 """
@@ -15,15 +15,15 @@ from torch.utils.checkpoint import checkpoint
 
 
 class Checkpointable(nn.Module):
-    """A step of a network that `checkpoint_activations` computes again as a whole; a base class without behaviour."""
+    """Marker base class of stages that `checkpoint_activations` recomputes as a whole."""
 
 
 def checkpoint_activations(network: nn.Module) -> None:
-    """Make every `Checkpointable` of a network keep only its inputs and run again in the backward pass.
+    """Make every `Checkpointable` of a network save only its inputs and run again in the backward pass, in place.
 
-    It takes less memory and more time. The bits are the same: dropout repeats itself, and batch norm's running
-    statistics are updated once for a batch.
-    Names in the state dict stay, and a deep copy of the network recomputes its own stages.
+    This takes less memory and more time. The results are bit-identical: dropout draws the same elements again, and the
+    running statistics of batch norm are updated once per batch. The names in the state dict do not change, and a deep
+    copy of the network recomputes its own stages.
     """
     for stage in network.modules():
         if isinstance(stage, Checkpointable):
@@ -37,14 +37,16 @@ def _recomputed(stage: nn.Module, *inputs: Any) -> Any:
     parts = [stage, *(module for module in inputs if isinstance(module, nn.Module))]
     norms = [norm for part in parts for norm in part.modules() if isinstance(norm, _BatchNorm)]
     return checkpoint(
-        forward, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), _statistics_kept(norms))
+        forward, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), _preserve_statistics(norms))
     )
 
 
 @contextmanager
-def _statistics_kept(norms: list[_BatchNorm]) -> Iterator[None]:
-    """Batch norm updates copies of its running statistics. (Without any, autograd would keep fewer tensors than before,
-    which torch takes for another computation.)"""
+def _preserve_statistics(norms: list[_BatchNorm]) -> Iterator[None]:
+    """Let batch norm update copies of its running statistics.
+
+    Without the update autograd would save fewer tensors than in the forward pass, which torch reports as an error.
+    """
     training = [norm for norm in norms if norm.training]
     before = [(norm, name, buffer) for norm in training for name, buffer in norm.named_buffers(recurse=False)]
     try:

@@ -1,4 +1,4 @@
-"""What every segmentation network here is."""
+"""Base class of segmentation networks, and the `model` node of a config."""
 
 import inspect
 import typing
@@ -13,12 +13,16 @@ from segdeconv.errors import UsageError
 
 
 class SegmentationModel(nn.Module, ABC):
-    """A network from images to class scores of the same height and width.
+    """Network that maps images to logits of the same height and width.
 
-    num_classes: number of output channels. in_channels: of the images, 3 for RGB.
-    heads: names of the modules whose first dimension is the classes: what another set of classes needs anew.
-    square_heads: names of those that go from classes to classes, whose first two dimensions are the classes.
-    minimum_size: the smallest side in pixels that the network takes; inference pads smaller images up to it.
+    Args:
+        num_classes: Number of output channels.
+        in_channels: Number of channels of the images, 3 for RGB.
+
+    Attributes:
+        heads: Names of the modules whose first dimension is the classes, which are replaced for other classes.
+        square_heads: Names of the modules whose first two dimensions are the classes.
+        minimum_size: Smallest side in pixels that the network accepts; inference pads smaller images to it.
     """
 
     heads: tuple[str, ...] = ("classifier",)
@@ -30,34 +34,45 @@ class SegmentationModel(nn.Module, ABC):
         self.num_classes, self.in_channels = num_classes, in_channels
 
     def class_dimensions(self, name: str) -> int:
-        """How many leading dimensions of a parameter of this name are the classes: 0 outside of the heads."""
+        """Return the number of leading dimensions of the named parameter that are classes, 0 outside the heads."""
         parts = set(name.split("."))
         return 2 if parts & set(self.square_heads) else int(bool(parts & set(self.heads)))
 
     @abstractmethod
     def forward(self, image: Tensor) -> Tensor:
-        """image: (N, in_channels, H, W), normalised -> logits: (N, num_classes, H, W), unbounded."""
+        """Compute logits, (N, num_classes, H, W), of normalised images, (N, in_channels, H, W)."""
 
     def supervised(self, image: Tensor) -> tuple[Tensor, ...]:
-        """The maps that training holds against the mask, each as `forward` gives it, whose own comes first.
+        """Return the logits that training compares with the mask, those of `forward` first.
 
-        A network that is trained at several places gives more than one; the loss is the mean over them. A method of its
-        own, so that `forward` gives the same in training and in use.
+        A network with supervision at several levels returns several maps, each like that of `forward`; the loss is the
+        mean over them. This is a separate method so that `forward` does the same in training and inference.
         """
         return (self(image),)
 
 
 def check_model(node: Mapping[str, Any]) -> dict[str, Any]:
-    """The `model` node of a config, held against the network's constructor."""
+    """Check the `model` node of a config against the network's constructor and return it with defaults filled in.
+
+    Raises:
+        UsageError: A key is unknown or a value is invalid.
+    """
     return check(node, "model", [locate(node, "model")], supplied=["num_classes", "in_channels"])
 
 
 def build_model(
     node: Mapping[str, Any], num_classes: int, in_channels: int, *, fresh: bool = False
 ) -> SegmentationModel:
-    """The network that a checked `model` node names.
+    """Build the network of a checked `model` node.
 
-    fresh: without the trained weights that the node asks for, because others are about to be loaded.
+    Args:
+        node: Checked by `check_model`.
+        num_classes: Number of classes of the data set.
+        in_channels: Number of channels of the images.
+        fresh: Skip the pretrained weights that the node asks for, because others are loaded afterwards.
+
+    Raises:
+        UsageError: The network does not support the number of channels, or refuses its arguments.
     """
     arguments = {**node, "pretrained": "none"} if fresh and "pretrained" in node else node
     supplied = {"num_classes": num_classes}
@@ -65,7 +80,7 @@ def build_model(
         supplied["in_channels"] = in_channels
     elif in_channels != 3:
         raise UsageError(
-            f"{node[TARGET]} takes images of 3 channels and the data has {in_channels} - give its constructor an "
-            "argument in_channels, or choose another model"
+            f"{node[TARGET]} takes images with 3 channels, but the images have {in_channels} - add an argument "
+            "in_channels to its constructor, or choose another model"
         )
     return typing.cast(SegmentationModel, build(arguments, "model", **supplied))

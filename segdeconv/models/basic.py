@@ -1,21 +1,22 @@
-"""SegNet-Basic, FCN-Basic and their variants: one small encoder under eight decoders, to see what a decoder needs.
+"""SegNet-Basic, FCN-Basic and their variants: one small encoder with eight decoders, for comparing decoders.
 
 Badrinarayanan, Kendall, Cipolla 2017, section 3.1, figure 3 and table 1, https://arxiv.org/abs/1511.00561. The encoder
-is four times [7x7 convolution, batch norm, ReLU, pool] with 64 channels. The decoders differ in how one of their four
-steps doubles the map, and in what the encoder has to keep for it (K: classes):
+repeats [7x7 convolution, batch norm, ReLU, pool] four times with 64 channels. The decoders differ in how each of their
+four steps doubles the map, and in what the encoder has to keep for the step (K: number of classes):
 
     step of the decoder                                        kept
     unpool, 7x7 convolution 64 -> 64                           switches           SegNet-Basic
     unpool, 7x7 convolution 64 -> 64, + encoder map            switches, 64 maps  SegNet-Basic-EncoderAddition
-    unpool, 7x7 convolution of every map by itself             switches           SegNet-Basic-SingleChannelDecoder
+    unpool, 7x7 convolution of each map separately             switches           SegNet-Basic-SingleChannelDecoder
     8x8 deconvolution K -> K, + 1x1 convolved encoder map      K maps             FCN-Basic
     8x8 deconvolution K -> K                                   nothing            FCN-Basic-NoAddition
     8x8 deconvolution 64 -> 64, + encoder map                  64 maps            FCN-Basic-NoDimReduction
     8x8 deconvolution 64 -> 64                                 nothing            FCN-Basic-NoAddition-NoDimReduction
     fixed bilinear interpolation of K maps                     nothing            Bilinear-Interpolation
 
-The encoder map of a step is what a pool gave at the size that the step makes (figure 3), so the last step, at the size
-of the image, has none. The authors did not release these files; what their text leaves open is marked "ours".
+The encoder map of a step is the pooled map that has the size of the step's output (figure 3), so the last step, at the
+size of the image, has none. The authors did not release their files for these networks; the choices that the paper
+leaves open are marked "our choice".
 """
 
 from abc import abstractmethod
@@ -33,15 +34,16 @@ from segdeconv.models.encoders import Encoder, SwitchSource
 from segdeconv.models.layers import BilinearDeconv, ConvBlock, Dropouts, cut, init_he
 from segdeconv.switches.modules import Unpool
 
-DEPTH = 4  # encoders, and decoders
+DEPTH = 4  # stages of the encoder and of the decoder
 
 
 class Level(NamedTuple):
-    """What the encoder keeps for one step of the decoder; None is what the decoder does without.
+    """Data that the encoder keeps for one step of the decoder; None where the decoder does not use it.
 
-    size: (H, W) that was pooled, which the step makes again.
-    switches: (N, C, ceil(H/2), ceil(W/2)) uint8, of that pool, or packed.
-    features: (N, C or K, H, W), the map to add to the step's own.
+    Attributes:
+        size: (H, W) before the pool, which the step restores.
+        switches: Switches of the pool, (N, C, ceil(H/2), ceil(W/2)) uint8, or packed.
+        features: Map to add to the output of the step, (N, C or K, H, W).
     """
 
     size: tuple[int, int]
@@ -50,13 +52,19 @@ class Level(NamedTuple):
 
 
 class BasicModel(SegmentationModel):
-    """The encoder that all of them share, and the two halves of a network: what crosses between them is `encode`'s.
+    """Base class with the encoder that all these networks share.
 
-    With what the released training file of SegNet-Basic has and the text leaves out: local response normalisation of
-    the input (meant for raw pixels 0..255: `dataset.mean=[0,0,0] dataset.std=[1,1,1]`).
+    The input passes local response normalisation, which the released training file of SegNet-Basic has and the paper
+    leaves out (meant for raw pixels 0..255: `dataset.mean=[0,0,0] dataset.std=[1,1,1]`).
 
-    width: channels of every map; 64 in the paper. bias: of the convolutions; the released file has them and the text
-    says none, and before a batch norm they change nothing. switch_source, packed_switches: see `Encoder`.
+    Args:
+        num_classes: Number of output channels.
+        in_channels: Number of channels of the images.
+        width: Channels of every map; 64 in the paper.
+        bias: Give the convolutions biases. The released file has them and the paper has none; before a batch norm they
+            have no effect.
+        switch_source: See `Encoder`.
+        packed_switches: See `Encoder`.
     """
 
     def __init__(
@@ -81,22 +89,33 @@ class BasicModel(SegmentationModel):
 
     @abstractmethod
     def encode(self, image: Tensor) -> tuple[Tensor, list[Level]]:
-        """(N, C, H, W) -> the deepest map, (N, C or K, ceil(H/16), ceil(W/16)), and the levels, the deepest first."""
+        """Encode images, (N, C, H, W).
+
+        Returns:
+            The deepest map, (N, C or K, ceil(H/16), ceil(W/16)), and the levels, the deepest first.
+        """
 
     @abstractmethod
     def decode(self, x: Tensor, levels: list[Level]) -> Tensor:
-        """What `encode` gave -> logits (N, K, H, W)."""
+        """Decode the output of `encode` to logits, (N, K, H, W)."""
 
 
 class SegNetBasic(BasicModel):
-    """SegNet-Basic: four stages of one 7x7 convolution each way, for small data sets.
+    """SegNet-Basic: four encoder and four decoder stages of one 7x7 convolution each, for small data sets.
 
-    No ReLU in the decoder, and a 1x1 classifier after it.
+    The decoder has no ReLU, and a 1x1 classifier follows it.
 
-    decoder: `dense` filters over all maps, or `single_channel` ones, each over its own map alone.
-    encoder_addition: add the encoder's maps to the decoder's, after its batch norm (ours).
-    dropout: the probability of it at the places that `dropout_at` names, see `dropout_places`; `central` makes this
-        Bayesian SegNet-Basic.
+    Args:
+        num_classes: Number of output channels.
+        in_channels: Number of channels of the images.
+        width: See `BasicModel`.
+        bias: See `BasicModel`.
+        switch_source: See `Encoder`.
+        decoder: `dense` filters use all maps; `single_channel` filters use one map each.
+        encoder_addition: Add the encoder's maps to the decoder's, after its batch norm (our choice).
+        dropout: Dropout probability.
+        dropout_at: Places of dropout, see `dropout_places`; `central` gives Bayesian SegNet-Basic.
+        packed_switches: See `Encoder`.
 
     >>> import torch
     >>> SegNetBasic(num_classes=11)(torch.zeros(1, 3, 45, 60)).shape
@@ -144,7 +163,7 @@ class SegNetBasic(BasicModel):
 
 
 class UnpoolBlock(Checkpointable, ConvBlock):
-    """Unpooling, then a 7x7 convolution and batch norm: a step of SegNet-Basic's decoder. level: see `Unpool`."""
+    """Unpooling, then a 7x7 convolution and batch norm: a step of SegNet-Basic's decoder."""
 
     def __init__(self, level: int, width: int, *, bias: bool, groups: int) -> None:
         super().__init__(width, width, kernel=7, activation=False, bias=bias, groups=groups)
@@ -155,14 +174,20 @@ class UnpoolBlock(Checkpointable, ConvBlock):
 
 
 class FCNBasic(BasicModel):
-    """FCN-Basic: learned upsampling by 8x8 deconvolutions that start as bilinear interpolation, and no filter after it.
+    """FCN-Basic: learned upsampling by 8x8 deconvolutions that start as bilinear interpolation, without other filters.
 
     With reduction the last deconvolution gives the logits; without it a 1x1 classifier follows, as in SegNet-Basic.
-    Ours: the deconvolutions have no bias, and a batch norm follows each of them but one that gives logits. Without any
-    the loss is not a number after 13 steps of the paper's learning rate.
+    Our choice: the deconvolutions have no bias, and each is followed by a batch norm unless it gives the logits.
+    Without batch norm the loss becomes NaN after 13 steps with the paper's learning rate.
 
-    addition: add the encoder's maps to the upsampled ones. reduction: reduce the encoder's maps, the deepest too, to
-    one per class by 1x1 convolutions.
+    Args:
+        num_classes: Number of output channels.
+        in_channels: Number of channels of the images.
+        width: See `BasicModel`.
+        bias: See `BasicModel`.
+        switch_source: See `Encoder`.
+        addition: Add the encoder's maps to the upsampled maps.
+        reduction: Reduce all maps of the encoder, including the deepest, to one per class by 1x1 convolutions.
 
     >>> import torch
     >>> FCNBasic(num_classes=11)(torch.zeros(1, 3, 45, 60)).shape
@@ -185,7 +210,7 @@ class FCNBasic(BasicModel):
         super().__init__(num_classes, in_channels=in_channels, width=width, bias=bias, switch_source=switch_source)
         channels = num_classes if reduction else width
         self.addition = addition
-        # One for every map that crosses, the deepest first.
+        # One per map that the encoder passes to the decoder, the deepest first.
         self.reduction = nn.ModuleList(
             nn.Conv2d(width, num_classes, 1, bias=bias) if reduction else nn.Identity()
             for _ in range(DEPTH if addition else 1)
@@ -212,9 +237,17 @@ class FCNBasic(BasicModel):
 
 
 class BilinearBasic(BasicModel):
-    """Bilinear-Interpolation: class scores of the deepest map, made larger by a fixed rule; the decoder learns nothing.
+    """Bilinear-Interpolation: class scores of the deepest map, upsampled by a decoder without parameters.
 
-    Ours: the scores are interpolated and not the 64 maps (the paper's time is FCN-Basic's), in four steps of two.
+    Our choice: the class scores are interpolated rather than the 64 maps (the time in the paper equals that of
+    FCN-Basic), in four steps of factor two.
+
+    Args:
+        num_classes: Number of output channels.
+        in_channels: Number of channels of the images.
+        width: See `BasicModel`.
+        bias: See `BasicModel`.
+        switch_source: See `Encoder`.
 
     >>> import torch
     >>> BilinearBasic(num_classes=11)(torch.zeros(1, 3, 45, 60)).shape
@@ -240,6 +273,6 @@ class BilinearBasic(BasicModel):
 
     def decode(self, x: Tensor, levels: list[Level]) -> Tensor:
         for size, *_ in levels:
-            # Twice the size and then cut, so that windows that reached over an odd edge stay where they were.
+            # Doubled and then cropped, so that windows that extended beyond an odd edge keep their position.
             x = cut(F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False), size)
         return x

@@ -1,7 +1,7 @@
-"""DeconvNet: VGG with its fully connected layers, and their mirror image of transposed convolutions.
+"""DeconvNet: VGG with its fully connected layers as encoder, and a mirrored decoder of transposed convolutions.
 
-Noh, Hong, Han 2015, sections 3 and 4.1 and figure 2, https://arxiv.org/abs/1505.04366; layer table and first weights
-as in the authors' training files. Batch norm and ReLU follow every layer but the last, sizes are of a 224x224 image:
+Noh, Hong, Han 2015, sections 3 and 4.1 and figure 2, https://arxiv.org/abs/1505.04366; layer table and initial weights
+as in the authors' training files. Batch norm and ReLU follow every layer but the last; sizes are for a 224x224 image:
 
     image -> [conv conv pool] ... [conv conv conv pool] -> 7x7x512 -> fc6, fc7 (7x7 and 1x1 convolutions): 1x1x4096
                    |switches            |switches                         |
@@ -26,26 +26,33 @@ from segdeconv.models.vgg import load_fully_connected, load_vgg, vgg_encoder, vg
 class DeconvNet(SegmentationModel):
     """DeconvNet on a VGG encoder; with VGG16 the published network of 30 layers with weights.
 
-    Differences from the original, all choices of ours: any size from 193x193 (the original takes 224x224 alone),
+    It differs from the original in three ways: it takes any size from 193x193 (the original takes only 224x224),
     switches are taken before the ReLU unless `switch_source=post_relu`, and batch norm keeps running averages.
 
-    depth, width, pretrained: see `vgg_encoder`. fc_width: channels of fc6 and fc7; the SegNet paper compared itself
-        with 1024. Trained weights of fc6 and fc7 are taken, as in the original, if the file has them in this width.
-    norm: false for the network of which the paper says that it ends in a poor optimum.
-    tied: the decoder has no filters of its own but uses the encoder's, transposed, as Zeiler & Fergus 2014 projected
-        activations back to pixels (section 2.1, https://arxiv.org/abs/1311.2901); biases and norms stay its own. All
-        deconvolutions but one have a convolution that they mirror: fc6_deconv fc6, and the k-th of a stage the k-th
-        from the end of the encoder's stage. The last of all would mirror the convolution that sees the image and end
-        in the image's channels, where the published network has 64 maps: it keeps its own filters. fc7 and the
-        classifier have no counterpart. A part of the encoder that is frozen freezes the filters in both places.
-    packed_switches: see `Encoder`.
+    Args:
+        num_classes: Number of output channels.
+        in_channels: Number of channels of the images.
+        depth: See `vgg_encoder`.
+        norm: Use batch norm; according to the paper, the network without it ends in a poor optimum.
+        width: See `vgg_encoder`.
+        fc_width: Channels of fc6 and fc7; the SegNet paper compares with 1024. Pretrained weights of fc6 and fc7 are
+            used, as in the original, if the file has them in this width.
+        pretrained: See `vgg_encoder`.
+        switch_source: See `Encoder`.
+        tied: Use the transposed filters of the encoder in the decoder, as Zeiler & Fergus 2014 projected activations
+            back to pixels (section 2.1, https://arxiv.org/abs/1311.2901). Biases and norms remain separate. fc6_deconv
+            mirrors fc6, and the k-th deconvolution of a stage mirrors the k-th convolution from the end of the
+            encoder's stage. The last deconvolution keeps its own filters: mirroring the first convolution would give
+            it as many maps as the image has channels, where the published network has 64. fc7 and the classifier have
+            no counterpart. Freezing a part of the encoder freezes its filters in the decoder too.
+        packed_switches: See `Encoder`.
 
     >>> import torch
     >>> DeconvNet(num_classes=21, width=0.125, fc_width=32).eval()(torch.zeros(1, 3, 193, 210)).shape
     torch.Size([1, 21, 193, 210])
     """
 
-    minimum_size = 193  # pooled five times it is 7, the side of fc6; 192 is 6
+    minimum_size = 193  # five pools make 7 of it, the kernel size of fc6; of 192 they make 6
 
     def __init__(
         self,
@@ -74,10 +81,11 @@ class DeconvNet(SegmentationModel):
         self.fc6_deconv = DeconvBlock(
             fc_width, deepest, kernel=7, padding=0, norm=norm, mirrored=self.fc6.conv if tied else None
         )
-        # From the last convolution to the second; the first sees the image.
+        # From the last convolution to the second; the first has no mirrored deconvolution.
         convs = [block.conv for block in self.encoder.modules() if isinstance(block, ConvBlock)]
         mirrored = iter([*reversed(convs[1:]), None]) if tied else repeat(None)
-        # As many deconvolutions as the encoder's stage has convolutions; the last narrows to the stage above it.
+        # Each stage has as many deconvolutions as the encoder's stage has convolutions; the last one reduces the
+        # channels to those of the stage above.
         self.decoder = nn.ModuleList()
         for position in reversed(range(len(stages))):
             above = stages[max(0, position - 1)][-1]
@@ -93,9 +101,10 @@ class DeconvNet(SegmentationModel):
             load_fully_connected(self.fc6.conv, self.fc7.conv, state)
 
     def _init(self, norm: bool) -> None:
-        """The training files' fillers; without batch norm He's, since 0.01 lets nothing through 15 layers without it.
+        """Initialise the weights as in the training files, or without batch norm by He's method.
 
-        fc6 and fc7 had VGG's weights and no filler there; ours start as the encoder does.
+        Without batch norm, weights of standard deviation 0.01 let no signal through 15 layers. fc6 and fc7 had VGG's
+        weights in the original and no filler; here they are initialised like the encoder.
         """
         init_he(self.fc6, self.fc7)
         deconvolutions = (self.fc6_deconv, self.decoder, self.classifier)
@@ -121,11 +130,11 @@ class DeconvNet(SegmentationModel):
         if height < self.minimum_size or width < self.minimum_size:
             raise UsageError(
                 f"an image of {height}x{width} (HxW) is too small for DeconvNet, whose fc6 needs sides of at least "
-                f"{self.minimum_size} - make dataset.size or dataset.crop larger, for example [224,224]"
+                f"{self.minimum_size} - increase dataset.size or dataset.crop, for example to [224,224]"
             )
         normalises = isinstance(self.fc6.norm, nn.BatchNorm2d) and self.fc6.norm.training
-        if normalises and batch == 1 and height <= 224 and width <= 224:  # fc6 makes one pixel of these
+        if normalises and batch == 1 and height <= 224 and width <= 224:  # fc6 reduces these to one pixel
             raise UsageError(
-                f"a batch of one image of {height}x{width} gives the batch norm of DeconvNet's fc6 a single value to "
-                "normalise by - use dataset.batch_size=2 or more, or a side above 224 in dataset.crop"
+                f"a batch of one image of {height}x{width} gives the batch norm of DeconvNet's fc6 a single value per "
+                "channel - use dataset.batch_size=2 or more, or a side above 224 in dataset.crop"
             )

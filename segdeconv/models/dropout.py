@@ -1,13 +1,13 @@
-"""Bayesian SegNet: SegNet, and dropout at the places of a table that is left on when the network is used.
+"""Places of dropout in Bayesian SegNet, which keeps dropout active in inference.
 
-Kendall, Badrinarayanan, Cipolla 2017, sections 3 and 4, https://arxiv.org/abs/1511.02680. With six dropouts of VGG16's
-deeper half, as in the authors' training file, or four in SegNet-Basic:
+Kendall, Badrinarayanan, Cipolla 2017, sections 3 and 4, https://arxiv.org/abs/1511.02680. VGG16 has six dropouts in its
+deeper half, as in the authors' training file, and SegNet-Basic has four:
 
     image -> stage1 pool1 - stage2 pool2 - stage3 pool3 DROP - stage4 pool4 DROP - stage5 pool5 DROP
                |switches      |switches      |switches           |switches           |switches
     logits <- decoder1 --- decoder2 --- DROP decoder3 ----- DROP decoder4 ----- DROP decoder5
 
-decoder5 is what becomes of the map that pool5 made once it is unpooled: in the authors' files conv5_3_D to conv5_1_D.
+decoder5 is the stage that unpools the map of pool5, conv5_3_D to conv5_1_D in the authors' files.
 """
 
 from typing import Literal
@@ -16,13 +16,15 @@ DropoutAt = Literal["none", "central", "encoder", "decoder", "encoder_decoder", 
 
 
 def dropout_places(dropout_at: DropoutAt, stages: int) -> list[str]:
-    """The places of a network of so many stages at which it drops.
+    """Return the names of the places at which a network has dropout.
 
-    `central`: after each pool and each stage of the decoder in the deeper half, rounded up; the paper's best.
-    `encoder`, `decoder`, `encoder_decoder`: after every pool, every stage of the decoder, both.
-    `center`: after the deepest pool alone. `classifier`: before the classifier alone.
-    `voc`: the ten of the authors' file for PASCAL VOC: before every pool, after the deepest one, and after the
-        decoder's stages but the last.
+    Args:
+        dropout_at: Name of a set of places. `central`: after each pool and each decoder stage of the deeper half,
+            rounded up, which is the best in the paper. `encoder`, `decoder`, `encoder_decoder`: after every pool, after
+            every decoder stage, or both. `center`: after the deepest pool. `classifier`: before the classifier.
+            `voc`: the ten places of the authors' file for PASCAL VOC, which are before every pool, after the deepest
+            pool, and after every decoder stage but the last.
+        stages: Number of stages of the encoder.
 
     >>> dropout_places("central", 5)
     ['pool3', 'pool4', 'pool5', 'decoder5', 'decoder4', 'decoder3']

@@ -1,6 +1,6 @@
-"""Encoders: convolutions and max-pools that remember their switches. VGG is a table.
+"""Encoders: stages of convolutions, each followed by a max-pool that records its switches.
 
-Simonyan & Zisserman 2015, table 1, https://arxiv.org/abs/1409.1556.
+Their tables of channels, such as VGG's, follow Simonyan & Zisserman 2015, table 1, https://arxiv.org/abs/1409.1556.
 """
 
 from typing import Any, Literal, NamedTuple
@@ -21,10 +21,11 @@ SwitchSource = Literal["pre_relu", "post_relu"]
 
 
 class Encoding(NamedTuple):
-    """What the decoder gets.
+    """Output of an encoder.
 
-    features: (N, C, ceil(H/2^n), ceil(W/2^n)), the last pooled map of n stages.
-    pooled: one Pooling per stage, the first stage first.
+    Attributes:
+        features: The last pooled map of n stages, (N, C, ceil(H/2^n), ceil(W/2^n)).
+        pooled: One Pooling per stage, the first stage first.
     """
 
     features: Tensor
@@ -32,18 +33,25 @@ class Encoding(NamedTuple):
 
 
 class Encoder(nn.Module):
-    """Stages of ConvBlocks, each ended by a max-pool that keeps its switches.
+    """Stages of ConvBlocks, each followed by a max-pool that records its switches.
 
-    stages: output channels of every convolution, stage by stage.
-    dilations: of the convolutions, stage by stage; None for 1.
-    switch_source: where the maxima are looked for. `post_relu` as in the originals; `pre_relu` pools first and
-        rectifies the maxima: the same pooled values and gradients, ReLU on a quarter of the data, and no window of
-        four zeros whose tie goes to the top-left cell (8 to 38 % of the windows of a fresh VGG16).
-    packed_switches: keep them in two bits each and not in eight, for the decoder and for the backward pass; a little
-        slower where there is no GPU.
+    Args:
+        stages: Output channels of every convolution, stage by stage.
+        in_channels: Number of channels of the images.
+        kernel: Side of the kernels.
+        norm: Use batch norm.
+        bias: Give the convolutions biases.
+        dilations: Dilation of the convolutions, stage by stage; None for 1.
+        switch_source: Values whose maxima set the switches. `post_relu` pools after the ReLU, as in the original
+            networks. `pre_relu` pools first and rectifies the maxima: pooled values and gradients are the same, the
+            ReLU runs on a quarter of the data, and no window of four zeros can tie, as 8 to 38 % of the windows of an
+            untrained VGG16 do with `post_relu`; those ties go to the top left cell.
+        packed_switches: Keep the switches in two bits instead of eight, for the decoder and for the backward pass;
+            slightly slower on a CPU.
 
-    dropouts: at `stage3`, before the pool of the third stage, and `pool3`, after it; whoever builds a network that
-        drops puts his in place of these, which drop nothing. Switches are never dropped.
+    Attributes:
+        dropouts: Dropout at `stage3`, before the pool of the third stage, at `pool3`, after it, and so on. It is empty
+            until a network with dropout replaces it. Switches are never dropped.
     """
 
     def __init__(
@@ -95,9 +103,9 @@ class Encoder(nn.Module):
 
 
 class FusedStage(Checkpointable):
-    """A stage and its pool, with the last norm, the ReLU and the pool in one pass over memory, where `fuses` allows."""
+    """A stage and its pool, with the last norm, the ReLU and the pool fused; used only where `fuses` returns True."""
 
-    def forward(self, stage: Any, pool: MaxPool, x: Tensor) -> Pooling:  # stage: ConvBlocks in an nn.Sequential
+    def forward(self, stage: Any, pool: MaxPool, x: Tensor) -> Pooling:  # stage: nn.Sequential of ConvBlocks
         *blocks, last = stage
         for block in blocks:
             x = block(x)

@@ -1,7 +1,7 @@
-"""FCN: VGG made fully convolutional; the class scores of up to three strides are enlarged and added.
+"""FCN: fully convolutional VGG whose class scores at up to three strides are upsampled and added.
 
 Long, Shelhamer, Darrell 2015, sections 3.1, 3.3 and 4 and figure 3, https://arxiv.org/abs/1411.4038; layers, crops,
-padding and first weights as in the authors' voc-fcn32s, voc-fcn16s and voc-fcn8s/net.py and surgery.py. FCN-8s:
+padding and initial weights as in the authors' voc-fcn32s, voc-fcn16s and voc-fcn8s/net.py and surgery.py. FCN-8s:
 
     image -> [.. pool1] -> [.. pool2] -> [.. pool3] -> [.. pool4] -> [.. pool5] -> fc6 -> fc7     7x7, 1x1
                                              |             |                           |
@@ -23,9 +23,10 @@ from segdeconv.models.base import SegmentationModel
 from segdeconv.models.layers import ConvBlock, bilinear_kernel, cut, init_he
 from segdeconv.models.vgg import load_fully_connected, load_vgg, vgg_encoder, vgg_weights
 
-# Which maps are scored beside the deepest one, coarse to fine.
+# Maps that are scored in addition to the deepest one, from coarse to fine.
 SKIPS: dict[int, tuple[str, ...]] = {32: (), 16: ("pool4",), 8: ("pool4", "pool3")}
-# Where the originals cut their maps, in pixels from the top and left: skips to what is added, scores to the image.
+# Offsets of the crops in the original networks, in pixels from the top and left: of skips before the addition, and of
+# the scores to the image.
 SKIP_CROPS = {"pool4": 5, "pool3": 9}
 SCORE_CROPS = {32: 19, 16: 27, 8: 31}
 
@@ -33,21 +34,27 @@ SCORE_CROPS = {32: 19, 16: 27, 8: 31}
 class FCN(SegmentationModel):
     """FCN-32s, FCN-16s or FCN-8s on a VGG encoder.
 
-    stride: 32, 16 or 8. The paper trains them in this order, each from the one before: `init_from=` takes over all
-        that they have in common, and a new skip starts at zero, so that nothing changes but the last enlargement.
-    depth, width, pretrained: see `vgg_encoder`. fc_width: channels of fc6 and fc7; trained weights of theirs are taken
-        if the file has them in this width. norm: false as in the original.
-    learnt: which enlargements learn, from their start as bilinear interpolation. `inner`, all but the last, as in the
-        paper; `none`, as in the authors' files, who found no difference; `all`, the "learnt deconv" that the SegNet
-        paper measures beside "fixed bilinear". Those that do not learn have no weights in the state.
-    padding: `same`, zeros around every convolution, so that maps of n and ceil(n / 2) lie exactly on one another at
-        any size. `100` as in the originals, who surround the image by 100 pixels and cut the results, exact at any
-        size too; fc6 then sees what the network makes of zeros where it otherwise sees zeros, at the cost of
-        (H + 198) x (W + 198) pixels.
-    dropout: after fc6 and fc7.
+    It differs from the original in its padding, unless `padding` is 100, and in that fixed upsampling layers process
+    each map separately, where the original multiplies by zeros.
 
-    Differences from the original: ours is the padding, unless it is 100; an enlargement that does not learn does one
-    map at a time, where theirs multiplies by zeros.
+    Args:
+        num_classes: Number of output channels.
+        in_channels: Number of channels of the images.
+        stride: 32, 16 or 8. The paper trains them in this order, each from the one before: `init_from=` loads all
+            weights that they have in common, and a new skip starts at zero, so that only the last upsampling differs.
+        depth: See `vgg_encoder`.
+        norm: Use batch norm; the original has none.
+        width: See `vgg_encoder`.
+        fc_width: Channels of fc6 and fc7. Their pretrained weights are used if the file has them in this width.
+        dropout: Dropout probability after fc6 and fc7.
+        learnt: Upsampling layers that are learned; all layers start as bilinear interpolation. `inner`: all but the
+            last, as in the paper. `none`: as in the authors' files; they report no difference. `all`: the "learnt
+            deconv" that the SegNet paper compares with "fixed bilinear". Fixed layers are not in the state dict.
+        padding: `same` pads every convolution with zeros, so that maps of n and ceil(n / 2) are aligned exactly at any
+            size. `100` pads the image by 100 pixels and crops the results, as the original does, which is exact at any
+            size too; near the edge fc6 then sees features of the padded zeros instead of zeros, at the cost of
+            processing (H + 198) x (W + 198) pixels.
+        pretrained: See `vgg_encoder`.
 
     >>> import torch
     >>> FCN(num_classes=21, width=0.125, fc_width=32).eval()(torch.zeros(1, 3, 37, 50)).shape
@@ -83,9 +90,9 @@ class FCN(SegmentationModel):
         self.score = _score(fc_width, num_classes)
         self.skips = nn.ModuleDict({name: _score(channels[name], num_classes) for name in SKIPS[stride]})
         self.ups = nn.ModuleDict(
-            {name: Enlarge(num_classes, 2, padding=padding, learnt=learnt != "none") for name in SKIPS[stride]}
+            {name: Enlarge(num_classes, 2, padding=padding, learned=learnt != "none") for name in SKIPS[stride]}
         )
-        self.upscore = Enlarge(num_classes, stride, padding=padding, learnt=learnt == "all")
+        self.upscore = Enlarge(num_classes, stride, padding=padding, learned=learnt == "all")
         init_he(self.fc6, self.fc7)
         if state is not None:
             load_vgg(self.encoder, state, source=pretrained)
@@ -94,33 +101,37 @@ class FCN(SegmentationModel):
     def forward(self, image: Tensor) -> Tensor:
         size = image.shape[-2:]
         if self.padding == 100:
-            image = F.pad(image, (99, 99, 99, 99))  # and 1 by the first convolution
+            image = F.pad(image, (99, 99, 99, 99))  # the first convolution pads the last pixel
         pooled = {f"pool{number}": pooling.features for number, pooling in enumerate(self.encoder(image).pooled, 1)}
         x = self.dropout(self.fc6(pooled["pool5"]))
         x = self.score(self.dropout(self.fc7(x)))
         for name in SKIPS[self.stride]:
-            x = self._added(self.ups[name](x), self.skips[name](pooled[name]), SKIP_CROPS[name])
+            x = self._add_skip(self.ups[name](x), self.skips[name](pooled[name]), SKIP_CROPS[name])
         return cut(self.upscore(x), size, 0 if self.padding == "same" else SCORE_CROPS[self.stride])
 
-    def _added(self, x: Tensor, skip: Tensor, crop: int) -> Tensor:
-        """Enlarged scores and those of a finer map. Without padding it is the finer map that is too large."""
+    def _add_skip(self, x: Tensor, skip: Tensor, crop: int) -> Tensor:
+        """Add upsampled scores and those of a finer map; crops the scores, or with padding 100 the finer map."""
         if self.padding == "same":
             return skip + cut(x, skip.shape[-2:])
         return x + cut(skip, x.shape[-2:], crop)
 
 
 class Enlarge(nn.Module):
-    """Score maps made `factor` times as large by a transposed convolution that starts as bilinear interpolation.
+    """Upsampling of score maps by a transposed convolution that starts as bilinear interpolation.
 
-    padding: `same` cuts what lies beyond the map off each side; 100 keeps it, as the originals do.
+    Args:
+        channels: Number of maps.
+        factor: Factor on both sides.
+        padding: `same` crops the result to `factor` times the map; 100 keeps the margin, as the original does.
+        learned: Learn a kernel from every map to every map; otherwise each map is interpolated separately.
     """
 
     weight: Tensor
 
-    def __init__(self, channels: int, factor: int, *, padding: Literal["same", 100], learnt: bool) -> None:
+    def __init__(self, channels: int, factor: int, *, padding: Literal["same", 100], learned: bool) -> None:
         super().__init__()
         self.factor, self.padding = factor, factor // 2 if padding == "same" else 0
-        if learnt:  # from every class to every class
+        if learned:
             self.groups = 1
             self.weight = nn.Parameter(bilinear_kernel(channels, 2 * factor))
         else:
@@ -128,12 +139,12 @@ class Enlarge(nn.Module):
             kernel = bilinear_kernel(1, 2 * factor).repeat(channels, 1, 1, 1)
             self.register_buffer("weight", kernel, persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W) -> (N, C, factor * H, factor * W), and factor more of 100
+    def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W) -> (N, C, factor * H, factor * W), or with 100 factor more
         return F.conv_transpose2d(x, self.weight, stride=self.factor, padding=self.padding, groups=self.groups)
 
 
 def _score(channels: int, num_classes: int) -> nn.Conv2d:
-    """A 1x1 convolution to class scores that starts at zero."""
+    """Return a 1x1 convolution to class scores whose weights and biases are zero."""
     score = nn.Conv2d(channels, num_classes, 1)
     nn.init.zeros_(score.weight)
     nn.init.zeros_(score.bias)  # type: ignore[arg-type]

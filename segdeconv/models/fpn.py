@@ -1,4 +1,4 @@
-"""FPN: a pyramid of maps of one width, coarse ones handed down to fine ones, and one head that reads them all.
+"""FPN: a feature pyramid that adds coarse maps to finer ones, with one head shared by all levels.
 
 Lin, Dollar, Girshick, He, Hariharan, Belongie 2017, section 3 and figure 3, https://arxiv.org/abs/1612.03144; for
 segmentation as in Kirillov, Girshick, He, Dollar 2019, section 3 and figure 3, https://arxiv.org/abs/1901.02446.
@@ -31,17 +31,28 @@ from segdeconv.models.vgg import vgg_encoder
 
 
 class FPN(SegmentationModel):
-    """A feature pyramid on a VGG encoder, with one fully convolutional head shared by its levels.
+    """Feature pyramid network on a VGG encoder, with one fully convolutional head shared by its levels.
 
-    depth, width, pretrained, norm, stages: see `vgg_encoder`.
-    num_levels: how many of the deepest pooled maps the pyramid has.
-    channels: of the pyramid; the head has half as many.
-    supervise_levels: train the logits of every level too, each enlarged to the image. The loss is then the mean over
-        them and the combined ones. What predicts are the combined ones.
+    The levels differ in size. `combine` upsamples each to the finest level, averages them there, and upsamples the
+    mean to the image. Maps are upsampled by powers of two and then cropped, so that cell i of a map stays aligned with
+    cells 2 i and 2 i + 1 of the next finer map even where an odd side was pooled.
 
-    The levels differ in size. Each is enlarged to the finest one, all are averaged there, and the mean is enlarged to
-    the image; `combine` is that. Enlargements are by whole powers of two and cut, so that cell i of a map stays on
-    cells 2 i and 2 i + 1 of the one before also where an odd side was pooled to one more than its half:
+    It differs from Kirillov et al. in that one head including the classifier is applied to every level, as in the
+    region proposals of Lin et al.; their branches have separate convolutions, and the classifier comes after the sum.
+    VGG's pooled maps take the place of ResNet's stages.
+
+    Args:
+        num_classes: Number of output channels.
+        in_channels: Number of channels of the images.
+        depth: See `vgg_encoder`.
+        norm: See `vgg_encoder`.
+        width: See `vgg_encoder`.
+        channels: Channels of the pyramid; the head has half as many.
+        num_levels: Number of levels, which use the deepest pooled maps.
+        supervise_levels: Also train the logits of each level, upsampled to the image. The loss is then the mean over
+            them and the combined logits. Predictions always use the combined logits.
+        pretrained: See `vgg_encoder`.
+        stages: See `vgg_encoder`.
 
     >>> import torch
     >>> network, image = FPN(num_classes=11, width=0.125, channels=16), torch.zeros(1, 3, 360, 480)
@@ -49,10 +60,6 @@ class FPN(SegmentationModel):
     [(1, 11, 90, 120), (1, 11, 45, 60), (1, 11, 23, 30), (1, 11, 12, 15)]
     >>> network(image).shape
     torch.Size([1, 11, 360, 480])
-
-    Differences from Kirillov et al.: their branches have own convolutions and the classifier comes after the sum; here
-    one head, classifier and all, reads every level, as Lin et al.'s region proposals do. VGG's pooled maps stand for
-    ResNet's stages.
     """
 
     def __init__(
@@ -77,7 +84,7 @@ class FPN(SegmentationModel):
         num_stages = len(self.encoder.channels)
         if num_levels > num_stages:
             raise UsageError(
-                f"model.num_levels={num_levels}: the encoder has {num_stages} stages - give as many or less"
+                f"model.num_levels={num_levels}: the encoder has only {num_stages} stages - use {num_stages} or less"
             )
         self.num_levels = num_levels
         self.strides = [2**stage for stage in range(num_stages - num_levels + 1, num_stages + 1)]
@@ -86,7 +93,7 @@ class FPN(SegmentationModel):
         )
         self.smooths = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(num_levels))
         inner = channels // 2
-        # Group norm, as Kirillov et al.: statistics of a batch would mix the levels, which differ.
+        # Group norm, as in Kirillov et al., because batch statistics would mix the levels, which differ.
         self.head = nn.Sequential(
             OrderedDict(
                 conv=nn.Conv2d(channels, inner, 3, padding=1),
@@ -104,11 +111,11 @@ class FPN(SegmentationModel):
         if not self.supervise_levels:
             return super().supervised(image)
         levels = self.levels(image)
-        singles = (_enlarged(level, stride, image) for level, stride in zip(levels, self.strides, strict=True))
-        return (self.combine(levels, image), *singles)
+        upsampled = (_upsampled(level, stride, image) for level, stride in zip(levels, self.strides, strict=True))
+        return (self.combine(levels, image), *upsampled)
 
     def levels(self, image: Tensor) -> list[Tensor]:
-        """The logits of every level, each of its own size, the finest first."""
+        """Compute the logits of every level at its own size, the finest first."""
         pooled = self.encoder(image).pooled[-self.num_levels :]
         levels: list[Tensor] = []
         merged: Tensor | None = None
@@ -122,15 +129,15 @@ class FPN(SegmentationModel):
         return levels[::-1]
 
     def combine(self, levels: list[Tensor], image: Tensor) -> Tensor:
-        """The levels' logits, the finest first, as one map of the image's size."""
+        """Combine the logits of the levels, the finest first, into one map of the image's size."""
         finest = levels[0]
         total = finest
         for level, stride in zip(levels[1:], self.strides[1:], strict=True):
-            total = total + _enlarged(level, stride // self.strides[0], finest)
-        return _enlarged(total / len(levels), self.strides[0], image)
+            total = total + _upsampled(level, stride // self.strides[0], finest)
+        return _upsampled(total / len(levels), self.strides[0], image)
 
 
-def _enlarged(x: Tensor, factor: int, like: Tensor) -> Tensor:
-    """(N, C, h, w) -> (N, C, H, W) of another map, which this one is `factor` times smaller than, rounded up."""
+def _upsampled(x: Tensor, factor: int, like: Tensor) -> Tensor:
+    """Upsample x, (N, C, h, w), by `factor` and crop it to the height and width of `like`."""
     x = F.interpolate(x, scale_factor=float(factor), mode="bilinear", align_corners=False)
     return cut(x, like.shape[-2:])

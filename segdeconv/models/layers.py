@@ -1,4 +1,4 @@
-"""The unit every network here is made of, and how its weights start."""
+"""Layers that the networks are made of, and their initialisation."""
 
 import copy
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,12 +18,19 @@ Module = TypeVar("Module", bound=nn.Module)
 class ConvBlock(nn.Module):
     """Convolution, then batch norm, then ReLU.
 
-    The order of SegNet and DeconvNet (originals: `conv`, `bn`, `relu`). The convolution keeps its bias although a
-    batch norm after it makes it idle, because the published networks and their parameter counts have it.
+    This is the order of SegNet and DeconvNet (`conv`, `bn`, `relu` in their files). The convolution has a bias although
+    the batch norm after it cancels it, because the published networks and their parameter counts include it.
 
-    padding: pixels of zeros on each side; None for as many as keep the size of the map.
-    dilation: distance in pixels between what neighbouring weights see.
-    groups: the channels fall into so many parts, each of which is convolved by itself.
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        kernel: Side of the kernel.
+        padding: Zeros on each side in pixels; None to keep the size of the map.
+        norm: Use batch norm.
+        activation: Use the ReLU.
+        bias: Give the convolution a bias.
+        dilation: Distance in pixels between the inputs of neighbouring weights.
+        groups: Number of groups of channels that are convolved separately.
     """
 
     def __init__(
@@ -52,11 +59,16 @@ class ConvBlock(nn.Module):
 
 
 class DeconvBlock(nn.Module):
-    """Transposed convolution, then batch norm, then ReLU: a ConvBlock that spreads where the other gathers.
+    """Transposed convolution, then batch norm, then ReLU.
 
-    padding: pixels cut off each side of the result; None for as many as keep the size of the map.
-    mirrored: a convolution from `out_channels` to `in_channels` whose filters and padding are used, transposed, in
-        place of own ones.
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        kernel: Side of the kernel.
+        padding: Pixels cropped from each side of the result; None to keep the size of the map.
+        norm: Use batch norm.
+        mirrored: A convolution from `out_channels` to `in_channels` whose filters and padding are used, transposed,
+            instead of separate ones.
     """
 
     def __init__(
@@ -84,29 +96,39 @@ class DeconvBlock(nn.Module):
 
 
 class Blocks(Checkpointable, nn.Sequential):
-    """Blocks in a row."""
+    """Sequence of blocks that can be checkpointed."""
 
 
 class UnpoolStage(Checkpointable, nn.Sequential):
-    """Unpooling, then blocks in a row, named by their numbers: a stage of a decoder. level: see `Unpool`."""
+    """Stage of a decoder: unpooling, then a sequence of blocks, named by their numbers.
+
+    Args:
+        level: See `Unpool`.
+        blocks: Applied in order after the unpooling.
+    """
 
     def __init__(self, level: int, blocks: Iterable[nn.Module]) -> None:
         super().__init__(*blocks)
         self.unpool = Unpool(level)
 
     def forward(self, x: Tensor, switches: Tensor, size: tuple[int, int]) -> Tensor:  # type: ignore[override]
-        """(N, C, h, w) and the switches of the pool from (H, W) = size to (h, w) -> (N, C', H, W)."""
+        """Decode x, (N, C, h, w), to (N, C', H, W), with the switches of the pool from size (H, W) to (h, w)."""
         x = self.unpool(x, switches, size)
-        *blocks, _ = self  # the last of its modules is the unpooling
+        *blocks, _ = self  # the last module is the unpooling
         for block in blocks:
             x = block(x)
         return x
 
 
 class BilinearDeconv(nn.ConvTranspose2d):
-    """A transposed convolution that makes a map `stride` times as large, and starts as bilinear interpolation.
+    """Transposed convolution that upsamples a map by `stride` and starts as bilinear interpolation, without bias.
 
-    From every channel to every channel, though at the start each goes to its own alone; no bias.
+    It connects every channel to every channel, but at the start the weights between different channels are zero.
+
+    Args:
+        channels: Channels of input and output.
+        kernel: Side of the kernel.
+        stride: Upsampling factor.
 
     >>> import torch
     >>> BilinearDeconv(11, kernel=8)(torch.zeros(1, 11, 23, 30), (45, 60)).shape
@@ -114,48 +136,56 @@ class BilinearDeconv(nn.ConvTranspose2d):
     """
 
     def __init__(self, channels: int, *, kernel: int, stride: int = 2) -> None:
-        # (kernel - stride) / 2 pixels less on each side leave exactly `stride` times the size.
+        # Cropping (kernel - stride) / 2 pixels from each side leaves exactly `stride` times the size.
         super().__init__(channels, channels, kernel, stride=stride, padding=(kernel - stride) // 2, bias=False)
         with torch.no_grad():
             self.weight.copy_(bilinear_kernel(channels, kernel, stride=stride))
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:  # type: ignore[override]
-        """(N, channels, h, w) -> (N, channels, *size): up to `stride` times the size, cut below and right."""
+        """Upsample x, (N, channels, h, w), to (N, channels, *size), which is at most `stride` times its size."""
         return cut(super().forward(x), size)
 
 
 def cut(x: Tensor, size: Sequence[int], start: int = 0) -> Tensor:
-    """(N, C, h, w) -> (N, C, *size), from row and column `start` on.
-
-    By a negative padding: of a slice torch.export asks whether it is the whole, which free sizes do not say.
-    """
+    """Crop x, (N, C, h, w), to (N, C, *size), from row and column `start` on."""
+    # By negative padding: for a slice, torch.export asks whether it is the whole map, which dynamic sizes leave open.
     height, width = size
     return F.pad(x, (-start, start + width - x.shape[-1], -start, start + height - x.shape[-2]))
 
 
 def bilinear_kernel(channels: int, kernel: int, *, stride: int | None = None) -> Tensor:
-    """The weight of a transposed convolution that enlarges each map by itself, bilinearly, `stride` times.
+    """Return the weight of a transposed convolution that interpolates each map bilinearly by the factor `stride`.
 
-    Returns (channels, channels, kernel, kernel), zero between different maps. `surgery.py` of FCN's authors.
+    As in `surgery.py` of FCN's authors.
 
-    stride: of that convolution; None for half the kernel, which then just holds the tent. A larger kernel holds the
-        same tent within zeros: an 8x8 of stride 2 starts as the 4x4. (Caffe's filler would widen the tent to the
-        kernel: an 8x8 of stride 2 then blurs, and multiplies by four.)
+    Args:
+        channels: Channels of input and output.
+        kernel: Side of the kernel.
+        stride: Stride of the convolution; None for half the kernel, which then just fits the triangle filter. A larger
+            kernel has the same filter surrounded by zeros: 8x8 with stride 2 starts as the 4x4 kernel. (Caffe's filler
+            would stretch the filter to the kernel; 8x8 with stride 2 then blurs, and multiplies by four.)
+
+    Returns:
+        (channels, channels, kernel, kernel), zero between different maps.
 
     >>> 16 * bilinear_kernel(1, 4)[0, 0, :2]
     tensor([[1., 3., 3., 1.],
             [3., 9., 9., 3.]])
     """
     stride = (kernel + 1) // 2 if stride is None else stride
-    tent = (1 - (torch.arange(kernel) - (kernel - 1) / 2).abs() / stride).clamp(min=0)
-    return torch.eye(channels)[:, :, None, None] * tent[:, None] * tent
+    triangle = (1 - (torch.arange(kernel) - (kernel - 1) / 2).abs() / stride).clamp(min=0)
+    return torch.eye(channels)[:, :, None, None] * triangle[:, None] * triangle
 
 
 class Dropouts(nn.ModuleDict):
-    """Dropout at the named places of a network, and nothing at its other places.
+    """Dropout at named places of a network, and the identity at all other places.
 
-    Without a state, so that a network has the same checkpoints with and without it. Elements are dropped, not whole
-    maps, and the others multiplied by 1 / (1 - p), as in the originals' Caffe.
+    It has no state, so that a network has the same checkpoints with and without it. It drops elements, not whole maps,
+    and multiplies the others by 1 / (1 - p), as in the authors' version of Caffe.
+
+    Args:
+        places: Names of the places with dropout, see `dropout_places`.
+        p: Dropout probability.
 
     >>> import torch
     >>> Dropouts(["pool3"], 0.5).at("pool2", torch.ones(3))
@@ -166,20 +196,21 @@ class Dropouts(nn.ModuleDict):
         super().__init__({place: nn.Dropout(p) for place in places})
 
     def at(self, place: str, x: Tensor) -> Tensor:
+        """Apply the dropout of a place to x, or return x unchanged if the place has none."""
         return self[place](x) if place in self else x
 
 
 def fold_norms(network: Module) -> Module:
-    """A copy of a trained network whose batch norms are part of the convolutions before them, for inference.
+    """Return a copy of a trained network with the batch norms folded into the convolutions before them, for inference.
 
-    The running statistics become weights: W * scale / sqrt(var + eps), b' = (b - mean) * scale / sqrt(var + eps) +
-    shift. The authors' scripts do the same before testing. Results differ by rounding alone, which moves a switch where
-    two of its four values are as good as equal.
+    The weights become W * scale / sqrt(var + eps) and the biases (b - mean) * scale / sqrt(var + eps) + shift. The
+    authors' scripts do the same before testing. Results differ by rounding only, which changes a switch where the two
+    largest values of its window are almost equal.
     """
     folded = copy.deepcopy(network).eval()
     for block in folded.modules():
         if isinstance(block, DeconvBlock) and isinstance(block.deconv, TiedDeconv):
-            block.deconv = block.deconv.untied()  # before the filters that it shares are scaled by another's norm
+            block.deconv = block.deconv.untied()  # before the shared filters are scaled by the convolution's norm
     for block in folded.modules():
         if isinstance(block, ConvBlock):
             block.norm = _folded(block.conv, block.norm)
@@ -189,7 +220,7 @@ def fold_norms(network: Module) -> Module:
 
 
 def _folded(layer: nn.Conv2d | nn.ConvTranspose2d, norm: nn.BatchNorm2d | nn.Identity) -> nn.BatchNorm2d | nn.Identity:
-    """Take a norm into the layer before it; what is left of the norm."""
+    """Fold a norm into the layer before it and return its replacement."""
     if isinstance(norm, nn.Identity) or norm.running_mean is None or norm.running_var is None:
         return norm
     layer.weight, layer.bias = fuse_conv_bn_weights(
@@ -200,14 +231,17 @@ def _folded(layer: nn.Conv2d | nn.ConvTranspose2d, norm: nn.BatchNorm2d | nn.Ide
 
 
 class TiedDeconv(nn.Module):
-    """The transpose of a convolution, with that convolution's own filters and a bias of its own.
+    """Transposed convolution that shares the filters of a convolution and has a separate bias.
 
     Zeiler & Fergus 2014, section 2.1, https://arxiv.org/abs/1311.2901: "transposed versions of the same filters".
+
+    Args:
+        conv: The convolution whose filters and padding are used.
     """
 
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
-        self.mirrored = (conv,)  # in a tuple, so that its filters are not parameters of this module too
+        self.mirrored = (conv,)  # in a tuple, so that its filters do not become parameters of this module too
         self.bias = nn.Parameter(torch.zeros(conv.in_channels))
 
     def forward(self, x: Tensor) -> Tensor:  # (N, conv.out_channels, H, W) -> (N, conv.in_channels, H', W')
@@ -215,7 +249,7 @@ class TiedDeconv(nn.Module):
         return F.conv_transpose2d(x, conv.weight, self.bias, padding=int(conv.padding[0]))
 
     def untied(self) -> nn.ConvTranspose2d:
-        """The same function with filters of its own."""
+        """Return an equal transposed convolution with a copy of the filters."""
         (conv,) = self.mirrored
         kernel, padding = conv.kernel_size[0], int(conv.padding[0])
         deconv = nn.ConvTranspose2d(conv.out_channels, conv.in_channels, kernel, padding=padding).to(conv.weight)
@@ -224,12 +258,11 @@ class TiedDeconv(nn.Module):
 
 
 def init_he(*parts: nn.Module) -> None:
-    """Gaussian weights of standard deviation sqrt(2 / fan_in), zero biases: Caffe's `msra` filler.
+    """Initialise all convolutions with Gaussian weights of standard deviation sqrt(2 / fan_in) and zero biases.
 
-    fan_in is how many products are summed into one output. A transposed convolution has its inputs in dimension 0 of
-    the weight, where torch looks for the outputs: its fan_in is what torch calls fan_out.
-
-    He et al. 2015, section 2.2, https://arxiv.org/abs/1502.01852; what SegNet's training files ask for.
+    He et al. 2015, section 2.2, https://arxiv.org/abs/1502.01852; Caffe's `msra` filler, which SegNet's training files
+    use. fan_in is the number of products that are summed into one output. The weight of a transposed convolution has
+    its inputs in dimension 0, where torch expects the outputs, so its fan_in is torch's fan_out.
     """
     for layer in _with_zero_biases(parts):
         mode: Literal["fan_in", "fan_out"] = "fan_out" if isinstance(layer, nn.ConvTranspose2d) else "fan_in"
@@ -237,13 +270,16 @@ def init_he(*parts: nn.Module) -> None:
 
 
 def init_gaussian(*parts: nn.Module, std: float) -> None:
-    """Gaussian weights of one standard deviation, zero biases: Caffe's `gaussian` filler, for DeconvNet's decoder."""
+    """Initialise all convolutions with Gaussian weights of standard deviation `std` and zero biases.
+
+    Caffe's `gaussian` filler, which DeconvNet's decoder uses.
+    """
     for layer in _with_zero_biases(parts):
         nn.init.normal_(layer.weight, std=std)
 
 
 def _with_zero_biases(parts: Iterable[nn.Module]) -> Iterator[nn.Conv2d | nn.ConvTranspose2d]:
-    """The convolutions of all parts, in order, each once its bias is set to zero."""
+    """Set the biases of all convolutions to zero and yield the convolutions in order."""
     for part in parts:
         for layer in part.modules():
             if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):

@@ -1,11 +1,11 @@
-"""SegNet: a VGG encoder, and its mirror image that unpools with the encoder's switches.
+"""SegNet: a VGG encoder, and a mirrored decoder that unpools with the encoder's switches.
 
 Badrinarayanan, Kendall, Cipolla 2017, section 3 and figure 2, https://arxiv.org/abs/1511.00561; layer tables as in the
 authors' training files.
 
     image -> [conv conv pool] ... [conv conv conv pool]      five stages, each pool keeps its switches
                   |switches            |switches
-    logits <- [conv conv unpool] ... [conv conv conv unpool] the same stages, read backwards
+    logits <- [conv conv unpool] ... [conv conv conv unpool] the same stages in reverse order
 """
 
 from itertools import pairwise
@@ -24,12 +24,21 @@ from segdeconv.models.vgg import vgg_encoder
 class SegNet(SegmentationModel):
     """SegNet on a VGG encoder; with VGG16 the published network of 26 convolutions.
 
-    Differences from the paper, both choices of ours: switches are taken before the ReLU unless
-    `switch_source=post_relu`, and batch norm keeps running averages instead of a second pass over the training set.
+    It differs from the paper in two ways: switches are taken before the ReLU unless `switch_source=post_relu`, and
+    batch norm keeps running averages instead of making a second pass over the training set.
 
-    depth, width, pretrained, stages: see `vgg_encoder`. dropout: the probability of it at the places that `dropout_at`
-    names, see `dropout_places`; `central` makes this Bayesian SegNet.
-    packed_switches: see `Encoder`.
+    Args:
+        num_classes: Number of output channels.
+        in_channels: Number of channels of the images.
+        depth: See `vgg_encoder`.
+        norm: See `vgg_encoder`.
+        width: See `vgg_encoder`.
+        pretrained: See `vgg_encoder`.
+        switch_source: See `Encoder`.
+        stages: See `vgg_encoder`.
+        dropout: Dropout probability.
+        dropout_at: Places of dropout, see `dropout_places`; `central` gives Bayesian SegNet.
+        packed_switches: See `Encoder`.
 
     >>> import torch
     >>> SegNet(num_classes=11, width=0.25)(torch.zeros(1, 3, 37, 50)).shape
@@ -65,10 +74,16 @@ class SegNet(SegmentationModel):
 
 
 class SegNetDecoder(nn.Module):
-    """The encoder's table read backwards: unpool, then as many convolutions as the encoder's stage has.
+    """Decoder of SegNet: the encoder's table in reverse order, with an unpooling at the start of each stage.
 
-    The last convolution of a stage narrows to the channels of the stage above it (conv4_1_D: 512 -> 256). The last
-    convolution of all is the classifier: no norm and no ReLU, so logits can be negative.
+    A stage has as many convolutions as the encoder's stage; the last one reduces the channels to those of the stage
+    above (conv4_1_D: 512 -> 256). The last convolution of the decoder is the classifier, which has no norm and no ReLU,
+    so that logits can be negative.
+
+    Args:
+        stages: Output channels of the encoder's convolutions, stage by stage.
+        num_classes: Number of output channels.
+        norm: Use batch norm.
     """
 
     def __init__(self, stages: Stages, num_classes: int, *, norm: bool = True) -> None:

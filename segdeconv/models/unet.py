@@ -1,4 +1,4 @@
-"""U-Net: every stage of the encoder is copied beside the decoder's map of its size.
+"""U-Net: every stage of the encoder is concatenated with the decoder's map of the same size.
 
 Ronneberger, Fischer, Brox 2015, section 2 and figure 1, https://arxiv.org/abs/1505.04597; dropout and the ReLU after
 an up-convolution as in the authors' released phseg_v5 network.
@@ -29,13 +29,20 @@ from segdeconv.models.vgg import vgg_encoder
 class UNet(SegmentationModel):
     """U-Net on a VGG encoder, whose five stages are the five levels of the paper's figure.
 
-    depth, width, pretrained, stages: see `vgg_encoder`. With [[64,64],[128,128],[256,256],[512,512],[1024,1024]] as
-    stages this is the paper's network of 23 convolutions.
-    norm: batch norm after every 3x3 convolution; false for the paper's.
-    dropout: at the end of the two deepest stages of the encoder, before the copy.
+    It differs from the paper in that convolutions are padded, so that the result has the size of the image and the
+    copies need no cropping. The half of an odd side is rounded up in pooling, and the up-convolution is cropped to the
+    copy.
 
-    Differences from the paper: convolutions are padded, so that the result has the image's size and nothing is cropped
-    away from the copies; an odd map is pooled to one more than its half, and the up-convolution cut back to its size.
+    Args:
+        num_classes: Number of output channels.
+        in_channels: Number of channels of the images.
+        depth: See `vgg_encoder`.
+        norm: Use batch norm after every 3x3 convolution; the paper has none.
+        width: See `vgg_encoder`.
+        dropout: Dropout probability at the end of the two deepest stages of the encoder, before the copy.
+        pretrained: See `vgg_encoder`.
+        stages: See `vgg_encoder`. [[64,64],[128,128],[256,256],[512,512],[1024,1024]] gives the paper's network of 23
+            convolutions.
 
     >>> UNet(num_classes=11, width=0.125).eval()(torch.zeros(1, 3, 37, 50)).shape
     torch.Size([1, 11, 37, 50])
@@ -54,7 +61,7 @@ class UNet(SegmentationModel):
         stages: tuple[tuple[PositiveInt, ...], ...] | None = None,
     ) -> None:
         super().__init__(num_classes, in_channels=in_channels)
-        # Rectified before the pool, since it is the maps before the pools that are copied.
+        # The stages end with the ReLU, because the maps before the pools are copied.
         self.encoder = vgg_encoder(
             depth, in_channels=in_channels, norm=norm, width=width, pretrained=pretrained, stages=stages,
             switch_source="post_relu",
@@ -87,7 +94,7 @@ class UNet(SegmentationModel):
 
 
 class JoinedStage(Checkpointable, nn.Sequential):
-    """Blocks in a row, of a map and the encoder's copy beside it."""
+    """Sequence of blocks applied to a map concatenated with the encoder's copy."""
 
     def forward(self, x: Tensor, copy: Tensor) -> Tensor:  # type: ignore[override]
         return super().forward(torch.cat([x, copy], dim=1))  # type: ignore[no-untyped-call]

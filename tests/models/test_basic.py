@@ -1,4 +1,4 @@
-"""The networks of the SegNet paper's decoder study against hand-made sums, plain torch, and each other."""
+"""The networks of the SegNet paper's decoder study compared with hand counts, torch's functions, and each other."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from segdeconv.models import BilinearBasic, FCNBasic, SegNetBasic, build_model, 
 from segdeconv.models.layers import BilinearDeconv, bilinear_kernel
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-# Of K = 11 classes and 64 channels, without biases and norms: the encoder, 7x7x(3 + 3 x 64)x64, plus the decoder.
+# For K = 11 classes and 64 channels, without biases and norms: the encoder, 7x7x(3 + 3 x 64)x64, plus the decoder.
 ENCODER = 611_520
 CLASSIFIER = 64 * 11
 WEIGHTS = {
@@ -25,8 +25,8 @@ WEIGHTS = {
     "fcn_basic_no_dim_reduction": ENCODER + 4 * 64 * 64 * 64 + CLASSIFIER,
     "fcn_basic_no_addition_no_dim_reduction": ENCODER + 4 * 64 * 64 * 64 + CLASSIFIER,
 }
-# What norms and biases add: (2 + 1) x 64 for each of the encoder's four layers, and the decoder's.
-REST = {
+# Parameters of norms and biases: (2 + 1) x 64 for each of the encoder's four layers, and those of the decoder.
+NORMS_AND_BIASES = {
     "bilinear_interpolation": 768 + 11,
     "segnet_basic": 768 + 768 + 11,
     "segnet_basic_encoder_addition": 768 + 768 + 11,
@@ -70,8 +70,8 @@ def count(parameters):
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
-def test_parameters_are_the_sums_by_hand_and_the_papers_within_its_rounding(name):
-    assert count(build(name).parameters()) == WEIGHTS[name] + REST[name]
+def test_parameters_equal_the_hand_count_and_the_rounded_numbers_of_the_paper(name):
+    assert count(build(name).parameters()) == WEIGHTS[name] + NORMS_AND_BIASES[name]
     plain = build(name, "model.bias=false")
     weights = [parameter for parameter in plain.parameters() if parameter.ndim > 1]
     assert count(weights) == WEIGHTS[name]
@@ -79,7 +79,7 @@ def test_parameters_are_the_sums_by_hand_and_the_papers_within_its_rounding(name
     assert WEIGHTS[name] / 1e6 == pytest.approx(MILLIONS[name], rel=0.025)
 
 
-def test_the_sums_are_those_that_follow_from_the_paper():
+def test_the_hand_counts_follow_from_the_paper():
     sums = [612_224, 1_415_040, 1_415_040, 624_768, 645_312, 643_200, 1_660_800, 1_660_800]
     assert list(WEIGHTS.values()) == sums
 
@@ -92,7 +92,7 @@ def test_parameters_of_segnet_basic_have_the_names_of_earlier_checkpoints():
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
-def test_decoders_go_through_the_papers_sizes_at_360x480(name):
+def test_decoders_have_the_map_sizes_of_the_paper_at_360x480(name):
     model = slim(name).eval()
     with torch.no_grad():
         deepest, levels = model.encode(torch.zeros(1, 3, 360, 480))
@@ -111,7 +111,7 @@ def test_decoders_go_through_the_papers_sizes_at_360x480(name):
     assert [level.features is not None for level in levels] == [added] * 3 + [False]
 
 
-# What holds of every one.
+# Properties of all networks.
 
 
 @pytest.mark.parametrize("size", [(1, 1), (32, 32), (33, 47), (45, 60), (65, 32)])
@@ -123,7 +123,7 @@ def test_logits_have_the_size_of_the_image(name, size):
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
-def test_images_may_have_any_number_of_channels_and_lie_channels_last(name):
+def test_images_may_have_any_number_of_channels_and_be_channels_last(name):
     model = build(name, "model.width=4", in_channels=2).eval()
     image = torch.randn(2, 2, 33, 47)
     with torch.no_grad():
@@ -138,12 +138,12 @@ def test_every_parameter_gets_a_gradient(name):
     model(torch.rand(2, 3, 45, 50) * 255).square().mean().backward()
     for key, parameter in model.named_parameters():
         assert parameter.grad is not None, key
-        if not key.endswith("conv.bias"):  # the batch norm after it takes its effect away
+        if not key.endswith("conv.bias"):  # the batch norm after it cancels it
             assert parameter.grad.abs().sum() > 0, key
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
-def test_thirty_steps_of_the_papers_rate_lower_the_loss(name):
+def test_thirty_steps_at_the_papers_learning_rate_lower_the_loss(name):
     model = slim(name)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     image, mask = torch.rand(4, 3, 45, 50) * 255, torch.randint(0, 5, (4, 45, 50))
@@ -160,7 +160,7 @@ def test_thirty_steps_of_the_papers_rate_lower_the_loss(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_every_network_compiles_whole_and_equals_eager(name):
-    torch.compiler.reset()  # of one line of code, torch compiles eight networks and no more
+    torch.compiler.reset()  # torch compiles at most eight networks from one line of code
     model = slim(name).eval()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
     for size in [(33, 47), (40, 64)]:
@@ -168,11 +168,11 @@ def test_every_network_compiles_whole_and_equals_eager(name):
         torch.testing.assert_close(compiled(image), model(image))
 
 
-# Plain torch, one forward pass of each kind.
+# One forward pass of each kind with torch's functions.
 
 
-def unsettled(model):
-    """In evaluation mode, with norms that do something."""
+def randomised(model):
+    """Randomise norms and deconvolutions, and return the model in evaluation mode and float64."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             for tensor in (module.weight, module.running_var):
@@ -189,7 +189,7 @@ def normed(x, norm):
 
 
 def encoded(model, image):
-    """(pooled map, indices, size before) of every stage, by torch's own pooling."""
+    """Return (pooled map, indices, size before) of every stage with torch's pooling."""
     x = image / (1 + 2e-5 * image.square().sum(dim=1, keepdim=True)) ** 0.75
     stages = []
     for (block,) in model.encoder.stages:
@@ -200,7 +200,7 @@ def encoded(model, image):
 
 
 def alone(x, weight, bias):
-    """Each map filtered by its own filter, one after the other."""
+    """Filter each map by its own filter, one after the other."""
     maps = [F.conv2d(x[:, [c]], weight[[c]], bias[[c]], padding=3) for c in range(x.shape[1])]
     return torch.cat(maps, dim=1)
 
@@ -209,8 +209,8 @@ def alone(x, weight, bias):
 @pytest.mark.parametrize(
     "options", [{}, {"encoder_addition": True}, {"decoder": "single_channel"}], ids=["plain", "addition", "single"]
 )
-def test_segnet_basics_are_torchs_own_unpooling_and_convolutions(options, size):
-    model = unsettled(SegNetBasic(5, width=6, switch_source="post_relu", **options))
+def test_segnet_basics_equal_torchs_unpooling_and_convolutions(options, size):
+    model = randomised(SegNetBasic(5, width=6, switch_source="post_relu", **options))
     image = torch.rand(2, 3, *size, dtype=torch.float64) * 255
     stages = encoded(model, image)
     x = stages[-1][0]
@@ -228,13 +228,13 @@ def test_segnet_basics_are_torchs_own_unpooling_and_convolutions(options, size):
 @pytest.mark.parametrize("size", [(45, 61), (64, 48)])
 @pytest.mark.parametrize("reduction", [True, False])
 @pytest.mark.parametrize("addition", [True, False])
-def test_fcn_basics_are_torchs_own_transposed_convolutions_and_sums(addition, reduction, size):
-    model = unsettled(FCNBasic(5, width=6, addition=addition, reduction=reduction))
+def test_fcn_basics_equal_torchs_transposed_convolutions_and_sums(addition, reduction, size):
+    model = randomised(FCNBasic(5, width=6, addition=addition, reduction=reduction))
     image = torch.rand(2, 3, *size, dtype=torch.float64) * 255
     stages = encoded(model, image)
 
-    def reduced(features, place):
-        layer = model.reduction[place]
+    def reduced(features, index):
+        layer = model.reduction[index]
         return F.conv2d(features, layer.weight, layer.bias) if reduction else features
 
     x = reduced(stages[-1][0], 0)
@@ -249,8 +249,8 @@ def test_fcn_basics_are_torchs_own_transposed_convolutions_and_sums(addition, re
     torch.testing.assert_close(model(image), expected)
 
 
-def test_bilinear_interpolation_is_torchs_own_of_the_deepest_scores():
-    model = unsettled(BilinearBasic(5, width=6))
+def test_bilinear_interpolation_equals_torchs_interpolation_of_the_deepest_scores():
+    model = randomised(BilinearBasic(5, width=6))
     image = torch.rand(2, 3, 48, 64, dtype=torch.float64) * 255
     x = F.conv2d(encoded(model, image)[-1][0], model.classifier.weight, model.classifier.bias)
     for _ in range(4):
@@ -269,7 +269,7 @@ def test_a_learned_decoder_without_addition_starts_as_bilinear_interpolation():
     image = torch.rand(1, 3, 160, 192)
     with torch.no_grad():
         ours, theirs = model(image), fixed(image)
-    # Norms start with mean 0 and variance 1; borders differ, where one has zeros and the other repeats.
+    # Norms start with mean 0 and variance 1. Borders differ, because one pads with zeros and the other repeats.
     torch.testing.assert_close(ours[..., 40:-40, 40:-40], theirs[..., 40:-40, 40:-40], rtol=1e-3, atol=1e-3)
 
 
@@ -289,12 +289,12 @@ def test_bilinear_deconvolution_starts_as_interpolation_in_the_interior(kernel, 
     assert torch.equal(odd, ours[..., :-1, :])
 
 
-def test_bilinear_kernel_is_dense_in_form_and_each_channels_own_at_the_start():
+def test_bilinear_kernel_is_dense_and_zero_between_different_channels():
     weight = bilinear_kernel(3, 8, stride=2)
     assert tuple(weight.shape) == (3, 3, 8, 8)
-    tent = torch.tensor([0, 0, 0.25, 0.75, 0.75, 0.25, 0, 0])
+    triangle = torch.tensor([0, 0, 0.25, 0.75, 0.75, 0.25, 0, 0])
     for before in range(3):
         for after in range(3):
-            expected = tent[:, None] * tent if before == after else torch.zeros(8, 8)
+            expected = triangle[:, None] * triangle if before == after else torch.zeros(8, 8)
             assert torch.equal(weight[before, after], expected)
     assert BilinearDeconv(3, kernel=8).bias is None

@@ -1,4 +1,4 @@
-"""torch.compile: every network is one graph, and a compiled run is a run like any other."""
+"""torch.compile: every network compiles to one graph, and a compiled run behaves like any other run."""
 
 import functools
 from pathlib import Path
@@ -20,40 +20,40 @@ CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "model").glob("*.yaml"
 SLIM = {"width": 0.0625, "fc_width": 8, "depth": 11, "channels": 16, "supervise_levels": True, "pretrained": "none"}
 
 
-# AdamW would make steps of rounding: the gradient of a bias before a batch norm is 0 but for that.
+# AdamW would amplify rounding errors, because the gradient of a bias before a batch norm is 0 apart from them.
 SGD = {"_target_": "segdeconv.optimization.sgd", "lr": 0.01}
 QUICK = ("segnet", "unet")
 
 
 def slim(path):
-    """A shipped network with few channels."""
+    """Return a shipped network with few channels."""
     node = check_model(yaml.safe_load(path.read_text()))
-    few = {**SLIM, "width": 4} if "basic" in path.stem or path.stem == "bilinear_interpolation" else SLIM
-    return build_model({name: few.get(name, value) for name, value in node.items()}, 3, 3)
+    settings = {**SLIM, "width": 4} if "basic" in path.stem or path.stem == "bilinear_interpolation" else SLIM
+    return build_model({name: settings.get(name, value) for name, value in node.items()}, 3, 3)
 
 
 @pytest.mark.parametrize(
     "path",
     [pytest.param(path, marks=[] if path.stem in QUICK else pytest.mark.slow, id=path.stem) for path in CONFIGS],
 )
-def test_every_network_is_one_graph_in_training_and_in_use(path):
+def test_every_network_is_one_graph_in_training_and_inference(path):
     torch.manual_seed(0)
     model = slim(path)
     image = torch.randn(2, 3, *((225, 230) if model.minimum_size > 64 else (36, 45)))
     torch._dynamo.reset()
     for training in (True, False):
         model.train(training)
-        compiled = torch.compile(model.supervised, fullgraph=True, backend="eager")  # refuses to break the graph
+        compiled = torch.compile(model.supervised, fullgraph=True, backend="eager")  # raises on graph breaks
         torch.manual_seed(1)
         ours = compiled(image)
         torch.manual_seed(1)
-        for one, other in zip(ours, model.supervised(image), strict=True):
-            torch.testing.assert_close(one, other)
+        for logits, expected in zip(ours, model.supervised(image), strict=True):
+            torch.testing.assert_close(logits, expected)
 
 
 @pytest.fixture
 def without_a_compiler(monkeypatch):
-    """torch.compile that traces and compiles nothing; the calls that it gets."""
+    """Replace torch.compile by one that traces but does not compile, and return the calls to it."""
     calls = []
     real = functools.partial(torch.compile, backend="aot_eager")
     monkeypatch.setattr(torch, "compile", lambda function: calls.append(function) or real(function))
@@ -61,12 +61,12 @@ def without_a_compiler(monkeypatch):
     return calls
 
 
-def test_a_compiled_run_writes_the_checkpoints_of_any_run_and_goes_on(
+def test_a_compiled_run_writes_ordinary_checkpoints_and_can_be_resumed(
     tmp_path, monkeypatch, capsys, without_a_compiler
 ):
     train(config(optimizer=SGD, trainer__max_epochs=2), tmp_path / "plain")
     assert "precision 32-true, channels last, not compiled" in capsys.readouterr().out
-    assert not without_a_compiler  # auto is for GPUs
+    assert not without_a_compiler  # auto compiles on GPUs only
 
     train(config(optimizer=SGD, trainer__max_epochs=2, trainer__compile=True), tmp_path / "compiled")
     assert "precision 32-true, channels last, compiled" in capsys.readouterr().out
@@ -95,7 +95,7 @@ def test_a_compiled_run_writes_the_checkpoints_of_any_run_and_goes_on(
     assert all(torch.equal(resumed[name], compiled[name]) for name in compiled)
 
 
-def test_errors_that_a_network_says_are_said_by_a_compiled_one(tmp_path, without_a_compiler):
+def test_a_compiled_network_raises_the_errors_of_the_network(tmp_path, without_a_compiler):
     small = {"_target_": "segdeconv.models.DeconvNet", "width": 0.0625, "fc_width": 8, "depth": 11}
     with pytest.raises(UsageError, match=r"an image of 32x32 .* is too small for DeconvNet"):
         train({**config(trainer__compile=True), "model": small}, tmp_path)
@@ -113,6 +113,6 @@ def test_errors_that_a_network_says_are_said_by_a_compiled_one(tmp_path, without
 )
 def test_auto_compiles_where_triton_runs_on_a_gpu(setting, device, runs, expected, monkeypatch):
     monkeypatch.setattr(task, "load_triton_kernels", lambda device: object() if runs else None)
-    made = SegmentationTask.__new__(SegmentationTask)
-    made.__dict__.update(compilation=setting, activation_checkpointing=False)
-    assert made.compiles(torch.device(device)) is expected
+    segmentation_task = SegmentationTask.__new__(SegmentationTask)
+    segmentation_task.__dict__.update(compilation=setting, activation_checkpointing=False)
+    assert segmentation_task.compiles(torch.device(device)) is expected

@@ -1,4 +1,4 @@
-"""DeconvNet against the original's table, torch's own operations, torchvision's VGG16, and torch.compile."""
+"""DeconvNet compared with the original's table, torch's functions and torchvision's VGG16, and torch.compile."""
 
 import math
 from collections import Counter
@@ -26,11 +26,11 @@ def slim(num_classes=3, **options):
     return DeconvNet(num_classes, **{"width": 0.125, "fc_width": 32, **options})
 
 
-# The original's numbers, on a device that has shapes and no memory: the full network takes 1 GB.
+# The numbers of the original, on the meta device, because the full network takes 1 GB.
 
 
 @pytest.mark.parametrize(("norm", "parameters"), [(True, 251_805_653), (False, 251_772_245)])
-def test_it_has_the_originals_parameters_layers_and_norms(norm, parameters):
+def test_it_has_the_parameters_layers_and_norms_of_the_original(norm, parameters):
     with torch.device("meta"):
         model = DeconvNet(21, norm=norm)
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
@@ -62,7 +62,7 @@ TABLE = [
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_it_is_the_originals_layer_table(source):
+def test_it_has_the_layer_table_of_the_original(source):
     rows, order = [], []
 
     def record(module, inputs, output):
@@ -87,11 +87,11 @@ def test_it_is_the_originals_layer_table(source):
     assert order[-len(decoder) - 1 :] == [*decoder, "Conv2d"]
 
 
-# Torch's own operations.
+# Torch's functions.
 
 
 def reference(state, image, source, stages=(2, 2, 3, 3, 3)):
-    """DeconvNet in evaluation mode, from torch's pooling pair and a transposed convolution by its definition."""
+    """Compute DeconvNet in evaluation mode with torch's pooling and transposed convolutions by their definition."""
 
     def norm(x, name):
         mean, var, weight, bias = (
@@ -103,12 +103,12 @@ def reference(state, image, source, stages=(2, 2, 3, 3, 3)):
         return norm(F.conv2d(x, state[f"{name}.conv.weight"], state[f"{name}.conv.bias"], padding=padding), name)
 
     def deconv(x, name, padding):
-        # Spreading with a kernel is gathering with the kernel turned by 180 degrees.
+        # A transposed convolution is a convolution with the kernel turned by 180 degrees.
         weight = state[f"{name}.deconv.weight"].transpose(0, 1).flip(-1, -2)
-        gathered = F.conv2d(x, weight, state[f"{name}.deconv.bias"], padding=weight.shape[-1] - 1 - padding)
-        return norm(gathered, name).relu()
+        convolved = F.conv2d(x, weight, state[f"{name}.deconv.bias"], padding=weight.shape[-1] - 1 - padding)
+        return norm(convolved, name).relu()
 
-    x, memory = image, []
+    x, pools = image, []
     for stage, length in enumerate(stages):
         for layer in range(length):
             x = conv(x, f"encoder.stages.{stage}.{layer}", 1)
@@ -117,12 +117,12 @@ def reference(state, image, source, stages=(2, 2, 3, 3, 3)):
         size = x.shape[-2:]
         x, indices = F.max_pool2d(x, 2, 2, ceil_mode=True, return_indices=True)
         x = x.relu()
-        memory.append((indices, size))
+        pools.append((indices, size))
     x = conv(x, "fc6", 0).relu()
     x = conv(x, "fc7", 0).relu()
     x = deconv(x, "fc6_deconv", 0)
     for stage, length in enumerate(reversed(stages)):
-        indices, size = memory.pop()
+        indices, size = pools.pop()
         x = F.max_unpool2d(x, indices, 2, 2, output_size=size)
         for layer in range(length):
             x = deconv(x, f"decoder.{stage}.{layer}", 1)
@@ -131,7 +131,7 @@ def reference(state, image, source, stages=(2, 2, 3, 3, 3)):
 
 @pytest.mark.parametrize("size", [(193, 193), (203, 239), (230, 420)])
 @pytest.mark.parametrize("source", SOURCES)
-def test_logits_are_those_of_torchs_own_operations(source, size):
+def test_logits_equal_those_of_torchs_functions(source, size):
     model = slim(switch_source=source).double().eval()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -146,7 +146,7 @@ def test_logits_are_those_of_torchs_own_operations(source, size):
     torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-12)
 
 
-def test_the_transposed_convolution_spreads_its_kernel():
+def test_a_transposed_convolution_adds_its_kernel_for_each_value():
     block = DeconvBlock(2, 3, norm=False)
     nn.init.zeros_(block.deconv.bias)
     x = torch.zeros(1, 2, 5, 5)
@@ -156,7 +156,7 @@ def test_the_transposed_convolution_spreads_its_kernel():
     torch.testing.assert_close(block(x), expected.relu())
 
 
-# What holds of every network.
+# Properties of all networks.
 
 
 @pytest.mark.parametrize("norm", [True, False])
@@ -166,15 +166,15 @@ def test_every_parameter_gets_a_gradient_in_training(source, norm):
     model(torch.randn(2, 3, 203, 239)).square().mean().backward()
     for key, parameter in model.named_parameters():
         assert parameter.grad is not None, key
-        if not (norm and key.endswith("conv.bias")):  # the batch norm after it takes its effect away
+        if not (norm and key.endswith("conv.bias")):  # the batch norm after it cancels it
             assert parameter.grad.abs().sum() > 0, key
 
 
-def test_decoder_shares_no_weight_with_the_encoder():
+def test_decoder_and_encoder_share_no_weights():
     model = slim()
     parts = [model.encoder, model.fc6, model.fc7, model.fc6_deconv, model.decoder, model.classifier]
-    places = [parameter.data_ptr() for part in parts for parameter in part.parameters()]
-    assert len(places) == len(set(places)) == len(list(model.parameters()))
+    pointers = [parameter.data_ptr() for part in parts for parameter in part.parameters()]
+    assert len(pointers) == len(set(pointers)) == len(list(model.parameters()))
 
 
 @pytest.mark.parametrize("norm", [True, False])
@@ -195,7 +195,7 @@ def test_decoder_mirrors_an_encoder_of_any_depth(depth):
 
 
 @pytest.mark.parametrize("channels", [1, 2, 4])
-def test_it_takes_images_of_any_number_of_channels(channels):
+def test_images_may_have_any_number_of_channels(channels):
     with torch.no_grad():
         assert slim(in_channels=channels).eval()(torch.randn(1, channels, 193, 200)).shape == (1, 3, 193, 200)
 
@@ -203,13 +203,13 @@ def test_it_takes_images_of_any_number_of_channels(channels):
 @pytest.mark.parametrize("size", [(192, 193), (400, 192), (32, 32)])
 def test_an_image_without_seven_pixels_after_five_pools_is_refused(size):
     message = (
-        rf"an image of {size[0]}x{size[1]} \(HxW\) is too small for DeconvNet, .* at least 193 - make dataset\.size"
+        rf"an image of {size[0]}x{size[1]} \(HxW\) is too small for DeconvNet, .* at least 193 - increase dataset\.size"
     )
     with pytest.raises(UsageError, match=message):
         slim().eval()(torch.zeros(1, 3, *size))
 
 
-def test_a_single_image_is_refused_only_where_batch_norm_would_see_a_single_value():
+def test_a_single_image_is_refused_only_if_batch_norm_would_get_a_single_value():
     model = slim()
     with pytest.raises(UsageError, match=r"a batch of one image of 224x200 .* - use dataset\.batch_size=2 or more"):
         model(torch.randn(1, 3, 224, 200))
@@ -217,11 +217,11 @@ def test_a_single_image_is_refused_only_where_batch_norm_would_see_a_single_valu
     assert slim(norm=False)(torch.randn(1, 3, 224, 200)).shape[-2:] == (224, 200)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.eval()  # frozen, in a network that trains
+            module.eval()  # frozen, in a network in training mode
     assert model(torch.randn(1, 3, 224, 200)).shape[-2:] == (224, 200)
 
 
-# How the weights start.
+# Initial weights.
 
 
 def deconvolutions(model):
@@ -241,21 +241,21 @@ def test_weights_start_as_in_the_training_files():
         assert module.weight.std().item() == pytest.approx(math.sqrt(2 / fan_in), rel=0.1)
 
 
-def test_without_norm_a_transposed_convolution_keeps_the_size_of_what_is_rectified():
+def test_without_norm_a_deconvolution_preserves_the_mean_square_of_rectified_values():
     model = slim(norm=False, width=0.5)
-    narrowing = model.decoder[1][2]  # deconv4_3: 256 -> 128, so that inputs and outputs cannot be confused
-    assert (narrowing.deconv.in_channels, narrowing.deconv.out_channels) == (256, 128)
+    block = model.decoder[1][2]  # deconv4_3: 256 -> 128, so that inputs and outputs cannot be confused
+    assert (block.deconv.in_channels, block.deconv.out_channels) == (256, 128)
     x = torch.randn(2, 256, 20, 20).relu()
     with torch.no_grad():
-        inner = narrowing(x)[..., 1:-1, 1:-1]
+        inner = block(x)[..., 1:-1, 1:-1]
     assert inner.square().mean().item() == pytest.approx(x.square().mean().item(), rel=0.1)
 
 
-# VGG's trained weights.
+# VGG's pretrained weights.
 
 
 def small_vgg(width, *, batch_norm=False):
-    """VGG11 with fully connected layers of `width`, as torchvision lays it out; its norms are not new."""
+    """Return VGG11 in torchvision's layout, with fully connected layers of `width` and norms that are not initial."""
     network = nn.Module()
     network.features = make_layers(cfgs["A"], batch_norm=batch_norm)
     first, second = nn.Linear(512 * 7 * 7, width), nn.Linear(width, width)
@@ -267,7 +267,7 @@ def small_vgg(width, *, batch_norm=False):
 
 
 def assert_fc7_is(theirs, ours):
-    """torchvision's VGG up to its second fully connected layer, against fc7."""
+    """Compare torchvision's VGG up to its second fully connected layer with fc7."""
     image = torch.randn(2, 3, 224, 224)
     with torch.no_grad():
         expected = theirs.classifier[:5](theirs.features(image).flatten(1))
@@ -286,7 +286,7 @@ def saved(tmp_path):
     return save
 
 
-def test_fc6_and_fc7_start_as_vggs_fully_connected_layers(saved):
+def test_fc6_and_fc7_start_as_the_fully_connected_layers_of_vgg(saved):
     theirs = small_vgg(16)
     for module in theirs.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
@@ -295,20 +295,20 @@ def test_fc6_and_fc7_start_as_vggs_fully_connected_layers(saved):
 
 
 @pytest.mark.slow
-def test_with_vgg16s_weights_fc7_is_torchvisions(monkeypatch):
+def test_with_the_weights_of_vgg16_fc7_equals_torchvision(monkeypatch):
     theirs = vgg16().eval()
     monkeypatch.setattr("segdeconv.models.vgg._download", lambda name: theirs.state_dict())
     assert_fc7_is(theirs, DeconvNet(21, norm=False, pretrained="imagenet").eval())
 
 
-def test_fully_connected_layers_of_another_width_start_fresh(saved):
+def test_fully_connected_layers_of_another_width_are_initialised_randomly(saved):
     theirs = small_vgg(16)
     model = DeconvNet(2, depth=11, norm=False, fc_width=24, pretrained=saved(theirs))
     assert torch.equal(model.encoder.stages[0][0].conv.weight, theirs.features[0].weight)
     assert model.fc6.conv.weight.std().item() == pytest.approx(math.sqrt(2 / (512 * 49)), rel=0.05)
 
 
-def test_a_file_without_fully_connected_layers_leaves_them_fresh(saved):
+def test_fully_connected_layers_that_the_file_lacks_are_initialised_randomly(saved):
     theirs = small_vgg(16)
     path = saved(theirs, classifier=False)
     model = DeconvNet(2, depth=11, norm=False, fc_width=16, pretrained=path)
@@ -317,7 +317,7 @@ def test_a_file_without_fully_connected_layers_leaves_them_fresh(saved):
 
 
 @pytest.mark.parametrize("batch_norm", [True, False])
-def test_only_norms_without_trained_weights_start_at_the_originals_shift(saved, batch_norm):
+def test_only_norms_without_pretrained_weights_start_with_the_shift_of_the_original(saved, batch_norm):
     theirs = small_vgg(16, batch_norm=batch_norm)
     model = DeconvNet(2, depth=11, fc_width=16, pretrained=saved(theirs))
     encoder = model.encoder.stages[0][0].norm
@@ -330,7 +330,7 @@ def test_only_norms_without_trained_weights_start_at_the_originals_shift(saved, 
     assert model.fc6.norm.bias.eq(0.001).all()
 
 
-def test_trained_weights_are_refused_for_a_slim_network():
+def test_pretrained_weights_are_refused_for_a_slim_network():
     with pytest.raises(UsageError, match=r"model\.pretrained=imagenet with model\.width=0\.125: .* full width"):
         slim(pretrained="imagenet")
 

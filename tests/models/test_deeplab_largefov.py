@@ -1,4 +1,4 @@
-"""DeepLab-LargeFOV against the paper's numbers, its places in the image, and torch's own operations."""
+"""DeepLab-LargeFOV compared with the paper's numbers and torch's functions, and the alignment of its maps."""
 
 import pytest
 import torch
@@ -20,9 +20,9 @@ def slim(num_classes=3, **options):
 def test_it_has_the_papers_20_5_million_parameters():
     with torch.device("meta"):
         model = DeepLabLargeFOV(21)
-    found = sum(parameter.numel() for parameter in model.parameters())
-    assert found == 14_714_688 + (512 * 9 + 1) * 1024 + (1024 + 1) * 1024 + (1024 + 1) * 21
-    assert round(found / 1e6, 1) == 20.5  # table 2
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert parameters == 14_714_688 + (512 * 9 + 1) * 1024 + (1024 + 1) * 1024 + (1024 + 1) * 21
+    assert round(parameters / 1e6, 1) == 20.5  # table 2
 
 
 # Kernel, dilation, padding, channels and side of the result at 321x321, as in the authors' training file.
@@ -38,7 +38,7 @@ TABLE = [
 ]
 
 
-def test_it_is_the_originals_layer_table():
+def test_it_has_the_layer_table_of_the_original():
     rows = []
 
     def record(module, inputs, output):
@@ -56,7 +56,7 @@ def test_it_is_the_originals_layer_table():
 
 
 def reference(model, image):
-    """The scores at an eighth without norm in evaluation mode, from the state and torch's functions."""
+    """Compute the scores at an eighth, without norm in evaluation mode, from the state dict with torch's functions."""
     state = model.state_dict()
 
     def conv(x, name, dilation=1):
@@ -65,7 +65,7 @@ def reference(model, image):
         return F.conv2d(x, weight, state[f"{name}.conv.bias"], padding=padding, dilation=dilation).relu()
 
     def windows(x, step, fill):
-        """3x3, around every cell or every second one; beyond an even side there is one more."""
+        """Return 3x3 windows around every cell or every second one, with one more at the end of an even side."""
         x = F.pad(x, (1, step, 1, step), value=fill)
         return x.unfold(2, 3, step).unfold(3, 3, step)
 
@@ -80,7 +80,7 @@ def reference(model, image):
 
 
 @pytest.mark.parametrize("size", [(33, 65), (40, 64), (37, 50), (97, 34)])
-def test_scores_are_those_of_torchs_functions_and_cell_i_lies_on_pixel_8i(size):
+def test_scores_equal_those_of_torchs_functions_and_cell_i_is_on_pixel_8i(size):
     model = slim(norm=False, dilation=12).double().eval()
     image = torch.randn(2, 3, *size, dtype=torch.float64)
     with torch.no_grad():
@@ -107,8 +107,8 @@ def test_every_parameter_gets_a_gradient():
         assert parameter.grad.abs().sum() > 0, name
 
 
-def test_fc6_and_fc7_start_as_vggs_decimated(tmp_path):
-    """Counted out: output 4 a of input c at row 3 i and column 3 j of 7x7."""
+def test_fc6_and_fc7_start_as_decimated_layers_of_vgg(tmp_path):
+    """Output a, input c, row i and column j come from output 4 a, input c, row 3 i and column 3 j of 7x7."""
     torch.manual_seed(1)
     from torchvision.models.vgg import cfgs, make_layers
 

@@ -1,4 +1,4 @@
-"""Bayesian SegNet: where it drops, against the authors' files; Caffe's ways of input, statistics and their use."""
+"""Bayesian SegNet: places of dropout as in the authors' files, sampling, Caffe's input, and recalibration."""
 
 import json
 import runpy
@@ -41,10 +41,10 @@ def probabilities_of(model):
     return lambda image: model(image).float().softmax(dim=1)
 
 
-# Where.
+# Places of dropout.
 
-# What follows and precedes each dropout in the authors' files, in the order of execution: after pool3 comes conv4_1, a
-# dropout on conv5_1_D stands before upsample4. Numbers are convolutions run so far, of 26 (SegNet) or 9 (Basic).
+# Position of each dropout in the authors' files, as the number of convolutions executed before it, of 26 (SegNet) or 9
+# (Basic). The dropout on pool3 comes before conv4_1, and the dropout on conv5_1_D before upsample4.
 SEGNET = {
     "none": [],
     # bayesian_segnet_train.prototxt: pool3, pool4, pool5, conv5_1_D, conv4_1_D, conv3_1_D
@@ -70,7 +70,7 @@ BASIC = {
 
 
 def executed(model, image):
-    """Types and inputs of the convolutions and dropouts, in the order of execution."""
+    """Return types, inputs and outputs of the convolutions and dropouts, in the order of execution."""
     calls = []
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Dropout):
@@ -87,33 +87,33 @@ def convolutions_before_each_dropout(calls):
 
 @pytest.mark.parametrize("source", ["pre_relu", "post_relu"])
 @pytest.mark.parametrize("dropout_at", SEGNET)
-def test_segnet_drops_where_the_authors_files_do(dropout_at, source):
+def test_segnet_has_dropout_where_the_authors_files_have_it(dropout_at, source):
     model = SegNet(3, width=SLIM, dropout_at=dropout_at, switch_source=source).eval()
     assert convolutions_before_each_dropout(executed(model, torch.randn(1, 3, 33, 47))) == SEGNET[dropout_at]
 
 
 @pytest.mark.parametrize("dropout_at", BASIC)
-def test_segnet_basic_drops_where_the_authors_files_do(dropout_at):
+def test_segnet_basic_has_dropout_where_the_authors_files_have_it(dropout_at):
     model = SegNetBasic(3, width=4, dropout_at=dropout_at).eval()
     assert convolutions_before_each_dropout(executed(model, torch.randn(1, 3, 33, 47))) == BASIC[dropout_at]
 
 
-def test_after_a_pool_the_pooled_map_is_dropped_and_before_it_the_whole_one():
+def test_dropout_after_a_pool_acts_on_the_pooled_map_and_before_it_on_the_full_map():
     image = torch.randn(1, 3, 64, 64)
     for dropout_at, sizes in {"encoder": [32, 16, 8, 4, 2], "voc": [64, 32, 16, 8, 4, 2, 4, 8, 16, 32]}.items():
         calls = executed(SegNet(3, width=SLIM, dropout_at=dropout_at).eval(), image)
         assert [inputs.shape[-1] for kind, inputs, _ in calls if kind is nn.Dropout] == sizes
 
 
-def test_what_is_dropped_in_the_encoder_is_rectified_and_single_elements_are_dropped():
+def test_dropout_acts_on_rectified_values_and_drops_single_elements():
     model = SegNet(3, width=0.25, dropout_at="central")
     calls = executed(model, torch.randn(2, 3, 64, 64))
     for _, before, after in [call for call in calls if call[0] is nn.Dropout]:
         assert before.min() >= 0  # after norm and ReLU, in the decoder too
         kept = after != 0
         torch.testing.assert_close(after[kept], 2 * before[kept])
-        share = (kept & (before > 0)).sum() / (before > 0).sum()
-        assert 0.4 < share < 0.6
+        fraction = (kept & (before > 0)).sum() / (before > 0).sum()
+        assert 0.4 < fraction < 0.6
         assert ((after == 0) & (before > 0)).any(dim=(2, 3)).any()
         assert (kept.any(dim=(2, 3)) & ((after == 0) & (before > 0)).any(dim=(2, 3))).any()  # not whole maps
 
@@ -122,9 +122,9 @@ def test_switches_are_not_dropped():
     plain, dropping = SegNet(3, width=SLIM), SegNet(3, width=SLIM, dropout_at="center")
     dropping.load_state_dict(plain.state_dict())
     image = torch.randn(2, 3, 64, 64)
-    one, other = plain.encoder(image), dropping.encoder(image)
-    assert all(torch.equal(a.switches, b.switches) for a, b in zip(one.pooled, other.pooled, strict=True))
-    assert not torch.equal(one.features, other.features)
+    encoding, dropped = plain.encoder(image), dropping.encoder(image)
+    assert all(torch.equal(a.switches, b.switches) for a, b in zip(encoding.pooled, dropped.pooled, strict=True))
+    assert not torch.equal(encoding.features, dropped.features)
 
 
 @pytest.mark.parametrize("network", [SegNet, SegNetBasic])
@@ -139,18 +139,18 @@ def test_dropout_has_no_state_and_no_effect_on_a_prediction_without_samples(netw
         assert torch.equal(plain(image), dropping(image))
 
 
-def test_probability_is_a_setting():
+def test_the_dropout_probability_can_be_set():
     model = SegNet(3, width=0.25, dropout_at="center", dropout=0.9)
     ((_, before, after),) = [call for call in executed(model, torch.randn(4, 3, 128, 128)) if call[0] is nn.Dropout]
-    share = ((after > 0) & (before > 0)).sum() / (before > 0).sum()
-    assert 0.05 < share < 0.15
+    fraction = ((after > 0) & (before > 0)).sum() / (before > 0).sum()
+    assert 0.05 < fraction < 0.15
 
 
 # Sampling.
 
 
 def brute_force(model, image, samples, seed):
-    """The softmax of every pass, one at a time: (samples, N, C, H, W) float64."""
+    """Return the softmax of every pass, one at a time: (samples, N, C, H, W) float64."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.train()
@@ -163,7 +163,7 @@ def brute_force(model, image, samples, seed):
     return torch.stack(passes)
 
 
-def test_the_samples_are_those_of_a_plain_loop():
+def test_sampling_equals_a_plain_loop():
     model = SegNet(4, width=0.25, dropout_at="central").eval()
     image = torch.randn(2, 3, 40, 48)
     drawn = sampled(probabilities_of(model), model, 7, seed=3)(image)
@@ -177,10 +177,10 @@ def test_the_samples_are_those_of_a_plain_loop():
     torch.testing.assert_close(drawn.uncertainty.double(), passes.var(dim=0, unbiased=False).mean(dim=1), **close)
     torch.testing.assert_close(drawn.entropy.double(), entropy, **close)
     torch.testing.assert_close(drawn.information.double(), entropy - within, **close)
-    assert drawn.variance.max() > 1e-3  # there was something to compare
+    assert drawn.variance.max() > 1e-3  # so that the tolerance means something
 
 
-def test_the_same_seed_draws_the_same_and_leaves_the_programs_random_numbers_alone():
+def test_the_same_seed_draws_the_same_samples_and_the_global_generator_is_unchanged():
     model = SegNet(3, width=0.25, dropout_at="central").eval()
     image = torch.randn(1, 3, 40, 48)
     state = torch.get_rng_state()
@@ -193,7 +193,7 @@ def test_the_same_seed_draws_the_same_and_leaves_the_programs_random_numbers_alo
     assert not torch.equal(first.probabilities, other.probabilities)
 
 
-def test_batch_norm_stays_as_it_is_and_dropout_is_off_afterwards():
+def test_batch_norm_is_unchanged_and_dropout_is_off_afterwards():
     model = SegNet(3, width=0.25, dropout_at="central").eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     sampled(probabilities_of(model), model, 3)(torch.randn(2, 3, 40, 48))
@@ -201,7 +201,7 @@ def test_batch_norm_stays_as_it_is_and_dropout_is_off_afterwards():
     assert not any(module.training for module in model.modules())
 
 
-def test_a_network_without_dropout_gets_one_sentence():
+def test_sampling_a_network_without_dropout_is_refused():
     for model in (SegNet(3, width=SLIM), SegNet(3, width=SLIM, dropout_at="central", dropout=0.0)):
         with pytest.raises(
             UsageError, match=r"SegNet was trained without dropout, so all samples are the same - leave"
@@ -238,7 +238,7 @@ def test_a_hundred_samples_take_the_memory_of_ten():
 # Caffe's input.
 
 
-def test_bgr_turns_the_channels_round_and_their_mean_with_them():
+def test_bgr_reverses_the_channels_and_their_mean():
     image = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     mean, std = (10.0, 20.0, 30.0), (1.0, 2.0, 4.0)
     rgb, bgr = (Preprocessing(None, mean, std, order=order)(image) for order in ("rgb", "bgr"))
@@ -246,13 +246,13 @@ def test_bgr_turns_the_channels_round_and_their_mean_with_them():
     assert torch.equal(bgr, by_hand)
     raw = Preprocessing(None, (0, 0, 0), (1, 1, 1), order="bgr")
     assert np.array_equal(raw(image).permute(1, 2, 0).numpy()[:, :, ::-1], image)
-    assert raw(image).permute(1, 2, 0).is_contiguous()  # channels last, as the loader wants it
+    assert raw(image).permute(1, 2, 0).is_contiguous()  # channels last, as the loader expects
     assert Preprocessing.from_dict(raw.to_dict()) == raw
     older = {key: value for key, value in raw.to_dict().items() if key != "order"}
     assert Preprocessing.from_dict(older).order == "rgb"
 
 
-def test_bgr_is_refused_where_there_are_no_three_channels(tmp_path):
+def test_bgr_is_refused_unless_images_have_three_channels(tmp_path):
     fakes.folder(tmp_path / "mine")
     splits = [Folder(split, str(tmp_path / "mine")) for split in ("train", "val")]
     for split in splits:
@@ -261,8 +261,8 @@ def test_bgr_is_refused_where_there_are_no_three_channels(tmp_path):
         DataPipeline(*splits, {}, 0, mean=(0,) * 4, std=(1,) * 4, order="bgr")
 
 
-# The authors' *_solver.prototxt and *_train.prototxt: base_lr, max_iter, decay_mult of batch norm's scale and shift,
-# dropouts.
+# From the authors' *_solver.prototxt and *_train.prototxt: base_lr, max_iter, decay_mult of batch norm's scale and
+# shift, and dropouts.
 @pytest.mark.parametrize(
     ("arguments", "lr", "steps", "norm_decay", "dropouts"),
     [
@@ -284,64 +284,64 @@ def test_the_experiments_have_the_authors_numbers(arguments, lr, steps, norm_dec
     assert config["augment"] == {}
     assert (config["loss"]["class_weighting"], config["loss"]["normalisation"]) == ("camvid", "pixels")
     model = build_model(config["model"], 11, 3, fresh=True)
-    found = [module for module in model.modules() if isinstance(module, nn.Dropout)]
-    assert len(found) == dropouts
-    assert all(module.p == 0.5 for module in found)
+    modules = [module for module in model.modules() if isinstance(module, nn.Dropout)]
+    assert len(modules) == dropouts
+    assert all(module.p == 0.5 for module in modules)
     if config["model"].get("pretrained", "none") == "none":
         assert (dataset["order"], dataset["std"]) == ("bgr", [1, 1, 1])
 
 
-# Caffe's statistics, and the whole road.
+# Caffe's statistics, and the commands.
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A tiny Bayesian SegNet of raw BGR pixels, of 5 + 5 images."""
-    place = tmp_path_factory.mktemp("bayesian")
-    fakes.folder(place / "mine", layout="lists", num=5)
-    dataset = {"root": str(place / "mine"), "size": [32, 40], "batch_size": 2, "num_workers": 0}
-    caffes = {"order": "bgr", "mean": [0, 0, 0], "std": [1, 1, 1]}
+    """Train a tiny Bayesian SegNet on raw BGR pixels of 5 + 5 images, and return the folder of run and data."""
+    folder = tmp_path_factory.mktemp("bayesian")
+    fakes.folder(folder / "mine", layout="lists", num=5)
+    dataset = {"root": str(folder / "mine"), "size": [32, 40], "batch_size": 2, "num_workers": 0}
+    caffe = {"order": "bgr", "mean": [0, 0, 0], "std": [1, 1, 1]}
     train(
         {
-            "dataset": {"_target_": "segdeconv.data.Folder", **dataset, **caffes},
+            "dataset": {"_target_": "segdeconv.data.Folder", **dataset, **caffe},
             "model": {"_target_": "segdeconv.models.SegNet", "stages": [[4], [8]], "dropout_at": "central"},
             "trainer": {"max_epochs": 2, "precision": "32-true"},
             "logger": {},
         },
-        place / "run",
+        folder / "run",
     )
-    return place
+    return folder
 
 
 @pytest.fixture
-def typed(trained, monkeypatch):
-    """Run a script as it is typed in the folder that holds `run` and `mine`, in this process; its exit code."""
+def run_script(trained, monkeypatch):
+    """Return a function that runs a script in the folder of `run` and `mine`, in this process, and its exit code."""
 
     def run(script, *arguments):
         path = ROOT / "scripts" / f"{script}.py"
         monkeypatch.setattr(sys, "argv", [str(path), *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
+        with pytest.raises(SystemExit) as exit_info:
             runpy.run_path(str(path), run_name="__main__")
-        return left.value.code
+        return exit_info.value.code
 
     monkeypatch.chdir(trained)
     return run
 
 
-def test_recalibrated_statistics_are_those_computed_over_the_data_in_float64(trained, monkeypatch):
+def test_recalibrated_statistics_equal_those_computed_over_the_data_in_float64(trained, monkeypatch):
     monkeypatch.chdir(trained)
-    read = checkpoint.read("run/best.ckpt")
-    written = recalibrated(read, device=torch.device("cpu"))
+    best = checkpoint.read("run/best.ckpt")
+    written = recalibrated(best, device=torch.device("cpu"))
     dataset = Folder("train", "mine")
-    preprocess = Preprocessing.from_dict({**read.facts["preprocessing"], "size": [32, 40]})
+    preprocess = Preprocessing.from_dict({**best.facts["preprocessing"], "size": [32, 40]})
     images = torch.stack([preprocess(dataset[index].image) for index in range(len(dataset))]).double()
     assert len(images) % 2 == 1  # the last batch is shorter
-    model = read.model().double()
+    model = best.model().double()
     sums = {}
 
     def count(block, inputs, name):
         x = block.conv(inputs[0])
-        mean, variance = x.mean(dim=(0, 2, 3)), x.var(dim=(0, 2, 3))  # as torch keeps it, divided by n - 1
+        mean, variance = x.mean(dim=(0, 2, 3)), x.var(dim=(0, 2, 3))  # divided by n - 1, as in torch
         before = sums.get(name, (0, 0))
         sums[name] = (before[0] + len(x) * mean, before[1] + len(x) * variance)
 
@@ -356,28 +356,28 @@ def test_recalibrated_statistics_are_those_computed_over_the_data_in_float64(tra
     assert len(sums) == 3
     for name, (mean, variance) in sums.items():
         for buffer, value in (("running_mean", mean), ("running_var", variance)):
-            kept = written.weights[f"{name}.norm.{buffer}"].double()
-            torch.testing.assert_close(kept, value / len(images), rtol=1e-4, atol=1e-5)
-            assert not torch.allclose(kept, read.weights[f"{name}.norm.{buffer}"].double(), rtol=1e-3)
+            statistics = written.weights[f"{name}.norm.{buffer}"].double()
+            torch.testing.assert_close(statistics, value / len(images), rtol=1e-4, atol=1e-5)
+            assert not torch.allclose(statistics, best.weights[f"{name}.norm.{buffer}"].double(), rtol=1e-3)
 
 
-def test_recalibrate_writes_a_checkpoint_that_evaluate_uses(trained, typed, capsys):
-    assert typed("recalibrate", "run/best.ckpt") == 0
+def test_recalibrate_writes_a_checkpoint_that_evaluate_uses(trained, run_script, capsys):
+    assert run_script("recalibrate", "run/best.ckpt") == 0
     assert "run/best_recalibrated.ckpt" in capsys.readouterr().out
-    one, other = (checkpoint.read(trained / "run" / name) for name in ("best.ckpt", "best_recalibrated.ckpt"))
-    changed = {name for name in one.weights if not torch.equal(one.weights[name], other.weights[name])}
+    best, other = (checkpoint.read(trained / "run" / name) for name in ("best.ckpt", "best_recalibrated.ckpt"))
+    changed = {name for name in best.weights if not torch.equal(best.weights[name], other.weights[name])}
     assert {name.rpartition(".")[2] for name in changed} == {"running_mean", "running_var", "num_batches_tracked"}
-    assert (one.config, one.facts) == (other.config, other.facts)
-    assert typed("evaluate", "run/best_recalibrated.ckpt", "--out", "again") == 0
+    assert (best.config, best.facts) == (other.config, other.facts)
+    assert run_script("evaluate", "run/best_recalibrated.ckpt", "--out", "again") == 0
     assert json.loads(Path("again/report.json").read_text())["num_images"] == 5
-    assert typed("recalibrate", "run/best.ckpt", "--out", "run/best.ckpt") == 2
+    assert run_script("recalibrate", "run/best.ckpt", "--out", "run/best.ckpt") == 2
     assert "is the checkpoint itself" in capsys.readouterr().err
 
 
-def test_evaluate_with_samples_scores_their_mean(trained, typed, capsys):
-    assert typed("evaluate", "run/best.ckpt", "--out", "none") == 0
+def test_evaluate_with_samples_scores_their_mean(trained, run_script, capsys):
+    assert run_script("evaluate", "run/best.ckpt", "--out", "none") == 0
     assert "surest pixels by confidence" in capsys.readouterr().out
-    assert typed("evaluate", "run/best.ckpt", "--samples", "5", "--out", "five", "--masks", "five") == 0
+    assert run_script("evaluate", "run/best.ckpt", "--samples", "5", "--out", "five", "--masks", "five") == 0
     assert "surest pixels by uncertainty" in capsys.readouterr().out
     none, five = (json.loads(Path(name, "report.json").read_text()) for name in ("none", "five"))
     assert (none["samples"], five["samples"]) == (0, 5)
@@ -385,11 +385,11 @@ def test_evaluate_with_samples_scores_their_mean(trained, typed, capsys):
     assert set(five["calibration"]["accuracy_at_coverage"]) == {"by_confidence", "by_uncertainty"}
     assert five["calibration"]["accuracy_at_coverage"]["by_uncertainty"]["1"] == pytest.approx(five["pixel_accuracy"])
 
-    read = checkpoint.read("run/best.ckpt")
+    best = checkpoint.read("run/best.ckpt")
     dataset = Folder("val", "mine")
-    preprocess = Preprocessing.from_dict({**read.facts["preprocessing"], "size": [32, 40]})
+    preprocess = Preprocessing.from_dict({**best.facts["preprocessing"], "size": [32, 40]})
     images = torch.stack([preprocess(dataset[index].image) for index in range(2)])  # the first batch
-    mean = brute_force(read.model(), images.contiguous(memory_format=torch.channels_last), 5, seed=0).mean(dim=0)
+    mean = brute_force(best.model(), images.contiguous(memory_format=torch.channels_last), 5, seed=0).mean(dim=0)
     for index in range(2):
         size = dataset[index].mask.shape
         expected = nn.functional.interpolate(mean[index : index + 1], size=size, mode="bilinear").argmax(dim=1)[0]
@@ -397,12 +397,12 @@ def test_evaluate_with_samples_scores_their_mean(trained, typed, capsys):
         assert (mask == expected.numpy()).mean() > 0.99
 
 
-def test_predict_shows_where_the_samples_disagree_and_writes_probabilities_if_asked(typed):
-    assert typed("predict", "run/best.ckpt", "mine/images/val_0.png", "--out", "plain") == 0
+def test_predict_draws_the_uncertainty_of_the_samples_and_writes_probabilities_on_request(run_script):
+    assert run_script("predict", "run/best.ckpt", "mine/images/val_0.png", "--out", "plain") == 0
     tables = {"predictions.jsonl", "statistics.csv"}
     assert {path.name for path in Path("plain").iterdir()} == {"val_0.png", "val_0_overlay.png"} | tables
-    asked = ("--samples", "4", "--probabilities", "--out", "drawn")
-    assert typed("predict", "run/best.ckpt", "mine/images/val_0.png", *asked) == 0
+    options = ("--samples", "4", "--probabilities", "--out", "drawn")
+    assert run_script("predict", "run/best.ckpt", "mine/images/val_0.png", *options) == 0
     names = {"val_0.png", "val_0_overlay.png", "val_0_uncertainty.png", "val_0.npy"}
     assert {path.name for path in Path("drawn").iterdir()} == names | tables
     mask = np.array(fakes.opened(Path("drawn/val_0.png")))
@@ -410,41 +410,41 @@ def test_predict_shows_where_the_samples_disagree_and_writes_probabilities_if_as
     probabilities = np.load("drawn/val_0.npy").astype(np.float32)
     assert probabilities.shape[1:] == mask.shape
     np.testing.assert_allclose(probabilities.sum(axis=0), 1, atol=5e-3)
-    assert (probabilities.argmax(axis=0) == mask).mean() > 0.99  # float16 makes some equal
+    assert (probabilities.argmax(axis=0) == mask).mean() > 0.99  # rounding to float16 makes some scores equal
 
 
-def test_a_picture_that_would_be_written_twice_is_refused_in_whatever_order_they_come(typed, capsys):
+def test_outputs_that_would_have_the_same_path_are_refused(run_script, capsys):
     Path("photos").mkdir()
     for name in ("x", "x_uncertainty"):
         Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(f"photos/{name}.png")
-    assert typed("predict", "run/best.ckpt", "photos", "--out", "both") == 0  # two masks, two overlays
-    assert typed("predict", "run/best.ckpt", "photos", "--samples", "2", "--out", "more") == 2
-    assert "have the same output file more/x_uncertainty.png" in capsys.readouterr().err
+    assert run_script("predict", "run/best.ckpt", "photos", "--out", "both") == 0  # two masks, two overlays
+    assert run_script("predict", "run/best.ckpt", "photos", "--samples", "2", "--out", "more") == 2
+    assert "would both become more/x_uncertainty.png" in capsys.readouterr().err
 
 
-def test_a_heat_map_goes_from_black_to_pale_in_steps_of_its_values():
-    picture = draw.heat(np.array([[0.0, 0.01, 0.02, 0.04]]), 0.04).astype(int).sum(axis=2)[0]
-    assert picture[0] < 10
-    assert (np.diff(picture) > 50).all()
+def test_a_heat_map_gets_brighter_with_its_values():
+    brightness = draw.heat(np.array([[0.0, 0.01, 0.02, 0.04]]), 0.04).astype(int).sum(axis=2)[0]
+    assert brightness[0] < 10
+    assert (np.diff(brightness) > 50).all()
     assert draw.heat(np.zeros((2, 3)), 0.0).max() < 10
 
 
 @pytest.mark.parametrize("words", [("evaluate", "run/best.ckpt"), ("predict", "run/best.ckpt", "mine/images")])
-def test_samples_of_a_network_without_dropout_are_refused_by_the_commands(typed, words, capsys):
-    assert typed(*words, "--samples", "3", "model.dropout_at=none") == 2
+def test_samples_of_a_network_without_dropout_are_refused_by_the_commands(run_script, words, capsys):
+    assert run_script(*words, "--samples", "3", "model.dropout_at=none") == 2
     assert "was trained without dropout" in capsys.readouterr().err
 
 
 def test_a_network_without_batch_norm_has_nothing_to_recalibrate(trained, monkeypatch):
     monkeypatch.chdir(trained)
-    read = checkpoint.read("run/best.ckpt")
-    bare = SegNet(len(read.classes), stages=((4,), (8,)), norm=False)
-    state = {f"model.{name}": value for name, value in bare.state_dict().items()}
+    best = checkpoint.read("run/best.ckpt")
+    network = SegNet(len(best.classes), stages=((4,), (8,)), norm=False)
+    state = {f"model.{name}": value for name, value in network.state_dict().items()}
     without = checkpoint.Checkpoint(
-        read.path,
-        {**read.config, "model": {**read.config["model"], "norm": False}},
-        read.facts,
-        {**read.content, "state_dict": state},
+        best.path,
+        {**best.config, "model": {**best.config["model"], "norm": False}},
+        best.facts,
+        {**best.content, "state_dict": state},
     )
     with pytest.raises(UsageError, match="has no batch norm, so there is nothing to recalibrate"):
         recalibrated(without, device=torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""SegNet against the originals' tables, what holds of every network, and torch.compile."""
+"""SegNet compared with the original tables, properties of all networks, and torch.compile."""
 
 from collections import Counter
 
@@ -28,7 +28,7 @@ def count(parameters):
 
 
 def applied(model, image):
-    """(module, input, output shape) of every module without children, in the order of execution."""
+    """Return (module, input, output shape) of every module without children, in the order of execution."""
     calls, handles = [], []
 
     def note(module, inputs, output):
@@ -49,7 +49,7 @@ def of_type(calls, kind):
     return [call for call in calls if isinstance(call[0], kind)]
 
 
-# The originals' numbers.
+# The numbers of the original networks.
 
 
 @pytest.mark.parametrize(("num_classes", "parameters"), [(11, 29_449_355), (21, 29_455_125)])
@@ -71,7 +71,7 @@ def test_segnet_runs_26_convolutions_and_25_norms(source):
     kinds = Counter(type(module) for module, *_ in calls)
     assert kinds[nn.Conv2d] == 26
     assert kinds[nn.BatchNorm2d] == 25
-    # Before the ReLU, the five pools rectify their maxima themselves.
+    # With pre_relu, the maxima of the five pools are rectified outside of modules.
     assert kinds[nn.ReLU] == (25 if source == "post_relu" else 20)
     assert isinstance(calls[-1][0], nn.Conv2d)  # the classifier, nothing after it
 
@@ -86,7 +86,7 @@ def test_segnet_basic_runs_9_convolutions_8_norms_and_4_relus():
     assert order == ["LocalResponseNorm", *encoder, *decoder, "Conv2d"]
 
 
-def test_segnet_basic_before_the_relu_applies_relu_4_times_too(monkeypatch):
+def test_segnet_basic_with_pre_relu_applies_relu_4_times_too(monkeypatch):
     relus = []
     relu = torch.relu
     monkeypatch.setattr(torch, "relu", lambda x: relus.append(x.shape) or relu(x))
@@ -95,7 +95,7 @@ def test_segnet_basic_before_the_relu_applies_relu_4_times_too(monkeypatch):
     assert [tuple(shape[-2:]) for shape in relus] == [(16, 16), (8, 8), (4, 4), (2, 2)]
 
 
-def test_segnet_is_the_originals_layer_table():
+def test_segnet_has_the_layer_table_of_the_original():
     encoder = [64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512]
     decoder = [512, 512, 512, 512, 512, 256, 256, 256, 128, 128, 64, 64, 11]
     outputs = encoder + decoder
@@ -105,13 +105,13 @@ def test_segnet_is_the_originals_layer_table():
     assert all(module.bias is not None and module.padding == (1, 1) for module, *_ in calls)
 
 
-def test_segnet_basic_is_the_originals_layer_table():
+def test_segnet_basic_has_the_layer_table_of_the_original():
     expected = [(3, 64, (7, 7))] + [(64, 64, (7, 7))] * 7 + [(64, 11, (1, 1))]
     calls = of_type(applied(SegNetBasic(11).eval(), torch.randn(1, 3, 32, 32)), nn.Conv2d)
     assert [(module.in_channels, module.out_channels, module.kernel_size) for module, *_ in calls] == expected
 
 
-def test_segnet_runs_through_the_originals_sizes_at_360x480():
+def test_segnet_has_the_map_sizes_of_the_original_at_360x480():
     model = SegNet(3, width=SLIM).eval()
     sizes = [tuple(shape[-2:]) for _, shape, _ in of_type(applied(model, torch.randn(1, 3, 360, 480)), nn.Conv2d)]
     stages = [((360, 480), 2), ((180, 240), 2), ((90, 120), 3), ((45, 60), 3), ((23, 30), 3)]
@@ -121,31 +121,31 @@ def test_segnet_runs_through_the_originals_sizes_at_360x480():
         assert tuple(model.encoder(torch.randn(1, 3, 360, 480)).features.shape[-2:]) == (12, 15)
 
 
-def test_segnet_basic_runs_through_the_originals_sizes_at_360x480():
+def test_segnet_basic_has_the_map_sizes_of_the_original_at_360x480():
     sizes = [(360, 480), (180, 240), (90, 120), (45, 60)]
     calls = of_type(applied(SegNetBasic(3).eval(), torch.randn(1, 3, 360, 480)), nn.Conv2d)
     assert [tuple(shape[-2:]) for _, shape, _ in calls] == [*sizes, *sizes[::-1], (360, 480)]
 
 
 def test_receptive_field_of_segnet_basic_after_pool4_is_106():
-    # With positive weights a rising ramp makes the last cell of every window win, a falling one the first:
-    # together the gradients of one unit reach every pixel that it can see.
+    # With positive weights, the last cell of every window wins on a rising ramp, and the first on a falling one.
+    # Together the gradients of one unit reach every pixel of its receptive field.
     encoder = SegNetBasic(3).encoder.eval().double()
     for module in encoder.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.constant_(module.weight, 1 / module.weight[0].numel())
     ramp = torch.arange(240.0, dtype=torch.float64)
-    seen = torch.zeros(240, 240, dtype=torch.bool)
+    reached = torch.zeros(240, 240, dtype=torch.bool)
     for image in (ramp[:, None] + ramp, 480 - ramp[:, None] - ramp):
         image = image.expand(1, 3, -1, -1).clone().requires_grad_()
         encoder(image).features[0, 0, 7, 7].backward()
-        seen |= image.grad[0].abs().sum(dim=0) > 0
-    rows, columns = seen.any(dim=1).nonzero(), seen.any(dim=0).nonzero()
+        reached |= image.grad[0].abs().sum(dim=0) > 0
+    rows, columns = reached.any(dim=1).nonzero(), reached.any(dim=0).nonzero()
     assert (rows.max() - rows.min() + 1).item() == 106
     assert (columns.max() - columns.min() + 1).item() == 106
 
 
-def test_segnet_basic_normalises_the_response_by_the_originals_formula():
+def test_segnet_basic_normalises_the_response_by_the_formula_of_the_original():
     image = torch.rand(2, 3, 5, 7) * 255
     expected = image / (1 + 2e-5 * image.square().sum(dim=1, keepdim=True)) ** 0.75
     torch.testing.assert_close(SegNetBasic(3).normalise(image), expected)
@@ -159,7 +159,7 @@ def test_weights_start_as_caffes_msra_and_biases_at_zero():
             assert module.bias.eq(0).all()
 
 
-# What holds of every network.
+# Properties of all networks.
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -169,12 +169,12 @@ def test_every_parameter_gets_a_gradient(name, source):
     model(torch.randn(2, 3, 45, 50)).square().mean().backward()
     for key, parameter in model.named_parameters():
         assert parameter.grad is not None, key
-        if not key.endswith("conv.bias"):  # the batch norm after it takes its effect away
+        if not key.endswith("conv.bias"):  # the batch norm after it cancels it
             assert parameter.grad.abs().sum() > 0, key
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_decoder_shares_no_weight_with_the_encoder(name):
+def test_decoder_and_encoder_share_no_weights(name):
     model = NETWORKS[name]()
     pointers = {part: {p.data_ptr() for p in getattr(model, part).parameters()} for part in ("encoder", "decoder")}
     assert pointers["encoder"]
@@ -226,7 +226,7 @@ def test_pooled_values_and_gradients_are_the_same_before_and_after_the_relu(name
     encodings = [model.encoder(image) for model in (before, after)]
     for first, second in zip(*(encoding.pooled for encoding in encodings), strict=True):
         assert torch.equal(first.features.view(torch.int32), second.features.view(torch.int32))
-        # Where the maximum is positive both name its cell.
+        # Where the maximum is positive, both switches select its cell.
         assert torch.equal(first.switches[first.features > 0], second.switches[first.features > 0])
         assert second.switches[second.features == 0].eq(0).all()
         assert first.switches[first.features == 0].unique().tolist() == [0, 1, 2, 3]
@@ -280,8 +280,8 @@ BASELINES = {
 }
 
 
-def without_chance(name):
-    """A baseline whose dropout drops nothing and whose scores do not start at zero."""
+def deterministic(name):
+    """Return a baseline whose dropout has probability 0 and whose scores do not start at zero."""
     model = BASELINES[name](dropout=0.0)
     for module in model.modules():
         if isinstance(module, nn.Conv2d) and module.weight.eq(0).all():
@@ -292,7 +292,7 @@ def without_chance(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BASELINES)
 def test_every_baseline_compiles_whole_and_equals_eager(name):
-    assert_compiled_is_eager(without_chance(name), "aot_eager")
+    assert_compiled_is_eager(deterministic(name), "aot_eager")
 
 
 @pytest.mark.slow
@@ -302,8 +302,8 @@ def test_a_pyramid_compiles_whole_and_equals_eager():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*BASELINES, "FPN"])
-def test_every_baseline_exports_with_free_sizes(name):
-    model = (FPN(3, depth=11, width=SLIM, channels=16) if name == "FPN" else without_chance(name)).eval()
+def test_every_baseline_exports_with_dynamic_sizes(name):
+    model = (FPN(3, depth=11, width=SLIM, channels=16) if name == "FPN" else deterministic(name)).eval()
     free = {2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
     exported = torch.export.export(model, (torch.randn(1, 3, 64, 80),), dynamic_shapes=(free,)).module()
     for size in [(71, 45), (64, 96), (33, 40)]:

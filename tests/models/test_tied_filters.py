@@ -1,4 +1,4 @@
-"""DeconvNet whose decoder uses the encoder's filters, against the network that has both, and against differences."""
+"""DeconvNet with tied filters, compared with the untied network and with finite differences."""
 
 import copy
 import pickle
@@ -25,7 +25,7 @@ def slim(num_classes=3, **options):
 
 
 def twin(model, **options):
-    """The network with filters of its own in the decoder, which are copies of the encoder's."""
+    """Return an untied network whose decoder has copies of the encoder's filters."""
     state = model.state_dict()
     other = slim(tied=False, **options).to(next(model.parameters()).dtype)
     for name, module in model.named_modules():
@@ -36,21 +36,21 @@ def twin(model, **options):
 
 
 def mirrored(model):
-    """Names: of a deconvolution of the decoder, and of the encoder's convolution whose filters it uses."""
+    """Map the name of each tied deconvolution to that of the convolution whose filters it uses."""
     convs = {id(module): name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
     return {
         name: convs[id(module.mirrored[0])] for name, module in model.named_modules() if isinstance(module, TiedDeconv)
     }
 
 
-def test_parameters_are_the_originals_less_every_filter_that_has_a_mirror_image():
+def test_parameters_are_those_of_the_original_without_the_mirrored_filters():
     with torch.device("meta"):
         model = DeconvNet(21, tied=True)
     convolutions = [(64, 64), (64, 128), (128, 128), (128, 256), *[(256, 256)] * 2, (256, 512), *[(512, 512)] * 5]
     saved = 512 * 7 * 7 * 4096 + sum(9 * before * after for before, after in convolutions)
-    found = sum(parameter.numel() for parameter in model.parameters())
-    assert found == 251_805_653 - saved == 134_336_469
-    assert found == sum(value.numel() for name, value in model.state_dict().items() if "running" not in name) - 29
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert parameters == 251_805_653 - saved == 134_336_469
+    assert parameters == sum(value.numel() for name, value in model.state_dict().items() if "running" not in name) - 29
 
 
 def test_deconvolutions_mirror_the_encoder_from_its_end():
@@ -62,7 +62,7 @@ def test_deconvolutions_mirror_the_encoder_from_its_end():
         for layer in range(stages[stage]):
             expected[f"decoder.{step}.{layer}.deconv"] = f"encoder.stages.{stage}.{stages[stage] - 1 - layer}.conv"
     last = expected.popitem()
-    assert last == ("decoder.4.1.deconv", "encoder.stages.0.0.conv")  # sees the image
+    assert last == ("decoder.4.1.deconv", "encoder.stages.0.0.conv")  # its input is the image
     assert mirrored(model) == expected
     assert isinstance(model.decoder[4][1].deconv, nn.ConvTranspose2d)
 
@@ -76,7 +76,7 @@ def test_encoders_of_any_depth_are_mirrored(depth):
 
 
 @pytest.mark.parametrize("norm", [True, False])
-def test_it_computes_what_the_network_with_copied_filters_computes(norm):
+def test_it_computes_the_same_as_the_network_with_copied_filters(norm):
     model = slim(norm=norm).eval()
     image = torch.randn(2, 3, 200, 193)
     with torch.no_grad():
@@ -105,7 +105,7 @@ def test_the_gradient_of_a_filter_is_the_sum_over_the_two_places_where_it_is_use
 
 
 @pytest.mark.parametrize("layer", ["fc6", "encoder.stages.4.0", "encoder.stages.1.0"])
-def test_the_gradient_of_a_filter_is_that_of_finite_differences(layer):
+def test_the_gradient_of_a_filter_equals_finite_differences(layer):
     model = slim(norm=False).double().eval()
     image = torch.randn(1, 3, 193, 193, dtype=torch.float64)
     weight = model.get_submodule(layer).conv.weight
@@ -120,7 +120,7 @@ def test_the_gradient_of_a_filter_is_that_of_finite_differences(layer):
     assert (values[0] - values[1]) / 2e-6 == pytest.approx(expected, rel=1e-4)
 
 
-# Copies, files.
+# Copies and files.
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
@@ -138,12 +138,12 @@ def test_a_copy_is_tied_to_itself(copied):
         assert not torch.equal(other(image), before)
 
 
-def test_another_precision_and_layout_reach_the_filters_in_both_places():
+def test_conversion_to_another_precision_and_memory_format_reaches_the_tied_filters():
     model = slim().eval().to(torch.float64, memory_format=torch.channels_last)
     assert model(torch.randn(1, 3, 193, 193, dtype=torch.float64)).dtype == torch.float64
 
 
-def test_norms_are_folded_without_touching_the_filters_of_the_other_place():
+def test_folding_norms_scales_the_filters_of_encoder_and_decoder_separately():
     model = slim().eval()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -155,7 +155,7 @@ def test_norms_are_folded_without_touching_the_filters_of_the_other_place():
         torch.testing.assert_close(fold_norms(model)(image), model(image), rtol=1e-3, atol=1e-5)
 
 
-def test_its_checkpoint_holds_every_filter_once_and_gives_the_network_back(tmp_path):
+def test_its_checkpoint_has_every_filter_once_and_restores_the_network(tmp_path):
     config = {
         "dataset": {
             "_target_": "segdeconv.data.Shapes", "num_train": 4, "num_val": 2, "size": [193, 193], "batch_size": 2,
@@ -169,14 +169,14 @@ def test_its_checkpoint_holds_every_filter_once_and_gives_the_network_back(tmp_p
         "logger": {},
     }  # fmt: skip
     train(config, tmp_path)
-    read = checkpoint.read(tmp_path / "best.ckpt")
-    model = read.model()
+    best = checkpoint.read(tmp_path / "best.ckpt")
+    model = best.model()
     assert len(mirrored(model)) == 8
-    places = [value.untyped_storage().data_ptr() for value in read.weights.values()]
-    assert len(places) == len(set(places))
+    pointers = [value.untyped_storage().data_ptr() for value in best.weights.values()]
+    assert len(pointers) == len(set(pointers))
     for name in mirrored(model):
-        assert f"{name}.weight" not in read.weights
-        assert f"{name}.bias" in read.weights
+        assert f"{name}.weight" not in best.weights
+        assert f"{name}.bias" in best.weights
     torch.manual_seed(0)
     assert not torch.equal(model.fc6.conv.weight, slim().fc6.conv.weight)
 
@@ -191,12 +191,12 @@ def test_an_untied_network_starts_from_a_tied_one_with_its_biases_and_norms():
         {"classes": classes.to_dict(), "preprocessing": {"mean": [0.0] * 3}},
         {"state_dict": {f"model.{name}": value for name, value in tied.state_dict().items()}},
     )
-    said = transfer_weights(untied, classes, source)
+    report = transfer_weights(untied, classes, source)
     assert torch.equal(untied.fc6_deconv.deconv.bias, tied.fc6_deconv.deconv.bias)
-    assert "fc6_deconv.deconv.weight (not in it)" in said
+    assert "fc6_deconv.deconv.weight (not in it)" in report
 
 
-def test_trained_weights_of_vgg_are_in_both_places(tmp_path):
+def test_pretrained_weights_of_vgg_are_in_encoder_and_decoder(tmp_path):
     from torchvision.models.vgg import cfgs, make_layers
 
     network = nn.Module()

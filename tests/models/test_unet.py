@@ -1,4 +1,4 @@
-"""U-Net against the paper's numbers and torch's own operations."""
+"""U-Net compared with the paper's numbers and with torch's functions."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def slim(num_classes=3, **options):
     return UNet(num_classes, **{"width": 0.0625, **options})
 
 
-def test_with_the_papers_table_it_has_the_papers_23_convolutions_and_its_parameters():
+def test_with_the_papers_table_it_has_23_convolutions_and_the_parameters_counted_by_hand():
     with torch.device("meta"):
         model = UNet(2, in_channels=1, norm=False, stages=PAPER)
     layers = [module for module in model.modules() if isinstance(module, nn.Conv2d | nn.ConvTranspose2d)]
@@ -34,7 +34,7 @@ def test_with_the_papers_table_it_has_the_papers_23_convolutions_and_its_paramet
 
 
 def reference(model, image):
-    """U-Net without norm in evaluation mode, from the state and torch's functions."""
+    """Compute U-Net without norm in evaluation mode from its state dict with torch's functions."""
     state = model.state_dict()
 
     def conv(x, name):
@@ -49,7 +49,7 @@ def reference(model, image):
             x = conv(x, f"encoder.stages.{stage}.{layer}.conv")
         copies.append(x)
     for step, copied in enumerate(reversed(copies[:-1])):
-        # A 2x2 kernel at stride 2 writes every pixel of the result once.
+        # A 2x2 kernel with stride 2 writes every pixel of the result once.
         weight = state[f"ups.{step}.0.weight"]
         n, _, h, w = x.shape
         x = torch.einsum("nchw,cdij->ndhiwj", x, weight).reshape(n, -1, 2 * h, 2 * w)
@@ -61,7 +61,7 @@ def reference(model, image):
 
 
 @pytest.mark.parametrize("size", [(32, 32), (37, 50), (65, 33), (1, 7)])
-def test_logits_are_those_of_torchs_functions_at_any_size(size):
+def test_logits_equal_those_of_torchs_functions_at_any_size(size):
     model = slim(norm=False).double().eval()
     image = torch.randn(2, 3, *size, dtype=torch.float64)
     with torch.no_grad():
@@ -71,32 +71,32 @@ def test_logits_are_those_of_torchs_functions_at_any_size(size):
     torch.testing.assert_close(logits, expected)
 
 
-def test_every_stage_is_copied_across():
-    """What a copy carries reaches the logits although nothing comes up from below."""
+def test_every_stage_is_copied_to_the_decoder():
+    """The copy reaches the decoder even when the up-convolutions give zeros."""
     model = slim().eval()
     for position, up in enumerate(model.ups):
-        seen = []
+        maps = []
         handles = [other.register_forward_hook(lambda m, i, output: output * 0) for other in model.ups]
-        handles.append(model.decoder[position][0].register_forward_hook(lambda m, i, o, seen=seen: seen.append(i[0])))
+        handles.append(model.decoder[position][0].register_forward_hook(lambda m, i, o, maps=maps: maps.append(i[0])))
         model(torch.randn(1, 3, 40, 40))
         for handle in handles:
             handle.remove()
-        half = seen[0].shape[1] // 2
+        half = maps[0].shape[1] // 2
         assert up[0].out_channels == half
-        assert seen[0][:, :half].eq(0).all()
-        assert seen[0][:, half:].abs().sum() > 0
+        assert maps[0][:, :half].eq(0).all()
+        assert maps[0][:, half:].abs().sum() > 0
 
 
 def test_dropout_is_at_the_end_of_the_two_deepest_stages_before_the_copy():
     model = slim(dropout=0.5)
-    seen = []
-    model.dropout.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0].shape[1:], output)))
+    drops = []
+    model.dropout.register_forward_hook(lambda module, inputs, output: drops.append((inputs[0].shape[1:], output)))
     copies = []
     model.decoder[0][0].register_forward_hook(lambda module, inputs, output: copies.append(inputs[0]))
     model(torch.randn(2, 3, 64, 64))
-    assert [shape for shape, _ in seen] == [(32, 8, 8), (32, 4, 4)]
-    assert torch.equal(copies[0][:, 32:], seen[0][1])
-    assert 0.4 < (seen[0][1] == 0).float().mean() < 1
+    assert [shape for shape, _ in drops] == [(32, 8, 8), (32, 4, 4)]
+    assert torch.equal(copies[0][:, 32:], drops[0][1])
+    assert 0.4 < (drops[0][1] == 0).float().mean() < 1
 
 
 @pytest.mark.parametrize("norm", [True, False])
@@ -110,7 +110,7 @@ def test_every_parameter_gets_a_gradient(norm):
 
 
 @pytest.mark.parametrize("depth", [11, 13, 19])
-def test_it_sits_on_an_encoder_of_any_depth_with_segnets_names(depth):
+def test_its_encoder_can_have_any_depth_and_has_the_names_of_segnet(depth):
     with torch.device("meta"):
         model = UNet(5, depth=depth, in_channels=2).eval()
         assert model(torch.zeros(1, 2, 45, 60)).shape == (1, 5, 45, 60)

@@ -1,4 +1,4 @@
-"""VGG encoders against torchvision's VGG, and first convolutions for images of any number of channels."""
+"""VGG encoders compared with torchvision's VGG, and first convolutions for images with any number of channels."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ LETTERS = {11: "A", 13: "B", 16: "D", 19: "E"}  # the columns of VGG's table 1, 
 
 
 def torchvision_vgg(depth, norm):
-    """torchvision's `vgg*.features`, its norms with statistics that are not the initial ones; and its state dict."""
+    """Return torchvision's `vgg*.features`, with norms that are not at their initial values, and its state dict."""
     features = make_layers(cfgs[LETTERS[depth]], batch_norm=norm).eval()
     for module in features.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -43,7 +43,7 @@ def vgg11():
 
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize("depth", VGG_STAGES)
-def test_encoder_with_torchvisions_weights_is_torchvisions_vgg(depth, norm):
+def test_an_encoder_with_torchvisions_weights_equals_torchvisions_vgg(depth, norm):
     theirs, state = torchvision_vgg(depth, norm)
     image = torch.randn(1, 3, 32, 64)
     with torch.no_grad():
@@ -55,7 +55,7 @@ def test_encoder_with_torchvisions_weights_is_torchvisions_vgg(depth, norm):
             torch.testing.assert_close(ours(image).features, expected)
 
 
-def test_plain_weights_load_into_an_encoder_with_norms_that_stay_new(vgg11):
+def test_weights_without_batch_norm_load_into_an_encoder_whose_norms_keep_their_initial_values(vgg11):
     encoder = vgg_encoder(11, norm=True)
     load_vgg(encoder, vgg11[False], source="plain.pth")
     blocks = [block for stage in encoder.stages for block in stage]
@@ -66,16 +66,16 @@ def test_plain_weights_load_into_an_encoder_with_norms_that_stay_new(vgg11):
         assert block.norm.running_mean.eq(0).all()
 
 
-def test_batch_norm_weights_are_refused_by_an_encoder_without(vgg11):
+def test_batch_norm_weights_are_refused_by_an_encoder_without_batch_norm(vgg11):
     with pytest.raises(
-        CheckpointError, match=r"bn\.pth was trained with batch norm and the encoder has none - use model"
+        CheckpointError, match=r"bn\.pth was trained with batch norm, but the encoder has none - use model"
     ):
         load_vgg(vgg_encoder(11, norm=False), vgg11[True], source="bn.pth")
 
 
 def test_weights_of_another_depth_are_refused(vgg11):
     with pytest.raises(
-        CheckpointError, match=r"vgg11\.pth holds 8 convolutions and the encoder has 13, .* model\.depth"
+        CheckpointError, match=r"vgg11\.pth is not .*: it has 8 convolutions and the encoder has 13, .* model\.depth"
     ):
         load_vgg(vgg_encoder(16), vgg11[True], source="vgg11.pth")
 
@@ -99,20 +99,20 @@ def test_pretrained_takes_the_path_of_a_torchvision_file(tmp_path, vgg11):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(b"not weights", "read safely"), ([1, 2], "no state dict of tensors")]
+    ("content", "message"), [(b"not weights", "read safely"), ([1, 2], "not a state dict of tensors")]
 )
-def test_a_file_that_holds_no_weights_is_refused(tmp_path, content, message):
+def test_a_file_without_weights_is_refused(tmp_path, content, message):
     path = tmp_path / "vgg.pth"
     if isinstance(content, bytes):
         path.write_bytes(content)
     else:
         torch.save(content, path)
-    with pytest.raises(CheckpointError, match=rf"vgg\.pth .*{message}.* - give a torchvision VGG state dict"):
+    with pytest.raises(CheckpointError, match=rf"vgg\.pth .*{message}.* - use a torchvision VGG state dict"):
         vgg_encoder(11, pretrained=str(path))
 
 
 def test_a_file_that_does_not_exist_is_refused():
-    with pytest.raises(UsageError, match=r"model\.pretrained=nowhere\.pth is not a file; it takes none, imagenet, "):
+    with pytest.raises(UsageError, match=r"model\.pretrained=nowhere\.pth is not a file - use none, imagenet, "):
         vgg_encoder(11, pretrained="nowhere.pth")
 
 
@@ -134,21 +134,21 @@ def test_pretrained_weights_are_refused_for_a_slim_network(pretrained):
         ("imagenet_plain", False, "VGG16_Weights"),
     ],
 )
-def test_imagenet_names_torchvisions_weights_of_the_form_asked_for(monkeypatch, pretrained, norm, name):
-    asked = []
-    monkeypatch.setattr("segdeconv.models.vgg._download", lambda name: asked.append(name) or {})
+def test_imagenet_selects_torchvisions_weights_with_or_without_batch_norm(monkeypatch, pretrained, norm, name):
+    requested = []
+    monkeypatch.setattr("segdeconv.models.vgg._download", lambda name: requested.append(name) or {})
     monkeypatch.setattr("segdeconv.models.vgg.load_vgg", lambda encoder, state, *, source: None)
     vgg_encoder(16, norm=norm, pretrained=pretrained)
-    assert asked == [name]
+    assert requested == [name]
     assert get_weight(f"{name}.IMAGENET1K_V1").url.startswith("https://")
 
 
-# Images of other channels than three.
+# Images with other numbers of channels than three.
 
 
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize("channels", [1, 2, 4, 5, 6, 13])
-def test_a_grey_image_in_every_channel_gives_what_it_gives_as_rgb(vgg11, channels, norm):
+def test_a_grey_image_in_every_channel_gives_the_same_features_as_in_rgb(vgg11, channels, norm):
     grey = torch.randn(2, 1, 37, 50)
     features = []
     for count in (3, channels):
@@ -160,7 +160,7 @@ def test_a_grey_image_in_every_channel_gives_what_it_gives_as_rgb(vgg11, channel
     torch.testing.assert_close(features[1], features[0])
 
 
-def test_one_channel_gets_the_sum_and_more_share_the_colours_in_turn():
+def test_one_channel_gets_the_sum_and_more_channels_get_the_colours_in_turn():
     red, green, blue = (torch.randn(8, 1, 3, 3) for _ in range(3))
     rgb = torch.cat([red, green, blue], dim=1)
     expected = {
@@ -178,7 +178,7 @@ def test_one_channel_gets_the_sum_and_more_share_the_colours_in_turn():
     assert torch.equal(adapt_channels(rgb, 3), rgb)
 
 
-def test_adapting_leaves_the_weights_it_was_given(vgg11):
+def test_adapting_does_not_change_its_input(vgg11):
     before = vgg11[False]["features.0.weight"].clone()
     load_vgg(vgg_encoder(11, in_channels=5, norm=False), vgg11[False], source="torchvision")
     assert torch.equal(vgg11[False]["features.0.weight"], before)
