@@ -1,4 +1,4 @@
-"""A network layer by layer: tracing without data, shapes and costs, exact receptive fields.
+"""Summary of a network layer by layer: tracing without data, shapes, costs and exact receptive fields.
 
 May import everything up to `models`.
 """

@@ -1,10 +1,10 @@
-"""Receptive fields: which rows and columns of the image each place of a map can depend on.
+"""Receptive fields: the rows and columns of the image that each position of a map can depend on.
 
-Along one axis every place of a map has a first and a last place of the image that it can see. An operation makes new
-such pairs from those of its inputs: a convolution the union over its window, an addition or a concatenation the union
-of its two maps. So the field is exact through pools, unpools, strides, dilations, skips and odd sizes, and the largest
-over all paths. `after` knows the operations that torch networks are made of, by their names in ATen; of any other it
-says None, which means unknown and stays so.
+Along one axis, every position of a map depends on the image from a first to a last position. Each operation computes
+these pairs from those of its inputs: a convolution takes the union over its window, an addition or a concatenation the
+union of its two maps. The field is therefore exact for pools, unpools, strides, dilations, skips and odd sizes, and the
+largest over all paths. `propagate` supports the operations of common torch networks by their names in ATen; it raises
+Unknown for all others.
 """
 
 from __future__ import annotations
@@ -25,48 +25,56 @@ NOTHING = np.iinfo(np.int64).max // 4
 
 @dataclass(frozen=True)
 class Span:
-    """What each place of one axis sees of the image. first, last: (length,) int64; (NOTHING, -NOTHING) for nothing."""
+    """Range of the image, along one axis, that each position of a map depends on.
+
+    Attributes:
+        first: First position in the image, (length,) int64; NOTHING where a position depends on nothing.
+        last: Last position in the image, (length,) int64; -NOTHING where a position depends on nothing.
+    """
 
     first: np.ndarray
     last: np.ndarray
 
     @staticmethod
     def of_image(length: int) -> Span:
-        """Of the image itself: each place sees itself."""
+        """Return the span of the image itself, where each position depends on itself."""
         return Span(np.arange(length), np.arange(length))
 
     def __len__(self) -> int:
         return len(self.first)
 
     def at(self, places: np.ndarray) -> Span:
-        """The places named; nothing where they lie outside."""
+        """Select positions; those outside depend on nothing."""
         inside = (places >= 0) & (places < len(self))
         places = places.clip(0, len(self) - 1)
         return Span(np.where(inside, self.first[places], NOTHING), np.where(inside, self.last[places], -NOTHING))
 
     def __or__(self, other: Span) -> Span:
-        """The union; an axis of length 1 goes with every place of the other."""
+        """Return the union; an axis of length 1 is broadcast."""
         return Span(np.minimum(self.first, other.first), np.maximum(self.last, other.last))
 
-    def over(self, windows: Sequence[np.ndarray]) -> Span:
-        """The union of the places that several lists name."""
-        return reduce(or_, map(self.at, windows))
+    def over(self, taps: Sequence[np.ndarray]) -> Span:
+        """Return the union over the taps of a window, given the positions that each tap reads."""
+        return reduce(or_, map(self.at, taps))
 
     def whole(self) -> Span:
-        """All places as one."""
+        """Return the union of all positions as a span of length 1."""
         return Span(self.first.min(keepdims=True), self.last.max(keepdims=True))
 
     def largest(self, length: int) -> int | None:
-        """The most that a place sees of an image of this length; None if all places see one of its ends."""
+        """Return the size of the largest range that reaches no end of an image of this length, or None if all do."""
         free = (self.first > 0) & (self.last < length - 1)
         return int((self.last - self.first)[free].max()) + 1 if free.any() else None
 
 
 @dataclass(frozen=True)
 class Field:
-    """spans: of the rows and of the columns. dims: which dimension of the tensor they run along, None for none.
+    """Receptive field of each position of a tensor.
 
-    Both along one dimension: rows and columns are flattened into it.
+    Attributes:
+        spans: Spans of the rows and of the columns.
+        dims: Dimensions of the tensor that they run along, None for no dimension. If both are the same, rows and
+            columns are flattened into that dimension.
     """
 
     spans: tuple[Span, Span]
@@ -77,55 +85,61 @@ class Field:
         return Field(spans, (_either(self.dims[0], other.dims[0]), _either(self.dims[1], other.dims[1])))
 
     def equals(self, other: Field) -> bool:
-        """Whether both see the same."""
+        """Return whether both fields have the same spans."""
         return all(
-            np.array_equal(one.first, two.first) and np.array_equal(one.last, two.last)
-            for one, two in zip(self.spans, other.spans, strict=True)
+            np.array_equal(mine.first, theirs.first) and np.array_equal(mine.last, theirs.last)
+            for mine, theirs in zip(self.spans, other.spans, strict=True)
         )
 
     @property
     def flat(self) -> bool:
-        """Whether rows and columns are flattened into one dimension."""
+        """True if rows and columns are flattened into one dimension."""
         return self.dims[0] is not None and self.dims[0] == self.dims[1]
 
-    def moved(self, where: Callable[[int], int | None]) -> Field:
-        """With every dimension where a rearrangement puts it."""
-        rows, columns = (None if dim is None else where(dim) for dim in self.dims)
+    def moved(self, new_dim: Callable[[int], int | None]) -> Field:
+        """Return the field after a rearrangement that maps dimensions to new ones."""
+        rows, columns = (None if dim is None else new_dim(dim) for dim in self.dims)
         return replace(self, dims=(rows, columns))
 
     def along(self, dim: int, change: Callable[[Span], Span]) -> Field:
-        """With the span that runs along a dimension changed."""
+        """Return the field with the span along a dimension changed."""
         rows, columns = (change(span) if at == dim else span for span, at in zip(self.spans, self.dims, strict=True))
         return replace(self, spans=(rows, columns))
 
 
-def _either(one: int | None, other: int | None) -> int | None:
-    return other if one is None else one
+def _either(dim: int | None, other: int | None) -> int | None:
+    return other if dim is None else dim
 
 
 class Unknown(Exception):
-    """An operation of which nothing is known."""
+    """The receptive field of an operation cannot be computed."""
 
 
-def after(func: Any, args: Sequence[Any], fields: Sequence[Field], output: Tensor) -> Field:
-    """The field of a tensor that an ATen operation gave.
+def propagate(func: Any, args: Sequence[Any], fields: Sequence[Field], output: Tensor) -> Field:
+    """Compute the field of the output of an ATen operation.
 
-    fields: of those of its tensor arguments that depend on the image, in their order; at least one.
-    Raises Unknown.
+    Args:
+        func: The operation.
+        args: Its arguments.
+        fields: Fields of those tensor arguments that depend on the image, in their order; at least one.
+        output: Its output, or one of its outputs.
+
+    Raises:
+        Unknown: The operation is not supported.
     """
     name = func.overloadpacket.__name__.removesuffix("_")
-    if torch.Tag.pointwise in func.tags or name in _PLACEWISE:
-        found = _together(fields, args, output)
-    elif name not in {*_BY_AXIS, *_RULES} or (fields[0].flat and name not in _OF_FLAT):
+    if torch.Tag.pointwise in func.tags or name in _POINTWISE:
+        field = _union(fields, args, output)
+    elif name not in {*_BY_AXIS, *_RULES} or (fields[0].flat and name not in _SUPPORTS_FLAT):
         raise Unknown
     else:
-        found = _each(name, fields, args, output) if name in _BY_AXIS else _RULES[name](fields, args, output)
-    spans = [_fitted(span, dim, found, output) for span, dim in zip(found.spans, found.dims, strict=True)]
-    return Field((spans[0], spans[1]), found.dims)
+        field = _each_axis(name, fields, args, output) if name in _BY_AXIS else _RULES[name](fields, args, output)
+    spans = [_broadcast(span, dim, field, output) for span, dim in zip(field.spans, field.dims, strict=True)]
+    return Field((spans[0], spans[1]), field.dims)
 
 
-def _fitted(span: Span, dim: int | None, field: Field, output: Tensor) -> Span:
-    """A span as long as its dimension: one place may have been broadcast over it."""
+def _broadcast(span: Span, dim: int | None, field: Field, output: Tensor) -> Span:
+    """Extend a span of length 1 to the length of its dimension."""
     if dim is None or field.flat or (dim < output.ndim and len(span) == output.shape[dim]):
         return span
     if len(span) > 1 or dim >= output.ndim:
@@ -133,55 +147,55 @@ def _fitted(span: Span, dim: int | None, field: Field, output: Tensor) -> Span:
     return span.at(np.zeros(output.shape[dim], dtype=np.int64))
 
 
-def _together(fields: Sequence[Field], args: Sequence[Any], output: Tensor) -> Field:
-    """The union of maps that are broadcast with each other, whose dimensions count from the last."""
+def _union(fields: Sequence[Field], args: Sequence[Any], output: Tensor) -> Field:
+    """Return the union over maps that are broadcast with each other."""
     if len(fields) > 1 and any(arg.ndim != output.ndim for arg in args if isinstance(arg, Tensor) and arg.ndim):
         raise Unknown
     return reduce(or_, fields)
 
 
-# What each operation makes of one axis, 0 for rows or 1 for columns, given its span and its new length.
+# Rules that transform the span of one axis, 0 for rows or 1 for columns, to a new length.
 
 
-def _gathered(span: Span, out: int, kernel: int, stride: int, padding: int, dilation: int) -> Span:
-    """A convolution or a pool: place o hears the places o * stride - padding + tap * dilation."""
+def _window(span: Span, out: int, kernel: int, stride: int, padding: int, dilation: int) -> Span:
+    """Apply a convolution or a pool: output o depends on the inputs o * stride - padding + tap * dilation."""
     starts = np.arange(out) * stride - padding
     return span.over([starts + tap * dilation for tap in range(kernel)])
 
 
-def _spread(span: Span, out: int, kernel: int, stride: int, padding: int, dilation: int) -> Span:
-    """A transposed convolution: place o hears place i if o = i * stride - padding + tap * dilation."""
-    places = np.arange(out)
-    windows = []
+def _transposed(span: Span, out: int, kernel: int, stride: int, padding: int, dilation: int) -> Span:
+    """Apply a transposed convolution: output o depends on input i if o = i * stride - padding + tap * dilation."""
+    outputs = np.arange(out)
+    taps = []
     for tap in range(kernel):
-        source, rest = np.divmod(places + padding - tap * dilation, stride)
-        windows.append(np.where(rest == 0, source, -1))
-    return span.over(windows)
+        source, rest = np.divmod(outputs + padding - tap * dilation, stride)
+        taps.append(np.where(rest == 0, source, -1))
+    return span.over(taps)
 
 
 def _pair(value: Any) -> list[int]:
-    """A setting of both axes, as ATen writes it: one number or two, or the last two of three."""
+    """Return a setting of both axes, which ATen writes as one or two numbers, or as the last two of three."""
     value = [value] if isinstance(value, int) else list(value)
     return value * 2 if len(value) == 1 else value[-2:]
 
 
 def _convolution(span: Span, out: int, axis: int, args: Sequence[Any]) -> Span:
     stride, padding, dilation = (_pair(value)[axis] for value in args[3:6])
-    return (_spread if args[6] else _gathered)(span, out, args[1].shape[2 + axis], stride, padding, dilation)
+    return (_transposed if args[6] else _window)(span, out, args[1].shape[2 + axis], stride, padding, dilation)
 
 
 def _pool(span: Span, out: int, axis: int, args: Sequence[Any]) -> Span:
-    given = dict(enumerate(args))
-    kernel = _pair(given[1])
-    stride, padding = _pair(given.get(2) or kernel), _pair(given.get(3, 0))
-    # The fifth argument of a max-pool is its dilation, of an average pool whether sizes are rounded up.
-    dilation = [1, 1] if isinstance(given.get(4, False), bool) else _pair(given[4])
-    return _gathered(span, out, kernel[axis], stride[axis], padding[axis], dilation[axis])
+    arguments = dict(enumerate(args))
+    kernel = _pair(arguments[1])
+    stride, padding = _pair(arguments.get(2) or kernel), _pair(arguments.get(3, 0))
+    # The fifth argument is the dilation of a max-pool, but ceil_mode of an average pool.
+    dilation = [1, 1] if isinstance(arguments.get(4, False), bool) else _pair(arguments[4])
+    return _window(span, out, kernel[axis], stride[axis], padding[axis], dilation[axis])
 
 
 def _adaptive(span: Span, out: int, axis: int, args: Sequence[Any]) -> Span:
-    places = np.arange(out)
-    first, last = places * len(span) // out, -(-(places + 1) * len(span) // out) - 1
+    outputs = np.arange(out)
+    first, last = outputs * len(span) // out, -(-(outputs + 1) * len(span) // out) - 1
     return span.over([np.minimum(first + tap, last) for tap in range(int((last - first).max()) + 1)])
 
 
@@ -191,11 +205,11 @@ def _nearest(span: Span, out: int, axis: int, args: Sequence[Any]) -> Span:
 
 
 def _bilinear(span: Span, out: int, axis: int, args: Sequence[Any]) -> Span:
-    places = np.arange(out)
-    if args[2]:  # corners on corners
-        source = places * ((len(span) - 1) / max(1, out - 1))
+    outputs = np.arange(out)
+    if args[2]:  # align_corners
+        source = outputs * ((len(span) - 1) / max(1, out - 1))
     else:
-        source = ((places + 0.5) * _ratio(args[3:5], axis, len(span), out) - 0.5).clip(0)
+        source = ((outputs + 0.5) * _ratio(args[3:5], axis, len(span), out) - 0.5).clip(0)
     before, after = np.floor(source + 1e-9), np.ceil(source - 1e-9)
     return span.over([side.astype(np.int64).clip(0, len(span) - 1) for side in (before, after)])
 
@@ -205,13 +219,13 @@ def _shuffle(span: Span, out: int, axis: int, args: Sequence[Any]) -> Span:
 
 
 def _ratio(scales: Sequence[float | None], axis: int, length: int, out: int) -> float:
-    """Old places per new one: as the caller gave it, else as the sizes have it."""
+    """Return the number of inputs per output, from the given scale or else from the sizes."""
     scale = scales[axis] if axis < len(scales) else None
     return 1 / scale if scale else length / out
 
 
-def _each(name: str, fields: Sequence[Field], args: Sequence[Any], output: Tensor) -> Field:
-    """Both axes changed by a rule of `_BY_AXIS`."""
+def _each_axis(name: str, fields: Sequence[Field], args: Sequence[Any], output: Tensor) -> Field:
+    """Apply a rule of `_BY_AXIS` to both axes."""
     if len(fields) > 1 or (name == "convolution" and args[1].ndim != 4):
         raise Unknown
     spans = []
@@ -220,23 +234,23 @@ def _each(name: str, fields: Sequence[Field], args: Sequence[Any], output: Tenso
     return Field((spans[0], spans[1]), fields[0].dims)
 
 
-# What each operation makes of both axes together.
+# Rules that transform both axes together.
 
 
 def _slice(fields: Sequence[Field], args: Sequence[Any], output: Tensor) -> Field:
-    start, end, step = (dict(enumerate(args)).get(place, default) for place, default in ((2, 0), (3, None), (4, 1)))
+    start, end, step = (dict(enumerate(args)).get(index, default) for index, default in ((2, 0), (3, None), (4, 1)))
     dim = args[1] % args[0].ndim
-    places = np.arange(args[0].shape[dim])[start:end:step]
-    return fields[0].along(dim, lambda span: span.at(places))
+    positions = np.arange(args[0].shape[dim])[start:end:step]
+    return fields[0].along(dim, lambda span: span.at(positions))
 
 
 def _pad(fields: Sequence[Field], args: Sequence[Any], output: Tensor) -> Field:
-    found = fields[0]
+    field = fields[0]
     for index, before in enumerate(args[1][::2]):  # the last dimension first
         dim = output.ndim - 1 - index
-        places = np.arange(output.shape[dim]) - before
-        found = found.along(dim, lambda span, places=places: span.at(places))  # type: ignore[misc]
-    return found
+        positions = np.arange(output.shape[dim]) - before
+        field = field.along(dim, lambda span, positions=positions: span.at(positions))  # type: ignore[misc]
+    return field
 
 
 def _concatenation(fields: Sequence[Field], args: Sequence[Any], output: Tensor) -> Field:
@@ -253,14 +267,14 @@ def _split(fields: Sequence[Field], args: Sequence[Any], output: Tensor) -> Fiel
 
 
 def _reduction(fields: Sequence[Field], args: Sequence[Any], output: Tensor) -> Field:
-    rank, found = args[0].ndim, fields[0]
-    given = args[1] if len(args) > 1 else None
-    dims = {dim % rank for dim in ([given] if isinstance(given, int) else given or range(rank))}
+    rank, field = args[0].ndim, fields[0]
+    reduced = args[1] if len(args) > 1 else None
+    dims = {dim % rank for dim in ([reduced] if isinstance(reduced, int) else reduced or range(rank))}
     for dim in dims:
-        found = found.along(dim, Span.whole)
+        field = field.along(dim, Span.whole)
     if output.ndim == rank:
-        return found
-    return found.moved(lambda dim: None if dim in dims else dim - sum(other < dim for other in dims))
+        return field
+    return field.moved(lambda dim: None if dim in dims else dim - sum(other < dim for other in dims))
 
 
 def _permute(fields: Sequence[Field], args: Sequence[Any], output: Tensor) -> Field:
@@ -268,8 +282,8 @@ def _permute(fields: Sequence[Field], args: Sequence[Any], output: Tensor) -> Fi
 
 
 def _transpose(fields: Sequence[Field], args: Sequence[Any], output: Tensor) -> Field:
-    one, other = (dim % output.ndim for dim in args[1:3])
-    return fields[0].moved(lambda dim: {one: other, other: one}.get(dim, dim))
+    first, second = (dim % output.ndim for dim in args[1:3])
+    return fields[0].moved(lambda dim: {first: second, second: first}.get(dim, dim))
 
 
 def _unsqueeze(fields: Sequence[Field], args: Sequence[Any], output: Tensor) -> Field:
@@ -278,7 +292,10 @@ def _unsqueeze(fields: Sequence[Field], args: Sequence[Any], output: Tensor) -> 
 
 
 def _view(fields: Sequence[Field], args: Sequence[Any], output: Tensor) -> Field:
-    """A dimension stays where its length and the number of elements behind it do; rows and columns may be flattened."""
+    """Find rows and columns in the new shape by their lengths and the number of elements behind them.
+
+    Rows and columns may also be flattened into one dimension, or separated again.
+    """
     field, before, now = fields[0], args[0].shape, output.shape
     if None in field.dims or not output.numel():
         raise Unknown
@@ -290,9 +307,9 @@ def _view(fields: Sequence[Field], args: Sequence[Any], output: Tensor) -> Field
         matching = [dim for dim in range(len(now)) if now[dim] == length and math.prod(now[dim + 1 :]) == rest]
         return matching[-1] if matching else None
 
-    apart = find(height, width * behind if field.flat else math.prod(before[rows + 1 :])), find(width, behind)
-    if None not in apart:
-        return replace(field, dims=apart)
+    separate = find(height, width * behind if field.flat else math.prod(before[rows + 1 :])), find(width, behind)
+    if None not in separate:
+        return replace(field, dims=separate)
     flat = find(height * width, behind)
     if flat is None or columns - rows != int(not field.flat):
         raise Unknown
@@ -300,7 +317,7 @@ def _view(fields: Sequence[Field], args: Sequence[Any], output: Tensor) -> Field
 
 
 def _product(fields: Sequence[Field], args: Sequence[Any], output: Tensor) -> Field:
-    """A matrix product: rows of the first matrix stay where they are; what is summed over is not known by place."""
+    """Apply a matrix product, which keeps the rows of the first matrix; sums over rows or columns are not supported."""
     first = next(arg for arg in args if arg.ndim == 2)  # addmm's first argument is a bias
     if len(fields) > 1 or first.ndim - 1 in fields[0].dims:
         raise Unknown
@@ -313,13 +330,14 @@ def _softmax(fields: Sequence[Field], args: Sequence[Any], output: Tensor) -> Fi
 
 
 def _squeeze(fields: Sequence[Field], args: Sequence[Any], output: Tensor) -> Field:
-    gone = [dim % args[0].ndim for dim in ([args[1]] if isinstance(args[1], int) else args[1])]
-    gone = [dim for dim in gone if args[0].shape[dim] == 1]
-    return fields[0].moved(lambda dim: None if dim in gone else dim - sum(other < dim for other in gone))
+    removed = [dim % args[0].ndim for dim in ([args[1]] if isinstance(args[1], int) else args[1])]
+    removed = [dim for dim in removed if args[0].shape[dim] == 1]
+    return fields[0].moved(lambda dim: None if dim in removed else dim - sum(other < dim for other in removed))
 
 
-# Place by place, whatever they do there. That a group norm hears the statistics of the whole map is left aside.
-_PLACEWISE = {
+# Operations that act on each position separately. The dependence of group norm on the statistics of the whole map is
+# ignored.
+_POINTWISE = {
     "clone", "_to_copy", "detach", "alias", "lift_fresh", "native_dropout", "native_batch_norm",
     "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "native_group_norm", "native_layer_norm",
     "_prelu_kernel", "expand",
@@ -337,4 +355,4 @@ _RULES: dict[str, Callable[..., Field]] = {
     "permute": _permute, "transpose": _transpose, "unsqueeze": _unsqueeze, "squeeze": _squeeze,
     "view": _view, "_unsafe_view": _view,
 }  # fmt: skip
-_OF_FLAT = {"view", "_unsafe_view", "addmm", "mm"}
+_SUPPORTS_FLAT = {"view", "_unsafe_view", "addmm", "mm"}

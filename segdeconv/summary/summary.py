@@ -1,4 +1,4 @@
-"""A network, layer by layer, as a table: shapes, kernels, receptive fields, parameters, operations, memory."""
+"""Summary of a network as a table of layers: shapes, kernels, receptive fields, parameters, operations and memory."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -9,17 +9,26 @@ from torch import nn
 
 from segdeconv.summary.tracing import Layer, Trace
 
-# Larger than the size asked for, until fields meet an end of the image only if they always do. Multiples of 2^11, so
-# that the same sides are odd. The first that is enough, since where maps are stretched by a ratio that is not whole,
-# two paths drift apart along the image.
-BEYOND = (2048, 8192)
+# Receptive fields are measured on an image that is larger than the requested size by these margins, tried in turn until
+# only those fields reach an end of the image that always do. Multiples of 2^11 keep the same sides odd. The smallest
+# margin that suffices is used, because where maps are resized by a fractional ratio, paths drift apart along the image.
+MARGINS = (2048, 8192)
 
 
 class Paper(NamedTuple):
-    """What is printed about a network: in the SegNet paper (https://arxiv.org/abs/1511.00561, tables 1 and 6: 11
-    classes, 360x480, forward passes of Caffe on a Titan), and of DeconvNet's size in its own.
+    """Published numbers of a network.
 
-    parameters: in millions; model, inference: in MB, of the weights and of the card while it infers; time: in ms.
+    They come from the SegNet paper (https://arxiv.org/abs/1511.00561, tables 1 and 6: 11 classes, 360x480, forward
+    passes of Caffe on a Titan), and for the size of DeconvNet from its own paper.
+
+    Attributes:
+        network: Name of the class in `segdeconv.models`.
+        name: Name in the paper.
+        parameters: Number of parameters in millions.
+        weight_layers: Number of layers with weights.
+        model: Size of the weights in MB.
+        inference: GPU memory in inference in MB.
+        time: Time of a forward pass in ms.
     """
 
     network: str
@@ -46,12 +55,19 @@ PAPERS = (
 
 @dataclass(frozen=True)
 class Description:
-    """The layers and totals of a network, for one image; memory in bytes of float32.
+    """Layers and totals of a network for one image, with memory in bytes of float32.
 
-    parameters: of the whole network. multiply_adds: of all layers. weight_layers: convolutions, deconvolutions and
-        fully connected layers with weights of their own.
-    maps: of all outputs, what training keeps for its backward pass at least. switches: what pools keep for the
-        decoder. peak: the most of all maps alive at once in inference.
+    Attributes:
+        network: Name of the class.
+        size: (H, W) of the image.
+        num_classes: Number of output channels.
+        layers: Rows of the table.
+        parameters: Number of parameters of the network.
+        multiply_adds: Sum over all layers.
+        weight_layers: Number of convolutions, deconvolutions and fully connected layers that have weights.
+        maps: Memory of all outputs, which training keeps at least for the backward pass.
+        switches: Memory of the switches that pools keep for the decoder.
+        peak: Largest memory of all maps that exist at the same time in inference.
     """
 
     network: str
@@ -67,24 +83,26 @@ class Description:
 
     @property
     def paper(self) -> Paper | None:
-        """What is printed about this network: of this class and, but for a twentieth, of as many parameters."""
-        near = (
+        """The published numbers of this class whose number of parameters differs by less than a twentieth, if any."""
+        matching = (
             paper
             for paper in PAPERS
             if paper.network == self.network and abs(self.parameters / 1e6 - paper.parameters) < paper.parameters / 20
         )
-        return next(near, None)
+        return next(matching, None)
 
     def to_dict(self) -> dict[str, Any]:
-        """For a JSON file."""
+        """Return the description as plain data for a JSON file."""
         return {**asdict(self), "paper": self.paper._asdict() if self.paper else None}
 
 
 def describe(build: Callable[[], nn.Module], size: tuple[int, int]) -> Description:
-    """A network as it sees one image of size (H, W).
+    """Describe a network layer by layer for one image.
 
-    build: makes the network. It is called on the meta device, so that weights take no memory, and again without if
-        its constructor needs to see values.
+    Args:
+        build: Builds the network. It is called on torch's meta device, so that weights take no memory, and again
+            without it if the constructor needs the values of tensors.
+        size: (H, W) of the image.
     """
     try:
         with torch.device("meta"):
@@ -92,73 +110,78 @@ def describe(build: Callable[[], nn.Module], size: tuple[int, int]) -> Descripti
     except (NotImplementedError, RuntimeError):
         model = build()
     model = model.to("meta").eval()
-    seen = Trace(model)
-    num_classes = seen.run(size).shape[1]
-    _measure_fields(model, seen, size)
+    trace = Trace(model)
+    num_classes = trace.run(size).shape[1]
+    _measure_fields(model, trace, size)
     return Description(
         network=type(model).__name__,
         size=size,
         num_classes=num_classes,
-        layers=seen.layers,
+        layers=trace.layers,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        multiply_adds=sum(layer.multiply_adds for layer in seen.layers),
-        weight_layers=sum(layer.filter_depth is not None and layer.parameters > 0 for layer in seen.layers),
-        maps=sum(layer.memory for layer in seen.layers),
-        switches=sum(layer.kept for layer in seen.layers),
-        peak=seen.peak,
+        multiply_adds=sum(layer.multiply_adds for layer in trace.layers),
+        weight_layers=sum(layer.filter_depth is not None and layer.parameters > 0 for layer in trace.layers),
+        maps=sum(layer.memory for layer in trace.layers),
+        switches=sum(layer.kept for layer in trace.layers),
+        peak=trace.peak,
     )
 
 
-def _measure_fields(model: nn.Module, seen: Trace, size: tuple[int, int]) -> None:
-    """Fill in the receptive fields, from a run on an image so large that its ends do not cut them."""
-    for beyond in BEYOND:
-        far = Trace(model)
-        height, width = size[0] + beyond, size[1] + beyond
+def _measure_fields(model: nn.Module, trace: Trace, size: tuple[int, int]) -> None:
+    """Fill in the receptive fields, measured on an image so large that its ends do not cut them off."""
+    for margin in MARGINS:
+        large = Trace(model)
+        height, width = size[0] + margin, size[1] + margin
         try:
-            far.run((height, width))
-        except (RuntimeError, ValueError):  # it takes images of one size only
+            large.run((height, width))
+        except (RuntimeError, ValueError):  # the network accepts one size only
             return
-        if [layer.name for layer in far.layers] != [layer.name for layer in seen.layers]:
+        if [layer.name for layer in large.layers] != [layer.name for layer in trace.layers]:
             return
-        for layer, spans in zip(seen.layers, far.spans, strict=True):
+        for layer, spans in zip(trace.layers, large.spans, strict=True):
             if spans is not None:
                 layer.field = (spans[0].largest(height), spans[1].largest(width))
-        if all(None not in layer.field for layer in seen.layers if layer.field):
+        if all(None not in layer.field for layer in trace.layers if layer.field):
             return
 
 
-# For reading.
+# Text output.
 
 
 def layer_table(description: Description, width: int = 200) -> str:
-    """One line a layer, then the totals; columns that a width has no room for are left out, and named."""
+    """Format a description as text, with one line per layer and then the totals.
+
+    Args:
+        description: Made by `describe`.
+        width: Number of columns of the terminal. Columns of the table that do not fit are left out and named below it.
+    """
     rows = [_row(number, layer) for number, layer in enumerate(description.layers, 1)]
     left_out = []
     for name in ("input", "then", "MB", "mult-adds"):
-        if max(map(len, _lined(rows))) <= width:
+        if max(map(len, _aligned(rows))) <= width:
             break
         rows = [{column: text for column, text in row.items() if column != name} for row in rows]
         left_out.append(name)
-    lines = _lined(rows)
+    lines = _aligned(rows)
     if left_out:
-        lines += ["", f"without {', '.join(left_out)}: {width} columns are too narrow; --json FILE holds everything"]
+        lines += ["", f"without {', '.join(left_out)}: {width} columns are too few - use --json FILE for all columns"]
     return "\n".join([*lines, "", *_totals(description)])
 
 
 def _row(number: int, layer: Layer) -> dict[str, str]:
-    what = [layer.kind]
+    operation = [layer.kind]
     if layer.kernel:
         depth = [layer.filter_depth] if layer.filter_depth else []
-        what.append("x".join(map(str, (*layer.kernel, *depth))))
+        operation.append("x".join(map(str, (*layer.kernel, *depth))))
     if layer.stride and set(layer.stride) != {1}:
-        what.append(f"/{_short(layer.stride)}")
+        operation.append(f"/{_short(layer.stride)}")
     if layer.dilation and set(layer.dilation) != {1}:
-        what.append(f"dilated {_short(layer.dilation)}")
+        operation.append(f"dilated {_short(layer.dilation)}")
     kept = [f"keeps {layer.kept / 1e6:.2f} MB of switches"] if layer.kept else []
     return {
         "#": str(number),
         "layer": layer.name or "forward",
-        "what": " ".join(what),
+        "operation": " ".join(operation),
         "input": "x".join(map(str, layer.input)),
         "output": "x".join(map(str, layer.output)),
         "field": "?" if layer.field is None else "x".join("all" if side is None else str(side) for side in layer.field),
@@ -170,7 +193,7 @@ def _row(number: int, layer: Layer) -> dict[str, str]:
 
 
 def _rounded(value: float) -> str:
-    """To three digits, or whole.
+    """Format a number with three digits, or as an integer from 100.
 
     >>> _rounded(1052.4), _rounded(5.281), _rounded(0.03333)
     ('1,052', '5.28', '0.0333')
@@ -182,8 +205,8 @@ def _short(sides: Sequence[int]) -> str:
     return str(sides[0]) if len(set(sides)) == 1 else "x".join(map(str, sides))
 
 
-def _lined(rows: list[dict[str, str]]) -> list[str]:
-    """Columns under their names; numbers to the right."""
+def _aligned(rows: list[dict[str, str]]) -> list[str]:
+    """Format rows as lines under a header, with numbers aligned to the right."""
     right = {"#", "input", "output", "field", "parameters", "mult-adds", "MB"}
     rows = [{name: name for name in rows[0]}, *rows]
     widths = {name: max(len(row[name]) for row in rows) for name in rows[0]}
@@ -205,21 +228,21 @@ def _totals(description: Description) -> list[str]:
             f"{_rounded(description.parameters * 4 / 1e6)} MB",
             paper and paper.model and f"{paper.model:.0f} MB",
         ),
-        "maps at once, to infer": (
+        "peak maps in inference": (
             f"{_rounded(description.peak / 1e6)} MB",
-            paper and paper.inference and f"{paper.inference:.0f} MB on the card, with the weights",
+            paper and paper.inference and f"{paper.inference:.0f} MB on the GPU, including the weights",
         ),
-        "maps in all, to train": (f"{_rounded(description.maps / 1e6)} MB", None),
+        "all maps, for training": (f"{_rounded(description.maps / 1e6)} MB", None),
         "switches": (f"{_rounded(description.switches / 1e6)} MB" if description.switches else "none", None),
-        "time": ("not run", paper and paper.time and f"{paper.time:.4g} ms on a Titan"),
+        "time": ("not measured", paper and paper.time and f"{paper.time:.4g} ms on a Titan"),
     }
     size = "x".join(map(str, description.size))
     head = f"{description.network}, {description.num_classes} classes, one image of {size}, float32"
-    wide = max(len(here) for here, _ in rows.values())
+    column = max(len(here) for here, _ in rows.values())
     lines = [head, ""]
     if paper:
-        lines.append(f"{'':<24}{'here':<{wide}}  printed of {paper.name}")
-    for name, (here, printed) in rows.items():
-        if name != "time" or printed:
-            lines.append(f"{name:<24}{here:<{wide}}  {printed or ''}".rstrip())
+        lines.append(f"{'':<24}{'here':<{column}}  published for {paper.name}")
+    for name, (here, published) in rows.items():
+        if name != "time" or published:
+            lines.append(f"{name:<24}{here:<{column}}  {published or ''}".rstrip())
     return lines

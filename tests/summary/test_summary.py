@@ -1,4 +1,4 @@
-"""Descriptions against hooks, torch's own counter, gradients and the published tables."""
+"""Summaries compared with hooks, torch's own counter, gradients and the published tables."""
 
 import json
 import os
@@ -15,13 +15,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from segdeconv import models
 from segdeconv.models import SegmentationModel
-from segdeconv.summary.summary import BEYOND, describe, layer_table
+from segdeconv.summary.summary import MARGINS, describe, layer_table
 from segdeconv.switches import ops
 
 ROOT = Path(__file__).parents[2]
 SIZE = (360, 480)
 
-# Networks so slim that their gradients are quick.
+# Networks so slim that their gradients are computed quickly.
 SLIM = {
     "SegNet": lambda: models.SegNet(2, width=1 / 64),
     "SegNet, VGG11": lambda: models.SegNet(2, width=1 / 64, depth=11),
@@ -42,7 +42,7 @@ def segnet():
     return describe(lambda: models.SegNet(11), SIZE)
 
 
-def test_segnet_is_the_published_table(segnet):
+def test_segnet_has_the_published_table(segnet):
     weighted = [layer for layer in segnet.layers if layer.filter_depth]
     assert [layer.output[0] for layer in weighted] == [
         64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512,
@@ -58,12 +58,12 @@ def test_segnet_is_the_published_table(segnet):
 
 
 def test_operations_are_sums_over_the_published_table(segnet):
-    # out channels, in channels, and the size of the map: 9 products for every pair at every place.
+    # Channels of every stage and the size of its map: 9 products for every pair of channels at every position.
     stages = [(3, 64, 64), (64, 128, 128), (128, 256, 256, 256), (256, 512, 512, 512), (512, 512, 512, 512)]
-    back = [(512, 512, 512, 512), (512, 512, 512, 256), (256, 256, 256, 128), (128, 128, 64), (64, 64, 11)]
+    decoder = [(512, 512, 512, 512), (512, 512, 512, 256), (256, 256, 256, 128), (128, 128, 64), (64, 64, 11)]
     sides = [(360, 480), (180, 240), (90, 120), (45, 60), (23, 30)]
     expected = 0
-    for channels, (height, width) in [*zip(stages, sides, strict=True), *zip(back, reversed(sides), strict=True)]:
+    for channels, (height, width) in [*zip(stages, sides, strict=True), *zip(decoder, reversed(sides), strict=True)]:
         expected += sum(9 * a * b * height * width for a, b in pairwise(channels))
     assert segnet.multiply_adds == expected == 106_712_432_640
 
@@ -73,17 +73,17 @@ def test_memory_of_maps_and_switches_is_counted_in_bytes(segnet):
     pooled = [(64, 180, 240), (128, 90, 120), (256, 45, 60), (512, 23, 30), (512, 12, 15)]
     assert segnet.switches == sum(channels * height * width for channels, height, width in pooled)
     assert next(layer.kept for layer in segnet.layers if layer.kept) == 64 * 180 * 240
-    # The first stage: what goes into a layer, what comes out of its convolution, and of its norm.
+    # In the first stage, the input of a layer and the outputs of its convolution and its norm exist together.
     assert segnet.peak >= 3 * 64 * 360 * 480 * 4
 
 
-def test_unpooling_names_the_pool_whose_switches_it_reads(segnet):
-    read = [layer.then[0] for layer in segnet.layers if layer.kind == "unpool"]
+def test_unpooling_names_the_pool_whose_switches_it_uses(segnet):
+    sources = [layer.then[0] for layer in segnet.layers if layer.kind == "unpool"]
     pools = [number for number, layer in enumerate(segnet.layers, 1) if layer.kind == "max_pool"]
-    assert read == [f"switches of {number}" for number in reversed(pools)]
+    assert sources == [f"switches of {number}" for number in reversed(pools)]
 
 
-def test_segnet_basic_and_deconvnet_are_the_published_ones():
+def test_segnet_basic_and_deconvnet_have_the_published_numbers():
     basic = describe(lambda: models.SegNetBasic(11), SIZE)
     fields = [layer.field[0] for layer in basic.layers if layer.kind in ("conv", "max_pool")][:8]
     assert fields == [7, 8, 20, 22, 46, 50, 98, 106]
@@ -95,42 +95,42 @@ def test_segnet_basic_and_deconvnet_are_the_published_ones():
 
 
 def networks():
-    found = [getattr(models, name) for name in models.__all__]
-    return [one for one in found if isinstance(one, type) and one is not SegmentationModel]
+    exported = [getattr(models, name) for name in models.__all__]
+    return [item for item in exported if isinstance(item, type) and item is not SegmentationModel]
 
 
 @pytest.mark.parametrize("network", networks(), ids=lambda network: network.__name__)
-def test_every_network_agrees_with_hooks_and_with_torchs_counter(network):
-    found = describe(lambda: network(5), (227, 290))
+def test_the_summary_of_every_network_agrees_with_hooks_and_with_torchs_counter(network):
+    description = describe(lambda: network(5), (227, 290))
     with torch.device("meta"):
         model = network(5).eval()
-    seen = {}
+    executed = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
             module.register_forward_hook(
-                lambda module, inputs, output, name=name: seen.setdefault(name, []).append(
+                lambda module, inputs, output, name=name: executed.setdefault(name, []).append(
                     (tuple(inputs[0].shape[1:]), tuple(nn.Module.__call__(nn.Identity(), output).shape[1:]))
                 )
             )
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         logits = model(torch.empty(1, 3, 227, 290, device="meta"))
-    assert 2 * found.multiply_adds == counter.get_total_flops()
-    last = found.layers[-1]
+    assert 2 * description.multiply_adds == counter.get_total_flops()
+    last = description.layers[-1]
     assert tuple(logits.shape[1:]) == (5, 227, 290)
     assert last.output == (5, 227, 290) or last.then == ["cut to 227x290"]
-    assert found.parameters == sum(parameter.numel() for parameter in model.parameters())
-    assert sum(layer.parameters for layer in found.layers) == found.parameters
+    assert description.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert sum(layer.parameters for layer in description.layers) == description.parameters
     described = {}
-    for layer in found.layers:
+    for layer in description.layers:
         described.setdefault(layer.name, []).append((layer.input, layer.output))
-    assert seen
-    for name, shapes in seen.items():
+    assert executed
+    for name, shapes in executed.items():
         assert described[name] == shapes
-    assert all(layer.field is not None for layer in found.layers)
+    assert all(layer.field is not None for layer in description.layers)
 
 
 def reach(model, rows, height, width):
-    """How many rows of the image have a gradient from rows of the output, at most: weights are positive, pools mean."""
+    """Return the largest number of image rows that get a gradient from one of the given rows of the output."""
     widest = 0
     for row in rows:
         image = torch.rand(1, 3, height, width, dtype=torch.float64, requires_grad=True)
@@ -148,8 +148,8 @@ def mean_pool(x, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=Fals
 
 
 @pytest.fixture
-def everything_heard(monkeypatch):
-    """Pools that hear all of their window, and unpools that put a value into all of its cells."""
+def dense_windows(monkeypatch):
+    """Make pools depend on all cells of a window, and unpools write a value into all of them."""
 
     def pool(x, packed):
         pooled = F.avg_pool2d(x, 2, ceil_mode=True)
@@ -164,7 +164,7 @@ def everything_heard(monkeypatch):
 
 
 def positive(model):
-    """The network with weights that let everything through, and norms that do nothing."""
+    """Make all weights positive and remove the norms, so that no gradient vanishes."""
     for module in model.modules():
         for name, child in module.named_children():
             if isinstance(child, nn.GroupNorm | nn.BatchNorm2d | nn.LocalResponseNorm):
@@ -180,16 +180,16 @@ def positive(model):
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if name == "DeconvNet" else name for name in SLIM]
 )
-def test_the_receptive_field_is_where_gradients_come_from(name, everything_heard):
+def test_the_receptive_field_is_the_reach_of_the_gradients(name, dense_windows):
     torch.manual_seed(0)
     height, width = {"DeconvNet": (1696, 200), "SegNet": (1056, 32)}.get(name, (704 if "Basic" in name else 1184, 32))
-    period = 16 if "Basic" in name else 32  # after so many rows everything is the same
+    period = 16 if "Basic" in name else 32  # receptive fields repeat after this number of rows
     expected = reach(positive(SLIM[name]()), range(height // 2, height // 2 + period), height, width)
     assert describe(SLIM[name], (228, 228)).layers[-1].field == (expected, expected)
 
 
 class Mixed(SegmentationModel):
-    """One of a user's own: strides, dilations, groups, skips, every way to make a map larger, functions and modules."""
+    """User-defined network with strides, dilations, groups, skips, every kind of upsampling, functions and modules."""
 
     def __init__(self, num_classes, *, in_channels=3):
         super().__init__(num_classes, in_channels=in_channels)
@@ -213,35 +213,35 @@ class Mixed(SegmentationModel):
         return F.interpolate(self.classifier(x), size=image.shape[-2:], mode="bilinear", align_corners=False)
 
 
-def test_any_network_of_a_users_own_is_described(everything_heard):
+def test_a_user_defined_network_is_described(dense_windows):
     torch.manual_seed(0)
     model = positive(Mixed(2))
     height, width = 192, 192
-    found = describe(lambda: Mixed(2), (height, width))
-    spread = {"rows": 0, "columns": 0}
+    description = describe(lambda: Mixed(2), (height, width))
+    field = {"rows": 0, "columns": 0}
     for axis, (name, dims) in enumerate({"rows": (0, 1, 3), "columns": (0, 1, 2)}.items()):
-        for place in range(80, 112):
+        for position in range(80, 112):
             image = torch.rand(1, 3, height, width, dtype=torch.float64, requires_grad=True)
-            (gradient,) = torch.autograd.grad(model(image)[0, 0].select(axis, place).sum(), image)
-            seen = gradient.abs().sum(dim=dims).nonzero().flatten()
-            spread[name] = max(spread[name], int(seen.max() - seen.min()) + 1)
-    by_name = {layer.name: layer for layer in found.layers}
+            (gradient,) = torch.autograd.grad(model(image)[0, 0].select(axis, position).sum(), image)
+            reached = gradient.abs().sum(dim=dims).nonzero().flatten()
+            field[name] = max(field[name], int(reached.max() - reached.min()) + 1)
+    by_name = {layer.name: layer for layer in description.layers}
     assert by_name["dilated"].filter_depth == 2
     assert by_name["even"].kernel == (2, 4)
-    assert found.layers[-1].field == tuple(spread.values())
-    assert spread["rows"] != spread["columns"]
-    assert sum(layer.parameters for layer in found.layers) == found.parameters
+    assert description.layers[-1].field == tuple(field.values())
+    assert field["rows"] != field["columns"]
+    assert sum(layer.parameters for layer in description.layers) == description.parameters
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.rand(1, 3, height, width, dtype=torch.float64))
-    assert 2 * found.multiply_adds == counter.get_total_flops()
-    kinds = [layer.kind for layer in found.layers]
+    assert 2 * description.multiply_adds == counter.get_total_flops()
+    kinds = [layer.kind for layer in description.layers]
     assert {"conv", "deconv", "add", "avg_pool", "nearest", "bilinear", "cat", "pixelshuffle"} <= {
         kind.replace("_shuffle", "shuffle") for kind in kinds
     }
 
 
 class Whole(SegmentationModel):
-    """A network with a branch that looks at the whole image, and one whose field cannot be known."""
+    """Network with a branch that depends on the whole image, or with an operation of unknown receptive field."""
 
     def __init__(self, num_classes, *, in_channels=3, odd=False):
         super().__init__(num_classes, in_channels=in_channels)
@@ -255,7 +255,7 @@ class Whole(SegmentationModel):
         return self.classifier(x * torch.sigmoid(self.far(x.mean(dim=(2, 3))))[:, :, None, None])
 
 
-def test_a_field_of_the_whole_image_is_all_and_an_unknown_one_is_not_made_up():
+def test_a_field_of_the_whole_image_is_all_and_an_unknown_one_is_a_question_mark():
     whole = describe(lambda: Whole(2), (40, 50))
     assert whole.layers[0].field == (3, 3)
     assert whole.layers[-1].field == (None, None)
@@ -267,7 +267,7 @@ def test_a_field_of_the_whole_image_is_all_and_an_unknown_one_is_not_made_up():
 
 
 class Writing(SegmentationModel):
-    """Writes into a part of a tensor that it has made: what the tensor depends on is then not known."""
+    """Network that writes into a part of a tensor, whose dependences are then unknown."""
 
     def __init__(self, num_classes, *, in_channels=3):
         super().__init__(num_classes, in_channels=in_channels)
@@ -281,12 +281,12 @@ class Writing(SegmentationModel):
 
 
 def test_a_map_that_is_written_in_parts_has_an_unknown_field():
-    found = describe(lambda: Writing(2), (40, 50))
-    assert [layer.field for layer in found.layers if layer.kind == "conv"] == [(3, 3), None]
+    description = describe(lambda: Writing(2), (40, 50))
+    assert [layer.field for layer in description.layers if layer.kind == "conv"] == [(3, 3), None]
 
 
 class ChannelsLast(SegmentationModel):
-    """ConvNeXt's way: a linear layer over the channels of every place."""
+    """Network like ConvNeXt, with a linear layer over the channels of every position."""
 
     def __init__(self, num_classes, *, in_channels=3):
         super().__init__(num_classes, in_channels=in_channels)
@@ -301,14 +301,15 @@ class ChannelsLast(SegmentationModel):
 
 
 def test_linear_layers_over_channels_keep_the_field():
-    found = describe(lambda: ChannelsLast(2), (64, 96))
-    assert [layer.field for layer in found.layers if layer.filter_depth] == [(4, 4), (4, 4), (12, 12), (12, 12)]
-    assert sum(layer.parameters for layer in found.layers) == found.parameters
-    assert found.weight_layers == 4
+    description = describe(lambda: ChannelsLast(2), (64, 96))
+    fields = [layer.field for layer in description.layers if layer.filter_depth]
+    assert fields == [(4, 4), (4, 4), (12, 12), (12, 12)]
+    assert sum(layer.parameters for layer in description.layers) == description.parameters
+    assert description.weight_layers == 4
 
 
 class OneSize(SegmentationModel):
-    """Takes images of 32x32 alone, and its constructor looks at its weights."""
+    """Network that accepts only 32x32 images and whose constructor reads its weights."""
 
     def __init__(self, num_classes, *, in_channels=3):
         super().__init__(num_classes, in_channels=in_channels)
@@ -322,39 +323,39 @@ class OneSize(SegmentationModel):
 
 
 def test_a_network_of_one_size_is_described_without_fields():
-    found = describe(lambda: OneSize(2), (32, 32))
-    assert found.layers[0].output == (2, 32, 32)
-    assert found.layers[0].field is None
+    description = describe(lambda: OneSize(2), (32, 32))
+    assert description.layers[0].output == (2, 32, 32)
+    assert description.layers[0].field is None
 
 
-def test_weights_take_no_memory_and_the_model_is_left_as_it_was():
-    made = []
+def test_weights_take_no_memory_and_the_model_is_not_changed():
+    built = []
 
     def build():
-        made.append(models.SegNet(2, width=0.25))
-        return made[-1]
+        built.append(models.SegNet(2, width=0.25))
+        return built[-1]
 
     describe(build, (64, 64))
-    assert len(made) == 1
-    assert all(parameter.device.type == "meta" for parameter in made[0].parameters())
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in made[0].modules())
+    assert len(built) == 1
+    assert all(parameter.device.type == "meta" for parameter in built[0].parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in built[0].modules())
     x = torch.rand(1, 1, 4, 4)
-    assert ops.unpool(*ops.max_pool(x)).shape == x.shape  # the switches are torch's again
+    assert ops.unpool(*ops.max_pool(x)).shape == x.shape  # pooling works as before
 
 
-def test_a_table_fits_the_terminal_and_says_what_it_leaves_out(segnet):
+def test_a_table_fits_the_terminal_and_names_the_columns_that_it_leaves_out(segnet):
     for width in (200, 110, 90, 80):
-        shown = layer_table(segnet, width)
-        rows = shown.split("\n\n")[0].splitlines()
+        table = layer_table(segnet, width)
+        rows = table.split("\n\n")[0].splitlines()
         assert max(map(len, rows)) <= width
         assert len(rows) == 37
-        assert ("without" in shown) == (width < 200)
+        assert ("without" in table) == (width < 200)
     assert "29,449,355" in layer_table(segnet)
     assert "117 MB" in layer_table(segnet)
 
 
-def test_the_beyond_keeps_what_is_odd():
-    assert all(beyond % 2**11 == 0 for beyond in BEYOND)
+def test_the_margins_keep_the_same_sides_odd():
+    assert all(margin % 2**11 == 0 for margin in MARGINS)
 
 
 def command(*words, cwd, code=0):
@@ -366,13 +367,13 @@ def command(*words, cwd, code=0):
 
 
 def test_the_command_takes_classes_and_size_from_the_data_set_without_its_files(tmp_path):
-    shown = command("dataset=camvid", "model=segnet_basic", "--json", "basic.json", cwd=tmp_path).stdout
-    assert "SegNetBasic, 11 classes, one image of 360x480" in shown
+    output = command("dataset=camvid", "model=segnet_basic", "--json", "basic.json", cwd=tmp_path).stdout
+    assert "SegNetBasic, 11 classes, one image of 360x480" in output
     content = json.loads((tmp_path / "basic.json").read_text())
     assert content["parameters"] == 1_416_587
     assert content["layers"][1]["kernel"] == [7, 7]
     assert content["paper"]["name"] == "SegNet-Basic"
-    assert [path.name for path in tmp_path.iterdir()] == ["basic.json"]  # nothing was fetched
+    assert [path.name for path in tmp_path.iterdir()] == ["basic.json"]  # nothing was downloaded
 
 
 @pytest.mark.parametrize(
@@ -386,14 +387,14 @@ def test_the_command_takes_classes_and_size_from_the_data_set_without_its_files(
         (["--json"], "--json has no value"),
     ],
 )
-def test_a_mistake_on_the_command_line_is_one_sentence(tmp_path, words, message, monkeypatch, capsys):
+def test_a_wrong_command_line_gives_an_error_message_of_one_line(tmp_path, words, message, monkeypatch, capsys):
     import runpy
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["describe.py", *words])
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as exit_info:
         runpy.run_path(str(ROOT / "scripts" / "describe.py"), run_name="__main__")
-    assert left.value.code == 2
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == 1
-    assert message in said[0]
+    assert exit_info.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert message in lines[0]
