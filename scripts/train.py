@@ -62,7 +62,7 @@ def main() -> None:
     except _Failed as failed:
         raise failed.error from failed.error.__cause__
     except (HydraException, OmegaConfBaseException) as error:
-        raise UsageError(f"the configuration cannot be composed: {error} - correct the override") from error
+        raise UsageError(f"the config cannot be composed: {error} - correct the override") from error
 
 
 class _Failed(BaseException):

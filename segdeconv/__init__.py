@@ -1,4 +1,4 @@
-"""segdeconv: train segmentation networks that remember where the maxima were.
+"""segdeconv: train and use segmentation networks that unpool with recorded max-pooling switches.
 
 >>> import segdeconv
 >>> segdeconv.load("best.ckpt").predict("photo.jpg").save("mask.png")  # doctest: +SKIP
@@ -7,15 +7,15 @@
 import os
 from typing import Any
 
-# albumentations asks the package index for a newer version of itself when it is imported; no
-# command of ours opens a connection that was not asked for, so this is set before any import of it.
+# albumentations asks the package index for a newer version when it is imported. No command opens a connection without
+# being asked to, so this is set before albumentations is imported.
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
 
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """`load`, when it is asked for: torch takes seconds to import."""
+    """Import `load` on first use, because torch takes seconds to import."""
     if name == "load":
         from segdeconv.inference.segmenter import load
 

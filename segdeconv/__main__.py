@@ -1,4 +1,4 @@
-"""`python -m segdeconv COMMAND ...` is `segdeconv COMMAND ...`."""
+"""Entry point of `python -m segdeconv COMMAND ...`, which equals `segdeconv COMMAND ...`."""
 
 from segdeconv.cli.main import main
 

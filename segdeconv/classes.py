@@ -1,4 +1,4 @@
-"""The classes of a data set: their names, their colours, and how mask files write them."""
+"""Classes of a data set: their names, their colours, and their labels and colours in mask files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Colour = tuple[int, int, int]
 
 
 def voc_colours(count: int) -> tuple[Colour, ...]:
-    """The first `count` colours of PASCAL VOC's palette: bit-interleaved, far apart, never repeating.
+    """Return the first `count` colours of PASCAL VOC's palette, which are bit-interleaved, far apart and all different.
 
     >>> voc_colours(3)
     ((0, 0, 0), (128, 0, 0), (0, 128, 0))
@@ -32,14 +32,18 @@ def voc_colours(count: int) -> tuple[Colour, ...]:
 
 @dataclass(frozen=True)
 class Classes:
-    """Names and colours by class index, and how a mask file stands for them.
+    """Names and colours by class index, and their labels and colours in mask files.
 
-    names: one per class, class index 0 first.
-    colours: RGB, 0..255, one per class; also the colour table of RGB-coloured mask files.
-    ignore_index: the mask value of pixels that count neither in the loss nor in the scores.
-    labels: the value that stands for each class in a label mask file; 0, 1, 2, ... if not given.
-    ignore_colour: the colour of ignored pixels in RGB-coloured mask files, if there is one.
-    ignored_labels: the values that stand for ignored pixels in a label mask file; ignore_index alone if not given.
+    Attributes:
+        names: One per class, class index 0 first.
+        colours: RGB, 0..255, one per class; also the colour table of RGB-coloured mask files.
+        ignore_index: Mask value of pixels that count neither in the loss nor in the scores.
+        labels: Label of each class in a label mask file; 0, 1, 2, ... by default.
+        ignore_colour: Colour of ignored pixels in RGB-coloured mask files, None if they have none.
+        ignored_labels: Labels of ignored pixels in a label mask file; only ignore_index by default.
+
+    Raises:
+        UsageError: There are fewer than two classes, the lists differ in length, or entries are not unique.
     """
 
     names: tuple[str, ...]
@@ -56,29 +60,29 @@ class Classes:
             object.__setattr__(self, "ignored_labels", (self.ignore_index,))
         if len(self.names) < 2:
             raise UsageError(
-                f"{len(self.names)} class(es) {list(self.names)}: a network needs at least two to tell apart "
-                "- name the background as a class of its own"
+                f"{len(self.names)} class(es) {list(self.names)}: a network needs at least two classes "
+                "- add the background as a class"
             )
         if not len(self.names) == len(self.colours) == len(self.labels):
             raise UsageError(
                 f"{len(self.names)} class names, {len(self.colours)} colours and {len(self.labels)} labels: "
-                "one of each per class - complete the list that is short"
+                "each class needs one of each - complete the shorter list"
             )
         if self.ignore_index in range(len(self.names)):
             raise UsageError(
-                f"ignore_index {self.ignore_index} is also a class ('{self.names[self.ignore_index]}') - take a number "
-                "beyond the classes, such as 255"
+                f"ignore_index {self.ignore_index} is also a class ('{self.names[self.ignore_index]}') - use a number "
+                "above the class indices, such as 255"
             )
-        for what, values in (("name", self.names), ("label", self.labels), ("colour", self.colours)):
+        for kind, values in (("name", self.names), ("label", self.labels), ("colour", self.colours)):
             if len(set(values)) != len(values):
-                raise UsageError(f"the class {what}s {list(values)} are not all different - give each class its own")
+                raise UsageError(f"the class {kind}s {list(values)} are not all different - give each class its own")
 
     def __len__(self) -> int:
         return len(self.names)
 
     @cached_property
     def palette(self) -> np.ndarray:
-        """(256, 3) uint8: the colour of every mask value; black where there is no class."""
+        """Colour of every mask value, (256, 3) uint8; black for values without a class."""
         colours = np.zeros((256, 3), dtype=np.uint8)
         if self.ignore_colour is not None:
             colours[self.ignore_index] = self.ignore_colour
@@ -87,7 +91,7 @@ class Classes:
 
     @cached_property
     def _indices(self) -> np.ndarray:
-        """(65536,) int32: class index or ignore_index of every label value; -1 where there is none."""
+        """Class index or ignore_index of every label, (65536,) int32; -1 for unknown labels."""
         indices = np.full(65536, -1, dtype=np.int32)
         indices[list(self.ignored_labels)] = self.ignore_index
         # After the ignored labels, so that a class whose label is 255 (0/255 masks) stays a class.
@@ -96,9 +100,10 @@ class Classes:
         return indices
 
     def from_labels(self, labels: np.ndarray) -> np.ndarray:
-        """(H, W) integer labels as a mask file holds them -> (H, W) uint8 class indices.
+        """Convert the labels of a mask file, (H, W) integers, to class indices, (H, W) uint8.
 
-        Raises UsageError naming the first label that stands for no class.
+        Raises:
+            UsageError: A label belongs to no class; the message names the first one.
         """
         outside = (labels < 0) | (labels > 65535) if labels.dtype.itemsize > 2 else None
         if outside is not None and outside.any():
@@ -111,9 +116,10 @@ class Classes:
         return indices.astype(np.uint8)
 
     def from_colours(self, image: np.ndarray) -> np.ndarray:
-        """(H, W, 3) uint8 colours of an RGB-coloured mask -> (H, W) uint8 class indices, exactly.
+        """Convert an RGB-coloured mask, (H, W, 3) uint8, to class indices, (H, W) uint8; colours must match exactly.
 
-        Raises UsageError naming the first colour that is in no row of the colour table.
+        Raises:
+            UsageError: A colour is not in the colour table; the message names the first one.
         """
         packed = pack_colours(image)
         mask = np.full(packed.shape, -1, dtype=np.int32)
@@ -124,26 +130,26 @@ class Classes:
         if (mask < 0).any():
             y, x = np.argwhere(mask < 0)[0]
             raise UsageError(
-                f"has colour {tuple(int(v) for v in image[y, x, :3])} at row {y}, column {x}, which is no class's "
-                f"colour; the colour table is {self.colour_table}"
+                f"has colour {tuple(int(v) for v in image[y, x, :3])} at row {y}, column {x}, which belongs to no "
+                f"class; the colour table is {self.colour_table}"
             )
         return mask.astype(np.uint8)
 
     @property
     def rule(self) -> str:
-        """Which labels a mask file may hold, in words."""
+        """The labels that a mask file may have, as part of an error message."""
         ignored = [label for label in self.ignored_labels if label not in self.labels]
-        void = f" and {_in_words(ignored)} for ignored pixels" if ignored else ""
-        return f"the classes have labels {_in_words(self.labels)}{void}"
+        void = f" and {_format_ranges(ignored)} for ignored pixels" if ignored else ""
+        return f"the classes have labels {_format_ranges(self.labels)}{void}"
 
     @property
     def colour_table(self) -> str:
-        """The colours of the classes in words."""
+        """The colours of the classes, as part of an error message."""
         rows = [f"{name} {colour}" for name, colour in zip(self.names, self.colours, strict=True)]
         return ", ".join(rows + ([f"ignored {self.ignore_colour}"] if self.ignore_colour else []))
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data, for a checkpoint."""
+        """Return the classes as plain data for a checkpoint."""
         return {
             "names": list(self.names),
             "colours": [list(colour) for colour in self.colours],
@@ -155,40 +161,42 @@ class Classes:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Classes:
-        """The inverse of `to_dict`."""
+        """Restore classes from the output of `to_dict`."""
         return cls(
             names=tuple(data["names"]),
             colours=tuple(_colour(colour) for colour in data["colours"]),
             ignore_index=data["ignore_index"],
             labels=tuple(data["labels"]),
             ignore_colour=_colour(data["ignore_colour"]) if data["ignore_colour"] else None,
-            ignored_labels=tuple(data.get("ignored_labels", ())),  # absent in what older versions wrote
+            ignored_labels=tuple(data.get("ignored_labels", ())),  # absent in files of older versions
         )
 
 
 def match_classes(classes: Classes, others: Classes, *, owners: tuple[str, str], way_out: str) -> list[int]:
-    """Return, for each of `classes`, the index of the class of the same name among `others`.
+    """Match classes by name and return, for each of `classes`, the index of its counterpart among `others`.
 
     Args:
-        owners: What has the classes and the others, for the message.
-        way_out: What to do where a class is in one only.
+        classes: The classes to match.
+        others: The classes to find them in.
+        owners: Names of the owners of both, for the error message.
+        way_out: Way out, for the error message.
 
     Raises:
-        UsageError: A class is in one only.
+        UsageError: A class is in only one of the two.
     """
     if different := [
         name for name in (*classes.names, *others.names) if (name in classes.names) != (name in others.names)
     ]:
         described = (
-            f"{owner} has {len(one)} classes ({', '.join(one.names[:3])}{', ...' if len(one) > 3 else ''})"
-            for owner, one in zip(owners, (classes, others), strict=True)
+            f"{owner} has {len(owned)} classes ({', '.join(owned.names[:3])}{', ...' if len(owned) > 3 else ''})"
+            for owner, owned in zip(owners, (classes, others), strict=True)
         )
-        raise UsageError(f"{' and '.join(described)}; '{different[0]}' is in one only - {way_out}")
+        raise UsageError(f"{' and '.join(described)}; '{different[0]}' is in only one of them - {way_out}")
     return [others.names.index(name) for name in classes.names]
 
 
 def pack_colours(image: np.ndarray) -> np.ndarray:
-    """(..., 3) RGB -> (...,) int32, one number per colour."""
+    """Pack RGB colours, (..., 3), into one number per colour, (...,) int32."""
     image = image.astype(np.int32)
     return (image[..., 0] << 16) | (image[..., 1] << 8) | image[..., 2]
 
@@ -198,10 +206,10 @@ def _colour(values: Sequence[int]) -> Colour:
     return red, green, blue
 
 
-def _in_words(labels: Sequence[int]) -> str:
-    """Numbers in order, runs of them by their ends.
+def _format_ranges(labels: Sequence[int]) -> str:
+    """Format sorted numbers, abbreviating consecutive ones.
 
-    >>> _in_words((0, 1, 2, 3, 7))
+    >>> _format_ranges((0, 1, 2, 3, 7))
     '0..3, 7'
     """
     runs: list[list[int]] = []

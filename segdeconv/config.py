@@ -1,8 +1,8 @@
-"""Configs: plain data naming a class and its arguments. The constructor's signature is the schema.
+"""Configs: plain data that names classes and their arguments, with the constructors' signatures as schemas.
 
-A config node is a mapping with `_target_`, the dotted name of a class or function, and arguments for it. `check` holds
-it against the signature (names, types, ranges) and writes the defaults in; `build` calls it. Nothing here imports
-segdeconv's own classes by name, and what may be named in a checkpoint is checkpoint.py's to say.
+A config node is a mapping with `_target_`, the dotted name of a class or function, and arguments for it. `check` checks
+them against the signature (names, types, ranges) and fills in the defaults; `build` calls it. This module imports none
+of segdeconv's classes by name; checkpoint.py decides which classes a checkpoint may name.
 """
 
 import copy
@@ -26,8 +26,8 @@ Node = dict[str, Any]
 # Classes that have moved: former name -> current name. A config may use either.
 RENAMED = {"segdeconv.loggers.TensorBoard": "segdeconv.training.loggers.TensorBoard"}
 
-# Keys that were renamed: former name -> current name. A config may use either, not both; files are written with the
-# current one.
+# Keys that were renamed: former name -> current name. A config may use either, but not both; files are written with
+# the current name.
 RENAMED_KEYS = {
     "dataset.mix_share": "dataset.mix_probability",
     "loss.adjustment": "loss.logit_adjustment",
@@ -47,10 +47,10 @@ def current_name(value: Any) -> Any:
 
 
 def rename_keys(config: Mapping[str, Any], source: str | Path) -> Node:
-    """Return a config in which renamed keys have their current names, and warn once about those that had not.
+    """Return a config in which all keys have their current names, and warn once about each former name.
 
     Args:
-        config: Nested mappings, which stay unchanged.
+        config: Nested mappings; not changed.
         source: Where the config comes from, for messages.
 
     Raises:
@@ -81,7 +81,7 @@ def _warn_of_former(keys: Sequence[str], source: str | Path) -> None:
 
 
 def targets(config: Any) -> Iterator[str]:
-    """Every `_target_` anywhere in a config, whatever its type."""
+    """Yield every `_target_` in a config, also in nested mappings and lists."""
     if isinstance(config, Mapping):
         if TARGET in config:
             yield str(config[TARGET])
@@ -93,34 +93,52 @@ def targets(config: Any) -> Iterator[str]:
 
 
 def locate(node: Mapping[str, Any], where: str) -> Callable[..., Any]:
-    """Import what a node's `_target_` names. Only for nodes that the user typed, or that were found admissible."""
+    """Import the class or function that a node's `_target_` names.
+
+    Call it only for nodes that come from the user or have passed the checks of a checkpoint, because importing runs
+    code.
+
+    Args:
+        node: The config node.
+        where: Its key, for messages.
+
+    Raises:
+        UsageError: The name is missing, cannot be imported, or is not callable.
+    """
     name = current_name(node.get(TARGET))
     if not isinstance(name, str) or "." not in name:
         group = where.partition(".")[0]
-        raise UsageError(f"{where}.{TARGET} is {name!r} - give the dotted name of a class, as in configs/{group}")
+        raise UsageError(f"{where}.{TARGET} is {name!r} - use the dotted name of a class, as in configs/{group}")
     module_name, _, attribute = name.rpartition(".")
     own = module_name.partition(".")[0]
     try:
-        found = getattr(importlib.import_module(module_name), attribute)
-    except Exception as error:  # a module of the user's own may raise anything
+        target = getattr(importlib.import_module(module_name), attribute)
+    except Exception as error:  # a user's module may raise anything
         missing = isinstance(error, ModuleNotFoundError) and error.name == own
-        place = f", or start in the folder that holds {own}.py" if missing else ""
-        raise UsageError(f"{where}.{TARGET}={name} cannot be imported ({error}) - correct the name{place}") from error
-    if not callable(found):
+        hint = f", or run the command in the folder that contains {own}.py" if missing else ""
+        raise UsageError(f"{where}.{TARGET}={name} cannot be imported ({error}) - correct the name{hint}") from error
+    if not callable(target):
         raise UsageError(f"{where}.{TARGET}={name} is not a class or function - correct the name")
-    return typing.cast(Callable[..., Any], found)
+    return typing.cast(Callable[..., Any], target)
 
 
 def check(
     node: Mapping[str, Any], where: str, schemas: Sequence[Callable[..., Any]], *, supplied: Iterable[str] = ()
 ) -> Node:
-    """Hold a node's arguments against the signatures of what will take them; returns it with defaults written in.
+    """Check a node's arguments against signatures and return the node with defaults filled in.
 
-    where: the node's key, for messages. schemas: one callable, or several that share the node's keys.
-    supplied: arguments that the program gives itself and nobody may set.
-    Keys that no signature names pass only to a callable that takes `**arguments`, whose they are to judge.
+    Keys that no signature has are accepted only if one of the callables takes `**arguments`; it must check them itself.
+
+    Args:
+        node: The config node.
+        where: Its key, for messages.
+        schemas: Callables that share the node's keys.
+        supplied: Arguments that the program supplies and a config may not set.
+
+    Raises:
+        UsageError: A key is unknown or missing, or a value has the wrong type or range.
     """
-    given = set(supplied)
+    reserved = set(supplied)
     prefix = f"{where}." if where else ""
     parameters: dict[str, inspect.Parameter] = {}
     hints: dict[str, Any] = {}
@@ -131,15 +149,15 @@ def check(
         parameters |= {
             name: parameter
             for name, parameter in signature.parameters.items()
-            if name not in given and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+            if name not in reserved and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
         }
         hints |= _hints(schema)
     for name in node:
-        if name in given or (name != TARGET and name not in parameters and not takes_any):
+        if name in reserved or (name != TARGET and name not in parameters and not takes_any):
             way_out = did_you_mean(str(name), parameters)
             if not str(node.get(TARGET, "segdeconv.")).startswith("segdeconv."):
-                way_out += f". {node[TARGET]} takes no {name}: if a YAML file sets it, take it out with ~{prefix}{name}"
-            raise UsageError(f"there is no key {prefix}{name} - {way_out}")
+                way_out += f". {node[TARGET]} takes no {name}: if a YAML file sets it, remove it with ~{prefix}{name}"
+            raise UsageError(f"unknown key {prefix}{name} - {way_out}")
     checked = {name: current_name(value) for name, value in node.items() if name not in parameters}
     for name, parameter in parameters.items():
         if name in node:
@@ -152,10 +170,10 @@ def check(
 
 
 def _hints(schema: Callable[..., Any]) -> dict[str, Any]:
-    """The annotations of a constructor or function, where they can be read."""
+    """Return the annotations of a constructor or function, or none if they cannot be evaluated."""
     try:
         return typing.get_type_hints(schema.__init__ if inspect.isclass(schema) else schema, include_extras=True)
-    except NameError:  # a foreign library's, imported for type checkers only
+    except NameError:  # another library's annotations, imported for type checkers only
         return {}
 
 
@@ -165,11 +183,11 @@ def _typed(value: Any, annotation: Any, where: str) -> Any:
             annotation, config=ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False)
         )
     except (PydanticSchemaGenerationError, TypeError):
-        return value  # a foreign library's annotation that only its own constructor can judge
+        return value  # another library's annotation, which only its own constructor can check
     try:
         return _jsonable(adapter.validate_python(value))
     except ValidationError as error:
-        # A union reports each of its members; the last is the plainest.
+        # A union reports an error for each member; the last one is the simplest.
         message = error.errors()[-1]["msg"]
         raise UsageError(f"{where}={value}: {message[0].lower() + message[1:]} - correct the value") from None
 
@@ -183,9 +201,15 @@ def _jsonable(value: Any) -> Any:
 
 
 def build(node: Mapping[str, Any], where: str, **supplied: Any) -> Any:
-    """Call what a node names with its arguments and the supplied ones.
+    """Call the class or function that a node names, with the node's arguments and the supplied ones.
 
-    What the called constructor refuses becomes one sentence that names the node.
+    Args:
+        node: The config node.
+        where: Its key, for messages.
+        **supplied: Arguments that the program supplies.
+
+    Raises:
+        UsageError: The target cannot be imported or refuses its arguments.
     """
     target = locate(node, where)
     arguments = {name: value for name, value in node.items() if name != TARGET}
@@ -194,61 +218,66 @@ def build(node: Mapping[str, Any], where: str, **supplied: Any) -> Any:
     except UsageError:
         raise
     except (TypeError, ValueError) as error:
-        raise UsageError(f"{where} ({node[TARGET]}) refuses its arguments: {error} - correct them") from error
+        raise UsageError(f"{where} ({node[TARGET]}) rejects its arguments: {error} - correct them") from error
 
 
 def split_arguments(node: Mapping[str, Any], schemas: Sequence[Callable[..., Any]]) -> tuple[Node, ...]:
-    """Each schema's share of a node's arguments, in order, and last what none of them takes, with its `_target_`.
+    """Split a node's arguments by the schemas that take them.
 
-    A key that several schemas name goes to each of them.
+    Returns:
+        One node per schema, and last a node of the arguments that no schema takes, with the `_target_`. An argument
+        that several schemas take is in each of their nodes.
     """
-    shares = [set(inspect.signature(schema).parameters) for schema in schemas]
-    shares.append(set(node).difference(*shares))
-    return tuple({name: value for name, value in node.items() if name in share} for share in shares)
+    keys = [set(inspect.signature(schema).parameters) for schema in schemas]
+    keys.append(set(node).difference(*keys))
+    return tuple({name: value for name, value in node.items() if name in names} for names in keys)
 
 
 def override(config: Mapping[str, Any], arguments: Iterable[str]) -> dict[str, Any]:
-    """A copy of a restored config with `key=value` arguments of a command line set in it.
+    """Return a copy of a restored config with the `key=value` arguments of a command line set in it.
 
-    Only values: what is built, `_target_`, stays. Unknown keys are found when the node is checked.
+    Only values can be set, not `_target_`. Unknown keys of a node are reported later, when it is checked.
+
+    Raises:
+        UsageError: An argument has the wrong form, is given twice, or sets an unknown group or a `_target_`.
     """
     import yaml
 
     changed = copy.deepcopy(dict(config))
-    given: set[str] = set()
+    set_keys: set[str] = set()
     for argument in arguments:
         path, equals, text = argument.partition("=")
         _warn_of_former([path] if path in RENAMED_KEYS else [], "the command line")
         path = RENAMED_KEYS.get(path, path)
-        if path in given:
+        if path in set_keys:
             raise UsageError(f"{path} is given twice - give it once")
-        given.add(path)
+        set_keys.add(path)
         keys = path.split(".")
         if not equals or not all(keys):
             raise UsageError(f"'{argument}' is not key=value - write for example dataset.root=DIR")
         if keys[-1] == TARGET:
-            raise UsageError(f"{path} is what the checkpoint was trained with and stays - leave it out")
+            raise UsageError(f"{path} cannot be changed, because the checkpoint was trained with it - leave it out")
         node = changed
         for depth, name in enumerate(keys):
             if depth == 0 and name not in node:
-                raise UsageError(f"there is no key {path} - {did_you_mean(name, node)}")
+                raise UsageError(f"unknown key {path} - {did_you_mean(name, node)}")
             if depth == len(keys) - 1:
                 try:
                     node[name] = yaml.safe_load(text)
                 except yaml.YAMLError:
-                    raise UsageError(f"'{argument}' cannot be read - put what is no plain value in quotes") from None
+                    raise UsageError(f"'{argument}' is not valid YAML - put the value in quotes") from None
             else:
                 node = node.setdefault(name, {})
                 if not isinstance(node, dict):
-                    raise UsageError(f"{'.'.join(keys[: depth + 1])} is a value and has no {keys[depth + 1]}")
+                    raise UsageError(f"{'.'.join(keys[: depth + 1])} is a value, so it has no key {keys[depth + 1]}")
     return changed
 
 
-# Composing: the front door of train.py. Hydra does the work; its many-line errors are replaced by one of ours.
+# Composing with Hydra, for train.py. Hydra's errors of several lines are replaced by UsageErrors of one line.
 
 
 def to_plain(composed: Any, arguments: Iterable[str]) -> dict[str, Any]:
-    """Return what Hydra composed as plain data, interpolations resolved and renamed keys under their current names.
+    """Convert a composed config to plain data, with interpolations resolved and keys under their current names.
 
     Args:
         composed: A DictConfig.
@@ -263,7 +292,7 @@ def to_plain(composed: Any, arguments: Iterable[str]) -> dict[str, Any]:
     try:
         config = typing.cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True, throw_on_missing=True))
     except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None) or "the configuration"
+        key = getattr(error, "full_key", None) or "the config"
         reason = str(error).splitlines()[0].lower()
         raise UsageError(f"{key}: {reason} - give {key}=VALUE") from error
     arguments = list(arguments)
@@ -272,9 +301,10 @@ def to_plain(composed: Any, arguments: Iterable[str]) -> dict[str, Any]:
 
 
 def _resolve_former(config: Node, arguments: Sequence[str], user_dir: Path) -> Node:
-    """Let a key that a user's file sets under its former name override a shipped file, and the command line it.
+    """Keep one value where a user's file or the command line sets a key under its former name.
 
-    Hydra merges the former name beside the current one, where only one of the two may count.
+    Hydra merges the former name next to the current one. The command line takes precedence over a user's file, and that
+    over a shipped file.
     """
     typed = {argument.partition("=")[0].lstrip("+") for argument in arguments}
     text = "\n".join(path.read_text(encoding="utf-8", errors="replace") for path in sorted(user_dir.rglob("*.yaml")))
@@ -292,9 +322,17 @@ def _resolve_former(config: Node, arguments: Sequence[str], user_dir: Path) -> N
 
 
 def compose(arguments: Sequence[str], folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """(config, choice of each group) that a command line means, composed from a folder of YAML files.
+    """Compose a config from a command line and a folder of YAML files.
 
-    `--config-dir=DIR` on the command line adds a folder of the user's own.
+    Args:
+        arguments: The command line. `--config-dir=DIR` adds a folder of the user.
+        folder: The shipped configs.
+
+    Returns:
+        The config, and the choice of each group.
+
+    Raises:
+        UsageError: The command line is wrong, or Hydra cannot compose it.
     """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
@@ -302,11 +340,11 @@ def compose(arguments: Sequence[str], folder: Path) -> tuple[dict[str, Any], dic
     from omegaconf import open_dict
     from omegaconf.errors import OmegaConfBaseException
 
-    ready = hydra_overrides(arguments, folder)
-    overrides = [argument for argument in ready if not argument.startswith(("hydra.", "--config-dir=", "-cd="))]
-    if own := user_config_dir(arguments):
-        place = os.path.abspath(own).replace("'", "\\'")
-        overrides.append(f"hydra.searchpath=['file://{place}']")
+    overrides = hydra_overrides(arguments, folder)
+    overrides = [argument for argument in overrides if not argument.startswith(("hydra.", "--config-dir=", "-cd="))]
+    if user_dir := user_config_dir(arguments):
+        path = os.path.abspath(user_dir).replace("'", "\\'")
+        overrides.append(f"hydra.searchpath=['file://{path}']")
     try:
         with initialize_config_dir(str(folder), version_base="1.3"):
             composed = hydra_compose("train", overrides, return_hydra_config=True)
@@ -315,50 +353,68 @@ def compose(arguments: Sequence[str], folder: Path) -> tuple[dict[str, Any], dic
                 del composed["hydra"]
             return to_plain(composed, arguments), choices
     except (HydraException, OmegaConfBaseException) as error:
-        raise UsageError(f"the configuration cannot be composed: {error} - correct the override") from error
+        raise UsageError(f"the config cannot be composed: {error} - correct the override") from error
 
 
 def user_config_dir(arguments: Iterable[str]) -> Path | None:
-    """The folder of `--config-dir=DIR`, where a user keeps configurations of his own, laid out like ours."""
-    found = None
+    """Return the folder of `--config-dir=DIR`, which has the user's configs in the layout of the shipped ones, or None.
+
+    Raises:
+        UsageError: The folder does not exist, or the option is given twice or without `=`.
+    """
+    user_dir = None
     for argument in arguments:
-        flag, _, place = argument.partition("=")
+        flag, _, path = argument.partition("=")
         if flag in ("--config-dir", "-cd"):
-            if found or not Path(place).is_dir() or not place:
-                raise UsageError(f"{argument} names no folder - write --config-dir=DIR, once, in one word")
-            found = Path(place)
-    return found
+            if user_dir or not Path(path).is_dir() or not path:
+                raise UsageError(f"{argument} does not name a folder - write --config-dir=DIR once, as one word")
+            user_dir = Path(path)
+    return user_dir
 
 
 def list_groups(folder: Path) -> dict[str, list[str]]:
-    """The names that each group of a folder of YAML files offers."""
+    """Return the choices of each group in a folder of YAML files."""
     return {path.name: sorted(file.stem for file in path.glob("*.yaml")) for path in folder.iterdir() if path.is_dir()}
 
 
 def available_choices(arguments: Iterable[str], folder: Path) -> dict[str, list[str]]:
-    """The names that each group offers on this command line: ours, and those of the user's own folder."""
-    ours, own = list_groups(folder), user_config_dir(arguments)
-    theirs = list_groups(own) if own else {}
-    for group, names in theirs.items():
-        if both := sorted(set(names) & set(ours.get(group, []))):
-            raise UsageError(f"{own}/{group}/{both[0]}.yaml is the name of one of ours, which would win - rename it")
-    return {group: sorted([*names, *theirs.get(group, [])]) for group, names in ours.items()}
+    """Return the choices of each group on this command line, both shipped ones and those of the user's folder.
+
+    Raises:
+        UsageError: A user's file has the name of a shipped one.
+    """
+    shipped, user_dir = list_groups(folder), user_config_dir(arguments)
+    added = list_groups(user_dir) if user_dir else {}
+    for group, names in added.items():
+        if both := sorted(set(names) & set(shipped.get(group, []))):
+            raise UsageError(
+                f"{user_dir}/{group}/{both[0]}.yaml has the name of a shipped file, which takes precedence - rename it"
+            )
+    return {group: sorted([*names, *added.get(group, [])]) for group, names in shipped.items()}
 
 
 def hydra_overrides(arguments: Sequence[str], folder: Path) -> list[str]:
-    """A command line's overrides, made such that Hydra takes them, or one sentence why not.
+    """Check a command line and return its overrides in a form that Hydra accepts.
 
-    An argument of a constructor need not stand in a YAML file to be set, so `model.depth=13` becomes
-    `++model.depth=13`; whether there is such an argument is for `check` to say.
+    An argument of a constructor need not be in a YAML file to be set, so `model.depth=13` becomes `++model.depth=13`;
+    `check` reports unknown arguments later.
+
+    Args:
+        arguments: The command line.
+        folder: The shipped configs.
+
+    Raises:
+        UsageError: An argument has the wrong form, is given twice, names an unknown choice of a group, or reads
+            environment variables.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
     groups = available_choices(arguments, folder)
-    ready, seen = [], set()
+    overrides, set_keys = [], set()
     for argument in arguments:
         if argument.startswith("-"):
-            ready.append(argument)
+            overrides.append(argument)
             continue
         try:
             override = OverridesParser.create().parse_override(argument)
@@ -368,7 +424,7 @@ def hydra_overrides(arguments: Sequence[str], folder: Path) -> list[str]:
             ) from None
         if "oc.env" in argument:
             raise UsageError(
-                f"'{argument}' would write what the environment holds into config.yaml and the checkpoints - give the "
+                f"'{argument}' would write an environment variable into config.yaml and the checkpoints - give the "
                 "value itself"
             )
         former = override.key_or_group
@@ -376,18 +432,18 @@ def hydra_overrides(arguments: Sequence[str], folder: Path) -> list[str]:
         if key != former:
             _warn_of_former([former], "the command line")
             argument = argument.replace(former, key, 1)
-        if key in seen:
+        if key in set_keys:
             raise UsageError(f"{key} is given twice - give it once")
-        seen.add(key)
+        set_keys.add(key)
         if key in groups:
             sweep = override.is_sweep_override()
             for choice in override.sweep_string_iterator() if sweep else [str(override.value())]:
                 if choice not in groups[key] and choice != "None":
-                    raise UsageError(f"there is no {key} '{choice}' - {did_you_mean(choice, groups[key])}")
-            ready.append(argument)
+                    raise UsageError(f"unknown {key} '{choice}' - {did_you_mean(choice, groups[key])}")
+            overrides.append(argument)
         elif key.startswith("hydra") or argument[0] == "~":
-            ready.append(argument)
+            overrides.append(argument)
         else:
-            ready.append("++" + argument.lstrip("+"))
-    # Hydra wants its flags before or after the overrides, not between them.
-    return sorted(ready, key=lambda word: not word.startswith("-"))
+            overrides.append("++" + argument.lstrip("+"))
+    # Hydra accepts its flags before or after the overrides, but not between them.
+    return sorted(overrides, key=lambda argument: not argument.startswith("-"))

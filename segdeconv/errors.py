@@ -1,41 +1,45 @@
-"""What a user meets when something is wrong: one sentence and an exit code."""
+"""Exceptions with a message for the user and an exit code, and parts of such messages."""
 
 import difflib
 import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-# How a command is typed: as installed, where scripts/ is part of the package, or in a clone. `segdeconv` itself, in
-# cli.py, knows better.
-TYPED = "segdeconv {}" if (Path(__file__).parent / "scripts").is_dir() else "python scripts/{}.py"
+# Format of a command as the user types it: in an installed package, which contains scripts/, or in a clone. The
+# `segdeconv` command overwrites it.
+COMMAND_FORMAT = "segdeconv {}" if (Path(__file__).parent / "scripts").is_dir() else "python scripts/{}.py"
 
 
 class SegdeconvError(Exception):
-    """A fault that its message explains in full: what, which file or key, and the way out."""
+    """Error whose message explains it in full: the file or key, what is wrong, and the way out.
+
+    Attributes:
+        exit_code: Exit code of a command that ends with this error.
+    """
 
     exit_code = 1
 
     def __init__(self, message: str) -> None:
-        # What a DataLoader worker raises arrives as the text of its traceback, with our sentence as the last line.
+        # An error of a DataLoader worker arrives as the text of its traceback, with the message in the last line.
         if "Original Traceback" in message:
             message = message.rstrip().splitlines()[-1].partition(": ")[2]
         super().__init__(message)
 
 
 class UsageError(SegdeconvError, ValueError):
-    """A wrong command line, configuration or data set."""
+    """Error in a command line, a config or a data set."""
 
     exit_code = 2
 
 
 class DivergedError(SegdeconvError):
-    """Training produced a loss that is not finite."""
+    """Training diverged: the loss is not finite."""
 
     exit_code = 3
 
 
 class CheckpointError(SegdeconvError):
-    """A checkpoint that is damaged, foreign, or names code it may not name."""
+    """A checkpoint is damaged, not from segdeconv, or names code that it may not name."""
 
     exit_code = 4
 
@@ -47,7 +51,7 @@ class DiskError(SegdeconvError):
 
 
 class Interrupted(SegdeconvError):
-    """Training was asked to stop by a signal and has saved its state."""
+    """A signal stopped training, which has saved its state."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
@@ -55,28 +59,28 @@ class Interrupted(SegdeconvError):
 
 
 class Terminated(BaseException):
-    """A signal that asks to end; like KeyboardInterrupt, nothing that an `except Exception` may take for its own."""
+    """A signal asked the process to end; like KeyboardInterrupt, it passes through `except Exception`."""
 
 
 class TimeUp(SegdeconvError):
-    """Training has had the time it was given and has saved its state: not a fault."""
+    """The time limit of training has passed, and it has saved its state; this is not a failure."""
 
     exit_code = 0
 
 
 def error_from_traceback(text: str) -> SegdeconvError | None:
-    """The error of ours that ended another process, from the traceback that it left; None if it was none of ours."""
+    """Return the SegdeconvError that ended another process, restored from its traceback, or None for other errors."""
     for line in reversed(text.rstrip().splitlines()):
         name, colon, message = line.partition(": ")
-        package, _, kind = name.rpartition(".")
-        found = globals().get(kind)
-        if colon and package == __name__ and isinstance(found, type) and issubclass(found, SegdeconvError):
-            return found(message, 143) if found is Interrupted else found(message)
+        package, _, class_name = name.rpartition(".")
+        error = globals().get(class_name)
+        if colon and package == __name__ and isinstance(error, type) and issubclass(error, SegdeconvError):
+            return error(message, 143) if error is Interrupted else error(message)
     return None
 
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:
-    """The way out for a misspelt name.
+    """Return the part of an error message that suggests existing names for a misspelt one.
 
     >>> did_you_mean("vco", ["voc", "camvid"])
     "did you mean 'voc'? Available: camvid, voc"
@@ -88,9 +92,9 @@ def did_you_mean(name: str, options: Iterable[str]) -> str:
 
 
 def command(name: str, arguments: Sequence[str] = ()) -> str:
-    """One of the commands as its user types it.
+    """Return a command line as the user types it.
 
     >>> command("predict", ["best.ckpt", "my photos"])
     "python scripts/predict.py best.ckpt 'my photos'"
     """
-    return shlex.join([*TYPED.format(name).split(), *arguments])
+    return shlex.join([*COMMAND_FORMAT.format(name).split(), *arguments])

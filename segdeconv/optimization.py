@@ -1,4 +1,4 @@
-"""Optimizers over a network's parameters, and how the learning rate runs."""
+"""Optimizers, parameter groups and learning rate schedules."""
 
 import math
 from abc import ABC, abstractmethod
@@ -16,7 +16,7 @@ from segdeconv.errors import UsageError, did_you_mean
 from segdeconv.system.devices import fast_precision
 
 Rate = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, lt=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=0)]
 Decay = Annotated[float, Field(ge=0)]
 NormDecay = Literal["none", "scale", "all"]
@@ -27,19 +27,25 @@ def sgd(
     model: nn.Module,
     *,
     lr: Rate = 0.1,
-    momentum: Share = 0.9,
+    momentum: Fraction = 0.9,
     weight_decay: Decay = 5e-4,
     nesterov: bool = False,
     bias_lr: Rate = 1.0,
     norm_decay: NormDecay = "none",
     part_lr: Parts | None = None,
 ) -> Optimizer:
-    """Stochastic gradient descent with momentum.
+    """Create stochastic gradient descent with momentum.
 
-    bias_lr: factor on the learning rate of biases of layers, not of norms; the originals' training files have 2.
-    norm_decay: which parameters of batch norm decay as weights do: `none`; `scale` as in SegNet's training files;
-        `all`, the shift too, as in SegNet-Basic's, which say nothing of it.
-    part_lr: factors on the learning rate of parts of the network; see `parameter_groups`.
+    Args:
+        model: The network.
+        lr: Learning rate.
+        momentum: Momentum.
+        weight_decay: Weight decay.
+        nesterov: Use Nesterov momentum.
+        bias_lr: Factor on the learning rate of the biases of layers other than norms; 2 in the original training files.
+        norm_decay: Parameters of batch norm with weight decay. `none`; `scale`, as in SegNet's training files; `all`,
+            scale and shift, as in SegNet-Basic's, which leave Caffe's defaults.
+        part_lr: Factors on the learning rate of parts of the network; see `parameter_groups`.
     """
     groups = parameter_groups(model, lr, weight_decay, bias_lr=bias_lr, norm_decay=norm_decay, part_lr=part_lr)
     return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov)
@@ -50,12 +56,17 @@ def adamw(
     *,
     lr: Rate = 1e-3,
     weight_decay: Decay = 0.01,
-    betas: tuple[Share, Share] = (0.9, 0.999),
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999),
     part_lr: Parts | None = None,
 ) -> Optimizer:
-    """Adam with decoupled weight decay. Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101.
+    """Create Adam with decoupled weight decay. Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101.
 
-    part_lr: factors on the learning rate of parts of the network; see `parameter_groups`.
+    Args:
+        model: The network.
+        lr: Learning rate.
+        weight_decay: Weight decay.
+        betas: Decay rates of the averages of the gradient and of its square.
+        part_lr: Factors on the learning rate of parts of the network; see `parameter_groups`.
     """
     groups = parameter_groups(model, lr, weight_decay, part_lr=part_lr)
     return torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]))
@@ -66,25 +77,36 @@ def muon(
     *,
     lr: Rate = 1e-3,
     weight_decay: Decay = 0.01,
-    momentum: Share = 0.95,
-    betas: tuple[Share, Share] = (0.9, 0.999),
+    momentum: Fraction = 0.95,
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999),
     part_lr: Parts | None = None,
 ) -> Optimizer:
-    """Momentum whose every filter bank is made orthogonal, for weights; Adam with decoupled decay for biases and norms.
+    """Create Muon, which orthogonalises the momentum of each weight, with AdamW for biases and norms.
 
-    lr, weight_decay: on AdamW's scale. momentum: of weights. betas: of biases and norms.
-    part_lr: factors on the learning rate of parts of the network; see `parameter_groups`.
+    Args:
+        model: The network.
+        lr: Learning rate, on the scale of AdamW's.
+        weight_decay: Weight decay, on the scale of AdamW's.
+        momentum: Momentum of the weights.
+        betas: AdamW's decay rates for biases and norms.
+        part_lr: Factors on the learning rate of parts of the network; see `parameter_groups`.
     """
     groups = parameter_groups(model, lr, weight_decay, part_lr=part_lr)
     return Muon(groups, lr=lr, momentum=momentum, betas=(betas[0], betas[1]))
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, but for parameters of two dimensions or more, whose step is their momentum's nearest orthogonal matrix.
+    """Muon: steps along the orthogonalised momentum for parameters of two or more dimensions, and AdamW for the others.
 
-    Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/; a filter bank (out, in, h, w) is a matrix of `out`
-    rows. The step is scaled to the size that AdamW's has, so that its learning rates and decays serve: Liu et al. 2025,
-    section 2.2, https://arxiv.org/abs/2502.16982. torch.optim.Muon takes matrices alone.
+    Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/; the weight of a convolution, (out, in, h, w), is a
+    matrix of `out` rows. The step is scaled to the size of AdamW's, so that AdamW's learning rates and decays can be
+    used: Liu et al. 2025, section 2.2, https://arxiv.org/abs/2502.16982. torch.optim.Muon accepts matrices only.
+
+    Args:
+        groups: Parameter groups.
+        lr: Learning rate.
+        momentum: Momentum of the weights.
+        betas: AdamW's decay rates for all other parameters.
     """
 
     def __init__(self, groups: list[dict[str, Any]], *, lr: float, momentum: float, betas: tuple[float, float]) -> None:
@@ -94,7 +116,7 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """One step of all parameters."""
+        """Update all parameters and return the loss of the closure, if any."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -104,17 +126,17 @@ class Muon(torch.optim.AdamW):
             for parameter in group["params"]:
                 if parameter.ndim > 1 and parameter.grad is not None:
                     weights.append((group, parameter, parameter.grad))
-                    parameter.grad = None  # Adam passes over it
+                    parameter.grad = None  # so that AdamW skips it
         super().step()
         for group, parameter, gradient in weights:
             parameter.grad = gradient
             state = self.state[parameter]
             if not state:
-                # The count is Adam's: its loading of a state asks every parameter for one.
+                # AdamW expects a step count of every parameter when it loads a state.
                 state.update(momentum_buffer=torch.zeros_like(gradient), step=torch.zeros(()))
             state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
-            ahead = gradient.lerp(state["momentum_buffer"], group["momentum"])  # Nesterov's
-            direction = orthogonal(ahead)
+            nesterov = gradient.lerp(state["momentum_buffer"], group["momentum"])
+            direction = orthogonal(nesterov)
             size = 0.2 * math.sqrt(max(len(parameter), parameter[0].numel()))
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
             parameter.add_(direction, alpha=-group["lr"] * size)
@@ -122,13 +144,13 @@ class Muon(torch.optim.AdamW):
 
 
 def orthogonal(filters: Tensor) -> Tensor:
-    """The nearest matrix of orthogonal rows to (out, ...) filters, roughly: most singular values become 0.7 to 1.2.
+    """Approximate the matrix with orthogonal rows nearest to filters, (out, ...): most singular values become 0.7..1.2.
 
-    Five Newton-Schulz steps, of the quintic that raises small singular values fastest; in bfloat16 where the machine
-    multiplies it faster (where not, it is 10 to 20 times slower).
+    Runs five Newton-Schulz steps with the quintic polynomial that raises small singular values fastest, in bfloat16
+    where the machine multiplies it faster (elsewhere it is 10 to 20 times slower).
     """
     dtype = torch.bfloat16 if fast_precision() == "bf16-mixed" else torch.float32
-    rows = filters.permute(0, *range(2, filters.ndim), 1)  # as it lies in channels-last memory; the order is no matter
+    rows = filters.permute(0, *range(2, filters.ndim), 1)  # the channels-last memory order; any order gives the same
     matrix = rows.reshape(len(filters), -1).to(dtype)
     tall = len(matrix) > matrix.shape[1]
     x = matrix.T if tall else matrix
@@ -149,11 +171,22 @@ def parameter_groups(
     norm_decay: NormDecay = "none",
     part_lr: Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:
-    """Weights decay; biases and norms (one-dimensional parameters) do not. `base_lr` is what a schedule scales.
+    """Divide the parameters of a network into groups by weight decay and learning rate.
 
-    bias_lr, norm_decay: see `sgd`.
-    part_lr: factors on the learning rate by the name of a part, such as {"encoder": 0.1, "encoder.stages.0": 0}; of
-        names that hold one another the longest counts. A part with 0 is frozen: its parameters ask for no gradient.
+    Biases and norms (one-dimensional parameters) have no weight decay by default. Schedules scale the `base_lr` of a
+    group.
+
+    Args:
+        model: The network. The parameters of frozen parts stop requiring gradients.
+        lr: Learning rate.
+        weight_decay: Weight decay.
+        bias_lr: See `sgd`.
+        norm_decay: See `sgd`.
+        part_lr: Factors on the learning rate by the name of a part, such as {"encoder": 0.1, "encoder.stages.0": 0};
+            for nested parts the longest name counts. A part with factor 0 is frozen.
+
+    Raises:
+        UsageError: The network has no part of a name in `part_lr`.
     """
     parts = dict(part_lr or {})
     names = {name for name, _ in model.named_modules() if name}
@@ -164,7 +197,7 @@ def parameter_groups(
                 + did_you_mean(part, {name for name in names if name.count(".") <= part.count(".")})
             )
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {(1.0, True): [], (1.0, False): []}
-    of_norms = {
+    norm_parameters = {
         id(parameter): name
         for module in model.modules()
         if isinstance(module, _BatchNorm)
@@ -172,14 +205,14 @@ def parameter_groups(
     }
     decaying = {"none": (), "scale": ("weight",), "all": ("weight", "bias")}[norm_decay]
     for name, parameter in model.named_parameters():
-        holders = [part for part in parts if name.startswith(f"{part}.")]
-        factor = parts[max(holders, key=len)] if holders else 1.0
+        containing = [part for part in parts if name.startswith(f"{part}.")]
+        factor = parts[max(containing, key=len)] if containing else 1.0
         if factor == 0:
             parameter.requires_grad_(False)
-        if name.endswith("bias") and id(parameter) not in of_norms:
+        if name.endswith("bias") and id(parameter) not in norm_parameters:
             factor *= bias_lr
         if parameter.requires_grad:
-            decays = parameter.ndim > 1 or of_norms.get(id(parameter)) in decaying
+            decays = parameter.ndim > 1 or norm_parameters.get(id(parameter)) in decaying
             groups.setdefault((factor, decays), []).append(parameter)
     return [
         {
@@ -194,29 +227,35 @@ def parameter_groups(
 
 @torch.no_grad()
 def average(into: nn.Module, model: nn.Module, *, decay: float) -> None:
-    """One step of an exponential moving average of a network's parameters and floating-point buffers, in place.
+    """Update an exponential moving average of a network's parameters and floating-point buffers, in place.
 
-    Running means and variances of batch norm are averaged with the weights that they belong to; counters are copied.
+    The running means and variances of batch norm are averaged together with the weights; counters are copied.
+
+    Args:
+        into: The average.
+        model: The network.
+        decay: Weight of the old average.
     """
-    mine, theirs = [*into.parameters(), *into.buffers()], [*model.parameters(), *model.buffers()]
-    floating = [tensor.is_floating_point() for tensor in mine]
-    torch._foreach_lerp_(list(compress(mine, floating)), list(compress(theirs, floating)), 1.0 - decay)
-    for old, new in zip(mine, theirs, strict=True):
+    averages, values = [*into.parameters(), *into.buffers()], [*model.parameters(), *model.buffers()]
+    floating = [tensor.is_floating_point() for tensor in averages]
+    torch._foreach_lerp_(list(compress(averages, floating)), list(compress(values, floating)), 1.0 - decay)
+    for old, new in zip(averages, values, strict=True):
         if not old.is_floating_point():
             old.copy_(new)
 
 
 class Schedule(ABC):
-    """A factor on the learning rate at each optimizer step, a function of the step alone.
+    """Base class of schedules, which give a factor on the learning rate as a function of the optimizer step.
 
-    warmup_steps: over these first steps the factor rises from nearly 0 along a straight line.
+    Args:
+        warmup_steps: Number of first steps over which the factor rises linearly from nearly 0.
     """
 
     def __init__(self, *, warmup_steps: Count = 0) -> None:
         self.warmup_steps = warmup_steps
 
     def __call__(self, step: int, total_steps: int) -> float:
-        """step: 0 .. total_steps - 1."""
+        """Return the factor of a step, 0 .. total_steps - 1."""
         if step < self.warmup_steps:
             return (step + 1) / (self.warmup_steps + 1)
         rest = max(1, total_steps - self.warmup_steps)
@@ -224,11 +263,19 @@ class Schedule(ABC):
 
     @abstractmethod
     def factor(self, progress: float, step: int) -> float:
-        """progress: share of the steps after the warm-up that are done, 0..1."""
+        """Return the factor after the warm-up.
+
+        Args:
+            progress: Fraction of the steps after the warm-up that are done, 0..1.
+            step: Number of steps that are done, including the warm-up.
+        """
 
 
 class Constant(Schedule):
-    """The learning rate stays, as in SegNet's training files.
+    """Constant learning rate, as in SegNet's training files.
+
+    Args:
+        warmup_steps: See `Schedule`.
 
     >>> Constant()(500, 1000)
     1.0
@@ -239,7 +286,13 @@ class Constant(Schedule):
 
 
 class Poly(Schedule):
-    """(1 - progress) ** power. Chen et al. 2016 (DeepLab), section 4.1, https://arxiv.org/abs/1606.00915.
+    """Polynomial decay, (1 - progress) ** power.
+
+    Chen et al. 2016 (DeepLab), section 4.1, https://arxiv.org/abs/1606.00915.
+
+    Args:
+        power: Exponent.
+        warmup_steps: See `Schedule`.
 
     >>> Poly(power=2)(500, 1000)
     0.25
@@ -254,13 +307,19 @@ class Poly(Schedule):
 
 
 class Cosine(Schedule):
-    """Half a cosine from 1 down to `floor`. Loshchilov & Hutter 2017, equation 5, https://arxiv.org/abs/1608.03983.
+    """Cosine decay from 1 to `floor`.
+
+    Loshchilov & Hutter 2017, equation 5, https://arxiv.org/abs/1608.03983.
+
+    Args:
+        floor: Final factor.
+        warmup_steps: See `Schedule`.
 
     >>> Cosine()(500, 1000)
     0.5
     """
 
-    def __init__(self, *, floor: Share = 0.0, warmup_steps: Count = 0) -> None:
+    def __init__(self, *, floor: Fraction = 0.0, warmup_steps: Count = 0) -> None:
         super().__init__(warmup_steps=warmup_steps)
         self.floor = floor
 
@@ -269,11 +328,15 @@ class Cosine(Schedule):
 
 
 class Restarts(Schedule):
-    """Half cosines, each starting again from 1: warm restarts.
+    """Cosine decay with warm restarts: each cycle starts again from 1.
 
     Loshchilov & Hutter 2017, section 3, https://arxiv.org/abs/1608.03983.
 
-    cycles: how many; growth: how many times longer each is than the one before (the paper's T_mult).
+    Args:
+        cycles: Number of cycles.
+        growth: Length of each cycle divided by the length of the one before (the paper's T_mult).
+        floor: Final factor of each cycle.
+        warmup_steps: See `Schedule`.
 
     >>> [Restarts(cycles=2, growth=3)(step, 400) for step in (0, 50, 100, 250)]
     [1.0, 0.5, 1.0, 0.5]
@@ -284,7 +347,7 @@ class Restarts(Schedule):
         *,
         cycles: Annotated[int, Field(ge=1)] = 3,
         growth: Annotated[float, Field(ge=1)] = 1.0,
-        floor: Share = 0.0,
+        floor: Fraction = 0.0,
         warmup_steps: Count = 0,
     ) -> None:
         super().__init__(warmup_steps=warmup_steps)
@@ -292,21 +355,26 @@ class Restarts(Schedule):
 
     def factor(self, progress: float, step: int) -> float:
         lengths = [self.growth**cycle for cycle in range(self.cycles)]
-        place = progress * sum(lengths)
+        position = progress * sum(lengths)
         for length in lengths[:-1]:
-            if place < length:
-                return half_cosine(place / length, self.floor)
-            place -= length
-        return half_cosine(place / lengths[-1], self.floor)
+            if position < length:
+                return half_cosine(position / length, self.floor)
+            position -= length
+        return half_cosine(position / lengths[-1], self.floor)
 
 
 def half_cosine(progress: float, floor: float) -> float:
-    """From 1 down to `floor` as progress goes from 0 to 1."""
+    """Return the factor of a cosine decay from 1 to `floor` as progress goes from 0 to 1."""
     return floor + (1.0 - floor) * round(0.5 * (1.0 + math.cos(math.pi * progress)), 12)
 
 
 class Step(Schedule):
-    """Times `gamma` every `every` steps: DeconvNet's ×0.1 every 9000 or 10000.
+    """Step decay: multiplies the factor by `gamma` every `every` steps, as DeconvNet by 0.1 every 9000 or 10000.
+
+    Args:
+        every: Number of steps between changes.
+        gamma: Factor of each change.
+        warmup_steps: See `Schedule`.
 
     >>> round(Step(every=9000)(18000, 20000), 4)
     0.01

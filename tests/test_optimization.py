@@ -1,4 +1,4 @@
-"""Schedules against numbers worked by hand and torch's schedulers; parameter groups."""
+"""Schedules compared with torch's schedulers and values computed by hand; parameter groups and optimizers."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ TOTAL = 40
 
 
 def torch_factors(make):
-    """The learning rates that a torch scheduler gives from 1.0."""
+    """Return the learning rates of a torch scheduler that starts from 1.0."""
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     scheduler = make(optimizer)
     factors = []
@@ -33,7 +33,7 @@ def torch_factors(make):
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_schedule_is_torchs(schedule, make):
+def test_schedule_equals_torch(schedule, make):
     assert [schedule(step, TOTAL) for step in range(TOTAL)] == pytest.approx(torch_factors(make), abs=1e-9)
 
 
@@ -49,18 +49,18 @@ def test_schedule_is_torchs(schedule, make):
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_schedule_at_steps_worked_by_hand(schedule, by_hand):
+def test_schedule_at_steps_computed_by_hand(schedule, by_hand):
     assert {step: schedule(step, 100) for step in by_hand} == pytest.approx(by_hand)
 
 
 @pytest.mark.parametrize("schedule", [Constant, Poly, Cosine])
-def test_warmup_rises_in_a_straight_line_and_hands_over_at_one(schedule):
+def test_warmup_rises_linearly_to_one(schedule):
     factors = [schedule(warmup_steps=4)(step, 100) for step in range(5)]
     assert factors == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
 
 
 def test_after_warmup_the_schedule_spans_the_rest():
-    # 20 of 100 steps warm up; step 60 is half of the other 80.
+    # 20 of 100 steps are warm-up; step 60 is halfway through the other 80.
     assert Poly(power=1, warmup_steps=20)(60, 100) == pytest.approx(0.5)
     assert Cosine(warmup_steps=20)(60, 100) == pytest.approx(0.5)
 
@@ -87,25 +87,25 @@ def test_every_parameter_is_in_one_group_and_only_weights_decay():
     assert (weights["base_lr"], others["base_lr"]) == (0.1, 0.1)
 
 
-# (factor on the learning rate, whether it decays), as in the param blocks of the authors' training files; the batch
-# norms of SegNet-Basic have no such block, and so Caffe's defaults.
+# (factor on the learning rate, whether it decays), as in the param blocks of the authors' training files. The batch
+# norms of SegNet-Basic have no param block and therefore Caffe's defaults.
 @pytest.mark.parametrize(
     ("norm_decay", "scale", "shift"), [("none", False, False), ("scale", True, False), ("all", True, True)]
 )
 def test_parameters_learn_and_decay_as_in_caffes_param_blocks(norm_decay, scale, shift):
     model = SegNetBasic(3)
     optimizer = sgd(model, lr=0.1, weight_decay=5e-4, bias_lr=2.0, norm_decay=norm_decay)
-    found = {
+    settings = {
         id(p): (group["base_lr"] / 0.1, group["weight_decay"] == 5e-4)
         for group in optimizer.param_groups
         for p in group["params"]
     }
-    assert len(found) == sum(len(group["params"]) for group in optimizer.param_groups)
+    assert len(settings) == sum(len(group["params"]) for group in optimizer.param_groups)
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
-            assert (found[id(module.weight)], found[id(module.bias)]) == ((1, True), (2, False))
+            assert (settings[id(module.weight)], settings[id(module.bias)]) == ((1, True), (2, False))
         if isinstance(module, nn.BatchNorm2d):
-            assert (found[id(module.weight)], found[id(module.bias)]) == ((1, scale), (1, shift))
+            assert (settings[id(module.weight)], settings[id(module.bias)]) == ((1, scale), (1, shift))
 
 
 def test_frozen_parameters_are_left_out():
@@ -124,8 +124,8 @@ def test_without_gradient_weights_shrink_and_biases_and_norms_stay(make):
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     for name, parameter in model.named_parameters():
-        kept = 1 - 0.1 * 0.01 if parameter.ndim > 1 else 1.0
-        torch.testing.assert_close(parameter.detach(), before[name] * kept, rtol=1e-6, atol=0)
+        factor = 1 - 0.1 * 0.01 if parameter.ndim > 1 else 1.0
+        torch.testing.assert_close(parameter.detach(), before[name] * factor, rtol=1e-6, atol=0)
 
 
 def test_sgd_step_with_momentum_by_hand():
@@ -142,19 +142,19 @@ def test_sgd_step_with_momentum_by_hand():
 
 @pytest.mark.parametrize("shape", [(16, 8, 3, 3), (64, 2, 3, 3), (5, 40), (11, 32, 1, 1)])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_orthogonal_keeps_the_singular_vectors_and_brings_the_values_near_one(shape, precision, monkeypatch):
+def test_orthogonal_keeps_the_singular_vectors_and_brings_the_singular_values_near_one(shape, precision, monkeypatch):
     monkeypatch.setattr("segdeconv.optimization.fast_precision", lambda: precision)
     filters = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    made = orthogonal(filters.to(memory_format=torch.channels_last) if len(shape) == 4 else filters)
-    assert made.shape == filters.shape
+    result = orthogonal(filters.to(memory_format=torch.channels_last) if len(shape) == 4 else filters)
+    assert result.shape == filters.shape
     left, _, right = torch.linalg.svd(filters.flatten(1), full_matrices=False)
-    inside = left.T @ made.flatten(1) @ right.T  # the values, if the vectors are the same
-    torch.testing.assert_close(inside, inside.diagonal().diag(), rtol=0, atol=1e-4 if precision == "32-true" else 0.05)
-    assert inside.diagonal().min() > 0.6
-    assert inside.diagonal().max() < 1.25
+    values = left.T @ result.flatten(1) @ right.T  # diagonal if the singular vectors are the same
+    torch.testing.assert_close(values, values.diagonal().diag(), rtol=0, atol=1e-4 if precision == "32-true" else 0.05)
+    assert values.diagonal().min() > 0.6
+    assert values.diagonal().max() < 1.25
 
 
-def test_muons_first_step_has_the_size_of_adamws_and_follows_every_direction():
+def test_the_first_step_of_muon_has_the_size_of_adamws_and_similar_singular_values():
     layer, other = nn.Conv2d(16, 8, 3, bias=False), nn.Conv2d(16, 8, 3, bias=False)
     other.load_state_dict(layer.state_dict())
     gradient = torch.randn(layer.weight.shape, generator=torch.Generator().manual_seed(0))
@@ -164,13 +164,13 @@ def test_muons_first_step_has_the_size_of_adamws_and_follows_every_direction():
         module.weight.grad = gradient.clone()
         make(module, lr=0.01, weight_decay=0.0).step()
         steps.append((before - module.weight.detach()).flatten(1))
-    mine, adams = steps
-    values = torch.linalg.svdvals(mine)
-    assert values.max() / values.min() < 2  # AdamW's and the gradient's: far apart
-    assert (mine * gradient.flatten(1)).sum() > 0
-    # AdamW's first step moves each weight by lr; later ones by about a fifth of that, which is what Muon aims at.
-    assert 0.001 < mine.square().mean().sqrt() < 1.3 * 0.2 * 0.01
-    assert adams.abs().mean().item() == pytest.approx(0.01, rel=1e-3)
+    muon_step, adamw_step = steps
+    values = torch.linalg.svdvals(muon_step)
+    assert values.max() / values.min() < 2  # those of AdamW and of the gradient differ much more
+    assert (muon_step * gradient.flatten(1)).sum() > 0
+    # AdamW's first step moves each weight by lr, and later ones by about a fifth of that, which Muon is scaled to.
+    assert 0.001 < muon_step.square().mean().sqrt() < 1.3 * 0.2 * 0.01
+    assert adamw_step.abs().mean().item() == pytest.approx(0.01, rel=1e-3)
 
 
 def test_muon_steps_biases_and_norms_as_adamw():
@@ -190,25 +190,26 @@ def test_muon_steps_biases_and_norms_as_adamw():
 
 
 def test_muon_with_momentum_by_hand():
-    # A 1x1 matrix: its orthogonal one is its sign. The mean gradient after 1 and -2 is 0.05 and -0.0525, ahead of them
-    # 0.0975 and -0.149875: one step down, one up, of 0.2 * lr each and of what five Newton-Schulz steps make of 1.
+    # The orthogonal matrix nearest to a 1x1 matrix is its sign. The momentum after gradients 1 and -2 is 0.05 and
+    # -0.0525, with Nesterov 0.0975 and -0.149875. So there is one step down and one up, each of 0.2 * lr times the
+    # result of five Newton-Schulz steps from 1.
     layer = nn.Linear(1, 1, bias=False)
     nn.init.ones_(layer.weight)
     optimizer = muon(layer, lr=0.1, weight_decay=0.5)
-    one = 1.0
+    length = 1.0
     for _ in range(5):
-        one = 3.4445 * one - 4.7750 * one**3 + 2.0315 * one**5
+        length = 3.4445 * length - 4.7750 * length**3 + 2.0315 * length**5
     weight = 1.0
     for gradient, sign in ((1.0, -1), (-2.0, 1)):
         layer.weight.grad = torch.full((1, 1), gradient)
         optimizer.step()
-        weight = weight * (1 - 0.1 * 0.5) + sign * 0.1 * 0.2 * one
+        weight = weight * (1 - 0.1 * 0.5) + sign * 0.1 * 0.2 * length
         assert layer.weight.item() == pytest.approx(weight, abs=2e-4)
     assert optimizer.state[layer.weight]["momentum_buffer"].item() == pytest.approx(0.05 * 0.95 - 0.05 * 2)
 
 
-def test_muon_goes_on_from_its_state_to_the_same_bits():
-    def stepped(model, optimizer, seeds):
+def test_muon_resumed_from_its_state_gives_the_same_bits():
+    def step_through(model, optimizer, seeds):
         for seed in seeds:
             generator = torch.Generator().manual_seed(seed)
             for parameter in model.parameters():
@@ -216,14 +217,14 @@ def test_muon_goes_on_from_its_state_to_the_same_bits():
             optimizer.step()
 
     start = nn.Conv2d(3, 4, 3)
-    whole, parts = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
-    whole.load_state_dict(start.state_dict())
-    parts.load_state_dict(start.state_dict())
-    stepped(whole, muon(whole), range(4))
-    first = muon(parts)
-    stepped(parts, first, range(2))
-    second = muon(parts)
+    uninterrupted, resumed = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
+    uninterrupted.load_state_dict(start.state_dict())
+    resumed.load_state_dict(start.state_dict())
+    step_through(uninterrupted, muon(uninterrupted), range(4))
+    first = muon(resumed)
+    step_through(resumed, first, range(2))
+    second = muon(resumed)
     second.load_state_dict(first.state_dict())
-    stepped(parts, second, range(2, 4))
-    for ours, theirs in zip(parts.parameters(), whole.parameters(), strict=True):
+    step_through(resumed, second, range(2, 4))
+    for ours, theirs in zip(resumed.parameters(), uninterrupted.parameters(), strict=True):
         assert torch.equal(ours, theirs)

@@ -67,7 +67,7 @@ def test_the_current_folder_is_importable_only_if_a_config_names_something_in_it
 
 def test_from_python_sys_path_is_unchanged(own):
     before = list(sys.path)
-    with pytest.raises(UsageError, match=r"correct the name, or start in the folder that holds mine\.py"):
+    with pytest.raises(UsageError, match=r"correct the name, or run the command in the folder that contains mine\.py"):
         locate({"_target_": "mine.Poly"}, "loss")
     assert sys.path == before
 
@@ -100,17 +100,17 @@ def test_a_config_folder_can_have_any_name(own):
     ("arguments", "message"),
     [
         (["model._target_=mine.TinyNett"], "model._target_=mine.TinyNett cannot be imported"),
-        (["model._target_=yours.TinyNet"], "correct the name, or start in the folder that holds yours.py"),
+        (["model._target_=yours.TinyNet"], "correct the name, or run the command in the folder that contains yours.py"),
         (["dataset._target_=broken.Stripes"], "dataset._target_=broken.Stripes cannot be imported (no luck)"),
         (
             ["dataset._target_=mine.Stripes", "dataset.num_train=4"],
-            "mine.Stripes takes no num_train: if a YAML file sets it, take it out with ~dataset.num_train",
+            "mine.Stripes takes no num_train: if a YAML file sets it, remove it with ~dataset.num_train",
         ),
-        (["--config-dir=configs", "dataset=stripe"], "there is no dataset 'stripe' - did you mean 'stripes'?"),
-        (["dataset=stripes"], "there is no dataset 'stripes'"),
-        (["--config-dir=nowhere"], "--config-dir=nowhere names no folder - write --config-dir=DIR"),
-        (["--config-dir", "configs"], "--config-dir names no folder - write --config-dir=DIR, once, in one word"),
-        (["--config-dir=same", "dataset=shapes"], "same/dataset/shapes.yaml is the name of one of ours"),
+        (["--config-dir=configs", "dataset=stripe"], "unknown dataset 'stripe' - did you mean 'stripes'?"),
+        (["dataset=stripes"], "unknown dataset 'stripes'"),
+        (["--config-dir=nowhere"], "--config-dir=nowhere does not name a folder - write --config-dir=DIR"),
+        (["--config-dir", "configs"], "--config-dir does not name a folder - write --config-dir=DIR once, as one word"),
+        (["--config-dir=same", "dataset=shapes"], "same/dataset/shapes.yaml has the name of a shipped file"),
     ],
 )
 def test_a_mistake_in_own_code_is_named_with_the_way_out(own, arguments, message):
@@ -134,7 +134,7 @@ def test_a_callable_that_accepts_any_argument_validates_it_itself():
 
     node = {"_target_": "somewhere.schema", "lr": 2, "momentum": 0.9}
     assert check(node, "optimizer", [schema]) == {**node, "lr": 2.0}
-    with pytest.raises(UsageError, match=r"there is no key optimizer\.model"):
+    with pytest.raises(UsageError, match=r"unknown key optimizer\.model"):
         check({**node, "model": 1}, "optimizer", [schema], supplied=["model"])
 
 

@@ -222,7 +222,7 @@ def test_lists_can_have_blank_lines_crlf_and_a_byte_order_mark_and_a_last_batch_
 
 
 ROOTS = {
-    "95 unknown data set": (("dataset=camvit",), "there is no dataset 'camvit' - did you mean 'camvid'?"),
+    "95 unknown data set": (("dataset=camvit",), "unknown dataset 'camvit' - did you mean 'camvid'?"),
     "96 missing root": (("dataset=folder", "dataset.root=nope"), "nope is not a folder; it should hold images/"),
     "96 no root": (("dataset=folder",), "dataset.root: missing mandatory value"),
     "96 empty root": (("dataset=folder", "dataset.root=empty"), "empty/images is not a folder"),

@@ -206,7 +206,7 @@ def test_data_with_other_classes_is_refused_by_name_and_mapped_on_request(place,
     words = ("evaluate", "run/best.ckpt", "dataset.classes=mine/classes.yaml", "--out")
     done = commands(*words, "refused", cwd=place)
     assert done.code == 2
-    assert "'thing' is in one only" in done.sentence
+    assert "'thing' is in only one of them" in done.sentence
     assert "dataset.label_map" in done.sentence
     assert not (place / "refused").exists()
     mapping = "dataset.label_map={thing: class_1, ground: class_0, other: class_2}"
@@ -242,20 +242,20 @@ KEYS = {
     "132 no size": (("dataset.size=[0,5]",), "dataset.size=[0, 5]: input should be greater than"),
     "132 negative seed": (("seed=-1",), "seed=-1: input should be greater than"),
     "133 no value": (("optimizer.lr=",), "optimizer.lr=: input should be a valid number"),
-    "134 twice": (("dataset=shapes", "dataset=camvid"), "dataset is base twice"),
-    "136 misspelt argument": (("augment.flip.probability=1",), "there is no key augment.flip.probability"),
-    "139 file": (("hydra.run.dir=file",), "file: file exists, so it cannot be written -"),
+    "134 twice": (("dataset=shapes", "dataset=camvid"), "dataset is given twice"),
+    "136 misspelt argument": (("augment.flip.probability=1",), "unknown key augment.flip.probability"),
+    "139 file": (("hydra.run.dir=file",), "file: file exists, so it cannot be written as asked"),
     "139 below a file": (("hydra.run.dir=file/run",), "file/run"),
     "146 workers": (("dataset.num_workers=1000",), "dataset.num_workers=1000 is too many for the"),
     "148 devices": (("trainer.accelerator=cpu", "trainer.devices=0"), "trainer.devices=0 on the CPU"),
     "62 secrets": (
         ("dataset=camvid", "dataset.root=${oc.env:TOKEN}"),
-        "would write what the environment holds into config.yaml",
+        "would write an environment variable into config.yaml",
     ),
     "no key": (("3",), "'3' is not key=value"),
     "quotes": (("dataset.root='x",), "is not key=value"),
     "interpolation": (("seed=${nothing}",), "seed"),
-    "nothing to delete": (("~loss.nothing",), "the configuration cannot be composed: Could not delete"),
+    "nothing to delete": (("~loss.nothing",), "the config cannot be composed: Could not delete"),
 }
 
 

@@ -385,7 +385,7 @@ def test_nearest_masks_are_accepted() -> None:
 
 
 def test_a_misspelt_argument_is_refused_with_the_nearest_name() -> None:
-    with pytest.raises(UsageError, match=r"there is no key augment\.it\.scale_limits - did you mean 'scale_limit'\?"):
+    with pytest.raises(UsageError, match=r"unknown key augment\.it\.scale_limits - did you mean 'scale_limit'\?"):
         built("RandomScale", scale_limits=0.5)
 
 

@@ -95,5 +95,7 @@ def test_an_unknown_class_weighting_is_refused_with_a_suggestion():
 
 
 def test_the_preset_of_another_data_set_is_refused():
-    with pytest.raises(ValueError, match=r"loss\.class_weighting=camvid has 11 weights, but the data set has 2"):
+    with pytest.raises(
+        ValueError, match=r"loss\.class_weighting=camvid has 11 weights, but the data set has 2 classes"
+    ):
         class_weights([1, 1], [2, 2], class_weighting="camvid")

@@ -575,11 +575,11 @@ def test_the_command_line_sets_keys_inside_a_sum_and_defaults_are_filled_in():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dice": {**DICE, "smoth": 1}}, "there is no key loss.parts.dice.smoth - did you mean 'smooth'?"),
+        ({"dice": {**DICE, "smoth": 1}}, "unknown key loss.parts.dice.smoth - did you mean 'smooth'?"),
         ({"dice": {**DICE, "factor": -1}}, "loss.parts.dice.factor=-1: input should be greater than or equal to 0"),
-        ({"dice": {**DICE, "ignore_index": 3}}, "there is no key loss.parts.dice.ignore_index"),
-        ({"dice": {**DICE, "class_weighting": "camvid"}}, "there is no key loss.parts.dice.class_weighting"),
-        ({"dice": {"factor": 1}}, "loss.parts.dice._target_ is None - give the dotted name of a class, as in"),
+        ({"dice": {**DICE, "ignore_index": 3}}, "unknown key loss.parts.dice.ignore_index"),
+        ({"dice": {**DICE, "class_weighting": "camvid"}}, "unknown key loss.parts.dice.class_weighting"),
+        ({"dice": {"factor": 1}}, "loss.parts.dice._target_ is None - use the dotted name of a class, as in"),
         ({}, "loss.parts is empty - give at least one loss"),
         ({"all": {"_target_": "segdeconv.losses.Sum", "parts": {"ce": {**CE, "x": 1}}}}, "loss.parts.all.parts.ce.x"),
     ],

@@ -149,9 +149,9 @@ def test_a_run_holds_event_files_only_if_tensorboard_is_chosen(tmp_path, choice,
     [
         ({"_target_": "test_loggers.Lacking"}, "needs the package curves - pip install curves"),
         ({"_target_": "test_loggers.Refused"}, "logger=Refused cannot start: not logged in. - mend that or choose"),
-        ({"_target_": "test_loggers.Lacking", "x": 1}, "there is no key logger.x"),
-        ({"_target_": "test_loggers.Recording", "save_dir": "/"}, "there is no key logger.save_dir"),
-        ({"project": "mine"}, "logger._target_ is None - give the dotted name of a class"),
+        ({"_target_": "test_loggers.Lacking", "x": 1}, "unknown key logger.x"),
+        ({"_target_": "test_loggers.Recording", "save_dir": "/"}, "unknown key logger.save_dir"),
+        ({"project": "mine"}, "logger._target_ is None - use the dotted name of a class"),
     ],
 )
 def test_a_logger_that_cannot_be_is_one_sentence(tmp_path, node, message):
