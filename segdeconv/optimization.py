@@ -44,7 +44,7 @@ def sgd(
         nesterov: Use Nesterov momentum.
         bias_lr: Factor on the learning rate of the biases of layers other than norms; 2 in the original training files.
         norm_decay: Parameters of batch norm with weight decay. `none`; `scale`, as in SegNet's training files; `all`,
-            scale and shift, as in SegNet-Basic's, which leave Caffe's defaults.
+            scale and shift, as in SegNet-Basic's, which keep Caffe's defaults.
         part_lr: Factors on the learning rate of parts of the network; see `parameter_groups`.
     """
     groups = parameter_groups(model, lr, weight_decay, bias_lr=bias_lr, norm_decay=norm_decay, part_lr=part_lr)
