@@ -60,7 +60,7 @@ def test_an_argument_that_no_yaml_file_has_can_be_set():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["datset=camvid"], "there is no key datset - did you mean 'dataset'?"),
+        (["datset=camvid"], "unknown key datset - did you mean 'dataset'?"),
         (["dataset=canvid"], "unknown dataset 'canvid' - did you mean 'camvid'? Available: ade20k, camvid, city"),
         (["model=segnt"], "unknown model 'segnt' - did you mean 'segnet'?"),
         (["model.widht=0.5"], "unknown key model.widht - did you mean 'width'?"),

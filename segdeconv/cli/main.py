@@ -46,7 +46,7 @@ def run() -> None:
     scripts = commands()
     if name not in scripts:
         raise errors.UsageError(f"unknown command '{name}' - {errors.did_you_mean(name, scripts)}")
-    errors.TYPED = "segdeconv {}"
+    errors.COMMAND_FORMAT = "segdeconv {}"
     # The script's own path, since worker processes and the processes of further devices start it again.
     sys.argv[:2] = [str(scripts[name])]
     runpy.run_path(sys.argv[0], run_name="__main__")

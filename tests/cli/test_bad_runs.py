@@ -206,7 +206,7 @@ def test_data_with_other_classes_is_refused_by_name_and_mapped_on_request(place,
     words = ("evaluate", "run/best.ckpt", "dataset.classes=mine/classes.yaml", "--out")
     done = commands(*words, "refused", cwd=place)
     assert done.code == 2
-    assert "'thing' is in only one of them" in done.sentence
+    assert "'thing' is in one only" in done.sentence
     assert "dataset.label_map" in done.sentence
     assert not (place / "refused").exists()
     mapping = "dataset.label_map={thing: class_1, ground: class_0, other: class_2}"
@@ -233,7 +233,7 @@ def test_more_classes_start_a_new_head_only_on_request(place, commands):
 # Keys
 
 KEYS = {
-    "130 misspelt group": (("datset=voc",), "there is no key datset - did you mean 'dataset'?"),
+    "130 misspelt group": (("datset=voc",), "unknown key datset - did you mean 'dataset'?"),
     "131 no number": (("optimizer.lr=abc",), "optimizer.lr=abc: input should be a valid number"),
     "131 nan": (("optimizer.lr=nan",), "optimizer.lr=nan: input should be"),
     "131 infinite": (("optimizer.lr=inf",), "optimizer.lr=inf: input should be"),
@@ -244,18 +244,18 @@ KEYS = {
     "133 no value": (("optimizer.lr=",), "optimizer.lr=: input should be a valid number"),
     "134 twice": (("dataset=shapes", "dataset=camvid"), "dataset is given twice"),
     "136 misspelt argument": (("augment.flip.probability=1",), "unknown key augment.flip.probability"),
-    "139 file": (("hydra.run.dir=file",), "file: file exists, so it cannot be written as asked"),
+    "139 file": (("hydra.run.dir=file",), "file: file exists, so it cannot be written -"),
     "139 below a file": (("hydra.run.dir=file/run",), "file/run"),
     "146 workers": (("dataset.num_workers=1000",), "dataset.num_workers=1000 is too many for the"),
     "148 devices": (("trainer.accelerator=cpu", "trainer.devices=0"), "trainer.devices=0 on the CPU"),
     "62 secrets": (
         ("dataset=camvid", "dataset.root=${oc.env:TOKEN}"),
-        "would write an environment variable into config.yaml",
+        "would write what the environment holds into config.yaml",
     ),
     "no key": (("3",), "'3' is not key=value"),
     "quotes": (("dataset.root='x",), "is not key=value"),
     "interpolation": (("seed=${nothing}",), "seed"),
-    "nothing to delete": (("~loss.nothing",), "the config cannot be composed: Could not delete"),
+    "nothing to delete": (("~loss.nothing",), "the configuration cannot be composed: Could not delete"),
 }
 
 
@@ -533,10 +533,10 @@ def test_every_network_trains_under_deterministic_algorithms(tmp_path, commands,
 # The same, in fresh processes
 
 COMMANDS = (
-    (("train", "datset=voc"), 2, "there is no key datset"),
+    (("train", "datset=voc"), 2, "unknown key datset"),
     (("train", "optimizer.lr=abc"), 2, "optimizer.lr=abc"),
     (("train", "dataset=folder", "dataset.root=nope"), 2, "nope is not a folder"),
-    (("train", *DATA, "hydra.run.dir=run"), 2, "run already holds a run"),
+    (("train", *DATA, "hydra.run.dir=run"), 2, "run already contains a run"),
     (("train", *DATA, "hydra.run.dir=train.txt/run"), 2, "train.txt/run"),
     (("evaluate", "run/cut.ckpt"), 4, "run/cut.ckpt is not a checkpoint that can be read safely"),
     (("evaluate", "nothing.ckpt"), 2, "there is no checkpoint nothing.ckpt"),

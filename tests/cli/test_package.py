@@ -187,10 +187,10 @@ def test_an_editable_install_has_the_same_commands(tmp_path):
     shutil.copytree(ROOT, clone, ignore=LEFT_OUT)
     elsewhere.mkdir()
     commands = environment(tmp_path / "new", "--editable", clone)
-    assert found_by(commands, elsewhere).is_relative_to(clone)
-    done = typed(commands / "segdeconv", "train", "model=segnt", cwd=elsewhere, code=2)
+    assert import_path(commands, elsewhere).is_relative_to(clone)
+    done = run(commands / "segdeconv", "train", "model=segnt", cwd=elsewhere, code=2)
     assert "unknown model 'segnt' - did you mean 'segnet'?" in done.stderr
-    assert "evaluate" in typed(commands / "segdeconv", cwd=elsewhere).stdout
+    assert "evaluate" in run(commands / "segdeconv", cwd=elsewhere).stdout
 
 
 SPAWNS = """

@@ -213,7 +213,7 @@ def test_a_run_stopped_by_a_signal_resumes_with_resume_auto(tmp_path):
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate()
     assert process.returncode == 143, err
-    assert re.match(r"segdeconv: error: stopped by SIGTERM at step \d+, saved in runs/.*last.ckpt - go on with", err)
+    assert re.match(r"segdeconv: error: stopped by SIGTERM at step \d+, saved in runs/.*last.ckpt - resume with", err)
     done = command("train", *words[2:], "resume=auto", cwd=tmp_path)
     assert "resumed from last.ckpt" in done.stdout
     assert len(list(tmp_path.glob("runs/*/*"))) == 1

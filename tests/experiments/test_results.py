@@ -190,7 +190,7 @@ def test_a_run_that_diverges_leaves_its_row_empty_and_the_others_go_on(tmp_path,
         (("--rows", "slin"), "--rows: there is no 'slin' - did you mean 'slim'?"),
         (("--views", "test"), "--views: there is no 'test'"),
         (("--seeds", "a"), "--seeds a are no numbers"),
-        (("seed=3",), "seed=3 is the table's to say - use --seeds"),
+        (("seed=3",), "seed=3 is not allowed: the results table sets this key - use --seeds"),
         (("model.widht=3",), "unknown key model.widht - did you mean 'width'?"),
     ],
 )

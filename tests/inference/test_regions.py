@@ -308,19 +308,19 @@ def test_classes_of_an_ensemble_are_matched_by_name(trained: Path, tmp_path: Pat
     metadata["classes"] = {**metadata["classes"], "names": [*reordered[:-1], "blob"]}
     checkpoint.write(content, path)
     with pytest.raises(
-        UsageError, match=r"'disc' is in only one of them - an ensemble needs networks of the same classes"
+        UsageError, match=r"'disc' is in only one of them - an ensemble needs networks with the same classes"
     ):
-        looking(trained, f"--ensemble={path}")
+        probabilities_of(trained, f"--ensemble={path}")
 
 
 @pytest.mark.parametrize(
     ("words", "overrides", "message"),
     [
-        (("--regions=5", "--flip"), (), "--samples and --flip give mean probabilities"),
-        (("--crf", "--samples=3"), (), "--samples and --flip give mean probabilities"),
-        (("--regions=-5",), (), "--regions=-5 is no number of regions"),
-        (("--regions=5", "--proposals=nothing"), (), "proposals nothing: there is no such file"),
-        (("--regions=5",), ("dataset.crop=null", "dataset.size=null"), "say which, for example dataset.crop"),
+        (("--regions=5", "--flip"), (), "--samples and --flip average probabilities"),
+        (("--crf", "--samples=3"), (), "--samples and --flip average probabilities"),
+        (("--regions=-5",), (), "--regions=-5 is not a valid number of regions"),
+        (("--regions=5", "--proposals=nothing"), (), "proposals nothing: file not found"),
+        (("--regions=5",), ("dataset.crop=null", "dataset.size=null"), "set it, for example dataset.crop"),
         (("--crf", "crf.colour=3"), (), "unknown key crf.colour - did you mean 'colour_std'"),
         (("--crf", "crf.colour_std=-3"), (), "crf.colour_std=-3: input should be greater than 0"),
         (("--crf", "crf.colour_std=much"), (), "crf.colour_std=much: input should be a valid number"),

@@ -99,6 +99,6 @@ def test_a_run_with_activation_checkpointing_ends_with_the_same_weights(tmp_path
 
 def test_activation_checkpointing_and_compiling_exclude_each_other(tmp_path):
     with pytest.raises(
-        UsageError, match=r"trainer\.compile=true and trainer\.activation_checkpointing=true: .* leave one"
+        UsageError, match=r"trainer\.compile=true and trainer\.activation_checkpointing=true: .* set only one"
     ):
         train(config(trainer__compile=True, trainer__activation_checkpointing=True), tmp_path)

@@ -379,12 +379,12 @@ def test_the_command_takes_classes_and_size_from_the_data_set_without_its_files(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["size=360"], "size=360 is no height and width"),
-        (["classes=some"], "classes=some is no number of classes"),
-        (["clases=3"], "there is no key clases - did you mean 'classes'?"),
+        (["size=360"], "size=360 is not a height and width"),
+        (["classes=some"], "classes=some is not a number of classes"),
+        (["clases=3"], "unknown key clases - did you mean 'classes'?"),
         (["model.widht=2"], "unknown key model.widht - did you mean 'width'?"),
-        (["dataset=oxford_pets"], "segdeconv.data.OxfordPets says its classes when its files are read"),
-        (["--json"], "--json names nothing"),
+        (["dataset=oxford_pets"], "the classes of segdeconv.data.OxfordPets are read from its files"),
+        (["--json"], "--json has no value"),
     ],
 )
 def test_a_wrong_command_line_gives_an_error_message_of_one_line(tmp_path, words, message, monkeypatch, capsys):

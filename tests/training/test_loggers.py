@@ -148,7 +148,7 @@ def test_a_run_holds_event_files_only_if_tensorboard_is_chosen(tmp_path, choice,
     ("node", "message"),
     [
         ({"_target_": "test_loggers.Lacking"}, "needs the package curves - pip install curves"),
-        ({"_target_": "test_loggers.Refused"}, "logger=Refused cannot start: not logged in. - mend that or choose"),
+        ({"_target_": "test_loggers.Refused"}, "logger=Refused cannot start: not logged in. - fix this or choose"),
         ({"_target_": "test_loggers.Lacking", "x": 1}, "unknown key logger.x"),
         ({"_target_": "test_loggers.Recording", "save_dir": "/"}, "unknown key logger.save_dir"),
         ({"project": "mine"}, "logger._target_ is None - use the dotted name of a class"),

@@ -92,7 +92,7 @@ def test_a_run_leaves_what_the_contract_names(tmp_path, undisturbed, capsys):
         "best.ckpt",
     ):
         assert words in shown
-    with pytest.raises(UsageError, match="already holds a run - go on with resume=auto"):
+    with pytest.raises(UsageError, match="already contains a run - resume it with resume=auto"):
         run(tmp_path)
 
 
@@ -254,7 +254,7 @@ def test_resume_auto_finds_the_newest_unfinished_run_of_the_same_config(tmp_path
     assert find_run({**config, "resume": None}, new, tmp_path) == new
     assert find_run({**config, "seed": 9}, new, tmp_path) == new
     assert find_run({**config, "resume": str(tmp_path / "1" / "last.ckpt")}, new, tmp_path) == tmp_path / "1"
-    with pytest.raises(UsageError, match="is no run - give resume=auto or a folder"):
+    with pytest.raises(UsageError, match="is not a run folder - give resume=auto or a folder"):
         find_run({**config, "resume": str(tmp_path / "9")}, new, tmp_path)
 
 

@@ -56,7 +56,7 @@ def test_an_exploding_loss_ends_the_search(made):
 def test_a_loss_that_is_broken_from_the_start_is_one_sentence(made):
     with torch.no_grad():
         made.model.decoder.classifier.bias.fill_(math.nan)
-    with pytest.raises(UsageError, match=r"the loss explodes after 0 steps, at a learning rate of 1.0e-06 - look at"):
+    with pytest.raises(UsageError, match=r"the loss diverges after 0 steps, at a learning rate of 1.0e-06 - check"):
         try_rates(made, CPU, "32-true")
 
 
