@@ -247,7 +247,7 @@ KEYS = {
     "139 file": (("hydra.run.dir=file",), "file: file exists, so it cannot be written -"),
     "139 below a file": (("hydra.run.dir=file/run",), "file/run"),
     "146 workers": (("dataset.num_workers=1000",), "dataset.num_workers=1000 is too many for the"),
-    "148 devices": (("trainer.accelerator=cpu", "trainer.devices=0"), "trainer.devices=0 on the CPU"),
+    "148 devices": (("trainer.accelerator=cpu", "trainer.devices=0"), "trainer.devices=0 is not a number of CPU processes"),
     "62 secrets": (
         ("dataset=camvid", "dataset.root=${oc.env:TOKEN}"),
         "would write what the environment holds into config.yaml",
