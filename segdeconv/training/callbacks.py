@@ -167,8 +167,8 @@ class Progress(Callback):
     Prints a line per epoch instead if stdout is not a terminal.
 
     Args:
-        recorder: Knows the last mIoU.
-        wait: Knows the time spent waiting for images.
+        recorder: Provides the last mIoU.
+        wait: Provides the time spent waiting for images.
     """
 
     def __init__(self, recorder: Recorder, wait: LoaderWait) -> None:

@@ -1,4 +1,4 @@
-"""When and how Lightning writes the checkpoints of a run: last.ckpt, previous.ckpt and best.ckpt."""
+"""The checkpoints of a run, written through Lightning: last.ckpt, previous.ckpt and best.ckpt."""
 
 import math
 from pathlib import Path
