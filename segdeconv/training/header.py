@@ -59,8 +59,8 @@ def header(
         f"{trainer.strategy.root_device}, precision {trainer.precision}, channels last"
         + (", compiled" if task.compiles(trainer.strategy.root_device) else ", not compiled")
         + (", activation checkpointing" if task.activation_checkpointing else ""),
-        "memory": f"about {readable(memory.total(data.batch_size))} per process: {readable(memory.weights)} for weights, "
-        f"gradients and optimizer, {readable(memory.image)} per image"
+        "memory": f"about {readable(memory.total(data.batch_size))} per process: {readable(memory.weights)} for "
+        f"weights, gradients and optimizer, {readable(memory.image)} per image"
         + (f"; {readable(free)} are free" if free else "")
         if memory
         else "",

@@ -206,7 +206,7 @@ def test_data_with_other_classes_is_refused_by_name_and_mapped_on_request(place,
     words = ("evaluate", "run/best.ckpt", "dataset.classes=mine/classes.yaml", "--out")
     done = commands(*words, "refused", cwd=place)
     assert done.code == 2
-    assert "'thing' is in one only" in done.sentence
+    assert "'thing' is in only one of them" in done.sentence
     assert "dataset.label_map" in done.sentence
     assert not (place / "refused").exists()
     mapping = "dataset.label_map={thing: class_1, ground: class_0, other: class_2}"
@@ -247,15 +247,18 @@ KEYS = {
     "139 file": (("hydra.run.dir=file",), "file: file exists, so it cannot be written -"),
     "139 below a file": (("hydra.run.dir=file/run",), "file/run"),
     "146 workers": (("dataset.num_workers=1000",), "dataset.num_workers=1000 is too many for the"),
-    "148 devices": (("trainer.accelerator=cpu", "trainer.devices=0"), "trainer.devices=0 is not a number of CPU processes"),
+    "148 devices": (
+        ("trainer.accelerator=cpu", "trainer.devices=0"),
+        "trainer.devices=0 is not a number of CPU processes",
+    ),
     "62 secrets": (
         ("dataset=camvid", "dataset.root=${oc.env:TOKEN}"),
-        "would write what the environment holds into config.yaml",
+        "would write an environment variable into config.yaml",
     ),
     "no key": (("3",), "'3' is not key=value"),
     "quotes": (("dataset.root='x",), "is not key=value"),
     "interpolation": (("seed=${nothing}",), "seed"),
-    "nothing to delete": (("~loss.nothing",), "the configuration cannot be composed: Could not delete"),
+    "nothing to delete": (("~loss.nothing",), "the config cannot be composed: Could not delete"),
 }
 
 
@@ -415,7 +418,7 @@ def test_a_disk_too_small_for_the_checkpoints_is_an_error_before_the_first_step(
     words += ["model.stages=[[64],[256,256]]", "hydra.run.dir=small/run"]
     done = commands("train", *words, cwd=place, limits={"tmpfs": {str(place / "small"): "4m"}})
     assert done.code == 5, done.err
-    assert "the checkpoints in small/run take" in done.sentence
+    assert "the checkpoints in small/run need at least" in done.sentence
     assert "epoch 1" not in done.out
 
 
@@ -605,13 +608,13 @@ def test_another_number_of_threads_is_reported_when_a_run_resumes(place, command
     content = checkpoint.load_plain(place / "run" / "last.ckpt")
     machine = content["segdeconv"]["machine"]
     assert set(machine) == {"torch", "threads", "device"}
-    assert "will not be bit-identical" not in resume(commands, place).out
+    assert "the resumed run will not be bit-identical" not in resume(commands, place).out
     (place / "run" / "report.json").unlink()
     other = {**content["segdeconv"], "machine": {**machine, "threads": "64", "torch": "1.0"}}
     changed(place / "run" / "last.ckpt", segdeconv=other)
     done = resume(commands, place)
     assert done.code == 0, done.err
-    assert f"will not be bit-identical: torch 1.0 -> {torch.__version__}, threads 64 -> 1" in done.out
+    assert f"the resumed run will not be bit-identical: torch 1.0 -> {torch.__version__}, threads 64 -> 1" in done.out
 
 
 def test_a_deleted_run_folder_hides_no_error(tmp_path, commands):

@@ -324,7 +324,7 @@ def test_the_default_settings_are_the_published_ones_and_are_validated():
     assert check({}, "crf", [CRF]) == published | {"colour_std": 3.0, "iterations": 10}
     with pytest.raises(UsageError, match=r"crf\.colour_std=0: input should be greater than 0"):
         check({"colour_std": 0}, "crf", [CRF])
-    with pytest.raises(UsageError, match=r"no key crf\.color_std - did you mean 'colour_std'"):
+    with pytest.raises(UsageError, match=r"unknown key crf\.color_std - did you mean 'colour_std'"):
         check({"color_std": 3}, "crf", [CRF])
 
 

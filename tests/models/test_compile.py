@@ -25,30 +25,76 @@ SGD = {"_target_": "segdeconv.optimization.sgd", "lr": 0.01}
 QUICK = ("segnet", "unet")
 
 
-def slim(path):
-    """Return a shipped network with few channels."""
+VARIANTS = {
+    **{path.stem: (path, {}) for path in CONFIGS},
+    "segnet without norms": (CONFIGS[0].with_name("segnet.yaml"), {"norm": False}),
+    "deconvnet with tied filters": (CONFIGS[0].with_name("deconvnet.yaml"), {"tied": True}),
+    "fcn with padding 100": (CONFIGS[0].with_name("fcn.yaml"), {"padding": 100}),
+}
+
+
+def slim(name):
+    """Return a network of `VARIANTS` with few channels and logits that are not constant."""
+    path, changes = VARIANTS[name]
     node = check_model(yaml.safe_load(path.read_text()))
-    settings = {**SLIM, "width": 4} if "basic" in path.stem or path.stem == "bilinear_interpolation" else SLIM
-    return build_model({name: settings.get(name, value) for name, value in node.items()}, 3, 3)
+    settings = {**SLIM, "width": 4} if "basic" in name or name == "bilinear_interpolation" else SLIM
+    settings = {key: value for key, value in settings.items() if key in node}
+    model = build_model({**node, **settings, **changes}, 3, 3)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv2d) and module.weight.eq(0).all():
+            torch.nn.init.normal_(module.weight)
+    return model
 
 
-@pytest.mark.parametrize(
-    "path",
-    [pytest.param(path, marks=[] if path.stem in QUICK else pytest.mark.slow, id=path.stem) for path in CONFIGS],
-)
-def test_every_network_is_one_graph_in_training_and_inference(path):
+def outputs(network, model, image):
+    """Return the logits, and the gradients of the mean of their squares."""
+    model.zero_grad()
+    torch.manual_seed(1)
+    logits = network(image)
+    sum(part.square().mean() for part in logits).backward()
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    return [part.detach() for part in logits] + [gradient.clone() for gradient in gradients]
+
+
+def assert_compiled_equals_eager(model, backend, **tolerance):
+    """Compare a network compiled to one graph with itself, at two sizes, in training and in evaluation."""
+    torch._dynamo.reset()
+    sizes = [(193, 205), (226, 200)] if model.minimum_size > 64 else [(33, 47), (40, 64)]
+    for training in (True, False):
+        model.train(training)
+        compiled = torch.compile(model.supervised, fullgraph=True, backend=backend, dynamic=True)
+        for size in sizes:
+            image = torch.randn(2, 3, *size)
+            compiled_outputs, expected = (outputs(network, model, image) for network in (compiled, model.supervised))
+            for ours, theirs in zip(compiled_outputs, expected, strict=True):
+                torch.testing.assert_close(ours, theirs, **tolerance)
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_a_network_is_one_graph_in_training_and_inference(name):
     torch.manual_seed(0)
-    model = slim(path)
-    image = torch.randn(2, 3, *((225, 230) if model.minimum_size > 64 else (36, 45)))
+    model, image = slim(name), torch.randn(2, 3, 36, 45)
     torch._dynamo.reset()
     for training in (True, False):
         model.train(training)
         compiled = torch.compile(model.supervised, fullgraph=True, backend="eager")  # raises on graph breaks
-        torch.manual_seed(1)
-        ours = compiled(image)
-        torch.manual_seed(1)
-        for logits, expected in zip(ours, model.supervised(image), strict=True):
-            torch.testing.assert_close(logits, expected)
+        for ours, expected in zip(
+            *(outputs(network, model, image) for network in (compiled, model.supervised)), strict=True
+        ):
+            torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_network_is_one_graph_of_any_size_and_equals_eager_in_values_and_gradients(name):
+    torch.manual_seed(0)
+    assert_compiled_equals_eager(slim(name), "aot_eager", rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_segnet_compiled_by_inductor_equals_eager():
+    torch.manual_seed(0)
+    assert_compiled_equals_eager(slim("segnet without norms"), "inductor", rtol=1e-3, atol=1e-4)
 
 
 @pytest.fixture

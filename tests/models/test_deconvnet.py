@@ -1,4 +1,4 @@
-"""DeconvNet compared with the original's table, torch's functions and torchvision's VGG16, and torch.compile."""
+"""DeconvNet compared with the original's table, torch's functions and torchvision's VGG16."""
 
 import math
 from collections import Counter
@@ -333,22 +333,3 @@ def test_only_norms_without_pretrained_weights_start_with_the_shift_of_the_origi
 def test_pretrained_weights_are_refused_for_a_slim_network():
     with pytest.raises(UsageError, match=r"model\.pretrained=imagenet with model\.width=0\.125: .* full width"):
         slim(pretrained="imagenet")
-
-
-# torch.compile.
-
-
-@pytest.mark.slow
-def test_it_compiles_whole_and_equals_eager():
-    model = slim(depth=11)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
-    for size in [(193, 205), (226, 200)]:
-        image = torch.randn(2, 3, *size)
-        results = []
-        for network in (compiled, model):
-            model.zero_grad()
-            logits = network(image)
-            logits.square().mean().backward()
-            results.append([logits.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
-        for ours, expected in zip(*results, strict=True):
-            torch.testing.assert_close(ours, expected)

@@ -419,7 +419,7 @@ def test_outputs_that_would_have_the_same_path_are_refused(run_script, capsys):
         Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(f"photos/{name}.png")
     assert run_script("predict", "run/best.ckpt", "photos", "--out", "both") == 0  # two masks, two overlays
     assert run_script("predict", "run/best.ckpt", "photos", "--samples", "2", "--out", "more") == 2
-    assert "would both become more/x_uncertainty.png" in capsys.readouterr().err
+    assert "have the same output file more/x_uncertainty.png" in capsys.readouterr().err
 
 
 def test_a_heat_map_gets_brighter_with_its_values():
@@ -446,5 +446,5 @@ def test_a_network_without_batch_norm_has_nothing_to_recalibrate(trained, monkey
         best.facts,
         {**best.content, "state_dict": state},
     )
-    with pytest.raises(UsageError, match="has no batch norm, so there is nothing to recalibrate"):
+    with pytest.raises(UsageError, match="has no batch norm to recalibrate"):
         recalibrated(without, device=torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""SegNet compared with the original tables, properties of all networks, and torch.compile."""
+"""SegNet compared with the original tables, properties of all networks, and export."""
 
 from collections import Counter
 
@@ -236,40 +236,6 @@ def test_pooled_values_and_gradients_are_the_same_before_and_after_the_relu(name
         assert torch.equal(first.grad, second.grad)
 
 
-# torch.compile.
-
-
-def assert_compiled_is_eager(model, backend, **tolerance):
-    compiled = torch.compile(model, fullgraph=True, backend=backend, dynamic=True)
-    for size in [(33, 47), (40, 64)]:
-        image = torch.randn(2, 3, *size)
-        results = []
-        for network in (compiled, model):
-            model.zero_grad()
-            logits = network(image)
-            logits.square().mean().backward()
-            results.append([logits.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
-        for ours, expected in zip(*results, strict=True):
-            torch.testing.assert_close(ours, expected, **tolerance)
-
-
-@pytest.mark.slow
-def test_slimmest_segnet_compiles_whole_and_equals_eager():
-    assert_compiled_is_eager(SegNet(3, depth=11, norm=False, width=SLIM), "aot_eager")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", NETWORKS)
-def test_every_network_compiles_whole_and_equals_eager(name):
-    assert_compiled_is_eager(NETWORKS[name](), "aot_eager")
-
-
-@pytest.mark.slow
-def test_segnet_compiled_by_inductor_equals_eager():
-    model = SegNet(3, depth=11, norm=False, width=0.03)
-    assert_compiled_is_eager(model, "inductor", rtol=1e-3, atol=1e-4)
-
-
 # The networks without switches.
 
 BASELINES = {
@@ -287,17 +253,6 @@ def deterministic(name):
         if isinstance(module, nn.Conv2d) and module.weight.eq(0).all():
             nn.init.normal_(module.weight)
     return model
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", BASELINES)
-def test_every_baseline_compiles_whole_and_equals_eager(name):
-    assert_compiled_is_eager(deterministic(name), "aot_eager")
-
-
-@pytest.mark.slow
-def test_a_pyramid_compiles_whole_and_equals_eager():
-    assert_compiled_is_eager(FPN(3, depth=11, width=SLIM, channels=16, norm=False), "aot_eager")
 
 
 @pytest.mark.slow
