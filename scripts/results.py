@@ -48,7 +48,7 @@ def main() -> None:
         names = getattr(arguments, part)
         if names:
             slugs = {results.slug(name): name for name in parts[part]}
-            selected = [slugs[name] for name in series.chosen(names, slugs, f"--{part}")]
+            selected = [slugs[name] for name in series.parse_names(names, slugs, f"--{part}")]
             parts[part] = {name: parts[part][name] for name in selected}
     out = arguments.out or Path("runs") / "results" / path.stem
     plan = results.Plan(**parts, seeds=series.seeds(arguments.seeds), out=out, added=arguments.overrides)

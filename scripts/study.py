@@ -52,8 +52,8 @@ def main() -> None:
     experiment = "decoder_study_quick" if arguments.quick else "decoder_study"
     plan = table.Plan(
         arguments.out or Path("runs") / experiment.replace("_", "-"),
-        series.chosen(arguments.models, paper.BY_MODEL, "--models") if arguments.models else tuple(paper.BY_MODEL),
-        series.chosen(arguments.class_weighting, paper.CLASS_WEIGHTINGS, "--class-weighting"),
+        series.parse_names(arguments.models, paper.BY_MODEL, "--models") if arguments.models else tuple(paper.BY_MODEL),
+        series.parse_names(arguments.class_weighting, paper.CLASS_WEIGHTINGS, "--class-weighting"),
         series.seeds(arguments.seeds),
         arguments.split,
     )

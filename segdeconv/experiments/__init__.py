@@ -1,4 +1,4 @@
-"""Tables of many runs, and benchmarks. Only scripts import it: nothing needs it to train or predict.
+"""Tables of many runs, and benchmarks. Only scripts import it; training and prediction do not need it.
 
 May import everything up to `train`.
 """

@@ -1,4 +1,4 @@
-"""Recipes side by side: the table from made-up runs, and the command on tiny ones."""
+"""Tables that compare configs: the table of made-up runs, and the command with tiny runs."""
 
 import json
 import runpy
@@ -20,10 +20,10 @@ CONFIGS = ROOT / "configs"
 TABLES = sorted(results.TABLES.glob("*.yaml"))
 
 
-def write_run(plan, row, view, seed, miou, **facts):
+def write_run(plan, row, view, seed, miou, **items):
     run = plan.run(row, view, seed)
     run.mkdir(parents=True)
-    report = {"miou": miou, "pixel_accuracy": 0.9, "mean_accuracy": None, "boundary_f1": 0.5, **facts}
+    report = {"miou": miou, "pixel_accuracy": 0.9, "mean_accuracy": None, "boundary_f1": 0.5, **items}
     (run / "report.json").write_text(json.dumps(report))
     return run
 
@@ -35,14 +35,14 @@ def plan(tmp_path):
     )
 
 
-def test_of_two_words_for_one_key_the_later_counts(plan, tmp_path):
+def test_the_last_argument_for_a_key_applies(plan, tmp_path):
     assert plan.config("One", "val", 1) == ["a=1", "b=2", "seed=1"]
     assert plan.config("Two, too", "new", 0) == ["a=3", "c=4", "seed=0"]
-    more = results.Plan("", ["+a=1"], {"r": ["b=2"]}, {"v": ["b=3"]}, (0,), tmp_path, ["a=9"])
-    assert more.config("r", "v", 0) == ["a=9", "b=3", "seed=0"]
+    other = results.Plan("", ["+a=1"], {"r": ["b=2"]}, {"v": ["b=3"]}, (0,), tmp_path, ["a=9"])
+    assert other.config("r", "v", 0) == ["a=9", "b=3", "seed=0"]
 
 
-def test_every_run_has_a_folder_of_its_own(plan):
+def test_every_run_has_its_own_folder(plan):
     runs = [plan.run(*job) for job in plan.jobs]
     assert len(set(runs)) == len(runs) == 8
     assert plan.run("Two, too", "new", 1) == plan.out / "two-too" / "new" / "seed1"
@@ -56,23 +56,23 @@ def test_scores_are_means_over_the_finished_runs_of_a_view(plan):
     (plan.run("One", "val", 0) / "cost.json").write_text(
         json.dumps({"seconds": 90.0, "memory": 3 << 20, "device": "CPU", "commit": "abc1234"})
     )
-    found = results.content(plan, {"command": "results tiny"})
-    one, two = found["rows"]
-    assert one["views"]["val"]["mean"]["mIoU"] == pytest.approx(55)
-    assert one["views"]["val"]["spread"]["mIoU"] == pytest.approx(statistics.stdev([50, 60]))
-    assert one["views"]["val"]["mean"]["C"] is None
-    assert one["views"]["new"]["mean"]["mIoU"] == pytest.approx(40)
-    assert one["views"]["new"]["spread"]["mIoU"] is None
-    assert (one["seconds"], one["memory"], one["commits"]) == (90, 3 << 20, ["abc1234"])
-    assert two["views"]["val"]["mean"]["mIoU"] is None
-    text = results.markdown(found)
+    content = results.content(plan, {"command": "results tiny"})
+    first, second = content["rows"]
+    assert first["views"]["val"]["mean"]["mIoU"] == pytest.approx(55)
+    assert first["views"]["val"]["spread"]["mIoU"] == pytest.approx(statistics.stdev([50, 60]))
+    assert first["views"]["val"]["mean"]["C"] is None
+    assert first["views"]["new"]["mean"]["mIoU"] == pytest.approx(40)
+    assert first["views"]["new"]["spread"]["mIoU"] is None
+    assert (first["seconds"], first["memory"], first["commits"]) == (90, 3 << 20, ["abc1234"])
+    assert second["views"]["val"]["mean"]["mIoU"] is None
+    text = results.markdown(content)
     assert "| One | 55.0 ± 7.1 | 90.0 ± 0.0 | – | 50.0 ± 0.0 | 40.0 | 2 | – | 1.5 | 3 MiB |" in text
     assert "| Two, too | – | – | – | – | – | 0 | – | – | – |" in text
     assert "All with `a=1`." in text
     assert "* commits: abc1234" in text
 
 
-def test_curves_are_of_every_seed_and_pass_over_epochs_without_validation(plan):
+def test_curves_cover_every_seed_and_skip_epochs_without_validation(plan):
     first, second = (write_run(plan, "One", "val", seed, 0.5) for seed in (0, 1))
     (first / "metrics.csv").write_text("epoch,val/miou\n0,nan\n1,0.25\n2,nan\n3,0.5\n")
     (second / "metrics.csv").write_text("epoch,val/miou\n0,nan\n1,0.125\n")
@@ -84,17 +84,17 @@ def test_curves_are_of_every_seed_and_pass_over_epochs_without_validation(plan):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("rows: {a: [b=1]}", "should have views, each a name and a list of key=value"),
-        ("views: {v: []}\nrows: {a: b=1}", "should have rows, each a name and a list"),
-        ("views: {v: []}\nrows: {a: [b]}", "should have rows, each a name and a list"),
-        ("views: {v: []}\nrows: {A b: [], a-b: []}", "two rows would share a folder"),
-        ("views: {v: []}\nrows: {a: []}\nwords: x=1", "words should be a list"),
-        ("- a", "should have rows"),
-        ("rows:\n  a: [x[1]]\n", r"line 2, is no YAML \(expected ',' or ']'"),
-        ("a: !!python/object/apply:os.system [ls]", r"line 1, is no YAML \(could not determine a constructor"),
+        ("rows: {a: [b=1]}", "must have views, each with a name and a list of key=value"),
+        ("views: {v: []}\nrows: {a: b=1}", "must have rows, each with a name and a list"),
+        ("views: {v: []}\nrows: {a: [b]}", "must have rows, each with a name and a list"),
+        ("views: {v: []}\nrows: {A b: [], a-b: []}", "two rows have the same folder name"),
+        ("views: {v: []}\nrows: {a: []}\nwords: x=1", "words must be a list"),
+        ("- a", "must have rows"),
+        ("rows:\n  a: [x[1]]\n", r"line 2, is not valid YAML \(expected ',' or ']'"),
+        ("a: !!python/object/apply:os.system [ls]", r"line 1, is not valid YAML \(could not determine a constructor"),
     ],
 )
-def test_a_file_that_is_no_table_is_refused(tmp_path, text, message):
+def test_a_file_without_a_table_is_refused(tmp_path, text, message):
     path = tmp_path / "mine.yaml"
     path.write_text(text)
     with pytest.raises(UsageError, match=message):
@@ -102,10 +102,10 @@ def test_a_file_that_is_no_table_is_refused(tmp_path, text, message):
 
 
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
-def test_every_config_of_every_table_composes_and_is_another_one(path, tmp_path):
+def test_every_config_of_every_table_composes_and_is_different(path, tmp_path):
     plan = results.Plan(**results.read_results(path), seeds=(0,), out=tmp_path)
     configs = [check_config(compose(plan.config(*job), CONFIGS)[0]) for job in plan.jobs]
-    assert all(config not in configs[:place] for place, config in enumerate(configs))
+    assert all(config not in configs[:index] for index, config in enumerate(configs))
 
 
 # The command.
@@ -122,86 +122,86 @@ rows:
 FAST = ("dataset.num_workers=0", "trainer.max_epochs=1", "logger=none")
 
 
-def command(monkeypatch, place, *words):
-    (place / "tiny.yaml").write_text(TINY)
-    monkeypatch.chdir(place)
+def run_results(monkeypatch, folder, *words):
+    (folder / "tiny.yaml").write_text(TINY)
+    monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", ["results.py", "tiny.yaml", "--out", "out", *FAST, *words])
     runpy.run_path(str(ROOT / "scripts" / "results.py"), run_name="results")["main"]()
-    return json.loads((place / "out" / "results.json").read_text())
+    return json.loads((folder / "out" / "results.json").read_text())
 
 
-def test_a_table_is_trained_once_goes_on_after_a_cut_and_brings_weights_back(tmp_path, monkeypatch, capsys):
+def test_a_table_is_trained_once_resumes_after_an_interruption_and_writes_weights(tmp_path, monkeypatch, capsys):
     trained = []
     train = series.train
 
-    def cut_the_second(config, run, **options):
+    def interrupt_the_second(config, run, **options):
         trained.append(run)
         if len(trained) == 2:
-            raise Interrupted("stopped by SIGTERM at step 3, saved - go on with resume=auto", 143)
+            raise Interrupted("stopped by SIGTERM at step 3, saved - resume it with resume=auto", 143)
         train(config, run, **options)
 
-    monkeypatch.setattr(series, "train", cut_the_second)
-    with pytest.raises(Interrupted, match="saved - go on with the same command") as caught:
-        command(monkeypatch, tmp_path)
+    monkeypatch.setattr(series, "train", interrupt_the_second)
+    with pytest.raises(Interrupted, match="saved - resume it with the same command") as caught:
+        run_results(monkeypatch, tmp_path)
     assert caught.value.exit_code == 143
-    found = command(monkeypatch, tmp_path, "--weights")
+    content = run_results(monkeypatch, tmp_path, "--weights")
     assert [run.parts[1:] for run in trained] == [
         ("slim", "val", "seed0"), ("slim", "others", "seed0"), ("slim", "others", "seed0"),
         ("slimmer-muon", "val", "seed0"), ("slimmer-muon", "others", "seed0"),
     ]  # fmt: skip
-    assert [row["parameters"] for row in found["rows"]] == [
+    assert [row["parameters"] for row in content["rows"]] == [
         sum(p.numel() for p in checkpoint.read(run / "best.ckpt").model().parameters())
         for run in (trained[0], trained[3])
     ]
-    for row in found["rows"]:
+    for row in content["rows"]:
         assert all(0 <= row["views"][view]["mean"]["mIoU"] <= 100 for view in ("val", "others"))
         assert row["seconds"] > 0
         assert row["memory"] > 10 << 20
-    command(monkeypatch, tmp_path, "--table")
+    run_results(monkeypatch, tmp_path, "--table")
     assert len(trained) == 5
     assert "Slimmer, Muon, others, seed 0" in capsys.readouterr().out
 
     path = tmp_path / "out" / "weights" / "slimmer-muon-seed0.safetensors"
-    shared, best = checkpoint.read(path), checkpoint.read(trained[3] / "best.ckpt")
-    assert all(torch.allclose(shared.weights[name], value, atol=1e-3) for name, value in best.weights.items())
+    half, best = checkpoint.read(path), checkpoint.read(trained[3] / "best.ckpt")
+    assert all(torch.allclose(half.weights[name], value, atol=1e-3) for name, value in best.weights.items())
     card = json.loads(cards.card_of(path).read_text())
-    assert card["scores"]["mIoU"] == pytest.approx(found["rows"][1]["views"]["val"]["mean"]["mIoU"] / 100)
+    assert card["scores"]["mIoU"] == pytest.approx(content["rows"][1]["views"]["val"]["mean"]["mIoU"] / 100)
     assert "model.width=3" in card["command"]
     assert card["cost"]["seconds"] > 0
 
-    with pytest.raises(UsageError, match=r"was trained with other values of optimizer.lr - give those, or choose"):
-        command(monkeypatch, tmp_path, "optimizer.lr=0.5")
+    with pytest.raises(UsageError, match=r"was trained with different values of optimizer.lr - use those or"):
+        run_results(monkeypatch, tmp_path, "optimizer.lr=0.5")
 
 
-def test_a_run_that_diverges_leaves_its_row_empty_and_the_others_go_on(tmp_path, monkeypatch, capsys):
+def test_a_run_that_diverges_leaves_its_row_empty_and_the_others_are_trained(tmp_path, monkeypatch, capsys):
     def diverge(config, run, **options):
         raise DivergedError("the loss is nan")
 
     monkeypatch.setattr(series, "train", diverge)
-    found = command(monkeypatch, tmp_path, "--rows", "slim", "--views", "val")
-    assert [row["name"] for row in found["rows"]] == ["Slim"]
-    assert found["rows"][0]["views"]["val"]["runs"] == {}
+    content = run_results(monkeypatch, tmp_path, "--rows", "slim", "--views", "val")
+    assert [row["name"] for row in content["rows"]] == ["Slim"]
+    assert content["rows"][0]["views"]["val"]["runs"] == {}
     assert "Slim, val, seed 0 has no scores: the loss is nan" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--rows", "slin"), "--rows: there is no 'slin' - did you mean 'slim'?"),
-        (("--views", "test"), "--views: there is no 'test'"),
-        (("--seeds", "a"), "--seeds a are no numbers"),
+        (("--rows", "slin"), "--rows: unknown name 'slin' - did you mean 'slim'?"),
+        (("--views", "test"), "--views: unknown name 'test'"),
+        (("--seeds", "a"), "--seeds a: expected integers"),
         (("seed=3",), "seed=3 is not allowed: the results table sets this key - use --seeds"),
         (("model.widht=3",), "unknown key model.widht - did you mean 'width'?"),
     ],
 )
-def test_a_mistake_is_found_before_anything_is_trained(tmp_path, monkeypatch, words, message):
+def test_a_mistake_is_reported_before_anything_is_trained(tmp_path, monkeypatch, words, message):
     with pytest.raises(UsageError) as caught:
-        command(monkeypatch, tmp_path, *words)
+        run_results(monkeypatch, tmp_path, *words)
     assert message in str(caught.value)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_table_that_is_not_there_is_asked_for_by_name(monkeypatch, tmp_path):
+def test_an_unknown_table_is_reported_with_similar_names(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["results.py", "canvid"])
-    with pytest.raises(UsageError, match="there is no table canvid - did you mean 'camvid'"):
+    with pytest.raises(UsageError, match="unknown table canvid - did you mean 'camvid'"):
         runpy.run_path(str(ROOT / "scripts" / "results.py"), run_name="results")["main"]()

@@ -1,4 +1,4 @@
-"""The decoder study: its table from made-up reports, the paper's orderings, and the command."""
+"""The decoder study: the table of made-up reports, the paper's orderings, and the command."""
 
 import csv
 import json
@@ -20,32 +20,32 @@ from segdeconv.training.config_check import check_config
 ROOT = Path(__file__).parents[2]
 MODELS = tuple(variant.model for variant in paper.VARIANTS)
 CPU = torch.device("cpu")
-COSTS = {model: costs.Costs(1000 + place, 2000, 3.5, 400, 100) for place, model in enumerate(MODELS)}
+COSTS = {model: costs.Costs(1000 + index, 2000, 3.5, 400, 100) for index, model in enumerate(MODELS)}
 
 
-def write_report(plan, key, seed, scores, **facts):
-    """scores: fractions by the names of report.json."""
+def write_report(plan, key, seed, scores, **items):
+    """Write a report.json; `scores` are fractions by its keys."""
     path = plan.run(key, seed) / "report.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"boundary_f1": None, **scores, **facts}))
+    path.write_text(json.dumps({"boundary_f1": None, **scores, **items}))
 
 
 def fractions(percents):
     return {name: percent / 100 for name, percent in zip(paper.SCORES.values(), percents, strict=True)}
 
 
-# What the paper says.
+# The results of the paper.
 
 
-def test_the_files_of_the_study_are_the_papers_eight_rows():
+def test_every_row_of_the_papers_table_has_a_config():
     assert len(MODELS) == 8
     for variant in paper.VARIANTS:
         assert variant.model.replace("_", "") == variant.name.replace("-", "").lower()
         assert (ROOT / "configs" / "model" / f"{variant.model}.yaml").is_file()
 
 
-def test_the_papers_own_table_is_judged_as_it_is_by_hand():
-    """Worked out on paper from its rows: median frequency balancing first, then the plain loss."""
+def test_verdicts_on_the_papers_table_equal_those_by_hand():
+    """The expected verdicts are worked out by hand, for the weighted and then the unweighted loss."""
     worst, full, larger = (
         "bilinear interpolation without learning is the worst",
         "the best stores the encoder's maps in full",
@@ -58,27 +58,27 @@ def test_the_papers_own_table_is_judged_as_it_is_by_hand():
         ("none", worst): "C mIoU BF",  # G: NoAddition's 82.3 is lower than 82.7
         ("none", full): "G C mIoU",  # BF: FCN-Basic again
         ("none", larger): "C mIoU",  # G: 83.5 to FCN-Basic's 83.9; BF: 37.13 to 37.33
-        ("both", "balancing raises the accuracy by class"): "C",
-        ("both", "balancing mostly raises the IoU"): "mIoU",
+        ("both", "class weighting raises the mean accuracy"): "C",
+        ("both", "class weighting mostly raises the mean IoU"): "mIoU",
         (
             "both",
-            "without balancing more pixels are right",
+            "more pixels are correct without class weighting",
         ): "",  # FCN-Basic-NoDimReduction: 84.1 with, 83.5 without
     }
-    found = {key: [] for key in held}
+    scores_held = {key: [] for key in held}
     for ordering in paper.orderings(paper.CLASS_WEIGHTINGS):
         holds = paper.judge(ordering, paper.published).holds
         assert holds is not None
-        found[ordering.class_weighting, ordering.claim] += [ordering.score] * holds
-    assert {key: " ".join(scores) for key, scores in found.items()} == held
+        scores_held[ordering.class_weighting, ordering.claim] += [ordering.score] * holds
+    assert {key: " ".join(scores) for key, scores in scores_held.items()} == held
 
 
-def test_orderings_between_balancings_are_stated_only_where_there_are_both():
+def test_orderings_between_class_weightings_need_both():
     assert len(paper.orderings(["none"])) == 12
     assert len(paper.orderings(paper.CLASS_WEIGHTINGS)) == 27
 
 
-# What an ordering means.
+# Verdicts.
 
 A, B, C, D = (("none", name) for name in "abcd")
 
@@ -89,14 +89,14 @@ def verdict(scores, above, below, **options):
     return paper.judge(ordering, lambda key, score: scores.get(key[1]))
 
 
-def test_all_of_the_upper_must_be_above_all_of_the_lower_unless_the_best_is_meant():
+def test_all_of_above_must_exceed_all_of_below_unless_only_the_best_has_to():
     scores = {"a": 5.0, "b": 3.0, "c": 4.0, "d": 2.0}
     assert verdict(scores, (A, C), (B, D)) == ((1.0,), True)
     assert verdict(scores, (A, B), (C, D)) == ((-1.0,), False)
     assert verdict(scores, (A, B), (C, D), best=True) == ((1.0,), True)
 
 
-def test_a_tie_is_no_ordering_and_a_missing_score_leaves_it_open():
+def test_an_ordering_does_not_hold_for_a_tie_and_is_open_for_a_missing_score():
     assert verdict({"a": 2.0, "b": 2.0}, (A,), (B,)) == ((0.0,), False)
     assert verdict({"a": 2.0}, (A,), (B,)) == ((None,), None)
 
@@ -135,7 +135,7 @@ def test_means_and_spreads_are_over_the_finished_runs(plan):
     }  # fmt: skip
 
 
-def test_a_study_that_gives_the_papers_numbers_gets_the_papers_verdicts(plan):
+def test_the_papers_numbers_yield_the_papers_verdicts(plan):
     for variant in paper.VARIANTS:
         for seed in plan.seeds:
             scores = fractions(variant.scores["median_frequency"])
@@ -162,7 +162,7 @@ def test_a_study_that_gives_the_papers_numbers_gets_the_papers_verdicts(plan):
     assert rows[5]["storage_paper"] == ""  # n/a
 
 
-def test_what_has_no_runs_is_shown_as_such(plan):
+def test_networks_without_runs_have_dashes(plan):
     write_report(plan, ("median_frequency", "segnet_basic"), 1, {"miou": 0.5})
     text = table.write(plan, COSTS, {})
     assert "| SegNet-Basic | – | – | 50.0 | – |" in text
@@ -175,7 +175,7 @@ def test_what_has_no_runs_is_shown_as_such(plan):
     assert widths == {8, 10}
 
 
-def test_seeds_are_judged_one_by_one_beside_their_mean(plan):
+def test_seeds_are_judged_one_by_one_and_by_their_mean(plan):
     for seed, (bilinear, others) in enumerate([(0.1, 0.2), (0.3, 0.2), (0.1, 0.2)]):
         for model in MODELS:
             value = bilinear if model == "bilinear_interpolation" else others
@@ -193,9 +193,9 @@ def test_seeds_are_judged_one_by_one_beside_their_mean(plan):
 # Costs.
 
 
-def test_what_is_kept_is_bytes_of_switches_quarters_of_them_packed_and_four_bytes_of_maps(monkeypatch):
+def test_kept_counts_bytes_of_switches_a_quarter_if_packed_and_four_bytes_per_value_of_maps(monkeypatch):
     monkeypatch.setattr(costs, "median_time", lambda forward, **limits: 0.25)
-    pixels = 45 * 60 + 23 * 30 + 12 * 15  # of 90x120, where the second and fourth pool see odd sides
+    pixels = 45 * 60 + 23 * 30 + 12 * 15  # of 90x120, where the inputs of the second and fourth pool have odd sides
     windows = pixels + 6 * 8
     expected = {
         "bilinear_interpolation": (0, 0),
@@ -215,10 +215,10 @@ def test_what_is_kept_is_bytes_of_switches_quarters_of_them_packed_and_four_byte
         assert measured.forward_ms == 250
 
 
-def test_the_median_time_is_not_moved_by_one_slow_pass(monkeypatch):
+def test_one_slow_pass_does_not_change_the_median_time(monkeypatch):
     clock = iter([0, 9, 10, 11, 20, 21, 30, 80])  # passes of 9 (warming up), 1, 1 and 50 seconds
     monkeypatch.setattr(harness.time, "perf_counter", lambda: next(clock))
-    assert harness.median_time(lambda: None, seconds=costs.ENOUGH, most=costs.FORWARDS) == 1
+    assert harness.median_time(lambda: None, seconds=costs.MAX_SECONDS, max_calls=costs.MAX_FORWARDS) == 1
 
 
 # The command.
@@ -227,72 +227,75 @@ TINY = ("dataset=shapes", "dataset.num_train=24", "dataset.num_val=4", "dataset.
 FAST = ("dataset.num_workers=0", "model.width=4", "trainer.max_epochs=1", "logger=none")
 
 
-def study(monkeypatch, place, *words):
+def run_study(monkeypatch, folder, *words):
     script = ROOT / "scripts" / "study.py"
-    monkeypatch.chdir(place)
+    monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", ["study.py", "--quick", "--out", "out", *TINY, *FAST, *words])
     runpy.run_path(str(script), run_name="study")["main"]()
-    return json.loads((place / "out" / "study.json").read_text())
+    return json.loads((folder / "out" / "study.json").read_text())
 
 
-def test_a_study_that_was_cut_goes_on_and_runs_nothing_twice(tmp_path, monkeypatch, capsys):
+def test_an_interrupted_study_resumes_and_repeats_no_run(tmp_path, monkeypatch, capsys):
     trained = []
     train = segdeconv.train.train
 
-    def cut_after_one(config, run, **options):
+    def interrupt_the_second(config, run, **options):
         trained.append(run)
         if len(trained) == 2:
             raise KeyboardInterrupt
         train(config, run, **options)
 
-    monkeypatch.setattr(series, "train", cut_after_one)
-    monkeypatch.setattr(costs, "ENOUGH", 0.0)
+    monkeypatch.setattr(series, "train", interrupt_the_second)
+    monkeypatch.setattr(costs, "MAX_SECONDS", 0.0)
     two = ("--models", "fcn_basic,bilinear_interpolation")
     with pytest.raises(KeyboardInterrupt):
-        study(monkeypatch, tmp_path, *two)
+        run_study(monkeypatch, tmp_path, *two)
     assert [row["seeds"] for row in json.loads((tmp_path / "out" / "study.json").read_text())["networks"]] == [[0], []]
 
-    done = study(monkeypatch, tmp_path, *two)
+    content = run_study(monkeypatch, tmp_path, *two)
     assert [run.parts[-2] for run in trained] == ["bilinear_interpolation", "fcn_basic", "fcn_basic"]
-    assert [row["seeds"] for row in done["networks"]] == [[0], [0]]
-    assert all(0 <= row["mean"][score] <= 100 for row in done["networks"] for score in ("G", "C", "mIoU"))
-    study(monkeypatch, tmp_path, *two)
+    assert [row["seeds"] for row in content["networks"]] == [[0], [0]]
+    assert all(0 <= row["mean"][score] <= 100 for row in content["networks"] for score in ("G", "C", "mIoU"))
+    run_study(monkeypatch, tmp_path, *two)
     assert len(trained) == 3
 
-    with pytest.raises(UsageError, match=r"was trained with other values of optimizer.lr - give those, or choose"):
-        study(monkeypatch, tmp_path, *two, "optimizer.lr=0.01")
+    with pytest.raises(UsageError, match=r"was trained with different values of optimizer.lr - use those or"):
+        run_study(monkeypatch, tmp_path, *two, "optimizer.lr=0.01")
     report = json.loads((tmp_path / "out/median_frequency/fcn_basic/seed0/report.json").read_text())
     assert "model=fcn_basic" in report["command"]
     assert "hydra.run.dir=out/median_frequency/fcn_basic/seed0" in report["command"]
     assert "=== 2 of 2: FCN-Basic, median_frequency, seed 0" in capsys.readouterr().out
 
 
-def test_a_run_that_diverges_leaves_its_row_empty_and_the_others_go_on(tmp_path, monkeypatch, capsys):
+def test_a_run_that_diverges_leaves_its_row_empty_and_the_others_are_trained(tmp_path, monkeypatch, capsys):
     def diverge(config, run, **options):
         raise DivergedError("the loss is nan")
 
     monkeypatch.setattr(series, "train", diverge)
-    monkeypatch.setattr(costs, "ENOUGH", 0.0)
-    done = study(monkeypatch, tmp_path, "--models", "fcn_basic,segnet_basic")
-    assert [row["seeds"] for row in done["networks"]] == [[], []]
+    monkeypatch.setattr(costs, "MAX_SECONDS", 0.0)
+    content = run_study(monkeypatch, tmp_path, "--models", "fcn_basic,segnet_basic")
+    assert [row["seeds"] for row in content["networks"]] == [[], []]
     assert "FCN-Basic has no scores: the loss is nan" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--models", "fcn_basik"), "--models: there is no 'fcn_basik' - did you mean 'fcn_basic'?"),
-        (("--class-weighting", "median"), "--class-weighting: there is no 'median' - did you mean 'median_frequency'?"),
-        (("--seeds", "a"), "--seeds a are no numbers - write for example --seeds 0,1,2"),
+        (("--models", "fcn_basik"), "--models: unknown name 'fcn_basik' - did you mean 'fcn_basic'?"),
+        (
+            ("--class-weighting", "median"),
+            "--class-weighting: unknown name 'median' - did you mean 'median_frequency'?",
+        ),
+        (("--seeds", "a"), "--seeds a: expected integers - write for example --seeds 0,1,2"),
         (("--split", "tset"), "unknown split 'tset' - the splits are train, val, test"),
         (("seed=3",), "seed=3 is not allowed: the study sets this key - use --seeds"),
         (("model=segnet",), "model=segnet is not allowed: the study sets this key - use --models"),
         (("model.widht=3",), "unknown key model.widht - did you mean 'width'?"),
     ],
 )
-def test_a_mistake_is_found_before_anything_is_trained(tmp_path, monkeypatch, words, message):
+def test_a_mistake_is_reported_before_anything_is_trained(tmp_path, monkeypatch, words, message):
     with pytest.raises(UsageError) as caught:
-        study(monkeypatch, tmp_path, *words)
+        run_study(monkeypatch, tmp_path, *words)
     assert message in str(caught.value)
     assert not (tmp_path / "out").exists()
 

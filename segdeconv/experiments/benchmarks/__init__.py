@@ -1,1 +1,1 @@
-"""How fast and how large the networks are here, measured against how they are usually written."""
+"""Speed and memory of the networks, compared with the usual implementation of SegNet."""

@@ -1,4 +1,4 @@
-"""Who runs against whom: a training step or an inference pass of one network, made ready in its own way."""
+"""Contestants of the benchmarks: training steps and inference passes of several implementations."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -22,7 +22,14 @@ Step = Callable[[], None]
 
 
 class Task(NamedTuple):
-    """What every contestant does: batch images of size (H, W) into so many classes, on one device."""
+    """The input and output of every contestant.
+
+    Attributes:
+        batch: Number of images per batch.
+        size: Input size (H, W).
+        classes: Number of classes.
+        device: Device of the network and the images.
+    """
 
     batch: int
     size: tuple[int, int]
@@ -38,7 +45,7 @@ class Task(NamedTuple):
 
 
 def usual_training(network: nn.Module, task: Task, precision: str) -> Step:
-    """A step as tutorials have it: forward, cross entropy, backward, SGD."""
+    """Return a training step as in tutorials: forward, cross-entropy, backward, SGD."""
     network.to(task.device).train()
     optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9)
     image, mask = task.images(), task.mask()
@@ -54,7 +61,7 @@ def usual_training(network: nn.Module, task: Task, precision: str) -> Step:
 
 
 def usual_inference(network: nn.Module, task: Task, precision: str) -> Step:
-    """A pass to the classes of all pixels."""
+    """Return a forward pass that ends with the class of every pixel."""
     network.to(task.device).eval()
     image = task.images()
 
@@ -65,8 +72,8 @@ def usual_inference(network: nn.Module, task: Task, precision: str) -> Step:
     return step
 
 
-def our_training(network: SegmentationModel, task: Task, precision: str, *, compiled: bool = False) -> Step:
-    """A step as `SegmentationTask` makes it, without Lightning around it."""
+def segdeconv_training(network: SegmentationModel, task: Task, precision: str, *, compiled: bool = False) -> Step:
+    """Return a training step as in `SegmentationTask`, without Lightning."""
     keep_freed(task.device)
     network.to(task.device).to(memory_format=torch.channels_last).train()
     if compiled:
@@ -85,8 +92,8 @@ def our_training(network: SegmentationModel, task: Task, precision: str, *, comp
     return step
 
 
-def our_inference(network: SegmentationModel, task: Task, precision: str) -> Step:
-    """A pass as evaluate.py and predict.py make it."""
+def segdeconv_inference(network: SegmentationModel, task: Task, precision: str) -> Step:
+    """Return a forward pass as in evaluate.py and predict.py."""
     prepared = Network(network.eval(), task.device, precision)
     image = task.images()
 
@@ -96,60 +103,60 @@ def our_inference(network: SegmentationModel, task: Task, precision: str) -> Ste
     return step
 
 
-# Who takes part. The names are what the tables show; `USUAL` is what the others' ratios are to.
+# The contestants. The tables show their names; ratios are relative to `USUAL`.
 
 USUAL = "usual SegNet, float32"
 
 
 def usual_segnet(task: Task, precision: str, training: bool) -> Step:
-    """The SegNet of usual.py."""
+    """Return a step of the SegNet in usual.py."""
     network = UsualSegNet(task.classes)
     return usual_training(network, task, precision) if training else usual_inference(network, task, precision)
 
 
-def ours(
+def segdeconv_step(
     task: Task, precision: str, training: bool, kind: type[SegmentationModel] = SegNet, *, compiled: bool = False
 ) -> Step:
-    """SegNet, or another network on the same encoder, as train.py trains it, or evaluate.py uses it."""
+    """Return a step of SegNet or another network on the same encoder, as in train.py or evaluate.py."""
     network = kind(task.classes)
     if training:
-        return our_training(network, task, precision, compiled=compiled)
-    return our_inference(network, task, precision)
+        return segdeconv_training(network, task, precision, compiled=compiled)
+    return segdeconv_inference(network, task, precision)
 
 
 def smp_unet(task: Task, precision: str, training: bool) -> Step:
-    """segmentation-models-pytorch's U-Net on VGG16 with batch norm, channels last."""
+    """Return a step of segmentation-models-pytorch's U-Net on VGG16 with batch norm, in channels-last format."""
     import segmentation_models_pytorch as smp
 
     network = smp.Unet("vgg16_bn", encoder_weights=None, classes=task.classes).to(memory_format=torch.channels_last)
     return usual_training(network, task, precision) if training else usual_inference(network, task, precision)
 
 
-def runners(task: Task, *, training: bool) -> dict[str, Callable[[], Step]]:
-    """Everyone who runs on this device, the usual SegNet first."""
+def implementations(task: Task, *, training: bool) -> dict[str, Callable[[], Step]]:
+    """Return the implementations for this device by name, the usual SegNet first."""
     fast = fast_precision()
     short = fast.partition("-")[0]
-    found: dict[str, Callable[[], Step]] = {USUAL: partial(usual_segnet, task, "32-true", training)}
+    steps: dict[str, Callable[[], Step]] = {USUAL: partial(usual_segnet, task, "32-true", training)}
     if fast != "32-true":
-        found[f"usual SegNet, {short}"] = partial(usual_segnet, task, fast, training)
-    found[f"segdeconv SegNet, {short}"] = partial(ours, task, fast, training)
+        steps[f"usual SegNet, {short}"] = partial(usual_segnet, task, fast, training)
+    steps[f"segdeconv SegNet, {short}"] = partial(segdeconv_step, task, fast, training)
     if task.device.type == "cuda":
         if training:
-            found[f"segdeconv SegNet, {short}, compiled"] = partial(ours, task, fast, training, compiled=True)
+            steps[f"segdeconv SegNet, {short}, compiled"] = partial(segdeconv_step, task, fast, training, compiled=True)
         if find_spec("segmentation_models_pytorch"):
-            found[f"segmentation-models-pytorch U-Net, {short}"] = partial(smp_unet, task, fast, training)
-    return found
+            steps[f"segmentation-models-pytorch U-Net, {short}"] = partial(smp_unet, task, fast, training)
+    return steps
 
 
 def peers(task: Task, *, training: bool) -> Mapping[str, Callable[[], Step]]:
-    """The networks of the SegNet paper's table 6, all ours, on the same encoder."""
+    """Return segdeconv's networks of the SegNet paper's table 6, which share an encoder, by name."""
     fast = fast_precision()
     kinds: dict[str, type[SegmentationModel]] = {"SegNet": SegNet, "U-Net": UNet, "FCN-8s": FCN}
-    return {name: partial(ours, task, fast, training, kind) for name, kind in kinds.items()}
+    return {name: partial(segdeconv_step, task, fast, training, kind) for name, kind in kinds.items()}
 
 
 def operations(network: nn.Module, task: Task, *, training: bool) -> int:
-    """Multiplications and additions of one repetition, as torch counts them, without a number computed."""
+    """Return the number of multiplications and additions of one repetition, counted by torch on the meta device."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         logits = network.to("meta")(torch.empty(task.batch, 3, *task.size))
         if training:

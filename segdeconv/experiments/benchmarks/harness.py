@@ -1,6 +1,6 @@
-"""Contestants in turn: each lives in a process of its own, and they take turns, so that a busy machine hurts all alike.
+"""Timing of several contestants in turn, so that a busy machine slows all of them alike.
 
-A process of its own also gives each its own peak of memory, which nothing can reset on a CPU.
+Each contestant runs in its own process, which also gives it its own peak memory.
 """
 
 import math
@@ -16,14 +16,17 @@ import torch
 from segdeconv.errors import SegdeconvError
 from segdeconv.system.memory import peak
 
-Build = Callable[[], Callable[[], None]]  # makes a contestant ready; what it returns is one repetition
+Build = Callable[[], Callable[[], None]]  # sets up a contestant and returns the function to repeat
 
 
 class Timing(NamedTuple):
-    """Of one contestant: the median and all of its times in seconds, and the bytes that it held at most.
+    """Time and memory of one contestant.
 
-    memory: on a CPU the process's peak of resident memory above what it was before the network was built; on a GPU
-        the peak that torch has allocated.
+    Attributes:
+        seconds: Median of the times.
+        times: Time of every repetition in seconds.
+        memory: Peak memory in bytes. On a CPU, the increase of the peak resident memory of the process since before
+            the network was built; on a GPU, the increase of the peak memory that torch has allocated.
     """
 
     seconds: float
@@ -32,67 +35,81 @@ class Timing(NamedTuple):
 
 
 def race(contestants: Mapping[str, Build], *, repeats: int) -> dict[str, Timing]:
-    """Repeat each contestant so often, in turn; each is a function of a module or a partial of one, to be picklable."""
+    """Time contestants in turn.
+
+    Args:
+        contestants: Name -> a function that sets up the contestant and returns the function to repeat. It must be
+            picklable: a function of a module, or a partial of one.
+        repeats: Number of timed repetitions of each.
+
+    Raises:
+        SegdeconvError: A contestant fails.
+    """
     context = get_context("spawn")
-    lines: dict[str, Connection] = {}
+    connections: dict[str, Connection] = {}
     processes = []
     try:
         for name, build in contestants.items():
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, build), daemon=True)
+            connection, child_connection = context.Pipe()
+            process = context.Process(target=_serve, args=(child_connection, build), daemon=True)
             process.start()
-            theirs.close()
-            lines[name] = ours
+            child_connection.close()
+            connections[name] = connection
             processes.append(process)
-            for _ in range(2):  # the first answer says that it is ready, the second warms up
-                _ask(name, ours)
-        times: dict[str, list[float]] = {name: [] for name in lines}
+            for _ in range(2):  # the first request sets the contestant up, the second warms it up
+                _ask(name, connection)
+        times: dict[str, list[float]] = {name: [] for name in connections}
         memory: dict[str, int] = {}
         for _ in range(repeats):
-            for name, line in lines.items():
-                seconds, memory[name] = _ask(name, line)
+            for name, connection in connections.items():
+                seconds, memory[name] = _ask(name, connection)
                 times[name].append(seconds)
     finally:
         for process in processes:
             process.kill()
             process.join()
-    return {name: Timing(statistics.median(every), tuple(every), memory[name]) for name, every in times.items()}
+    return {name: Timing(statistics.median(seconds), tuple(seconds), memory[name]) for name, seconds in times.items()}
 
 
-def median_time(call: Callable[[], object], *, seconds: float, most: float = math.inf) -> float:
-    """Seconds of a call, which has to wait for its result; not their mean, since machines do other things too.
+def median_time(call: Callable[[], object], *, seconds: float, max_calls: float = math.inf) -> float:
+    """Return the median time of a call in seconds, after one warm-up call.
 
-    seconds, most: so long or so often it is repeated, three times at least, after one call that is not counted.
+    The median is used because other work on the machine distorts a mean.
+
+    Args:
+        call: Function to time. It must wait for its result.
+        seconds: Total time after which the repetition ends.
+        max_calls: Number of calls after which it ends. At least three calls are timed.
     """
 
     def timed() -> float:
-        started = time.perf_counter()
+        start = time.perf_counter()
         call()
-        return time.perf_counter() - started
+        return time.perf_counter() - start
 
     timed()
     times: list[float] = []
-    while len(times) < 3 or (len(times) < most and sum(times) < seconds):
+    while len(times) < 3 or (len(times) < max_calls and sum(times) < seconds):
         times.append(timed())
     return statistics.median(times)
 
 
-def _ask(name: str, line: Connection) -> tuple[float, int]:
+def _ask(name: str, connection: Connection) -> tuple[float, int]:
     try:
-        line.send("go")
-        answer: Any = line.recv()
+        connection.send("go")
+        answer: Any = connection.recv()
     except (EOFError, BrokenPipeError):
-        raise SegdeconvError(f"{name} died, perhaps of memory - lower --batch or --size") from None
+        raise SegdeconvError(f"{name} ended, perhaps for lack of memory - reduce --batch or --size") from None
     if isinstance(answer, str):
         raise SegdeconvError(f"{name}: {answer}")
     return answer
 
 
-def _serve(line: Connection, build: Build) -> None:
-    """In a contestant's process: build at the first request, repeat at every other one."""
+def _serve(connection: Connection, build: Build) -> None:
+    """Run in a contestant's process: build at the first request, repeat at every later one."""
     before = peak(anew=True)
     step: Callable[[], None] | None = None
-    while line.recv():
+    while connection.recv():
         started = time.perf_counter()
         try:
             if step is None:
@@ -101,8 +118,8 @@ def _serve(line: Connection, build: Build) -> None:
                 step()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-        except Exception as error:  # whatever it is, the others' process has to hear of it
-            line.send(f"{type(error).__name__}: {error}")
+        except Exception as error:  # the parent process reports any error
+            connection.send(f"{type(error).__name__}: {error}")
             return
         seconds = time.perf_counter() - started
-        line.send((seconds, peak() - before))
+        connection.send((seconds, peak() - before))

@@ -1,5 +1,8 @@
-"""Pooling and unpooling, forward and backward, against the plain expression, torch's own pair and a copy of the map;
-and pooling with the batch norm before it, in one pass and in separate steps."""
+"""Speed of pooling and unpooling, forward and backward.
+
+They are compared with the plain expression, torch's max_pool2d and max_unpool2d, and a copy of the feature map. Batch
+norm followed by pooling is timed both fused and in separate steps.
+"""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -16,7 +19,7 @@ from segdeconv.switches.ops import Pooling, max_pool, unpool
 
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-Case = tuple[str, Callable[[], Any], int]  # what, the call that is timed, bytes
+Case = tuple[str, Callable[[], Any], int]  # name, the call to time, bytes that it moves
 
 
 def measure(
@@ -27,37 +30,43 @@ def measure(
     device: str | torch.device | None = None,
     seconds: float = 0.5,
 ) -> list[dict[str, Any]]:
-    """Time everything on one device, the GPU if there is one.
+    """Time all operations on one device.
 
-    shape: (N, C, H, W) of the map that is pooled. seconds: for each row, after one call that is not counted.
+    Args:
+        shape: Shape (N, C, H, W) of the feature map that is pooled.
+        layouts: Keys of `LAYOUTS`.
+        dtypes: Keys of `DTYPES`.
+        device: Default: the GPU if there is one, otherwise the CPU.
+        seconds: Time for each row, after one warm-up call.
 
-    Returns rows of `what`, `ms` (median of a call), `gb_per_s` and `share_of_copy`. Bytes are those that the operation
-    has to move with switches of a byte (with packed ones, of two bits), whoever does it: torch's pair moves 8 bytes for
-    each index besides, so that equal shares are equal times. share_of_copy: gb_per_s over that of copying the map.
+    Returns:
+        Rows with `what`, `ms` (median time of a call), `gb_per_s` and `share_of_copy` (`gb_per_s` divided by that of
+        copying the map). The bytes of an operation assume switches of one byte, or of two bits if they are packed, in
+        all implementations, so that equal rates mean equal times; torch's int64 indices move 8 bytes per window.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     rows = []
     for layout in layouts:
         for dtype in dtypes:
             x = torch.randn(shape, device=device).to(DTYPES[dtype]).contiguous(memory_format=LAYOUTS[layout])
-            copied = 0.0
+            copy_rate = 0.0
             for what, call, nbytes in _cases(x):
-                median = median_time(functools.partial(_waited, call, device), seconds=seconds)
+                median = median_time(functools.partial(_synchronised, call, device), seconds=seconds)
                 rate = nbytes / median / 1e9
-                copied = copied or rate
+                copy_rate = copy_rate or rate
                 rows.append(
                     {
                         "what": f"{what}, {layout} {dtype} {'x'.join(map(str, shape))}",
                         "ms": 1000 * median,
                         "gb_per_s": rate,
-                        "share_of_copy": rate / copied,
+                        "share_of_copy": rate / copy_rate,
                     }
                 )
     return rows
 
 
 def _cases(x: Tensor) -> Iterator[Case]:
-    """The copy first."""
+    """Yield the operations, the copy first."""
     size = (x.shape[-2], x.shape[-1])
     out = torch.empty_like(x)
     yield "copy", lambda: out.copy_(x), 2 * x.nbytes
@@ -75,7 +84,7 @@ def _cases(x: Tensor) -> Iterator[Case]:
         with torch.no_grad():
             yield (
                 f"unpool forward, {name}",
-                lambda kept=pooling.switches: unpool(features, kept, size),  # type: ignore[misc]
+                lambda switches=pooling.switches: unpool(features, switches, size),  # type: ignore[misc]
                 moved,
             )
         yield f"unpool backward, {name}", _backward(restored, small, out), moved
@@ -106,18 +115,19 @@ def _cases(x: Tensor) -> Iterator[Case]:
         )
     yield "unpool backward, torch's pair", _backward(restored, small, out), moved
 
-    # Forward the map is read twice, the statistics first; backward it is read once and its gradient written.
+    # The forward pass reads the map twice, first for the statistics; the backward pass reads it once and writes its
+    # gradient.
     moved += x.nbytes
     norm = nn.BatchNorm2d(x.shape[1]).to(x.device)
     for order, relu_before in (("norm, pool and ReLU", False), ("norm, ReLU and pool", True)):
-        ways = {"separate steps": _separately}
+        variants = {"separate steps": _separately}
         if ops._kernels(x) is not None:
-            ways["one pass"] = norm_relu_pool
-        for way, function in ways.items():
+            variants["one pass"] = norm_relu_pool
+        for variant, function in variants.items():
             call = functools.partial(function, x, norm, relu_before=relu_before)
             with torch.no_grad():
-                yield f"{order} forward, {way}", call, moved
-            yield f"{order} backward, {way}", _backward(call().features, x, features), moved
+                yield f"{order} forward, {variant}", call, moved
+            yield f"{order} backward, {variant}", _backward(call().features, x, features), moved
 
 
 def _separately(x: Tensor, norm: nn.BatchNorm2d, *, relu_before: bool) -> Pooling:
@@ -127,12 +137,12 @@ def _separately(x: Tensor, norm: nn.BatchNorm2d, *, relu_before: bool) -> Poolin
     return pooling._replace(features=torch.relu(pooling.features))
 
 
-def _backward(output: Tensor, given: Tensor, gradient: Tensor) -> Callable[[], Any]:
-    return lambda: torch.autograd.grad(output, given, gradient, retain_graph=True)
+def _backward(output: Tensor, inputs: Tensor, gradient: Tensor) -> Callable[[], Any]:
+    return lambda: torch.autograd.grad(output, inputs, gradient, retain_graph=True)
 
 
-def _waited(call: Callable[[], Any], device: torch.device) -> None:
-    """A call, the accelerator's work included."""
+def _synchronised(call: Callable[[], Any], device: torch.device) -> None:
+    """Make a call and wait for the GPU."""
     call()
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""What scripts/benchmark.py measures, part by part: each gives tables, whose first column names the row."""
+"""Parts of scripts/benchmark.py; each returns tables, whose first column names the row."""
 
 import os
 from collections.abc import Mapping
@@ -22,10 +22,14 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Table:
-    """A table for reading and for plotting.
+    """A table that can be printed and plotted.
 
-    rows: dicts with the same keys, which are the header; numbers are numbers.
-    lines: (x, y) of the columns to plot a line of for each name in the first column; None for bars of `bar`.
+    Attributes:
+        title: Title.
+        rows: Dicts with the same keys, which are the header. Numbers are not formatted.
+        bar: Column to plot as bars; None for no bars.
+        lines: Columns (x, y) to plot as a line for each name in the first column; None for no lines.
+        note: Text below the table.
     """
 
     title: str
@@ -36,12 +40,12 @@ class Table:
 
     def markdown(self) -> str:
         header = list(self.rows[0])
-        cells = [header, ["---"] * len(header), *([_shown(row[name]) for name in header] for row in self.rows)]
+        cells = [header, ["---"] * len(header), *([_format_cell(row[name]) for name in header] for row in self.rows)]
         text = "\n".join(f"| {' | '.join(line)} |" for line in cells)
         return f"## {self.title}\n\n{text}\n" + (f"\n{self.note}\n" if self.note else "")
 
 
-def _shown(value: Any) -> str:
+def _format_cell(value: Any) -> str:
     if value is None:
         return "–"
     if not isinstance(value, float):
@@ -50,19 +54,19 @@ def _shown(value: Any) -> str:
 
 
 def speed(task: Task, repeats: int) -> list[Table]:
-    """Training steps and inference passes in turn, and the machine's own matrix products before and after them."""
+    """Time training steps and inference passes in turn, and the machine's matrix products before and after them."""
     types = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     tables = []
     for training in (True, False):
         before = {name: peak.matrix_peak(task.device, dtype) for name, dtype in types.items()}
-        timings = harness.race(contestants.runners(task, training=training), repeats=repeats)
+        timings = harness.race(contestants.implementations(task, training=training), repeats=repeats)
         peaks = {name: max(before[name], peak.matrix_peak(task.device, dtype)) for name, dtype in types.items()}
-        wanted = contestants.operations(SegNet(task.classes), task, training=training)
-        rows = [_speed_row(name, timing, timings[USUAL], task, wanted, peaks) for name, timing in timings.items()]
+        flop = contestants.operations(SegNet(task.classes), task, training=training)
+        rows = [_speed_row(name, timing, timings[USUAL], task, flop, peaks) for name, timing in timings.items()]
         what = "Training step" if training else "Inference pass"
         title = f"{what}, {task.batch} images of {task.size[0]}x{task.size[1]}, {task.classes} classes"
         note = (
-            f"Medians of {repeats}, in turn; `best` is the shortest. {wanted / 1e9:.0f} GFLOP for the batch; matrix "
+            f"Medians of {repeats}, in turn; `best` is the shortest. {flop / 1e9:.0f} GFLOP per batch; matrix "
             f"products reach {' and '.join(f'{speed / 1e9:.0f} GFLOP/s in {name}' for name, speed in peaks.items())}."
         )
         tables.append(Table(title, rows, bar="images a second", note=note))
@@ -70,7 +74,7 @@ def speed(task: Task, repeats: int) -> list[Table]:
 
 
 def _speed_row(
-    name: str, timing: Timing, usual: Timing, task: Task, wanted: int, peaks: Mapping[str, float]
+    name: str, timing: Timing, usual: Timing, task: Task, flop: int, peaks: Mapping[str, float]
 ) -> dict[str, Any]:
     row = {
         "": name,
@@ -83,22 +87,22 @@ def _speed_row(
         "GFLOP/s at best": None,
         "of the matrix peak": None,
     }
-    if "SegNet" in name:  # the others have other arithmetic
-        fastest = wanted / min(timing.times)
+    if "SegNet" in name:  # the number of operations is SegNet's
+        fastest = flop / min(timing.times)
         peak_ = peaks["float32" if name == USUAL else "bfloat16"]
         row |= {"GFLOP/s at best": fastest / 1e9, "of the matrix peak": fastest / peak_}
     return row
 
 
 def memory(task: Task) -> list[Table]:
-    """Peaks of training and inference memory, ours against the usual, and the networks of the paper's table 6."""
+    """Measure the peak memory of training and inference, also of the networks in the SegNet paper's table 6."""
     tables = []
     for training in (True, False):
-        for title, runners in (
-            ("against the usual SegNet", contestants.runners(task, training=training)),
-            ("networks on one encoder", contestants.peers(task, training=training)),
+        for title, builds in (
+            ("compared with the usual SegNet", contestants.implementations(task, training=training)),
+            ("networks with the same encoder", contestants.peers(task, training=training)),
         ):
-            timings = harness.race(runners, repeats=1)
+            timings = harness.race(builds, repeats=1)
             first = next(iter(timings.values())).memory
             rows = [
                 {"": name, "peak memory, MiB": round(timing.memory / MIB), "share of the first": timing.memory / first}
@@ -111,7 +115,7 @@ def memory(task: Task) -> list[Table]:
 
 
 def growth(task: Task, repeats: int) -> list[Table]:
-    """Seconds and memory of our training step against image area, batch and classes, one factor at a time."""
+    """Measure time and memory of a training step by image area, batch size and classes, one factor at a time."""
     height, width = task.size
     factors: Mapping[str, list[tuple[float, Task]]] = {
         "pixels of an image": [
@@ -123,8 +127,11 @@ def growth(task: Task, repeats: int) -> list[Table]:
     }
     tables = []
     for factor, points in factors.items():
-        runners = {f"{value:.0f}": partial(contestants.ours, point, fast_precision(), True) for value, point in points}
-        timings = harness.race(runners, repeats=repeats)
+        builds = {
+            f"{value:.0f}": partial(contestants.segdeconv_step, point, fast_precision(), True)
+            for value, point in points
+        }
+        timings = harness.race(builds, repeats=repeats)
         rows = [
             {"": "SegNet, training step", factor: int(float(name)), "seconds": timing.seconds,
              "peak memory, MiB": round(timing.memory / MIB)}
@@ -135,22 +142,22 @@ def growth(task: Task, repeats: int) -> list[Table]:
 
 
 def kernels(device: torch.device) -> list[Table]:
-    """Pooling and unpooling against torch's own, and against a copy."""
+    """Time pooling and unpooling, and compare them with torch's and with a copy."""
     batch = 8 if device.type == "cuda" else 2
     rows = [{"": row.pop("what"), **row} for row in kernels_.measure(device=device, shape=(batch, 64, 360, 480))]
-    return [Table(f"Pooling and unpooling, {batch} images of 64 maps of 360x480", rows, bar="share_of_copy")]
+    return [Table(f"Pooling and unpooling, {batch} images with 64 channels of 360x480", rows, bar="share_of_copy")]
 
 
 def images(root: Path | None, size: tuple[int, int]) -> list[Table]:
-    """What decoding, augmentation and loading give."""
+    """Measure decoding, augmentation and loading in images per second."""
     rows = input_.measure(None if root is None else str(root), size=size)
     rows = [{"": row["what"], "images a second": row["images_per_s"], "of a core": row["per_core"]} for row in rows]
-    what = "CamVid" if root else "built-in pictures"
-    return [Table(f"Input, {what}, {size[0]}x{size[1]}", rows, bar="images a second")]
+    source = "CamVid" if root else "built-in images"
+    return [Table(f"Input, {source}, {size[0]}x{size[1]}", rows, bar="images a second")]
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What a reader has to know of where it was measured."""
+    """Return a description of the machine: device, threads, cores and version of torch."""
     name = torch.cuda.get_device_name() if device.type == "cuda" else _processor()
     return {"device": name, "threads": torch.get_num_threads(), "cores": os.cpu_count(), "torch": torch.__version__}
 

@@ -1,4 +1,4 @@
-"""The tables of a benchmark as one picture."""
+"""Plots of benchmark tables."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,15 +7,15 @@ from segdeconv.experiments.benchmarks.parts import Table
 
 
 def save(tables: Sequence[Table], path: Path) -> None:
-    """Write a PNG with a panel for each table that says what to plot; needs matplotlib."""
+    """Write a PNG with a panel for every table that has `bar` or `lines`; needs matplotlib."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    shown = [table for table in tables if table.bar or table.lines]
-    figure, axes = plt.subplots(len(shown), 1, figsize=(9, 2.6 * len(shown)), squeeze=False, layout="constrained")
-    for axis, table in zip(axes[:, 0], shown, strict=True):
+    plotted = [table for table in tables if table.bar or table.lines]
+    figure, axes = plt.subplots(len(plotted), 1, figsize=(9, 2.6 * len(plotted)), squeeze=False, layout="constrained")
+    for axis, table in zip(axes[:, 0], plotted, strict=True):
         axis.set_title(table.title, fontsize=10)
         if table.bar:
             names = [row[""] for row in table.rows]

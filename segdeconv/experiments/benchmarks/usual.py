@@ -1,7 +1,7 @@
-"""SegNet and its peers as they are usually written in PyTorch: what ours are measured against.
+"""SegNet as it is usually written in PyTorch, the reference of the benchmarks.
 
-Nothing here is shared with segdeconv/models: torch's own layers in torch's own memory format, float32 throughout, and
-max_pool2d's int64 indices. The arithmetic is that of `SegNet(num_classes)`, convolution by convolution.
+It shares nothing with segdeconv/models: it uses torch's layers, torch's default memory format, float32 throughout and
+the int64 indices of max_pool2d. Its convolutions are the same as those of `SegNet(num_classes)`.
 """
 
 from itertools import pairwise
@@ -13,19 +13,19 @@ STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512
 
 
 def unit(in_channels: int, out_channels: int) -> nn.Sequential:
-    """Convolution, batch norm, ReLU."""
+    """Return a 3x3 convolution, batch norm and ReLU."""
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, 3, padding=1), nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)
     )
 
 
 def chain(*channels: int) -> nn.Sequential:
-    """One unit from each number of channels to the next."""
+    """Return a sequence of units, one from each number of channels to the next."""
     return nn.Sequential(*(unit(before, after) for before, after in pairwise(channels)))
 
 
 class UsualSegNet(nn.Module):
-    """SegNet on VGG16, the way most repositories have it, though pooled with ceil_mode as the original."""
+    """SegNet on VGG16 as in most repositories, but with ceil_mode in pooling, as in the original."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -37,13 +37,13 @@ class UsualSegNet(nn.Module):
         self.classifier = nn.Conv2d(64, num_classes, 3, padding=1)
 
     def forward(self, image: Tensor) -> Tensor:  # (N, 3, H, W) -> (N, num_classes, H, W)
-        x, kept = image, []
+        x, pooled = image, []
         for stage in self.encoder:
             x = stage(x)
             size = x.shape[-2:]
             x, indices = F.max_pool2d(x, 2, 2, ceil_mode=True, return_indices=True)
-            kept.append((indices, size))
+            pooled.append((indices, size))
         for stage in self.decoder:
-            indices, size = kept.pop()
+            indices, size = pooled.pop()
             x = stage(F.max_unpool2d(x, indices, [2, 2], [2, 2], output_size=list(size)))
         return self.classifier(x)

@@ -1,1 +1,1 @@
-"""The SegNet paper's decoder study: eight networks under one config, its table 1 made anew."""
+"""The SegNet paper's decoder study: eight networks trained with one config, and the paper's table 1 reproduced."""

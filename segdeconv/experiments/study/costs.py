@@ -1,4 +1,4 @@
-"""What a network of the decoder study costs: parameters, time, and what the encoder has to keep for the decoder."""
+"""Costs of a network of the decoder study: parameters, time, and the memory that the encoder keeps for the decoder."""
 
 import math
 from collections.abc import Mapping
@@ -12,18 +12,20 @@ from segdeconv.models import build_model
 from segdeconv.models.basic import BasicModel
 
 FULL_WIDTH, FULL_CLASSES = 64, 11  # of the published networks
-FORWARDS = 50  # as many as in the paper,
-ENOUGH = 5.0  # or as many as take so many seconds
+MAX_FORWARDS = 50  # timed forward passes, as many as in the paper
+MAX_SECONDS = 5.0  # fewer passes are timed if they take longer than this
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Of one network at one size of images.
+    """Costs of one network at one input size.
 
-    parameters: of the network as it is trained here; full_parameters: in full width and for CamVid's classes.
-    forward_ms: median time of a forward pass of one image.
-    kept: bytes of one image that cross from the encoder to the decoder beside the deepest map, as they are held;
-    packed: the same with two bits for a switch, which is held in eight.
+    Attributes:
+        parameters: Number of parameters of the network as it is trained here.
+        full_parameters: Number of parameters in full width and with CamVid's classes.
+        forward_ms: Median time of a forward pass of one image, in milliseconds.
+        kept: Bytes that the encoder keeps for the decoder per image, in addition to the deepest map.
+        packed: The same number of bytes if every switch took two bits; by default it takes eight.
     """
 
     parameters: int
@@ -36,7 +38,15 @@ class Costs:
 def measure(
     node: Mapping[str, Any], num_classes: int, in_channels: int, size: tuple[int, int], device: torch.device
 ) -> Costs:
-    """node: the `model` node of a checked config; size: (H, W) of the image."""
+    """Measure the costs of a network.
+
+    Args:
+        node: The `model` node of a checked config.
+        num_classes: Number of classes.
+        in_channels: Number of channels of the image.
+        size: Input size (H, W).
+        device: Device of the forward passes.
+    """
     model = build_model(node, num_classes, in_channels).eval().to(device).to(memory_format=torch.channels_last)
     assert isinstance(model, BasicModel)
     with torch.device("meta"):
@@ -44,7 +54,7 @@ def measure(
     image = torch.rand(1, in_channels, *size, device=device).contiguous(memory_format=torch.channels_last)
     with torch.inference_mode():
         _, levels = model.encode(image)
-        forward = median_time(lambda: model(image).flatten()[0].item(), seconds=ENOUGH, most=FORWARDS)
+        forward = median_time(lambda: model(image).flatten()[0].item(), seconds=MAX_SECONDS, max_calls=MAX_FORWARDS)
     switches = [level.switches for level in levels if level.switches is not None]
     maps = sum(level.features.nbytes for level in levels if level.features is not None)
     return Costs(

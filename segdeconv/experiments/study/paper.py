@@ -1,4 +1,4 @@
-"""What the SegNet paper says about its decoders: table 1, and the orderings that section 3.3 states.
+"""The SegNet paper's results on decoders: table 1, and the orderings that section 3.3 states.
 
 Badrinarayanan, Kendall, Cipolla 2017, https://arxiv.org/abs/1511.00561. The networks are in models/basic.py.
 """
@@ -6,7 +6,7 @@ Badrinarayanan, Kendall, Cipolla 2017, https://arxiv.org/abs/1511.00561. The net
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-# The paper's measures, and what report.json calls them.
+# The paper's scores and their keys in report.json.
 SCORES = {"G": "pixel_accuracy", "C": "mean_accuracy", "mIoU": "miou", "BF": "boundary_f1"}
 CLASS_WEIGHTINGS = ("median_frequency", "none")
 
@@ -14,9 +14,13 @@ CLASS_WEIGHTINGS = ("median_frequency", "none")
 class Variant(NamedTuple):
     """A row of table 1.
 
-    model: its file in configs/model. parameters: in millions. storage: multiple of what SegNet-Basic stores, None where
-    the paper has n/a. milliseconds: of a forward pass. scores: G, C, mIoU and BF in percent on CamVid's test images, by
-    the class weighting of the loss.
+    Attributes:
+        name: Name of the network in the paper.
+        model: Name of its file in configs/model.
+        parameters: Number of parameters in millions.
+        storage: Memory of the encoder's stored features as a multiple of SegNet-Basic's; None where the paper has n/a.
+        milliseconds: Time of a forward pass.
+        scores: G, C, mIoU and BF in percent on CamVid's test images, by the class weighting of the loss.
     """
 
     name: str
@@ -28,8 +32,8 @@ class Variant(NamedTuple):
 
 
 def _published(*percents: float) -> dict[str, tuple[float, float, float, float]]:
-    balanced, natural = percents[:4], percents[4:]
-    return dict(zip(CLASS_WEIGHTINGS, (balanced, natural), strict=True))  # type: ignore[arg-type]
+    weighted, unweighted = percents[:4], percents[4:]
+    return dict(zip(CLASS_WEIGHTINGS, (weighted, unweighted), strict=True))  # type: ignore[arg-type]
 
 
 VARIANTS = (
@@ -53,21 +57,27 @@ VARIANTS = (
 BY_MODEL = {variant.model: variant for variant in VARIANTS}
 
 
-# The orderings that the paper states, and no others.
+# Only the orderings that the paper states.
 
 Key = tuple[str, str]  # class weighting, model
 ScoreOf = Callable[[Key, str], float | None]
 
 
 class Comparison(NamedTuple):
-    """That some networks score above others: all of them above all others, or the best of them above all others."""
+    """A claim that some networks score higher than others.
+
+    Attributes:
+        above: Networks that should score higher.
+        below: Networks that should score lower than all of `above`.
+        best: Only the best of `above` has to score higher than all of `below`.
+    """
 
     above: tuple[Key, ...]
     below: tuple[Key, ...]
     best: bool = False
 
     def margin(self, score_of: Callable[[Key], float | None]) -> float | None:
-        """By how many points it holds; negative where it does not, None where a score is missing."""
+        """Return the margin of the comparison in points; negative if it does not hold, None if a score is missing."""
         scores = {key: score for key in (*self.above, *self.below) if (score := score_of(key)) is not None}
         if len(scores) < len(self.above) + len(self.below):
             return None
@@ -77,9 +87,14 @@ class Comparison(NamedTuple):
 
 
 class Ordering(NamedTuple):
-    """A sentence of the paper's about one score, and the comparisons that it means.
+    """A sentence of the paper about one score, and the comparisons that it makes.
 
-    most: whether the sentence says no more than that most of them hold.
+    Attributes:
+        claim: The sentence.
+        class_weighting: Class weighting of the networks that are compared, or `both`.
+        score: Key of `SCORES`.
+        comparisons: The comparisons.
+        most: The sentence only claims that most of the comparisons hold.
     """
 
     claim: str
@@ -90,12 +105,12 @@ class Ordering(NamedTuple):
 
 
 def orderings(class_weightings: Sequence[str]) -> list[Ordering]:
-    """Section 3.3 of the paper, for networks trained with these class weightings of the loss.
+    """Return the orderings of section 3.3 of the paper for networks trained with these class weightings of the loss.
 
-    The last three need both. What the paper says of every measure is one ordering for each of the four.
+    The last three orderings compare the two class weightings. A claim about every score yields four orderings.
     """
     models = list(BY_MODEL)
-    keeping = ("segnet_basic_encoder_addition", "fcn_basic_no_dim_reduction")
+    storing = ("segnet_basic_encoder_addition", "fcn_basic_no_dim_reduction")
     larger = (
         ("segnet_basic", "segnet_basic_single_channel_decoder"),
         ("fcn_basic_no_dim_reduction", "fcn_basic"),
@@ -105,35 +120,35 @@ def orderings(class_weightings: Sequence[str]) -> list[Ordering]:
     for class_weighting in class_weightings:
         fixed = (class_weighting, "bilinear_interpolation")
         learned = tuple((class_weighting, model) for model in models if model != fixed[1])
-        full = tuple((class_weighting, model) for model in keeping)
-        others = tuple((class_weighting, model) for model in models if model not in keeping)
+        full_maps = tuple((class_weighting, model) for model in storing)
+        others = tuple((class_weighting, model) for model in models if model not in storing)
         pairs = tuple(Comparison(((class_weighting, big),), ((class_weighting, small),)) for big, small in larger)
         for claim, comparisons in (
             ("bilinear interpolation without learning is the worst", (Comparison(learned, (fixed,)),)),
-            ("the best stores the encoder's maps in full", (Comparison(full, others, best=True),)),
+            ("the best stores the encoder's maps in full", (Comparison(full_maps, others, best=True),)),
             ("a larger decoder is better for a given encoder", pairs),
         ):
             stated += [Ordering(claim, class_weighting, score, comparisons) for score in SCORES]
     if set(CLASS_WEIGHTINGS) <= set(class_weightings):
-        balanced, natural = (
+        weighted, unweighted = (
             tuple((class_weighting, model) for model in models) for class_weighting in CLASS_WEIGHTINGS
         )
         for claim, score, above, below in (
-            ("balancing raises the accuracy by class", "C", balanced, natural),
-            ("balancing mostly raises the IoU", "mIoU", balanced, natural),
-            ("without balancing more pixels are right", "G", natural, balanced),
+            ("class weighting raises the mean accuracy", "C", weighted, unweighted),
+            ("class weighting mostly raises the mean IoU", "mIoU", weighted, unweighted),
+            ("more pixels are correct without class weighting", "G", unweighted, weighted),
         ):
-            both = zip(above, below, strict=True)
-            comparisons = tuple(Comparison((up,), (down,)) for up, down in both)
-            stated.append(Ordering(claim, "both", score, comparisons, most=score == "mIoU"))
+            pairs = tuple(Comparison((up,), (down,)) for up, down in zip(above, below, strict=True))
+            stated.append(Ordering(claim, "both", score, pairs, most=score == "mIoU"))
     return stated
 
 
 class Verdict(NamedTuple):
-    """What became of an ordering.
+    """The outcome of an ordering.
 
-    margins: of its comparisons, in points. holds: whether all of them hold, or most where the sentence says no more;
-    None where one of them is not known.
+    Attributes:
+        margins: Margins of its comparisons in points; None where a score is missing.
+        holds: True if all comparisons hold, or most of them for an ordering with `most`; None if a score is missing.
     """
 
     margins: tuple[float | None, ...]
@@ -141,16 +156,21 @@ class Verdict(NamedTuple):
 
 
 def judge(ordering: Ordering, score_of: ScoreOf) -> Verdict:
-    """score_of: from a network and the name of a score to its value."""
+    """Check an ordering.
+
+    Args:
+        ordering: The ordering.
+        score_of: Function of a network and a key of `SCORES` that returns the score, or None if it is missing.
+    """
     margins = tuple(comparison.margin(lambda key: score_of(key, ordering.score)) for comparison in ordering.comparisons)
     known = [margin for margin in margins if margin is not None]
     if len(known) < len(margins):
         return Verdict(margins, None)
-    held = sum(margin > 0 for margin in known)
-    return Verdict(margins, 2 * held > len(known) if ordering.most else held == len(known))
+    num_held = sum(margin > 0 for margin in known)
+    return Verdict(margins, 2 * num_held > len(known) if ordering.most else num_held == len(known))
 
 
 def published(key: Key, score: str) -> float | None:
-    """The paper's own number."""
+    """Return a score that the paper reports, in percent."""
     class_weighting, model = key
     return BY_MODEL[model].scores[class_weighting][list(SCORES).index(score)]

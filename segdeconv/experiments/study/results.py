@@ -1,4 +1,4 @@
-"""Recipes side by side: their scores over seeds and ways of splitting the data, costs, curves and weights."""
+"""Tables that compare configs: scores over seeds and splits of the data, costs, curves and weights."""
 
 import csv
 import functools
@@ -15,7 +15,7 @@ import yaml
 from segdeconv.checkpoints import checkpoint
 from segdeconv.errors import UsageError, did_you_mean
 from segdeconv.evaluation.report import write_json
-from segdeconv.experiments.study.series import around, averages, cost, percents, rows
+from segdeconv.experiments.study.series import averages, cost, mean_and_spread, percents, rows
 from segdeconv.system.files import replace_text
 from segdeconv.training.resume import AnyName, finished
 
@@ -25,11 +25,19 @@ SCORES = {"mIoU": "miou", "G": "pixel_accuracy", "C": "mean_accuracy", "BF": "bo
 
 @dataclass(frozen=True)
 class Plan:
-    """What is trained and where it goes.
+    """The runs of a table and their folder.
 
-    words: of train.py's command line, for all. rows: configs by the names that the table has for them, each the words
-        that make it. views: ways to split the data, alike; the table shows all scores of the first, and the mean IoU of
-        the others. added: words for all, that come last. Of two words for one key the later counts.
+    If several arguments set the same key, the last one applies.
+
+    Attributes:
+        title: Title of the table.
+        words: Arguments of train.py for all runs, such as `optimizer.lr=0.1`.
+        rows: Name of a config -> its arguments.
+        views: Name of a way to split the data -> its arguments. The table shows all scores of the first view and the
+            mean IoU of the others.
+        seeds: Seeds of the runs of every row and view.
+        out: Folder of the table and the runs.
+        added: Arguments for all runs that override the others.
     """
 
     title: str
@@ -42,21 +50,21 @@ class Plan:
 
     @property
     def jobs(self) -> list[tuple[str, str, int]]:
-        """All (row, view, seed), one seed after the other."""
+        """All (row, view, seed), ordered by seed."""
         return [(row, view, seed) for seed in self.seeds for row in self.rows for view in self.views]
 
     def config(self, row: str, view: str, seed: int) -> list[str]:
-        """The words of one run."""
+        """Return the arguments of train.py for one run."""
         words = [*self.words, *self.rows[row], *self.views[view], *self.added, f"seed={seed}"]
         return list({word.partition("=")[0].lstrip("+"): word for word in words}.values())
 
     def run(self, row: str, view: str, seed: int) -> Path:
-        """The folder of one run."""
+        """Return the folder of one run."""
         return self.out / slug(row) / slug(view) / f"seed{seed}"
 
 
 def slug(name: str) -> str:
-    """A name as that of a folder.
+    """Return the folder name for a name.
 
     >>> slug("SegNet, balanced")
     'segnet-balanced'
@@ -64,34 +72,45 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
 
 
-def table_path(given: str) -> Path:
-    """The file that the name of a table, or the path of one, means."""
-    for path in (Path(given), TABLES / f"{given}.yaml"):
+def table_path(name: str) -> Path:
+    """Return the file of a table.
+
+    Args:
+        name: A path, or the name of a file in `TABLES` without its suffix.
+
+    Raises:
+        UsageError: There is neither.
+    """
+    for path in (Path(name), TABLES / f"{name}.yaml"):
         if path.is_file():
             return path
-    known = sorted(path.stem for path in TABLES.glob("*.yaml"))
-    raise UsageError(f"there is no table {given} - {did_you_mean(given, known)}")
+    names = sorted(path.stem for path in TABLES.glob("*.yaml"))
+    raise UsageError(f"unknown table {name} - {did_you_mean(name, names)}")
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """title, words, rows and views of a table: of a YAML file like those in TABLES."""
+    """Read the title, words, rows and views of a table from a YAML file like those in `TABLES`.
+
+    Raises:
+        UsageError: The file is not valid YAML or does not have this form.
+    """
     try:
         content = yaml.safe_load(path.read_text())
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}," if mark else ""
-        said = getattr(error, "problem", None) or type(error).__name__
-        raise UsageError(f"{path}{where} is no YAML ({said}) - see docs/results.md") from error
+        problem = getattr(error, "problem", None) or type(error).__name__
+        raise UsageError(f"{path}{where} is not valid YAML ({problem}) - see docs/results.md") from error
     content = content if isinstance(content, dict) else {}
     for part in ("rows", "views"):
-        named = content.get(part)
-        if not isinstance(named, dict) or not named or not all(map(_are_words, named.values())):
-            raise UsageError(f"{path} should have {part}, each a name and a list of key=value - see docs/results.md")
-        if len({slug(name) for name in named}) < len(named):
-            raise UsageError(f"{path}: two {part} would share a folder - name them apart")
+        entries = content.get(part)
+        if not isinstance(entries, dict) or not entries or not all(map(_are_words, entries.values())):
+            raise UsageError(f"{path} must have {part}, each with a name and a list of key=value - see docs/results.md")
+        if len({slug(name) for name in entries}) < len(entries):
+            raise UsageError(f"{path}: two {part} have the same folder name - rename one of them")
     words = content.get("words", [])
     if not _are_words(words):
-        raise UsageError(f"{path}: words should be a list of key=value - see docs/results.md")
+        raise UsageError(f"{path}: words must be a list of key=value - see docs/results.md")
     return {
         "title": str(content.get("title", path.stem)),
         "words": words,
@@ -104,33 +123,38 @@ def _are_words(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(word, str) and "=" in word for word in value)
 
 
-def content(plan: Plan, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What results.json holds. facts: what else to note."""
-    found = []
+def content(plan: Plan, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the contents of results.json.
+
+    Args:
+        plan: The runs.
+        metadata: Further items to write.
+    """
+    table = []
     for row in plan.rows:
         views = {view: _scores([plan.run(row, view, seed) for seed in plan.seeds]) for view in plan.views}
         costs = [cost(plan.run(row, next(iter(plan.views)), seed)) for seed in plan.seeds]
-        known = [one for one in costs if one]
-        found.append(
+        recorded = [entry for entry in costs if entry]
+        table.append(
             {
                 "name": row,
                 "words": list(plan.rows[row]),
                 "parameters": _parameters(plan, row),
                 "views": views,
-                "seconds": statistics.mean(one["seconds"] for one in known) if known else None,
-                "memory": max((one["memory"] for one in known), default=None),
-                "devices": sorted({one["device"] for one in known}),
-                "commits": sorted({str(one["commit"]) for one in known}),
+                "seconds": statistics.mean(entry["seconds"] for entry in recorded) if recorded else None,
+                "memory": max((entry["memory"] for entry in recorded), default=None),
+                "devices": sorted({entry["device"] for entry in recorded}),
+                "commits": sorted({str(entry["commit"]) for entry in recorded}),
             }
         )
-    return {**facts, "title": plan.title, "words": list(plan.words), "seeds": list(plan.seeds), "rows": found}
+    return {**metadata, "title": plan.title, "words": list(plan.words), "seeds": list(plan.seeds), "rows": table}
 
 
 def _scores(runs: Sequence[Path]) -> dict[str, Any]:
-    """Percents of every finished run by its folder's name, their mean and standard deviation."""
-    found = {run.name: percents(run / "report.json", SCORES) for run in runs if finished(run)}
-    known = {score: [one[score] for one in found.values() if one[score] is not None] for score in SCORES}
-    return {"runs": found, **averages(known)}
+    """Return the scores of every finished run in percent, by its folder name, and their mean and spread."""
+    scores = {run.name: percents(run / "report.json", SCORES) for run in runs if finished(run)}
+    present = {name: [run[name] for run in scores.values() if run[name] is not None] for name in SCORES}
+    return {"runs": scores, **averages(present)}
 
 
 def _parameters(plan: Plan, row: str) -> int | None:
@@ -138,36 +162,36 @@ def _parameters(plan: Plan, row: str) -> int | None:
     return next((_count(path) for path in paths if path.is_file()), None)
 
 
-@functools.cache  # the table is written after every run, and the number does not change
+@functools.cache  # the number does not change, and the table is written after every run
 def _count(path: Path) -> int:
     return sum(parameter.numel() for parameter in checkpoint.read(path, trust=AnyName()).model().parameters())
 
 
-def markdown(found: Mapping[str, Any]) -> str:
-    """found: what `content` gives."""
-    first, *others = next(iter(found["rows"]))["views"]
+def markdown(results: Mapping[str, Any]) -> str:
+    """Format the return value of `content` as Markdown."""
+    first, *others = next(iter(results["rows"]))["views"]
     header = ["config", *SCORES, *(f"mIoU, {view}" for view in others), "seeds", "parameters", "minutes", "memory"]
-    lines = [f"# {found['title']}", "", f"Scores of {first}, in percent, mean ± standard deviation over seeds.", ""]
-    lines += [f"* {name}: {found[name]}" for name in ("command", "data") if name in found]
-    lines += [f"* {name}: {', '.join(values)}" for name in ("devices", "commits") if (values := _all(found, name))]
+    lines = [f"# {results['title']}", "", f"Scores of {first}, in percent, mean ± standard deviation over seeds.", ""]
+    lines += [f"* {name}: {results[name]}" for name in ("command", "data") if name in results]
+    lines += [f"* {name}: {', '.join(values)}" for name in ("devices", "commits") if (values := _all(results, name))]
     table = []
-    for row in found["rows"]:
+    for row in results["rows"]:
         views = row["views"]
-        cells = [row["name"], *(around(views[first], score) for score in SCORES)]
-        cells += [around(views[view], "mIoU") for view in others]
+        cells = [row["name"], *(mean_and_spread(views[first], score) for score in SCORES)]
+        cells += [mean_and_spread(views[view], "mIoU") for view in others]
         cells += [str(len(views[first]["runs"])), "–" if row["parameters"] is None else f"{row['parameters']:,}"]
         cells.append("–" if row["seconds"] is None else f"{row['seconds'] / 60:.1f}")
         cells.append("–" if row["memory"] is None else f"{row['memory'] / 2**20:,.0f} MiB")
         table.append(cells)
     lines += ["", *rows(header, table)]
-    lines += ["", *([f"All with `{' '.join(found['words'])}`.", ""] if found["words"] else [])]
+    lines += ["", *([f"All with `{' '.join(results['words'])}`.", ""] if results["words"] else [])]
     lines += ["| config | words |", "|---|---|"]
-    lines += [f"| {row['name']} | {_code(row['words'])} |" for row in found["rows"]]
+    lines += [f"| {row['name']} | {_code(row['words'])} |" for row in results["rows"]]
     return "\n".join(lines) + "\n"
 
 
-def _all(found: Mapping[str, Any], name: str) -> list[str]:
-    return sorted({value for row in found["rows"] for value in row[name]})
+def _all(results: Mapping[str, Any], name: str) -> list[str]:
+    return sorted({value for row in results["rows"] for value in row[name]})
 
 
 def _code(words: Sequence[str]) -> str:
@@ -175,22 +199,26 @@ def _code(words: Sequence[str]) -> str:
 
 
 def curves(plan: Plan) -> dict[str, list[list[tuple[int, float]]]]:
-    """By row, a list of (epochs done, mean IoU on val in percent) for each seed of the first view that has them."""
+    """Return the learning curves of the first view.
+
+    Returns:
+        Row -> a list of (number of epochs, mean IoU on val in percent) for every seed that has a curve.
+    """
     view = next(iter(plan.views))
-    found = {row: [_curve(plan.run(row, view, seed) / "metrics.csv") for seed in plan.seeds] for row in plan.rows}
-    return {row: known for row, seeds in found.items() if (known := [points for points in seeds if points])}
+    by_row = {row: [_curve(plan.run(row, view, seed) / "metrics.csv") for seed in plan.seeds] for row in plan.rows}
+    return {row: present for row, seeds in by_row.items() if (present := [points for points in seeds if points])}
 
 
 def _curve(path: Path) -> list[tuple[int, float]]:
     if not path.is_file():
         return []
     with path.open(newline="") as file:
-        read = [(int(line["epoch"]) + 1, float(line["val/miou"])) for line in csv.DictReader(file)]
-    return [(epoch, 100 * miou) for epoch, miou in read if miou == miou]  # not the epochs without validation
+        points = [(int(line["epoch"]) + 1, float(line["val/miou"])) for line in csv.DictReader(file)]
+    return [(epoch, 100 * miou) for epoch, miou in points if miou == miou]  # NaN: an epoch without validation
 
 
 def draw(plan: Plan, path: Path) -> bool:
-    """Write the curves as a PNG; False where matplotlib is not installed or there is none to draw."""
+    """Write the curves as a PNG, and return False without matplotlib or without curves to draw."""
     lines = curves(plan)
     try:
         import matplotlib
@@ -203,8 +231,8 @@ def draw(plan: Plan, path: Path) -> bool:
 
     figure, axis = plt.subplots(figsize=(9, 4.5), layout="constrained")
     for number, (row, seeds) in enumerate(lines.items()):
-        style = ("-", "--", ":")[number // 10 % 3]  # ten colours
-        for turn, points in enumerate(seeds):  # of one colour, the first in full
+        style = ("-", "--", ":")[number // 10 % 3]  # there are ten colours
+        for turn, points in enumerate(seeds):  # all in the same colour, the first one opaque
             axis.plot(
                 *zip(*points, strict=True), style, color=f"C{number % 10}", alpha=0.4 if turn else 1, linewidth=1.5,
                 label=None if turn else row, marker="." if len(points) < 3 else None,
@@ -218,7 +246,11 @@ def draw(plan: Plan, path: Path) -> bool:
 
 
 def write_weights(plan: Plan) -> list[Path]:
-    """The best weights of every finished run of the first view, in half precision; the cards have their scores."""
+    """Write the best weights of every finished run of the first view, in half precision, with cards.
+
+    Returns:
+        The files of the weights.
+    """
     written = []
     view = next(iter(plan.views))
     for row in plan.rows:
@@ -237,12 +269,12 @@ def write_weights(plan: Plan) -> list[Path]:
     return written
 
 
-def write(plan: Plan, facts: Mapping[str, Any]) -> str:
-    """Write results.json, results.md and curves.png into the folder; returns the Markdown."""
-    found = content(plan, facts)
+def write(plan: Plan, metadata: Mapping[str, Any]) -> str:
+    """Write results.json, results.md and curves.png into the table's folder, and return the Markdown."""
+    results = content(plan, metadata)
     plan.out.mkdir(parents=True, exist_ok=True)
-    write_json(found, plan.out / "results.json")
-    text = markdown(found)
+    write_json(results, plan.out / "results.json")
+    text = markdown(results)
     replace_text(plan.out / "results.md", text)
     draw(plan, plan.out / "curves.png")
     return text

@@ -1,4 +1,4 @@
-"""Many runs under one command: what is finished is not run again, what was cut goes on when it is typed again."""
+"""Many training runs in one command: running it again skips finished runs and resumes interrupted ones."""
 
 import json
 import statistics
@@ -17,122 +17,168 @@ from segdeconv.system.memory import release_memory
 from segdeconv.train import train
 from segdeconv.training.resume import differing_keys, finished, read_config
 
-Scored = dict[str, float | None]  # a score's name -> percent, None where a report has none
+Scores = dict[str, float | None]  # name of a score -> percent, None if the report does not have it
 
 
-def chosen(text: str, options: Iterable[str], flag: str) -> tuple[str, ...]:
-    """The names in a comma-separated list, in the order of the options."""
-    names, known = text.split(","), list(options)
+def parse_names(text: str, options: Iterable[str], flag: str) -> tuple[str, ...]:
+    """Parse a comma-separated list of names.
+
+    Args:
+        text: The list.
+        options: The names that are allowed.
+        flag: The command-line option, for error messages.
+
+    Returns:
+        The names in the order of the options.
+
+    Raises:
+        UsageError: A name is not one of the options.
+    """
+    names, allowed = text.split(","), list(options)
     for name in names:
-        if name not in known:
-            raise UsageError(f"{flag}: there is no '{name}' - {did_you_mean(name, known)}")
-    return tuple(name for name in known if name in names)
+        if name not in allowed:
+            raise UsageError(f"{flag}: unknown name '{name}' - {did_you_mean(name, allowed)}")
+    return tuple(name for name in allowed if name in names)
 
 
 def seeds(text: str) -> tuple[int, ...]:
-    """The numbers in a comma-separated list."""
+    """Parse a comma-separated list of seeds and return them sorted, without duplicates.
+
+    Raises:
+        UsageError: A seed is not an integer.
+    """
     try:
         return tuple(sorted({int(word) for word in text.split(",")}))
     except ValueError:
-        raise UsageError(f"--seeds {text} are no numbers - write for example --seeds 0,1,2") from None
+        raise UsageError(f"--seeds {text}: expected integers - write for example --seeds 0,1,2") from None
 
 
 def check_same(run: Path, config: Mapping[str, Any]) -> None:
-    """Refuse a run that is there and was trained by another config: a table has one."""
+    """Check that an existing run was trained with this config, because a table must not mix configs.
+
+    Raises:
+        UsageError: The run was trained with another config.
+    """
     if any(run.glob("*.ckpt")):
         differing = differing_keys(read_config(run), config)
         if differing:
             raise UsageError(
-                f"{run} was trained with other values of {', '.join(differing)} - give those, or choose another --out"
+                f"{run} was trained with different values of {', '.join(differing)} - use those or another --out"
             )
 
 
 def resume_run(config: Mapping[str, Any], run: Path, *, name: str, typed: str) -> None:
-    """Train a run to its end, unless it is there, and note in cost.json what that took.
+    """Train a run to its end, unless it is finished, and add the time and memory it took to cost.json.
 
-    A loss that is not finite is said, and leaves the run without scores. name: of the run, for that sentence.
+    If the loss is not finite, print a message and leave the run without scores.
+
+    Args:
+        config: Checked config.
+        run: Run folder.
+        name: Name of the run, for messages.
+        typed: The equivalent command of train.py, which the run records.
+
+    Raises:
+        Interrupted: The training was interrupted; the message asks to repeat the command.
     """
     if finished(run):
         return
     started = time.perf_counter()
-    release_memory()  # what the run before has kept would count
+    release_memory()  # otherwise the peak would include memory of the previous run
     memory.peak(anew=True)
     try:
         train({**config, "resume": "auto"}, run, typed=typed)
     except DivergedError as error:
         print(f"{name} has no scores: {error}", flush=True)
     except Interrupted as error:
-        said = str(error).partition(" - ")[0]
-        raise Interrupted(f"{said} - go on with the same command", error.exit_code) from error
+        reason = str(error).partition(" - ")[0]
+        raise Interrupted(f"{reason} - resume it with the same command", error.exit_code) from error
     finally:
         if run.is_dir():
-            _note_cost(run, time.perf_counter() - started)
+            _add_cost(run, time.perf_counter() - started)
 
 
 def cost(run: Path) -> dict[str, Any]:
-    """What a run took: seconds of all its parts, bytes of memory at its peak, the device and the commit of the last."""
+    """Return the contents of a run's cost.json, or an empty dict if there is none.
+
+    Keys: `seconds` of all parts of the run, `memory` at its peak in bytes, and the `device` and `commit` of the last
+    part.
+    """
     path = run / "cost.json"
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def _note_cost(run: Path, seconds: float) -> None:
-    before = cost(run)
-    noted = {
-        "seconds": before.get("seconds", 0.0) + seconds,
-        "memory": max(before.get("memory", 0), memory.peak()),
+def _add_cost(run: Path, seconds: float) -> None:
+    previous = cost(run)
+    total = {
+        "seconds": previous.get("seconds", 0.0) + seconds,
+        "memory": max(previous.get("memory", 0), memory.peak()),
         "device": torch.cuda.get_device_name()
         if torch.cuda.is_available()
         else f"CPU, {torch.get_num_threads()} threads",
         "commit": _commit(),
     }
-    replace_text(run / "cost.json", json.dumps(noted, indent=1) + "\n")
+    replace_text(run / "cost.json", json.dumps(total, indent=1) + "\n")
 
 
-def percents(report: Path, names: Mapping[str, str]) -> Scored:
-    """The scores in a report.json. names: what a score is called there, by its name here."""
-    values = json.loads(report.read_text())
-    found = {score: values.get(name) for score, name in names.items()}
-    return {score: None if value is None else 100 * value for score, value in found.items()}
+def percents(report: Path, keys: Mapping[str, str]) -> Scores:
+    """Read scores from a report.json and return them in percent.
+
+    Args:
+        report: The file.
+        keys: Name of a score -> its key in the file.
+    """
+    content = json.loads(report.read_text())
+    values = {score: content.get(key) for score, key in keys.items()}
+    return {score: None if value is None else 100 * value for score, value in values.items()}
 
 
 def mean(values: Sequence[float | None]) -> float | None:
-    """None if there is no value, or one of them is missing."""
+    """Return the mean, or None if a value is missing or the sequence is empty."""
     present = [value for value in values if value is not None]
     return statistics.mean(present) if present and len(present) == len(values) else None
 
 
 def spread(values: Sequence[float | None]) -> float | None:
-    """Standard deviation, the runs being a sample; None for fewer than two."""
+    """Return the sample standard deviation of the values that are not None, or None for fewer than two."""
     present = [value for value in values if value is not None]
     return statistics.stdev(present) if len(present) > 1 else None
 
 
 def averages(columns: Mapping[str, Sequence[float | None]]) -> dict[str, dict[str, float | None]]:
-    """`mean` and `spread` of every score."""
+    """Return the `mean` and the `spread` of every score."""
     return {
         "mean": {score: mean(values) for score, values in columns.items()},
         "spread": {score: spread(values) for score, values in columns.items()},
     }
 
 
-def around(found: Mapping[str, Any], score: str) -> str:
-    """The mean of a score and its standard deviation, of what holds `averages`, as a cell of a table."""
-    middle, deviation = found["mean"][score], found["spread"][score]
-    if middle is None:
+def mean_and_spread(summary: Mapping[str, Any], score: str) -> str:
+    """Format a score as a table cell: `mean ± standard deviation`.
+
+    Args:
+        summary: A mapping with the items of `averages`.
+        score: Name of the score.
+    """
+    average, deviation = summary["mean"][score], summary["spread"][score]
+    if average is None:
         return "–"
-    return f"{middle:.1f}" + ("" if deviation is None else f" ± {deviation:.1f}")
+    return f"{average:.1f}" + ("" if deviation is None else f" ± {deviation:.1f}")
 
 
 def rows(header: Sequence[str], cells: Iterable[Sequence[str]]) -> list[str]:
-    """A table's lines in Markdown."""
+    """Return the lines of a table in Markdown."""
     return [f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *cells)]
 
 
 def _commit() -> str | None:
-    """Of the checkout that this code lies in, with a + where files differ from it; None for an installed package."""
+    """Return the commit of the repository that contains this file, or None for an installed package.
+
+    A + follows it if files differ from the commit.
+    """
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--abbrev=7", "--exclude=*"]
     try:
-        done = subprocess.run(git, check=False, capture_output=True, text=True, timeout=20)
+        result = subprocess.run(git, check=False, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() or None
+    return result.stdout.strip() or None

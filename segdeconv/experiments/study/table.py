@@ -1,4 +1,4 @@
-"""The decoder study's own table: from the reports of its runs to Markdown, CSV and JSON."""
+"""The table of the decoder study, from the reports of its runs, as Markdown, CSV and JSON."""
 
 import csv
 import io
@@ -10,15 +10,20 @@ from typing import Any
 from segdeconv.evaluation.report import write_json
 from segdeconv.experiments.study.costs import Costs
 from segdeconv.experiments.study.paper import BY_MODEL, SCORES, Key, Ordering, Variant, judge, orderings, published
-from segdeconv.experiments.study.series import Scored, around, averages, mean, percents, rows
+from segdeconv.experiments.study.series import Scores, averages, mean, mean_and_spread, percents, rows
 from segdeconv.training.resume import finished
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a study trains, and where.
+    """The runs of a study and their folder.
 
-    split: whose scores its table shows.
+    Attributes:
+        out: Folder of the study.
+        models: Names of files in configs/model.
+        class_weightings: Class weightings of the loss.
+        seeds: Seeds of the runs of every network.
+        split: Split whose scores the table shows.
     """
 
     out: Path
@@ -29,49 +34,52 @@ class Plan:
 
     @property
     def keys(self) -> list[Key]:
-        """All networks, as they are compared."""
+        """All networks, each as (class weighting, model)."""
         return [(class_weighting, model) for class_weighting in self.class_weightings for model in self.models]
 
     def run(self, key: Key, seed: int) -> Path:
-        """The folder of one run."""
+        """Return the folder of one run."""
         return self.out / key[0] / key[1] / f"seed{seed}"
 
     def report(self, key: Key, seed: int) -> Path:
-        """The scores of one run: training writes those of val, scripts/study.py the others."""
+        """Return the file with the scores of one run; training writes those of val, scripts/study.py the others."""
         run = self.run(key, seed)
         return run / "report.json" if self.split == "val" else run / self.split / "report.json"
 
 
-def collect(plan: Plan) -> dict[Key, dict[int, Scored]]:
-    """The scores of every finished run, by network and seed."""
-    found: dict[Key, dict[int, Scored]] = {key: {} for key in plan.keys}
+def collect(plan: Plan) -> dict[Key, dict[int, Scores]]:
+    """Return the scores of every finished run, by network and seed."""
+    scores: dict[Key, dict[int, Scores]] = {key: {} for key in plan.keys}
     for key in plan.keys:
         for seed in plan.seeds:
             if finished(plan.run(key, seed)) and plan.report(key, seed).is_file():
-                found[key][seed] = percents(plan.report(key, seed), SCORES)
-    return found
+                scores[key][seed] = percents(plan.report(key, seed), SCORES)
+    return scores
 
 
-def content(plan: Plan, costs: Mapping[str, Costs], facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What study.json holds.
+def content(plan: Plan, costs: Mapping[str, Costs], metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the contents of study.json.
 
-    costs: of every network of the paper, by its model. facts: what else to note.
+    Args:
+        plan: The runs.
+        costs: Model -> its costs, for all networks of the paper.
+        metadata: Further items to write.
     """
-    found = collect(plan)
+    scores = collect(plan)
     return {
-        **facts,
+        **metadata,
         "split": plan.split,
         "seeds": list(plan.seeds),
-        "complete": all(len(runs) == len(plan.seeds) for runs in found.values()),
-        "networks": [_network(BY_MODEL[key[1]], key[0], found[key], costs) for key in plan.keys],
-        "orderings": [_ordering(ordering, plan, found) for ordering in orderings(plan.class_weightings)],
+        "complete": all(len(runs) == len(plan.seeds) for runs in scores.values()),
+        "networks": [_network(BY_MODEL[key[1]], key[0], scores[key], costs) for key in plan.keys],
+        "orderings": [_ordering(ordering, plan, scores) for ordering in orderings(plan.class_weightings)],
     }
 
 
 def _network(
-    variant: Variant, class_weighting: str, runs: Mapping[int, Scored], costs: Mapping[str, Costs]
+    variant: Variant, class_weighting: str, runs: Mapping[int, Scores], costs: Mapping[str, Costs]
 ) -> dict[str, Any]:
-    mine = costs[variant.model]
+    own_costs = costs[variant.model]
     return {
         "name": variant.name,
         "model": variant.model,
@@ -79,8 +87,8 @@ def _network(
         "seeds": list(runs),
         **averages({score: [run[score] for run in runs.values()] for score in SCORES}),
         "runs": {str(seed): scores for seed, scores in runs.items()},
-        **asdict(mine),
-        "storage": mine.packed / costs["segnet_basic"].packed,
+        **asdict(own_costs),
+        "storage": own_costs.packed / costs["segnet_basic"].packed,
         "paper": {
             "scores": dict(zip(SCORES, variant.scores[class_weighting], strict=True)),
             "parameters": variant.parameters,
@@ -90,24 +98,24 @@ def _network(
     }
 
 
-def _ordering(ordering: Ordering, plan: Plan, found: Mapping[Key, Mapping[int, Scored]]) -> dict[str, Any]:
-    here = judge(ordering, lambda key, score: mean([run[score] for run in found.get(key, {}).values()]))
+def _ordering(ordering: Ordering, plan: Plan, scores: Mapping[Key, Mapping[int, Scores]]) -> dict[str, Any]:
+    verdict = judge(ordering, lambda key, score: mean([run[score] for run in scores.get(key, {}).values()]))
     by_seed = [
-        judge(ordering, lambda key, score, seed=seed: found.get(key, {}).get(seed, {}).get(score)).holds  # type: ignore[misc]
+        judge(ordering, lambda key, score, seed=seed: scores.get(key, {}).get(seed, {}).get(score)).holds  # type: ignore[misc]
         for seed in plan.seeds
     ]
-    known = [margin for margin in here.margins if margin is not None]
+    known = [margin for margin in verdict.margins if margin is not None]
     return {
         "claim": ordering.claim,
         "class_weighting": ordering.class_weighting,
         "score": ordering.score,
-        "holds": here.holds,
+        "holds": verdict.holds,
         "holds_in_paper": judge(ordering, published).holds,
         "comparisons": [
             {"above": _names(comparison.above), "below": _names(comparison.below), "margin": margin}
-            for comparison, margin in zip(ordering.comparisons, here.margins, strict=True)
+            for comparison, margin in zip(ordering.comparisons, verdict.margins, strict=True)
         ],
-        "held": sum(margin > 0 for margin in known) if len(known) == len(here.margins) else None,
+        "held": sum(margin > 0 for margin in known) if len(known) == len(verdict.margins) else None,
         "seeds_held": sum(holds is True for holds in by_seed),
         "seeds_judged": sum(holds is not None for holds in by_seed),
     }
@@ -117,23 +125,20 @@ def _names(keys: Sequence[Key]) -> list[str]:
     return [BY_MODEL[model].name for _, model in keys]
 
 
-# For reading.
+# Output for people.
 
 
 def markdown(study: Mapping[str, Any]) -> str:
-    """study: what `content` gives."""
+    """Format the return value of `content` as Markdown."""
     lines = ["# Decoder study", ""]
     lines += [f"* {name}: {study[name]}" for name in ("command", "data", "device") if name in study]
     lines += [
-        f"* scores: of {study['split']}, in percent, mean ± standard deviation over seeds; the paper's are of test"
+        f"* scores: on {study['split']}, in percent, mean ± standard deviation over seeds; the paper's are on test"
     ]
     for class_weighting in dict.fromkeys(network["class_weighting"] for network in study["networks"]):
         networks = [network for network in study["networks"] if network["class_weighting"] == class_weighting]
-        lines += [
-            "",
-            f"## Scores, loss balanced by {class_weighting}" if class_weighting != "none" else "## Scores, plain loss",
-            "",
-        ]
+        loss = "unweighted loss" if class_weighting == "none" else f"loss weighted by {class_weighting}"
+        lines += ["", f"## Scores, {loss}", ""]
         lines += rows(["network", *SCORES, f"paper: {' / '.join(SCORES)}", "seeds"], map(_score_cells, networks))
     networks = list({network["model"]: network for network in study["networks"]}.values())
     header = [
@@ -143,7 +148,7 @@ def markdown(study: Mapping[str, Any]) -> str:
     lines += ["", "## Costs", "", *rows(header, map(_cost_cells, networks))]
     lines += ["", "## The paper's orderings", ""]
     lines += rows(
-        ["the paper says", "loss", "score", "here", "smallest margin", "by seed", "in its own table"],
+        ["claim of the paper", "loss", "score", "here", "smallest margin", "by seed", "in its own table"],
         map(_ordering_cells, study["orderings"]),
     )
     return "\n".join(lines) + "\n"
@@ -153,7 +158,7 @@ def _score_cells(network: Mapping[str, Any]) -> list[str]:
     paper = " / ".join(
         f"{value:.2f}" if score == "BF" else f"{value:.1f}" for score, value in network["paper"]["scores"].items()
     )
-    return [network["name"], *(around(network, score) for score in SCORES), paper, str(len(network["seeds"]))]
+    return [network["name"], *(mean_and_spread(network, score) for score in SCORES), paper, str(len(network["seeds"]))]
 
 
 def _cost_cells(network: Mapping[str, Any]) -> list[str]:
@@ -194,13 +199,13 @@ def _yes(holds: bool | None) -> str:
 
 
 def as_csv(study: Mapping[str, Any]) -> str:
-    """One line for every network; what is missing is empty."""
+    """Return one CSV line per network; missing values are empty."""
     text = io.StringIO()
     fields = ("parameters", "full_parameters", "forward_ms", "kept", "packed", "storage")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(
         ["network", "class_weighting", "split", "seeds", *fields]
-        + [f"{score}{what}" for score in SCORES for what in ("", "_spread", "_paper")]
+        + [f"{score}{suffix}" for score in SCORES for suffix in ("", "_spread", "_paper")]
         + ["parameters_paper_millions", "forward_ms_paper", "storage_paper"]
     )
     for network in study["networks"]:
@@ -213,9 +218,9 @@ def as_csv(study: Mapping[str, Any]) -> str:
     return text.getvalue()
 
 
-def write(plan: Plan, costs: Mapping[str, Costs], facts: Mapping[str, Any]) -> str:
-    """Write study.json, study.md and study.csv into the study's folder; returns the Markdown."""
-    study = content(plan, costs, facts)
+def write(plan: Plan, costs: Mapping[str, Costs], metadata: Mapping[str, Any]) -> str:
+    """Write study.json, study.md and study.csv into the study's folder, and return the Markdown."""
+    study = content(plan, costs, metadata)
     text = markdown(study)
     write_json(study, plan.out / "study.json")
     (plan.out / "study.md").write_text(text)
