@@ -169,7 +169,7 @@ def test_a_table_is_trained_once_resumes_after_an_interruption_and_writes_weight
     assert "model.width=3" in card["command"]
     assert card["cost"]["seconds"] > 0
 
-    with pytest.raises(UsageError, match=r"was trained with different values of optimizer.lr - use those or"):
+    with pytest.raises(UsageError, match=r"was trained with different values of optimizer.lr - use those values or"):
         run_results(monkeypatch, tmp_path, "optimizer.lr=0.5")
 
 

@@ -259,7 +259,7 @@ def test_an_interrupted_study_resumes_and_repeats_no_run(tmp_path, monkeypatch, 
     run_study(monkeypatch, tmp_path, *two)
     assert len(trained) == 3
 
-    with pytest.raises(UsageError, match=r"was trained with different values of optimizer.lr - use those or"):
+    with pytest.raises(UsageError, match=r"was trained with different values of optimizer.lr - use those values or"):
         run_study(monkeypatch, tmp_path, *two, "optimizer.lr=0.01")
     report = json.loads((tmp_path / "out/median_frequency/fcn_basic/seed0/report.json").read_text())
     assert "model=fcn_basic" in report["command"]

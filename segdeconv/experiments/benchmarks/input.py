@@ -89,8 +89,8 @@ def _rows(
         fill=IMAGENET_MEAN,
         seed=0,
     )
-    capacity = plan_cache("memory", None, [dataset], [size])
-    store = open_store(capacity, [dataset], [size])
+    cache_plan = plan_cache("memory", None, [dataset], [size])
+    store = open_store(cache_plan, [dataset], [size])
     assert store is not None
     cached = Cached(dataset, store, size=size)
     decoding, caching = (TrainingBatches(source, preprocessing, augmentation) for source in (dataset, cached))

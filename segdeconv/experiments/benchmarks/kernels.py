@@ -42,7 +42,7 @@ def measure(
     Returns:
         Rows with `what`, `ms` (median time of a call), `gb_per_s` and `share_of_copy` (`gb_per_s` divided by that of
         copying the map). The bytes of an operation assume switches of one byte, or of two bits if they are packed, in
-        all implementations, so that equal rates mean equal times; torch's int64 indices move 8 bytes per window.
+        all implementations, so that equal rates mean equal times; in fact, torch's int64 indices take 8 bytes each.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     rows = []

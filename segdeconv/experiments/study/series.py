@@ -63,7 +63,7 @@ def check_same(run: Path, config: Mapping[str, Any]) -> None:
         differing = differing_keys(read_config(run), config)
         if differing:
             raise UsageError(
-                f"{run} was trained with different values of {', '.join(differing)} - use those or another --out"
+                f"{run} was trained with different values of {', '.join(differing)} - use those values or another --out"
             )
 
 
