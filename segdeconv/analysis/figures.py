@@ -72,7 +72,7 @@ def switches_figure(name: str, image: np.ndarray, pooled: Sequence[Pooling], tie
         charts.append(Panel(chart, f"level {level}: share of each cell; ties in {100 * tied:.2g} % of the windows"))
     legend = swatches(list(zip(CELLS, CELL_NAMES, strict=True)))
     rows = [
-        [Panel(fit(draw.shown(image)), "image, as the network sees it"), Panel(legend, "cell of the 2x2 window")],
+        [Panel(fit(draw.to_rgb(image)), "image, as the network sees it"), Panel(legend, "cell of the 2x2 window")],
         majority,
         single,
         charts,
@@ -99,7 +99,7 @@ def switch_paths_figure(name: str, image: np.ndarray, pooled: Sequence[Pooling])
         middle = pixels // 2**depth * 2**depth + (2**depth - 1) / 2
         middles.append(Panel(fit(arrows(ends - middle, longest)), f"from level {depth} down, from the window's middle"))
     factor = max(1, 480 // size[1])
-    grey = np.repeat(draw.shown(image).mean(axis=2, keepdims=True), 3, axis=2) * 0.5 + 110
+    grey = np.repeat(draw.to_rgb(image).mean(axis=2, keepdims=True), 3, axis=2) * 0.5 + 110
     canvas = Image.fromarray(draw.enlarged(grey.clip(0, 255).astype(np.uint8), factor * size[0]))
     pen = ImageDraw.Draw(canvas)
     side = 2 ** len(pooled)
@@ -146,7 +146,7 @@ def decoder_stages_figure(
     start = f"the deepest map, {building.start.shape[0]}x{building.start.shape[1]}, unit {building.stages[0].unit}"
     probability = draw.heat(building.probability.cpu().numpy(), 1.0)
     first = [
-        Panel(fit(draw.shown(image)), "image"),
+        Panel(fit(draw.to_rgb(image)), "image"),
         Panel(fit(active(building.start)), start),
         Panel(fit(probability), f"probability of {classes.names[label]}"),
         Panel(fit(shown), "prediction"),
@@ -184,7 +184,7 @@ def stability_figure(
     All (H, W), of the size of the image; variance: over passes with dropout; mask: the truth, if it is known.
     """
     first = [
-        Panel(fit(draw.shown(image)), "image"),
+        Panel(fit(draw.to_rgb(image)), "image"),
         Panel(fit(draw.overlay(image, prediction, classes)), "prediction"),
     ]
     if mask is not None:

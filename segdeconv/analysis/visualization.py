@@ -201,8 +201,8 @@ class Visualizer:
                     if self.preprocessing.order == "bgr":
                         projection = projection.flip(0)
                     grey = on_grey(projection[:, top:bottom, left:right], std).permute(1, 2, 0).cpu().numpy()
-                    made[method] = draw.shown((255 * grey).round().astype(np.uint8))
-                crop = draw.shown(image)[top:bottom, left:right]
+                    made[method] = draw.to_rgb((255 * grey).round().astype(np.uint8))
+                crop = draw.to_rgb(image)[top:bottom, left:right]
                 shown.append((number, activation.value, place, crop, made))
         field = (max(height for height, _ in sizes), max(width for _, width in sizes))
         units: dict[int, list[tuple[float, np.ndarray, dict[Method, np.ndarray]]]] = {number: [] for number in maps}

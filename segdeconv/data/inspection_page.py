@@ -121,7 +121,7 @@ def _before_and_after(training: TrainingBatches, index: int, classes: Classes) -
 
 def _image_and_mask(image: np.ndarray, mask: np.ndarray, classes: Classes, suffix: str) -> Pictures:
     picture, labels = thumbnails.smaller(image, mask)
-    colours = html.picture(draw.colourise(labels, classes), few=True)
+    colours = html.picture(draw.colourise(labels, classes), few_colours=True)
     return [(f"image{suffix}", html.picture(picture)), (f"mask{suffix}", colours)]
 
 
@@ -149,15 +149,15 @@ def _decoded(pair: Pair) -> Iterator[tuple[str, html.Picture]]:
     """Yield the image and the mask, in a colour per label or as stored; undecodable files are left out."""
     palette = np.array(voc_colours(256), dtype=np.uint8)
     with suppress(UsageError):  # reported by the problem
-        yield "image", _shrunk(read_image(pair.image, exif="ignore"), few=False)
+        yield "image", _shrunk(read_image(pair.image, exif="ignore"), few_colours=False)
     with suppress(UsageError):
         try:
             picture = palette[read_labels(pair.mask) & 255]
         except UsageError:
             picture = read_image(pair.mask, exif="ignore")
-        yield "mask", _shrunk(picture, few=True)
+        yield "mask", _shrunk(picture, few_colours=True)
 
 
-def _shrunk(picture: np.ndarray, *, few: bool) -> html.Picture:
+def _shrunk(picture: np.ndarray, *, few_colours: bool) -> html.Picture:
     image, _ = thumbnails.smaller(picture, picture[:, :, 0])
-    return html.picture(image, few=few)
+    return html.picture(image, few_colours=few_colours)

@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 
 from segdeconv.data.boxes import EMPTY, non_maximum_suppression
-from segdeconv.drawing.draw import shown
+from segdeconv.drawing.draw import to_rgb
 from segdeconv.errors import UsageError
 
 # A function of an image (H, W, C) and its name that returns (N, 4) boxes as in boxes.py, the most likely first.
@@ -69,7 +69,7 @@ def windows(image: np.ndarray, *, max_boxes: int | None = MAX_PROPOSALS) -> np.n
     Returns:
         (N, 4) boxes, the best first.
     """
-    rgb = shown(image)
+    rgb = to_rgb(image)
     scale = min(1.0, HISTOGRAM_SIDE / max(rgb.shape[:2]))
     if scale < 1:
         rgb = cv2.resize(rgb, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
@@ -162,7 +162,7 @@ def require_ximgproc() -> Any:
 def selective_search(image: np.ndarray, *, max_boxes: int = MAX_PROPOSALS) -> np.ndarray:
     """Return (N, 4) boxes of the fast variant of OpenCV's selective search (Uijlings et al. 2013), in its order."""
     search = require_ximgproc().segmentation.createSelectiveSearchSegmentation()
-    search.setBaseImage(np.ascontiguousarray(shown(image)[:, :, ::-1]))
+    search.setBaseImage(np.ascontiguousarray(to_rgb(image)[:, :, ::-1]))
     search.switchToSelectiveSearchFast()
     return _corners(search.process())[:max_boxes]
 
@@ -171,7 +171,7 @@ def edge_boxes(image: np.ndarray, *, max_boxes: int = MAX_PROPOSALS) -> np.ndarr
     """Return (N, 4) boxes of OpenCV's Edge Boxes, on thinned gradients instead of edges from structured forests."""
     finder = require_ximgproc().createEdgeBoxes()
     finder.setMaxBoxes(max_boxes)
-    edges, orientation = _edges(shown(image))
+    edges, orientation = _edges(to_rgb(image))
     rectangles, _ = finder.getBoundingBoxes(edges, orientation)
     return _corners(rectangles)
 

@@ -1,4 +1,4 @@
-"""Pictures of masks: arrays in, arrays out."""
+"""Figures of images and masks, as arrays and as PNG files."""
 
 import colorsys
 from collections.abc import Sequence
@@ -13,58 +13,71 @@ from segdeconv.drawing.png import Png
 from segdeconv.system.files import replacing
 
 RIGHT, WRONG = (70, 160, 90), (220, 50, 47)
-LEGIBLE = 256  # pixels that a legend needs; narrower pictures are enlarged
-BAND = 1024  # rows of a large picture that are drawn at once
+MIN_LEGEND_WIDTH = 256  # pixels; narrower images are enlarged so that their legend is legible
+BAND = 1024  # rows of a large figure that are drawn at once
 GAP = 4  # pixels between the tiles of a grid
 
 
 def save_mask(mask: np.ndarray, classes: Classes, path: Path) -> None:
-    """(H, W) uint8 class indices -> a palette PNG: its pixels are the indices, its palette the class colours."""
+    """Write a mask as a palette PNG, whose pixels are the class indices and whose palette is the class colours.
+
+    Args:
+        mask: (H, W) uint8 class indices.
+        classes: The classes and their colours.
+        path: The PNG file.
+    """
     with replacing(path) as file:
-        picture = Png(file, (mask.shape[0], mask.shape[1]), palette=classes.palette)
-        picture.write(mask)
-        picture.close()
+        png = Png(file, (mask.shape[0], mask.shape[1]), palette=classes.palette)
+        png.write(mask)
+        png.close()
 
 
 def save_image(image: np.ndarray, path: Path) -> None:
-    """(H, W, 3) uint8, or (H, W) for shades of grey -> PNG."""
+    """Write a uint8 image as a PNG: (H, W, 3) in RGB, or (H, W) in grey."""
     with replacing(path) as file:
-        picture = Png(file, (image.shape[0], image.shape[1]), channels=image.shape[2] if image.ndim == 3 else 1)
-        picture.write(image)
-        picture.close()
+        png = Png(file, (image.shape[0], image.shape[1]), channels=image.shape[2] if image.ndim == 3 else 1)
+        png.write(image)
+        png.close()
 
 
 def save_overlay(image: np.ndarray, mask: np.ndarray, classes: Classes, path: Path) -> None:
-    """What `overlay_with_legend` shows -> PNG, made some rows at a time where it is large."""
+    """Write `overlay_with_legend` as a PNG; a large one is drawn in bands to save memory.
+
+    Args:
+        image: (H, W, C) image, as in `to_rgb`.
+        mask: (H, W) uint8 class indices.
+        classes: The classes and their colours.
+        path: The PNG file.
+    """
     height, width = mask.shape
-    if height <= BAND or width < LEGIBLE or image.dtype != np.uint8:
+    if height <= BAND or width < MIN_LEGEND_WIDTH or image.dtype != np.uint8:
         save_image(overlay_with_legend(image, mask, classes), path)
         return
     present = [index for index, count in enumerate(pixel_counts(mask)[: len(classes)]) if count]
     strip = legend(classes, present, width)
     with replacing(path) as file:
-        picture = Png(file, (height + len(strip), width), channels=3)
+        png = Png(file, (height + len(strip), width), channels=3)
         for top in range(0, height, BAND):
-            above = max(0, top - 1)  # an outline lies below the row that differs
+            above = max(0, top - 1)  # the outline of a row depends on the row above it
             rows = slice(above, top + BAND)
-            picture.write(overlay(image[rows], mask[rows], classes)[top - above :])
-        picture.write(strip)
-        picture.close()
+            png.write(overlay(image[rows], mask[rows], classes)[top - above :])
+        png.write(strip)
+        png.close()
 
 
 def pixel_counts(mask: np.ndarray) -> list[int]:
-    """How many pixels of a (H, W) uint8 mask have each of the values 0 to 255."""
+    """Count the pixels of an (H, W) uint8 mask for each of the values 0 to 255."""
     counts = np.zeros(256, dtype=np.int64)
-    for top in range(0, len(mask), BAND):  # since NumPy makes 8 bytes of each that it counts
+    for top in range(0, len(mask), BAND):  # in bands, because NumPy converts every pixel to 8 bytes
         counts += np.bincount(mask[top : top + BAND].ravel(), minlength=256)
     return [int(count) for count in counts]
 
 
-def shown(image: np.ndarray) -> np.ndarray:
-    """Any (H, W, C) uint8 or uint16 image as (H, W, 3) uint8.
+def to_rgb(image: np.ndarray) -> np.ndarray:
+    """Convert an (H, W, C) uint8 or uint16 image to (H, W, 3) uint8 for display.
 
-    One channel is grey, two are red and cyan, more show the first three; 16 bit is stretched between the 1st and the
-    99th percentile of each channel.
+    One channel becomes grey, two become red and cyan; of more than three, the first three are used. The values of a
+    16-bit image are stretched between the 1st and the 99th percentile of each channel.
     """
     image = image[:, :, [0, 0, 0] if image.shape[2] == 1 else [0, 1, 1] if image.shape[2] == 2 else [0, 1, 2]]
     if image.dtype == np.uint8:
@@ -74,13 +87,23 @@ def shown(image: np.ndarray) -> np.ndarray:
 
 
 def colourise(mask: np.ndarray, classes: Classes) -> np.ndarray:
-    """(H, W) class indices -> (H, W, 3) uint8 class colours."""
+    """Convert (H, W) class indices to (H, W, 3) uint8 class colours."""
     return classes.palette[mask]
 
 
 def overlay(image: np.ndarray, mask: np.ndarray, classes: Classes, *, strength: float = 0.55) -> np.ndarray:
-    """The class colours laid over the image, with outlines between classes; ignored pixels show the image."""
-    image = shown(image)
+    """Blend the class colours into an image and outline the classes; ignored pixels show the image.
+
+    Args:
+        image: (H, W, C) image, as in `to_rgb`.
+        mask: (H, W) uint8 class indices.
+        classes: The classes and their colours.
+        strength: Weight of the class colours, 0..1.
+
+    Returns:
+        (H, W, 3) uint8.
+    """
+    image = to_rgb(image)
     result = cv2.addWeighted(np.ascontiguousarray(image), 1 - strength, colourise(mask, classes), strength, 0)
     ignored = mask == classes.ignore_index
     if ignored.any():
@@ -93,20 +116,35 @@ def overlay(image: np.ndarray, mask: np.ndarray, classes: Classes, *, strength: 
 
 
 def error(mask: np.ndarray, prediction: np.ndarray, ignore_index: int) -> np.ndarray:
-    """(H, W, 3) uint8: green where the prediction is right, red where it is wrong, dark where the truth is ignored."""
+    """Draw where a prediction is correct and where it is wrong.
+
+    Args:
+        mask: (H, W) uint8 class indices.
+        prediction: (H, W) uint8 class indices.
+        ignore_index: Value of ignored pixels in the mask.
+
+    Returns:
+        (H, W, 3) uint8: green for correct, red for wrong and dark for ignored pixels.
+    """
     picture = np.where((mask == prediction)[:, :, None], RIGHT, WRONG).astype(np.uint8)
     picture[mask == ignore_index] = 30
     return picture
 
 
 def heat(values: np.ndarray, top: float) -> np.ndarray:
-    """(H, W) numbers from 0 to `top` -> (H, W, 3) uint8, from black through red to pale yellow."""
+    """Map (H, W) values from 0 to `top` to (H, W, 3) uint8 colours, from black through red to pale yellow."""
     scaled = (255 * values / (top or 1)).clip(0, 255).astype(np.uint8)
     return cv2.applyColorMap(scaled, cv2.COLORMAP_INFERNO)[:, :, ::-1]
 
 
 def legend(classes: Classes, present: Sequence[int], width: int) -> np.ndarray:
-    """A strip of the given width with a colour patch and a name for each class present, in as many rows as it takes."""
+    """Draw a legend: a strip with a colour patch and a name for each class, in as many rows as needed.
+
+    Args:
+        classes: The classes and their colours.
+        present: Class indices in the legend.
+        width: Width of the strip in pixels.
+    """
     letters = font(12)
     rows: list[list[tuple[int, int]]] = [[]]  # (x, class index) per row
     x = 6
@@ -130,18 +168,22 @@ def legend(classes: Classes, present: Sequence[int], width: int) -> np.ndarray:
 def overlay_with_legend(
     image: np.ndarray, mask: np.ndarray, classes: Classes, *, everything: bool = False
 ) -> np.ndarray:
-    """The overlay with a legend below; small images are enlarged by a whole factor so that the legend is legible.
+    """Draw the overlay with a legend below it; a narrow image is enlarged by a whole factor for a legible legend.
 
-    everything: all classes are in the legend, also those that are not in the mask.
+    Args:
+        image: (H, W, C) image, as in `to_rgb`.
+        mask: (H, W) uint8 class indices.
+        classes: The classes and their colours.
+        everything: Include all classes in the legend, also those that the mask does not contain.
     """
-    factor = max(1, -(-LEGIBLE // image.shape[1]))
+    factor = max(1, -(-MIN_LEGEND_WIDTH // image.shape[1]))
     picture = enlarged(overlay(image, mask, classes), factor * image.shape[0])
-    present = range(len(classes)) if everything else [int(one) for one in np.unique(mask) if one < len(classes)]
+    present = range(len(classes)) if everything else [int(value) for value in np.unique(mask) if value < len(classes)]
     return np.concatenate([picture, legend(classes, present, picture.shape[1])])
 
 
 def row(tiles: Sequence[np.ndarray]) -> np.ndarray:
-    """(H, W, 3) tiles of one height, side by side."""
+    """Join (H, W, 3) tiles of the same height side by side."""
     gap = np.full((tiles[0].shape[0], GAP, 3), 255, dtype=np.uint8)
     parts: list[np.ndarray] = []
     for tile in tiles:
@@ -150,20 +192,35 @@ def row(tiles: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def comparison(image: np.ndarray, mask: np.ndarray, prediction: np.ndarray, classes: Classes) -> np.ndarray:
-    """Image, truth, prediction and error, side by side. image: as `shown` takes it."""
-    image = shown(image)
-    truth, found = overlay(image, mask, classes), overlay(image, prediction, classes)
-    return row([image, truth, found, error(mask, prediction, classes.ignore_index)])
+    """Draw image, truth, prediction and error side by side.
+
+    Args:
+        image: (H, W, C) image, as in `to_rgb`.
+        mask: (H, W) uint8 class indices.
+        prediction: (H, W) uint8 class indices.
+        classes: The classes and their colours.
+    """
+    image = to_rgb(image)
+    truth, predicted = overlay(image, mask, classes), overlay(image, prediction, classes)
+    return row([image, truth, predicted, error(mask, prediction, classes.ignore_index)])
 
 
-def enlarged(picture: np.ndarray, least: int) -> np.ndarray:
-    """A small picture by the whole factor that makes it at least `least` pixels high."""
-    factor = max(1, -(-least // picture.shape[0]))
+def enlarged(picture: np.ndarray, min_height: int) -> np.ndarray:
+    """Enlarge a picture by the smallest whole factor that makes it at least `min_height` pixels high."""
+    factor = max(1, -(-min_height // picture.shape[0]))
     return np.kron(picture, np.ones((factor, factor, 1), dtype=np.uint8))
 
 
 def confusion_picture(confusion: np.ndarray, classes: Classes) -> np.ndarray:
-    """The confusion matrix as a picture: rows are the truth, each row's shares of the predictions as shades."""
+    """Draw a confusion matrix.
+
+    Args:
+        confusion: (C, C) pixel counts; rows are true classes, columns are predicted classes.
+        classes: The classes.
+
+    Returns:
+        (S, S, 3) uint8. The larger the share of a cell in its row, the darker it is; the share is also written in percent.
+    """
     cell, letters = 34, font(11)
     margin = 10 + int(max(letters.getlength(name) for name in classes.names))
     side = margin + cell * len(classes) + 8
@@ -188,5 +245,5 @@ def confusion_picture(confusion: np.ndarray, classes: Classes) -> np.ndarray:
 
 
 def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """The font that comes with Pillow."""
+    """Return the default font of Pillow in the given size."""
     return ImageFont.load_default(size)

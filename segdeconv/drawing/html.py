@@ -1,4 +1,4 @@
-"""Pages that a browser opens from disk: one file with everything inside, whatever the names in it are."""
+"""Self-contained HTML pages: each is a single file that a browser opens from disk. All content is escaped."""
 
 import base64
 import hashlib
@@ -16,44 +16,62 @@ from PIL import Image
 
 from segdeconv.system.files import replace_text
 
-MOST_BYTES = 40_000  # of one picture
-NOTHING = "–"  # where there is no number
+MAX_BYTES = 40_000  # of one picture
+MISSING = "–"  # shown instead of a number that is None
 
 
 class Picture(NamedTuple):
-    """A picture inside a page. width, height: in pixels, as it lies there. few: whether it is a map of few colours."""
+    """A picture in a page.
+
+    Attributes:
+        uri: The encoded picture as a data URI.
+        width: Width of the encoded picture in pixels.
+        height: Height of the encoded picture in pixels.
+        few_colours: The picture has few colours, such as a mask.
+    """
 
     uri: str
     width: int
     height: int
-    few: bool
+    few_colours: bool
 
 
-def picture(image: np.ndarray, *, few: bool = False) -> Picture:
-    """(H, W, 3) uint8 -> a WebP of at most MOST_BYTES, smaller if it must be.
+def picture(image: np.ndarray, *, few_colours: bool = False) -> Picture:
+    """Encode a picture as WebP, reduced in size until it has at most `MAX_BYTES`.
 
-    few: kept without loss, for a map of classes.
+    Args:
+        image: (H, W, 3) uint8.
+        few_colours: Use lossless compression and nearest-neighbour resizing, for example for a mask.
     """
-    made = Image.fromarray(image)
+    resized = Image.fromarray(image)
     while True:
         content = io.BytesIO()
-        made.save(content, format="WEBP", lossless=few, quality=80, method=2)
-        if content.tell() <= MOST_BYTES or max(made.size) <= 32:
+        resized.save(content, format="WEBP", lossless=few_colours, quality=80, method=2)
+        if content.tell() <= MAX_BYTES or max(resized.size) <= 32:
             break
-        half = (max(1, made.width * 3 // 4), max(1, made.height * 3 // 4))
-        made = made.resize(half, Image.Resampling.NEAREST if few else Image.Resampling.BILINEAR)
-    return Picture(f"data:image/webp;base64,{base64.b64encode(content.getvalue()).decode()}", *made.size, few)
+        size = (max(1, resized.width * 3 // 4), max(1, resized.height * 3 // 4))
+        resized = resized.resize(size, Image.Resampling.NEAREST if few_colours else Image.Resampling.BILINEAR)
+    uri = f"data:image/webp;base64,{base64.b64encode(content.getvalue()).decode()}"
+    return Picture(uri, *resized.size, few_colours)
 
 
 def render(template: str, **content: Any) -> str:
-    """A page from segdeconv/drawing/pages. All that is put in is text, unless the template made it."""
+    """Render a template of segdeconv/drawing/pages.
+
+    Args:
+        template: Name of the template.
+        content: Variables of the template; they are escaped.
+    """
     style, script = (Markup(_part(name)) for name in ("page.css", "page.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return _pages().get_template(template).render(style=style, script=script, script_digest=digest, **content)
 
 
 def write(html: str, path: Path) -> None:
-    """Whole or not at all; what of a file's name is no Unicode becomes a question mark."""
+    """Write a page atomically.
+
+    File names in it may contain bytes that are not valid Unicode; each becomes a question mark.
+    """
     replace_text(path, html.encode(errors="replace").decode())
 
 
@@ -74,50 +92,50 @@ def _part(name: str) -> str:
     return resources.files("segdeconv.drawing").joinpath("pages", name).read_text()
 
 
-# Numbers for reading.
+# Formatting of numbers.
 
 
 def percent(value: float | None, digits: int = 1) -> str:
-    """A fraction in percent.
+    """Format a fraction in percent.
 
     >>> percent(0.5407), percent(None)
     ('54.1', '–')
     """
-    return NOTHING if value is None else f"{100 * value:.{digits}f}"
+    return MISSING if value is None else f"{100 * value:.{digits}f}"
 
 
 def points(value: float | None) -> str:
-    """A difference of fractions, in percentage points.
+    """Format a difference of fractions in percentage points.
 
     >>> points(0.0312), points(-0.002), points(0.0), points(None)
     ('+3.1', '−0.2', '0.0', '–')
     """
     if value is None:
-        return NOTHING
+        return MISSING
     text = f"{abs(100 * value):.1f}"
     return text if text == "0.0" else f"{'+' if value > 0 else '−'}{text}"
 
 
 def count(value: float | None) -> str:
-    """A whole number.
+    """Format a whole number with commas.
 
     >>> count(1601620), count(None)
     ('1,601,620', '–')
     """
-    return NOTHING if value is None else f"{value:,}"
+    return MISSING if value is None else f"{value:,}"
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """Any number to three digits.
+    """Format a number with `digits` significant digits.
 
     >>> number(0.012345), number(2.0), number(None)
     ('0.0123', '2', '–')
     """
-    return NOTHING if value is None else f"{value:.{digits}g}"
+    return MISSING if value is None else f"{value:.{digits}g}"
 
 
 def colour(value: Iterable[int]) -> str:
-    """RGB as CSS writes it.
+    """Format an RGB colour for CSS.
 
     >>> colour((255, 0, 16))
     '#ff0010'

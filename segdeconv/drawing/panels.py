@@ -1,4 +1,4 @@
-"""Figures of titled panels: arrays in, arrays out. A picture is (H, W, 3) uint8 RGB."""
+"""Figures that consist of titled panels. Every picture is an (H, W, 3) uint8 RGB array."""
 
 import colorsys
 import math
@@ -17,33 +17,39 @@ MARGIN, GAP, LINE = 16, 10, 17
 
 
 class Panel(NamedTuple):
-    """A picture and the words below it."""
+    """A picture with a caption below it."""
 
     picture: np.ndarray
     caption: str = ""
 
 
-def figure(title: str, rows: Sequence[Sequence[Panel]], *, note: str = "", least: int = 0) -> np.ndarray:
-    """Rows of panels under a title, and a note in full width below.
+def figure(title: str, rows: Sequence[Sequence[Panel]], *, note: str = "", min_height: int = 0) -> np.ndarray:
+    """Draw a figure: a title, rows of panels, and a note in full width below them.
 
-    least: pictures lower than this are enlarged by a whole factor. Captions and note are broken into lines.
+    Args:
+        title: Title; like captions and the note, it is broken into lines.
+        rows: Panels of each row; empty rows are skipped.
+        note: Text below the panels.
+        min_height: Pictures lower than this are enlarged by a whole factor.
     """
-    grown = [[panel._replace(picture=enlarged(panel.picture, least)) for panel in row] for row in rows if row]
-    width = max(sum(panel.picture.shape[1] for panel in row) + GAP * (len(row) - 1) for row in grown)
-    pieces = [*broken(title, width, size=17)]
+    enlarged_rows = [
+        [panel._replace(picture=enlarged(panel.picture, min_height)) for panel in row] for row in rows if row
+    ]
+    width = max(sum(panel.picture.shape[1] for panel in row) + GAP * (len(row) - 1) for row in enlarged_rows)
+    title_lines = wrap_text(title, width, size=17)
     heights, captions = [], []
-    for row in grown:
-        texts = [broken(panel.caption, panel.picture.shape[1], size=12) if panel.caption else [] for panel in row]
+    for row in enlarged_rows:
+        texts = [wrap_text(panel.caption, panel.picture.shape[1], size=12) if panel.caption else [] for panel in row]
         captions.append(texts)
         heights.append(max(panel.picture.shape[0] for panel in row) + LINE * max(map(len, texts)) + GAP)
-    notes = broken(note, width, size=12) if note else []
-    head = 24 * len(pieces) + 6
+    notes = wrap_text(note, width, size=12) if note else []
+    head = 24 * len(title_lines) + 6
     canvas = Image.new("RGB", (width + 2 * MARGIN, head + sum(heights) + LINE * len(notes) + 2 * MARGIN), WHITE)
     pen = ImageDraw.Draw(canvas)
-    for index, piece in enumerate(pieces):
-        pen.text((MARGIN, MARGIN + 24 * index), piece, fill=INK, font=font(17))
+    for index, line in enumerate(title_lines):
+        pen.text((MARGIN, MARGIN + 24 * index), line, fill=INK, font=font(17))
     y = MARGIN + head
-    for row, texts, height in zip(grown, captions, heights, strict=True):
+    for row, texts, height in zip(enlarged_rows, captions, heights, strict=True):
         x = MARGIN
         for panel, lines in zip(row, texts, strict=True):
             canvas.paste(Image.fromarray(panel.picture), (x, y))
@@ -56,8 +62,8 @@ def figure(title: str, rows: Sequence[Sequence[Panel]], *, note: str = "", least
     return np.asarray(canvas)
 
 
-def broken(text: str, width: int, *, size: int) -> list[str]:
-    """Text in lines no wider than so many pixels, broken between words."""
+def wrap_text(text: str, width: int, *, size: int) -> list[str]:
+    """Break text between words into lines of at most `width` pixels; `size` is the font size."""
     lines: list[str] = []
     for word in text.split():
         if lines and font(size).getlength(f"{lines[-1]} {word}") <= width:
@@ -68,7 +74,7 @@ def broken(text: str, width: int, *, size: int) -> list[str]:
 
 
 def swatches(entries: Sequence[tuple[Colour, str]]) -> np.ndarray:
-    """A legend: a line for each colour."""
+    """Draw a legend with one line for each colour."""
     width = 30 + int(max(font(12).getlength(text) for _, text in entries))
     picture = Image.new("RGB", (width, 20 * len(entries) + 2), WHITE)
     pen = ImageDraw.Draw(picture)
@@ -79,7 +85,14 @@ def swatches(entries: Sequence[tuple[Colour, str]]) -> np.ndarray:
 
 
 def bars(values: Sequence[float], colours: Sequence[Colour], *, top: float, size: tuple[int, int]) -> np.ndarray:
-    """A bar for each value, from 0 to `top`, its value above it in percent. size: (H, W)."""
+    """Draw a bar chart with the value of each bar in percent.
+
+    Args:
+        values: Heights of the bars, 0..top.
+        colours: Colours of the bars.
+        top: Value of a bar of full height.
+        size: Size (H, W) of the picture.
+    """
     picture = Image.new("RGB", size[::-1], WHITE)
     pen = ImageDraw.Draw(picture)
     step = size[1] / len(values)
@@ -91,28 +104,30 @@ def bars(values: Sequence[float], colours: Sequence[Colour], *, top: float, size
     return np.asarray(picture)
 
 
-def arrows(displacement: np.ndarray, longest: float) -> np.ndarray:
-    """(H, W, 2) displacements (dy, dx) -> a picture: hue says the direction, saturation the length; white for none.
+def arrows(displacement: np.ndarray, max_length: float) -> np.ndarray:
+    """Draw displacements as colours: the hue is the direction, the saturation the length; white is zero.
 
-    longest: the length that is fully saturated.
+    Args:
+        displacement: (H, W, 2) displacements (dy, dx).
+        max_length: Length that is fully saturated.
     """
     dy, dx = displacement[..., 0].astype(np.float32), displacement[..., 1].astype(np.float32)
     angle = np.degrees(np.arctan2(dy, dx)) % 360
-    strength = np.hypot(dy, dx) / (longest or 1)
+    strength = np.hypot(dy, dx) / (max_length or 1)
     hsv = np.stack([angle, strength.clip(0, 1), np.full_like(angle, 1.0)], axis=-1).astype(np.float32)
     return (255 * cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)).round().astype(np.uint8)
 
 
-def wheel(side: int, longest: float) -> np.ndarray:
-    """The legend of `arrows`: the colour at a place is that of an arrow from the middle to it."""
-    places = np.mgrid[:side, :side].transpose(1, 2, 0) - (side - 1) / 2
-    picture = arrows(places * (2 * longest / side), longest)
-    picture[np.hypot(*places.transpose(2, 0, 1)) > side / 2] = 255
+def wheel(side: int, max_length: float) -> np.ndarray:
+    """Draw the legend of `arrows`: each pixel has the colour of the arrow from the middle to that pixel."""
+    offsets = np.mgrid[:side, :side].transpose(1, 2, 0) - (side - 1) / 2
+    picture = arrows(offsets * (2 * max_length / side), max_length)
+    picture[np.hypot(*offsets.transpose(2, 0, 1)) > side / 2] = 255
     return picture
 
 
 def scale(top: float, width: int, text: str) -> np.ndarray:
-    """The legend of `draw.heat`: a strip from 0 to `top`."""
+    """Draw the legend of `draw.heat`: a strip from 0 to `top`, with `text` as the unit."""
     strip = np.repeat(heat(np.linspace(0, 1, width)[None], 1.0), 12, axis=0)
     picture = Image.new("RGB", (width, 32), WHITE)
     picture.paste(Image.fromarray(np.ascontiguousarray(strip)), (0, 0))
@@ -124,7 +139,13 @@ def scale(top: float, width: int, text: str) -> np.ndarray:
 
 
 def grid(pictures: Sequence[np.ndarray], columns: int, side: int) -> np.ndarray:
-    """Pictures fitted into squares of `side` pixels, row by row; missing ones are light grey."""
+    """Arrange pictures in a grid, each fitted into a square, row by row.
+
+    Args:
+        pictures: The pictures, of any sizes.
+        columns: Number of columns.
+        side: Side of a square in pixels.
+    """
     lines = math.ceil(len(pictures) / columns)
     canvas = np.full((lines * (side + 2) - 2, columns * (side + 2) - 2, 3), 255, dtype=np.uint8)
     for index, picture in enumerate(pictures):
@@ -134,7 +155,7 @@ def grid(pictures: Sequence[np.ndarray], columns: int, side: int) -> np.ndarray:
 
 
 def fitted(picture: np.ndarray, side: int) -> np.ndarray:
-    """A picture in the middle of a light grey square, as large as fits; pixels stay sharp where it is enlarged."""
+    """Fit a picture into a light grey square of `side` pixels; an enlarged picture keeps sharp pixels."""
     factor = side / max(picture.shape[:2])
     height, width = (max(1, round(length * factor)) for length in picture.shape[:2])
     interpolation = cv2.INTER_NEAREST_EXACT if factor > 1 else cv2.INTER_AREA
@@ -146,6 +167,6 @@ def fitted(picture: np.ndarray, side: int) -> np.ndarray:
 
 
 def hues(count: int) -> list[Colour]:
-    """So many colours that are told apart."""
-    made = [colorsys.hsv_to_rgb((0.07 + 0.618 * index) % 1, 0.75, 0.95) for index in range(count)]
-    return [(round(255 * red), round(255 * green), round(255 * blue)) for red, green, blue in made]
+    """Return `count` distinguishable colours."""
+    colours = [colorsys.hsv_to_rgb((0.07 + 0.618 * index) % 1, 0.75, 0.95) for index in range(count)]
+    return [(round(255 * red), round(255 * green), round(255 * blue)) for red, green, blue in colours]

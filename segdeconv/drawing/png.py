@@ -1,4 +1,4 @@
-"""PNG files written row by row, so that no picture has to be whole before it is written.
+"""Writer of PNG files that takes some rows at a time, so that a large image need not be in memory as a whole.
 
 Portable Network Graphics, second edition, https://www.w3.org/TR/PNG/
 """
@@ -11,15 +11,19 @@ import numpy as np
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 GREY, RGB, PALETTE = 0, 2, 3  # colour types
-NONE, SUB, UP = 0, 1, 2  # filters
-FAST = 1  # zlib's level: 4 is 3 % to 6 % smaller on photographs and takes twice as long
+NONE, SUB, UP = 0, 1, 2  # filter types
+FAST = 1  # zlib level; on photographs, level 4 is 3 % to 6 % smaller but takes twice as long
 STEP = 1 << 22  # bytes that are filtered at once
 
 
 class Png:
-    """A picture that is being written: `write` its rows from the top, then `close`.
+    """A PNG file that is written row by row: call `write` with the rows from the top, then `close`.
 
-    palette: (n, 3) uint8 for pictures of indices. channels: 1 or 3, uint8.
+    Args:
+        file: Binary file.
+        size: Size (H, W).
+        channels: 1 for grey or indices, 3 for RGB.
+        palette: (n, 3) uint8 colours of the indices; None for grey or RGB.
     """
 
     def __init__(
@@ -36,7 +40,7 @@ class Png:
             self._chunk(b"PLTE", palette.astype(np.uint8).tobytes())
 
     def write(self, rows: np.ndarray) -> None:
-        """(n, W) or (n, W, 3) uint8, the next n rows."""
+        """Write the next n rows, (n, W) or (n, W, 3) uint8."""
         step = max(1, STEP // (self.size[1] * self.channels))
         for start in range(0, len(rows), step):
             self._write(np.ascontiguousarray(rows[start : start + step]).reshape(-1, self.size[1] * self.channels))
@@ -44,7 +48,7 @@ class Png:
     def _write(self, flat: np.ndarray) -> None:
         lines = np.empty((len(flat), flat.shape[1] + 1), dtype=np.uint8)
         if self.photo:
-            # Differences to the pixel above or on the left are small numbers, which deflate better than colours.
+            # Differences from the pixel above or on the left are small numbers, which compress better than colours.
             up = flat - np.concatenate([self.above, flat[:-1]])
             left = flat.copy()
             left[:, 3:] -= flat[:, :-3]
@@ -53,14 +57,14 @@ class Png:
             lines[:, 1:] = np.where(smaller[:, None], up, left)
             self.above = flat[-1:].copy()
         else:
-            lines[:, 0], lines[:, 1:] = NONE, flat  # labels are no amounts
+            lines[:, 0], lines[:, 1:] = NONE, flat  # differences between labels have no meaning
         self.rows += len(flat)
         packed = self.deflate.compress(lines.data)
         if packed:
             self._chunk(b"IDAT", packed)
 
     def close(self) -> None:
-        """The end of the file; the rows must all be there."""
+        """Write the end of the file; all rows must have been written."""
         assert self.rows == self.size[0], f"{self.rows} of {self.size[0]} rows were written"
         self._chunk(b"IDAT", self.deflate.flush())
         self._chunk(b"IEND", b"")
@@ -71,5 +75,5 @@ class Png:
 
 
 def _weight(differences: np.ndarray) -> np.ndarray:
-    """How far the bytes of each row are from 0, taken as signed."""
+    """Return the sum of the absolute values of each row's bytes, read as signed."""
     return np.minimum(differences, 0 - differences).sum(axis=1, dtype=np.int64)

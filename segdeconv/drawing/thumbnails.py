@@ -1,4 +1,4 @@
-"""Small pictures of what a network predicted, and the choice of those that a page shows."""
+"""Thumbnails of predictions, and the choice of images that a page shows."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,58 +9,71 @@ import numpy as np
 from segdeconv.classes import Classes
 from segdeconv.drawing import draw
 
-SIDE = 480  # pixels of the longer side of a kept picture, at most
-EACH = 8  # images of each kind: the best, the median, the worst
+SIDE = 480  # maximum length of the longer side of a thumbnail, in pixels
+EACH = 8  # images of each kind: worst, median, best
 
 
-class Kept(NamedTuple):
-    """What is kept of one image, encoded: its prediction without loss, its uncertainty as a JPEG of roots."""
+class Encoded(NamedTuple):
+    """The encoded thumbnails of one image.
+
+    Attributes:
+        prediction: PNG file as uint8 bytes.
+        uncertainty: JPEG file of the square roots, as uint8 bytes.
+    """
 
     prediction: np.ndarray
     uncertainty: np.ndarray
 
 
 class Gallery:
-    """Predictions and uncertainties of a whole split, small: about 15 kB an image of 360x480.
+    """Thumbnails of the predictions and uncertainties of a split, about 15 kB for an image of 360x480.
 
-    Which images are the worst is known when all are scored; predicting those again would, with samples, draw others.
+    All images are stored, because the worst ones are only known at the end, and because predicting them again with
+    dropout samples would give other results.
 
-    top: the largest uncertainty that can be.
+    Args:
+        classes: The classes.
+        top: The largest possible uncertainty.
     """
 
     def __init__(self, classes: Classes, top: float) -> None:
         self.classes, self.top = classes, top
-        self.kept: list[Kept] = []
+        self.images: list[Encoded] = []
 
     def update(self, prediction: np.ndarray, uncertainty: np.ndarray) -> None:
-        """prediction: (H, W) uint8; uncertainty: (H, W) float32, 0..top."""
-        size = small(prediction.shape)
+        """Add the next image.
+
+        Args:
+            prediction: (H, W) uint8 class indices.
+            uncertainty: (H, W) float32, 0..top.
+        """
+        size = thumbnail_size(prediction.shape)
         labels = cv2.resize(prediction, size[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
-        # Roots, since most pixels are far more certain than can be.
+        # Square roots, because most uncertainties are far below the maximum.
         roots = np.sqrt((uncertainty / self.top).clip(0, 1))
         grey = (255 * cv2.resize(roots, size[::-1], interpolation=cv2.INTER_AREA)).round().astype(np.uint8)
-        self.kept.append(Kept(cv2.imencode(".png", labels)[1], cv2.imencode(".jpg", grey)[1]))
+        self.images.append(Encoded(cv2.imencode(".png", labels)[1], cv2.imencode(".jpg", grey)[1]))
 
     def prediction(self, index: int) -> np.ndarray:
-        """(h, w) uint8 class indices."""
-        return _decoded(self.kept[index].prediction)
+        """Return the prediction of an image as (h, w) uint8 class indices."""
+        return _decoded(self.images[index].prediction)
 
     def uncertainty(self, index: int) -> np.ndarray:
-        """(h, w) float32, of 0..top."""
-        roots = _decoded(self.kept[index].uncertainty).astype(np.float32) / 255
+        """Return the uncertainty of an image as (h, w) float32, 0..top."""
+        roots = _decoded(self.images[index].uncertainty).astype(np.float32) / 255
         return self.top * roots**2
 
 
 def _decoded(content: np.ndarray) -> np.ndarray:
-    found = cv2.imdecode(content, cv2.IMREAD_UNCHANGED)
-    assert found is not None, "it was encoded here"
-    return found
+    decoded = cv2.imdecode(content, cv2.IMREAD_UNCHANGED)
+    assert decoded is not None, "it was encoded by Gallery.update"
+    return decoded
 
 
-def small(shape: tuple[int, ...]) -> tuple[int, int]:
-    """(h, w) of a picture of an (H, W) image: no side longer than SIDE, the same proportions.
+def thumbnail_size(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Return the size (h, w) of the thumbnail of an (H, W) image, with the same proportions and at most `SIDE`.
 
-    >>> small((720, 960)), small((1, 1)), small((1, 2000))
+    >>> thumbnail_size((720, 960)), thumbnail_size((1, 1)), thumbnail_size((1, 2000))
     ((360, 480), (1, 1), (1, 480))
     """
     factor = min(1.0, SIDE / max(shape[:2]))
@@ -68,15 +81,27 @@ def small(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def smaller(image: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """An image of any kind that `draw.shown` takes, and its mask, as pictures: (h, w, 3) and (h, w), both uint8."""
-    size = small(mask.shape)
-    picture = cv2.resize(draw.shown(image), size[::-1], interpolation=cv2.INTER_AREA)
+    """Reduce an image and its mask to thumbnails.
+
+    Args:
+        image: (H, W, C) image, as in `draw.to_rgb`.
+        mask: (H, W) uint8.
+
+    Returns:
+        The image, (h, w, 3) uint8, and the mask, (h, w) uint8.
+    """
+    size = thumbnail_size(mask.shape)
+    picture = cv2.resize(draw.to_rgb(image), size[::-1], interpolation=cv2.INTER_AREA)
     return picture, cv2.resize(mask, size[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
 
 
 class Choice(NamedTuple):
-    """An image by its place in the data set, why it is shown (`worst`, `median`, `best`; `all` where all are), and its
-    rank, 1 the worst.
+    """An image that a page shows.
+
+    Attributes:
+        place: Index of the image in the data set.
+        kind: `worst`, `median` or `best`; `all` if all images are shown.
+        rank: Rank of its score; 1 is the worst.
     """
 
     place: int
@@ -85,8 +110,16 @@ class Choice(NamedTuple):
 
 
 def choose(scores: Sequence[float | None], each: int = EACH) -> list[Choice]:
-    """The worst, the median and the best of scored images, each once, the worst first; those without a score never,
-    unless all are shown.
+    """Choose the worst, the median and the best images by their scores.
+
+    If there are few images, all are chosen. Otherwise images without a score are not.
+
+    Args:
+        scores: Score of every image, None for an image without one.
+        each: Number of images of each kind.
+
+    Returns:
+        The images, each once, ordered from the worst to the best; images without a score come last.
 
     >>> [choice.place for choice in choose([0.5, 0.1, None, 0.9, 0.7], each=1)]
     [1, 0, 3]
@@ -95,11 +128,11 @@ def choose(scores: Sequence[float | None], each: int = EACH) -> list[Choice]:
     order = [index for _, index in scored]
     if len(scores) <= 3 * each:
         order += [index for index, score in enumerate(scores) if score is None]
-        return [Choice(index, "all", place + 1) for place, index in enumerate(order)]
+        return [Choice(index, "all", rank) for rank, index in enumerate(order, start=1)]
     middle = max(0, (len(order) - each) // 2)
     kinds = {
         **dict.fromkeys(range(middle, min(middle + each, len(order))), "median"),
         **dict.fromkeys(range(max(0, len(order) - each), len(order)), "best"),
         **dict.fromkeys(range(min(each, len(order))), "worst"),
     }
-    return [Choice(order[place], kind, place + 1) for place, kind in sorted(kinds.items())]
+    return [Choice(order[position], kind, position + 1) for position, kind in sorted(kinds.items())]

@@ -104,7 +104,7 @@ def _confusion_map(shares: np.ndarray) -> html.Picture:
     right = np.eye(len(shares), dtype=bool)[:, :, None]
     full = np.where(right, (47, 109, 179), (194, 84, 61))
     strength = np.sqrt(shares)[:, :, None]
-    return html.picture((245 * (1 - strength) + full * strength).round().astype(np.uint8), few=True)
+    return html.picture((245 * (1 - strength) + full * strength).round().astype(np.uint8), few_colours=True)
 
 
 def _cells(confusion: np.ndarray, classes: Classes) -> str:
@@ -171,7 +171,7 @@ def _pictures(
         wrong = draw.error(truth, prediction, classes.ignore_index)
         pictures += [
             (f"prediction{letter}", _map(prediction, classes)),
-            (f"error{letter}", html.picture(wrong, few=True)),
+            (f"error{letter}", html.picture(wrong, few_colours=True)),
         ]
         if top is not None:
             heat = draw.heat(one.gallery.uncertainty(index), top)
@@ -180,4 +180,4 @@ def _pictures(
 
 
 def _map(labels: np.ndarray, classes: Classes) -> html.Picture:
-    return html.picture(draw.colourise(labels, classes), few=True)
+    return html.picture(draw.colourise(labels, classes), few_colours=True)

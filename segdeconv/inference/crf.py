@@ -67,7 +67,7 @@ def refine(
 
     Args:
         probabilities: (C, H, W) class probabilities.
-        image: (H, W, channels) uint8; `draw.shown` converts a 16-bit image.
+        image: (H, W, channels) uint8; `draw.to_rgb` converts a 16-bit image.
         exact: Compute the bilateral kernel exactly, in a time that grows with the square of the number of pixels.
 
     Returns:

@@ -279,7 +279,7 @@ def _region_predictor(checkpoint: Checkpoint, network: Network, regions: RegionS
     return by_regions(
         lambda images: network(images).values,
         replace(checkpoint.preprocessing, size=(input_size[0], input_size[1])),
-        lambda image, name: propose(draw.shown(image), name),
+        lambda image, name: propose(draw.to_rgb(image), name),
         num=regions.num,
         mode=regions.mode,
         context=settings.get("context", 1.2),
@@ -337,7 +337,7 @@ def refined(predictor: Predictor, settings: CRF) -> Predictor:
 
     def predict(image: np.ndarray, name: str) -> Iterator[tuple[Part, ClassScores]]:
         probabilities = whole_image(predictor, image, name).probabilities()[0]
-        values = refine(probabilities, draw.shown(image), settings=settings)[None]
+        values = refine(probabilities, draw.to_rgb(image), settings=settings)[None]
         yield whole((image.shape[0], image.shape[1])), ClassScores(values, True)
 
     return predict

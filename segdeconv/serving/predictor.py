@@ -91,7 +91,7 @@ class ImagePredictor:
         index, confidence = labels_and_confidence(ClassScores(probabilities, True))
         entropy = entropy_of(probabilities)[0] / np.log(len(self.classes))
         return ImagePrediction(
-            draw.shown(image),
+            draw.to_rgb(image),
             original if scale < 1 else None,
             probabilities[0],
             index[0].cpu().numpy(),

@@ -1,4 +1,4 @@
-"""Pictures: what a file holds when it is read back, shapes, and single pixels worked by hand."""
+"""Figures of images and masks: files that are read back, shapes, and single pixels worked out by hand."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ def mask():
     return mask
 
 
-def test_mask_png_holds_indices_as_pixels_and_colours_as_palette(tmp_path, mask):
+def test_a_mask_png_has_class_indices_as_pixels_and_class_colours_as_palette(tmp_path, mask):
     path = tmp_path / "sub" / "mask.png"
     draw.save_mask(mask, CLASSES, path)
     with Image.open(path) as stored:
@@ -38,25 +38,25 @@ def test_mask_png_holds_indices_as_pixels_and_colours_as_palette(tmp_path, mask)
     assert [file.name for file in path.parent.iterdir()] == ["mask.png"]
 
 
-def test_mask_png_reads_back_to_the_same_mask_by_its_colours(tmp_path, mask):
+def test_the_colours_of_a_mask_png_convert_back_to_the_mask(tmp_path, mask):
     draw.save_mask(mask, CLASSES, tmp_path / "mask.png")
     with Image.open(tmp_path / "mask.png") as stored:
         assert np.array_equal(CLASSES.from_colours(np.asarray(stored.convert("RGB"))), mask)
 
 
-def test_image_png_is_lossless(tmp_path, image):
+def test_an_image_png_is_lossless(tmp_path, image):
     draw.save_image(image, tmp_path / "image.png")
     with Image.open(tmp_path / "image.png") as stored:
         assert np.array_equal(np.asarray(stored), image)
 
 
-def test_colourise_looks_up_every_pixel(mask):
-    table = {0: (10, 20, 30), 1: (200, 100, 0), 2: (0, 0, 250), 255: (1, 2, 3)}
-    by_hand = [[table[int(index)] for index in row] for row in mask]
+def test_colourise_replaces_every_class_index_by_its_colour(mask):
+    colours = {0: (10, 20, 30), 1: (200, 100, 0), 2: (0, 0, 250), 255: (1, 2, 3)}
+    by_hand = [[colours[int(index)] for index in row] for row in mask]
     assert np.array_equal(draw.colourise(mask, CLASSES), np.uint8(by_hand))
 
 
-def test_overlay_blends_inside_and_shows_the_image_where_ignored(image, mask):
+def test_overlay_blends_the_classes_and_shows_the_image_where_ignored(image, mask):
     result = draw.overlay(image, mask, CLASSES, strength=0.25)
     assert result.shape == image.shape
     assert result.dtype == np.uint8
@@ -65,7 +65,7 @@ def test_overlay_blends_inside_and_shows_the_image_where_ignored(image, mask):
     assert np.abs(result[6, 9] - expected).max() <= 1
 
 
-def test_overlay_outlines_where_classes_meet(image, mask):
+def test_overlay_outlines_the_borders_between_classes(image, mask):
     outlined = np.zeros_like(mask)
     outlined[:, 10:] = 1
     two = Classes(names=("a", "b"), colours=((9, 9, 9), (200, 9, 9)))
@@ -83,20 +83,20 @@ def test_overlay_does_not_change_its_arguments(image, mask):
 
 
 @pytest.mark.parametrize(("channels", "order"), [(1, [0, 0, 0]), (2, [0, 1, 1]), (3, [0, 1, 2]), (5, [0, 1, 2])])
-def test_an_image_of_any_number_of_channels_is_shown_in_three(channels, order):
+def test_an_image_with_any_number_of_channels_is_converted_to_three(channels, order):
     image = np.random.default_rng(0).integers(0, 256, (12, 20, channels), dtype=np.uint8)
-    assert np.array_equal(draw.shown(image), np.dstack([image[:, :, channel] for channel in order]))
+    assert np.array_equal(draw.to_rgb(image), np.dstack([image[:, :, channel] for channel in order]))
 
 
-def test_16_bit_is_stretched_between_its_1st_and_99th_percentile_by_channel():
+def test_a_16_bit_image_is_stretched_between_the_percentiles_of_each_channel():
     image = np.dstack([np.arange(101), 3 * np.arange(101), np.full(101, 7)]).astype(np.uint16) * 100
     image[0, 0, 0] = 0
-    picture = draw.shown(image)
+    picture = draw.to_rgb(image)
     assert picture.dtype == np.uint8
-    # Of 0..100 the percentiles are 1 and 99: what is below is black, what is above white, 50 is in the middle.
+    # The percentiles of 0..100 are 1 and 99: values below are black, values above white, and 50 is in the middle.
     for channel in (0, 1):
         assert picture[0, [0, 1, 50, 99, 100], channel].tolist() == [0, 0, 127, 255, 255]
-    assert not picture[:, :, 2].any()  # the same everywhere
+    assert not picture[:, :, 2].any()  # a constant channel
     mask = np.zeros((1, 101), dtype=np.uint8)
     assert draw.overlay(image, mask, CLASSES).shape == (1, 101, 3)
     assert draw.comparison(image[:, :, :2], mask, mask, CLASSES).dtype == np.uint8
@@ -108,22 +108,22 @@ def test_error_is_green_red_and_dark():
     assert picture.dtype == np.uint8
 
 
-def test_legend_has_the_width_asked_for_and_grows_by_rows():
+def test_a_legend_has_the_given_width_and_as_many_rows_as_needed():
     wide, narrow = draw.legend(CLASSES, [0, 1, 2], 400), draw.legend(CLASSES, [0, 1, 2], 80)
     assert wide.shape[1:] == (400, 3)
     assert narrow.shape[1:] == (80, 3)
     assert narrow.shape[0] > wide.shape[0]
 
 
-def test_legend_shows_the_colours_of_the_classes_present_only():
-    def shown(index, picture):
+def test_a_legend_only_has_the_colours_of_the_classes_present():
+    def contains(index, picture):
         return (picture == CLASSES.colours[index]).all(axis=2).any()
 
     picture = draw.legend(CLASSES, [0, 2], 400)
-    assert [shown(index, picture) for index in range(3)] == [True, False, True]
+    assert [contains(index, picture) for index in range(3)] == [True, False, True]
 
 
-def test_legend_of_nothing_is_a_blank_strip():
+def test_a_legend_without_classes_is_blank():
     assert (draw.legend(CLASSES, [], 50) == 255).all()
 
 
@@ -131,13 +131,13 @@ def test_legend_of_nothing_is_a_blank_strip():
 def test_overlay_with_legend_enlarges_small_images_by_a_whole_factor(width, factor):
     image, mask = np.zeros((10, width, 3), dtype=np.uint8), np.full((10, width), 1, dtype=np.uint8)
     picture = draw.overlay_with_legend(image, mask, CLASSES)
-    below = draw.legend(CLASSES, [1], width * factor)
-    assert picture.shape == (10 * factor + below.shape[0], width * factor, 3)
+    legend = draw.legend(CLASSES, [1], width * factor)
+    assert picture.shape == (10 * factor + legend.shape[0], width * factor, 3)
     assert picture.dtype == np.uint8
-    assert np.array_equal(picture[10 * factor :], below)
+    assert np.array_equal(picture[10 * factor :], legend)
 
 
-def test_row_puts_tiles_side_by_side_with_white_between(image):
+def test_row_joins_tiles_with_white_gaps(image):
     picture = draw.row([image, image[:, :5], image])
     assert picture.shape == (12, 20 + draw.GAP + 5 + draw.GAP + 20, 3)
     assert np.array_equal(picture[:, :20], image)
@@ -146,7 +146,7 @@ def test_row_puts_tiles_side_by_side_with_white_between(image):
     assert np.array_equal(draw.row([image]), image)
 
 
-def test_confusion_picture_is_square_and_stronger_where_the_share_is_larger():
+def test_confusion_picture_is_square_and_darker_for_larger_shares():
     picture = draw.confusion_picture(np.array([[90, 10, 0], [50, 50, 0], [0, 0, 0]]), CLASSES)
     assert picture.dtype == np.uint8
     assert picture.shape[0] == picture.shape[1]
@@ -155,6 +155,6 @@ def test_confusion_picture_is_square_and_stronger_where_the_share_is_larger():
     def shade(row, column):
         return int(picture[margin + 34 * row + 2, margin + 34 * column + 2].astype(int).sum())
 
-    assert shade(0, 0) < shade(1, 1) < 3 * 255  # 90 % right is darker than 50 %
+    assert shade(0, 0) < shade(1, 1) < 3 * 255  # 90 % correct is darker than 50 %
     assert shade(1, 0) < shade(0, 1) < 3 * 255
     assert shade(2, 2) == 3 * 255  # a class that never occurs stays white

@@ -81,7 +81,7 @@ def ious(confusion: np.ndarray) -> list[float]:
 
 
 def shown(value: float, digits: int = 1) -> str:
-    return html.NOTHING if np.isnan(value) else f"{100 * value:.{digits}f}"
+    return html.MISSING if np.isnan(value) else f"{100 * value:.{digits}f}"
 
 
 @needs_chromium

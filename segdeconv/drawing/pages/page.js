@@ -1,6 +1,6 @@
 "use strict";
 
-// Rows and images are put in order by their data; what has none comes last.
+// Rows and images are sorted by their data attributes; empty values come last.
 function compare(a, b, text, descending) {
   if (a === "" || b === "") return (a === "") - (b === "");
   const order = text ? a.localeCompare(b, "en", { numeric: true }) : a - b;
@@ -23,8 +23,8 @@ for (const controls of document.querySelectorAll(".controls")) {
   const list = document.getElementById(controls.dataset.list);
   for (const button of controls.querySelectorAll("button")) {
     button.addEventListener("click", () => {
-      const again = button.ariaPressed === "true";
-      const descending = again ? button.dataset.order !== "descending" : button.dataset.first === "descending";
+      const pressed = button.ariaPressed === "true";
+      const descending = pressed ? button.dataset.order !== "descending" : button.dataset.first === "descending";
       for (const other of controls.querySelectorAll("button")) other.ariaPressed = "false";
       button.ariaPressed = "true";
       button.dataset.order = descending ? "descending" : "ascending";
@@ -36,25 +36,25 @@ for (const controls of document.querySelectorAll(".controls")) {
   }
 }
 
-// One picture large, the others of its row by the arrow keys.
+// A dialog shows one picture enlarged; the arrow keys move to the others of its row.
 const viewer = document.getElementById("viewer");
-const large = viewer.querySelector("img"), said = viewer.querySelector("p");
-let row = [], place = 0;
+const large = viewer.querySelector("img"), caption = viewer.querySelector("p");
+let row = [], index = 0;
 
 function show(step) {
-  place = (place + step + row.length) % row.length;
-  const image = row[place].querySelector("img");
+  index = (index + step + row.length) % row.length;
+  const image = row[index].querySelector("img");
   large.src = image.src;
   large.alt = image.alt;
   large.className = image.className;
   large.style.setProperty("--ratio", image.naturalWidth / image.naturalHeight);
-  said.textContent = image.alt;
+  caption.textContent = image.alt;
 }
 
 for (const button of document.querySelectorAll(".picture")) {
   button.addEventListener("click", () => {
     row = [...button.closest(".pictures").querySelectorAll(".picture")];
-    place = row.indexOf(button);
+    index = row.indexOf(button);
     show(0);
     viewer.showModal();
     viewer.querySelector("[data-close]").focus();
@@ -68,9 +68,9 @@ viewer.addEventListener("keydown", (event) => {
   const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
   if (step) show(step);
 });
-viewer.addEventListener("close", () => row[place].focus());
+viewer.addEventListener("close", () => row[index].focus());
 
-// A matrix too large for numbers says the one that is pointed at, or moved to by the arrow keys.
+// A confusion matrix too large for numbers shows the cell under the pointer, or the one chosen with the arrow keys.
 for (const map of document.querySelectorAll(".map")) {
   const { names, cells } = JSON.parse(map.querySelector("template").content.textContent);
   const image = map.querySelector("img"), output = map.querySelector("output");
@@ -78,24 +78,24 @@ for (const map of document.querySelectorAll(".map")) {
   const totals = names.map(() => 0);
   for (const [truth, , pixels] of cells) totals[truth] += pixels;
   let truth = 0, predicted = 0;
-  const say = () => {
+  const update = () => {
     const pixels = counts.get(truth * names.length + predicted) || 0;
     const share = totals[truth] ? `${(100 * pixels / totals[truth]).toFixed(1)} %` : "–";
     output.textContent = `${names[truth]} → ${names[predicted]}: ${share}, ${pixels.toLocaleString("en")} pixels`;
   };
-  const within = (value) => Math.min(names.length - 1, Math.max(0, Math.floor(value)));
+  const clamp = (value) => Math.min(names.length - 1, Math.max(0, Math.floor(value)));
   image.addEventListener("mousemove", (event) => {
     const box = image.getBoundingClientRect();
-    truth = within((event.clientY - box.top) / box.height * names.length);
-    predicted = within((event.clientX - box.left) / box.width * names.length);
-    say();
+    truth = clamp((event.clientY - box.top) / box.height * names.length);
+    predicted = clamp((event.clientX - box.left) / box.width * names.length);
+    update();
   });
   image.addEventListener("keydown", (event) => {
     const [down, right] = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key] || [];
     if (down === undefined) return;
     event.preventDefault();
-    truth = within(truth + down);
-    predicted = within(predicted + right);
-    say();
+    truth = clamp(truth + down);
+    predicted = clamp(predicted + right);
+    update();
   });
 }
