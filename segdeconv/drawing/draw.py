@@ -219,7 +219,7 @@ def confusion_picture(confusion: np.ndarray, classes: Classes) -> np.ndarray:
         classes: The classes.
 
     Returns:
-        (S, S, 3) uint8. The larger the share of a cell in its row, the darker it is; the share is also written in percent.
+        (S, S, 3) uint8. Cells with larger shares of their row are darker; the share is also written in percent.
     """
     cell, letters = 34, font(11)
     margin = 10 + int(max(letters.getlength(name) for name in classes.names))
