@@ -1,9 +1,9 @@
-"""Runs that are killed anywhere and go on: one hash, or the trial is wrong.
+"""Fault injection for training: a run that is killed anywhere and resumed must give the hash of an uninterrupted one.
 
     python tests/chaos.py [kills cuts full_disks signals one_hash faults] --trials 250 --seed 0
 
-A fork for every run: what is slow is imported once. Where a kill landed is read from a byte of memory that the run
-shares with this process and sets at the doors of the phases it goes through.
+Every run is a fork of this process, so that slow imports happen only once. The run shares one byte of memory with this
+process and writes its current phase into it, which shows where a kill hit.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from segdeconv.training import callbacks, checkpointing, task  # noqa: E402
 PHASES = ("fork", "start", "training", "validation", "metrics", "checkpoint", "evaluation", "end")
 STREET = yaml.safe_load((ROOT / "configs/augment/street.yaml").read_text())
 
-# Bayesian SegNet-Basic, slim: batch norm, dropout, pooling indices; 13 images, 3 steps an epoch, 3 epochs.
+# A narrow Bayesian SegNet-Basic with batch norm, dropout and pooling indices: 13 images, 3 steps per epoch, 3 epochs.
 CONFIG: dict[str, dict[str, Any]] = {
     "dataset": {
         "_target_": "segdeconv.data.Shapes", "num_train": 13, "num_val": 4, "side": 32, "size": [32, 32],
@@ -63,78 +63,92 @@ CONFIG: dict[str, dict[str, Any]] = {
 
 
 def config(resume: str | None = "auto", **changes: Any) -> dict[str, Any]:
-    """changes: group__key=value."""
-    made: dict[str, Any] = {**CONFIG, "resume": resume}
+    """Return a training config with changes, each written as group__key=value."""
+    changed: dict[str, Any] = {**CONFIG, "resume": resume}
     for name, value in changes.items():
         group, _, key = name.partition("__")
-        made[group] = {**made[group], key: value}
-    return made
+        changed[group] = {**changed[group], key: value}
+    return changed
 
 
 def result_hash(run: Path) -> str:
-    """One hash over all that both checkpoints hold, the metric history and the report, but for what may differ."""
-    found = hashlib.sha256((run / "metrics.csv").read_bytes())
+    """Return one hash over both checkpoints, the metric history and the report, without the keys that may differ."""
+    sha256 = hashlib.sha256((run / "metrics.csv").read_bytes())
 
     def add(value: Any) -> None:
         if isinstance(value, torch.Tensor):
-            found.update(f"{value.dtype} {tuple(value.shape)}".encode())
-            found.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            sha256.update(f"{value.dtype} {tuple(value.shape)}".encode())
+            sha256.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         elif isinstance(value, Mapping):
             for name in sorted(value, key=str):
-                found.update(repr(name).encode())
+                sha256.update(repr(name).encode())
                 add(value[name])
         elif isinstance(value, list | tuple):
-            found.update(str(len(value)).encode())
+            sha256.update(str(len(value)).encode())
             for item in value:
                 add(item)
         else:
-            found.update(repr(value).encode())
+            sha256.update(repr(value).encode())
 
     for name in ("last.ckpt", "best.ckpt"):
         content = checkpoint.load_plain(run / name)
         for key in ("num_workers", "cache", "timeout"):
             del content["hyper_parameters"]["config"]["dataset"][key]
         add(content)
-    scored = json.loads((run / "report.json").read_text())
-    add({name: value for name, value in scored.items() if name not in ("checkpoint", "command")})
-    return found.hexdigest()
+    scores = json.loads((run / "report.json").read_text())
+    add({name: value for name, value in scores.items() if name not in ("checkpoint", "command")})
+    return sha256.hexdigest()
 
 
-# One run in a process of its own
+# One run in its own process
 
 
 class Ended(NamedTuple):
-    """code: as waitpid has it, negative for a signal. phase: where it was then. said: its stderr."""
+    """The end of a run.
+
+    Attributes:
+        code: the exit code, or the negative number of the signal that killed it.
+        phase: the phase in which it ended.
+        stderr: its whole standard error.
+        seconds: its duration.
+    """
 
     code: int
     phase: str
-    said: str
+    stderr: str
     seconds: float
 
     @property
-    def not_one_line(self) -> str:
-        """What it said, unless that is the one line of the contract."""
-        lines = self.said.replace("\0", "").splitlines()
-        one = len(lines) == 1 and lines[0].startswith("segdeconv: error: ")
-        return "" if one else f"not one line: {self.said[-2000:]}"
+    def unexpected_stderr(self) -> str:
+        """A failure message, or "" if standard error is a single error line, as every failed command must give."""
+        lines = self.stderr.replace("\0", "").splitlines()
+        as_required = len(lines) == 1 and lines[0].startswith("segdeconv: error: ")
+        return "" if as_required else f"not one error line: {self.stderr[-2000:]}"
 
 
 class Run:
-    """A training process that was forked; everything that it starts is of its process group."""
+    """A forked training process with its own process group.
 
-    def __init__(self, wanted: Mapping[str, Any], folder: Path, *, before: Callable[[], object] = lambda: None) -> None:
-        """before: called in the child, first."""
+    Args:
+        run_config: the config to train.
+        folder: the run folder.
+        before: called in the child before training.
+    """
+
+    def __init__(
+        self, run_config: Mapping[str, Any], folder: Path, *, before: Callable[[], object] = lambda: None
+    ) -> None:
         self.marker = mmap.mmap(-1, 1)
         self.started = time.monotonic()
         self.err = tempfile.TemporaryFile()  # noqa: SIM115 - `end` closes it
         self.pid = os.fork()
         if self.pid == 0:
-            self._become(wanted, folder, before)
-        with contextlib.suppress(OSError):  # both sides: whoever is first
+            self._train_in_child(run_config, folder, before)
+        with contextlib.suppress(OSError):  # parent and child both call it, so that the order does not matter
             os.setpgid(self.pid, self.pid)
         self._code: int | None = None
 
-    def _become(self, wanted: Mapping[str, Any], folder: Path, before: Callable[[], object]) -> None:
+    def _train_in_child(self, run_config: Mapping[str, Any], folder: Path, before: Callable[[], object]) -> None:
         code = 1
         try:
             os.setpgid(0, 0)
@@ -145,7 +159,7 @@ class Run:
             sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
             _mark_phases(self.marker)
             before()
-            command.run_command(lambda: train.train(wanted, folder))
+            command.run_command(lambda: train.train(run_config, folder))
         except SystemExit as ended:
             code = int(ended.code or 0)
         except BaseException:
@@ -168,20 +182,20 @@ class Run:
         return self._code
 
     def wait_for(self, phase: str, times: int) -> bool:
-        """Until it has entered the phase so often; False if it ended before."""
-        before, deadline = None, time.monotonic() + 60
+        """Wait until the run has entered the phase `times` times; return False if it ended before that."""
+        previous, deadline = None, time.monotonic() + 60
         while self.poll() is None and time.monotonic() < deadline:
-            now = self.phase
-            if now != before and now == phase:
+            current = self.phase
+            if current != previous and current == phase:
                 times -= 1
                 if times <= 0:
                     return True
-            before = now
+            previous = current
             time.sleep(0.0002)
         return False
 
     def end(self, timeout: float = 60.0) -> Ended:
-        """Wait for its end; one that does not end is a failure, and is killed."""
+        """Wait for the end of the run, or kill it after `timeout` seconds and raise TimeoutError."""
         deadline = time.monotonic() + timeout
         while self.poll() is None:
             if time.monotonic() > deadline:
@@ -190,12 +204,12 @@ class Run:
             time.sleep(0.002)
         assert self._code is not None
         self.err.seek(0)
-        said = self.err.read().decode(errors="replace")
+        stderr = self.err.read().decode(errors="replace")
         self.err.close()
-        return Ended(self._code, self.phase, said, time.monotonic() - self.started)
+        return Ended(self._code, self.phase, stderr, time.monotonic() - self.started)
 
-    def remains(self, seconds: float = 10.0) -> str:
-        """What is left of its group after so long, in words."""
+    def remaining_processes(self, seconds: float = 10.0) -> str:
+        """Return a failure message if processes of the group still exist after `seconds`, or ""."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             try:
@@ -203,71 +217,73 @@ class Run:
             except ProcessLookupError:
                 return ""
             time.sleep(0.01)
-        return f"processes of it are left {seconds:.0f} s after its end"
+        return f"some of its processes still exist {seconds:.0f} s after its end"
 
 
 def _mark_phases(marker: mmap.mmap) -> None:
-    def marked(owner: Any, name: str, phase: str, *, back: bool = True) -> None:
-        work, number = getattr(owner, name), PHASES.index(phase)
+    """Patch the functions that begin a phase so that they write its number into the marker."""
 
-        @functools.wraps(work)
-        def door(*arguments: Any, **named: Any) -> Any:
-            outside, marker[0] = marker[0], number
+    def marked(owner: Any, name: str, phase: str, *, restore: bool = True) -> None:
+        original, number = getattr(owner, name), PHASES.index(phase)
+
+        @functools.wraps(original)
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            previous, marker[0] = marker[0], number
             try:
-                return work(*arguments, **named)
+                return original(*arguments, **keywords)
             finally:
-                if back:
-                    marker[0] = outside
+                if restore:
+                    marker[0] = previous
 
-        setattr(owner, name, door)
+        setattr(owner, name, call)
 
-    marked(train, "train", "start", back=False)
-    marked(task.SegmentationTask, "on_train_start", "training", back=False)
-    marked(task.SegmentationTask, "on_train_batch_start", "training", back=False)
-    marked(task.SegmentationTask, "on_validation_start", "validation", back=False)
-    marked(task.SegmentationTask, "on_validation_end", "training", back=False)
+    marked(train, "train", "start", restore=False)
+    marked(task.SegmentationTask, "on_train_start", "training", restore=False)
+    marked(task.SegmentationTask, "on_train_batch_start", "training", restore=False)
+    marked(task.SegmentationTask, "on_validation_start", "validation", restore=False)
+    marked(task.SegmentationTask, "on_validation_end", "training", restore=False)
     marked(callbacks.MetricsFile, "append", "metrics")
     marked(checkpointing.Checkpoints, "keep", "checkpoint")
     marked(train, "evaluate", "evaluation")
-    marked(report, "write_json", "end", back=False)
+    marked(report, "write_json", "end", restore=False)
 
 
 def cut_at_file_operation(folder: Path, number: int) -> None:
-    """SIGKILL just before the so-manieth file operation of this process in `folder`: open, rename, link, remove."""
+    """Kill this process just before its file operation `number` in `folder`: open, rename, link or remove."""
     left = [number]
 
-    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+    def count_operation(event: str, arguments: tuple[Any, ...]) -> None:
         if event in ("open", "os.rename", "os.link", "os.remove") and str(folder) in str(arguments[0]):
             left[0] -= 1
             if left[0] == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    sys.addaudithook(watch)
+    sys.addaudithook(count_operation)
 
 
 def fill_disk(calls: int) -> None:
-    """From the so-manieth fsync on, there is no space left."""
+    """Let fsync fail with ENOSPC from call number `calls` on."""
     left, sync = [calls], os.fsync
 
-    def full(descriptor: int) -> None:
+    def failing_fsync(descriptor: int) -> None:
         left[0] -= 1
         if left[0] <= 0:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         sync(descriptor)
 
-    os.fsync = full
+    os.fsync = failing_fsync
 
 
 def limit_files(size: int) -> None:
-    """No file may grow beyond so many bytes: a disk that fills up in the middle of a write."""
+    """Limit every file to `size` bytes, like a disk that fills up in the middle of a write."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
-# Trials: each gives the phases in which it struck, and what was wrong, or nothing
+# Trials
 
 
-class Chance(random.Random):
-    """What decides in trial `number` of a suite; the same for the same seed."""
+class TrialRandom(random.Random):
+    """The random numbers of trial `number` of a suite, a function of the seed, the suite and the number."""
 
     def __init__(self, seed: int, suite: str, number: int) -> None:
         super().__init__(f"{seed} {suite} {number}")
@@ -275,29 +291,43 @@ class Chance(random.Random):
 
 
 class Trial(NamedTuple):
-    landed: list[str]
-    wrong: str
+    """The result of a trial.
+
+    Attributes:
+        injected: the phases in which faults were injected.
+        failure: a failure message, or "".
+    """
+
+    injected: list[str]
+    failure: str
 
 
-class Place(NamedTuple):
-    """Where trials run, what they have to come to, and how long an undisturbed run takes. of_ways: see `one_hash`."""
+class Setup(NamedTuple):
+    """The run folder and the expected result of all trials.
+
+    Attributes:
+        folder: the run folder of every trial.
+        expected: the hash of an uninterrupted run.
+        seconds: the duration of an uninterrupted run.
+        variant_hashes: the expected hashes of the variants in `one_hash`, filled in there.
+    """
 
     folder: Path
     expected: str
     seconds: float
-    of_ways: dict[str, str]
+    variant_hashes: dict[str, str]
 
-    def judge(self, landed: list[str], **changes: Any) -> Trial:
-        """Let the run come to its end and hold what it leaves against what it should."""
+    def finish_and_check(self, injected: list[str], **changes: Any) -> Trial:
+        """Resume the run until it is finished and check its hash."""
         ended = Run(config(**changes), self.folder).end()
         if ended.code != 0:
-            return Trial(landed, f"exit {ended.code}: {ended.said[-2000:]}")
+            return Trial(injected, f"exit {ended.code}: {ended.stderr[-2000:]}")
         if left := [path.name for path in self.folder.glob(f"{files.PARTIAL}*")]:
-            return Trial(landed, f"left behind: {left}")
-        return Trial(landed, "" if result_hash(self.folder) == self.expected else "another hash")
+            return Trial(injected, f"temporary files left behind: {left}")
+        return Trial(injected, "" if result_hash(self.folder) == self.expected else "the hash differs")
 
-    def lost(self) -> str:
-        """Every checkpoint under a final name is one that its sidecar knows, or it is lost."""
+    def lost_checkpoint(self) -> str:
+        """Return a failure message if a checkpoint under a final name does not match its sidecar, or ""."""
         for name in ("last.ckpt", "best.ckpt", "previous.ckpt"):
             if (self.folder / name).is_file():
                 try:
@@ -307,164 +337,164 @@ class Place(NamedTuple):
         return ""
 
 
-def kills(place: Place, chance: Chance) -> Trial:
-    """SIGKILL at any time, up to three times on the way. Four in ten are aimed at validation or a checkpoint's writing.
+def kills(setup: Setup, rng: TrialRandom) -> Trial:
+    """SIGKILL at any time, up to three times per run; four in ten are aimed at validation or a checkpoint write.
 
-    To the process alone, as the killer of a machine without memory does it: its workers notice by themselves.
+    Only the main process is killed, as the kernel's out-of-memory killer does it; its workers must end by themselves.
     """
-    landed: list[str] = []
-    for _ in range(chance.choice((1, 1, 2, 3))):
-        run = Run(config(), place.folder)
-        if chance.random() < 0.4:
-            run.wait_for(chance.choice(("validation", "checkpoint")), chance.choice((1, 1, 2, 3)))
-            time.sleep(chance.uniform(0, 0.012))
+    injected: list[str] = []
+    for _ in range(rng.choice((1, 1, 2, 3))):
+        run = Run(config(), setup.folder)
+        if rng.random() < 0.4:
+            run.wait_for(rng.choice(("validation", "checkpoint")), rng.choice((1, 1, 2, 3)))
+            time.sleep(rng.uniform(0, 0.012))
         else:
-            time.sleep(chance.uniform(0.02, place.seconds))
+            time.sleep(rng.uniform(0.02, setup.seconds))
         if run.poll() is None:
             os.kill(run.pid, signal.SIGKILL)
         ended = run.end()
         if ended.code == -signal.SIGKILL:
-            landed.append(ended.phase)
+            injected.append(ended.phase)
         elif ended.code != 0:
-            return Trial(landed, f"exit {ended.code}: {ended.said[-2000:]}")
-        if lost := place.lost():
-            return Trial(landed, lost)
-    return place.judge(landed)
+            return Trial(injected, f"exit {ended.code}: {ended.stderr[-2000:]}")
+        if lost := setup.lost_checkpoint():
+            return Trial(injected, lost)
+    return setup.finish_and_check(injected)
 
 
-def cuts(place: Place, chance: Chance, operations: int = 90) -> Trial:
-    """SIGKILL just before a file operation in the run's folder, twice in a row: at the doors between which all lies."""
-    landed = []
+def cuts(setup: Setup, rng: TrialRandom, operations: int = 90) -> Trial:
+    """SIGKILL just before a file operation in the run folder, in two attempts in a row."""
+    injected = []
     for _ in range(2):
-        number = chance.randint(1, operations)
-        before = functools.partial(cut_at_file_operation, place.folder, number)
-        ended = Run(config(), place.folder, before=before).end()
+        number = rng.randint(1, operations)
+        before = functools.partial(cut_at_file_operation, setup.folder, number)
+        ended = Run(config(), setup.folder, before=before).end()
         if ended.code not in (0, -signal.SIGKILL):
-            return Trial(landed, f"exit {ended.code} at operation {number}: {ended.said[-2000:]}")
-        landed += [ended.phase] * (ended.code != 0)
-        if lost := place.lost():
-            return Trial(landed, f"{lost} (operation {number})")
-    return place.judge(landed)
+            return Trial(injected, f"exit {ended.code} at operation {number}: {ended.stderr[-2000:]}")
+        injected += [ended.phase] * (ended.code != 0)
+        if lost := setup.lost_checkpoint():
+            return Trial(injected, f"{lost} (operation {number})")
+    return setup.finish_and_check(injected)
 
 
-def full_disks(place: Place, chance: Chance) -> Trial:
-    """A disk that fills up at any write: exit code 5, one line, and the checkpoints that were there are there."""
+def full_disks(setup: Setup, rng: TrialRandom) -> Trial:
+    """A disk that fills up at any write: exit code 5, one error line, and existing checkpoints stay intact."""
     changes = {}
-    before = functools.partial(fill_disk, chance.randint(1, 20))
-    if chance.random() < 0.5:
-        before = functools.partial(limit_files, chance.randint(2_000, 160_000))
-        changes = {"dataset__num_workers": 0}  # whose batches would be files that may not grow, too
-    ended = Run(config(**changes), place.folder, before=before).end()
-    wrong = place.lost()
+    before = functools.partial(fill_disk, rng.randint(1, 20))
+    if rng.random() < 0.5:
+        before = functools.partial(limit_files, rng.randint(2_000, 160_000))
+        changes = {"dataset__num_workers": 0}  # the batches of workers are files too and would hit the limit
+    ended = Run(config(**changes), setup.folder, before=before).end()
+    failure = setup.lost_checkpoint()
     if ended.code not in (0, 5):
-        wrong = wrong or f"exit {ended.code}: {ended.said[-2000:]}"
-    if not wrong and ended.code == 5:
-        wrong = ended.not_one_line
-    return Trial([ended.phase], wrong) if wrong else place.judge([ended.phase] * (ended.code != 0))
+        failure = failure or f"exit {ended.code}: {ended.stderr[-2000:]}"
+    if not failure and ended.code == 5:
+        failure = ended.unexpected_stderr
+    return Trial([ended.phase], failure) if failure else setup.finish_and_check([ended.phase] * (ended.code != 0))
 
 
 STOPS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 143}
 MOMENTS = ("start", "training", "validation", "last validation", "metrics", "checkpoint", "evaluation")
 
-FIRST_STOPS = (  # what `timeout`, a closed terminal and Ctrl-C do
+FIRST_STOPS = (  # as `timeout`, a closed terminal and Ctrl-C send them
     (signal.SIGTERM, "group", "training"),
     (signal.SIGHUP, "group", "start"),
     (signal.SIGINT, "process", "last validation"),
 )
 
 
-def signals(place: Place, chance: Chance) -> Trial:
-    """A signal to the process, its group or every process, at any time: one line, the exit code of the contract."""
-    number, to, moment = (
-        chance.choice(list(STOPS)),
-        chance.choice(("process", "group", "everyone")),
-        chance.choice(MOMENTS),
+def signals(setup: Setup, rng: TrialRandom) -> Trial:
+    """A signal to the process, its group or every process, at any time: one error line and the documented exit code."""
+    number, target, moment = (
+        rng.choice(list(STOPS)),
+        rng.choice(("process", "group", "everyone")),
+        rng.choice(MOMENTS),
     )
-    if chance.number < len(FIRST_STOPS):
-        number, to, moment = FIRST_STOPS[chance.number]
+    if rng.number < len(FIRST_STOPS):
+        number, target, moment = FIRST_STOPS[rng.number]
     changes = {"dataset__num_workers": 2}
-    run = Run(config(**changes), place.folder)
+    run = Run(config(**changes), setup.folder)
     run.wait_for(moment.removeprefix("last "), 3 if moment == "last validation" else 1)
-    time.sleep(chance.uniform(0, 0.05) if moment in ("start", "training") else 0)
-    everyone = [*descendants(run.pid), run.pid]  # workers first, which is harder
+    time.sleep(rng.uniform(0, 0.05) if moment in ("start", "training") else 0)
+    everyone = [*descendants(run.pid), run.pid]  # workers first, which is the harder case
     phase = run.phase
-    for pid in {"process": [run.pid], "group": [-run.pid], "everyone": everyone}[to]:
+    for pid in {"process": [run.pid], "group": [-run.pid], "everyone": everyone}[target]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
     ended = run.end()
-    what = f"{signal.Signals(number).name} to {to} in {moment}"
-    landed = [phase]
+    label = f"{signal.Signals(number).name} to {target} in {moment}"
+    injected = [phase]
     if ended.code == 0 and phase == "end":
-        return place.judge([], **changes)
+        return setup.finish_and_check([], **changes)
     if ended.code != STOPS[number]:
-        return Trial(landed, f"{what}: exit {ended.code}: {ended.said[-2000:]}")
-    wrong = ended.not_one_line or place.lost() or run.remains()
-    return Trial(landed, f"{what}: {wrong}") if wrong else place.judge(landed, **changes)
+        return Trial(injected, f"{label}: exit {ended.code}: {ended.stderr[-2000:]}")
+    failure = ended.unexpected_stderr or setup.lost_checkpoint() or run.remaining_processes()
+    return Trial(injected, f"{label}: {failure}") if failure else setup.finish_and_check(injected, **changes)
 
 
 def descendants(pid: int) -> list[int]:
-    """Children and theirs, those first."""
+    """Return all descendants of a process, children before their parents."""
     with contextlib.suppress(OSError):
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        return [found for child in children for found in (*descendants(int(child)), int(child))]
+        return [process for child in children for process in (*descendants(int(child)), int(child))]
     return []
 
 
-def one_hash(place: Place, chance: Chance) -> Trial:
-    """Any number of workers, any cache, stopped on the way and gone on with others: one hash for each way to learn."""
-    ways = [
+def one_hash(setup: Setup, rng: TrialRandom) -> Trial:
+    """One hash per training variant for any number of workers and any cache, also if a resumed run changes them."""
+    variants = [
         {},
         {"trainer__ema": None},
         {"trainer__accumulate_grad_batches": 2},
         {"trainer__accumulate_grad_batches": 2, "trainer__ema": None},
     ]
-    way: dict[str, Any] = chance.choice(ways)
-    expected = place.of_ways.get(str(way))
+    variant: dict[str, Any] = rng.choice(variants)
+    expected = setup.variant_hashes.get(str(variant))
     if expected is None:
-        ended = Run(config(**way, dataset__num_workers=0), place.folder).end()
-        assert ended.code == 0, ended.said
-        expected = place.of_ways[str(way)] = result_hash(place.folder)
-        shutil.rmtree(place.folder)
+        ended = Run(config(**variant, dataset__num_workers=0), setup.folder).end()
+        assert ended.code == 0, ended.stderr
+        expected = setup.variant_hashes[str(variant)] = result_hash(setup.folder)
+        shutil.rmtree(setup.folder)
     halves = []
-    for _ in range(chance.choice((1, 2))):
-        workers, cache = chance.choice((0, 1, 2, 4)), chance.choice(("none", "memory", "disk"))
-        halves.append({**way, "dataset__num_workers": workers, "dataset__cache": cache})
+    for _ in range(rng.choice((1, 2))):
+        workers, cache = rng.choice((0, 1, 2, 4)), rng.choice(("none", "memory", "disk"))
+        halves.append({**variant, "dataset__num_workers": workers, "dataset__cache": cache})
     if len(halves) == 2:
-        run = Run(config(**halves[0]), place.folder)
+        run = Run(config(**halves[0]), setup.folder)
         run.wait_for("training", 2)
         if run.poll() is None:
             os.kill(run.pid, signal.SIGTERM)
         if (ended := run.end()).code not in (0, 143):
-            return Trial([], f"exit {ended.code}: {ended.said[-2000:]}")
-    done = place._replace(expected=expected).judge([], **halves[-1])
-    return Trial([], done.wrong and f"{halves}: {done.wrong}")
+            return Trial([], f"exit {ended.code}: {ended.stderr[-2000:]}")
+    trial = setup._replace(expected=expected).finish_and_check([], **halves[-1])
+    return Trial([], trial.failure and f"{halves}: {trial.failure}")
 
 
-FAULTS = {  # exit code, seconds within which all of its processes are gone
+FAULTS = {  # exit code, seconds within which all processes must have ended
     "folder removed": (5, 30),
     "folder read-only": (5, 30),
     "worker killed": (2, 30),
     "worker stopped": (2, 32),
-    "stopped and asked to end": (143, 32),
+    "worker stopped, then SIGTERM": (143, 32),
     "interrupted twice": (130, 30),
 }
 
 
-def faults(place: Place, chance: Chance) -> Trial:
-    """What else may happen to a run: it ends in one line and soon, with all of its processes, and can be gone on with.
+def faults(setup: Setup, rng: TrialRandom) -> Trial:
+    """Other faults: the run ends soon with one error line and all its processes, and can be resumed.
 
-    A worker is stopped rather than put to sleep: nothing but SIGKILL ends it.
+    A hanging worker is simulated with SIGSTOP, so that only SIGKILL can end it.
     """
-    fault = chance.choice(list(FAULTS))
+    fault = rng.choice(list(FAULTS))
     code, seconds = FAULTS[fault]
     changes = {"dataset__num_workers": 2, "dataset__timeout": 2}
-    run = Run(config(**changes), place.folder, before=functools.partial(_meet, fault, place.folder))
+    run = Run(config(**changes), setup.folder, before=functools.partial(_remove_or_lock, fault, setup.folder))
     worker = 0
-    if "worker" in fault or "stopped" in fault:
+    if "worker" in fault:
         run.wait_for("validation", 2)
         worker = next(iter(descendants(run.pid)), 0)
         os.kill(worker, signal.SIGKILL if fault == "worker killed" else signal.SIGSTOP)
-    if fault == "stopped and asked to end":
+    if fault == "worker stopped, then SIGTERM":
         os.kill(run.pid, signal.SIGTERM)
     if fault == "interrupted twice":
         run.wait_for("validation", 1)
@@ -475,81 +505,83 @@ def faults(place: Place, chance: Chance) -> Trial:
         ended = run.end(seconds)
     except TimeoutError as error:
         return Trial([fault], f"{fault}: {error}")
-    if place.folder.exists():
-        place.folder.chmod(0o755)
+    if setup.folder.exists():
+        setup.folder.chmod(0o755)
     if ended.code != code:
-        return Trial([fault], f"{fault}: exit {ended.code}: {ended.said[-2000:]}")
-    wrong = ended.not_one_line or place.lost() or run.remains(seconds=10)
-    return Trial([fault], f"{fault}: {wrong}") if wrong else place.judge([fault])
+        return Trial([fault], f"{fault}: exit {ended.code}: {ended.stderr[-2000:]}")
+    failure = ended.unexpected_stderr or setup.lost_checkpoint() or run.remaining_processes(seconds=10)
+    return Trial([fault], f"{fault}: {failure}") if failure else setup.finish_and_check([fault])
 
 
-def _meet(fault: str, folder: Path) -> None:
-    """What a child does to itself after its second validation."""
+def _remove_or_lock(fault: str, folder: Path) -> None:
+    """For the two faults of a folder, remove it or make it read-only after the second validation."""
     if not fault.startswith("folder"):
         return
     forked_commands.restrict({"plain_user": True})
-    done, left = task.SegmentationTask.on_validation_end, [2]
+    original, left = task.SegmentationTask.on_validation_end, [2]
 
-    def spoil(of: Any) -> None:
-        done(of)
+    def on_validation_end(self: Any) -> None:
+        original(self)
         left[0] -= 1
         if left[0] == 0:
             shutil.rmtree(folder) if fault == "folder removed" else folder.chmod(0o555)
 
-    task.SegmentationTask.on_validation_end = spoil  # type: ignore[method-assign]
+    task.SegmentationTask.on_validation_end = on_validation_end  # type: ignore[method-assign]
 
 
-SUITES: dict[str, Callable[[Place, Chance], Trial]] = {
+SUITES: dict[str, Callable[[Setup, TrialRandom], Trial]] = {
     "kills": kills, "cuts": cuts, "full_disks": full_disks, "signals": signals, "one_hash": one_hash, "faults": faults,
 }  # fmt: skip
 
 
 def main() -> int:
-    """Print how often it struck, where that was, and every trial that was wrong; the exit code says whether any was."""
+    """Run suites of trials, print the injected faults and failed trials, and return the number of failures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suites", nargs="*", default=list(SUITES), help=f"{', '.join(SUITES)}, or NAME=TRIALS")
-    parser.add_argument("--trials", type=int, default=250, help="of each suite")
+    parser.add_argument("--trials", type=int, default=250, help="number of trials per suite")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--first", type=int, default=0, help="the number of the first trial, to repeat one")
+    parser.add_argument("--first", type=int, default=0, help="number of the first trial, to repeat one")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="chaos-") as root:
         os.environ["XDG_CACHE_HOME"] = str(Path(root) / "cache")
-        whole = Path(root) / "whole"
-        ended = Run(config(), whole).end()
-        assert ended.code == 0, ended.said
-        place = Place(Path(root) / "run", result_hash(whole), ended.seconds, {})
-        print(f"an undisturbed run takes {ended.seconds:.2f} s and has the hash {place.expected[:16]}", flush=True)
-        wrong = 0
+        uninterrupted = Path(root) / "uninterrupted"
+        ended = Run(config(), uninterrupted).end()
+        assert ended.code == 0, ended.stderr
+        setup = Setup(Path(root) / "run", result_hash(uninterrupted), ended.seconds, {})
+        print(f"an uninterrupted run takes {ended.seconds:.2f} s and has the hash {setup.expected[:16]}", flush=True)
+        failures = 0
         for word in arguments.suites:
             name, _, trials = word.partition("=")
-            wrong += _suite(name, place, int(trials or arguments.trials), arguments.seed, arguments.first)
-        return wrong
+            failures += _run_suite(name, setup, int(trials or arguments.trials), arguments.seed, arguments.first)
+        return failures
 
 
-def _suite(name: str, place: Place, trials: int, seed: int, first: int) -> int:
-    landed: collections.Counter[str] = collections.Counter()
-    wrong, started = 0, time.monotonic()
+def _run_suite(name: str, setup: Setup, trials: int, seed: int, first: int) -> int:
+    """Run the trials of a suite and return the number of failures."""
+    injected: collections.Counter[str] = collections.Counter()
+    failures, started = 0, time.monotonic()
     for number in range(first, first + trials):
-        shutil.rmtree(place.folder, ignore_errors=True)
-        done = SUITES[name](place, Chance(seed, name, number))
-        landed.update(done.landed)
-        if done.wrong:
-            wrong += 1
-            kept = Path(tempfile.gettempdir()) / f"chaos-{name}-{seed}-{number}"
-            if place.folder.exists():
-                shutil.copytree(place.folder, kept, dirs_exist_ok=True)
-            print(f"WRONG {name} trial {number}, struck in {done.landed}: {done.wrong} - see {kept}", flush=True)
+        shutil.rmtree(setup.folder, ignore_errors=True)
+        trial = SUITES[name](setup, TrialRandom(seed, name, number))
+        injected.update(trial.injected)
+        if trial.failure:
+            failures += 1
+            copy = Path(tempfile.gettempdir()) / f"chaos-{name}-{seed}-{number}"
+            if setup.folder.exists():
+                shutil.copytree(setup.folder, copy, dirs_exist_ok=True)
+            print(f"FAILED {name} trial {number}, faults in {trial.injected}: {trial.failure} - see {copy}", flush=True)
         if (number + 1) % 50 == 0:
-            print(f"{name}: {number + 1} trials, {landed.total()} struck, {wrong} wrong", flush=True)
-    where = ", ".join(f"{phase} {landed[phase]}" for phase in (*PHASES, *FAULTS) if landed[phase])
-    aimed = sum(landed[phase] for phase in ("validation", "metrics", "checkpoint"))
+            print(f"{name}: {number + 1} trials, {injected.total()} faults, {failures} failures", flush=True)
+    phases = ", ".join(f"{phase} {injected[phase]}" for phase in (*PHASES, *FAULTS) if injected[phase])
+    writing = sum(injected[phase] for phase in ("validation", "metrics", "checkpoint"))
     print(
-        f"{name}: {wrong} of {trials} trials wrong (seed {seed}, {time.monotonic() - started:.0f} s); "
-        f"{landed.total()} struck: {where}; {100 * aimed / max(1, landed.total()):.0f} % in validation or a write",
+        f"{name}: {failures} of {trials} trials failed (seed {seed}, {time.monotonic() - started:.0f} s); "
+        f"{injected.total()} faults: {phases}; "
+        f"{100 * writing / max(1, injected.total()):.0f} % in validation or a write",
         flush=True,
     )
-    return wrong
+    return failures
 
 
 if __name__ == "__main__":

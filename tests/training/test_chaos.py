@@ -1,4 +1,4 @@
-"""Runs that are killed, filled up, stopped or robbed, a few of each kind; `make chaos` does it by the hundred."""
+"""A few fault-injection trials of each kind on training runs; `make chaos` runs hundreds."""
 
 import os
 import re
@@ -11,8 +11,8 @@ import pytest
 CHAOS = Path(__file__).parents[1] / "chaos.py"
 
 
-def struck(tmp_path, *words, timeout=300):
-    """How often a suite of chaos.py struck, when none of its trials was wrong."""
+def injected_faults(tmp_path, *words, timeout=300):
+    """Run suites of chaos.py, check that no trial failed, and return the number of injected faults of each suite."""
     done = subprocess.run(
         [sys.executable, str(CHAOS), *words],
         cwd=tmp_path,
@@ -23,19 +23,19 @@ def struck(tmp_path, *words, timeout=300):
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    found = re.findall(r"(\w+): 0 of \d+ trials wrong .*; (\d+) struck", done.stdout)
-    assert found, done.stdout
-    return {suite: int(times) for suite, times in found}
+    results = re.findall(r"(\w+): 0 of \d+ trials failed .*; (\d+) faults", done.stdout)
+    assert results, done.stdout
+    return {suite: int(count) for suite, count in results}
 
 
-def test_a_run_that_is_killed_or_stopped_anywhere_or_finds_its_disk_full_goes_on_to_the_same_bits(tmp_path):
-    """The signals are those of `timeout`, of a terminal closed before the first step, of Ctrl-C at the end."""
-    times = struck(tmp_path, "kills=1", "cuts=1", "full_disks=1", "signals=3")
-    assert times["kills"] >= 1
-    assert times["cuts"] >= 1
-    assert times["signals"] == 3
+def test_a_run_resumed_after_a_kill_a_signal_or_a_full_disk_equals_an_uninterrupted_one(tmp_path):
+    """The signals come from `timeout`, a terminal closed before the first step, and Ctrl-C in the last validation."""
+    counts = injected_faults(tmp_path, "kills=1", "cuts=1", "full_disks=1", "signals=3")
+    assert counts["kills"] >= 1
+    assert counts["cuts"] >= 1
+    assert counts["signals"] == 3
 
 
 @pytest.mark.slow
-def test_workers_caches_and_stops_change_no_bit_and_no_fault_hangs_a_run(tmp_path):
-    assert set(struck(tmp_path, "one_hash", "faults", "--trials", "30", timeout=900)) == {"one_hash", "faults"}
+def test_workers_caches_and_resuming_change_no_bit_and_no_fault_hangs_a_run(tmp_path):
+    assert set(injected_faults(tmp_path, "one_hash", "faults", "--trials", "30", timeout=900)) == {"one_hash", "faults"}

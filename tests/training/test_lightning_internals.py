@@ -1,4 +1,4 @@
-"""The installed Lightning has the parts of it that are not documented and that we use."""
+"""The installed Lightning has the undocumented attributes and behaviour that segdeconv relies on."""
 
 import inspect
 
@@ -17,7 +17,7 @@ CHANGED = f"pytorch-lightning {pytorch_lightning.__version__} changed, adapt tra
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
 
 
-class Tiny(LightningModule):
+class TinyModule(LightningModule):
     def __init__(self):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(()))
@@ -32,32 +32,32 @@ class Tiny(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def keys(node, where=""):
-    """Every key of nested dictionaries, dotted."""
+def keys(node, prefix=""):
+    """Return all keys of nested dictionaries, joined by slashes."""
     if not isinstance(node, dict):
-        return {where}
-    return {where}.union(*(keys(value, f"{where}/{name}") for name, value in node.items()))
+        return {prefix}
+    return {prefix}.union(*(keys(value, f"{prefix}/{name}") for name, value in node.items()))
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_our_loop_counters_are_those_of_a_real_checkpoint(tmp_path):
+def test_canonical_loop_counters_equal_those_of_a_lightning_checkpoint(tmp_path):
     trainer = Trainer(max_epochs=2, accumulate_grad_batches=2, default_root_dir=tmp_path, **QUIET)
     data = DataLoader(torch.arange(5.0))
-    trainer.fit(Tiny(), data, data)
+    trainer.fit(TinyModule(), data, data)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     content = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert content["global_step"] == 6
-    epoch, ours = canonical_loops(content["loops"], 6, 5, 2)
-    theirs = content["loops"]
+    epoch, canonical = canonical_loops(content["loops"], 6, 5, 2)
+    original = content["loops"]
     assert epoch == 2
-    assert keys(ours) == keys(theirs), f"{CHANGED}loops {sorted(keys(ours) ^ keys(theirs))}"
+    assert keys(canonical) == keys(original), f"{CHANGED}loops {sorted(keys(canonical) ^ keys(original))}"
     for part in ("epoch_progress", "epoch_loop.state_dict", "epoch_loop.automatic_optimization.optim_progress"):
-        total, expected = (loops["fit_loop"][part].get("total") for loops in (ours, theirs))
+        total, expected = (loops["fit_loop"][part].get("total") for loops in (canonical, original))
         assert total == expected, f"{CHANGED}{part} counts {expected}, not {total}"
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_what_is_called_or_overridden_is_there(tmp_path):
+def test_the_used_and_overridden_attributes_exist(tmp_path):
     trainer = Trainer(strategy=Processes(), devices=2, default_root_dir=tmp_path, **QUIET)
     launcher = spawning_launcher(trainer)
     assert launcher is not None, f"{CHANGED}the launcher of DDPStrategy is {type(trainer.strategy.launcher).__name__}"
@@ -87,16 +87,14 @@ ELASTIC = {"TORCHELASTIC_RUN_ID": "1", "RANK": "0", "WORLD_SIZE": "2"}
         ({"SLURM_NTASKS": "2", "SLURM_JOB_NAME": "interactive"}, False),
     ],
 )
-def test_a_launcher_is_recognised_as_lightning_does(monkeypatch, variables, expected):
+def test_an_external_launcher_is_detected_as_by_lightning(monkeypatch, variables, expected):
     for name in [*ELASTIC, "SLURM_NTASKS", "SLURM_JOB_NAME"]:
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     torchrun, slurm = TorchElasticEnvironment.detect(), SLURMEnvironment.detect()
     size = int(variables.get("WORLD_SIZE" if torchrun else "SLURM_NTASKS", 1))
-    assert launched_from_outside() == ((torchrun or slurm) and size > 1) == expected, (
-        f"{CHANGED}how it finds a launcher"
-    )
+    assert launched_from_outside() == ((torchrun or slurm) and size > 1) == expected, f"{CHANGED}detection of launchers"
 
 
 def test_one_process_has_no_launcher(tmp_path):

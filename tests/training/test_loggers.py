@@ -1,4 +1,4 @@
-"""Where curves and pictures go: what each logger gets, and that none is part of what is learnt."""
+"""The metrics, images and configs that each logger gets, and the independence of training from the logger."""
 
 import importlib.util
 import json
@@ -32,15 +32,15 @@ CONFIG = {
 
 
 class Recording(Logger):
-    """Keeps what it is told."""
+    """A logger that stores its calls."""
 
-    told: ClassVar[list["Recording"]] = []
+    instances: ClassVar[list["Recording"]] = []
 
-    def __init__(self, save_dir, *, colour="blue", **anything):
+    def __init__(self, save_dir, *, colour="blue", **others):
         super().__init__()
-        self.folder, self.colour, self.anything = save_dir, colour, anything
-        self.metrics, self.parameters, self.pictures = [], None, []
-        self.told.append(self)
+        self.folder, self.colour, self.others = save_dir, colour, others
+        self.metrics, self.parameters, self.images = [], None, []
+        self.instances.append(self)
 
     name = version = "recording"
 
@@ -51,15 +51,15 @@ class Recording(Logger):
         self.parameters = params
 
     def log_image(self, key, images, step=None):
-        self.pictures += [(key, step, image) for image in images]
+        self.images += [(key, step, image) for image in images]
 
 
-class Lacking(Recording):
+class NotInstalled(Recording):
     def __init__(self, save_dir):
         raise ModuleNotFoundError("Requirement 'curves>=1.2' not met. HINT: Try running `pip install -U 'curves>=1.2'`")
 
 
-class Refused(Recording):
+class NotLoggedIn(Recording):
     def log_hyperparams(self, params):
         raise RuntimeError("not logged in.\nUse the login command.")
 
@@ -68,27 +68,27 @@ class Refused(Recording):
 def recorded(tmp_path_factory):
     run = tmp_path_factory.mktemp("recorded") / "run"
     train({**CONFIG, "logger": {"_target_": "test_loggers.Recording", "colour": "red", "team": "ours"}}, run)
-    sys.modules["test_loggers"].Recording.told[-1].run = run
-    return sys.modules["test_loggers"].Recording.told[-1]
+    sys.modules["test_loggers"].Recording.instances[-1].run = run
+    return sys.modules["test_loggers"].Recording.instances[-1]
 
 
-def test_a_logger_gets_scalars_pictures_and_the_config(recorded):
+def test_a_logger_gets_scalars_images_and_the_config(recorded):
     assert recorded.folder == str(recorded.run)
-    assert (recorded.colour, recorded.anything) == ("red", {"team": "ours"})
+    assert (recorded.colour, recorded.others) == ("red", {"team": "ours"})
     (step_of_switches, switches), (step, numbers) = recorded.metrics
     assert step_of_switches == step == 2
     assert set(switches) == {"switches/tie_rate/level 1", "switches/tie_rate/level 2"}
     assert {"train/loss", "val/miou", "val/iou/disc", "lr"} <= set(numbers)
-    names = [name for name, _, _ in recorded.pictures]
+    names = [name for name, _, _ in recorded.images]
     assert {"confusion", "switches"} <= set(names)
     assert "image, truth, prediction, error/val_00001" in names
-    assert all(picture.dtype == np.uint8 and picture.shape[2] == 3 for _, _, picture in recorded.pictures)
+    assert all(image.dtype == np.uint8 and image.shape[2] == 3 for _, _, image in recorded.images)
     assert recorded.parameters["model"]["stages"] == [[4], [8]]
     assert recorded.parameters["run"] == str(recorded.run)
     assert not {"logger", "resume"} & set(recorded.parameters)
 
 
-def test_what_may_differ_when_a_run_goes_on_is_no_parameter(recorded):
+def test_keys_that_may_change_on_resume_are_not_logged_as_parameters(recorded):
     """MLflow refuses to change a parameter, and a run may be resumed with more workers."""
     assert not {"num_workers", "cache", "timeout"} & set(recorded.parameters["dataset"])
     assert "activation_checkpointing" not in recorded.parameters["trainer"]
@@ -96,7 +96,7 @@ def test_what_may_differ_when_a_run_goes_on_is_no_parameter(recorded):
 
 
 @pytest.mark.parametrize("name", ["segdeconv.loggers.TensorBoard", "segdeconv.training.loggers.TensorBoard"])
-def test_the_former_name_of_the_logger_is_read_as_that_of_now(tmp_path, name):
+def test_the_former_name_of_the_logger_is_converted(tmp_path, name):
     node = compose([f"logger._target_={name}"], CONFIGS)[0]["logger"]
     assert node["_target_"] == name
     checked = check_logger(node)
@@ -111,32 +111,32 @@ def test_no_environment_variable_is_set_before_a_logger_is_built():
         "loggers.build_logger({'_target_': 'segdeconv.training.loggers.TensorBoard'}, __import__('pathlib').Path('.'));"
         "print(os.environ['MLFLOW_DISABLE_TELEMETRY'], os.environ['WANDB_ERROR_REPORTING'])"
     )
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW", "WANDB"))}
-    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, env=kept)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW", "WANDB"))}
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, env=environment)
     assert done.stdout.split("\n")[:2] == ["[]", "true false"], done.stderr
 
 
-def test_no_other_logger_writes_beside_the_chosen_one(recorded):
+def test_only_the_chosen_logger_writes_files(recorded):
     assert not list(recorded.run.glob("events.*"))
 
 
-def test_a_checkpoint_does_not_remember_the_logger(recorded):
-    read = checkpoint.read(recorded.run / "best.ckpt")  # without --trust
-    assert "logger" not in read.config
-    assert checkpoint.foreign(read.content["hyper_parameters"]) == []
+def test_a_checkpoint_does_not_contain_the_logger(recorded):
+    source = checkpoint.read(recorded.run / "best.ckpt")  # without --trust
+    assert "logger" not in source.config
+    assert checkpoint.foreign(source.content["hyper_parameters"]) == []
 
 
-def test_another_logger_does_not_make_another_run(recorded, capsys):
+def test_a_run_can_be_resumed_with_another_logger(recorded, capsys):
     report = recorded.run / "report.json"
     before = json.loads(report.read_text())
-    report.unlink()  # as if the run had been stopped before its end
+    report.unlink()  # as if the run had been interrupted
     train({**CONFIG, "logger": {}, "resume": "auto", "trainer": {**CONFIG["trainer"]}}, recorded.run)
     assert "resumed from last.ckpt" in capsys.readouterr().out
     assert json.loads(report.read_text())["miou"] == before["miou"]
 
 
 @pytest.mark.parametrize(("choice", "events"), [("none", 0), ("tensorboard", 1)])
-def test_a_run_holds_event_files_only_if_tensorboard_is_chosen(tmp_path, choice, events, capsys):
+def test_a_run_contains_event_files_only_if_tensorboard_is_chosen(tmp_path, choice, events, capsys):
     config, _ = compose([f"logger={choice}"], CONFIGS)
     train({**CONFIG, "logger": config["logger"]}, tmp_path / "run")
     assert len(list((tmp_path / "run").glob("events.*"))) == events
@@ -147,14 +147,17 @@ def test_a_run_holds_event_files_only_if_tensorboard_is_chosen(tmp_path, choice,
 @pytest.mark.parametrize(
     ("node", "message"),
     [
-        ({"_target_": "test_loggers.Lacking"}, "needs the package curves - pip install curves"),
-        ({"_target_": "test_loggers.Refused"}, "logger=Refused cannot start: not logged in. - fix this or choose"),
-        ({"_target_": "test_loggers.Lacking", "x": 1}, "unknown key logger.x"),
+        ({"_target_": "test_loggers.NotInstalled"}, "needs the package curves - pip install curves"),
+        (
+            {"_target_": "test_loggers.NotLoggedIn"},
+            "logger=NotLoggedIn cannot start: not logged in. - fix this or choose",
+        ),
+        ({"_target_": "test_loggers.NotInstalled", "x": 1}, "unknown key logger.x"),
         ({"_target_": "test_loggers.Recording", "save_dir": "/"}, "unknown key logger.save_dir"),
         ({"project": "mine"}, "logger._target_ is None - use the dotted name of a class"),
     ],
 )
-def test_a_logger_that_cannot_be_is_one_sentence(tmp_path, node, message):
+def test_an_unusable_logger_gives_an_error_message(tmp_path, node, message):
     with pytest.raises(UsageError) as caught:
         log_config(build_logger(check_logger(node), tmp_path), {}, tmp_path)
     assert message in str(caught.value)
@@ -162,7 +165,7 @@ def test_a_logger_that_cannot_be_is_one_sentence(tmp_path, node, message):
 
 
 @pytest.mark.parametrize("library", ["wandb", "mlflow"])
-def test_a_library_that_is_not_installed_is_named_with_its_pip_command(tmp_path, library):
+def test_a_missing_library_is_named_with_its_pip_command(tmp_path, library):
     if importlib.util.find_spec(library):
         pytest.skip(f"{library} is installed")
     config = check_config(compose([f"logger={library}"], CONFIGS)[0])
@@ -170,30 +173,30 @@ def test_a_library_that_is_not_installed_is_named_with_its_pip_command(tmp_path,
         build_logger(config["logger"], tmp_path)
 
 
-def test_neither_library_is_imported_before_it_is_chosen():
+def test_wandb_and_mlflow_are_not_imported_unless_they_are_chosen():
     probe = "import sys, segdeconv.train; print([name for name in ('wandb', 'mlflow') if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True).stdout.strip() == "[]"
 
 
 @pytest.mark.slow
-def test_wandb_keeps_an_offline_run_in_the_folder_of_the_run(tmp_path, monkeypatch):
+def test_wandb_writes_an_offline_run_into_the_run_folder(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     train({**CONFIG, "logger": compose(["logger=wandb"], CONFIGS)[0]["logger"]}, tmp_path / "run")
     assert len(list(tmp_path.glob("run/wandb/offline-run-*/*.wandb"))) == 1
-    pictures = {path.name.split("_")[0] for path in tmp_path.glob("run/wandb/offline-run-*/files/media/**/*.png")}
-    assert pictures == {"confusion", "val"}
+    images = {path.name.split("_")[0] for path in tmp_path.glob("run/wandb/offline-run-*/files/media/**/*.png")}
+    assert images == {"confusion", "val"}
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # of what MLflow uses
-def test_mlflow_keeps_scalars_parameters_and_pictures(tmp_path, monkeypatch):
+@pytest.mark.filterwarnings("ignore")  # from dependencies of MLflow
+def test_mlflow_stores_scalars_parameters_and_images(tmp_path, monkeypatch):
     pytest.importorskip("mlflow")
     monkeypatch.chdir(tmp_path)
     train({**CONFIG, "logger": compose(["logger=mlflow"], CONFIGS)[0]["logger"]}, "run")
-    kept = sqlite3.connect(tmp_path / "mlflow.db")
-    assert kept.execute("select count(*) from metrics where key = 'val/miou'").fetchone() == (1,)
-    assert kept.execute("select value from params where key = 'model/stages'").fetchone() == ("[[4], [8]]",)
-    kept.close()
+    database = sqlite3.connect(tmp_path / "mlflow.db")
+    assert database.execute("select count(*) from metrics where key = 'val/miou'").fetchone() == (1,)
+    assert database.execute("select value from params where key = 'model/stages'").fetchone() == ("[[4], [8]]",)
+    database.close()
     assert list(tmp_path.glob("mlruns/**/configuration.yaml"))
     assert list(tmp_path.glob("mlruns/**/confusion*.png"))

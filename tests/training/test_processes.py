@@ -1,4 +1,4 @@
-"""One global batch, however it is cut: accumulated, or over several processes. Oracle: a plain torch loop."""
+"""Accumulated batches and several processes, compared with a plain torch loop over the same global batches."""
 
 import csv
 import json
@@ -34,7 +34,7 @@ STEPS, BATCH, LR = 20, 8, 0.05
 
 
 def config(**changes):
-    """One global batch of 8 a step: batch_size x accumulate x devices."""
+    """Return a config; with its changes, batch_size x accumulate x devices must stay 8."""
     nodes = {
         "dataset": {"_target_": "fakes.Uneven", "batch_size": BATCH, "num_workers": 0},
         "augment": {},
@@ -55,8 +55,8 @@ def weights(run):
 
 
 @pytest.fixture(scope="module")
-def by_hand():
-    """The network after 20 steps of one plain loop over whole batches of 8, cross entropy averaged over all pixels."""
+def expected_weights():
+    """Return the weights after 20 steps of a plain loop over batches of 8, with the loss averaged over all pixels."""
     torch.manual_seed(0)
     model = SegNet(3, stages=((4,), (8,))).eval()
     decayed = [p for p in model.parameters() if p.ndim > 1]
@@ -64,8 +64,8 @@ def by_hand():
     optimizer = torch.optim.SGD([{"params": decayed, "weight_decay": 0.001}, {"params": others}], lr=LR, momentum=0.9)
     data, step = Uneven("train"), 0
     while step < STEPS:
-        for places in StatelessBatches(len(data), BATCH, seed=0, position=lambda epoch=step // 3: (epoch, 0)):
-            samples = [data[index] for _, index in places]
+        for batch in StatelessBatches(len(data), BATCH, seed=0, position=lambda epoch=step // 3: (epoch, 0)):
+            samples = [data[index] for _, index in batch]
             image = np.stack([(sample.image - np.array(IMAGENET_MEAN)) / np.array(IMAGENET_STD) for sample in samples])
             mask = torch.from_numpy(np.stack([sample.mask for sample in samples])).long()
             logits = model(torch.from_numpy(image).float().permute(0, 3, 1, 2))
@@ -85,59 +85,61 @@ def two_processes(tmp_path_factory):
     return run
 
 
-def assert_close(found, expected):
-    assert set(found) == set(expected)
+def assert_close(state, expected):
+    assert set(state) == set(expected)
     for name, value in expected.items():
         torch.testing.assert_close(
-            found[name], value, atol=1e-5, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+            state[name], value, atol=1e-5, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
         )
 
 
 @pytest.mark.parametrize(("batch_size", "accumulate"), [(8, 1), (4, 2), (2, 4), (1, 8)])
-def test_accumulated_batches_are_one_large_batch_though_void_is_uneven(tmp_path, by_hand, batch_size, accumulate):
+def test_accumulated_batches_equal_one_large_batch_though_void_is_uneven(
+    tmp_path, expected_weights, batch_size, accumulate
+):
     train(config(dataset__batch_size=batch_size, trainer__accumulate_grad_batches=accumulate), tmp_path)
-    assert_close(weights(tmp_path), by_hand)
+    assert_close(weights(tmp_path), expected_weights)
 
 
-def test_two_processes_are_one_large_batch_though_void_is_uneven(two_processes, by_hand):
-    assert_close(weights(two_processes), by_hand)
+def test_two_processes_equal_one_large_batch_though_void_is_uneven(two_processes, expected_weights):
+    assert_close(weights(two_processes), expected_weights)
 
 
-def test_a_mean_of_means_would_have_been_seen(by_hand):
-    """The oracle is sharp: averaging the two halves' means gives another network."""
+def test_a_mean_of_means_would_fail_the_comparison(expected_weights):
+    """The halves of a batch differ in their fraction of void, so that averaging their means gives other weights."""
     data = Uneven("train")
     masks = [data[index].mask != 255 for index in range(BATCH)]
     halves = [np.mean(masks[:4]), np.mean(masks[4:])]
     order = next(iter(StatelessBatches(len(data), BATCH, seed=0, position=lambda: (0, 0))))
-    shares = [np.mean([data[index].mask != 255 for _, index in half]) for half in (order[:4], order[4:])]
-    assert halves[0] == halves[1]  # in file order there would be nothing to see
-    assert abs(shares[0] - shares[1]) > 0.1
+    fractions = [np.mean([data[index].mask != 255 for _, index in half]) for half in (order[:4], order[4:])]
+    assert halves[0] == halves[1]  # in file order, the halves are equal
+    assert abs(fractions[0] - fractions[1]) > 0.1
 
 
-def test_two_processes_score_every_image_once_and_as_one_process_does(two_processes):
+def test_two_processes_score_every_image_once_and_equal_one_process(two_processes):
     with (two_processes / "metrics.csv").open() as file:
         last = list(csv.DictReader(file))[-1]
-    read = checkpoint.read(two_processes / "last.ckpt", trust=TRUST)
-    dataset = restore_dataset(read, "val")
+    source = checkpoint.read(two_processes / "last.ckpt", trust=TRUST)
+    dataset = restore_dataset(source, "val")
     settings = PredictionSettings(precision="32-true")
-    confusion = evaluate(Segmenter(read, settings, device=torch.device("cpu")), dataset)
+    confusion = evaluate(Segmenter(source, settings, device=torch.device("cpu")), dataset)
     val = Uneven("val")
     assert len(dataset) == 7
     assert confusion.sum() == sum((val[index].mask != 255).sum() for index in range(7))
-    scores = report.report(confusion, len(dataset), read.classes)
+    scores = report.report(confusion, len(dataset), source.classes)
     assert float(last["val/miou"]) == pytest.approx(scores["miou"], abs=1e-12)
     assert float(last["val/pixel_accuracy"]) == pytest.approx(scores["pixel_accuracy"], abs=1e-12)
 
 
-def test_two_processes_count_what_one_process_counts_in_training(two_processes, tmp_path):
+def test_two_processes_report_the_training_metrics_of_one_process(two_processes, tmp_path):
     train(config(), tmp_path)
-    with (two_processes / "metrics.csv").open() as one, (tmp_path / "metrics.csv").open() as other:
-        for row, expected in zip(csv.DictReader(one), csv.DictReader(other), strict=True):
+    with (two_processes / "metrics.csv").open() as two, (tmp_path / "metrics.csv").open() as one:
+        for row, expected in zip(csv.DictReader(two), csv.DictReader(one), strict=True):
             for name in ("train/loss", "train/miou", "train/pixel_accuracy", "val/loss", "val/miou"):
                 assert float(row[name]) == pytest.approx(float(expected[name]), abs=2e-4), name
 
 
-def test_two_processes_leave_one_run(two_processes):
+def test_two_processes_write_one_run_folder(two_processes):
     assert {path.name for path in two_processes.parent.iterdir()} == {"run"}
     names = {path.name for path in two_processes.iterdir()}
     assert {"best.ckpt", "last.ckpt", "metrics.csv", "report.json", "config.yaml"} <= names
@@ -145,38 +147,38 @@ def test_two_processes_leave_one_run(two_processes):
         assert [int(row["step"]) for row in csv.DictReader(file)] == [3, 6, 9, 12, 15, 18, 20]
 
 
-def test_synchronised_batch_norm_on_a_cpu_is_refused_in_words(tmp_path):
+def test_synchronised_batch_norm_on_a_cpu_gives_an_error_message(tmp_path):
     with pytest.raises(UsageError, match=r"trainer.norm=sync works on accelerators only"):
         train(config(trainer__norm="sync", trainer__accelerator="cpu"), tmp_path)
 
 
 @pytest.mark.parametrize(("devices", "count"), [("auto", 1), (1, 1), (2, 2), ("3", 3)])
-def test_processes_are_counted_before_there_is_a_trainer(devices, count):
+def test_processes_are_counted_without_a_trainer(devices, count):
     assert count_processes("cpu", devices, 1) == count
 
 
-def test_a_number_of_processes_that_is_none_is_refused():
+def test_an_invalid_number_of_processes_is_refused():
     with pytest.raises(UsageError, match=r"trainer.devices=many is not a number of CPU processes - give"):
         count_processes("cpu", "many", 1)
 
 
-def test_what_another_process_said_is_told_as_if_it_had_been_this_one():
+def test_an_error_of_another_process_is_raised_with_its_class_and_message():
     text = (
         "\n\n-- Process 1 terminated with the following error:\nTraceback (most recent call last):\n  ...\n"
         "segdeconv.errors.CheckpointError: last.ckpt is damaged: its sha256 is not - use another\n"
     )
-    said = error_from_traceback(text)
-    assert type(said) is CheckpointError
-    assert str(said) == "last.ckpt is damaged: its sha256 is not - use another"
+    error = error_from_traceback(text)
+    assert type(error) is CheckpointError
+    assert str(error) == "last.ckpt is damaged: its sha256 is not - use another"
     stopped = error_from_traceback("segdeconv.errors.Interrupted: stopped by SIGTERM")
     assert type(stopped) is Interrupted
     assert stopped.exit_code == 143
     assert error_from_traceback("Traceback\nRuntimeError: Connection closed by peer") is None
-    assert error_from_traceback("segdeconv.errors.os: a name that is no error") is None
+    assert error_from_traceback("segdeconv.errors.os: a name that is not an error class") is None
     assert issubclass(CheckpointError, SegdeconvError)
 
 
-# Through the real command; each starts three interpreters.
+# The real command. Each test starts three interpreters.
 
 COMMAND = (
     "augment=street",
@@ -203,7 +205,7 @@ def start(cwd, *arguments):
 
 
 def ranks(process):
-    """The training processes of a command."""
+    """Return the process ids of the training processes of a command."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     return [int(child) for child in children if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text()]
 
@@ -214,50 +216,50 @@ def wait_for(path, process):
 
 
 @pytest.mark.slow
-def test_two_processes_stopped_by_a_signal_go_on_to_the_same_bits(tmp_path):
+def test_two_processes_resumed_after_a_signal_equal_uninterrupted_ones(tmp_path):
     words = ("trainer.max_epochs=12", "hydra.run.dir=run")
     with start(tmp_path, *words, "seed=0") as process:
-        out, said = process.communicate()
-    assert process.returncode == 0, said
-    (tmp_path / "run").rename(tmp_path / "undisturbed")
+        out, err = process.communicate()
+    assert process.returncode == 0, err
+    (tmp_path / "run").rename(tmp_path / "uninterrupted")
     with start(tmp_path, *words, "seed=0") as process:
         wait_for(tmp_path / "run" / "last.ckpt", process)
         process.send_signal(signal.SIGTERM)
-        out, said = process.communicate()
-    assert process.returncode == 143, said
-    assert said.count("segdeconv: error:") == 1
-    assert said.startswith("segdeconv: error: stopped by SIGTERM at step")
+        out, err = process.communicate()
+    assert process.returncode == 143, err
+    assert err.count("segdeconv: error:") == 1
+    assert err.startswith("segdeconv: error: stopped by SIGTERM at step")
     with start(tmp_path, *words, "seed=0", "resume=auto") as process:
-        out, said = process.communicate()
-    assert process.returncode == 0, said
+        out, err = process.communicate()
+    assert process.returncode == 0, err
     assert "resumed from last.ckpt" in out
-    assert (tmp_path / "run" / "metrics.csv").read_text() == (tmp_path / "undisturbed" / "metrics.csv").read_text()
-    one, other = (checkpoint.load_plain(tmp_path / name / "last.ckpt") for name in ("run", "undisturbed"))
-    assert one["global_step"] == other["global_step"]
-    for name, value in other["state_dict"].items():
-        assert torch.equal(one["state_dict"][name], value), name
+    assert (tmp_path / "run" / "metrics.csv").read_text() == (tmp_path / "uninterrupted" / "metrics.csv").read_text()
+    resumed, expected = (checkpoint.load_plain(tmp_path / name / "last.ckpt") for name in ("run", "uninterrupted"))
+    assert resumed["global_step"] == expected["global_step"]
+    for name, value in expected["state_dict"].items():
+        assert torch.equal(resumed["state_dict"][name], value), name
 
 
 @pytest.mark.slow
-def test_a_process_that_dies_ends_all_of_them_within_seconds(tmp_path):
+def test_a_killed_process_ends_all_others_within_seconds(tmp_path):
     with start(tmp_path, "trainer.max_epochs=4000", "hydra.run.dir=run") as process:
         wait_for(tmp_path / "run" / "last.ckpt", process)
         first, second = ranks(process)
         os.kill(second, signal.SIGKILL)
-        begun = time.monotonic()
-        _, said = process.communicate(timeout=60)
-    assert time.monotonic() - begun < 30
-    assert process.returncode == 2, said
-    assert said.count("segdeconv: error:") == 1
-    assert "a training process was killed" in said
+        killed_at = time.monotonic()
+        _, err = process.communicate(timeout=60)
+    assert time.monotonic() - killed_at < 30
+    assert process.returncode == 2, err
+    assert err.count("segdeconv: error:") == 1
+    assert "a training process was killed" in err
     assert not Path(f"/proc/{first}").exists()
 
 
 @pytest.mark.slow
 def test_a_multirun_with_two_processes_runs_each_job_once(tmp_path):
     with start(tmp_path, "--multirun", "seed=0,1", "trainer.max_epochs=1", "hydra.sweep.dir=sweep") as process:
-        out, said = process.communicate()
-    assert process.returncode == 0, said
+        out, err = process.communicate()
+    assert process.returncode == 0, err
     assert sorted(path.name for path in (tmp_path / "sweep").iterdir() if path.is_dir()) == ["0", "1"]
     assert out.count("best checkpoint: ") == 2
     assert len(list(tmp_path.rglob("metrics.csv"))) == 2
@@ -266,11 +268,11 @@ def test_a_multirun_with_two_processes_runs_each_job_once(tmp_path):
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_the_gradient_of_the_mean_is_what_is_clipped(tmp_path, accumulate):
-    """One step of plain SGD with the gradient clipped to norm 0.01 moves all weights together by lr * 0.01."""
+def test_the_gradient_of_the_averaged_loss_is_clipped(tmp_path, accumulate):
+    """A step of plain SGD with the gradient clipped to norm 0.01 changes the vector of all weights by lr * 0.01."""
     plain = {"optimizer__momentum": 0.0, "optimizer__weight_decay": 0.0, "trainer__max_steps": 1}
     train(config(trainer__gradient_clip_val=0.01, trainer__accumulate_grad_batches=accumulate, **plain), tmp_path)
     torch.manual_seed(0)
     start, after = SegNet(3, stages=((4,), (8,))).state_dict(), weights(tmp_path)
-    moved = sum(float((after[name] - value).double().square().sum()) for name, value in start.items()) ** 0.5
-    assert moved == pytest.approx(LR * 0.01, rel=1e-3)
+    change = sum(float((after[name] - value).double().square().sum()) for name, value in start.items()) ** 0.5
+    assert change == pytest.approx(LR * 0.01, rel=1e-3)

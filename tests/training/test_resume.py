@@ -1,4 +1,4 @@
-"""A run: learning, and going on to the bit after it was stopped anywhere."""
+"""Training runs and their resumption after an interruption at any step, with bitwise equal results."""
 
 import gc
 import hashlib
@@ -36,44 +36,44 @@ ARGUMENTS = (
 
 
 def run(folder, *arguments, resume=None, runs=None):
-    given = dict(argument.split("=", 1) for argument in (*ARGUMENTS, *arguments))
-    config, _ = compose([f"{key}={value}" for key, value in given.items()], ROOT / "configs")
+    values = dict(argument.split("=", 1) for argument in (*ARGUMENTS, *arguments))
+    config, _ = compose([f"{key}={value}" for key, value in values.items()], ROOT / "configs")
     train({**config, "resume": resume}, folder, runs=runs)
 
 
 def digest(folder):
-    """One hash over everything a run has learnt: weights, optimizer, counters, best score and metric history."""
+    """Return one hash over the training state: weights, optimizer, counters, best score and metric history."""
     content = checkpoint.load_plain(folder / "last.ckpt")
-    found = hashlib.sha256((folder / "metrics.csv").read_bytes())
+    sha256 = hashlib.sha256((folder / "metrics.csv").read_bytes())
 
     def add(value):
         if isinstance(value, torch.Tensor):
-            found.update(value.contiguous().view(torch.uint8).numpy().tobytes() if value.ndim else str(value).encode())
+            sha256.update(value.contiguous().view(torch.uint8).numpy().tobytes() if value.ndim else str(value).encode())
         elif isinstance(value, dict):
             for name in sorted(value, key=str):
-                found.update(str(name).encode())
+                sha256.update(str(name).encode())
                 add(value[name])
         elif isinstance(value, list | tuple):
             for item in value:
                 add(item)
         else:
-            found.update(repr(value).encode())
+            sha256.update(repr(value).encode())
 
     for part in ("state_dict", "optimizer_states", "loops", "global_step", "epoch", "callbacks", "segdeconv"):
         add(content[part])
-    return found.hexdigest()
+    return sha256.hexdigest()
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("undisturbed")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
     run(folder)
     return digest(folder)
 
 
-def test_a_run_leaves_what_the_contract_names(tmp_path, undisturbed, capsys):
+def test_a_run_writes_its_documented_files_and_header(tmp_path, uninterrupted, capsys):
     run(tmp_path)
-    assert digest(tmp_path) == undisturbed
+    assert digest(tmp_path) == uninterrupted
     names = {path.name for path in tmp_path.iterdir()}
     assert {"best.ckpt", "last.ckpt", "previous.ckpt", "config.yaml", "metrics.csv", "report.json"} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
@@ -83,20 +83,20 @@ def test_a_run_leaves_what_the_contract_names(tmp_path, undisturbed, capsys):
     assert [int(row.split(",")[0]) for row in rows[1:]] == [3, 6, 9]
     assert "val/miou" in rows[0]
     assert "val/iou/disc" in rows[0]
-    shown = capsys.readouterr().out
-    for words in (
+    output = capsys.readouterr().out
+    for text in (
         "Shapes: 13 train, 6 val images",
         "7: background, disc",
         "parameters",
         "precision 32-true",
         "best.ckpt",
     ):
-        assert words in shown
+        assert text in output
     with pytest.raises(UsageError, match="already contains a run - resume it with resume=auto"):
         run(tmp_path)
 
 
-def test_tensorboard_gets_scalars_pictures_the_confusion_and_the_configuration(tmp_path):
+def test_tensorboard_gets_scalars_images_the_confusion_matrix_and_the_config(tmp_path):
     run(tmp_path, "trainer.max_epochs=1")
     events = EventAccumulator(str(tmp_path))
     events.Reload()
@@ -108,52 +108,56 @@ def test_tensorboard_gets_scalars_pictures_the_confusion_and_the_configuration(t
 
 
 @pytest.mark.parametrize("step", range(1, STEPS_PER_EPOCH * EPOCHS + 1))
-def test_a_run_that_is_asked_to_stop_at_any_step_goes_on_to_the_same_bits(tmp_path, monkeypatch, undisturbed, step):
-    ask = Stopping.on_train_batch_end
+def test_a_run_resumed_after_a_signal_at_any_step_equals_an_uninterrupted_one(
+    tmp_path, monkeypatch, uninterrupted, step
+):
+    original = Stopping.on_train_batch_end
 
     def at_step(self, trainer, *arguments):
         if trainer.global_step == step:
             self.received = signal.SIGTERM
-        ask(self, trainer, *arguments)
+        original(self, trainer, *arguments)
 
     monkeypatch.setattr(Stopping, "on_train_batch_end", at_step)
     with pytest.raises(Interrupted, match=f"stopped by SIGTERM at step {step}, saved in") as caught:
         run(tmp_path)
     assert caught.value.exit_code == 143
-    monkeypatch.setattr(Stopping, "on_train_batch_end", ask)
+    monkeypatch.setattr(Stopping, "on_train_batch_end", original)
     run(tmp_path, resume="auto")
-    assert digest(tmp_path) == undisturbed
+    assert digest(tmp_path) == uninterrupted
 
 
 @pytest.mark.parametrize("step", [2, 4, 6, 8])
-def test_a_run_that_died_at_any_step_goes_on_to_the_same_bits(tmp_path, monkeypatch, undisturbed, step):
-    ask = Stopping.on_train_batch_end
+def test_a_run_resumed_after_a_crash_at_any_step_equals_an_uninterrupted_one(
+    tmp_path, monkeypatch, uninterrupted, step
+):
+    original = Stopping.on_train_batch_end
 
     def at_step(self, trainer, *arguments):
         if trainer.global_step == step:
-            raise ArithmeticError("the machine fell over")
-        ask(self, trainer, *arguments)
+            raise ArithmeticError("crash")
+        original(self, trainer, *arguments)
 
     monkeypatch.setattr(Stopping, "on_train_batch_end", at_step)
     with pytest.raises(ArithmeticError):
         run(tmp_path)
-    monkeypatch.setattr(Stopping, "on_train_batch_end", ask)
+    monkeypatch.setattr(Stopping, "on_train_batch_end", original)
     run(tmp_path, resume="auto")
-    assert digest(tmp_path) == undisturbed
+    assert digest(tmp_path) == uninterrupted
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_the_number_of_workers_changes_nothing(tmp_path, undisturbed, workers):
+def test_the_number_of_workers_does_not_change_the_result(tmp_path, uninterrupted, workers):
     run(tmp_path, f"dataset.num_workers={workers}")
-    assert digest(tmp_path) == undisturbed
+    assert digest(tmp_path) == uninterrupted
 
 
-def test_another_seed_learns_something_else(tmp_path, undisturbed):
+def test_another_seed_gives_another_result(tmp_path, uninterrupted):
     run(tmp_path, "seed=1")
-    assert digest(tmp_path) != undisturbed
+    assert digest(tmp_path) != uninterrupted
 
 
-def test_a_finished_run_says_so_and_stays(tmp_path, capsys):
+def test_a_finished_run_is_reported_and_left_unchanged(tmp_path, capsys):
     run(tmp_path)
     before = digest(tmp_path)
     capsys.readouterr()
@@ -162,20 +166,20 @@ def test_a_finished_run_says_so_and_stays(tmp_path, capsys):
     assert digest(tmp_path) == before
 
 
-def test_going_on_with_another_config_is_refused_and_the_keys_are_named(tmp_path):
+def test_resuming_with_another_config_is_refused_and_the_keys_are_named(tmp_path):
     run(tmp_path)
     with pytest.raises(UsageError, match=r"started with other values of optimizer.lr - give those"):
         run(tmp_path, "optimizer.lr=0.5", resume="auto")
 
 
-def test_a_run_that_failed_before_it_learnt_anything_does_not_block_its_folder(tmp_path):
+def test_a_run_that_failed_before_its_first_step_does_not_block_its_folder(tmp_path):
     with pytest.raises(UsageError, match="fewer than one batch"):
         run(tmp_path, "dataset.batch_size=16")
     run(tmp_path, "trainer.max_epochs=1")
     assert (tmp_path / "best.ckpt").is_file()
 
 
-def test_a_damaged_last_checkpoint_is_named_and_the_one_before_it_used(tmp_path, capsys):
+def test_a_damaged_last_checkpoint_is_reported_and_the_previous_one_used(tmp_path, capsys):
     run(tmp_path)
     (tmp_path / "last.ckpt").write_bytes(b"cut short")
     assert usable_checkpoint(tmp_path).path == tmp_path / "previous.ckpt"
@@ -185,57 +189,57 @@ def test_a_damaged_last_checkpoint_is_named_and_the_one_before_it_used(tmp_path,
 GOLDEN = Path(__file__).parents[1] / "golden" / "config-before-packages.yaml"
 
 
-def test_a_run_of_the_version_before_is_found_and_goes_on(tmp_path, undisturbed):
-    """Its config.yaml names the TensorBoard logger as it was called then."""
+def test_a_run_of_the_previous_version_is_found_and_resumed(tmp_path, uninterrupted):
+    """Its config.yaml contains the former name of the TensorBoard logger."""
     text = GOLDEN.read_text()
     assert "_target_: segdeconv.loggers.TensorBoard" in text
     run(tmp_path / "old", "max_time=0s")
     (tmp_path / "old" / "config.yaml").write_text(text)
     run(tmp_path / "new", resume="auto", runs=tmp_path)
     assert not (tmp_path / "new").exists()
-    assert digest(tmp_path / "old") == undisturbed
-    now = yaml.safe_load((tmp_path / "old" / "config.yaml").read_text())
-    assert now["logger"] == {"_target_": "segdeconv.training.loggers.TensorBoard"}
+    assert digest(tmp_path / "old") == uninterrupted
+    after = yaml.safe_load((tmp_path / "old" / "config.yaml").read_text())
+    assert after["logger"] == {"_target_": "segdeconv.training.loggers.TensorBoard"}
     before = yaml.safe_load(text)
-    assert {key for key in now if now[key] != before[key]} == {"logger", "resume", "dataset", "loss", "trainer"}
-    assert {key: now[key] for key in ("dataset", "loss", "trainer")} == {
+    assert {key for key in after if after[key] != before[key]} == {"logger", "resume", "dataset", "loss", "trainer"}
+    assert {key: after[key] for key in ("dataset", "loss", "trainer")} == {
         key: rename_keys(before, GOLDEN)[key] for key in ("dataset", "loss", "trainer")
     }
-    train(before, tmp_path / "again", runs=None)  # and as a config from Python
-    assert digest(tmp_path / "again") == undisturbed
+    train(before, tmp_path / "again", runs=None)  # the old config passed from Python
+    assert digest(tmp_path / "again") == uninterrupted
 
 
-def test_the_former_name_of_a_class_is_no_difference():
+def test_the_former_name_of_a_class_is_not_a_difference():
     old, new = ({"x": {"_target_": f"segdeconv.{place}loggers.TensorBoard"}} for place in ("", "training."))
     assert differing_keys(old, new) == []
     assert differing_keys(old, {"x": {"_target_": "mine.Logger"}}) == ["x._target_"]
 
 
-def test_a_resumed_run_reads_and_checks_once_and_holds_nothing_of_it(tmp_path, monkeypatch):
+def test_a_resumed_run_reads_its_checkpoint_once_and_then_frees_it(tmp_path, monkeypatch):
     run(tmp_path, "max_time=0s")
     last, calls = tmp_path / "last.ckpt", []
 
-    def counted(place, name):
-        real = getattr(place, name)
+    def count_calls(owner, name):
+        real = getattr(owner, name)
 
         def call(path, *arguments, **settings):
             if name == "check_config" or path == last:
                 calls.append(name)
             return real(path, *arguments, **settings)
 
-        monkeypatch.setattr(place, name, call)
+        monkeypatch.setattr(owner, name, call)
 
-    counted(checkpoint, "hash_file")
-    counted(torch, "load")
-    counted(config_check, "check_config")
-    ask = Stopping.on_train_batch_end
+    count_calls(checkpoint, "hash_file")
+    count_calls(torch, "load")
+    count_calls(config_check, "check_config")
+    original = Stopping.on_train_batch_end
 
-    def held(self, trainer, *arguments):
-        of_this = [item for item in gc.get_objects() if type(item) is checkpoint.Checkpoint and item.path == last]
-        assert not of_this
-        ask(self, trainer, *arguments)
+    def require_freed(self, trainer, *arguments):
+        checkpoints = [item for item in gc.get_objects() if type(item) is checkpoint.Checkpoint and item.path == last]
+        assert not checkpoints
+        original(self, trainer, *arguments)
 
-    monkeypatch.setattr(Stopping, "on_train_batch_end", held)
+    monkeypatch.setattr(Stopping, "on_train_batch_end", require_freed)
     run(tmp_path, resume="auto")
     assert calls == ["check_config", "hash_file", "load"]
 
@@ -258,7 +262,7 @@ def test_resume_auto_finds_the_newest_unfinished_run_of_the_same_config(tmp_path
         find_run({**config, "resume": str(tmp_path / "9")}, new, tmp_path)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_with_its_step_and_files(tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step_and_images(tmp_path):
     with pytest.raises(
         DivergedError, match=r"the loss is (nan|inf) at step \d+ with learning rate .* on train_000"
     ) as caught:
@@ -273,7 +277,7 @@ def test_max_steps_stops_in_the_middle_of_an_epoch_and_still_validates(tmp_path)
     assert (tmp_path / "best.ckpt").is_file()
 
 
-def test_fewer_images_than_a_batch_is_one_sentence(tmp_path):
+def test_fewer_images_than_a_batch_give_an_error_message(tmp_path):
     with pytest.raises(UsageError, match="the train split has 13 images, fewer than one batch of 16"):
         run(tmp_path, "dataset.batch_size=16")
 
@@ -285,11 +289,11 @@ def test_loop_counters_are_a_function_of_the_step_alone():
     assert loops["fit_loop"]["epoch_progress"]["current"] == {"ready": 3, "started": 3, "processed": 2, "completed": 2}
 
 
-def test_metrics_are_cut_back_to_the_step_a_run_goes_on_from(tmp_path):
+def test_metrics_after_the_resumed_step_are_removed(tmp_path):
     metrics = MetricsFile(tmp_path / "metrics.csv")
     for step in (3, 6, 9):
         metrics.append({"step": step, "val/miou": step / 10})
     with metrics.path.open("a") as file:
-        file.write("12")  # a row that a kill cut short
+        file.write("12")  # an incomplete row, as a kill leaves it
     metrics.cut_back(6)
     assert metrics.path.read_text() == "step,val/miou\n3,0.3\n6,0.6\n"

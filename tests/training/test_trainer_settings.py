@@ -1,4 +1,4 @@
-"""What a trainer can be told: averages, frozen parts, an early end, time, another network to start from, the watch."""
+"""Trainer settings: weight averaging, frozen parts, early stopping, time limits, init_from, diagnostics and memory."""
 
 import csv
 import json
@@ -28,16 +28,16 @@ from segdeconv.training.stopping import Stopping
 TRUST = AnyName()
 
 
-# The average of the weights.
+# Weight averaging
 
 
-def test_the_average_is_torchs_own_buffers_included():
+def test_the_average_equals_torchs_including_buffers():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     ours = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     ours.load_state_dict(model.state_dict())
     theirs = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
-    theirs.update_parameters(model)  # its first one copies
+    theirs.update_parameters(model)  # the first update copies
     for _ in range(5):
         with torch.no_grad():
             for parameter in model.parameters():
@@ -48,56 +48,56 @@ def test_the_average_is_torchs_own_buffers_included():
     for name, value in theirs.module.state_dict().items():
         if value.is_floating_point():
             torch.testing.assert_close(ours.state_dict()[name], value, msg=name)
-    assert ours[1].num_batches_tracked == 5  # a counter is copied: an average of counts means nothing
+    assert ours[1].num_batches_tracked == 5  # counters are copied, not averaged
 
 
-def test_a_run_with_an_average_validates_and_ships_it(tmp_path):
+def test_a_run_with_averaging_validates_and_saves_the_averaged_weights(tmp_path):
     train(config(trainer__ema=0.99), tmp_path)
-    read = checkpoint.read(tmp_path / "best.ckpt", trust=TRUST)
-    weights, kept = read.model().state_dict(), read.content["state_dict"]
-    assert all(torch.equal(weights[name], kept[f"averaged.{name}"]) for name in weights)
-    assert not torch.equal(kept["model.decoder.classifier.weight"], kept["averaged.decoder.classifier.weight"])
+    source = checkpoint.read(tmp_path / "best.ckpt", trust=TRUST)
+    weights, saved = source.model().state_dict(), source.content["state_dict"]
+    assert all(torch.equal(weights[name], saved[f"averaged.{name}"]) for name in weights)
+    assert not torch.equal(saved["model.decoder.classifier.weight"], saved["averaged.decoder.classifier.weight"])
     with (tmp_path / "metrics.csv").open() as file:
         rows = {float(row["val/miou"]) for row in csv.DictReader(file)}
     assert json.loads((tmp_path / "report.json").read_text())["miou"] == pytest.approx(max(rows), abs=1e-12)
 
 
-def test_the_average_forgets_the_start_quickly_and_then_slowly(tmp_path):
-    """By hand: decay of step n is min(0.99, (1 + n) / (10 + n))."""
-    seen = {}
+def test_the_decay_of_the_average_rises_to_its_setting(tmp_path):
+    """The decay of step n is min(0.5, (1 + n) / (10 + n))."""
+    decays = []
 
-    def follow(into, model, *, decay):
-        seen[len(seen)] = decay
-        average(into, model, decay=decay)
+    def recording_average(averaged, model, *, decay):
+        decays.append(decay)
+        average(averaged, model, decay=decay)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("segdeconv.training.task.average", follow)
+        patch.setattr("segdeconv.training.task.average", recording_average)
         train(config(trainer__ema=0.5), tmp_path)
-    assert [round(seen[step], 4) for step in (0, 1, 2, 8, 17)] == [0.1, 0.1818, 0.25, 0.5, 0.5]
+    assert [round(decays[step], 4) for step in (0, 1, 2, 8, 17)] == [0.1, 0.1818, 0.25, 0.5, 0.5]
 
 
-def test_a_run_with_an_average_goes_on_to_the_same_bits(tmp_path, monkeypatch):
-    train(config(trainer__ema=0.9), tmp_path / "undisturbed")
-    ask = Stopping.on_train_batch_end
+def test_a_resumed_run_with_averaging_equals_an_uninterrupted_one(tmp_path, monkeypatch):
+    train(config(trainer__ema=0.9), tmp_path / "uninterrupted")
+    original = Stopping.on_train_batch_end
 
-    def die(self, trainer, *arguments):
+    def crash(self, trainer, *arguments):
         if trainer.global_step == 8:
             raise ArithmeticError
-        ask(self, trainer, *arguments)
+        original(self, trainer, *arguments)
 
-    monkeypatch.setattr(Stopping, "on_train_batch_end", die)
+    monkeypatch.setattr(Stopping, "on_train_batch_end", crash)
     with pytest.raises(ArithmeticError):
-        train(config(trainer__ema=0.9), tmp_path / "cut")
-    monkeypatch.setattr(Stopping, "on_train_batch_end", ask)
-    train({**config(trainer__ema=0.9), "resume": "auto"}, tmp_path / "cut")
-    one, other = state(tmp_path / "undisturbed"), state(tmp_path / "cut")
-    assert all(torch.equal(one[name], other[name]) for name in one)
+        train(config(trainer__ema=0.9), tmp_path / "interrupted")
+    monkeypatch.setattr(Stopping, "on_train_batch_end", original)
+    train({**config(trainer__ema=0.9), "resume": "auto"}, tmp_path / "interrupted")
+    expected, resumed = state(tmp_path / "uninterrupted"), state(tmp_path / "interrupted")
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
 
 
-# Parts of a network.
+# Parts of a network
 
 
-def test_parts_learn_at_their_own_rates_and_the_longest_name_counts():
+def test_parts_have_their_own_learning_rates_and_the_longest_name_takes_precedence():
     model = SegNet(3, stages=((4,), (8,)))
     optimizer = sgd(model, lr=0.1, bias_lr=2.0, part_lr={"encoder": 0.1, "encoder.stages.1": 0.5})
     rates = {id(p): group["base_lr"] for group in optimizer.param_groups for p in group["params"]}
@@ -121,15 +121,15 @@ def test_a_frozen_part_does_not_change_in_weights_or_statistics(tmp_path):
             assert not torch.equal(free[f"model.{name}"], value), name
 
 
-def test_a_part_that_is_not_there_is_named_with_those_that_are():
+def test_an_unknown_part_is_reported_with_a_suggestion():
     with pytest.raises(UsageError, match=r"part_lr: the network has no part 'encodr' - did you mean 'encoder'"):
         adamw(SegNet(3, stages=((4,), (8,))), part_lr={"encodr": 0.1})
 
 
-# How long.
+# The end of training
 
 
-def test_training_ends_after_so_many_validations_without_a_better_score(tmp_path, monkeypatch, capsys):
+def test_training_ends_after_patience_validations_without_a_better_score(tmp_path, monkeypatch, capsys):
     scores = iter([0.1, 0.3, 0.2, 0.25, 0.9])
     keep = "segdeconv.training.checkpointing.Checkpoints.keep"
     from segdeconv.training.checkpointing import Checkpoints
@@ -144,7 +144,7 @@ def test_training_ends_after_so_many_validations_without_a_better_score(tmp_path
     assert checkpoint.load_plain(tmp_path / "best.ckpt")["global_step"] == 12
 
 
-def test_a_run_whose_patience_ran_out_as_it_died_does_not_go_on_training(tmp_path, monkeypatch):
+def test_a_resumed_run_whose_patience_was_exhausted_trains_no_further(tmp_path, monkeypatch):
     train(config(trainer__max_epochs=2, trainer__patience=1), tmp_path)
     content = checkpoint.load_plain(tmp_path / "last.ckpt")
     (state_key,) = [name for name in content["callbacks"] if "Checkpoints" in name]
@@ -155,50 +155,50 @@ def test_a_run_whose_patience_ran_out_as_it_died_does_not_go_on_training(tmp_pat
     assert checkpoint.load_plain(tmp_path / "last.ckpt")["global_step"] == content["global_step"]
 
 
-def test_time_that_is_over_saves_reports_and_can_be_gone_on_from_to_the_same_bits(tmp_path, capsys):
-    train(config(), tmp_path / "undisturbed")
-    train({**config(), "max_time": "0s"}, tmp_path / "cut")
-    said = capsys.readouterr().out
-    assert "max_time is over at step 1, saved in" in said
-    assert json.loads((tmp_path / "cut" / "report.json").read_text())["complete"] is False
-    assert not finished(tmp_path / "cut")
-    checked = {"seed": 0, "resume": "auto"}
-    assert find_run(checked, tmp_path / "new", tmp_path) == tmp_path / "new"  # another config
-    train({**config(), "resume": "auto", "max_time": "1h"}, tmp_path / "cut")
-    assert finished(tmp_path / "cut")
-    one, other = state(tmp_path / "undisturbed"), state(tmp_path / "cut")
-    assert all(torch.equal(one[name], other[name]) for name in one)
-    assert (tmp_path / "cut" / "metrics.csv").read_text() == (tmp_path / "undisturbed" / "metrics.csv").read_text()
+def test_a_run_resumed_after_max_time_equals_an_uninterrupted_one(tmp_path, capsys):
+    train(config(), tmp_path / "uninterrupted")
+    train({**config(), "max_time": "0s"}, tmp_path / "interrupted")
+    assert "max_time is over at step 1, saved in" in capsys.readouterr().out
+    assert json.loads((tmp_path / "interrupted" / "report.json").read_text())["complete"] is False
+    assert not finished(tmp_path / "interrupted")
+    other = {"seed": 0, "resume": "auto"}
+    assert find_run(other, tmp_path / "new", tmp_path) == tmp_path / "new"
+    train({**config(), "resume": "auto", "max_time": "1h"}, tmp_path / "interrupted")
+    assert finished(tmp_path / "interrupted")
+    expected, resumed = state(tmp_path / "uninterrupted"), state(tmp_path / "interrupted")
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+    metrics, expected_metrics = (tmp_path / run / "metrics.csv" for run in ("interrupted", "uninterrupted"))
+    assert metrics.read_text() == expected_metrics.read_text()
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [("1:02:03", 3723), ("1:00:00:00", 86400), ("90", 90), (90, 90), ("1.5h", 5400)],
 )
-def test_times_are_read(text, expected):
+def test_durations_are_parsed(text, expected):
     assert seconds(text) == expected
 
 
 @pytest.mark.parametrize("text", ["soon", "1:2", "-5", "1h30", ""])
-def test_times_that_are_none_are_refused(text):
+def test_invalid_durations_are_refused(text):
     with pytest.raises(UsageError, match=r"max_time=.* is not a duration - write hours:minutes:seconds"):
         seconds(text)
 
 
-def test_warm_restarts_start_again_each_cycle():
-    """By hand, equation 5 of the paper: cycles of 100, 200 and 400 steps."""
+def test_warm_restarts_begin_each_cycle_at_one():
+    """Values computed by hand from equation 5 of the paper, with cycles of 100, 200 and 400 steps."""
     schedule = Restarts(cycles=3, growth=2, floor=0.1)
     expected = {0: 1.0, 50: 0.55, 100: 1.0, 200: 0.55, 300: 1.0, 500: 0.55, 700: 0.1}
     assert {step: round(schedule(step, 700), 6) for step in expected} == expected
 
 
-# Starting from another network.
+# Initialisation from another network
 
 OLD = Classes(("road", "sky", "car"), ((0, 0, 0), (1, 1, 1), (2, 2, 2)))
 NEW = Classes(("car", "boat", "road", "dog"), ((0, 0, 0), (1, 1, 1), (2, 2, 2), (3, 3, 3)))
 
 
-def kept(model, classes, channels=3):
+def as_checkpoint(model, classes, channels=3):
     return checkpoint.Checkpoint(
         "old.ckpt",
         {"model": {"_target_": "segdeconv.models.SegNet"}},
@@ -207,55 +207,59 @@ def kept(model, classes, channels=3):
     )
 
 
-def test_the_head_is_taken_over_by_the_names_of_the_classes():
+def test_the_rows_of_the_head_are_matched_by_class_name():
     torch.manual_seed(0)
     old, new = SegNet(3, stages=((4,), (8,))), SegNet(4, stages=((4,), (8,)))
     fresh = new.decoder.classifier.weight.detach().clone()
-    said = transfer_weights(new, NEW, kept(old, OLD))
-    given, got = old.decoder.classifier.weight, new.decoder.classifier.weight
-    assert torch.equal(got[0], given[2])  # car
-    assert torch.equal(got[2], given[0])  # road
-    assert torch.equal(got[[1, 3]], fresh[[1, 3]])
+    report = transfer_weights(new, NEW, as_checkpoint(old, OLD))
+    before, after = old.decoder.classifier.weight, new.decoder.classifier.weight
+    assert torch.equal(after[0], before[2])  # car
+    assert torch.equal(after[2], before[0])  # road
+    assert torch.equal(after[[1, 3]], fresh[[1, 3]])
     assert torch.equal(new.encoder.stages[0][0].conv.weight, old.encoder.stages[0][0].conv.weight)
-    assert "classes it knows: car, road" in said
-    assert "classes that start anew: boat, dog" in said
+    assert "classes it knows: car, road" in report
+    assert "classes that start anew: boat, dog" in report
 
 
-def test_classes_of_the_same_number_in_another_order_are_not_mixed_up():
+def test_the_same_classes_in_another_order_are_reordered():
     old, new = SegNet(3, stages=((4,),)), SegNet(3, stages=((4,),))
-    turned = Classes(("sky", "car", "road"), OLD.colours)
-    transfer_weights(new, turned, kept(old, OLD))
+    reordered = Classes(("sky", "car", "road"), OLD.colours)
+    transfer_weights(new, reordered, as_checkpoint(old, OLD))
     assert torch.equal(new.decoder.classifier.bias, old.decoder.classifier.bias[[1, 2, 0]])
 
 
-def test_what_does_not_fit_is_said():
-    said = transfer_weights(SegNet(3, stages=((4,), (8,), (8,))), OLD, kept(SegNet(3, stages=((4,), (6,))), OLD))
-    assert "not taken over: encoder.stages.1.0.conv.weight (6x4x3x3 there, 8x4x3x3 here)" in said
-    assert "encoder.stages.2.0.conv.weight (not in it)" in said or "more" in said
+def test_tensors_that_are_not_transferred_are_reported():
+    report = transfer_weights(
+        SegNet(3, stages=((4,), (8,), (8,))), OLD, as_checkpoint(SegNet(3, stages=((4,), (6,))), OLD)
+    )
+    assert "not taken over: encoder.stages.1.0.conv.weight (6x4x3x3 there, 8x4x3x3 here)" in report
+    assert "encoder.stages.2.0.conv.weight (not in it)" in report or "more" in report
 
 
-def test_a_first_convolution_of_other_channels_is_adapted():
+def test_a_first_convolution_with_other_channels_is_adapted():
     torch.manual_seed(0)
     old, new = SegNet(3, stages=((4,),)).eval(), SegNet(3, in_channels=1, stages=((4,),)).eval()
-    transfer_weights(new, OLD, kept(old, OLD))
+    transfer_weights(new, OLD, as_checkpoint(old, OLD))
     grey = torch.randn(1, 1, 8, 8)
     torch.testing.assert_close(new(grey), old(grey.expand(1, 3, 8, 8)))
 
 
 def test_networks_without_a_common_layer_are_refused():
     with pytest.raises(UsageError, match=r"init_from=old.ckpt and this network have no layer in common"):
-        transfer_weights(SegNet(3, stages=((5,),), norm=False), OLD, kept(SegNet(3, stages=((7,),), norm=False), OLD))
+        transfer_weights(
+            SegNet(3, stages=((5,),), norm=False), OLD, as_checkpoint(SegNet(3, stages=((7,),), norm=False), OLD)
+        )
 
 
-def test_a_run_starts_from_a_checkpoint_and_a_resumed_one_does_not_start_again(tmp_path, capsys):
+def test_a_run_starts_from_a_checkpoint_and_a_resumed_one_does_not_load_it_again(tmp_path, capsys):
     train(config(trainer__max_epochs=1), tmp_path / "old")
-    given = str(tmp_path / "old" / "best.ckpt")
-    frozen = {**config(trainer__max_epochs=1, optimizer__part_lr={"encoder": 0}), "init_from": given}
+    source = str(tmp_path / "old" / "best.ckpt")
+    frozen = {**config(trainer__max_epochs=1, optimizer__part_lr={"encoder": 0}), "init_from": source}
     capsys.readouterr()
     train(frozen, tmp_path / "new")
-    assert f"started from {given}: " in capsys.readouterr().out
-    one, other = state(tmp_path / "old", "best"), state(tmp_path / "new")
-    same = [torch.equal(one[name], other[name]) for name in one if name.startswith("model.encoder")]
+    assert f"started from {source}: " in capsys.readouterr().out
+    old, new = state(tmp_path / "old", "best"), state(tmp_path / "new")
+    same = [torch.equal(old[name], new[name]) for name in old if name.startswith("model.encoder")]
     assert all(same)
     assert same
     (tmp_path / "new" / "report.json").unlink()
@@ -263,27 +267,27 @@ def test_a_run_starts_from_a_checkpoint_and_a_resumed_one_does_not_start_again(t
     assert "started from" not in capsys.readouterr().out
 
 
-# The watch.
+# Training diagnostics
 
 
-def test_the_watch_sees_a_network_that_predicts_one_class_only():
+def test_a_network_that_predicts_only_one_class_is_detected():
     classes = Uneven.classes
     assert collapse(np.array([[5, 0, 0], [3, 0, 0], [2, 0, 0]]), classes) == "dark"
     assert collapse(np.array([[5, 0, 0], [3, 1, 0], [2, 0, 0]]), classes) is None
-    assert collapse(np.array([[5, 0, 0], [0, 0, 0], [0, 0, 0]]), classes) is None  # there was nothing else to find
+    assert collapse(np.array([[5, 0, 0], [0, 0, 0], [0, 0, 0]]), classes) is None  # the masks have no other class
 
 
-def test_a_collapse_is_said_in_words_with_the_score_it_equals(tmp_path, capsys, monkeypatch):
+def test_a_collapse_gives_a_warning_with_its_score(tmp_path, capsys, monkeypatch):
     real = SegNet.forward
     monkeypatch.setattr(SegNet, "forward", lambda self, x: real(self, x) + torch.tensor([0, 99, 0])[:, None, None])
     train(config(), tmp_path)
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     score = json.loads((tmp_path / "report.json").read_text())["miou"]
-    assert f"the network predicts 'bright' for every pixel, with a mIoU of {score:.4f}" in said
-    assert said.count("for every pixel") == 1  # not at every validation
+    assert f"the network predicts 'bright' for every pixel, with a mIoU of {score:.4f}" in output
+    assert output.count("for every pixel") == 1  # not at every validation
 
 
-def test_few_images_for_batch_norm_are_said(tmp_path, capsys):
+def test_few_images_for_batch_norm_give_a_warning(tmp_path, capsys):
     train(config(dataset__batch_size=2, trainer__accumulate_grad_batches=4, trainer__max_epochs=1), tmp_path / "2")
     assert "warning: batch norm computes its statistics from 2 images at a time" in capsys.readouterr().out
     train(config(dataset__batch_size=2, trainer__norm="frozen", trainer__max_epochs=1), tmp_path / "frozen")
@@ -291,33 +295,33 @@ def test_few_images_for_batch_norm_are_said(tmp_path, capsys):
     assert "batch norm computes" not in capsys.readouterr().out
 
 
-def test_one_value_per_channel_is_one_sentence(tmp_path):
+def test_one_value_per_channel_gives_an_error_message(tmp_path):
     changes = {"dataset__side": 4, "dataset__batch_size": 1, "dataset__size": (4, 4)}
     with pytest.raises(UsageError, match=r"batch norm has a single value per channel in a batch of 1 - raise"):
         train(config(model__stages=[[4], [4], [4]], **changes), tmp_path)
 
 
-def test_waiting_for_images_is_said(tmp_path, capsys, monkeypatch):
+def test_waiting_for_images_gives_a_warning(tmp_path, capsys, monkeypatch):
     import time
 
     real = Uneven.__getitem__
     monkeypatch.setattr("segdeconv.training.diagnostics.MIN_SECONDS", 0.1)
     monkeypatch.setattr(Uneven, "__getitem__", lambda self, index: (time.sleep(0.02), real(self, index))[1])
     train(config(trainer__max_epochs=2), tmp_path)
-    said = capsys.readouterr().out
-    assert said.count("warning: input is the bottleneck: ") == 1
-    assert "dataset.num_workers (now 0)" in said
+    output = capsys.readouterr().out
+    assert output.count("warning: input is the bottleneck: ") == 1
+    assert "dataset.num_workers (now 0)" in output
 
 
-# Memory.
+# Memory
 
 
-def test_the_memory_of_weights_is_counted_by_hand():
+def test_the_memory_of_weights_equals_the_count_of_their_copies():
     model = SegNet(3, stages=((4,), (8,)))
     count = sum(parameter.numel() for parameter in model.parameters())
     for optimizer, copies in ((sgd(model), 3), (sgd(model, momentum=0), 2), (adamw(model), 4)):
-        found = estimate(model, CrossEntropy(), optimizer, (64, 64), precision="32-true").weights
-        assert found == pytest.approx(4 * count * copies, abs=64)  # and a scalar or two of the loss
+        weights = estimate(model, CrossEntropy(), optimizer, (64, 64), precision="32-true").weights
+        assert weights == pytest.approx(4 * count * copies, abs=64)  # plus scalars of the loss
     averaged = estimate(model, CrossEntropy(), adamw(model), (64, 64), precision="32-true", averaged=True)
     assert averaged.weights == pytest.approx(4 * count * 5, abs=64)
 
@@ -330,20 +334,20 @@ def test_weights_in_half_precision_count_once_and_not_for_every_image():
     assert half.image < 0.75 * full.image
 
 
-def test_the_memory_of_an_image_is_what_its_layers_keep():
-    """By hand for one stage without norm: image, convolution, switches, maxima, unpooled map, logits and softmax."""
+def test_the_memory_of_an_image_is_that_of_the_stored_activations():
+    """One stage without norm stores image, convolution, switches, maxima, unpooled map, logits and softmax."""
     model = SegNet(3, stages=((16,),), norm=False, switch_source="post_relu")
-    found = estimate(model, CrossEntropy(), sgd(model), (128, 128), precision="32-true").image
+    memory = estimate(model, CrossEntropy(), sgd(model), (128, 128), precision="32-true").image
     pixels = 128 * 128
-    least = 4 * pixels * (3 + 16 + 16 + 3) + pixels // 4 * 16
+    minimum = 4 * pixels * (3 + 16 + 16 + 3) + pixels // 4 * 16
     # Input, convolution, unpooled map and log-softmax in float32; switches in a byte each.
-    assert least <= found <= 1.6 * least
+    assert minimum <= memory <= 1.6 * minimum
 
 
-# What Lightning refuses.
+# Errors of Lightning
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_an_accelerator_that_is_not_there_is_one_sentence(tmp_path):
+def test_a_missing_accelerator_gives_an_error_message(tmp_path):
     with pytest.raises(UsageError, match=r"trainer: .* - change trainer.accelerator or trainer.devices"):
         train(config(trainer__accelerator="gpu"), tmp_path)

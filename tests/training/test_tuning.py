@@ -1,4 +1,4 @@
-"""Trying out: a rate where the loss falls fastest, batch sizes until memory or the data ends."""
+"""The learning rate finder and the search for the largest batch size."""
 
 import math
 
@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def made():
+def prepared():
     return prepare(
         check_config(
             {
@@ -27,41 +27,41 @@ def made():
     )
 
 
-def test_the_best_rate_is_where_the_curve_is_steepest():
-    """A curve made by hand: a fall from 2 to 1 that is steepest at 1e-3, then a climb."""
+def test_the_best_rate_is_where_the_loss_falls_fastest():
+    """The loss of this artificial curve falls from 2 to 1, most steeply at 1e-3, and then rises."""
     rates = [10 ** (place / 20 - 6) for place in range(100)]
     tried = []
     for lr in rates:
-        at = math.log10(lr)
-        loss = 2 - 1 / (1 + math.exp(-4 * (at + 3))) + (5 * (at + 1.5) ** 2 if at > -1.5 else 0)
+        exponent = math.log10(lr)
+        loss = 2 - 1 / (1 + math.exp(-4 * (exponent + 3))) + (5 * (exponent + 1.5) ** 2 if exponent > -1.5 else 0)
         tried.append(Rate(lr, loss, loss))
     assert best_rate(tried) == pytest.approx(1e-3, rel=0.3)
 
 
-def test_a_network_that_is_tried_learns_and_its_best_rate_trains(made):
-    tried = try_rates(made, CPU, "32-true", steps=60)
+def test_the_rate_range_test_lowers_the_loss_and_gives_a_plausible_rate(prepared):
+    tried = try_rates(prepared, CPU, "32-true", steps=60)
     assert tried[0].lr == pytest.approx(1e-6)
     assert [rate.lr for rate in tried] == sorted(rate.lr for rate in tried)
     assert min(rate.smoothed for rate in tried) < 0.9 * tried[0].smoothed
     assert 1e-4 < best_rate(tried) < 0.5
 
 
-def test_an_exploding_loss_ends_the_search(made):
-    made.optimizer.param_groups[0]["base_lr"] *= 1e4
-    tried = try_rates(made, CPU, "32-true", steps=60, highest=1e6)
+def test_a_diverging_loss_ends_the_search(prepared):
+    prepared.optimizer.param_groups[0]["base_lr"] *= 1e4
+    tried = try_rates(prepared, CPU, "32-true", steps=60, highest=1e6)
     assert len(tried) < 60
     assert all(math.isfinite(rate.loss) for rate in tried)
 
 
-def test_a_loss_that_is_broken_from_the_start_is_one_sentence(made):
+def test_a_loss_that_is_not_finite_from_the_start_gives_an_error_message(prepared):
     with torch.no_grad():
-        made.model.decoder.classifier.bias.fill_(math.nan)
+        prepared.model.decoder.classifier.bias.fill_(math.nan)
     with pytest.raises(UsageError, match=r"the loss diverges after 0 steps, at a learning rate of 1.0e-06 - check"):
-        try_rates(made, CPU, "32-true")
+        try_rates(prepared, CPU, "32-true")
 
 
-def test_batch_sizes_double_until_the_data_ends(made):
-    fits = list(try_batch_sizes(made, CPU, "32-true", averaged=False))
+def test_batch_sizes_double_until_the_data_ends(prepared):
+    fits = list(try_batch_sizes(prepared, CPU, "32-true", averaged=False))
     assert [fit.batch_size for fit in fits] == [1, 2, 4, 8, 16]
     assert len(Uneven("train")) == 24
     assert all(fit.seconds > 0 for fit in fits)
@@ -69,7 +69,7 @@ def test_batch_sizes_double_until_the_data_ends(made):
     assert growth == 8 * (fits[1].memory - fits[0].memory)
 
 
-def test_batch_sizes_end_before_memory_does(made, monkeypatch):
-    fits = list(try_batch_sizes(made, CPU, "32-true", averaged=False))
+def test_batch_sizes_end_before_memory_is_exhausted(prepared, monkeypatch):
+    fits = list(try_batch_sizes(prepared, CPU, "32-true", averaged=False))
     monkeypatch.setattr(tuning, "available", lambda device: int(fits[2].memory / 0.8) + 1)
-    assert [fit.batch_size for fit in try_batch_sizes(made, CPU, "32-true", averaged=False)] == [1, 2, 4]
+    assert [fit.batch_size for fit in try_batch_sizes(prepared, CPU, "32-true", averaged=False)] == [1, 2, 4]
