@@ -1,4 +1,4 @@
-"""The house: who may import whom, and what every shipped file must be."""
+"""The architecture: which package may import which, and rules for all shipped files."""
 
 import ast
 import subprocess
@@ -11,15 +11,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "segdeconv"
 
-# Imports go leftwards only; what stands between two bars does not import its neighbours.
+# A package may only import packages to its left, and none in its own group between two bars.
 ORDER = (
     "errors | system, switches | config, classes | models, losses, optimization, drawing | summary | data | "
     "checkpoints | inference | evaluation, export | analysis | training | serving | train | experiments | cli"
 )
-ENTRIES = 24  # of the package at most, so that a stranger who lists it sees the system
+MAX_ENTRIES = 24  # in the package folder, so that its listing shows the structure at a glance
 
-# The only files that may import a library, at the top or inside a function.
-ONLY = {
+# The only packages or modules that may import a library, at the top or inside a function.
+ALLOWED_IMPORTERS = {
     "argparse": {"cli"},
     "filelock": {"system.files"},
     "hydra": {"config"},
@@ -47,7 +47,7 @@ MODULES = modules()
 
 
 def imported(path: Path) -> set[str]:
-    """Dotted names imported by a file, inside functions too."""
+    """Return the dotted names that a file imports, also inside functions."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -57,66 +57,66 @@ def imported(path: Path) -> set[str]:
     return names
 
 
-def ours(name: str) -> set[str]:
-    """The modules of the package that a module imports; of `from package import name` the package itself."""
+def imported_modules(name: str) -> set[str]:
+    """Return the modules of segdeconv that a module imports; `from package import name` counts as the package."""
     inner = {full.removeprefix("segdeconv.") for full in imported(MODULES[name]) if full.startswith("segdeconv.")}
     return {module for module in inner if module in MODULES} - {name}
 
 
-def test_imports_go_leftwards_only():
-    places = {name: place for place, names in enumerate(ORDER.split(" | ")) for name in names.split(", ")}
-    rooms = {name.partition(".")[0] for name in MODULES} - {"", "__main__"}
-    assert rooms == set(places)
+def test_packages_import_only_packages_to_their_left():
+    position = {name: index for index, names in enumerate(ORDER.split(" | ")) for name in names.split(", ")}
+    packages = {name.partition(".")[0] for name in MODULES} - {"", "__main__"}
+    assert packages == set(position)
     wrong = [
         f"{name} imports {other}"
         for name in MODULES
-        for other in ours(name)
+        for other in imported_modules(name)
         if name.partition(".")[0] not in (other.partition(".")[0], "", "__main__")
-        and places[other.partition(".")[0]] >= places[name.partition(".")[0]]
+        and position[other.partition(".")[0]] >= position[name.partition(".")[0]]
     ]
     assert wrong == []
 
 
-def test_no_circle_between_files():
-    arrows = {}
+def test_modules_have_no_circular_imports():
+    dependencies = {}
     for name in MODULES:
-        others = ours(name)
-        # A package's own files come before it; what it hands on is imported through it from outside alone.
-        inside = {other for other in others if name.startswith(f"{other}.")}
-        arrows[name] = others - inside
-    del arrows[""]  # hands on `load`, lazily
+        others = imported_modules(name)
+        # A package imports its own modules, so a module's import of its own package is not counted.
+        parents = {other for other in others if name.startswith(f"{other}.")}
+        dependencies[name] = others - parents
+    del dependencies[""]  # imports `load` lazily
     try:
-        TopologicalSorter(arrows).prepare()
+        TopologicalSorter(dependencies).prepare()
     except CycleError as error:
         pytest.fail(" -> ".join(error.args[1]))
 
 
-def test_a_stranger_who_lists_the_package_sees_the_system():
+def test_the_package_has_few_entries_and_each_documents_its_imports():
     entries = [path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"]
-    assert len(entries) <= ENTRIES
+    assert len(entries) <= MAX_ENTRIES
     for path in PACKAGE.glob("*/__init__.py"):
         docstring = ast.get_docstring(ast.parse(path.read_text()))
         assert docstring, path
         assert "may import" in docstring.lower(), path
 
 
-def test_experiments_are_imported_by_scripts_alone():
-    users = {name for name in MODULES if any(other.startswith("experiments") for other in ours(name))}
+def test_no_other_package_imports_experiments():
+    users = {name for name in MODULES if any(other.startswith("experiments") for other in imported_modules(name))}
     assert not {name for name in users if not name.startswith("experiments")}
 
 
-@pytest.mark.parametrize("library", sorted(ONLY))
-def test_a_library_is_imported_only_where_it_belongs(library):
+@pytest.mark.parametrize("library", sorted(ALLOWED_IMPORTERS))
+def test_a_library_is_imported_only_by_its_allowed_importers(library):
     users = {
         name
         for name, path in MODULES.items()
         if any(full == library or full.startswith(f"{library}.") for full in imported(path))
     }
-    assert {name for name in users if not {name, name.partition(".")[0]} & ONLY[library]} == set()
+    assert {name for name in users if not {name, name.partition(".")[0]} & ALLOWED_IMPORTERS[library]} == set()
 
 
-def test_importing_everything_changes_nothing_process_wide():
-    """No connection, no handler, no limit of Pillow's, no path; of the environment only what albumentations needs."""
+def test_importing_every_module_changes_no_global_state():
+    """Check connections, signal handlers, Pillow's limit, sys.path and, except for albumentations, the environment."""
     probe = """
 import os, signal, socket, sys
 def refuse(*_): raise AssertionError("a connection")
@@ -136,20 +136,20 @@ before = state()
     assert done.returncode == 0, done.stderr
 
 
-def test_the_networks_cost_no_import_of_the_trainer():
+def test_importing_the_networks_does_not_import_lightning():
     probe = "import sys; from segdeconv.models import SegNet; print([n for n in sys.modules if 'lightning' in n][:1])"
     done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
 def test_a_network_is_prepared_for_inference_in_one_place():
-    makers = {name for name, path in MODULES.items() if "fold_norms(" in path.read_text()}
-    assert makers == {"models.layers", "inference.network", "export.export"}  # the definition, use, files for others
+    users = {name for name, path in MODULES.items() if "fold_norms(" in path.read_text()}
+    assert users == {"models.layers", "inference.network", "export.export"}  # definition, inference, exported files
 
 
-def test_no_file_name_says_nothing():
+def test_no_file_has_a_meaningless_name():
     assert not [path for path in PACKAGE.rglob("*.py") if path.stem in ("utils", "helpers", "common", "misc")]
 
 
-def test_num_classes_stands_in_no_config():
+def test_no_config_sets_num_classes():
     assert not [path for path in (ROOT / "configs").rglob("*.yaml") if "num_classes" in path.read_text()]

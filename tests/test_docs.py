@@ -1,4 +1,4 @@
-"""Every command of the README and of docs/ is typed, page by page, where tiny true-format data lies in its place."""
+"""Every command in the README and in docs/ runs, page by page, on tiny data sets in the formats of the real ones."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from segdeconv.training.config_check import check_config
 pytestmark = pytest.mark.slow
 OWN_CODE = ROOT / "docs" / "own_code"
 
-# Left out: other tests run these scripts, which take hours, or do not end by themselves.
-ELSEWHERE = {
+# Scripts that take hours or do not end by themselves. Other tests cover them.
+TESTED_ELSEWHERE = {
     "study": "experiments/test_study.py", "results": "experiments/test_results.py",
     "benchmark": "experiments/test_benchmarks.py", "serve": "serving/test_server.py",
 }  # fmt: skip
-PROGRAMS = ("logger=wandb", "logger=mlflow")  # test_loggers.py has stand-ins for what they need
+LOGGERS = ("logger=wandb", "logger=mlflow")  # training/test_loggers.py covers them
 
-# What makes a training command a matter of seconds, unless it says the key itself.
+# Keys that make a training command take seconds, unless the command sets them.
 SLIM = {
     "trainer.max_steps": "2", "trainer.check_val_every_n_epoch": "1", "trainer.precision": "32-true", "logger": "none",
     "dataset.size": "[32,32]", "dataset.batch_size": "2", "dataset.num_workers": "0", "dataset.cache": "none",
 }  # fmt: skip
 
-# Checkpoints that a page has from another run, by their path or its beginning, and a command that makes one.
-MADE_BY = {
+# Checkpoints that a page uses but does not train: the beginning of their path, and the arguments that train them.
+TRAINED_BY = {
     "best.ckpt": "dataset=camvid model=segnet model.width=0.25",
     "demo/": "experiment=demo dataset.num_train=8 dataset.num_val=4",
     "runs/camvid-segnet/": "dataset=camvid model=segnet",
@@ -55,7 +55,7 @@ def commands_of(page: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which the pages' data lies where they say that it lies, /data/... under data/."""
+    """Return a folder with the data that the commands use; its subfolder data replaces /data in the commands."""
     place = tmp_path_factory.mktemp("site")
     data = place / "data"
     fakes.camvid(data / "CamVid", ("train", "val", "test"))
@@ -69,20 +69,20 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     fakes.oxford_pets(data / "oxford-iiit-pet")
     own_data(place / "mine")
     (place / "photos").mkdir()
-    pictures = [fakes.image_and_mask(index, 3)[0] for index in range(3)]
-    for index, picture in enumerate(pictures):
-        Image.fromarray(picture).save(place / "photos" / f"{index}.jpg")
+    images = [fakes.image_and_mask(index, 3)[0] for index in range(3)]
+    for index, image in enumerate(images):
+        Image.fromarray(image).save(place / "photos" / f"{index}.jpg")
     (place / "images.txt").write_text("scan.tif\n")
-    Image.fromarray(np.tile(pictures[0], (9, 9, 1))).save(place / "scan.tif")
-    film = cv2.VideoWriter(str(place / "film.mp4"), cv2.VideoWriter.fourcc(*"mp4v"), 25.0, pictures[0].shape[1::-1])
-    for picture in pictures:
-        film.write(picture)
-    film.release()
+    Image.fromarray(np.tile(images[0], (9, 9, 1))).save(place / "scan.tif")
+    video = cv2.VideoWriter(str(place / "film.mp4"), cv2.VideoWriter.fourcc(*"mp4v"), 25.0, images[0].shape[1::-1])
+    for image in images:
+        video.write(image)
+    video.release()
     return place
 
 
 def own_data(folder: Path) -> None:
-    """Images of four channels, so that dataset.channels=4 can be asked for, with a class table."""
+    """Write a user's own data set with a class table and images of four channels, for dataset.channels=4."""
     for part in ("images", "masks"):
         (folder / part).mkdir(parents=True)
     for index in range(10):
@@ -92,24 +92,24 @@ def own_data(folder: Path) -> None:
     (folder / "classes.yaml").write_text("sky: 0\nroad: 1\ngrass: 2\nhouse: 3\nignore: 255\n")
 
 
-def slim(words: list[str]) -> list[str]:
-    """The words of a training command with what makes it short: two steps of a narrow network."""
+def shorten(words: list[str]) -> list[str]:
+    """Return the arguments of a training command with those that shorten it: two steps of a narrow network."""
     keys = [word for word in words if "=" in word]
-    several = any(word.startswith("model=") and "," in word for word in keys)  # which may share no key of a width
-    given = {word.split("=")[0] for word in keys}
-    if "--multirun" in words:  # its first job
+    several = any(word.startswith("model=") and "," in word for word in keys)  # they may have different keys
+    present = {word.split("=")[0] for word in keys}
+    if "--multirun" in words:  # checks the first job only
         keys = [word if "[" in word else word.split(",")[0] for word in keys]
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(OWN_CODE))
         config, _ = compose(keys, ROOT / "configs")
         model = check_config(config)["model"]
     narrow = {"width": "0.0625" if isinstance(model.get("width"), float) else "4", "fc_width": "16"}
-    wanted = SLIM | {
+    added = SLIM | {
         f"model.{key}": value
         for key, value in (narrow | {"pretrained": "none"}).items()
         if key in model and not several
     }
-    return [*words, *(f"{key}={value}" for key, value in wanted.items() if key not in given)]
+    return [*words, *(f"{key}={value}" for key, value in added.items() if key not in present)]
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if commands_of(page)], ids=lambda page: page.name)
@@ -124,32 +124,32 @@ def test_every_command_of_a_page_runs(page: Path, site: Path, tmp_path: Path, co
     for line in commands_of(page):
         program, *words = shlex.split(line.replace("/data/", "data/"), comments=True)
         script = words.pop(0) if program == "segdeconv" else Path(words.pop(0)).stem
-        if script in ELSEWHERE:
-            assert (ROOT / "tests" / ELSEWHERE[script]).is_file()
-        elif not any(word in PROGRAMS for word in words):
+        if script in TESTED_ELSEWHERE:
+            assert (ROOT / "tests" / TESTED_ELSEWHERE[script]).is_file()
+        elif not any(word in LOGGERS for word in words):
             words = [re.sub(r"^(trainer\.devices)=\d+$", r"\1=1", word) for word in words]
-            words = [word for word in words if word != "model.pretrained=imagenet"]  # models/test_vgg.py, from a file
-            words = [there(word, place, commands) for word in words]
+            words = [word for word in words if word != "model.pretrained=imagenet"]  # models/test_vgg.py covers it
+            words = [resolve_path(word, place, commands) for word in words]
             if script == "train":
-                time.sleep(1)  # the folder of a run is named by its second
+                time.sleep(1)  # a run folder is named by the time in seconds
             if script in ("train", "find") and "--config-dir=configs" not in words:
-                words = slim(words)
+                words = shorten(words)
             done = commands(script, *words, cwd=place, env={"PYTHONPATH": str(place)}, timeout=300)
             assert done.code == 0, f"{line}\n{words}\n{done.out[-2000:]}\n{done.err}"
 
 
-def there(word: str, place: Path, commands: Callable) -> str:
-    """A word with its pattern matched, as a shell does; a checkpoint that the page has from elsewhere is made."""
+def resolve_path(word: str, place: Path, commands: Callable) -> str:
+    """Expand the pattern of a checkpoint as a shell does, and train the checkpoint first if it does not exist."""
     key, _, path = word.rpartition("=")
     if not path.endswith(".ckpt"):
         return word
     if not list(place.glob(path)):
-        config = next(config for start, config in MADE_BY.items() if path.startswith(start))
-        made = commands("train", *slim(config.split()), "hydra.run.dir=made", cwd=place, timeout=300)
-        assert made.code == 0, made.err
-        file = place / path.replace("*", "made")
-        shutil.copytree(place / "made", file.parent, dirs_exist_ok=True)
+        config = next(config for start, config in TRAINED_BY.items() if path.startswith(start))
+        done = commands("train", *shorten(config.split()), "hydra.run.dir=trained", cwd=place, timeout=300)
+        assert done.code == 0, done.err
+        file = place / path.replace("*", "trained")
+        shutil.copytree(place / "trained", file.parent, dirs_exist_ok=True)
         file.exists() or shutil.copy(file.parent / "best.ckpt", file)
-        shutil.rmtree(place / "made")
-    found = sorted(place.glob(path))[-1].relative_to(place)
-    return f"{key}={found}" if key else str(found)
+        shutil.rmtree(place / "trained")
+    match = sorted(place.glob(path))[-1].relative_to(place)
+    return f"{key}={match}" if key else str(match)

@@ -171,10 +171,10 @@ def test_training_from_python_needs_no_hydra(own):
     (snippet,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     snippet = snippet.replace('"size": [48, 48]', '"size": [48, 48], "count": 16, "num_workers": 0')
     (own / "script.py").write_text(snippet + '\nimport sys\n\nassert "hydra" not in sys.modules\n')
-    shown = run("script.py", cwd=own).stdout
+    output = run("script.py", cwd=own).stdout
     assert "mine.TinyNet" in (own / "runs" / "mine" / "config.yaml").read_text()
     trust = "--trust=mine.Stripes --trust=mine.TinyNet"
-    assert f"use it:          python scripts/predict.py runs/mine/best.ckpt {trust} IMAGE ..." in shown
+    assert f"use it:          python scripts/predict.py runs/mine/best.ckpt {trust} IMAGE ..." in output
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""What the README and the pages of docs/ say can be typed."""
+"""The commands, snippets and links of the README and of docs/ are valid."""
 
 import re
 import shlex
@@ -22,20 +22,20 @@ COMMANDS = sorted(
 )
 
 
-def test_there_are_commands():
+def test_the_pages_contain_commands():
     assert len(COMMANDS) >= 5
 
 
 @pytest.mark.parametrize("line", COMMANDS)
 def test_every_command_names_a_script_and_keys_that_exist(line, monkeypatch):
-    monkeypatch.chdir(ROOT / "docs" / "own_code")  # where the commands of docs/own-code.md are typed
+    monkeypatch.chdir(ROOT / "docs" / "own_code")  # the working directory of the commands in docs/own-code.md
     monkeypatch.syspath_prepend(".")
     program, *words = shlex.split(line, comments=True)
     script = ROOT / (f"scripts/{words[0]}.py" if program == "segdeconv" else words[0])
     assert script.is_file()
     if script.stem in ("train", "inspect_data", "find"):
         keys = [word for word in words[1:] if "=" in word]
-        if "--multirun" in words:  # its first job
+        if "--multirun" in words:  # checks the first job only
             keys = [word if "[" in word else word.split(",")[0] for word in keys]
         config, _ = compose(keys, ROOT / "configs")
         check_config(config)
@@ -54,7 +54,7 @@ def test_the_packages_and_scripts_are_listed():
     assert [name for name in names if not re.search(rf"(?<![\w.]){re.escape(name)}(?![\w.])", listed)] == []
 
 
-def test_every_answer_to_a_question_runs():
+def test_every_snippet_of_the_questions_page_runs():
     page = ROOT / "docs" / "questions.md"
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
     assert len(blocks) == 9
@@ -62,7 +62,7 @@ def test_every_answer_to_a_question_runs():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_link_of_a_page_leads_somewhere(page):
+def test_every_link_of_a_page_has_a_target(page):
     for target, anchor in re.findall(r"\]\(([^)#]*)(?:#([^)]+))?\)", page.read_text()):
         if "://" not in target:
             file = page.parent / target if target else page
@@ -71,6 +71,6 @@ def test_every_link_of_a_page_leads_somewhere(page):
 
 
 def anchors(page):
-    """The anchors that a Markdown page's headings have on a code host."""
-    heads = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+    """Return the anchors that a code host gives to the headings of a Markdown page."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
