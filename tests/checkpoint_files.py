@@ -1,4 +1,4 @@
-"""Checkpoints of a small network, and a pickle that would run code, for tests of files."""
+"""The content of a small network's checkpoint, and an object whose pickle runs code."""
 
 import os
 
@@ -11,7 +11,7 @@ CLASSES = Classes(("ground", "thing"), voc_colours(2))
 def content(**changes):
     model = SegNet(2, stages=((4,), (4,)))
     config = {"model": {"_target_": "segdeconv.models.SegNet", "stages": [[4], [4]]}, "seed": 0}
-    made = {
+    default = {
         "state_dict": {f"model.{name}": value for name, value in model.state_dict().items()},
         "hyper_parameters": {
             "config": config,
@@ -19,11 +19,11 @@ def content(**changes):
         },
         "segdeconv": {"format": 1},
     }
-    return made | changes
+    return default | changes
 
 
 class Touch:
-    """Unpickled without care, it creates its marker."""
+    """An object that runs `touch MARKER` when it is unpickled without restrictions."""
 
     def __init__(self, marker):
         self.marker = marker

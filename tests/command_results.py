@@ -1,4 +1,4 @@
-"""Folders given to the real commands, and what a refusal looks like."""
+"""Short training commands, and the check of a refused one."""
 
 SLIM = (
     "model.stages=[[4],[8]]", "dataset.batch_size=2", "dataset.num_workers=0", "trainer.max_epochs=1",
@@ -10,14 +10,14 @@ def train(commands, place, *words, **settings):
     return commands("train", *words, *SLIM, "hydra.run.dir=run", cwd=place, **settings)
 
 
-def of_folder(commands, place, *words, **settings):
+def train_on_folder(commands, place, *words, **settings):
     return train(commands, place, "dataset=folder", "dataset.root=mine", *words, **settings)
 
 
-def require_refused(done, place, words):
-    """Exit code 2 and one sentence with a way out, before anything was trained."""
+def require_refused(done, place, message):
+    """Check for exit code 2 and one error message with a way out, before the first training step."""
     assert done.code == 2, done.out + done.err
-    assert words in done.sentence
-    assert " - " in done.sentence
+    assert message in done.error_message
+    assert " - " in done.error_message
     assert "epoch 1" not in done.out
     assert not list(place.rglob("*.ckpt"))

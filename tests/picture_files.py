@@ -1,4 +1,4 @@
-"""Picture files of every kind, whole and broken, as people and strangers leave them."""
+"""Image files of every kind, valid and damaged, as they occur in users' folders and as an attacker may write them."""
 
 from __future__ import annotations
 
@@ -15,37 +15,37 @@ import tifffile
 from PIL import Image
 
 SIZE = (24, 40)  # height, width
-Maker = Callable[[Path], object]
+Writer = Callable[[Path], object]
 
 
 def pixels(size: tuple[int, int] = SIZE, seed: int = 0) -> np.ndarray:
-    """(H, W, 3) uint8: a gradient with noise, so that no codec makes it trivial."""
+    """Return (H, W, 3) uint8, a gradient with noise, which no codec compresses to almost nothing."""
     rows, columns = np.mgrid[: size[0], : size[1]]
     plane = (rows * 5 + columns * 3)[:, :, None] + np.array([0, 40, 80])
     return ((plane + np.random.default_rng(seed).integers(0, 30, (*size, 3))) % 256).astype(np.uint8)
 
 
-def picture(mode: str = "RGB", size: tuple[int, int] = SIZE) -> Image.Image:
+def image(mode: str = "RGB", size: tuple[int, int] = SIZE) -> Image.Image:
     return Image.fromarray(pixels(size)).convert(mode)
 
 
-def saved(form: str, mode: str = "RGB", size: tuple[int, int] = SIZE, **settings: object) -> Maker:
-    """A maker that writes this format whatever the path's suffix."""
-    return lambda path: picture(mode, size).save(path, format=form, **settings)
+def saved(form: str, mode: str = "RGB", size: tuple[int, int] = SIZE, **settings: object) -> Writer:
+    """Return a function that writes an image in this format, regardless of the path's suffix."""
+    return lambda path: image(mode, size).save(path, format=form, **settings)
 
 
 def encoded(form: str, **settings: object) -> bytes:
     stream = io.BytesIO()
-    picture().save(stream, format=form, **settings)
+    image().save(stream, format=form, **settings)
     return stream.getvalue()
 
 
-def written(content: bytes) -> Maker:
+def written(content: bytes) -> Writer:
     return lambda path: path.write_bytes(content)
 
 
 def palette(path: Path) -> None:
-    picture().quantize(16).save(path, format="PNG")
+    image().quantize(16).save(path, format="PNG")
 
 
 def grey_16(path: Path) -> None:
@@ -56,34 +56,34 @@ def colour_16(path: Path) -> None:
     path.write_bytes(cv2.imencode(".png", pixels().astype(np.uint16) * 257)[1].tobytes())
 
 
-def turned(orientation: int) -> Maker:
-    def make(path: Path) -> None:
-        image = picture()
-        exif = image.getexif()
+def with_orientation(orientation: int) -> Writer:
+    def write(path: Path) -> None:
+        upright = image()
+        exif = upright.getexif()
         exif[0x0112] = orientation
-        image.save(path, format="JPEG", exif=exif)
+        upright.save(path, format="JPEG", exif=exif)
 
-    return make
+    return write
 
 
-def constant(value: int) -> Maker:
+def constant(value: int) -> Writer:
     return lambda path: Image.fromarray(np.full((*SIZE, 3), value, np.uint8)).save(path, format="PNG")
 
 
-def animated(form: str) -> Maker:
-    def make(path: Path) -> None:
+def animated(form: str) -> Writer:
+    def write(path: Path) -> None:
         frames = [Image.fromarray(pixels(seed=seed)) for seed in range(3)]
         frames[0].save(path, format=form, save_all=True, append_images=frames[1:])
 
-    return make
+    return write
 
 
 def png_chunk(kind: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
-def png_that_says(width: int, height: int) -> bytes:
-    """A PNG of a kilobyte whose header promises any size."""
+def png_with_header_size(width: int, height: int) -> bytes:
+    """Return a PNG of about 100 bytes whose header has this size."""
     header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", zlib.compress(bytes(1000))) + png_chunk(b"IEND", b"")
 
@@ -98,8 +98,8 @@ def float_tiff(path: Path) -> None:
     tifffile.imwrite(path, np.random.default_rng(0).random(SIZE, dtype=np.float32))
 
 
-# By number of the corpus and name: what is read.
-GOOD: dict[str, Maker] = {
+# Files that can be read, by name; a name begins with the number of the case.
+GOOD: dict[str, Writer] = {
     "1 ok.jpg": saved("JPEG"),
     "2 ok.png": saved("PNG"),
     "3 ok.bmp": saved("BMP"),
@@ -129,22 +129,24 @@ GOOD: dict[str, Maker] = {
     "60 white.png": constant(255),
     "60 grey.png": constant(128),
 }
-TURNED: dict[str, Maker] = {f"{19 + turn} orientation {turn}.jpg": turned(turn) for turn in range(1, 9)}
+ORIENTED: dict[str, Writer] = {
+    f"{19 + orientation} orientation {orientation}.jpg": with_orientation(orientation) for orientation in range(1, 9)
+}
 
-# What is refused: how it is made, and what the sentence says beside the file.
-BAD: dict[str, tuple[Maker, str]] = {
+# Files that are refused: the function that writes the file, and a part of the error message.
+BAD: dict[str, tuple[Writer, str]] = {
     "18 float.tif": (float_tiff, "is a float image - convert it to 8 or 16 bit"),
     "28 animated.gif.png": (animated("GIF"), "is not an image (empty, truncated or another format)"),
     "29 animated.png": (animated("PNG"), "is an animation of 3 frames"),
-    "35 bomb.png": (written(png_that_says(100_000, 100_000)), "has 100000x100000 pixels, more than"),
-    "36 lying.png": (written(png_that_says(4000, 4000)), "is damaged and cannot be decoded"),
-    "37 no width.png": (written(png_that_says(0, 10)), "is not an image"),
+    "35 bomb.png": (written(png_with_header_size(100_000, 100_000)), "has 100000x100000 pixels, more than"),
+    "36 lying.png": (written(png_with_header_size(4000, 4000)), "is damaged and cannot be decoded"),
+    "37 no width.png": (written(png_with_header_size(0, 10)), "is not an image"),
     "38 half.jpg": (written(encoded("JPEG", quality=95)[:900]), "is damaged and cannot be decoded"),
     "40 header.jpg": (written(encoded("JPEG")[:60]), "is damaged and cannot be decoded"),
     "41 half.png": (written(encoded("PNG")[:900]), "is damaged and cannot be decoded"),
     "42 checksum.png": (written(damaged_crc()), "is damaged and cannot be decoded"),
     "44 empty.jpg": (written(b""), "is not an image (empty, truncated or another format)"),
-    "45 text.jpg": (written(b"no picture at all\n"), "is not an image"),
+    "45 text.jpg": (written(b"plain text\n"), "is not an image"),
     "46 page.png": (written(b"<!DOCTYPE html><html>404</html>"), "is not an image"),
     "47 drawing.jpg": (written(b'<svg xmlns="http://www.w3.org/2000/svg"/>'), "is not an image"),
     "48 layers.jpg": (written(b"8BPS\0\1" + bytes(200)), "is not an image"),

@@ -1,4 +1,4 @@
-"""The real data sets, where a machine has them."""
+"""The real data sets, on machines that have them."""
 
 from __future__ import annotations
 
@@ -7,16 +7,11 @@ from pathlib import Path
 import pytest
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
-
-
 REAL_CAMVID = SHARED / "CamVid"
+needs_camvid = pytest.mark.skipif(not REAL_CAMVID.is_dir(), reason=f"CamVid was not found in {REAL_CAMVID}")
 
-
-needs_camvid = pytest.mark.skipif(not REAL_CAMVID.is_dir(), reason=f"no real CamVid in {REAL_CAMVID}")
-
-
-# What reference/originals.md counted, by class; void last
-COUNTED = {
+# Pixels per class as counted in reference/originals.md; void is last.
+PIXEL_COUNTS = {
     "train": [
         10_682_767, 14_750_079, 623_349, 20_076_880, 2_845_085, 6_166_762, 743_859, 714_595, 3_719_877, 405_385,
         184_967, 2_503_995,

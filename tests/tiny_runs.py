@@ -1,4 +1,4 @@
-"""Configs of runs that take seconds, and what they learned."""
+"""Configs of training runs that take seconds, and their weights."""
 
 from segdeconv.checkpoints import checkpoint
 

@@ -105,7 +105,7 @@ def test_visualize_takes_pictures_a_class_and_units_by_number(trained, commands,
 def test_what_cannot_be_drawn_is_one_sentence(trained, commands, words, sentence):
     done = commands("visualize", "run/best.ckpt", *words, "--out", "bad", cwd=trained)
     assert done.code == 2
-    assert sentence in done.sentence
+    assert sentence in done.error_message
     assert not (trained / "bad").exists()
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import picture_files
 import pytest
 import tifffile
-from command_results import of_folder, require_refused, train
+from command_results import require_refused, train, train_on_folder
 from PIL import Image
 
 MASK = fakes.image_and_mask(0, 3)[1]  # (48, 64), labels 0..2
@@ -101,7 +101,7 @@ def with_mask(place, make, classes, masks="colours"):
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_a_valid_mask_is_used_for_training_and_scores(tmp_path, commands, name):
     with_mask(tmp_path, *ACCEPTED[name])
-    done = of_folder(commands, tmp_path)
+    done = train_on_folder(commands, tmp_path)
     assert done.code == 0, done.err
     assert "  3: " in done.out or "3: " in done.out.partition("classes:")[2]
     assert "nan" not in (tmp_path / "run" / "metrics.csv").read_text().lower()
@@ -111,9 +111,9 @@ def test_a_valid_mask_is_used_for_training_and_scores(tmp_path, commands, name):
 def test_an_invalid_mask_is_named_before_the_first_step(tmp_path, commands, name):
     make, classes, words = REFUSED[name]
     with_mask(tmp_path, make, classes)
-    done = of_folder(commands, tmp_path)
+    done = train_on_folder(commands, tmp_path)
     require_refused(done, tmp_path, words)
-    assert "val_0" in done.sentence or name.startswith("72")  # there, the first mask is already refused
+    assert "val_0" in done.error_message or name.startswith("72")  # there, the first mask is already refused
 
 
 def test_an_array_of_pickles_is_refused_and_runs_no_code(tmp_path, commands):
@@ -125,7 +125,7 @@ def test_an_array_of_pickles_is_refused_and_runs_no_code(tmp_path, commands):
     fakes.folder(tmp_path / "mine", layout="lists")
     (tmp_path / "mine" / "masks" / "val_0.png").unlink()
     shutil.copy(tmp_path / "x.npy", tmp_path / "mine" / "masks" / "val_0.npy")
-    require_refused(of_folder(commands, tmp_path), tmp_path, "val_0.npy holds object")
+    require_refused(train_on_folder(commands, tmp_path), tmp_path, "val_0.npy holds object")
     assert not marker.exists()
 
 
@@ -142,12 +142,12 @@ def test_a_label_unknown_to_a_published_data_set_is_named(tmp_path, commands, na
     Image.fromarray(mask).save(tmp_path / "camvid" / "valannot" / "val_000.png")
     done = train(commands, tmp_path, "dataset=camvid", "dataset.root=camvid")
     require_refused(done, tmp_path, message)
-    assert "val_000.png" in done.sentence
+    assert "val_000.png" in done.error_message
 
 
 def test_masks_of_0_and_255_are_two_classes_which_are_shown_before_training(tmp_path, commands):
     fakes.folder(tmp_path / "mine", "binary", layout="lists")
-    done = of_folder(commands, tmp_path)
+    done = train_on_folder(commands, tmp_path)
     assert done.code == 0, done.err
     assert "2: background, foreground" in done.out
     assert done.out.index("foreground") < done.out.index("network:")
@@ -156,7 +156,7 @@ def test_masks_of_0_and_255_are_two_classes_which_are_shown_before_training(tmp_
 def test_a_class_without_pixels_is_named_in_the_table(tmp_path, commands):
     fakes.folder(tmp_path / "mine", layout="lists")
     (tmp_path / "mine" / "classes.yaml").write_text("[a, b, c, ghost]")
-    done = of_folder(commands, tmp_path)
+    done = train_on_folder(commands, tmp_path)
     assert done.code == 0, done.err
     line = next(line for line in done.out.splitlines() if line.strip().startswith("ghost"))
     assert line.endswith("<- no pixel in this split")
@@ -169,7 +169,7 @@ def test_masks_of_ignored_pixels_only_give_zero_loss_and_finite_weights(tmp_path
     (tmp_path / "mine" / "classes.yaml").write_text("[a, b, c]")
     for mask in (tmp_path / "mine" / "masks").iterdir():
         Image.new("L", (64, 48), 255).save(mask)
-    done = of_folder(commands, tmp_path)
+    done = train_on_folder(commands, tmp_path)
     assert done.code == 0, done.err
     header, row = (line.split(",") for line in (tmp_path / "run" / "metrics.csv").read_text().splitlines())
     assert float(row[header.index("train/loss")]) == 0
@@ -209,13 +209,13 @@ def test_an_invalid_list_is_named(tmp_path, commands, name):
     make, words = LISTS[name]
     fakes.folder(tmp_path / "mine", layout="lists")
     make(tmp_path / "mine")
-    require_refused(of_folder(commands, tmp_path), tmp_path, words)
+    require_refused(train_on_folder(commands, tmp_path), tmp_path, words)
 
 
 def test_lists_can_have_blank_lines_crlf_and_a_byte_order_mark_and_a_last_batch_of_one(tmp_path, commands):
     fakes.folder(tmp_path / "mine", layout="lists")
     lists(train="\ufefftrain_0\r\n\r\ntrain_1\r\ntrain_2", val="\r\nval_0\r\n\r\n")(tmp_path / "mine")
-    done = of_folder(commands, tmp_path)
+    done = train_on_folder(commands, tmp_path)
     assert done.code == 0, done.err
     assert "3 train, 1 val images" in done.out
     assert "1 epochs, 1 steps" in done.out  # the incomplete last batch of one image is dropped
@@ -273,5 +273,5 @@ def test_an_invalid_class_table_is_named_and_runs_no_code(tmp_path, commands, ki
     words = () if kind == "classes" else ("dataset.classes=table.yaml",)
     done = commands("inspect_data", "dataset=folder", "dataset.root=mine", *words, cwd=tmp_path)
     assert done.code == 2, done.out + done.err
-    assert " - " in done.sentence
+    assert " - " in done.error_message
     assert not list(tmp_path.rglob("marker"))

@@ -59,14 +59,14 @@ def trained(tmp_path_factory, commands):
 def predicted(trained, commands):
     photos = trained / "photos"
     photos.mkdir()
-    for name, make in {**picture_files.GOOD, **picture_files.TURNED}.items():
+    for name, make in {**picture_files.GOOD, **picture_files.ORIENTED}.items():
         make(photos / name)
     done = commands("predict", "run/best.ckpt", "photos", "--out", "out", cwd=trained)
     assert done.code == 0, done.out + done.err
     return trained / "out"
 
 
-@pytest.mark.parametrize("name", [*picture_files.GOOD, *picture_files.TURNED])
+@pytest.mark.parametrize("name", [*picture_files.GOOD, *picture_files.ORIENTED])
 def test_a_readable_image_gets_a_mask_of_its_own_size(trained, predicted, name):
     with Image.open(trained / "photos" / name) as image:
         size = image.size
@@ -78,9 +78,9 @@ def test_a_readable_image_gets_a_mask_of_its_own_size(trained, predicted, name):
     assert [path for path in predicted.iterdir() if path.name.startswith(start) and "_overlay" in path.name]
 
 
-@pytest.mark.parametrize("name", picture_files.TURNED)
+@pytest.mark.parametrize("name", picture_files.ORIENTED)
 def test_a_turned_image_is_used_for_training_only_if_the_config_says_how(tmp_path, commands, name):
-    pairs(tmp_path / "mine", {name: picture_files.TURNED[name]})
+    pairs(tmp_path / "mine", {name: picture_files.ORIENTED[name]})
     words = ("inspect_data", "dataset=folder", "dataset.root=mine")
     done = commands(*words, cwd=tmp_path)
     if name.endswith(" 1.jpg"):
@@ -108,8 +108,8 @@ def test_an_unreadable_image_ends_training_in_one_line_before_the_first_step(tmp
         cwd=tmp_path, timeout=20,
     )  # fmt: skip
     assert done.code == 2, done.err
-    assert f"{name} {words}" in done.sentence
-    assert " - " in done.sentence.partition(words)[2] or " - " in words
+    assert f"{name} {words}" in done.error_message
+    assert " - " in done.error_message.partition(words)[2] or " - " in words
     assert "network:" not in done.out
     assert not list((tmp_path / "run").glob("*.ckpt"))
 
@@ -127,7 +127,7 @@ def skipped(trained, commands):
 def test_prediction_continues_after_bad_files_and_exits_with_2(trained, skipped):
     assert skipped.code == 2
     count = len(picture_files.BAD)
-    assert f"{count} of {count + 1} files could not be read, see the messages above" in skipped.sentence
+    assert f"{count} of {count + 1} files could not be read, see the messages above" in skipped.error_message
     assert (trained / "some" / "z good.png").is_file()
     written = ["predictions.jsonl", "statistics.csv", "z good.png", "z good_overlay.png"]
     assert sorted(path.name for path in (trained / "some").iterdir()) == written
@@ -148,7 +148,7 @@ def test_a_file_without_read_permission_is_named(tmp_path, trained, commands):
     words = ("dataset=folder", "dataset.root=mine", *SLIM, "hydra.run.dir=run")
     done = commands("train", *words, cwd=tmp_path, limits={"plain_user": True})
     assert done.code == 2
-    assert "secret.png cannot be read: permission denied - " in done.sentence
+    assert "secret.png cannot be read: permission denied - " in done.error_message
     words = (trained / "run" / "best.ckpt", secret, "--out", "out")
     done = commands("predict", *words, cwd=tmp_path, limits={"plain_user": True})
     assert done.code == 2
@@ -162,7 +162,7 @@ def test_a_list_entry_outside_its_folder_or_missing_is_named_with_its_line(tmp_p
     (tmp_path / "mine" / "val.txt").write_text(f"val_0\n{entry}\n")
     done = commands("inspect_data", "dataset=folder", "dataset.root=mine", cwd=tmp_path)
     assert done.code == 2
-    assert f"mine/val.txt, line 2: image '{entry}' not found - " in done.sentence
+    assert f"mine/val.txt, line 2: image '{entry}' not found - " in done.error_message
 
 
 @pytest.mark.parametrize("entry", ["../../x.png", "/x.png", "train/../../x.png"])
@@ -172,7 +172,7 @@ def test_a_list_entry_outside_a_published_data_set_is_named(tmp_path, commands, 
         file.write(f"{entry} trainannot/train_000.png\n")
     done = commands("inspect_data", "dataset=camvid", "dataset.root=camvid", cwd=tmp_path)
     assert done.code == 2
-    assert "train.txt, line 5: " in done.sentence or "x.png is missing" in done.out
+    assert "train.txt, line 5: " in done.error_message or "x.png is missing" in done.out
 
 
 def test_a_jpeg_with_flipped_bits_is_read_or_named(tmp_path, trained, commands):

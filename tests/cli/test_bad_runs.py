@@ -103,8 +103,8 @@ def test_a_checkpoint_that_cannot_be_trusted_is_exit_code_4(place, commands, scr
     more = ("mine/images", "--out", "out") if script == "predict" else ()
     done = commands(script, "run/best.ckpt", *more, cwd=place)
     assert done.code == 4, done.err
-    assert words in done.sentence
-    assert "run/best.ckpt" in done.sentence
+    assert words in done.error_message
+    assert "run/best.ckpt" in done.error_message
     assert not (place / "out").exists()
 
 
@@ -138,7 +138,7 @@ def test_a_run_without_an_intact_checkpoint_is_not_restarted_over_its_files(plac
     cut(place / "run" / "last.ckpt")
     done = resume(commands, place)
     assert done.code == 4
-    assert "run/last.ckpt is damaged" in done.sentence
+    assert "run/last.ckpt is damaged" in done.error_message
 
 
 def test_a_run_cannot_be_resumed_from_weights_alone(place, commands):
@@ -147,7 +147,7 @@ def test_a_run_cannot_be_resumed_from_weights_alone(place, commands):
     done = resume(commands, place)
     assert done.code == 4
     assert "holds weights only, without global_step, loops, optimizer_states - start from it with init_from=" in (
-        done.sentence
+        done.error_message
     )
 
 
@@ -164,7 +164,7 @@ def test_a_url_is_not_accepted_as_a_checkpoint(place, commands, script):
     }[script]
     done = commands(*words, cwd=place, limits={"no_network": True})
     assert done.code == 2, done.err
-    assert address in done.sentence or "example.org" in done.sentence
+    assert address in done.error_message or "example.org" in done.error_message
 
 
 def test_unsafe_loading_cannot_be_enabled_by_the_environment(place, commands):
@@ -177,7 +177,7 @@ def test_unsafe_loading_cannot_be_enabled_by_the_environment(place, commands):
     torch.save({"x": Payload()}, place / "evil.ckpt")
     done = commands("evaluate", "evil.ckpt", cwd=place, env={"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"})
     assert done.code == 4
-    assert "is not a checkpoint that can be read safely" in done.sentence
+    assert "is not a checkpoint that can be read safely" in done.error_message
     assert not list(place.rglob("marker"))
 
 
@@ -223,8 +223,8 @@ def test_more_classes_start_a_new_head_only_on_request(place, commands):
     (place / "mine" / "classes.yaml").write_text("[class_0, class_1, class_2, more]")
     done = resume(commands, place)  # no key of the config reflects the changed data
     assert done.code == 2, done.err
-    assert "was trained for 3 classes (class_0, class_1, class_2) and the data now has 4" in done.sentence
-    assert "init_from=run/last.ckpt" in done.sentence
+    assert "was trained for 3 classes (class_0, class_1, class_2) and the data now has 4" in done.error_message
+    assert "init_from=run/last.ckpt" in done.error_message
     done = commands("train", *DATA, "init_from=run/last.ckpt", "hydra.run.dir=new", cwd=place)
     assert done.code == 0, done.err
     assert "classes that start anew: more" in done.out
@@ -271,8 +271,8 @@ def test_an_invalid_key_is_named_before_anything_starts(tmp_path, commands, name
     env = {"TOKEN": "a-secret-of-the-environment"}
     done = commands("train", *slim, *words, *run_folder, cwd=tmp_path, env=env)
     assert done.code in (2, 5), done.out + done.err
-    assert message in done.sentence
-    assert " - " in done.sentence
+    assert message in done.error_message
+    assert " - " in done.error_message
     assert "epoch 1" not in done.out
     for path in tmp_path.rglob("*"):
         assert not path.is_file() or b"a-secret" not in path.read_bytes()
@@ -285,7 +285,7 @@ def test_a_missing_accelerator_is_an_error_message(tmp_path, commands, accelerat
     words = (f"trainer.accelerator={accelerator}", "trainer.devices=2", "hydra.run.dir=run")
     done = commands("train", *SLIM, *words, cwd=tmp_path)
     assert done.code == 2
-    assert "trainer" in done.sentence
+    assert "trainer" in done.error_message
 
 
 def test_crops_larger_than_the_images_are_padded_with_ignored_pixels(place, commands):
@@ -310,8 +310,8 @@ def test_resuming_with_another_config_is_refused_with_its_key(place, commands, w
     words = [other for other in DATA if other.split("=")[0] != word.split("=")[0]]
     done = commands("train", *words, word, "hydra.run.dir=run", "resume=auto", cwd=place)
     assert done.code == 2, done.out + done.err
-    assert f"other values of {word.split('=')[0]}" in done.sentence
-    assert "resume_force=true" in done.sentence
+    assert f"other values of {word.split('=')[0]}" in done.error_message
+    assert "resume_force=true" in done.error_message
 
 
 @pytest.mark.parametrize("word", ["dataset.num_workers=1", "dataset.timeout=60", "logger=tensorboard", "max_time=1h"])
@@ -347,7 +347,7 @@ def test_a_config_in_a_run_folder_never_runs_code(place, commands, name):
     (place / "run" / "config.yaml").write_text(HOSTILE_CONFIGS[name])
     done = resume(commands, place)
     assert done.code == 2, done.err
-    assert "run" in done.sentence
+    assert "run" in done.error_message
     assert not list(place.rglob("marker"))
 
 
@@ -381,7 +381,7 @@ def test_two_runs_never_share_a_folder_and_the_lock_of_a_killed_run_is_released(
         done = commands("train", *DATA, "hydra.run.dir=run", cwd=place)
         holder.send_signal(signal.SIGKILL)
     assert done.code == 2
-    assert f"run is in use by process {holder.pid} on " in done.sentence
+    assert f"run is in use by process {holder.pid} on " in done.error_message
     assert sorted(path.name for path in (place / "run").iterdir()) == [".lock"]
     assert commands("train", *DATA, "hydra.run.dir=run", cwd=place).code == 0
 
@@ -395,7 +395,7 @@ def test_a_folder_that_cannot_be_written_is_exit_code_5_at_once(place, commands)
         (place / "there").chmod(0o555)
         done = commands("train", *DATA, "hydra.run.dir=there/run", cwd=place, limits=limits)
         assert done.code == 5, done.err
-        assert "there" in done.sentence
+        assert "there" in done.error_message
         assert "train:" not in done.out
 
 
@@ -409,7 +409,7 @@ def test_results_that_cannot_be_written_are_exit_code_5(place, commands, script)
     }[script]
     done = commands(*words, cwd=place, limits={"plain_user": True})
     assert done.code == (2 if "file" in script else 5), done.err
-    assert ("mine/train.txt" if "file" in script else "there") in done.sentence
+    assert ("mine/train.txt" if "file" in script else "there") in done.error_message
 
 
 def test_a_disk_too_small_for_the_checkpoints_is_an_error_before_the_first_step(place, commands):
@@ -437,7 +437,7 @@ def test_a_disk_that_fills_up_leaves_the_old_checkpoint_intact(place, commands, 
         cwd=place, limits=settings,
     )  # fmt: skip
     assert done.code == 5, done.out + done.err
-    assert target in done.sentence or "a file" in done.sentence
+    assert target in done.error_message or "a file" in done.error_message
     assert not list(run.glob(".tmp-*"))
     for name in before:
         checkpoint.verify(run / name)
@@ -486,8 +486,8 @@ def test_a_failed_worker_ends_the_run_with_one_line(place, commands, name):
         "dataset.num_workers=1", *more, "hydra.run.dir=new", cwd=place, timeout=60,
     )  # fmt: skip
     assert done.code == 2, done.err
-    assert words in done.sentence
-    assert "dataset.num_workers" in done.sentence
+    assert words in done.error_message
+    assert "dataset.num_workers" in done.error_message
     assert done.seconds < seconds + 5
 
 
@@ -500,7 +500,7 @@ def test_too_little_shared_memory_is_reported(place, commands):
         limits={"tmpfs": {"/dev/shm": "1m"}},
     )  # fmt: skip
     assert done.code == 2, done.err
-    assert "shared memory" in done.sentence
+    assert "shared memory" in done.error_message
 
 
 def test_no_environment_variable_is_written_to_a_run(place, commands):
@@ -560,7 +560,7 @@ def test_a_typed_command_also_ends_with_one_line(place, number):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=place, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == code, done.stderr
-    assert message in Outcome(done.returncode, done.stdout, done.stderr, 0).sentence
+    assert message in Outcome(done.returncode, done.stdout, done.stderr, 0).error_message
 
 
 # Diverging
@@ -579,8 +579,8 @@ def test_a_gradient_that_is_not_finite_never_becomes_a_checkpoint(place, command
     words = ("loss._target_=bad.Loss", "hydra.run.dir=new", "trainer.max_epochs=2")
     done = commands("train", *[word for word in DATA if "max_epochs" not in word], *words, cwd=place)
     assert done.code == 3, done.out + done.err
-    assert "step 1 with learning rate" in done.sentence or "step 2 with learning rate" in done.sentence
-    assert "train_" in done.sentence
+    assert "step 1 with learning rate" in done.error_message or "step 2 with learning rate" in done.error_message
+    assert "train_" in done.error_message
     assert not list((place / "new").glob("*.ckpt"))
 
 
@@ -624,4 +624,4 @@ def test_a_deleted_run_folder_hides_no_error(tmp_path, commands):
         "        raise UsageError('the reason')\n"
     )
     done = commands("train", "dataset=shapes", "dataset._target_=mine.Gone", cwd=tmp_path)
-    assert (done.code, done.sentence) == (2, "the reason")
+    assert (done.code, done.error_message) == (2, "the reason")

@@ -44,8 +44,8 @@ def test_a_download_without_network_is_an_error_message(tmp_path, commands):
     for words in (("dataset=camvid",), ("dataset=voc",)):
         done = commands("train", *words, "hydra.run.dir=run", cwd=tmp_path, limits={"no_network": True})
         assert done.code == 2, done.err
-        assert "could not download" in done.sentence
-        assert "dataset.root=DIR" in done.sentence
+        assert "could not download" in done.error_message
+        assert "dataset.root=DIR" in done.error_message
 
 
 AUDIT = """

@@ -110,9 +110,9 @@ def test_evaluate_at_several_scales_counts_what_predict_writes(trained, tmp_path
     report = json.loads((tmp_path / "there" / "report.json").read_text())
     assert [entry["iou"] for entry in report["classes"]] == pytest.approx(ious, abs=1e-6)
     done = commands("evaluate", best, "--scales", "1,x", cwd=place)
-    assert "--scales=1,x: expected numbers" in done.sentence
+    assert "--scales=1,x: expected numbers" in done.error_message
     done = commands("evaluate", best, "--scales", "1,2", "--crf", cwd=place)
-    assert "leave out --scales" in done.sentence
+    assert "leave out --scales" in done.error_message
 
 
 def test_predict_accepts_patterns_and_writes_the_mask_in_the_files_orientation(trained, tmp_path, commands):
@@ -145,7 +145,7 @@ def test_predict_refuses_bad_arguments(trained, tmp_path, commands, arguments, m
     out = () if "--out" in arguments else ("--out", "out")
     done = commands("predict", place / "run" / "best.ckpt", *arguments, *out, cwd=tmp_path)
     assert done.code == 2
-    assert message in done.sentence
+    assert message in done.error_message
 
 
 def test_inspect_prints_classes_and_names_every_bad_file(tmp_path, commands):
@@ -160,7 +160,7 @@ def test_inspect_prints_classes_and_names_every_bad_file(tmp_path, commands):
     assert done.code == 2
     assert f"{masks[0].name} has label 77; the classes have labels 0..10 and 11 for ignored pixels" in done.out
     assert f"{masks[1].name} is 48x63 and its image" in done.out
-    assert "camvid has 2 problems" in done.sentence
+    assert "camvid has 2 problems" in done.error_message
 
 
 def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, commands):
@@ -172,7 +172,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, commands):
     assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").rglob("config.yaml"))
     done = commands("train", "dataset=camvid", "dataset.root=/nope", cwd=tmp_path)
     assert done.code == 2
-    assert "dataset.root=/nope is not a folder; it should hold train.txt" in done.sentence
+    assert "dataset.root=/nope is not a folder; it should hold train.txt" in done.error_message
 
 
 def test_a_file_that_is_not_a_checkpoint_is_exit_code_4(tmp_path):
@@ -189,7 +189,7 @@ def test_a_bad_mask_in_a_worker_is_still_one_line(tmp_path, commands):
     Image.fromarray(np.full((48, 64), 99, np.uint8)).save(mask)
     done = commands("evaluate", "run/best.ckpt", cwd=tmp_path)
     assert done.code == 2
-    assert f"{mask.name} has label 99" in done.sentence
+    assert f"{mask.name} has label 99" in done.error_message
 
 
 def test_a_class_table_is_restored_from_a_checkpoint():

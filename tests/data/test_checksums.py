@@ -6,7 +6,7 @@ from pathlib import Path
 
 import fakes
 import pytest
-from command_results import of_folder, require_refused
+from command_results import require_refused, train_on_folder
 from PIL import Image
 
 from segdeconv.data import Folder, Shapes
@@ -43,10 +43,10 @@ def test_a_flipped_bit_that_the_decoder_accepts_is_detected(tmp_path, commands):
     root = fakes.folder(tmp_path / "mine", layout="lists", image_suffix=".jpg")
     listing = listed(root)
     flip_accepted_bit(root / "images" / "val_1.jpg")
-    done = of_folder(commands, tmp_path, f"dataset.checksums={listing}")
+    done = train_on_folder(commands, tmp_path, f"dataset.checksums={listing}")
     require_refused(done, tmp_path, f"mine/images/val_1.jpg does not have the hash in {listing}")
     listed(root)
-    done = of_folder(commands, tmp_path, f"dataset.checksums={listing}")
+    done = train_on_folder(commands, tmp_path, f"dataset.checksums={listing}")
     assert done.code == 0, done.err
 
 
@@ -57,7 +57,7 @@ def test_a_damaged_test_split_is_not_treated_as_missing(tmp_path, commands):
     arguments = ("dataset=camvid", "dataset.root=camvid", f"dataset.checksums={listing}")
     done = commands("inspect_data", *arguments, cwd=tmp_path)
     assert done.code == 2
-    assert "test_000.png cannot be read (No such file or directory), but is listed in" in done.sentence
+    assert "test_000.png cannot be read (No such file or directory), but is listed in" in done.error_message
 
 
 @pytest.mark.parametrize("binary", [False, True])

@@ -35,7 +35,7 @@ def folder(commands, tmp_path_factory) -> Path:
     damage(fakes.camvid(folder / "camvid"))
     done = commands("inspect_data", "dataset=camvid", f"dataset.root={folder / 'camvid'}", "--out=bad", cwd=folder)
     assert done.code == 2
-    assert done.sentence.startswith("camvid has 4 problems")
+    assert done.error_message.startswith("camvid has 4 problems")
     return folder
 
 

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from fresh_commands import command, iou_by_hand
 from PIL import Image
-from real_data import COUNTED, REAL_CAMVID, needs_camvid
+from real_data import PIXEL_COUNTS, REAL_CAMVID, needs_camvid
 
 from segdeconv.checkpoints import checkpoint
 from segdeconv.data import CamVid, Folder, SegmentationDataset, Shapes
@@ -170,7 +170,7 @@ def test_classes_are_merged_renamed_and_ignored_pixel_by_pixel(tmp_path: Path) -
 
 @needs_camvid
 def test_the_merged_classes_of_the_real_camvid_have_the_sums_of_their_members() -> None:
-    sky, building, pole, road, pavement, tree, *others, void = COUNTED["val"]
+    sky, building, pole, road, pavement, tree, *others, void = PIXEL_COUNTS["val"]
     inspection = inspect(camvid_view(REAL_CAMVID, "val"), use_cache=False)
     assert inspection.pixels == [building, pole, road + pavement, tree, *others, sky + void]
 

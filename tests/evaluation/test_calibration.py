@@ -154,7 +154,7 @@ def test_the_report_holds_the_curve_and_nulls_where_nothing_was_counted():
 
 
 def test_the_sentence_says_the_error_and_the_surest():
-    said = counted([0.9] * 10, [True] * 10, [0.1] * 10).sentence()
+    said = counted([0.9] * 10, [True] * 10, [0.1] * 10).error_message()
     assert said.startswith("calibration error 10.0%; accuracy of the surest pixels by uncertainty: 10 %: 100.0%, 25 %:")
 
 

@@ -283,9 +283,9 @@ def test_networks_of_other_classes_are_not_compared(commands, place, tmp_path):
     other = fakes.untrained(tmp_path / "other.ckpt", {"_target_": "segdeconv.data.Shapes", "num_train": 2})
     done = commands("evaluate", place / '<b>run</b> & "co"' / "first.ckpt", "--compare", other, "--out", "x", cwd=place)
     assert done.code == 2
-    assert "the data has 3 classes (" in done.sentence
-    assert "other.ckpt has 7 classes (background, disc, ring, ...); '" in done.sentence
-    assert "compare networks of the same classes, which are matched by their names" in done.sentence
+    assert "the data has 3 classes (" in done.error_message
+    assert "other.ckpt has 7 classes (background, disc, ring, ...); '" in done.error_message
+    assert "compare networks of the same classes, which are matched by their names" in done.error_message
     assert not (place / "x").exists()
 
 

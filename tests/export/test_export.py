@@ -269,7 +269,7 @@ def test_mistakes_are_one_sentence(segnet, tmp_path, commands, monkeypatch):
     ]:
         done = commands("export", read.path, *words, cwd=tmp_path)
         assert done.code == 2, done.err
-        assert sentence in done.sentence
+        assert sentence in done.error_message
     assert sorted(os.listdir(tmp_path)) == ["dates.yaml", "taken.yaml", "there.safetensors"]
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(UsageError, match=r"needs onnxscript - pip install onnx onnxscript onnxruntime, or write .pt2"):

@@ -313,11 +313,11 @@ def test_a_second_run_predicts_what_is_missing_and_another_checkpoint_is_refused
     done = commands(*words, "--flip", cwd=place)
     assert done.code == 2
     expected = "again contains predictions made with flip=False, not True - choose another --out, or add --overwrite"
-    assert expected in done.sentence
+    assert expected in done.error_message
     content = checkpoint.load_plain(place / "best.ckpt")
     checkpoint.write({**content, "other": 1}, place / "other.ckpt")
     done = commands("predict", "other.ckpt", "photos", "--out", "again", cwd=place)
-    assert "again contains predictions of a different checkpoint - choose another --out" in done.sentence
+    assert "again contains predictions of a different checkpoint - choose another --out" in done.error_message
     assert commands("predict", "other.ckpt", "photos", "--out", "again", "--overwrite", cwd=place).code == 0
 
 
@@ -410,7 +410,7 @@ def test_a_list_keeps_the_folders_of_its_images(place, commands, tmp_path):
     (tmp_path / "list.txt").write_text("photos/a.png\nphotos/none.png\n")
     done = commands("predict", place / "best.ckpt", "list.txt", "--out", "out2", cwd=tmp_path)
     expected = "list.txt, line 2: photos/none.png not found - give paths relative to the current folder"
-    assert expected in done.sentence
+    assert expected in done.error_message
 
 
 @pytest.mark.parametrize(
@@ -430,7 +430,7 @@ def test_a_list_keeps_the_folders_of_its_images(place, commands, tmp_path):
 def test_invalid_arguments_are_an_error_message(place, commands, words, message):
     done = commands("predict", "best.ckpt", "photos/a.png", "--out", "refused", *words, cwd=place)
     assert done.code == 2
-    assert message in done.sentence
+    assert message in done.error_message
     assert "dataset.max_pixels" not in message or "raise dataset.max_pixels" in done.out
 
 
@@ -456,7 +456,7 @@ def test_a_video_keeps_its_length_and_rate_and_a_truncated_one_its_readable_fram
     paths = ("film.mp4", "cut.avi", "text.mp4")
     done = commands("predict", place / "best.ckpt", *paths, "--frames", "--out", "out", cwd=tmp_path)
     assert done.code == 2
-    assert "1 of 3 files could not be read" in done.sentence
+    assert "1 of 3 files could not be read" in done.error_message
     assert "skipped: text.mp4 is not a readable video - convert it to MP4" in done.out
     capture = cv2.VideoCapture(str(tmp_path / "out" / "film_overlay.mp4"))
     assert capture.get(cv2.CAP_PROP_FPS) == 5

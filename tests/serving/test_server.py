@@ -335,7 +335,7 @@ def test_a_signal_stops_the_server_even_during_a_prediction(path, number, code, 
 
 def test_mistakes_are_error_messages(trained, address, tmp_path, commands):
     done = commands("serve", trained.path, "--port", "70000", cwd=tmp_path)
-    assert (done.code, done.sentence) == (2, "--port 70000 is not a valid port - give 0 to 65535")
+    assert (done.code, done.error_message) == (2, "--port 70000 is not a valid port - give 0 to 65535")
     port, predictor = int(address.rpartition(":")[2]), ImagePredictor(Segmenter(trained))
     with pytest.raises(UsageError, match=f"port {port} is in use - choose another with --port, or 0 for any free port"):
         server.Server(predictor, "127.0.0.1", port)

@@ -141,7 +141,7 @@ def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple
 def test_ade20k_is_fetched_verified_by_md5_and_unpacked_once(published: tuple[Server, bytes]) -> None:
     server, _ = published
     assert len(ADE20K("train")) == len(ADE20K("val")) == 3
-    assert [path for path, _ in server.asked] == ["/ade"]
+    assert [path for path, _ in server.requests] == ["/ade"]
     assert sorted(path.name for path in Path("data").iterdir()) == ["ADEChallengeData2016"]
     assert sorted(path.name for path in Path("data/ADEChallengeData2016").iterdir()) == ["annotations", "images"]
     np.testing.assert_array_equal(ADE20K("val")[0].mask == 255, fakes.ade20k_image_and_labels(101)[1] == 0)

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from real_data import COUNTED, REAL_CAMVID, needs_camvid
+from real_data import PIXEL_COUNTS, REAL_CAMVID, needs_camvid
 
 from segdeconv.classes import voc_colours
 from segdeconv.data import CamVid, Folder, Shapes
@@ -174,7 +174,7 @@ def test_the_real_camvid_has_the_counted_pixels_of_every_class(split: str, num: 
     assert inspection.problems == []
     assert inspection.num_images == num
     assert inspection.sizes == [(360, 480, num)]
-    assert inspection.pixels == COUNTED[split]
+    assert inspection.pixels == PIXEL_COUNTS[split]
     assert sum(inspection.pixels) == num * 360 * 480
     if split == "train":
         assert inspection.images == TRAIN_IMAGES

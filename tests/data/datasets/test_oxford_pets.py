@@ -160,7 +160,7 @@ def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve
 def test_the_archives_are_fetched_into_the_folder_that_torchvision_uses(published: Server) -> None:
     assert len(OxfordPets("train")) == 4
     assert len(OxfordPets("test")) == 2
-    assert [path for path, _ in published.asked] == ["/gone", "/images", "/gone", "/annotations"]
+    assert [path for path, _ in published.requests] == ["/gone", "/images", "/gone", "/annotations"]
     place = Path("data/oxford-iiit-pet")
     assert sorted(path.name for path in place.iterdir()) == ["annotations", "images"]
     unpacked = sorted(path.name for path in (place / "annotations").iterdir())
@@ -178,11 +178,11 @@ def test_only_missing_archives_are_fetched_and_none_into_a_given_root(published:
     for name in ("images.tar.gz", "annotations.tar.gz"):
         Path("given", name).write_bytes((tmp_path / name).read_bytes())
     assert len(OxfordPets("train", "given")) == 4
-    assert published.asked == []
+    assert published.requests == []
     Path("data").mkdir()
     Path("given").rename("data/oxford-iiit-pet")
     OxfordPets("train")
-    assert published.asked == []
+    assert published.requests == []
 
 
 def test_the_hashes_are_those_of_other_libraries() -> None:

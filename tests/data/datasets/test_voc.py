@@ -189,8 +189,8 @@ class Published(NamedTuple):
     sbd: bytes
 
     @property
-    def asked(self) -> list[str]:
-        return [path for path, _ in self.server.asked]
+    def requests(self) -> list[str]:
+        return [path for path, _ in self.server.requests]
 
 
 def packed(folder: Path, top: str, archive: Path) -> bytes:
@@ -235,7 +235,7 @@ WANTED = [
 def test_voc_is_fetched_where_no_root_is_given_and_only_once(published: Published) -> None:
     assert VOC("train").names == list(TRAIN)
     assert VOC("val").names == list(VAL)
-    assert published.asked == ["/voc"]
+    assert published.requests == ["/voc"]
     # Only the needed files are unpacked, and neither the archive nor a temporary folder remains.
     assert listing(Path("data")) == [f"VOCdevkit/VOC2012/{path}" for path in WANTED]
     assert not [path for path in Path("data").rglob("*") if "unpacking" in path.name]
@@ -244,9 +244,9 @@ def test_voc_is_fetched_where_no_root_is_given_and_only_once(published: Publishe
 
 def test_sbd_is_fetched_and_converted_for_trainaug_alone(published: Published) -> None:
     VOC("val", train_list="trainaug")
-    assert published.asked == ["/voc"]
+    assert published.requests == ["/voc"]
     data = VOC("train", train_list="trainaug")
-    assert published.asked == ["/voc", "/sbd"]
+    assert published.requests == ["/voc", "/sbd"]
     assert data.names == ["2007_000001", "2007_000002", "2009_000001", "2010_000001"]
     masks = sorted({*SBD_TRAIN, *SBD_VAL})
     converted = [f"{part}Aug/{name}.png" for part in ("SegmentationClass", "SegmentationObject") for name in masks]
@@ -260,7 +260,7 @@ def test_sbd_is_fetched_and_converted_for_trainaug_alone(published: Published) -
         objects = fakes.opened(Path("data/VOCdevkit/VOC2012/SegmentationObjectAug", f"{name}.png"))
         np.testing.assert_array_equal(np.array(objects), fakes.voc_objects(mask))
     VOC("train", train_list="trainaug")
-    assert published.asked == ["/voc", "/sbd"]
+    assert published.requests == ["/voc", "/sbd"]
     assert not [path for path in Path("data").rglob("*") if "unpacking" in path.name or path.suffix == ".mat"]
 
 
@@ -288,7 +288,7 @@ def test_the_second_mirror_serves_when_the_first_does_not(
     urls = (published.server.serve("/first", first), published.server.serve("/second", in_pieces(content)))
     monkeypatch.setattr(voc, "VOC_ARCHIVE", voc.VOC_ARCHIVE._replace(urls=urls))
     assert VOC("trainval").names == [*TRAIN, *VAL]
-    assert published.asked[-1] == ("/first" if trouble == "cut" else "/second")
+    assert published.requests[-1] == ("/first" if trouble == "cut" else "/second")
     assert listing(Path("data")) == [f"VOCdevkit/VOC2012/{path}" for path in WANTED]
 
 
@@ -320,7 +320,7 @@ def test_existing_archives_are_used_without_a_connection_and_stay(published: Pub
     (folder / "VOCtrainval_11-May-2012.tar").write_bytes(published.voc)
     (folder / "benchmark.tgz").write_bytes(published.sbd)
     assert len(VOC("train", root, train_list="trainaug")) == 4
-    assert published.asked == []
+    assert published.requests == []
     assert sorted(path.name for path in folder.iterdir()) == [
         "VOCdevkit",
         "VOCtrainval_11-May-2012.tar",
@@ -351,7 +351,7 @@ def test_nothing_is_fetched_into_a_given_root(published: Published) -> None:
         VOC("trainaug", "given")
     with raises(r"dataset\.root=nowhere is not a folder; it should hold JPEGImages"):
         VOC("train", "nowhere")
-    assert published.asked == []
+    assert published.requests == []
 
 
 def test_an_interrupted_unpacking_or_conversion_starts_over(
@@ -375,7 +375,7 @@ def test_an_interrupted_unpacking_or_conversion_starts_over(
     assert not Path("data/VOCdevkit/VOC2012/SegmentationClassAug").exists()  # only one of four masks was converted
     assert VOC("train").names == list(TRAIN)
     assert len(VOC("trainaug")) == 4
-    assert published.asked == ["/voc", "/sbd"]
+    assert published.requests == ["/voc", "/sbd"]
     assert [path.name for path in Path("data").iterdir()] == ["VOCdevkit"]  # the downloaded archives are deleted
     assert not [path for path in Path("data").rglob("*") if "half" in path.name or "unpacking" in path.name]
 
@@ -405,7 +405,7 @@ def test_an_incomplete_unpacked_folder_is_named_before_anything_is_fetched(publi
     Path("data/VOCdevkit/VOC2012/JPEGImages").mkdir(parents=True)
     with raises(r"data/VOCdevkit/VOC2012 has no ImageSets/Segmentation - complete it, or move it away"):
         VOC("train")
-    assert published.asked == []
+    assert published.requests == []
 
 
 def test_the_hashes_are_those_of_other_libraries() -> None:

@@ -54,14 +54,14 @@ def test_an_existing_file_is_not_fetched_again_unless_its_hash_is_wrong(server: 
     url = server.serve("/f", whole(CONTENT))
     (tmp_path / "f").write_bytes(b"other")
     assert fetch([url], tmp_path / "f", way_out="-").read_bytes() == b"other"
-    assert server.asked == []
+    assert server.requests == []
     assert fetch([url], tmp_path / "f", way_out="-", sha256=SHA256).read_bytes() == CONTENT
 
 
 def test_a_cut_download_is_continued_where_it_was_cut(server: Server, tmp_path: Path) -> None:
     url = server.serve("/f", in_pieces(CONTENT))
     assert fetch([url], tmp_path / "f.zip", way_out="-", sha256=SHA256).read_bytes() == CONTENT
-    assert server.asked == [("/f", None), ("/f", "bytes=150000-")]
+    assert server.requests == [("/f", None), ("/f", "bytes=150000-")]
     assert listing(tmp_path) == ["f.zip"]
 
 
@@ -69,17 +69,17 @@ def test_a_download_that_is_cut_repeatedly_is_continued_by_the_next_run(server: 
     url = server.serve("/f", in_pieces(CONTENT, 40_000))
     with pytest.raises(UsageError, match=r"could not download f\.zip .*200000 of 300000 bytes.* - do it by hand"):
         fetch([url], tmp_path / "f.zip", way_out="do it by hand", sha256=SHA256)
-    assert len(server.asked) == TRIES == 5
+    assert len(server.requests) == TRIES == 5
     assert listing(tmp_path) == ["f.zip.part"]
     assert fetch([url], tmp_path / "f.zip", way_out="-", sha256=SHA256).read_bytes() == CONTENT
-    assert [asked for _, asked in server.asked[5:]] == [f"bytes={done}-" for done in (200_000, 240_000, 280_000)]
+    assert [header for _, header in server.requests[5:]] == [f"bytes={done}-" for done in (200_000, 240_000, 280_000)]
     assert listing(tmp_path) == ["f.zip"]
 
 
 def test_an_address_that_sends_no_more_bytes_is_not_asked_again(server: Server, tmp_path: Path) -> None:
     urls = [server.serve("/a", in_pieces(CONTENT, 0)), server.serve("/b", whole(CONTENT))]
     assert fetch(urls, tmp_path / "f", way_out="-", sha256=SHA256).read_bytes() == CONTENT
-    assert server.asked == [("/a", None), ("/b", None)]
+    assert server.requests == [("/a", None), ("/b", None)]
 
 
 def test_the_next_mirror_continues_the_download_of_the_first(server: Server, tmp_path: Path) -> None:
@@ -88,21 +88,21 @@ def test_the_next_mirror_continues_the_download_of_the_first(server: Server, tmp
 
     urls = [server.serve("/a", dies), server.serve("/b", in_pieces(CONTENT))]
     assert fetch(urls, tmp_path / "f", way_out="-", sha256=SHA256).read_bytes() == CONTENT
-    assert server.asked == [("/a", None), ("/a", "bytes=100000-"), ("/b", "bytes=100000-")]
+    assert server.requests == [("/a", None), ("/a", "bytes=100000-"), ("/b", "bytes=100000-")]
 
 
 def test_a_mirror_that_serves_an_error_page_does_not_delete_the_part(server: Server, tmp_path: Path) -> None:
     (tmp_path / "f.part").write_bytes(CONTENT[:200_000])
     urls = [server.serve("/a", whole(b"<html>moved</html>")), server.serve("/b", in_pieces(CONTENT))]
     assert fetch(urls, tmp_path / "f", way_out="-", sha256=SHA256).read_bytes() == CONTENT
-    assert server.asked == [("/a", "bytes=200000-"), ("/b", "bytes=200000-")]
+    assert server.requests == [("/a", "bytes=200000-"), ("/b", "bytes=200000-")]
 
 
 def test_a_part_with_wrong_bytes_is_dropped_and_fetched_from_scratch_once(server: Server, tmp_path: Path) -> None:
     (tmp_path / "f.part").write_bytes(bytes(1000))
     url = server.serve("/f", in_pieces(CONTENT, len(CONTENT)))
     assert fetch([url], tmp_path / "f", way_out="-", sha256=SHA256).read_bytes() == CONTENT
-    assert server.asked == [("/f", "bytes=1000-"), ("/f", None)]
+    assert server.requests == [("/f", "bytes=1000-"), ("/f", None)]
     assert listing(tmp_path) == ["f"]
 
 
@@ -110,7 +110,7 @@ def test_a_complete_part_is_used_without_a_connection(server: Server, tmp_path: 
     (tmp_path / "f.part").write_bytes(CONTENT)
     url = server.serve("/f", status(404))
     assert fetch([url], tmp_path / "f", way_out="-", sha256=SHA256).read_bytes() == CONTENT
-    assert (server.asked, listing(tmp_path)) == ([], ["f"])
+    assert (server.requests, listing(tmp_path)) == ([], ["f"])
 
 
 def test_a_range_that_was_not_requested_is_not_appended(server: Server, tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_a_mirror_with_wrong_bytes_is_reported_and_the_next_one_is_tried_from_sc
 ) -> None:
     urls = [server.serve("/a", whole(bytes(1000))), server.serve("/b", in_pieces(CONTENT, len(CONTENT)))]
     assert fetch(urls, tmp_path / "f", way_out="-", sha256=SHA256).read_bytes() == CONTENT
-    assert server.asked == [("/a", None), ("/b", None)]
+    assert server.requests == [("/a", None), ("/b", None)]
     assert re.search(r"/a: it is not the published file, .*; trying the next address", capsys.readouterr().out)
     assert listing(tmp_path) == ["f"]
 
@@ -167,13 +167,13 @@ def test_a_full_disk_is_not_blamed_on_the_mirror(server: Server, tmp_path: Path)
     with pytest.raises(OSError, match="No space left") as raised:
         fetch(urls, tmp_path / "f", way_out="-", sha256=None)
     assert (raised.value.errno, raised.value.filename) == (errno.ENOSPC, str(tmp_path / "f.part"))
-    assert server.asked == [("/a", None)]
+    assert server.requests == [("/a", None)]
 
 
 def test_the_next_mirror_is_tried_when_one_fails(server: Server, tmp_path: Path) -> None:
     urls = [server.serve("/a", status(404)), server.serve("/b", whole(CONTENT))]
     assert fetch(urls, tmp_path / "f", way_out="-").read_bytes() == CONTENT
-    assert [path for path, _ in server.asked] == ["/a", "/b"]
+    assert [path for path, _ in server.requests] == ["/a", "/b"]
 
 
 def test_the_error_of_every_mirror_is_reported(server: Server, tmp_path: Path) -> None:
@@ -266,7 +266,7 @@ def test_camvid_without_a_root_is_fetched_once(
     real = camvid.download
     monkeypatch.setattr(camvid, "download", lambda folder: real(folder, *published))
     assert len(CamVid("train")) == len(CamVid("val")) == fakes.NUM
-    assert len(server.asked) == 1
+    assert len(server.requests) == 1
     assert (tmp_path / "data" / "CamVid" / "train.txt").is_file()
 
 
