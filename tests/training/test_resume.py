@@ -168,7 +168,7 @@ def test_a_finished_run_is_reported_and_left_unchanged(tmp_path, capsys):
 
 def test_resuming_with_another_config_is_refused_and_the_keys_are_named(tmp_path):
     run(tmp_path)
-    with pytest.raises(UsageError, match=r"started with other values of optimizer.lr - give those"):
+    with pytest.raises(UsageError, match=r"started with other values of optimizer.lr - use those"):
         run(tmp_path, "optimizer.lr=0.5", resume="auto")
 
 
