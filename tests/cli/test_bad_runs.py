@@ -206,8 +206,8 @@ def test_data_with_other_classes_is_refused_by_name_and_mapped_on_request(place,
     words = ("evaluate", "run/best.ckpt", "dataset.classes=mine/classes.yaml", "--out")
     done = commands(*words, "refused", cwd=place)
     assert done.code == 2
-    assert "'thing' is in only one of them" in done.sentence
-    assert "dataset.label_map" in done.sentence
+    assert "'thing' is in only one of them" in done.error_message
+    assert "dataset.label_map" in done.error_message
     assert not (place / "refused").exists()
     mapping = "dataset.label_map={thing: class_1, ground: class_0, other: class_2}"
     done = commands(*words, "mapped", mapping, cwd=place)
@@ -418,7 +418,7 @@ def test_a_disk_too_small_for_the_checkpoints_is_an_error_before_the_first_step(
     words += ["model.stages=[[64],[256,256]]", "hydra.run.dir=small/run"]
     done = commands("train", *words, cwd=place, limits={"tmpfs": {str(place / "small"): "4m"}})
     assert done.code == 5, done.err
-    assert "the checkpoints in small/run need at least" in done.sentence
+    assert "the checkpoints in small/run need at least" in done.error_message
     assert "epoch 1" not in done.out
 
 
