@@ -1,7 +1,7 @@
-"""The machine: devices and precision, memory, files written whole, keys for random numbers.
+"""Machine-level services: devices and precision, memory, atomic file writes, and seeds of random numbers.
 
-May import `errors` alone.
+May import only `errors`.
 """
 
-# The environment variable by which a command, and every process that it starts, may tune the C library's malloc.
+# The environment variable that lets a command, and every process it starts, tune the C library's malloc.
 KEEP_FREED = "SEGDECONV_KEEP_FREED_MEMORY"

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, whatever happens while they are written, and folders that one process holds."""
+"""Atomic file writes, folder locks and hashes of files."""
 
 import errno
 import hashlib
@@ -14,65 +14,66 @@ from filelock import FileLock, Timeout
 
 from segdeconv.errors import UsageError
 
-PARTIAL = ".tmp-"  # what the names of files begin with that are being written
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what a file system without locks answers
+PARTIAL = ".tmp-"  # prefix of the names of files that are being written
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # the errors of a file system without locks
 
 
 @contextmanager
 def replacing_path(path: Path) -> Iterator[Path]:
-    """A name to write a file under, which takes the name `path` when it is complete and on the disk.
+    """Yield a temporary path to write to, and rename it to `path` once it is complete and synced to the disk.
 
-    For libraries that open files themselves. The name lies in the same folder, which is made if it is missing, because
-    a rename is atomic only there. No other writer has it, in this process or another. A writer that fails leaves
-    nothing; one that is killed leaves a file whose name begins with PARTIAL.
+    For libraries that open files themselves. The temporary file lies in the same folder, which is created if missing,
+    because a rename is atomic only within a folder. Its name is unique across threads and processes. A writer that
+    fails leaves nothing behind; one that is killed leaves a file whose name begins with PARTIAL.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{PARTIAL}{os.getpid()}-{secrets.token_hex(4)}-{path.name[-40:]}")
     try:
         yield partial
-        with partial.open("r+b") as file:  # Windows syncs only what is open for writing
+        with partial.open("r+b") as file:  # Windows syncs only files that are open for writing
             os.fsync(file.fileno())
         partial.replace(path)
         _sync_folder(path.parent)
     except OSError as error:
-        error.filename = str(path)  # the name that a person knows it by; a failed write says none
+        error.filename = str(path)  # the name the user knows; the error of a failed write has none
         raise
     finally:
-        partial.unlink(missing_ok=True)  # a rename from one name of a file to another of the same does nothing
+        partial.unlink(missing_ok=True)  # renaming a hard link onto the same file does nothing
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write into, by the way of `replacing_path`."""
+    """Yield a binary file to write to, which replaces `path` as `replacing_path` does."""
     with replacing_path(path) as partial, partial.open("wb") as file:
         yield file
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a small file, UTF-8, in one piece."""
+    """Write a small UTF-8 file atomically."""
     with replacing(path) as file:
         file.write(text.encode())
 
 
 def replace_link(path: Path, source: Path) -> None:
-    """Give the file `source` a second name, in place of what had it."""
+    """Create or replace `path` with a hard link to the file `source`."""
     with replacing_path(path) as partial:
         os.link(source, partial)
 
 
 def lock_folder(folder: Path, way_out: str) -> FileLock | None:
-    """Make a folder and lock it for this process, until the lock is released or the process ends.
+    """Create a folder and lock it for this process, until the lock is released or the process ends.
 
-    The kernel holds the lock: a killed process leaves none behind, and neither forked nor spawned children have it.
+    The kernel holds the lock: a killed process leaves none behind, and neither forked nor spawned children inherit it.
 
     Args:
-        way_out: what the error message says to choose another of: `--out`.
+        folder: The folder, created if missing.
+        way_out: The option that chooses another folder, for the error message, such as `--out`.
 
     Returns:
         The lock, or None where the file system has no locks.
 
     Raises:
-        UsageError: another process holds the folder.
+        UsageError: Another process has locked the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ".lock"
@@ -86,7 +87,7 @@ def lock_folder(folder: Path, way_out: str) -> FileLock | None:
         lock.acquire()
     except Timeout:
         holder = ""
-        with suppress(OSError):  # Windows lets nobody read a locked file
+        with suppress(OSError):  # Windows does not let anyone read a locked file
             holder = path.read_text(errors="replace").strip()
         holder = holder or "another process"
         raise UsageError(f"{folder} is in use by {holder} - wait for it, or choose another {way_out}") from None
@@ -98,7 +99,7 @@ def lock_folder(folder: Path, way_out: str) -> FileLock | None:
 
 
 def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":  # Windows opens no folder
+    if os.name == "nt":  # Windows cannot open folders
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -108,6 +109,6 @@ def _sync_folder(folder: Path) -> None:
 
 
 def hash_file(path: Path, kind: str = "sha256") -> str:
-    """sha256 or md5 of a file, in hex."""
+    """Return the hex digest of a file; `kind` is the name of a hashlib algorithm, such as `sha256` or `md5`."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.new(kind, usedforsecurity=False)).hexdigest()

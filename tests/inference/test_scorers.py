@@ -113,7 +113,7 @@ def test_a_precision_that_is_slow_here_is_not_chosen(monkeypatch):
 
 
 def test_unknown_precision_is_refused():
-    with pytest.raises(ValueError, match=r"precision=fp16 is unknown - it is auto, 32-true, bf16-mixed, 16-mixed"):
+    with pytest.raises(ValueError, match=r"precision=fp16 is unknown - use auto, 32-true, bf16-mixed, 16-mixed"):
         resolve_precision("fp16")
 
 

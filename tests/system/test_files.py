@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Atomic writes, locks and hashes of files."""
 
 import errno
 import fcntl
@@ -18,12 +18,12 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_writer_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
+def test_a_failing_writer_leaves_only_the_old_file(tmp_path):
     path = tmp_path / "a"
     replace_text(path, "old")
 
-    def fail(way, write):
-        with way(path) as new:
+    def fail(replace, write):
+        with replace(path) as new:
             write(new)
             assert path.read_text() == "old"
             raise ArithmeticError
@@ -36,34 +36,34 @@ def test_a_writer_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
     assert names(tmp_path) == ["a"]
 
 
-def test_a_file_is_on_the_disk_before_it_has_its_name_and_the_folder_after(tmp_path, monkeypatch):
+def test_the_file_is_synced_before_the_rename_and_the_folder_after_it(tmp_path, monkeypatch):
     order = []
     sync, replace = os.fsync, os.replace
 
-    def noted_sync(descriptor):
+    def recorded_sync(descriptor):
         order.append(f"sync {os.path.basename(os.readlink(f'/proc/self/fd/{descriptor}'))}")
         sync(descriptor)
 
-    def noted_replace(source, target, **named):
+    def recorded_replace(source, target, **arguments):
         order.append("rename")
-        replace(source, target, **named)
+        replace(source, target, **arguments)
 
-    monkeypatch.setattr(os, "fsync", noted_sync)
-    monkeypatch.setattr(os, "replace", noted_replace)
+    monkeypatch.setattr(os, "fsync", recorded_sync)
+    monkeypatch.setattr(os, "replace", recorded_replace)
     replace_text(tmp_path / "a", "text")
     written, *rest = order
     assert written.startswith(f"sync .tmp-{os.getpid()}-")
     assert rest == ["rename", f"sync {tmp_path.name}"]
 
 
-def test_writers_of_the_same_file_in_two_threads_do_not_meet(tmp_path):
-    path, both = tmp_path / "sub" / "a", threading.Barrier(2, timeout=60)
+def test_two_threads_can_write_the_same_file_at_once(tmp_path):
+    path, barrier = tmp_path / "sub" / "a", threading.Barrier(2, timeout=60)
 
     def write(content):
         with replacing(path) as file:
-            both.wait()  # each has its file open
+            barrier.wait()  # barrier files are open
             file.write(content)
-            both.wait()
+            barrier.wait()
 
     threads = [threading.Thread(target=write, args=[content]) for content in (b"one", b"three")]
     for thread in threads:
@@ -74,15 +74,15 @@ def test_writers_of_the_same_file_in_two_threads_do_not_meet(tmp_path):
     assert names(path.parent) == ["a"]
 
 
-def test_a_second_name_for_the_same_file_leaves_nothing_behind(tmp_path):
-    """The kernel renames nothing where both names are of one file."""
+def test_a_repeated_hard_link_leaves_no_temporary_file(tmp_path):
+    """Renaming a hard link onto the same file does nothing."""
     (tmp_path / "last").write_text("x")
     for _ in range(2):
         replace_link(tmp_path / "previous", tmp_path / "last")
         assert names(tmp_path) == ["last", "previous"]
 
 
-def test_a_name_as_long_as_a_name_may_be_is_written_too(tmp_path):
+def test_a_file_name_of_the_maximum_length_can_be_written(tmp_path):
     path = tmp_path / ("ä" * 127)
     replace_text(path, "text")
     assert path.read_text() == "text"
@@ -111,15 +111,15 @@ def test_a_worker_that_outlives_a_killed_process_does_not_keep_its_lock(tmp_path
             lock = lock_folder(tmp_path, "name")
             assert lock is not None
             lock.release()
-            os.kill(worker, 0)  # is still there
+            os.kill(worker, 0)  # it is still alive
         finally:
             os.kill(worker, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("answer", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
-def test_a_file_system_without_locks_locks_nothing(tmp_path, monkeypatch, answer):
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_lock_folder_returns_none_on_a_file_system_without_locks(tmp_path, monkeypatch, code):
     def refuse(descriptor, operation):
-        raise OSError(answer, os.strerror(answer))
+        raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     assert lock_folder(tmp_path / "new", "name") is None

@@ -1,4 +1,4 @@
-"""Freed memory stays with the process where networks run on the CPU."""
+"""Commands keep freed memory where networks run on the CPU."""
 
 import os
 import platform
@@ -12,13 +12,13 @@ from segdeconv.system import KEEP_FREED
 PROBE = """
 import resource, sys, torch
 from segdeconv.system.memory import keep_freed
-if sys.argv[1] != "given back":
+if sys.argv[1] != "released":
     keep_freed(torch.device("cpu"))
 else:
-    keep_freed(torch.device("meta"))  # another device: nothing is changed
+    keep_freed(torch.device("meta"))  # another device, which changes nothing
 def step():
     torch.empty(64 << 20, dtype=torch.uint8).fill_(1)
-for _ in range(40):  # small tensors settle in what was freed, for up to 11 steps; then the heap keeps its shape
+for _ in range(40):  # small tensors fill freed memory for up to 11 steps; then the heap is stable
     step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(4):
@@ -27,22 +27,22 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-def faults(how):
+def page_faults(mode):
     environment = {name: value for name, value in os.environ.items() if name != KEEP_FREED}
-    if how != "from Python":
+    if mode != "from Python":
         environment[KEEP_FREED] = "1"
     done = subprocess.run(
-        [sys.executable, "-c", PROBE, how], capture_output=True, text=True, check=True, env=environment
+        [sys.executable, "-c", PROBE, mode], capture_output=True, text=True, check=True, env=environment
     )
     return int(done.stdout)
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="this C library decides by itself")
-def test_a_tensor_of_the_next_step_takes_the_memory_of_the_last_one():
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is tuned")
+def test_the_next_step_reuses_the_memory_of_the_last_one():
     pages = (64 << 20) // 4096
-    assert faults("kept") < pages / 10
-    assert faults("from Python") > pages  # whose process it is not to change
-    assert faults("given back") > pages  # four times over, or a quarter of that in larger pages
+    assert page_faults("kept") < pages / 10
+    assert page_faults("from Python") > pages  # the process of another program is not changed
+    assert page_faults("released") > pages  # four times over, or a quarter of that in larger pages
 
 
 HELD = """
@@ -50,20 +50,20 @@ import torch
 from segdeconv.system.memory import release_memory, keep_freed
 from segdeconv.system.memory import peak
 keep_freed(torch.device("cpu"))
-start = peak(anew=True)
+start = peak(reset=True)
 large = [torch.empty(4 << 20, dtype=torch.uint8).fill_(1) for _ in range(64)]
 del large
-kept = peak(anew=True) - start
+kept = peak(reset=True) - start
 release_memory()
-print(kept, peak(anew=True) - start)
+print(kept, peak(reset=True) - start)
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="this C library decides by itself")
-def test_what_was_kept_can_be_handed_back_before_memory_is_measured():
-    # Where there is a GPU its memory would be measured.
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is tuned")
+def test_kept_memory_can_be_released_before_memory_is_measured():
+    # With a GPU, its memory would be measured instead.
     cpu = {**os.environ, KEEP_FREED: "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, "-c", HELD], capture_output=True, text=True, check=True, env=cpu)
     kept, left = map(int, done.stdout.split())
-    assert kept > 250 << 20  # of 256 MiB that are free
+    assert kept > 250 << 20  # of the 256 MiB that were freed
     assert left < 32 << 20
