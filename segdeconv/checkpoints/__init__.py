@@ -1,4 +1,4 @@
-"""Checkpoint files, and weights with a card: written whole, verified, plain data; starting from another network.
+"""Checkpoint files, shared weights with a card, and transfer of weights between networks.
 
 May import everything up to `data`.
 """

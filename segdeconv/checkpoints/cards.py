@@ -1,7 +1,8 @@
-"""Weights to share: NAME.safetensors, and NAME.json beside it, the card that says what they are.
+"""Weights for sharing: NAME.safetensors and its card, NAME.json, which describes them.
 
-A .safetensors file is numbers with their names and can hold nothing that runs; the card is plain JSON: config, facts
-and the sha256 of the numbers. The networks that the package ships lie in `segdeconv/checkpoints/weights` in this form.
+A .safetensors file contains named tensors and cannot contain code. The card is plain JSON: the config, the metadata
+(`facts`) and the sha256 of the weights file. The networks shipped with the package lie in
+`segdeconv/checkpoints/weights` in this form.
 """
 
 import hashlib
@@ -19,27 +20,34 @@ from segdeconv.system.files import replace_text, replacing
 
 SUFFIX = ".safetensors"
 SHIPPED = Path(__file__).resolve().parent / "weights"
-LONGEST = 1 << 24  # bytes of a card; nobody writes more
+MAX_CARD_BYTES = 1 << 24  # far more than a card needs
 
 
 def card_of(path: Path) -> Path:
-    """The card that belongs to a file of weights."""
+    """Return the path of the card that belongs to a file of weights."""
     return path.with_suffix(".json")
 
 
 def write(path: Path, weights: Mapping[str, Tensor], card: Mapping[str, Any], *, half: bool = False) -> None:
-    """Write weights and their card, whose `sha256` becomes that of the weights.
+    """Write weights and their card, adding the `sha256` of the weights to the card.
 
-    half: float16 for everything of two dimensions or more. Vectors stay as they are: they are few, and the running
-        variances of raw pixels are beyond what float16 holds.
+    The old card is removed first and the new one written last, so that an interrupted write leaves weights without a
+    card, which are refused, and never weights with the wrong card.
 
-    The card is taken away first and written last, so that a cut leaves weights without a card, which are refused, and
-    never weights with the card of others.
+    Args:
+        path: The .safetensors file.
+        weights: The tensors by name.
+        card: The content of the card; plain data.
+        half: Whether to write tensors of two or more dimensions as float16. Vectors keep their dtype: they are small,
+            and the running variances of raw pixels exceed the range of float16.
+
+    Raises:
+        UsageError: `path` has another suffix, or a tensor exceeds the range of float16.
     """
     if path.suffix != SUFFIX:
-        raise UsageError(f"{path} is to hold weights with a card - name it {path.with_suffix(SUFFIX).name}")
-    numbers = {name: _halved(name, tensor) if half else tensor for name, tensor in weights.items()}
-    content = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in numbers.items()})
+        raise UsageError(f"{path} does not end in {SUFFIX} - name it {path.with_suffix(SUFFIX).name}")
+    tensors = {name: _to_half(name, tensor) if half else tensor for name, tensor in weights.items()}
+    content = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
     card_of(path).unlink(missing_ok=True)
     with replacing(path) as file:
         file.write(content)
@@ -47,54 +55,64 @@ def write(path: Path, weights: Mapping[str, Tensor], card: Mapping[str, Any], *,
     replace_text(card_of(path), json.dumps({**card, "sha256": sha256}, indent=1) + "\n")
 
 
-def _halved(name: str, tensor: Tensor) -> Tensor:
+def _to_half(name: str, tensor: Tensor) -> Tensor:
     if not tensor.is_floating_point() or tensor.ndim < 2:
         return tensor
     half = tensor.to(torch.float16)
     if not bool(torch.isfinite(half).all()):
-        raise UsageError(f"{name} holds numbers beyond what float16 does - write the weights in float32")
+        raise UsageError(f"{name} contains values beyond the range of float16 - write the weights in float32")
     return half
 
 
 def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(card, weights) of a file, verified by the card's sha256; half precision becomes float32.
+    """Read weights and their card, verified by the card's sha256.
 
-    Raises CheckpointError where the card is missing or damaged, or the weights are not those it was written with.
+    Args:
+        path: The .safetensors file.
+
+    Returns:
+        The card, and the weights by name. Half precision becomes float32.
+
+    Raises:
+        CheckpointError: The card is missing or damaged, or does not belong to the weights.
     """
     try:
         with card_of(path).open("rb") as file:
-            card = json.loads(file.read(LONGEST))
+            card = json.loads(file.read(MAX_CARD_BYTES))
     except FileNotFoundError:
         raise CheckpointError(
-            f"{path} is without its card, {card_of(path).name} - put the .json beside it that was written with it"
+            f"{path} has no card {card_of(path).name} beside it - copy the .json file that was written with it there"
         ) from None
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{card_of(path)} is no card ({type(error).__name__}) - use another copy") from error
+        raise CheckpointError(
+            f"{card_of(path)} is not a valid card ({type(error).__name__}) - use another copy"
+        ) from error
     content = path.read_bytes()
     if not isinstance(card, dict) or hashlib.sha256(content).hexdigest() != card.get("sha256"):
         raise CheckpointError(
-            f"{path} is damaged or not what {card_of(path).name} was written for: its sha256 is another - use another "
-            "copy of both"
+            f"{path} is damaged or does not belong to {card_of(path).name}: its sha256 is not the one in the card - "
+            "use another copy of both"
         )
     try:
         weights = safetensors.torch.load(content)
-    except Exception as error:  # of types of its own
+    except Exception as error:  # safetensors raises its own types
         raise CheckpointError(
-            f"{path} is not a .safetensors file that can be read ({type(error).__name__}) - use another copy"
+            f"{path} is not a readable .safetensors file ({type(error).__name__}) - use another copy"
         ) from error
     halves = (torch.float16, torch.bfloat16)
     return card, {name: tensor.float() if tensor.dtype in halves else tensor for name, tensor in weights.items()}
 
 
 def shipped() -> list[str]:
-    """The names of the networks that the package ships."""
+    """Return the names of the networks shipped with the package."""
     return sorted(path.stem for path in SHIPPED.glob(f"*{SUFFIX}"))
 
 
-def located(path: Path) -> Path:
-    """The file that a CHECKPOINT argument means: the one of this path if there is one, else the shipped network.
+def resolve_path(path: Path) -> Path:
+    """Return the file that a CHECKPOINT argument refers to: this path if it is a file, else the shipped network.
 
-    Raises UsageError for what is neither.
+    Raises:
+        UsageError: It is neither.
     """
     if path.is_file():
         return path
@@ -103,6 +121,6 @@ def located(path: Path) -> Path:
         return SHIPPED / f"{path}{SUFFIX}"
     if names and path.parent == Path() and not path.suffix:
         raise UsageError(
-            f"there is no checkpoint {path} and no shipped network of this name - {did_you_mean(str(path), names)}"
+            f"checkpoint {path} not found, and no shipped network has this name - {did_you_mean(str(path), names)}"
         )
-    raise UsageError(f"there is no checkpoint {path} - give a file such as runs/<dataset>-<model>/<time>/best.ckpt")
+    raise UsageError(f"checkpoint {path} not found - give a file such as runs/<dataset>-<model>/<time>/best.ckpt")

@@ -1,9 +1,9 @@
-"""Checkpoints: whole or not at all, verified before they are read, plain data that runs no code.
+"""Checkpoint files: written atomically, verified before they are read, and plain data that cannot run code.
 
-A file holds `hyper_parameters = {"config": ..., "facts": ...}` beside the weights: *config* is the config that was
-chosen, *facts* what the data is (classes, preprocessing, class weights). Both are plain, so a checkpoint alone, in an
-empty directory, is enough to evaluate and predict. Weights alone are shared as .safetensors with a card (cards.py) and
-read like any other.
+A file contains `hyper_parameters = {"config": ..., "facts": ...}` beside the weights: *config* is the config of the
+run, *facts* the metadata of its data (classes, preprocessing, class weights). Both are plain data, so a checkpoint
+alone, in an empty directory, is enough to evaluate and predict. Weights alone are shared as .safetensors with a card
+(cards.py) and read like any other checkpoint.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from segdeconv.data.preprocessing import Preprocessing
 
 FORMAT = 1
-AVERAGED = "averaged."  # what the names of averaged weights begin with
+AVERAGED = "averaged."  # prefix of the names of averaged weights
 
-# What a config in a checkpoint may name. Exact names: a prefix such as `torch.` would let torch.load through.
+# The targets that a config in a checkpoint may name. Exact names: a prefix such as `torch.` would admit torch.load.
 ADMITTED = frozenset(
     {
         "segdeconv.data.ADE20K",
@@ -81,14 +81,21 @@ ADMITTED = frozenset(
 
 HASH_LINE = re.compile(r"[0-9a-f]{64}")
 PARTS = ("hyper_parameters", "segdeconv", "state_dict")
-SIDECAR_LINES = 4  # the file that is there and those that a cut may have left in its place
-SIDECAR_BYTES = 4096  # that many lines; a longer file is no sidecar
+SIDECAR_LINES = 4  # the hash of the current file, and those of files that interrupted writes may have left
+SIDECAR_BYTES = 4096  # more than that many lines need; the rest of a longer file is not read
 REQUIRED_TO_RESUME = frozenset({"global_step", "loops", "optimizer_states"})
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was read: the config, the facts of its data, and the whole of its plain content."""
+    """A checkpoint that was read and verified.
+
+    Attributes:
+        path: The file.
+        config: The config that the network was trained with.
+        facts: The metadata of the data: classes, preprocessing, precision and others.
+        content: The whole content of the file, as plain data.
+    """
 
     path: Path
     config: dict[str, Any]
@@ -102,25 +109,29 @@ class Checkpoint:
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """What is done to an image before the network sees it, at the config's `dataset.size`."""
-        from segdeconv.data.preprocessing import Preprocessing  # late: albumentations takes a second to import
+        """The preprocessing of images, with the input size of the config's `dataset.size`."""
+        from segdeconv.data.preprocessing import Preprocessing  # imported late: albumentations takes a second
 
         return Preprocessing.from_dict({**self.facts["preprocessing"], "size": self.config["dataset"]["size"]})
 
     @property
     def sha256(self) -> str:
-        """Of the file."""
+        """The sha256 of the file, in hex."""
         return hash_file(self.path)
 
     @property
     def weights(self) -> dict[str, torch.Tensor]:
-        """The network's state dict: the average of the weights if one was kept, else the last ones."""
+        """The state dict of the network: the averaged weights if the checkpoint has them, else the last ones."""
         state = self.content["state_dict"]
         prefix = AVERAGED if any(name.startswith(AVERAGED) for name in state) else "model."
         return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
     def model(self) -> SegmentationModel:
-        """The network, built from the config, with its weights, in evaluation mode."""
+        """Build the network from the config and load its weights, in evaluation mode.
+
+        Raises:
+            CheckpointError: The weights do not fit the network of the config.
+        """
         in_channels = len(self.facts["preprocessing"]["mean"])
         model = build_model(check_model(self.config["model"]), len(self.classes), in_channels, fresh=True)
         try:
@@ -128,28 +139,34 @@ class Checkpoint:
         except RuntimeError as error:
             first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
             raise CheckpointError(
-                f"{self.path} does not hold the weights its config names ({first}) - it was changed after training"
+                f"{self.path} does not contain the weights that its config describes ({first}) - it was changed after "
+                "training; use another copy"
             ) from error
         return model.eval()
 
 
 def write(content: Mapping[str, Any], path: Path) -> None:
-    """Write a checkpoint under its final name only when it is whole and on the disk.
+    """Write a checkpoint and its sidecar, replacing the old file only when the new one is complete and on the disk.
 
-    The sidecar `<name>.sha256` is renewed before the rename. It names the new hash first and then those that it named
-    before, so that whichever file a cut leaves is one that the sidecar knows, and also when the next writer is cut too.
+    The sidecar `<name>.sha256` is updated before the rename. It lists the new hash first and then the previous ones, so
+    that it lists the hash of whichever file an interrupted write leaves, even if several writes in a row are
+    interrupted.
+
+    Args:
+        content: The content; plain data and tensors.
+        path: The file to write.
     """
     with replacing_path(path) as partial:
         try:
             with partial.open("wb") as file:
                 torch.save(dict(content), file)
-        except RuntimeError as error:  # torch closes its archive, and hides that the disk was full or a worker died
+        except RuntimeError as error:  # the error of closing the archive hides the real one
             if error.__context__ is not None:
                 raise error.__context__ from None
             raise
-        before = _known(path) if path.is_file() and sidecar_of(path).is_file() else []
-        known = list(dict.fromkeys([hash_file(partial), *before]))[:SIDECAR_LINES]
-        replace_text(sidecar_of(path), "".join(f"{digest}  {path.name}\n" for digest in known))
+        previous = _read_hashes(path) if path.is_file() and sidecar_of(path).is_file() else []
+        hashes = list(dict.fromkeys([hash_file(partial), *previous]))[:SIDECAR_LINES]
+        replace_text(sidecar_of(path), "".join(f"{digest}  {path.name}\n" for digest in hashes))
 
 
 def write_weights(
@@ -159,38 +176,56 @@ def write_weights(
     half: bool = False,
     about: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write what a checkpoint predicts with, PATH.safetensors, and its card, PATH.json; `read` takes them back.
+    """Write the weights of a checkpoint for sharing, with a card beside them; `read` accepts them as a checkpoint.
 
-    half: see `cards.write`. about: what else the card shall say (scores, licence, author); plain data.
+    Args:
+        checkpoint: The checkpoint. Of averaged and last weights, those that it predicts with are written.
+        path: The .safetensors file; the card has the same name with the suffix .json.
+        half: See `cards.write`.
+        about: Further entries of the card (scores, licence, author); plain data.
+
+    Raises:
+        UsageError: See `cards.write`.
     """
-    ours = {"format": FORMAT, "config": checkpoint.config, "facts": checkpoint.facts}
-    cards.write(path, checkpoint.weights, {**(about or {}), **ours}, half=half)
+    own_entries = {"format": FORMAT, "config": checkpoint.config, "facts": checkpoint.facts}
+    cards.write(path, checkpoint.weights, {**(about or {}), **own_entries}, half=half)
 
 
 def sidecar_of(path: Path) -> Path:
-    """The file that says what a checkpoint's hash is."""
+    """Return the path of the file that lists the hash of a checkpoint."""
     return path.with_name(path.name + ".sha256")
 
 
-def _known(path: Path) -> list[str]:
+def _read_hashes(path: Path) -> list[str]:
     with sidecar_of(path).open("rb") as file:
         return HASH_LINE.findall(file.read(SIDECAR_BYTES).decode(errors="replace"))
 
 
 def verify(path: Path) -> None:
-    """Raise CheckpointError unless the file is the one its sidecar names; a missing sidecar is only a warning."""
+    """Check a file against the hashes in its sidecar; a missing sidecar only prints a warning.
+
+    Raises:
+        CheckpointError: The sidecar does not list the hash of the file.
+    """
     sidecar = sidecar_of(path)
     if not sidecar.is_file():
         print(f"segdeconv: warning: {sidecar.name} is missing, so {path} cannot be verified", file=sys.stderr)
         return
-    if hash_file(path) not in _known(path):
+    if hash_file(path) not in _read_hashes(path):
         raise CheckpointError(
             f"{path} is damaged: its sha256 is not the one in {sidecar.name} - use another checkpoint"
         )
 
 
 def load_plain(path: Path) -> dict[str, Any]:
-    """Verify and read a file of tensors and plain data. Never unpickles a class."""
+    """Verify a checkpoint file and read its content: tensors and plain data. Never unpickles a class.
+
+    Args:
+        path: A .ckpt file, or a .safetensors file with its card.
+
+    Raises:
+        CheckpointError: The file is damaged, or is not a checkpoint that can be read safely.
+    """
     if path.suffix == cards.SUFFIX:
         return _load_weights(path)
     verify(path)
@@ -199,18 +234,17 @@ def load_plain(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types for a damaged, foreign or hostile file
         raise CheckpointError(
-            f"{path} is not a checkpoint that can be read safely ({type(error).__name__}) - give one that training "
-            "wrote"
+            f"{path} cannot be read safely as a checkpoint ({type(error).__name__}) - give a file that training wrote"
         ) from error
     if not isinstance(content, dict):
         raise CheckpointError(
-            f"{path} holds a {type(content).__name__}, not a checkpoint - give one that training wrote"
+            f"{path} contains a {type(content).__name__}, not a checkpoint - give a file that training wrote"
         )
     return content
 
 
 def _load_weights(path: Path) -> dict[str, Any]:
-    """Weights and their card, as the content of a checkpoint."""
+    """Read weights and their card in the form of a checkpoint's content."""
     card, weights = cards.read_weights(path)
     return {
         "hyper_parameters": {"config": card.get("config"), "facts": card.get("facts")},
@@ -220,62 +254,74 @@ def _load_weights(path: Path) -> dict[str, Any]:
 
 
 def _require_plain_zip(path: Path) -> None:
-    """Only what torch.save writes: not its older formats, each with a reader of its own, and nothing that inflates."""
+    """Raise BadZipFile for a zip file that is compressed, and for a file that is not a zip.
+
+    torch.save stores its entries uncompressed; its older formats would be read by other, less strict readers.
+    """
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise zipfile.BadZipFile("compressed")
     if sum(entry.file_size for entry in entries) > path.stat().st_size:
-        raise zipfile.BadZipFile("larger inside than outside")
+        raise zipfile.BadZipFile("entries larger than the archive")
 
 
 def foreign(config: Any) -> list[str]:
-    """The classes that a config names and that are not of segdeconv: what `--trust` has to say."""
+    """Return the classes that a config names but segdeconv does not define, which `--trust` has to list."""
     return sorted(set(targets(config)) - ADMITTED)
 
 
 def read(path: str | Path, *, trust: Collection[str] = (), overrides: Iterable[str] = ()) -> Checkpoint:
-    """Verify, read and admit a checkpoint: a .ckpt, a .safetensors with its card, or the name of a shipped network.
+    """Read a checkpoint, after checking that it is undamaged and names no foreign classes.
 
-    trust: names of classes beyond ADMITTED that its config may use (`--trust package.module.Class`).
-    overrides: `key=value` arguments of a command line, set in the config after it was admitted.
-    Raises CheckpointError for a file that is damaged, foreign, newer than this version, whose weights are not finite,
-    or that names anything else.
+    Args:
+        path: A .ckpt file, a .safetensors file with its card, or the name of a shipped network.
+        trust: Names of further classes that its config may use beside ADMITTED (`--trust package.module.Class`).
+        overrides: `key=value` arguments of a command line, applied to the config after it was checked.
+
+    Raises:
+        UsageError: The path is a URL or does not exist, or an override is invalid.
+        CheckpointError: The file is damaged, is not a segdeconv checkpoint, was written by a newer version, contains
+            weights that are not finite, or names a class that is not trusted.
     """
     if "://" in str(path):
-        raise UsageError(f"{path} is an address - download the file and check it first")
-    path = cards.located(Path(path))
+        raise UsageError(f"{path} is a URL - download the file and check it first")
+    path = cards.resolve_path(Path(path))
     content = load_plain(path)
     if not _has_parts(*(content.get(part) for part in PARTS)):
-        raise CheckpointError(f"{path} is not a checkpoint of segdeconv - give one that training wrote")
-    metadata, ours, _ = (content[part] for part in PARTS)
-    version = ours.get("format")
+        raise CheckpointError(f"{path} is not a segdeconv checkpoint - give a file that training wrote")
+    hyper_parameters, versions, _ = (content[part] for part in PARTS)
+    version = versions.get("format")
     if version != FORMAT:
-        raise CheckpointError(f"{path} has format {version} and this version reads {FORMAT} - upgrade segdeconv")
+        raise CheckpointError(
+            f"{path} has format {version}, but this version reads format {FORMAT} - upgrade segdeconv"
+        )
     try:
-        config, facts = rename_keys(metadata["config"], path), metadata["facts"]
+        config, facts = rename_keys(hyper_parameters["config"], path), hyper_parameters["facts"]
     except UsageError as error:
         raise CheckpointError(str(error)) from error
     unknown = [name for name in foreign([config, facts]) if name not in trust]
     if unknown:
         raise CheckpointError(
-            f"{path} names {', '.join(unknown)}, which {'is' if len(unknown) == 1 else 'are'} not of segdeconv - if "
-            f"you know the author, add {' '.join(f'--trust {name}' for name in unknown)}"
+            f"{path} names {', '.join(unknown)}, which {'is' if len(unknown) == 1 else 'are'} not part of segdeconv - "
+            f"if you trust the author, add {' '.join(f'--trust {name}' for name in unknown)}"
         )
     _require_facts(path, facts)
     for name, value in content["state_dict"].items():
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise CheckpointError(f"{path} holds weights that are not finite ({name}) - use an earlier checkpoint")
+            raise CheckpointError(f"{path} contains weights that are not finite ({name}) - use an earlier checkpoint")
     return Checkpoint(path, override(config, overrides), facts, content)
 
 
-def _has_parts(metadata: Any, ours: Any, weights: Any) -> bool:
-    """Whether the parts of a checkpoint are there, and of their types, before anything in them is used."""
+def _has_parts(hyper_parameters: Any, versions: Any, weights: Any) -> bool:
+    """Return whether all parts of a checkpoint are present and have the right types."""
     return (
-        isinstance(metadata, dict)
-        and set(metadata) == {"config", "facts"}  # Lightning would take `_instantiator` and the like for orders
-        and all(isinstance(node, dict) for node in (*metadata.values(), metadata["config"].get("model")))
-        and isinstance(ours, dict)
+        isinstance(hyper_parameters, dict)
+        and set(hyper_parameters) == {"config", "facts"}  # Lightning would act on `_instantiator` and similar keys
+        and all(
+            isinstance(node, dict) for node in (*hyper_parameters.values(), hyper_parameters["config"].get("model"))
+        )
+        and isinstance(versions, dict)
         and isinstance(weights, dict)
         and all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in weights.items())
     )
@@ -285,16 +331,21 @@ def _require_facts(path: Path, facts: dict[str, Any]) -> None:
     try:
         Classes.from_dict(facts["classes"])
         len(facts["preprocessing"]["mean"])
-    except Exception as error:  # whatever plain data of other shapes leads to
+    except Exception as error:  # malformed plain data can raise any type
         raise CheckpointError(
-            f"{path} does not say its classes and preprocessing as training writes them ({type(error).__name__}: "
-            f"{error}) - give one that training wrote"
+            f"{path} does not contain its classes and preprocessing in the form that training writes "
+            f"({type(error).__name__}: {error}) - give a file that training wrote"
         ) from error
 
 
-def require_resumable(read: Checkpoint) -> None:
-    """Raise CheckpointError for weights alone, which say nothing about where training was."""
-    if missing := sorted(REQUIRED_TO_RESUME - set(read.content)):
+def require_resumable(checkpoint: Checkpoint) -> None:
+    """Check that a checkpoint contains the state of training, not only weights.
+
+    Raises:
+        CheckpointError: A part of the state is missing.
+    """
+    if missing := sorted(REQUIRED_TO_RESUME - set(checkpoint.content)):
         raise CheckpointError(
-            f"{read.path} holds weights only, without {', '.join(missing)} - start from it with init_from={read.path}"
+            f"{checkpoint.path} contains only weights, without {', '.join(missing)} - start from it with "
+            f"init_from={checkpoint.path}"
         )

@@ -1,4 +1,4 @@
-"""Starting from another network's checkpoint: what fits is taken over, the head class by class."""
+"""Transfer of weights from another network's checkpoint, with the head matched class by class."""
 
 from itertools import product
 
@@ -10,32 +10,46 @@ from segdeconv.errors import UsageError
 from segdeconv.models import SegmentationModel
 from segdeconv.models.vgg import adapt_channels
 
-MOST_SHOWN = 6
+MAX_SHOWN = 6
 
 
 @torch.no_grad()
 def transfer_weights(model: SegmentationModel, classes: Classes, source: Checkpoint) -> str:
-    """Copy into a network what a checkpoint has under the same names in the same shapes.
+    """Copy into a network the weights of a checkpoint that have the same names and shapes.
 
-    The rows of a head (`SegmentationModel.heads`), and the columns of one that goes from classes to classes, are
-    matched by the names of the classes, whatever their order and number; a first convolution that has seen other
-    channels is adapted. Returns what was done, in words.
+    The rows of a head (`SegmentationModel.heads`), and the columns of a head that maps classes to classes, are matched
+    by class name, regardless of the order and number of classes. A first convolution for other channels is adapted.
+
+    Args:
+        model: The network to copy into.
+        classes: The classes of the network.
+        source: The checkpoint to copy from.
+
+    Returns:
+        A summary in a few lines: what was copied and what was not.
+
+    Raises:
+        UsageError: No tensor outside the head fits.
     """
-    given = source.weights
-    before = {name: index for index, name in enumerate(source.classes.names)}
-    rows = [(index, before[name]) for index, name in enumerate(classes.names) if name in before]
+    weights = source.weights
+    source_rows = {name: index for index, name in enumerate(source.classes.names)}
+    rows = [(index, source_rows[name]) for index, name in enumerate(classes.names) if name in source_rows]
     head, body = 0, 0
-    left = []
+    not_copied = []
     channels = len(source.facts["preprocessing"]["mean"])
     for name, tensor in model.state_dict().items():
-        old = given.get(name)
-        ways = min(model.class_dimensions(name), tensor.ndim)
+        old = weights.get(name)
+        class_dims = min(model.class_dimensions(name), tensor.ndim)
         if old is None:
-            left.append(f"{name} (not in it)")
-        elif ways and tensor.shape[:ways] == (len(classes),) * ways and old.shape[ways:] == tensor.shape[ways:]:
-            for matched in product(rows, repeat=ways):
-                here, there = zip(*matched, strict=True)
-                tensor[here] = old[there]
+            not_copied.append(f"{name} (not in the checkpoint)")
+        elif (
+            class_dims
+            and tensor.shape[:class_dims] == (len(classes),) * class_dims
+            and old.shape[class_dims:] == tensor.shape[class_dims:]
+        ):
+            for matched in product(rows, repeat=class_dims):
+                target, origin = zip(*matched, strict=True)
+                tensor[target] = old[origin]
             head += 1
         elif old.shape == tensor.shape:
             tensor.copy_(old)
@@ -44,22 +58,22 @@ def transfer_weights(model: SegmentationModel, classes: Classes, source: Checkpo
             tensor.copy_(adapt_channels(old, tensor.shape[1]))
             body += 1
         else:
-            left.append(f"{name} ({_shape(old)} there, {_shape(tensor)} here)")
+            not_copied.append(f"{name} ({_shape(old)} in the checkpoint, {_shape(tensor)} here)")
     if not body:
         raise UsageError(
-            f"init_from={source.path} and this network have no layer in common - choose the model that it was trained "
-            f"with, {source.config['model']['_target_']}"
+            f"init_from={source.path} has no layer in common with this network - choose the model that it was "
+            f"trained with, {source.config['model']['_target_']}"
         )
-    fresh = [name for name in classes.names if name not in before]
+    fresh = [name for name in classes.names if name not in source_rows]
     lines = [
-        f"started from {source.path}: {head + body} of {head + body + len(left)} tensors taken over",
-        f"  classes it knows: {', '.join(classes.names[row] for row, _ in rows) or 'none'}",
+        f"started from {source.path}: {head + body} of {head + body + len(not_copied)} tensors copied",
+        f"  classes copied: {', '.join(classes.names[row] for row, _ in rows) or 'none'}",
     ]
     if fresh:
-        lines.append(f"  classes that start anew: {', '.join(fresh)}")
-    if left:
-        more = f" and {len(left) - MOST_SHOWN} more" if len(left) > MOST_SHOWN else ""
-        lines.append(f"  not taken over: {', '.join(left[:MOST_SHOWN])}{more}")
+        lines.append(f"  new classes: {', '.join(fresh)}")
+    if not_copied:
+        more = f" and {len(not_copied) - MAX_SHOWN} more" if len(not_copied) > MAX_SHOWN else ""
+        lines.append(f"  not copied: {', '.join(not_copied[:MAX_SHOWN])}{more}")
     return "\n".join(lines)
 
 

@@ -35,7 +35,7 @@ def replacing_path(path: Path) -> Iterator[Path]:
         partial.replace(path)
         _sync_folder(path.parent)
     except OSError as error:
-        error.filename = str(path)  # the name the user knows; the error of a failed write has none
+        error.filename = str(path)  # name the target, not the temporary file
         raise
     finally:
         partial.unlink(missing_ok=True)  # renaming a hard link onto the same file does nothing

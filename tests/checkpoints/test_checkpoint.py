@@ -1,4 +1,4 @@
-"""Checkpoint files: whole or not at all, verified, and unable to run code."""
+"""Checkpoint files: written atomically, verified, and unable to run code."""
 
 import contextlib
 import io
@@ -26,19 +26,19 @@ def written(tmp_path, **changes):
     return path
 
 
-def test_what_is_written_is_read_back_and_builds_the_same_network(tmp_path):
-    made = content()
+def test_a_checkpoint_builds_the_network_that_was_written(tmp_path):
+    data = content()
     path = tmp_path / "best.ckpt"
-    checkpoint.write(made, path)
+    checkpoint.write(data, path)
     read = checkpoint.read(path)
     assert read.classes == CLASSES
     weights = read.model().state_dict()
-    assert all(torch.equal(value, weights[name.removeprefix("model.")]) for name, value in made["state_dict"].items())
+    assert all(torch.equal(value, weights[name.removeprefix("model.")]) for name, value in data["state_dict"].items())
     assert not torch.serialization.get_unsafe_globals_in_checkpoint(path)
     assert sorted(os.listdir(tmp_path)) == ["best.ckpt", "best.ckpt.sha256"]
 
 
-def test_the_sidecar_is_what_sha256sum_checks(tmp_path):
+def test_sha256sum_accepts_the_sidecar(tmp_path):
     path = written(tmp_path)
     done = subprocess.run(["sha256sum", "-c", "best.ckpt.sha256"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + str(path)
@@ -55,7 +55,7 @@ def test_a_damaged_file_is_refused_before_it_is_read(tmp_path, damage):
         checkpoint.read(path)
 
 
-def test_a_missing_sidecar_is_a_warning(tmp_path, capsys):
+def test_a_missing_sidecar_prints_a_warning(tmp_path, capsys):
     path = written(tmp_path)
     path.with_name("best.ckpt.sha256").unlink()
     checkpoint.read(path)
@@ -67,28 +67,28 @@ def test_a_pickled_command_is_refused_and_does_not_run(tmp_path, monkeypatch):
     path = tmp_path / "evil.ckpt"
     torch.save(content(payload=Touch(marker)), path)
     torch.load(path, weights_only=False)
-    assert marker.exists(), "the payload must fire under a careless load, or this test shows nothing"
+    assert marker.exists(), "the payload must run in an unsafe load, or this test proves nothing"
     marker.unlink()
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
-    with pytest.raises(CheckpointError, match=r"evil.ckpt is not a checkpoint that can be read safely"):
+    with pytest.raises(CheckpointError, match=r"evil.ckpt cannot be read safely"):
         checkpoint.read(path)
     path.write_bytes(pickle.dumps(Touch(marker)))
-    with pytest.raises(CheckpointError, match=r"can be read safely"):
+    with pytest.raises(CheckpointError, match=r"cannot be read safely"):
         checkpoint.read(path)
     assert not marker.exists()
 
 
 @pytest.mark.parametrize("target", ["os.system", "torch.load", "segdeconv.models.base.Thing", "builtins.eval"])
 @pytest.mark.parametrize("place", ["model", "augment", "facts"])
-def test_a_config_that_names_foreign_code_is_refused_wherever_it_stands(tmp_path, target, place):
-    made = content()
-    remembered = made["hyper_parameters"]
-    (remembered if place == "facts" else remembered["config"])[place] = {"x": {"_target_": target}}
+def test_a_config_that_names_foreign_code_anywhere_is_refused(tmp_path, target, place):
+    data = content()
+    hyper_parameters = data["hyper_parameters"]
+    (hyper_parameters if place == "facts" else hyper_parameters["config"])[place] = {"x": {"_target_": target}}
     if place == "facts":
-        remembered["facts"]["classes"] = CLASSES.to_dict()
+        hyper_parameters["facts"]["classes"] = CLASSES.to_dict()
     path = tmp_path / "evil.ckpt"
-    checkpoint.write(made, path)
-    with pytest.raises(CheckpointError, match=f"names {target}, which is not of segdeconv"):
+    checkpoint.write(data, path)
+    with pytest.raises(CheckpointError, match=f"names {target}, which is not part of segdeconv"):
         checkpoint.read(path)
     if place != "facts":
         checkpoint.read(path, trust=[target])
@@ -97,8 +97,8 @@ def test_a_config_that_names_foreign_code_is_refused_wherever_it_stands(tmp_path
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"hyper_parameters": {}}, "is not a checkpoint of segdeconv"),
-        ({"segdeconv": {"format": 999}}, "has format 999 and this version reads 1 - upgrade"),
+        ({"hyper_parameters": {}}, "is not a segdeconv checkpoint"),
+        ({"segdeconv": {"format": 999}}, "has format 999, but this version reads format 1 - upgrade"),
         ({"segdeconv": {}}, "has format None"),
     ],
 )
@@ -107,22 +107,22 @@ def test_a_foreign_or_newer_file_is_refused(tmp_path, changes, message):
         checkpoint.read(written(tmp_path, **changes))
 
 
-def test_weights_that_are_not_the_configs_are_refused(tmp_path):
-    made = content()
-    made["state_dict"].popitem()
-    checkpoint.write(made, tmp_path / "best.ckpt")
-    with pytest.raises(CheckpointError, match="does not hold the weights its config names"):
+def test_weights_that_do_not_fit_the_config_are_refused(tmp_path):
+    data = content()
+    data["state_dict"].popitem()
+    checkpoint.write(data, tmp_path / "best.ckpt")
+    with pytest.raises(CheckpointError, match="does not contain the weights that its config describes"):
         checkpoint.read(tmp_path / "best.ckpt").model()
 
 
-def test_an_address_and_a_missing_file_are_refused():
-    with pytest.raises(UsageError, match="is an address - download"):
+def test_a_url_and_a_missing_file_are_refused():
+    with pytest.raises(UsageError, match="is a URL - download"):
         checkpoint.read("https://example.org/best.ckpt")
-    with pytest.raises(UsageError, match=r"there is no checkpoint nowhere.ckpt"):
+    with pytest.raises(UsageError, match=r"checkpoint nowhere.ckpt not found"):
         checkpoint.read("nowhere.ckpt")
 
 
-def test_a_writer_that_is_killed_leaves_a_whole_checkpoint(tmp_path):
+def test_a_killed_writer_leaves_a_complete_checkpoint(tmp_path):
     path = tmp_path / "last.ckpt"
     checkpoint.write(content(), path)
     writer = (
@@ -130,12 +130,12 @@ def test_a_writer_that_is_killed_leaves_a_whole_checkpoint(tmp_path):
         "from pathlib import Path\n"
         "from segdeconv.checkpoints import checkpoint\n"
         f"path = Path({str(path)!r})\n"
-        "made = checkpoint.load_plain(path)\n"
-        "made['ballast'] = torch.zeros(400_000)\n"
+        "data = checkpoint.load_plain(path)\n"
+        "data['ballast'] = torch.zeros(400_000)\n"
         "print('ready', flush=True)\n"
         "for count in itertools.count():\n"
-        "    made['count'] = count\n"
-        "    checkpoint.write(made, path)\n"
+        "    data['count'] = count\n"
+        "    checkpoint.write(data, path)\n"
     )
     counts = []
     for delay in (0.03, 0.11, 0.2):
@@ -150,16 +150,16 @@ def test_a_writer_that_is_killed_leaves_a_whole_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("room", [100, 3_000, 9_000])
-def test_a_disk_that_is_full_at_any_byte_is_said_as_such_and_the_old_file_stays(tmp_path, room):
-    """torch meets the full disk twice, and what it says the second time is of its own archive."""
+def test_a_full_disk_is_reported_and_the_old_file_stays(tmp_path, room):
+    """torch fails twice on a full disk, and its second error is about its own archive."""
     path = written(tmp_path)
     before = path.read_bytes()
     assert len(before) > 10_000
     writer = (
         "import resource, sys\nfrom pathlib import Path\nfrom segdeconv.checkpoints import checkpoint\n"
-        f"path = Path({str(path)!r})\nmade = checkpoint.load_plain(path)\n"
+        f"path = Path({str(path)!r})\ndata = checkpoint.load_plain(path)\n"
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, {room}))\n"
-        "try:\n    checkpoint.write(made, path)\nexcept OSError as error:\n    print(error)\n"
+        "try:\n    checkpoint.write(data, path)\nexcept OSError as error:\n    print(error)\n"
     )
     done = subprocess.run([sys.executable, "-c", writer], cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert "File too large" in done.stdout, done.stderr
@@ -170,12 +170,12 @@ def test_a_disk_that_is_full_at_any_byte_is_said_as_such_and_the_old_file_stays(
 
 @pytest.mark.parametrize("nth", [1, 2, 7])
 @pytest.mark.parametrize(
-    "struck", [RuntimeError("DataLoader worker (pid 5) is killed by signal: Killed. "), SystemExit(143)]
+    "error", [RuntimeError("DataLoader worker (pid 5) is killed by signal: Killed. "), SystemExit(143)]
 )
-def test_what_a_signal_says_in_the_midst_of_a_write_is_what_is_heard(tmp_path, monkeypatch, nth, struck):
-    """torch raises the death of a worker wherever the program is, and then cannot close its archive either."""
+def test_an_error_during_a_write_is_not_hidden_by_the_archive(tmp_path, monkeypatch, nth, error):
+    """torch raises the death of a worker wherever the program is, and then fails to close its archive."""
 
-    class Struck(io.BytesIO):
+    class FailingFile(io.BytesIO):
         writes = 0
 
         def open(self, mode):
@@ -184,21 +184,21 @@ def test_what_a_signal_says_in_the_midst_of_a_write_is_what_is_heard(tmp_path, m
         def write(self, content):
             self.writes += 1
             if self.writes == nth:
-                raise struck
+                raise error
             return super().write(content)
 
     @contextlib.contextmanager
     def replacing_path(path):
-        yield Struck()
+        yield FailingFile()
 
     path = written(tmp_path)
     monkeypatch.setattr(checkpoint, "replacing_path", replacing_path)
-    with pytest.raises(type(struck), match=r"is killed by signal|143"):
+    with pytest.raises(type(error), match=r"is killed by signal|143"):
         checkpoint.write({"weights": torch.ones(5000)}, path)
 
 
-def test_a_writer_that_is_cut_twice_before_its_rename_leaves_a_checkpoint_that_its_sidecar_knows(tmp_path, monkeypatch):
-    """The sidecar is renewed first; the second cut must not make it forget the file that is still there."""
+def test_a_checkpoint_matches_its_sidecar_after_several_interrupted_writes(tmp_path, monkeypatch):
+    """The sidecar is written first and must keep listing the hash of the file that is still there."""
     path = written(tmp_path)
     replace = Path.replace
 
@@ -212,20 +212,20 @@ def test_a_writer_that_is_cut_twice_before_its_rename_leaves_a_checkpoint_that_i
         with pytest.raises(KeyboardInterrupt):
             checkpoint.write(content(count=count), path)
         checkpoint.verify(path)
-    for _ in range(9):  # the same step again and again
+    for _ in range(9):  # repeatedly the same step
         with pytest.raises(KeyboardInterrupt):
             checkpoint.write({**checkpoint.load_plain(path), "count": 1}, path)
         checkpoint.verify(path)
 
 
-def test_every_flipped_bit_and_every_cut_is_noticed_before_a_tensor_is_read(tmp_path, monkeypatch):
-    """400 of 400; torch.load alone takes most flips without a word."""
+def test_every_flipped_bit_and_truncation_is_detected_before_a_tensor_is_read(tmp_path, monkeypatch):
+    """torch.load alone accepts most flipped bits silently."""
     path = written(tmp_path)
     whole = path.read_bytes()
     random = np.random.default_rng(0)
 
     def read_too_early(*_, **__):
-        raise AssertionError("a damaged file was handed to torch")
+        raise AssertionError("a damaged file was passed to torch")
 
     monkeypatch.setattr(torch, "load", read_too_early)
     for trial in range(400):
@@ -244,11 +244,11 @@ def test_every_flipped_bit_and_every_cut_is_noticed_before_a_tensor_is_read(tmp_
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
 def test_weights_that_are_not_finite_are_refused(tmp_path, number):
-    made = content()
-    name, value = next((name, value) for name, value in made["state_dict"].items() if value.is_floating_point())
+    data = content()
+    name, value = next((name, value) for name, value in data["state_dict"].items() if value.is_floating_point())
     value.view(-1)[0] = number
-    with pytest.raises(CheckpointError, match=rf"holds weights that are not finite \({name}\)"):
-        checkpoint.read(written(tmp_path, state_dict=made["state_dict"]))
+    with pytest.raises(CheckpointError, match=rf"contains weights that are not finite \({name}\)"):
+        checkpoint.read(written(tmp_path, state_dict=data["state_dict"]))
 
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -256,7 +256,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 
 @pytest.mark.parametrize("path", sorted(GOLDEN.glob("*.ckpt")), ids=lambda path: path.stem)
 def test_checkpoints_of_earlier_versions_are_read_and_score_as_they_did(path, commands, tmp_path):
-    """Written by the versions that their names say, on Shapes; the numbers beside them are of then."""
+    """The files were trained on Shapes with the version in their names; the .json holds the scores of that version."""
     read = checkpoint.read(path)
     assert not torch.serialization.get_unsafe_globals_in_checkpoint(path)
     image = torch.linspace(-1, 1, 3 * 32 * 32).reshape(1, 3, 32, 32)

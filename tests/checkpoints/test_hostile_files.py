@@ -1,4 +1,4 @@
-"""Files made to run code or to write where they should not: each fires under a careless reader and not under ours."""
+"""Malicious files: each payload runs in an unsafe reader and is refused by segdeconv's readers."""
 
 import contextlib
 import io
@@ -28,7 +28,7 @@ from segdeconv.data.files.reading import read_image, read_labels
 from segdeconv.errors import CheckpointError, SegdeconvError, UsageError
 from segdeconv.training.resume import find_run, open_run
 
-MARKER = "marker"  # in the current folder, which is each test's own
+MARKER = "marker"  # in the current folder; each test has its own
 
 
 @pytest.fixture(autouse=True)
@@ -38,15 +38,15 @@ def _own_folder(tmp_path, monkeypatch):
 
 
 def fired():
-    """Whether a payload has left its marker, here or a folder above; takes it away."""
-    found = [path for path in (Path(MARKER), Path("..") / MARKER) if os.path.lexists(path)]
-    for path in found:
+    """Return whether a payload left its marker here or in the parent folder, and remove the marker."""
+    markers = [path for path in (Path(MARKER), Path("..") / MARKER) if os.path.lexists(path)]
+    for path in markers:
         path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
-    return bool(found)
+    return bool(markers)
 
 
 class Call:
-    """Unpickled, it calls a function."""
+    """A call that is executed when it is unpickled."""
 
     def __init__(self, function, *arguments):
         self.call = function, arguments
@@ -60,18 +60,18 @@ def through_getattr():
 
 
 def built():
-    """A class whose state is set by a function of ours: BUILD instead of REDUCE."""
+    """Return a call of `exec`."""
     return Call(exec, f"import pathlib; pathlib.Path({MARKER!r}).touch()")
 
 
 def nested():
-    """torch.load inside a pickle, which reads a second pickle from bytes."""
+    """Return a pickle that calls torch.load on a second pickle."""
     inner = io.BytesIO()
     torch.save(Call(os.system, f"touch {MARKER}"), inner)
-    return Call(_load_carelessly, inner.getvalue())
+    return Call(_load_unsafely, inner.getvalue())
 
 
-def _load_carelessly(data):
+def _load_unsafely(data):
     return torch.load(io.BytesIO(data), weights_only=False)
 
 
@@ -110,8 +110,8 @@ def old_format(payload, path):
 
 
 def in_the_weights(payload, path):
-    made = content()
-    torch.save({**made, "state_dict": {**made["state_dict"], "model.x": payload}}, path)
+    data = content()
+    torch.save({**data, "state_dict": {**data["state_dict"], "model.x": payload}}, path)
 
 
 FORMS = (whole_checkpoint, bare_pickle, old_format, in_the_weights)
@@ -124,33 +124,33 @@ def test_a_checkpoint_that_carries_a_call_is_refused(name, form, monkeypatch):
     path = Path("evil.ckpt")
     form(PICKLES[name](), path)
     torch.load(path, weights_only=False) if form is not bare_pickle else pickle.loads(path.read_bytes())
-    assert fired(), "the payload must fire under a careless load, or this test shows nothing"
+    assert fired(), "the payload must run in an unsafe load, or this test proves nothing"
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     for read in (checkpoint.read, checkpoint.load_plain):
-        with pytest.raises(CheckpointError, match=r"evil.ckpt is not a checkpoint that can be read safely"):
+        with pytest.raises(CheckpointError, match=r"evil.ckpt cannot be read safely"):
             read(path)
     assert not fired()
 
 
-def test_a_model_that_was_scripted_is_refused():
+def test_a_scripted_model_is_refused():
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch will drop it one day
+        warnings.simplefilter("ignore")  # torch.jit.script is deprecated
         torch.jit.script(torch.nn.Linear(1, 1)).save("scripted.ckpt")
-    with pytest.raises(CheckpointError, match="can be read safely"):
+    with pytest.raises(CheckpointError, match="cannot be read safely"):
         checkpoint.read("scripted.ckpt")
 
 
-def test_a_checkpoint_that_inflates_is_refused_before_it_does():
+def test_a_compressed_checkpoint_is_refused_before_it_is_decompressed():
     torch.save(content(), "good.ckpt")
     with zipfile.ZipFile("good.ckpt") as good, zipfile.ZipFile("evil.ckpt", "w", zipfile.ZIP_DEFLATED) as evil:
         for entry in good.infolist():
             evil.writestr(entry.filename, good.read(entry))
         evil.writestr("good/data/999", bytes(50_000_000))
-    with pytest.raises(CheckpointError, match=r"can be read safely \(BadZipFile\)"):
+    with pytest.raises(CheckpointError, match=r"cannot be read safely as a checkpoint \(BadZipFile\)"):
         checkpoint.read("evil.ckpt")
 
 
-# Recipes: what hydra.utils.instantiate runs
+# Configs that hydra.utils.instantiate would run
 
 CONFIGS = {
     "numpy.load": {"_target_": "numpy.load", "file": "evil.npy", "allow_pickle": True},
@@ -176,15 +176,15 @@ CONFIGS = {
     "partial": {"_target_": "shutil.copy", "_partial_": False, "src": os.devnull, "dst": MARKER},
 }  # fmt: skip
 PLACES = {
-    "model": lambda made, node: made["hyper_parameters"]["config"].update(model=node),
-    "augment": lambda made, node: made["hyper_parameters"]["config"].update(augment={"x": node}),
-    "facts": lambda made, node: made["hyper_parameters"]["facts"].update(more=[{"x": node}]),
+    "model": lambda data, node: data["hyper_parameters"]["config"].update(model=node),
+    "augment": lambda data, node: data["hyper_parameters"]["config"].update(augment={"x": node}),
+    "facts": lambda data, node: data["hyper_parameters"]["facts"].update(more=[{"x": node}]),
 }
 
 
 @pytest.fixture
 def _bait(monkeypatch):
-    """The files that the payloads want beside them."""
+    """Create the files that the payloads read."""
     call = Call(os.system, f"touch {MARKER}")
     np.save("evil.npy", np.array([call], dtype=object), allow_pickle=True)
     torch.save(call, "evil.pt")
@@ -200,28 +200,28 @@ def _bait(monkeypatch):
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.usefixtures("_bait")
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_config_in_a_checkpoint_builds_nothing_that_is_not_ours(name):
+def test_a_config_in_a_checkpoint_builds_no_foreign_class(name):
     node = CONFIGS[name]
-    with contextlib.suppress(Exception):  # after it has fired, some payloads end badly
+    with contextlib.suppress(Exception):  # some payloads raise after they ran
         hydra.utils.instantiate(node)
-    assert fired(), "the payload must fire under a careless builder, or this test shows nothing"
+    assert fired(), "the payload must run in an unsafe builder, or this test proves nothing"
     for place, put in PLACES.items():
-        made = content()
-        put(made, node)
+        data = content()
+        put(data, node)
         path = Path(f"{place}.ckpt")
-        checkpoint.write(made, path)
-        with pytest.raises(CheckpointError, match=r"which (is|are) not of segdeconv - if you know the author"):
+        checkpoint.write(data, path)
+        with pytest.raises(CheckpointError, match=r"which (is|are) not part of segdeconv - if you trust the author"):
             checkpoint.read(path)
     assert not fired()
 
 
-def test_a_key_of_the_command_line_cannot_change_what_a_checkpoint_builds():
+def test_overrides_cannot_change_the_classes_that_a_checkpoint_builds():
     for word in ("model._target_=os.system", "augment.x._target_=os.system", "_target_=os.system"):
         with pytest.raises(UsageError, match=r"stays - leave it out|there is no key"):
             override(content()["hyper_parameters"]["config"], [word])
 
 
-# Text: class tables, the config of a run, sidecars
+# Text: class files, configs of runs, sidecars
 
 YAMLS = {
     "apply": f"!!python/object/apply:os.system ['touch {MARKER}']",
@@ -232,9 +232,9 @@ YAMLS = {
 
 
 @pytest.mark.parametrize("name", YAMLS)
-def test_yaml_of_strangers_is_data(name):
+def test_yaml_is_read_as_plain_data(name):
     yaml.unsafe_load(YAMLS[name])
-    assert fired(), "the payload must fire under a careless load, or this test shows nothing"
+    assert fired(), "the payload must run in an unsafe load, or this test proves nothing"
     for sub in ("images", "masks"):
         (Path("mine") / sub).mkdir(parents=True)
         for stem in "ab":
@@ -266,7 +266,7 @@ SIDECARS = {
 
 
 @pytest.mark.parametrize("name", SIDECARS)
-def test_a_sidecar_that_does_not_name_the_hash_is_refused(name):
+def test_a_sidecar_without_the_hash_is_refused(name):
     checkpoint.write(content(), Path("best.ckpt"))
     right = Path("best.ckpt.sha256").read_bytes()
     Path("best.ckpt.sha256").write_bytes(SIDECARS[name] + (right if name == "huge" else b""))
@@ -278,7 +278,7 @@ def test_a_sidecar_that_does_not_name_the_hash_is_refused(name):
 
 
 def link_chain(path):
-    """CVE-2025-4517: links so deep that realpath gives up, and the last step is taken outside."""
+    """Write a tar file for CVE-2025-4517: links so deep that realpath gives up, and a last link that leads outside."""
     deep = "d" * 247
     with tarfile.open(path, "w") as file:
         at = ""
@@ -311,7 +311,7 @@ def tar_with(**entry):
     return make
 
 
-ABSOLUTE = "ABSOLUTE"  # the folder above, whose name is known when the archive is written
+ABSOLUTE = "ABSOLUTE"  # stands for the parent folder, which is inserted when the archive is written
 TARS = {
     "parent": [(f"../{MARKER}", {})],
     "deeper parent": [("a", {"type": tarfile.DIRTYPE}), (f"a/../../{MARKER}", {})],
@@ -323,7 +323,7 @@ TARS = {
 
 
 @pytest.mark.parametrize("name", [*TARS, "chain"])
-def test_a_tar_writes_nothing_beside_its_folder(name, tmp_path):
+def test_a_tar_writes_nothing_outside_its_folder(name, tmp_path):
     above = str(tmp_path / "place")
     if name == "chain":
         link_chain("evil.tar")
@@ -336,21 +336,21 @@ def test_a_tar_writes_nothing_beside_its_folder(name, tmp_path):
             for path, s in TARS[name]
         ]
         tar_with(entries=entries)(Path("evil.tar"))
-    Path("careless").mkdir()
+    Path("unsafe").mkdir()
     with tarfile.open("evil.tar") as file:
         try:
-            file.extractall("careless", filter="fully_trusted")
+            file.extractall("unsafe", filter="fully_trusted")
         except OSError:
-            assert name == "chain"  # some systems refuse the long names themselves
-    assert fired() or name == "chain", "the payload must fire under a careless extractor, or this test shows nothing"
+            assert name == "chain"  # some systems refuse such long names
+    assert fired() or name == "chain", "the payload must run in an unsafe extractor, or this test proves nothing"
     with pytest.raises(UsageError, match="do not trust this archive"):
-        unpack_tar(Path("evil.tar"), Path("ours"))
+        unpack_tar(Path("evil.tar"), Path("unpacked"))
     assert not fired()
-    assert not os.path.lexists("ours")
+    assert not os.path.lexists("unpacked")
 
 
-def unzip_carelessly(path, folder):
-    """As a simple loop over the entries does; zipfile's own extractall takes `..` away."""
+def unzip_unsafely(path, folder):
+    """Extract a zip in a simple loop over its entries, as zipfile's own extractall would remove `..`."""
     with zipfile.ZipFile(path) as file:
         for entry in file.infolist():
             target = Path(folder) / entry.filename
@@ -368,19 +368,19 @@ ZIPS = {
 
 
 @pytest.mark.parametrize("name", ZIPS)
-def test_a_zip_writes_nothing_beside_its_folder(name, tmp_path):
+def test_a_zip_writes_nothing_outside_its_folder(name, tmp_path):
     with zipfile.ZipFile("evil.zip", "w") as file:
         for path, data, kind in ZIPS[name]:
             info = zipfile.ZipInfo(path.replace(ABSOLUTE, str(tmp_path / "place")))
             info.external_attr = ((kind or stat.S_IFREG) | 0o777) << 16
             file.writestr(info, data)
-    Path("careless").mkdir()
-    unzip_carelessly("evil.zip", "careless")
-    assert fired(), "the payload must fire under a careless extractor, or this test shows nothing"
+    Path("unsafe").mkdir()
+    unzip_unsafely("evil.zip", "unsafe")
+    assert fired(), "the payload must run in an unsafe extractor, or this test proves nothing"
     with pytest.raises(UsageError, match="do not trust this archive"):
-        unpack_zip(Path("evil.zip"), Path("ours"))
+        unpack_zip(Path("evil.zip"), Path("unpacked"))
     assert not fired()
-    assert not os.path.lexists("ours")
+    assert not os.path.lexists("unpacked")
 
 
 # Arrays
@@ -396,14 +396,14 @@ def test_an_array_of_objects_is_refused(form):
     else:
         Path("evil.npy").write_bytes(pickle.dumps(call))
     np.load("evil.npy", allow_pickle=True)
-    assert fired(), "the payload must fire under a careless load, or this test shows nothing"
+    assert fired(), "the payload must run in an unsafe load, or this test proves nothing"
     for read in (read_labels, lambda path: read_image(path, channels=1)):
         with pytest.raises(UsageError, match=r"evil\.npy"):
             read(Path("evil.npy"))
     assert not fired()
 
 
-def test_there_are_forty_of_them():
+def test_at_least_forty_payloads_are_tried():
     counts = (len(PICKLES) * len(FORMS), len(CONFIGS), len(YAMLS), len(SIDECARS), len(TARS) + 1, len(ZIPS), 3, 2)
     assert sum(counts) >= 40
     assert len(PICKLES) + sum(counts[1:]) >= 40  # counting each payload in one form only

@@ -1,4 +1,4 @@
-"""The networks in the package: small, described, usable at once, and what their cards say they are."""
+"""The shipped networks: small files, complete cards, usable by name, and scores as their cards state."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ needs_camvid = pytest.mark.skipif(not REAL_CAMVID.is_dir(), reason=f"no real Cam
 
 
 @pytest.mark.parametrize("name", cards.shipped())
-def test_a_shipped_network_is_small_and_its_card_says_what_it_is(name):
+def test_a_shipped_network_is_small_and_has_a_complete_card(name):
     path = cards.SHIPPED / f"{name}.safetensors"
     assert path.stat().st_size <= 8 << 20
     card = json.loads(cards.card_of(path).read_text())
@@ -35,19 +35,19 @@ def test_a_shipped_network_is_small_and_its_card_says_what_it_is(name):
     assert checkpoint.read(name).path == path  # verified by its sha256
 
 
-def test_camvid_small_is_there_and_is_what_its_experiment_trains():
-    read = checkpoint.read("camvid-small")
-    assert read.classes == CLASSES
+def test_camvid_small_has_the_config_of_its_experiment():
+    loaded = checkpoint.read("camvid-small")
+    assert loaded.classes == CLASSES
     composed, _ = compose(["experiment=segnet_camvid_small"], ROOT / "configs")
     config = check_config(composed)
     for part in ("model", "loss", "optimizer", "schedule", "augment"):
-        assert read.config[part] == config[part], part
+        assert loaded.config[part] == config[part], part
     for key in ("size", "crop", "batch_size"):
-        assert read.config["dataset"][key] == config["dataset"][key]
-    assert read.config["trainer"]["max_epochs"] == config["trainer"]["max_epochs"]
+        assert loaded.config["dataset"][key] == config["dataset"][key]
+    assert loaded.config["trainer"]["max_epochs"] == config["trainer"]["max_epochs"]
 
 
-def test_camvid_small_labels_a_picture_by_its_name_alone(tmp_path, commands):
+def test_predict_accepts_camvid_small_by_name(tmp_path, commands):
     image, _ = fakes.image_and_mask(0, 5, (90, 120))
     Image.fromarray(image).save(tmp_path / "street.jpg")
     done = commands("predict", "camvid-small", "street.jpg", "--out", "labelled", cwd=tmp_path)
@@ -60,26 +60,26 @@ def test_camvid_small_labels_a_picture_by_its_name_alone(tmp_path, commands):
 
 
 @needs_camvid
-def test_camvid_small_knows_streets_of_val():
+def test_camvid_small_is_accurate_on_val():
     network, val = segdeconv.load("camvid-small"), CamVid("val", str(REAL_CAMVID))
-    right = counted = 0
+    correct = total = 0
     for place in range(0, len(val), 25):
         image, mask, name = val[place]
-        known = mask != CLASSES.ignore_index
-        right += int((network.predict(image, name=name).mask == mask)[known].sum())
-        counted += int(known.sum())
-    assert right / counted > 0.85
+        labelled = mask != CLASSES.ignore_index
+        correct += int((network.predict(image, name=name).mask == mask)[labelled].sum())
+        total += int(labelled.sum())
+    assert correct / total > 0.85
 
 
 @needs_camvid
 @pytest.mark.slow
-def test_camvid_small_scores_what_its_card_says():
-    read = checkpoint.read("camvid-small", overrides=[f"dataset.root={REAL_CAMVID}", "dataset.num_workers=0"])
-    dataset = restore_dataset(read, "val")
-    confusion = evaluate(Segmenter(read, device=torch.device("cpu")), dataset)
-    said = json.loads(cards.card_of(read.path).read_text())["scores"]["val"]
-    found = scores(confusion)
+def test_camvid_small_reaches_the_scores_on_its_card():
+    loaded = checkpoint.read("camvid-small", overrides=[f"dataset.root={REAL_CAMVID}", "dataset.num_workers=0"])
+    dataset = restore_dataset(loaded, "val")
+    confusion = evaluate(Segmenter(loaded, device=torch.device("cpu")), dataset)
+    stated = json.loads(cards.card_of(loaded.path).read_text())["scores"]["val"]
+    measured = scores(confusion)
     assert len(dataset) == 101
-    assert 100 * found.miou == pytest.approx(said["mIoU"], abs=0.2)
-    assert 100 * found.pixel_accuracy == pytest.approx(said["G"], abs=0.2)
-    assert 100 * found.mean_accuracy == pytest.approx(said["C"], abs=0.3)
+    assert 100 * measured.miou == pytest.approx(stated["mIoU"], abs=0.2)
+    assert 100 * measured.pixel_accuracy == pytest.approx(stated["G"], abs=0.2)
+    assert 100 * measured.mean_accuracy == pytest.approx(stated["C"], abs=0.3)

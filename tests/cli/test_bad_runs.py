@@ -83,15 +83,15 @@ REFUSED = {
     "111 empty": (lambda path: path.write_bytes(b""), "is damaged"),
     "112 flipped": (flipped, "is damaged"),
     "113 page": (lambda path: path.write_bytes(b"<html>"), "is damaged"),
-    "117 instantiator": (with_hyper_parameters(_instantiator="os.system"), "is not a checkpoint of segdeconv"),
-    "118 class path": (with_hyper_parameters(_class_path="os.system"), "is not a checkpoint of segdeconv"),
-    "122 nan": (with_nan, "holds weights that are not finite"),
+    "117 instantiator": (with_hyper_parameters(_instantiator="os.system"), "is not a segdeconv checkpoint"),
+    "118 class path": (with_hyper_parameters(_class_path="os.system"), "is not a segdeconv checkpoint"),
+    "122 nan": (with_nan, "contains weights that are not finite"),
     "123 newer": (lambda path: changed(path, segdeconv={"format": 999}), "has format 999"),
     "124 without format": (lambda path: changed(path, segdeconv={}), "has format None"),
-    "wrong types": (lambda path: changed(path, segdeconv=[1]), "is not a checkpoint of segdeconv"),
-    "wrong weights": (lambda path: changed(path, state_dict={"a": 1}), "is not a checkpoint of segdeconv"),
-    "wrong facts": (without_facts, "does not say its classes and preprocessing"),
-    "foreign": (lambda path: checkpoint.write({"model": 3}, path), "is not a checkpoint of segdeconv"),
+    "wrong types": (lambda path: changed(path, segdeconv=[1]), "is not a segdeconv checkpoint"),
+    "wrong weights": (lambda path: changed(path, state_dict={"a": 1}), "is not a segdeconv checkpoint"),
+    "wrong facts": (without_facts, "does not contain its classes and preprocessing"),
+    "foreign": (lambda path: checkpoint.write({"model": 3}, path), "is not a segdeconv checkpoint"),
 }
 
 
@@ -227,7 +227,7 @@ def test_more_classes_start_a_new_head_only_on_request(place, commands):
     assert "init_from=run/last.ckpt" in done.error_message
     done = commands("train", *DATA, "init_from=run/last.ckpt", "hydra.run.dir=new", cwd=place)
     assert done.code == 0, done.err
-    assert "classes that start anew: more" in done.out
+    assert "new classes: more" in done.out
 
 
 # Keys
@@ -541,8 +541,8 @@ COMMANDS = (
     (("train", "dataset=folder", "dataset.root=nope"), 2, "nope is not a folder"),
     (("train", *DATA, "hydra.run.dir=run"), 2, "run already contains a run"),
     (("train", *DATA, "hydra.run.dir=train.txt/run"), 2, "train.txt/run"),
-    (("evaluate", "run/cut.ckpt"), 4, "run/cut.ckpt is not a checkpoint that can be read safely"),
-    (("evaluate", "nothing.ckpt"), 2, "there is no checkpoint nothing.ckpt"),
+    (("evaluate", "run/cut.ckpt"), 4, "run/cut.ckpt cannot be read safely as a checkpoint"),
+    (("evaluate", "nothing.ckpt"), 2, "checkpoint nothing.ckpt not found"),
     (("predict", "run/best.ckpt", "run/config.yaml"), 2, "1 of 1 files could not be read"),
     (("predict", "run/best.ckpt", "train.txt"), 2, "train_0 not found"),
     (("inspect_data", "dataset=folder", "dataset.root=train.txt"), 2, "train.txt is not a folder"),

@@ -178,7 +178,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, commands):
 def test_a_file_that_is_not_a_checkpoint_is_exit_code_4(tmp_path):
     torch.save({"model": 3}, tmp_path / "other.ckpt")
     done = command("evaluate", "other.ckpt", cwd=tmp_path, code=4)
-    assert done.stderr.splitlines()[-1].startswith("segdeconv: error: other.ckpt is not a checkpoint of segdeconv")
+    assert done.stderr.splitlines()[-1].startswith("segdeconv: error: other.ckpt is not a segdeconv checkpoint")
 
 
 def test_a_bad_mask_in_a_worker_is_still_one_line(tmp_path, commands):
