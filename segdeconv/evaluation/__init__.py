@@ -1,4 +1,4 @@
-"""Scores of a network on a split: metrics, boundaries, calibration, breakdown, the report and its page.
+"""Evaluation of a network on a split: metrics, boundary scores, calibration, breakdown and reports.
 
 May import everything up to `inference`.
 """

@@ -1,7 +1,7 @@
-"""How well the outlines of classes are met: boundary F1 and boundary IoU.
+"""Boundary scores: boundary F1 and boundary IoU.
 
-Two outlines that are one pixel apart along a large object change its IoU by next to nothing and what a person sees by
-much; these scores look at the outlines alone.
+A boundary that is one pixel off along a large object hardly changes the object's IoU, but is clearly visible. These
+scores measure the boundaries alone.
 """
 
 import math
@@ -12,16 +12,21 @@ import numpy as np
 
 Pixels = tuple[np.ndarray, np.ndarray]  # rows and columns
 
-TOLERANCE = 0.0075  # of the image's diagonal: 4.5 pixels at 360x480
-BAND = 0.02  # of the image's diagonal: the width that boundary IoU looks at
+TOLERANCE = 0.0075  # fraction of the image's diagonal: 4.5 pixels at 360x480
+BAND = 0.02  # fraction of the image's diagonal: the width of the band of boundary IoU
 
 
 @dataclass(frozen=True)
 class BoundaryScores:
-    """Fractions in 0..1; NaN where there is nothing to score.
+    """Boundary scores of a data set: fractions in 0..1, NaN where there is nothing to score.
 
-    f1: boundary F1 as the papers define it; f1_dilated: the same without the one-to-one matching; iou: boundary IoU.
-    f1_by_class, f1_dilated_by_class: (C,), means over the images in which the class has a boundary. iou_by_class: (C,).
+    Attributes:
+        f1: Boundary F1 as the papers define it.
+        f1_dilated: Boundary F1 without the one-to-one matching.
+        iou: Boundary IoU.
+        f1_by_class: (C,), the mean of F1 over the images in which the class has a boundary.
+        f1_dilated_by_class: (C,), the same mean of dilated F1.
+        iou_by_class: (C,), the boundary IoU of each class.
     """
 
     f1: float
@@ -34,45 +39,61 @@ class BoundaryScores:
 
 @dataclass
 class Boundaries:
-    """The boundary scores of a data set, image by image.
+    """Accumulator of the boundary scores of a data set, image by image.
 
-    F1. Csurka, Larlus, Perronnin 2013, section 3; Badrinarayanan et al. 2017, section 4,
-    https://arxiv.org/abs/1511.00561. For each image and class, boundary pixels of the prediction and of the truth
-    are matched one to one, as many as possible, no further apart than 0.75 % of the diagonal. With precision = matched
-    / predicted and recall = matched / true ones, F1 = 2PR / (P + R). An image's score is the mean over the classes
-    that have a boundary in its truth, the data set's the mean over the images that have such a class. Ignored pixels
-    are no class: where a class ends at them it has a boundary, and what is predicted among them counts.
+    **F1**: Csurka, Larlus, Perronnin 2013, section 3; Badrinarayanan et al. 2017, section 4,
+    https://arxiv.org/abs/1511.00561. For each image and class, as many boundary pixels of the prediction and the ground
+    truth as possible are matched one to one, at a distance of at most 0.75 % of the diagonal. With precision = matched
+    / predicted and recall = matched / true boundary pixels, F1 = 2PR / (P + R). The score of an image is the mean over
+    the classes that have a boundary in its ground truth; the score of the data set is the mean over the images with at
+    least one of these classes. Ignored pixels belong to no class: a class that ends at them has a boundary there, and
+    predictions among them count.
 
-    F1 dilated. The same, but a boundary pixel is right if any of the other side is near enough, so that a pixel can
-    vouch for many. Many programs that say boundary F1 compute this; it is never the lower of the two.
+    **Dilated F1**: the same without the one-to-one matching. A boundary pixel is correct if any boundary pixel of the
+    other side is near enough, so that one pixel can match many. Many programs call this boundary F1; it is never lower
+    than F1.
 
-    IoU. Cheng et al. 2021, section 4, https://arxiv.org/abs/2103.16562: the IoU of a class, counted over the data set,
-    of the pixels of the class that lie within 2 % of the diagonal of its outline or of the image's edge. Ignored
-    pixels do not count, and both sides end where they begin.
+    **IoU**: Cheng et al. 2021, section 4, https://arxiv.org/abs/2103.16562. The IoU of a class, counted over the data
+    set, restricted to the pixels of the class within 2 % of the diagonal of its boundary or of the image's edge.
+    Ignored pixels do not count, and the predicted and the true class both end at them.
+
+    Args:
+        num_classes: The number of classes C.
+        ignore_index: The value of ignored pixels in masks.
+
+    Attributes:
+        f1: (C,) of each image, NaN where the class is not scored.
+        f1_dilated: (C,) of each image, NaN where the class is not scored.
+        bands: (2, C) int64, intersection and union for boundary IoU.
     """
 
     num_classes: int
     ignore_index: int
-    f1: list[np.ndarray] = field(default_factory=list)  # (C,) of each image, NaN where the class is not scored
+    f1: list[np.ndarray] = field(default_factory=list)
     f1_dilated: list[np.ndarray] = field(default_factory=list)
-    bands: np.ndarray = field(init=False)  # (2, C) int64: intersection and union
+    bands: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
         self.bands = np.zeros((2, self.num_classes), dtype=np.int64)
 
     def update(self, prediction: np.ndarray, mask: np.ndarray) -> None:
-        """prediction: (H, W) uint8, class indices; mask: (H, W) uint8, class indices or ignore_index."""
-        predicted, true = Outlines(prediction), Outlines(mask)
-        seen = np.bincount(true.blocks.ravel(), minlength=self.num_classes)[: self.num_classes] > 0
+        """Add an image.
+
+        Args:
+            prediction: (H, W) uint8, class indices.
+            mask: (H, W) uint8, class indices or ignore_index.
+        """
+        predicted, true = BoundaryPixels(prediction), BoundaryPixels(mask)
+        has_boundary = np.bincount(true.blocks.ravel(), minlength=self.num_classes)[: self.num_classes] > 0
         f1 = np.full((2, self.num_classes), np.nan)
-        for label in map(int, np.flatnonzero(seen)):
+        for label in map(int, np.flatnonzero(has_boundary)):
             f1[:, label] = boundary_f1(predicted.of(label), true.of(label), (mask.shape[0], mask.shape[1]))
         self.f1.append(f1[0])
         self.f1_dilated.append(f1[1])
         self.bands += _bands(np.where(mask == self.ignore_index, mask, prediction), mask, self.num_classes)
 
     def compute(self) -> BoundaryScores:
-        """The scores of all images so far."""
+        """Return the scores of all images added so far."""
         f1, f1_dilated = (
             np.stack(values) if values else np.full((1, self.num_classes), np.nan)
             for values in (self.f1, self.f1_dilated)
@@ -90,20 +111,24 @@ class Boundaries:
 
 
 def _mean(values: np.ndarray, axis: int = 0) -> np.ndarray:
-    """The mean of those that are numbers; NaN where none is."""
+    """Return the mean of the values that are not NaN, or NaN without any."""
     counted = ~np.isnan(values)
     with np.errstate(invalid="ignore"):
         return np.where(counted, values, 0).sum(axis) / counted.sum(axis)
 
 
-class Outlines:
-    """The boundary pixels of every class in one map of labels.
+class BoundaryPixels:
+    """The boundary pixels of every class in one array of class indices.
 
-    A pixel is on the boundary of a class if, of the 2x2 block to its right and below, some pixels are of the class and
-    some are not: the image-sized outline of the Berkeley segmentation benchmark, which the paper's script uses. It is
-    one pixel wide and lies half a pixel up and to the left of the true place. The edge of the image is no boundary.
+    A pixel is on the boundary of a class if the 2x2 block that extends from it to the right and down contains pixels
+    of the class and pixels of others: the image-sized boundary map of the Berkeley segmentation benchmark, which the
+    paper's script uses. The boundary is one pixel wide and lies half a pixel up and to the left of the true position.
+    The edge of the image is not a boundary.
 
-    >>> Outlines(np.array([[0, 0, 0], [0, 1, 1], [0, 1, 1]], dtype=np.uint8)).of(1)
+    Args:
+        labels: (H, W) uint8, class indices or ignore_index.
+
+    >>> BoundaryPixels(np.array([[0, 0, 0], [0, 1, 1], [0, 1, 1]], dtype=np.uint8)).of(1)
     (array([0, 0, 0, 1, 2]), array([0, 1, 2, 0, 0]))
     """
 
@@ -114,58 +139,64 @@ class Outlines:
         self.blocks = np.stack([corner[self.rows, self.columns] for corner in block])
 
     def of(self, label: int) -> tuple[np.ndarray, np.ndarray]:
-        """(rows, columns) of the boundary pixels of a class, in reading order."""
-        on = (self.blocks == label).any(axis=0)
-        return self.rows[on], self.columns[on]
+        """Return (rows, columns) of the boundary pixels of a class, in reading order."""
+        selected = (self.blocks == label).any(axis=0)
+        return self.rows[selected], self.columns[selected]
 
 
 def boundary_f1(predicted: Pixels, true: Pixels, size: tuple[int, int]) -> tuple[float, float]:
-    """(F1 with one-to-one matching, F1 dilated) of one class in one image; see Boundaries.
+    """Return (F1 with one-to-one matching, dilated F1) of one class in one image; see `Boundaries`.
 
-    predicted, true: (rows, columns) of boundary pixels; size: (H, W) of the image.
-    (NaN, NaN) where the truth has no boundary.
+    Args:
+        predicted: (rows, columns) of the predicted boundary pixels.
+        true: (rows, columns) of the true boundary pixels.
+        size: (H, W) of the image.
+
+    Returns:
+        Both scores in 0..1, (NaN, NaN) without true boundary pixels.
     """
     num_predicted, num_true = len(predicted[0]), len(true[0])
     if not num_true:
         return math.nan, math.nan
     if not num_predicted:
         return 0.0, 0.0
-    starts, partners = _near(predicted, true, size, TOLERANCE * math.hypot(*size))
-    matched = _matched(starts, partners, num_true)
-    vouched = int((np.diff(starts) > 0).sum()), len(np.unique(partners))
-    return _f1(matched / num_predicted, matched / num_true), _f1(vouched[0] / num_predicted, vouched[1] / num_true)
+    starts, partners = _find_near(predicted, true, size, TOLERANCE * math.hypot(*size))
+    matched = _count_matched(starts, partners, num_true)
+    near_predicted, near_true = int((np.diff(starts) > 0).sum()), len(np.unique(partners))
+    return _f1(matched / num_predicted, matched / num_true), _f1(near_predicted / num_predicted, near_true / num_true)
 
 
 def _f1(precision: float, recall: float) -> float:
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
-def _near(one: Pixels, other: Pixels, size: tuple[int, int], distance: float) -> tuple[np.ndarray, np.ndarray]:
-    """Which pixels of `other` are no further than `distance` from each of `one`, as the rows of a CSR matrix.
+def _find_near(pixels: Pixels, others: Pixels, size: tuple[int, int], distance: float) -> tuple[np.ndarray, np.ndarray]:
+    """Find the pixels of `others` that are at most `distance` from each pixel, as the rows of a CSR matrix.
 
-    Returns (starts, partners): those of pixel i are partners[starts[i] : starts[i + 1]].
+    Returns:
+        (starts, partners): the partners of pixel i are partners[starts[i] : starts[i + 1]].
     """
     reach = int(distance)
     width = size[1] + 2 * reach
-    numbers = np.full((size[0] + 2 * reach) * width, -1, dtype=np.int32)  # of each pixel of `other`
-    numbers[(other[0] + reach) * width + other[1] + reach] = np.arange(len(other[0]), dtype=np.int32)
+    indices = np.full((size[0] + 2 * reach) * width, -1, dtype=np.int32)  # the index of each pixel of `others`
+    indices[(others[0] + reach) * width + others[1] + reach] = np.arange(len(others[0]), dtype=np.int32)
     dy, dx = np.mgrid[-reach : reach + 1, -reach : reach + 1].reshape(2, -1)
     offsets = (dy * width + dx)[dy**2 + dx**2 <= distance**2]
-    found = numbers[((one[0] + reach) * width + one[1] + reach)[:, None] + offsets]
-    near = found >= 0
-    return np.concatenate([[0], near.sum(axis=1).cumsum()]).astype(np.int32), found[near]
+    partners = indices[((pixels[0] + reach) * width + pixels[1] + reach)[:, None] + offsets]
+    near = partners >= 0
+    return np.concatenate([[0], near.sum(axis=1).cumsum()]).astype(np.int32), partners[near]
 
 
-def _matched(starts: np.ndarray, partners: np.ndarray, num_true: int) -> int:
-    """The size of the largest one-to-one matching, as the largest flow through pipes of width one.
+def _count_matched(starts: np.ndarray, partners: np.ndarray, num_true: int) -> int:
+    """Return the size of the largest one-to-one matching, computed as a maximum flow with unit capacities.
 
-    SciPy's maximum_bipartite_matching gives the same number, but takes seconds where nearly all can be matched.
+    SciPy's maximum_bipartite_matching returns the same number, but takes seconds where nearly all pixels match.
     """
-    from scipy.sparse import csr_matrix  # type: ignore[import-untyped]  # late: prediction does without
+    from scipy.sparse import csr_matrix  # type: ignore[import-untyped]  # imported late: prediction does not need it
     from scipy.sparse.csgraph import maximum_flow  # type: ignore[import-untyped]
 
     num_predicted = len(starts) - 1
-    # A source, the predicted pixels, the true ones, and a sink.
+    # The nodes are a source, the predicted pixels, the true pixels and a sink.
     sink = num_predicted + num_true + 1
     heads = np.concatenate(
         [np.arange(1, num_predicted + 1), partners + num_predicted + 1, np.full(num_true, sink)], dtype=np.int32
@@ -174,12 +205,12 @@ def _matched(starts: np.ndarray, partners: np.ndarray, num_true: int) -> int:
         [[0], num_predicted + starts, num_predicted + starts[-1] + np.arange(1, num_true + 1), [len(heads)]],
         dtype=np.int32,
     )
-    pipes = csr_matrix((np.ones(len(heads), dtype=np.int32), heads, tails), shape=(sink + 1, sink + 1))
-    return int(maximum_flow(pipes, 0, sink, method="dinic").flow_value)
+    graph = csr_matrix((np.ones(len(heads), dtype=np.int32), heads, tails), shape=(sink + 1, sink + 1))
+    return int(maximum_flow(graph, 0, sink, method="dinic").flow_value)
 
 
 def _bands(prediction: np.ndarray, mask: np.ndarray, num_classes: int) -> np.ndarray:
-    """(2, C): pixels in the band of a class in both maps, and in either; those that the mask ignores left out."""
+    """Return (2, C): the pixels of each class that lie in its band in both arrays, and in either; not ignored ones."""
     width = max(1, round(BAND * math.hypot(*mask.shape)))
     counts = np.zeros((2, num_classes), dtype=np.int64)
     in_band = [_in_band(labels, width) for labels in (prediction, mask)]
@@ -191,12 +222,12 @@ def _bands(prediction: np.ndarray, mask: np.ndarray, num_classes: int) -> np.nda
 
 
 def _in_band(labels: np.ndarray, width: int) -> np.ndarray:
-    """(H, W) uint8 -> (H, W) bool: pixels from which another label, or the outside, is at most `width` steps away.
+    """Return (H, W) bool: the pixels that are at most `width` steps from another label or from outside the image.
 
-    A step goes to any of eight neighbours. As repeated erosion by 3x3 does, for all classes at once.
+    Steps go to any of the eight neighbours. Equals repeated 3x3 erosion, for all classes at once.
     """
     kernel = np.ones((2 * width + 1, 2 * width + 1), dtype=np.uint8)
-    varied = cv2.dilate(labels, kernel) != cv2.erode(labels, kernel)  # outside the image nothing is compared
+    varied = cv2.dilate(labels, kernel) != cv2.erode(labels, kernel)  # pixels outside the image are not compared
     varied[:width] = varied[-width:] = True
     varied[:, :width] = varied[:, -width:] = True
     return varied

@@ -1,4 +1,4 @@
-"""Evaluation of a network on a split: every image predicted, every pixel that is not ignored counted."""
+"""Evaluation of a network on a split: every image is predicted, every pixel that is not ignored counted."""
 
 import math
 import platform
@@ -31,16 +31,20 @@ from segdeconv.inference.scorers import ClassScores, entropy, labels_and_confide
 from segdeconv.inference.segmenter import Segmenter
 from segdeconv.system.devices import machine
 
-LIBRARIES = ("numpy", "opencv-python-headless", "pillow", "albumentations")  # that change pixels
+LIBRARIES = ("numpy", "opencv-python-headless", "pillow", "albumentations")  # versions that affect pixels
 
 
 def restore_dataset(checkpoint: Checkpoint, split_name: str) -> SegmentationDataset:
-    """The split of the data set that a checkpoint's config names, with the network's classes in the network's order.
+    """Return a split of the data set in a checkpoint's config, with the classes in the order of the network.
+
+    Args:
+        checkpoint: The checkpoint.
+        split_name: The name of the split.
 
     Raises:
-        UsageError: The data set has other classes, or images of another number of channels.
+        UsageError: The data set has other classes, or images with another number of channels.
     """
-    from segdeconv.data.module import build_split, check_dataset  # late: albumentations takes a second to import
+    from segdeconv.data.module import build_split, check_dataset  # imported late: albumentations takes a second
 
     node = check_dataset(checkpoint.config["dataset"])
     dataset = build_split(node, split_name)
@@ -51,14 +55,14 @@ def restore_dataset(checkpoint: Checkpoint, split_name: str) -> SegmentationData
         way_out="use its own data set, or rename, merge and ignore classes with dataset.label_map={theirs: its, other: "
         "ignore}",
     )
-    ours, theirs = checkpoint.classes, dataset.classes
-    if (theirs.names, theirs.ignore_index) != (ours.names, ours.ignore_index):
-        dataset = in_order_of(dataset, ours)
+    classes = checkpoint.classes
+    if (dataset.classes.names, dataset.classes.ignore_index) != (classes.names, classes.ignore_index):
+        dataset = in_order_of(dataset, classes)
     channels = len(checkpoint.facts["preprocessing"]["mean"])
     if dataset.channels != channels:
         raise UsageError(
-            f"{checkpoint.path} was trained on images of {channels} channel(s) and {node[TARGET]} gives "
-            f"{dataset.channels} - leave dataset.channels as it was"
+            f"{checkpoint.path} was trained on images with {channels} channel(s), but {node[TARGET]} has "
+            f"{dataset.channels} - keep dataset.channels as in training"
         )
     return dataset
 
@@ -70,15 +74,30 @@ def class_order(
     owner: str = "the data",
     way_out: str = "compare networks of the same classes, which are matched by their names",
 ) -> list[int]:
-    """The network's index of each class of a data set, see `match_classes`. owner: of the data set's classes."""
+    """Return the network's index of each class of a data set, matched by name; see `match_classes`.
+
+    Args:
+        checkpoint: The checkpoint of the network.
+        dataset: The data set.
+        owner: The owner of the data set's classes, for the error message.
+        way_out: The way out, for the error message.
+
+    Raises:
+        UsageError: The classes differ.
+    """
     return match_classes(dataset.classes, checkpoint.classes, owners=(owner, str(checkpoint.path)), way_out=way_out)
 
 
 class Predicted(NamedTuple):
     """The prediction of one image of a data set.
 
-    mask, prediction: (H, W) uint8, exactly as counted. uncertainty: (H, W) float32, the variance of its samples if
-    there are some, averaged over the classes, otherwise the entropy of its class probabilities, in nats.
+    Attributes:
+        dataset: The data set.
+        place: The index of the image in the data set.
+        mask: (H, W) uint8, class indices or ignore_index.
+        prediction: (H, W) uint8, class indices, exactly as counted.
+        uncertainty: (H, W) float32: with sampling, the variance of the samples, averaged over the classes; otherwise
+            the entropy of the class probabilities, in nats.
     """
 
     dataset: SegmentationDataset
@@ -99,16 +118,20 @@ def evaluate(
     boundaries: Boundaries | None = None,
     on_prediction: OnPrediction | None = None,
 ) -> np.ndarray:
-    """Predict every image of a split and count against its mask, at the mask's own size.
+    """Predict every image of a split and compare it with its mask, at the size of the mask.
 
     Args:
-        dataset: Of the network's classes, in any order; counted is in the data set's.
-        calibration: Counts the pixels too.
-        boundaries: Compares the outlines too.
-        on_prediction: Called with each image.
+        segmenter: The network with its prediction settings.
+        dataset: A split with the classes of the network, in any order.
+        calibration: Updated with all pixels, if given.
+        boundaries: Updated with all images, if given.
+        on_prediction: Called with the prediction of each image.
 
     Returns:
-        The (C, C) int64 confusion matrix, rows = truth.
+        The confusion matrix, (C, C) int64, rows = ground truth, in the class order of the data set.
+
+    Raises:
+        UsageError: The data set has other classes.
     """
     order, device = class_order(segmenter.checkpoint, dataset), segmenter.network.device
     if calibration is not None:
@@ -136,7 +159,7 @@ def evaluate(
 
 
 def _scores(segmenter: Segmenter, dataset: SegmentationDataset) -> Iterator[tuple[ClassScores, Tensor]]:
-    """(scores at the size of the mask, N = 1; mask) of every image; in batches where one forward pass is all."""
+    """Yield (scores at the size of the mask with N = 1, mask) of every image, in batches if a single pass is enough."""
     if not segmenter.settings.single_pass:
         for index in range(len(dataset)):
             image, mask, name = dataset[index]
@@ -159,9 +182,16 @@ def _scores(segmenter: Segmenter, dataset: SegmentationDataset) -> Iterator[tupl
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A network on a split, with all that report.json and report.html show.
+    """The evaluation of a network on a split, with the content of report.json and report.html.
 
-    confusion: (C, C) int64, rows = truth.
+    Attributes:
+        segmenter: The network with its prediction settings.
+        dataset: The split.
+        confusion: (C, C) int64, rows = ground truth.
+        calibration: The calibration counts.
+        boundaries: The boundary counts, None if they were not computed.
+        breakdown: The counts by image and by distance from a boundary.
+        gallery: The pictures for the page.
     """
 
     segmenter: Segmenter
@@ -181,24 +211,36 @@ class Evaluation:
         outlines: bool = True,
         on_prediction: OnPrediction | None = None,
     ) -> Self:
-        """Evaluate once. outlines: compare them too. on_prediction: called with each image."""
+        """Evaluate a network on a split.
+
+        Args:
+            segmenter: The network with its prediction settings.
+            dataset: A split with the classes of the network, in any order.
+            outlines: Whether to compute boundary scores.
+            on_prediction: Called with the prediction of each image.
+
+        Raises:
+            UsageError: The data set has other classes.
+        """
         classes = dataset.classes
         calibration = Calibration(classes.ignore_index)
         boundaries = Boundaries(len(classes), classes.ignore_index) if outlines else None
         breakdown = Breakdown(len(classes), classes.ignore_index)
         gallery = Gallery(classes, largest_uncertainty(len(classes), segmenter.settings.samples))
 
-        def keep(one: Predicted) -> None:
-            breakdown.update(dataset.names[one.place], one.prediction, one.mask, one.uncertainty)
-            gallery.update(one.prediction, one.uncertainty)
+        def record(predicted: Predicted) -> None:
+            breakdown.update(
+                dataset.names[predicted.place], predicted.prediction, predicted.mask, predicted.uncertainty
+            )
+            gallery.update(predicted.prediction, predicted.uncertainty)
             if on_prediction is not None:
-                on_prediction(one)
+                on_prediction(predicted)
 
-        confusion = evaluate(segmenter, dataset, calibration=calibration, boundaries=boundaries, on_prediction=keep)
+        confusion = evaluate(segmenter, dataset, calibration=calibration, boundaries=boundaries, on_prediction=record)
         return cls(segmenter, dataset, confusion, calibration, boundaries, breakdown, gallery)
 
     def report(self, **facts: Any) -> dict[str, Any]:
-        """The content of report.json; facts: what else to note."""
+        """Return the content of report.json; `facts` are further entries."""
         return report.report(
             self.confusion,
             len(self.dataset),
@@ -221,12 +263,18 @@ class Evaluation:
         )
 
     def score_table(self) -> str:
-        """The scores for reading."""
+        """Return the scores as a text table."""
         return report.score_table(self.confusion, self.dataset.classes, self.calibration, self.boundaries)
 
 
 def largest_uncertainty(num_classes: int, samples: int) -> float:
-    """Of a pixel: all classes equally likely, or, of samples, each for another class.
+    """Return the largest possible uncertainty of a pixel.
+
+    It is reached if all classes are equally probable or, with samples, equally many samples are certain of each class.
+
+    Args:
+        num_classes: The number of classes.
+        samples: The number of samples; 0 for the entropy of the class probabilities, in nats.
 
     >>> largest_uncertainty(2, 0), largest_uncertainty(2, 50)
     (0.6931471805599453, 0.25)

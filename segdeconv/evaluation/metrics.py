@@ -11,13 +11,17 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Scores:
-    """Fractions in 0..1 over all pixels of a data set that are not ignored; NaN where there is nothing to score.
+    """Scores over the pixels of a data set that are not ignored: fractions in 0..1, NaN where nothing can be scored.
 
-    miou: mean over classes of intersection / union; a class absent from truth and prediction is left out.
-    pixel_accuracy: right pixels / all pixels (the papers' G).
-    mean_accuracy: mean over the classes in the truth of right pixels / their pixels (the papers' C).
-    frequency_weighted: mean of the IoUs, each weighted with its class's share of the pixels.
-    iou, accuracy, precision: (C,) by class. pixels: (C,) int64, in the truth.
+    Attributes:
+        miou: Mean over classes of intersection / union, without classes absent from ground truth and prediction.
+        pixel_accuracy: Correct pixels / all pixels (the papers' G).
+        mean_accuracy: Mean over the classes in the ground truth of correct pixels / their pixels (the papers' C).
+        frequency_weighted: Mean of the IoUs, each weighted with the fraction of the pixels that its class has.
+        iou: (C,), intersection / union of each class.
+        accuracy: (C,), correct pixels / pixels in the ground truth.
+        precision: (C,), correct pixels / predicted pixels.
+        pixels: (C,) int64, pixels in the ground truth.
     """
 
     miou: float
@@ -31,12 +35,15 @@ class Scores:
 
     @property
     def absent(self) -> list[int]:
-        """Classes in neither truth nor prediction."""
+        """The indices of the classes in neither ground truth nor prediction."""
         return [int(index) for index in np.flatnonzero(np.isnan(self.iou))]
 
 
 def scores(confusion: np.ndarray) -> Scores:
-    """confusion: (C, C) pixel counts, rows = truth, columns = prediction.
+    """Return the scores of a confusion matrix.
+
+    Args:
+        confusion: (C, C) pixel counts, rows = ground truth, columns = prediction.
 
     >>> scores(np.array([[3, 1], [0, 4]])).miou  # IoU 3/4 and 4/5
     0.775
@@ -44,19 +51,25 @@ def scores(confusion: np.ndarray) -> Scores:
     return scores_of(np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0))
 
 
-def scores_of(right: np.ndarray, truth: np.ndarray, predicted: np.ndarray) -> Scores:
-    """The scores of (C,) pixel counts by class: those that are right, of the truth, of the prediction."""
-    right = right.astype(np.float64)
+def scores_of(correct: np.ndarray, truth: np.ndarray, predicted: np.ndarray) -> Scores:
+    """Return the scores of pixel counts by class.
+
+    Args:
+        correct: (C,), the correct pixels.
+        truth: (C,), the pixels in the ground truth.
+        predicted: (C,), the pixels in the prediction.
+    """
+    correct = correct.astype(np.float64)
     with np.errstate(invalid="ignore"):  # 0 / 0 is NaN: nothing to score
-        iou = right / (truth + predicted - right)
-        accuracy, precision = right / truth, right / predicted
+        iou = correct / (truth + predicted - correct)
+        accuracy, precision = correct / truth, correct / predicted
     total = truth.sum()
-    seen = truth > 0
+    in_truth = truth > 0
     return Scores(
         miou=_mean(iou[~np.isnan(iou)]),
-        pixel_accuracy=float(right.sum() / total) if total else float("nan"),
-        mean_accuracy=_mean(accuracy[seen]),
-        frequency_weighted=float((truth[seen] * iou[seen]).sum() / total) if total else float("nan"),
+        pixel_accuracy=float(correct.sum() / total) if total else float("nan"),
+        mean_accuracy=_mean(accuracy[in_truth]),
+        frequency_weighted=float((truth[in_truth] * iou[in_truth]).sum() / total) if total else float("nan"),
         iou=iou,
         accuracy=accuracy,
         precision=precision,
@@ -65,7 +78,7 @@ def scores_of(right: np.ndarray, truth: np.ndarray, predicted: np.ndarray) -> Sc
 
 
 def number(value: float) -> float | None:
-    """A score as plain data for a report: None for NaN."""
+    """Return a score as plain data for a report: None for NaN."""
     return None if math.isnan(value) else float(value)
 
 
@@ -73,10 +86,13 @@ def _mean(values: np.ndarray) -> float:
     return float(values.mean()) if values.size else float("nan")
 
 
-def _counted_without_waiting(values: Tensor, minlength: int, lanes: int = 64) -> Tensor:
-    """torch.bincount of values below `minlength`, which on a GPU asks for the largest value and waits for the answer.
+def _bincount_without_sync(values: Tensor, minlength: int, lanes: int = 64) -> Tensor:
+    """Return torch.bincount of values below `minlength`, without its synchronisation with the GPU.
 
-    lanes: as many copies of each count, because most pixels are of few classes and would queue for the same count.
+    Args:
+        values: Integers.
+        minlength: The number of counts.
+        lanes: Number of copies of each count: most pixels belong to few classes and would contend for one counter.
     """
     lane = torch.arange(len(values), device=values.device) % lanes
     counts = torch.zeros(lanes * minlength, dtype=torch.int64, device=values.device)
@@ -85,12 +101,17 @@ def _counted_without_waiting(values: Tensor, minlength: int, lanes: int = 64) ->
 
 
 class ConfusionMatrix:
-    """Counts of (truth, prediction) over a data set: exact, in int64, whatever the batches were.
+    """Confusion matrix of a data set, counted exactly in int64 regardless of batches.
 
-    Dataset-level scores need this: a mean of per-image or per-batch IoUs is another, batch-dependent number. No module:
-    the buffers of a module are copied from the first process to the others at every step.
+    Scores of a data set need it: a mean of per-image or per-batch IoUs is another number, which depends on the batches.
+    Not a torch module, because the buffers of a module are copied from the first process to the others at every step.
 
-    counts: (C, C) int64 of this process.
+    Args:
+        num_classes: The number of classes C.
+        ignore_index: The value of ignored pixels in masks.
+
+    Attributes:
+        counts: (C, C) int64 of this process, rows = ground truth.
     """
 
     def __init__(self, num_classes: int, ignore_index: int) -> None:
@@ -99,22 +120,30 @@ class ConfusionMatrix:
         self.counts = torch.zeros(num_classes, num_classes, dtype=torch.int64)
 
     def to(self, device: torch.device) -> Self:
-        """Count there, where the predictions are; in a copy, since processes that are copies share their tensors."""
+        """Move the counts to a device, that of the predictions, and return self.
+
+        The counts are always copied, since forked processes share their tensors.
+        """
         self.counts = self.counts.to(device, copy=True)
         return self
 
     def update(self, prediction: Tensor, mask: Tensor) -> None:
-        """prediction: class indices; mask: class indices or ignore_index; integers of one shape."""
+        """Add pixels.
+
+        Args:
+            prediction: Class indices, integers.
+            mask: Class indices or ignore_index, integers of the same shape.
+        """
         size = self.num_classes**2
-        # Ignored pixels are counted at a place of their own: picking out the others takes 5 times as long.
+        # Ignored pixels get a count of their own: selecting the other pixels takes 5 times as long.
         pairs = torch.where(mask == self.ignore_index, size, mask.long() * self.num_classes + prediction)
-        count = _counted_without_waiting if pairs.is_cuda else torch.bincount
+        count = _bincount_without_sync if pairs.is_cuda else torch.bincount
         self.counts += count(pairs.flatten(), minlength=size + 1)[:size].view(self.num_classes, self.num_classes)
 
     def compute(self) -> np.ndarray:
-        """(C, C) int64, rows = truth, columns = prediction."""
+        """Return a copy of the counts: (C, C) int64, rows = ground truth, columns = prediction."""
         return self.counts.cpu().numpy().copy()
 
     def reset(self) -> None:
-        """Forget everything counted."""
+        """Set all counts to zero."""
         self.counts.zero_()

@@ -1,4 +1,4 @@
-"""One evaluation as a table and as report.json."""
+"""The evaluation report as a printed table and as report.json."""
 
 import json
 import math
@@ -24,21 +24,27 @@ def report(
     breakdown: Breakdown | None = None,
     **facts: Any,
 ) -> dict[str, Any]:
-    """The content of report.json: fractions in 0..1, null where there is nothing to score.
+    """Return the content of report.json: fractions in 0..1, null where there is nothing to score.
 
-    facts: what else to note: the command, the checkpoint, versions.
+    Args:
+        confusion: (C, C) pixel counts, rows = ground truth, columns = prediction.
+        num_images: The number of images.
+        classes: The classes of the confusion matrix.
+        boundaries: The boundary counts, None to leave out boundary scores.
+        breakdown: The counts by image and distance, None to leave them out.
+        facts: Further entries: the command, the checkpoint, versions.
     """
     result = scores(confusion)
-    outlines = boundaries.compute() if boundaries is not None else None
+    boundary = boundaries.compute() if boundaries is not None else None
     images = breakdown.images_by_class if breakdown is not None else [None] * len(classes)
     return {
         "miou": number(result.miou),
         "pixel_accuracy": number(result.pixel_accuracy),
         "mean_accuracy": number(result.mean_accuracy),
         "frequency_weighted_iou": number(result.frequency_weighted),
-        "boundary_f1": number(outlines.f1) if outlines else None,
-        "boundary_f1_dilated": number(outlines.f1_dilated) if outlines else None,
-        "boundary_iou": number(outlines.iou) if outlines else None,
+        "boundary_f1": number(boundary.f1) if boundary else None,
+        "boundary_f1_dilated": number(boundary.f1_dilated) if boundary else None,
+        "boundary_iou": number(boundary.iou) if boundary else None,
         "num_images": num_images,
         "num_pixels": int(confusion.sum()),
         "classes": [
@@ -49,9 +55,9 @@ def report(
                 "precision": number(result.precision[index]),
                 "pixels": int(result.pixels[index]),
                 "images": images[index],
-                "boundary_f1": number(outlines.f1_by_class[index]) if outlines else None,
-                "boundary_f1_dilated": number(outlines.f1_dilated_by_class[index]) if outlines else None,
-                "boundary_iou": number(outlines.iou_by_class[index]) if outlines else None,
+                "boundary_f1": number(boundary.f1_by_class[index]) if boundary else None,
+                "boundary_f1_dilated": number(boundary.f1_dilated_by_class[index]) if boundary else None,
+                "boundary_iou": number(boundary.iou_by_class[index]) if boundary else None,
             }
             for index, name in enumerate(classes.names)
         ],
@@ -64,7 +70,7 @@ def report(
 
 
 def write_json(content: dict[str, Any], path: Path) -> None:
-    """Written whole or not at all."""
+    """Write a report as JSON, atomically."""
     replace_text(path, json.dumps(content, indent=1) + "\n")
 
 
@@ -74,30 +80,37 @@ def score_table(
     calibration: Calibration | None = None,
     boundaries: Boundaries | None = None,
 ) -> str:
-    """The scores for reading: one line per class, then the means; what was left out is said."""
+    """Return the scores as a text table: one line per class, the means, and the classes left out of them.
+
+    Args:
+        confusion: (C, C) pixel counts, rows = ground truth, columns = prediction.
+        classes: The classes of the confusion matrix.
+        calibration: The calibration, None to leave it out.
+        boundaries: The boundary counts, None to leave out boundary scores.
+    """
     result = scores(confusion)
-    outlines = boundaries.compute() if boundaries is not None else None
+    boundary = boundaries.compute() if boundaries is not None else None
     width = max(len(name) for name in (*classes.names, "frequency-weighted IoU"))
-    lines = [f"{'class':<{width}}     IoU  accuracy  precision      pixels" + ("  boundary F1" if outlines else "")]
+    lines = [f"{'class':<{width}}     IoU  accuracy  precision      pixels" + ("  boundary F1" if boundary else "")]
     for index, name in enumerate(classes.names):
         lines.append(
             f"{name:<{width}}  {_percent(result.iou[index])}   {_percent(result.accuracy[index])}    "
             f"{_percent(result.precision[index])}  {int(result.pixels[index]):>10}"
-            + (f"       {_percent(outlines.f1_by_class[index])}" if outlines else "")
+            + (f"       {_percent(boundary.f1_by_class[index])}" if boundary else "")
         )
     means = {
         "mean IoU": result.miou,
         "pixel accuracy": result.pixel_accuracy,
         "mean accuracy": result.mean_accuracy,
         "frequency-weighted IoU": result.frequency_weighted,
-        **({"boundary F1": outlines.f1, "boundary IoU": outlines.iou} if outlines else {}),
+        **({"boundary F1": boundary.f1, "boundary IoU": boundary.iou} if boundary else {}),
     }
     lines += ["", *(f"{name:<{width}}  {_percent(value)}" for name, value in means.items())]
     if calibration is not None and confusion.any():
-        lines.append(calibration.sentence())
+        lines.append(calibration.summary())
     if result.absent:
         names = ", ".join(classes.names[index] for index in result.absent)
-        lines.append(f"left out of the means, in neither truth nor prediction: {names}")
+        lines.append(f"left out of the means (in neither ground truth nor prediction): {names}")
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""report.html: one evaluation, or two side by side, for a person with a browser."""
+"""The page report.html: one evaluation, or two side by side."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -13,9 +13,9 @@ from segdeconv.data.dataset import PublishedScores, SegmentationDataset
 from segdeconv.drawing import draw, html, thumbnails
 from segdeconv.drawing.thumbnails import Gallery
 
-MOST_CELLS = 40  # classes of a confusion matrix that is shown in numbers
-MOST_CONFUSIONS = 16
-BINS = 20  # of the histogram of images by their IoU
+MAX_CELL_CLASSES = 40  # a confusion matrix of more classes is shown as a map
+MAX_CONFUSIONS = 16
+BINS = 20  # of the histogram of the mean IoUs of images
 SCORES = {
     "miou": "mean IoU",
     "pixel_accuracy": "pixel accuracy",
@@ -26,14 +26,27 @@ SCORES = {
 
 
 class Evaluated(NamedTuple):
-    """One network's evaluation: what report.json holds, and the pictures."""
+    """The evaluation of one network, as shown on the page.
+
+    Attributes:
+        report: The content of report.json.
+        gallery: The pictures.
+    """
 
     report: Mapping[str, Any]
     gallery: Gallery
 
 
-class Shown(NamedTuple):
-    """An image in the page. scores: its entry in report.json, and of the second network's if there is one."""
+class ImageEntry(NamedTuple):
+    """An image on the page.
+
+    Attributes:
+        name: The name of the image.
+        kind: The reason it is shown: `worst`, `median`, `best`, `all` or `differing`.
+        rank: Its rank among the images of its kind, from 1.
+        scores: Its entry in report.json, and that of the second network if there is one.
+        pictures: The captions and pictures.
+    """
 
     name: str
     kind: str
@@ -43,13 +56,16 @@ class Shown(NamedTuple):
 
 
 def build_page(first: Evaluated, dataset: SegmentationDataset, *, second: Evaluated | None = None) -> str:
-    """The page of an evaluation; of a comparison where there is a second one, of the same split.
+    """Return the HTML of the page of an evaluation, or of a comparison of two.
 
-    dataset: what was scored, from which the shown images are read again.
+    Args:
+        first: The evaluation.
+        dataset: The evaluated split, from which the images on the page are read again.
+        second: The evaluation of a second network on the same split, None for a page without comparison.
     """
     classes = dataset.classes
     evaluated = [first, *([second] if second else [])]
-    reports = [one.report for one in evaluated]
+    reports = [evaluation.report for evaluation in evaluated]
     confusion = np.array(first.report["confusion"])
     shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     ious = [image["miou"] for image in first.report["images"]]
@@ -58,36 +74,36 @@ def build_page(first: Evaluated, dataset: SegmentationDataset, *, second: Evalua
         reports=reports,
         letters=["A", "B"][: len(reports)] if second else [""],
         score_names=SCORES,
-        networks=[_named(one, "model") for one in reports],
-        data=_named(first.report, "dataset"),
-        configurations=[yaml.safe_dump(dict(one["config"]), sort_keys=False, width=1000) for one in reports],
+        networks=[_class_name(report, "model") for report in reports],
+        data=_class_name(first.report, "dataset"),
+        configs=[yaml.safe_dump(dict(report["config"]), sort_keys=False, width=1000) for report in reports],
         classes=classes,
         percentiles=_percentiles(first.report),
         published=dataset.published,
-        printed=_printed(dataset.published, classes),
+        published_by_class=_published_by_class(dataset.published, classes),
         confusion=confusion,
         shares=shares,
-        confusion_map=_confusion_map(shares) if len(classes) > MOST_CELLS else None,
+        confusion_map=_confusion_map(shares) if len(classes) > MAX_CELL_CLASSES else None,
         confusion_cells=_cells(confusion, classes),
         confusions=_most_confused(confusion, shares, classes),
         histogram=np.histogram([iou for iou in ious if iou is not None], BINS, (0, 1))[0].tolist(),
-        shown=_shown(first, dataset, classes),
-        differing=_differing(first, second, dataset, classes) if second else [],
+        shown=_shown_images(first, dataset, classes),
+        differing=_differing_images(first, second, dataset, classes) if second else [],
         heat=[html.colour(rgb) for rgb in draw.heat(np.linspace(0, 1, 9)[None], 1)[0]],
     )
 
 
-def _named(report: Mapping[str, Any], node: str) -> str:
+def _class_name(report: Mapping[str, Any], node: str) -> str:
     return str(report["config"][node][TARGET]).rpartition(".")[2]
 
 
-def _printed(
+def _published_by_class(
     published: Sequence[PublishedScores], classes: Classes
 ) -> tuple[PublishedScores, list[float | None]] | None:
-    """The first published scores by class, and its fractions in the order of the classes."""
-    for one in published:
-        if one.accuracy:
-            return one, [one.accuracy[name] / 100 if name in one.accuracy else None for name in classes.names]
+    """Return the first published scores that are given by class, and the accuracies in the order of the classes."""
+    for scores in published:
+        if scores.accuracy:
+            return scores, [scores.accuracy[name] / 100 if name in scores.accuracy else None for name in classes.names]
     return None
 
 
@@ -96,26 +112,23 @@ def _percentiles(report: Mapping[str, Any]) -> list[str]:
     return list(kinds[0]) if kinds else []
 
 
-# The confusion matrix.
-
-
 def _confusion_map(shares: np.ndarray) -> html.Picture:
-    """A pixel for each cell, right in blue, wrong in red, the darker the larger the root of its share."""
-    right = np.eye(len(shares), dtype=bool)[:, :, None]
-    full = np.where(right, (47, 109, 179), (194, 84, 61))
+    """Draw a pixel per cell: correct blue, wrong red, the darker the larger the square root of its fraction."""
+    correct = np.eye(len(shares), dtype=bool)[:, :, None]
+    full = np.where(correct, (47, 109, 179), (194, 84, 61))
     strength = np.sqrt(shares)[:, :, None]
     return html.picture((245 * (1 - strength) + full * strength).round().astype(np.uint8), few_colours=True)
 
 
 def _cells(confusion: np.ndarray, classes: Classes) -> str:
-    """For the script: what is not zero."""
+    """Return the nonzero cells as JSON for the script of the page."""
     cells = [[int(row), int(column), int(confusion[row, column])] for row, column in np.argwhere(confusion)]
     return json.dumps({"names": classes.names, "cells": cells}, separators=(",", ":"))
 
 
 def _most_confused(confusion: np.ndarray, shares: np.ndarray, classes: Classes) -> list[dict[str, Any]]:
     wrong = confusion * ~np.eye(len(confusion), dtype=bool)
-    order = np.argsort(-wrong, axis=None, kind="stable")[:MOST_CONFUSIONS]
+    order = np.argsort(-wrong, axis=None, kind="stable")[:MAX_CONFUSIONS]
     return [
         {"truth": int(row), "predicted": int(column), "pixels": int(wrong[row, column]), "share": shares[row, column]}
         for row, column in zip(*np.unravel_index(order, wrong.shape), strict=True)
@@ -123,58 +136,60 @@ def _most_confused(confusion: np.ndarray, shares: np.ndarray, classes: Classes) 
     ]
 
 
-# Pictures.
-
-
-def _shown(one: Evaluated, dataset: SegmentationDataset, classes: Classes) -> list[Shown]:
-    entries = one.report["images"]
+def _shown_images(evaluated: Evaluated, dataset: SegmentationDataset, classes: Classes) -> list[ImageEntry]:
+    entries = evaluated.report["images"]
     chosen = thumbnails.choose([entry["miou"] for entry in entries])
-    top = max((float(one.gallery.uncertainty(choice.place).max()) for choice in chosen), default=1.0)
+    top = max((float(evaluated.gallery.uncertainty(choice.place).max()) for choice in chosen), default=1.0)
     return [
-        Shown(
+        ImageEntry(
             entries[choice.place]["name"],
             choice.kind,
             choice.rank,
             [entries[choice.place]],
-            _pictures([one], dataset, choice.place, classes, top),
+            _pictures([evaluated], dataset, choice.place, classes, top),
         )
         for choice in chosen
     ]
 
 
-def _differing(first: Evaluated, second: Evaluated, dataset: SegmentationDataset, classes: Classes) -> list[Shown]:
-    """The images whose IoUs differ most, the largest difference first; those with none are left out."""
+def _differing_images(
+    first: Evaluated, second: Evaluated, dataset: SegmentationDataset, classes: Classes
+) -> list[ImageEntry]:
+    """Return the images whose mean IoUs differ most, the largest difference first, without those that are equal."""
     pairs = list(zip(first.report["images"], second.report["images"], strict=True))
-    gaps = [abs((one["miou"] or 0) - (other["miou"] or 0)) for one, other in pairs]
+    gaps = [abs((scores["miou"] or 0) - (other["miou"] or 0)) for scores, other in pairs]
     order = [int(index) for index in np.argsort(-np.array(gaps), kind="stable") if gaps[index]][: 2 * thumbnails.EACH]
     return [
-        Shown(
+        ImageEntry(
             pairs[index][0]["name"],
             "differing",
-            place + 1,
+            rank,
             pairs[index],
             _pictures([first, second], dataset, index, classes, None),
         )
-        for place, index in enumerate(order)
+        for rank, index in enumerate(order, start=1)
     ]
 
 
 def _pictures(
     evaluated: Sequence[Evaluated], dataset: SegmentationDataset, index: int, classes: Classes, top: float | None
 ) -> list[tuple[str, html.Picture]]:
-    """Image and truth, then prediction and error of each network, then the uncertainty if its largest is given."""
+    """Return image and ground truth, then prediction, error and, unless `top` is None, uncertainty per network.
+
+    `top` is the uncertainty that is drawn brightest.
+    """
     image, mask, _ = dataset[index]
     small, truth = thumbnails.smaller(image, mask)
     pictures = [("image", html.picture(small)), ("truth", _map(truth, classes))]
-    for letter, one in zip(("",) if len(evaluated) == 1 else (" of A", " of B"), evaluated, strict=True):
-        prediction = one.gallery.prediction(index)
+    for letter, evaluation in zip(("",) if len(evaluated) == 1 else (" of A", " of B"), evaluated, strict=True):
+        prediction = evaluation.gallery.prediction(index)
         wrong = draw.error(truth, prediction, classes.ignore_index)
         pictures += [
             (f"prediction{letter}", _map(prediction, classes)),
             (f"error{letter}", html.picture(wrong, few_colours=True)),
         ]
         if top is not None:
-            heat = draw.heat(one.gallery.uncertainty(index), top)
+            heat = draw.heat(evaluation.gallery.uncertainty(index), top)
             pictures.append((f"uncertainty{letter}", html.picture(np.ascontiguousarray(heat))))
     return pictures
 

@@ -314,7 +314,7 @@ def test_a_number_of_channels_that_does_not_fit_the_network_is_refused(trained: 
     folder, _ = trained
     overrides = [f"dataset.root={folder / 'tif'}", "dataset.channels=3"]
     loaded = checkpoint.read(folder / "run" / "best.ckpt", overrides=overrides)
-    with raises(r"was trained on images of 2 channel\(s\) and segdeconv\.data\.Folder gives 3 - leave"):
+    with raises(r"was trained on images with 2 channel\(s\), but segdeconv\.data\.Folder has 3 - keep"):
         restore_dataset(loaded, "val")
 
 

@@ -1,4 +1,4 @@
-"""The same masks give the same scores, whoever counts them: any batch size, any number of workers, and by hand."""
+"""Scores do not depend on batch size or workers, and equal a count of every pixel."""
 
 import json
 
@@ -16,7 +16,7 @@ SLIM = (
 
 @pytest.fixture(scope="module")
 def scored(tmp_path_factory, commands):
-    """One network, scored with several batch sizes and numbers of workers: {(batch size, workers): report}."""
+    """Evaluate one network with several batch sizes and numbers of workers; {(batch size, workers): report}."""
     place = tmp_path_factory.mktemp("truth")
     fakes.folder(place / "mine", num=7, layout="lists")
     assert commands("train", *SLIM, "hydra.run.dir=run", cwd=place).code == 0
@@ -30,7 +30,7 @@ def scored(tmp_path_factory, commands):
     return place, reports
 
 
-def test_neither_batch_size_nor_workers_change_a_count(scored):
+def test_batch_size_and_workers_do_not_change_a_count(scored):
     _, reports = scored
     first = reports[1, 0]
     for report in reports.values():
@@ -38,7 +38,7 @@ def test_neither_batch_size_nor_workers_change_a_count(scored):
             assert report[key] == first[key], key
 
 
-def test_the_scores_are_those_counted_pixel_by_pixel_from_the_written_masks(scored):
+def test_the_scores_equal_a_count_of_every_pixel_of_the_written_masks(scored):
     place, reports = scored
     val = Folder("val", str(place / "mine"))
     for (batch_size, workers), report in reports.items():
@@ -54,6 +54,6 @@ def test_the_scores_are_those_counted_pixel_by_pixel_from_the_written_masks(scor
         assert report["pixel_accuracy"] == pytest.approx(float(np.trace(counts) / counts.sum()), abs=1e-12)
 
 
-def test_the_scores_after_training_are_those_of_the_checkpoint(scored):
+def test_the_scores_after_training_equal_those_of_the_checkpoint(scored):
     place, reports = scored
     assert json.loads((place / "run" / "report.json").read_text())["confusion"] == reports[2, 0]["confusion"]

@@ -1,4 +1,4 @@
-"""Scores against torchmetrics and against numbers worked by hand."""
+"""Scores, checked against torchmetrics and values computed by hand."""
 
 import math
 
@@ -12,7 +12,7 @@ from torchmetrics.classification import (
     MulticlassPrecision,
 )
 
-from segdeconv.evaluation.metrics import ConfusionMatrix, _counted_without_waiting, scores
+from segdeconv.evaluation.metrics import ConfusionMatrix, _bincount_without_sync, scores
 from segdeconv.losses import CrossEntropy
 from segdeconv.models import SegNet
 
@@ -38,10 +38,10 @@ def confusion_of(prediction, mask, num_classes=CLASSES, ignore_index=255):
     return matrix.compute()
 
 
-def test_confusion_is_torchmetrics(batch):
-    theirs = MulticlassConfusionMatrix(CLASSES, ignore_index=255)
-    theirs.update(*batch)
-    assert np.array_equal(confusion_of(*batch), theirs.compute().numpy())
+def test_confusion_equals_torchmetrics(batch):
+    reference = MulticlassConfusionMatrix(CLASSES, ignore_index=255)
+    reference.update(*batch)
+    assert np.array_equal(confusion_of(*batch), reference.compute().numpy())
 
 
 def test_rows_are_truth_and_columns_prediction():
@@ -49,21 +49,21 @@ def test_rows_are_truth_and_columns_prediction():
     assert confusion.tolist() == [[0, 2, 1], [0, 0, 0], [0, 0, 0]]
 
 
-def test_scores_are_torchmetrics(batch):
-    ours = scores(confusion_of(*batch))
+def test_scores_equal_torchmetrics(batch):
+    result = scores(confusion_of(*batch))
 
-    def theirs(metric, average):
+    def reference(metric, average):
         return metric(CLASSES, ignore_index=255, average=average)(*batch).numpy()
 
     tolerance = {"rtol": 0, "atol": 1e-6}
-    np.testing.assert_allclose(ours.iou, theirs(MulticlassJaccardIndex, "none"), **tolerance)
-    np.testing.assert_allclose(ours.miou, theirs(MulticlassJaccardIndex, "macro"), **tolerance)
-    np.testing.assert_allclose(ours.frequency_weighted, theirs(MulticlassJaccardIndex, "weighted"), **tolerance)
-    np.testing.assert_allclose(ours.pixel_accuracy, theirs(MulticlassAccuracy, "micro"), **tolerance)
-    np.testing.assert_allclose(ours.mean_accuracy, theirs(MulticlassAccuracy, "macro"), **tolerance)
-    np.testing.assert_allclose(ours.accuracy, theirs(MulticlassAccuracy, "none"), **tolerance)
-    np.testing.assert_allclose(ours.precision, theirs(MulticlassPrecision, "none"), **tolerance)
-    assert ours.pixels.tolist() == torch.bincount(batch[1][batch[1] != 255]).tolist()
+    np.testing.assert_allclose(result.iou, reference(MulticlassJaccardIndex, "none"), **tolerance)
+    np.testing.assert_allclose(result.miou, reference(MulticlassJaccardIndex, "macro"), **tolerance)
+    np.testing.assert_allclose(result.frequency_weighted, reference(MulticlassJaccardIndex, "weighted"), **tolerance)
+    np.testing.assert_allclose(result.pixel_accuracy, reference(MulticlassAccuracy, "micro"), **tolerance)
+    np.testing.assert_allclose(result.mean_accuracy, reference(MulticlassAccuracy, "macro"), **tolerance)
+    np.testing.assert_allclose(result.accuracy, reference(MulticlassAccuracy, "none"), **tolerance)
+    np.testing.assert_allclose(result.precision, reference(MulticlassPrecision, "none"), **tolerance)
+    assert result.pixels.tolist() == torch.bincount(batch[1][batch[1] != 255]).tolist()
 
 
 def test_scores_do_not_depend_on_batches(batch):
@@ -73,7 +73,7 @@ def test_scores_do_not_depend_on_batches(batch):
         matrix.update(prediction, mask)
     assert np.array_equal(matrix.compute(), whole)
     one_by_one = np.mean([scores(confusion_of(*pair)).miou for pair in zip(*batch, strict=True)])
-    assert one_by_one != pytest.approx(scores(whole).miou, abs=1e-6)  # the number that is not reported
+    assert one_by_one != pytest.approx(scores(whole).miou, abs=1e-6)  # a mean over images, which is not reported
 
 
 def test_perfect_prediction_scores_one():
@@ -87,16 +87,16 @@ def test_worst_prediction_scores_zero():
     assert (result.miou, result.pixel_accuracy, result.mean_accuracy, result.frequency_weighted) == (0, 0, 0, 0)
 
 
-def test_half_of_each_class_right_is_one_third():
-    # Two pixels of each class, one of them right: intersection 1, union 3.
+def test_half_of_each_class_correct_gives_one_third():
+    # Two pixels of each class, one of them correct: intersection 1, union 3.
     result = scores(confusion_of(torch.tensor([0, 1, 1, 0]), torch.tensor([0, 0, 1, 1]), num_classes=2))
     assert result.miou == pytest.approx(1 / 3)
     assert result.frequency_weighted == pytest.approx(1 / 3)
     assert result.pixel_accuracy == result.mean_accuracy == 0.5
 
 
-def test_unequal_classes_by_hand():
-    # Truth: 6 of class 0, 2 of class 1. Right: 3 and 2; 3 of class 0 taken for class 1.
+def test_unequal_classes_equal_hand_computed_values():
+    # Truth: 6 pixels of class 0, 2 of class 1. Correct: 3 and 2; 3 of class 0 are predicted as class 1.
     result = scores(np.array([[3, 3], [0, 2]]))
     assert result.iou == pytest.approx([3 / 6, 2 / 5])
     assert result.miou == pytest.approx((1 / 2 + 2 / 5) / 2)
@@ -113,7 +113,7 @@ def test_class_absent_from_truth_and_prediction_is_left_out():
     assert result.absent == [1]
 
 
-def test_class_only_predicted_counts_zero_in_miou_and_not_in_mean_accuracy():
+def test_a_class_that_is_only_predicted_counts_zero_in_miou_and_not_in_mean_accuracy():
     result = scores(np.array([[3, 1], [0, 0]]))
     assert result.iou == pytest.approx([0.75, 0])
     assert result.miou == pytest.approx(0.375)
@@ -121,7 +121,7 @@ def test_class_only_predicted_counts_zero_in_miou_and_not_in_mean_accuracy():
     assert result.absent == []
 
 
-def test_nothing_to_score_is_nan_without_a_warning(recwarn):
+def test_scores_without_pixels_are_nan_without_a_warning(recwarn):
     result = scores(confusion_of(torch.tensor([0, 1]), torch.tensor([255, 255]), num_classes=2))
     assert all(map(math.isnan, (result.miou, result.pixel_accuracy, result.mean_accuracy, result.frequency_weighted)))
     assert result.absent == [0, 1]
@@ -134,7 +134,7 @@ def test_uint8_masks_count_without_overflow():
     assert confusion_of(prediction, mask, num_classes=21)[20, 20] == 3
 
 
-def test_reset_forgets_and_compute_does_not_share_memory(batch):
+def test_reset_clears_the_counts_and_compute_returns_a_copy(batch):
     matrix = ConfusionMatrix(CLASSES, 255)
     matrix.update(*batch)
     first = matrix.compute()
@@ -146,18 +146,18 @@ def test_reset_forgets_and_compute_does_not_share_memory(batch):
 
 
 @pytest.mark.parametrize("lanes", [1, 64])
-def test_the_counts_that_a_gpu_makes_are_those_of_bincount(lanes):
-    values = torch.randint(0, 10, (1000,))  # 10 and 11 are never met
+def test_the_counts_for_gpus_equal_bincount(lanes):
+    values = torch.randint(0, 10, (1000,))  # 10 and 11 do not occur
     expected = torch.bincount(values, minlength=12)
-    assert torch.equal(_counted_without_waiting(values, minlength=12, lanes=lanes), expected)
+    assert torch.equal(_bincount_without_sync(values, minlength=12, lanes=lanes), expected)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="without a GPU nobody waits for it")
-def test_loss_and_counts_of_a_training_step_never_wait_for_the_gpu():
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_loss_and_counts_of_a_training_step_never_synchronise_with_the_gpu():
     network = SegNet(5, stages=((8,), (8,))).cuda()
     image, mask = torch.randn(2, 3, 32, 48, device="cuda"), torch.randint(0, 5, (2, 32, 48), device="cuda")
     matrix, loss = ConfusionMatrix(5, 255).to(torch.device("cuda")), CrossEntropy(class_weights=[1, 2, 3, 4, 5]).cuda()
-    for mode in ("default", "error"):  # first once without, for what is set up at the first use
+    for mode in ("default", "error"):  # the first pass only initialises
         torch.cuda.set_sync_debug_mode(mode)
         try:
             logits = network(image)

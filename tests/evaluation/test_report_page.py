@@ -1,4 +1,4 @@
-"""report.html as a person meets it, in a real browser: every number against the saved masks, every name as text."""
+"""report.html in a real browser: numbers are checked against the saved masks, names appear as plain text."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from segdeconv.inference.segmenter import Segmenter
 
 
 def node(root: Path, *order: int) -> dict[str, object]:
-    """The config of that folder, its classes in this order."""
+    """Return the config of a folder data set with its classes in this order."""
     return {
         "_target_": "segdeconv.data.Folder",
         "root": str(root),
@@ -40,11 +40,11 @@ def node(root: Path, *order: int) -> dict[str, object]:
 
 
 @pytest.fixture(scope="module")
-def place(commands, tmp_path_factory) -> Path:
-    """Two untrained networks, their classes in different orders, evaluated alone (one/, other/) and compared (two/)."""
-    place = tmp_path_factory.mktemp("report")
-    root = hostile(place / "data")
-    run = place / '<b>run</b> & "co"'
+def folder(commands, tmp_path_factory) -> Path:
+    """Evaluate two untrained networks with different class orders, alone (one/, other/) and compared (two/)."""
+    folder = tmp_path_factory.mktemp("report")
+    root = hostile(folder / "data")
+    run = folder / '<b>run</b> & "co"'
     first = fakes.untrained(run / "first.ckpt", node(root, 0, 1, 2))
     second = fakes.untrained(run / "second.ckpt", node(root, 2, 0, 1), seed=1)
     for words in (
@@ -52,32 +52,35 @@ def place(commands, tmp_path_factory) -> Path:
         (second, "--out", "other", "--masks", "other_masks"),
         (first, "--compare", second, "--out", "two"),
     ):
-        done = commands("evaluate", *words, cwd=place)
+        done = commands("evaluate", *words, cwd=folder)
         assert done.code == 0, done.err
-    return place
+    return folder
 
 
-def read(place: Path, masks: str) -> list[tuple[str, np.ndarray, np.ndarray]]:
-    """(name, truth, prediction) of every image, from the files."""
-    found = []
-    for path in sorted((place / "data" / "val" / "masks").iterdir()):
-        prediction = np.array(fakes.opened(place / masks / path.name))
-        found.append((path.stem, np.array(fakes.opened(path)), prediction))
-    return found
+def read(folder: Path, masks: str) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    """Return (name, truth, prediction) of every image, from the files."""
+    images = []
+    for path in sorted((folder / "data" / "val" / "masks").iterdir()):
+        prediction = np.array(fakes.opened(folder / masks / path.name))
+        images.append((path.stem, np.array(fakes.opened(path)), prediction))
+    return images
 
 
 def counted(pairs: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
     confusion = np.zeros((3, 3), dtype=np.int64)
     for truth, prediction in pairs:
         for true in range(3):
-            for found in range(3):
-                confusion[true, found] += int(((truth == true) & (prediction == found)).sum())
+            for predicted in range(3):
+                confusion[true, predicted] += int(((truth == true) & (prediction == predicted)).sum())
     return confusion
 
 
 def ious(confusion: np.ndarray) -> list[float]:
-    either = confusion.sum(0) + confusion.sum(1) - confusion.diagonal()
-    return [float(both / one) if one else float("nan") for both, one in zip(confusion.diagonal(), either, strict=True)]
+    unions = confusion.sum(0) + confusion.sum(1) - confusion.diagonal()
+    return [
+        float(correct / union) if union else float("nan")
+        for correct, union in zip(confusion.diagonal(), unions, strict=True)
+    ]
 
 
 def shown(value: float, digits: int = 1) -> str:
@@ -85,15 +88,15 @@ def shown(value: float, digits: int = 1) -> str:
 
 
 @needs_chromium
-def test_the_page_says_what_the_masks_say_and_can_be_used(place):
-    """One session for all that needs a browser, since a session costs a second."""
-    images = read(place, "masks")
+def test_the_page_agrees_with_the_masks_and_is_usable(folder):
+    """All checks share one browser session, since starting one takes a second."""
+    images = read(folder, "masks")
     confusion = counted([(truth, prediction) for _, truth, prediction in images])
     outlines = Boundaries(3, IGNORED)
     for _, truth, prediction in images:
         outlines.update(prediction, truth)
     with browser_page() as browser:
-        browser.goto((place / "one" / "report.html").as_uri())
+        browser.goto((folder / "one" / "report.html").as_uri())
 
         # Numbers.
         total, truths, predicted = confusion.sum(), confusion.sum(1), confusion.sum(0)
@@ -105,14 +108,14 @@ def test_the_page_says_what_the_masks_say_and_can_be_used(place):
         assert headline["mean accuracy"] == shown(np.mean(confusion.diagonal() / truths))
         assert headline["frequency-weighted IoU"] == shown(sum(truths * ious(confusion)) / total)
         for label, row in enumerate(rows(browser, "classes")):
-            right = confusion[label, label]
-            accuracy = right / truths[label]
-            precision = right / predicted[label] if predicted[label] else float("nan")
-            there = sum(bool((truth == label).any()) for _, truth, _ in images)
+            correct = confusion[label, label]
+            accuracy = correct / truths[label]
+            precision = correct / predicted[label] if predicted[label] else float("nan")
+            num_images = sum(bool((truth == label).any()) for _, truth, _ in images)
             boundary = shown(outlines.compute().f1_by_class[label])
             assert row == [
                 NAMES[label], shown(ious(confusion)[label]), shown(accuracy), shown(precision), boundary,
-                shown(truths[label] / total, 2), f"{truths[label]:,}", str(there),
+                shown(truths[label] / total, 2), f"{truths[label]:,}", str(num_images),
             ]  # fmt: skip
         for label, row in enumerate(rows(browser, "confusion")):
             shares = [100 * value / truths[label] for value in confusion[label]]
@@ -123,9 +126,11 @@ def test_the_page_says_what_the_masks_say_and_can_be_used(place):
         distances = [np.minimum(distance_by_hand(truth), 1e6) for _, truth, _ in images]
         for first, end, row in zip(ends[:-1], ends[1:], rows(browser, "boundaries"), strict=True):
             inside = [(distance >= first) & (distance < end) for distance in distances]
-            part = counted([(truth[band], found[band]) for (_, truth, found), band in zip(images, inside, strict=True)])
-            both = [float("nan")] * 2 if not part.sum() else [part.trace() / part.sum(), np.nanmean(ious(part))]
-            assert row[1:] == [*map(shown, both), shown(part.sum() / total), f"{part.sum():,}"]
+            part = counted(
+                [(truth[band], prediction[band]) for (_, truth, prediction), band in zip(images, inside, strict=True)]
+            )
+            expected = [float("nan")] * 2 if not part.sum() else [part.trace() / part.sum(), np.nanmean(ious(part))]
+            assert row[1:] == [*map(shown, expected), shown(part.sum() / total), f"{part.sum():,}"]
         assert [row[0] for row in rows(browser, "sizes")] == [
             "1×1 to 17×20", "20×31", "25×25 to 24×33", "32×27 to 30×30",
         ]  # fmt: skip
@@ -138,25 +143,25 @@ def test_the_page_says_what_the_masks_say_and_can_be_used(place):
             assert accuracy == f"accuracy {shown(part.trace() / part.sum() if part.sum() else float('nan'))}"
         assert "nan" not in browser.inner_text("body").lower()
 
-        # Names stay text, and pictures are there.
+        # Names are plain text, and all pictures are loaded.
         assert browser.evaluate("window.hit") is None
         assert {name for name, _, _ in images} == set(browser.locator("#gallery h3 b").all_inner_texts())
         assert set(FILES) <= set(by_name)
         assert '<b>run</b> & "co"/first.ckpt' in browser.inner_text("#made")
         widths = browser.evaluate(
-            "[...document.images].filter((one) => one.closest('main')).map((one) => one.naturalWidth)"
+            "[...document.images].filter((image) => image.closest('main')).map((image) => image.naturalWidth)"
         )
         assert len(widths) == 5 * len(images)
         assert min(widths) > 0
 
-        # Order, by mouse and by keys.
+        # Sorting with mouse and keyboard.
         head = browser.locator("#classes th button", has_text="IoU")
         of_classes = [float(shown(iou)) for iou in ious(confusion)]
         for act, order in ((head.click, "descending"), (lambda: head.press("Enter"), "ascending")):
             act()
             assert browser.locator("#classes th[aria-sort]:not([aria-sort=none])").get_attribute("aria-sort") == order
-            got = [float(row[1]) for row in rows(browser, "classes")]
-            assert got == sorted(of_classes, reverse=order == "descending")
+            values = [float(row[1]) for row in rows(browser, "classes")]
+            assert values == sorted(of_classes, reverse=order == "descending")
         for key, button in (("name", "name"), ("uncertainty", "uncertainty"), ("accuracy", "accuracy")):
             browser.locator(".controls button", has_text=button).press("Enter")
             values = [item.get_attribute(f"data-{key}") for item in browser.locator("#gallery > li").all()]
@@ -166,11 +171,11 @@ def test_the_page_says_what_the_masks_say_and_can_be_used(place):
                 assert len(numbers) == len(values)
             assert browser.locator(".controls [aria-pressed=true]").inner_text().split()[0] == button
 
-        # A picture, large.
+        # Enlarged pictures.
         viewer, large = browser.locator("#viewer"), browser.locator("#viewer img")
         picture = browser.locator("#gallery .picture").nth(1)
-        for opens in (picture.click, lambda: picture.press("Enter")):
-            opens()
+        for open_picture in (picture.click, lambda: picture.press("Enter")):
+            open_picture()
             assert viewer.is_visible()
             assert large.get_attribute("src") == picture.locator("img").get_attribute("src")
             browser.keyboard.press("ArrowRight")
@@ -180,16 +185,16 @@ def test_the_page_says_what_the_masks_say_and_can_be_used(place):
             assert not viewer.is_visible()
             assert browser.evaluate("document.activeElement.className") == "picture"
 
-        # Light, dark, paper.
+        # Light and dark mode, print.
         for scheme in ("light", "dark"):
             browser.emulate_media(color_scheme=scheme)
             assert contrasts(browser) == []
         assert browser.pdf()[:5] == b"%PDF-"
 
         # Two networks.
-        browser.goto((place / "two" / "report.html").as_uri())
-        of_first = np.array([2, 0, 1], np.uint8)  # the first's index of each class of the second
-        others = ious(counted([(truth, of_first[found]) for _, truth, found in read(place, "other_masks")]))
+        browser.goto((folder / "two" / "report.html").as_uri())
+        of_first = np.array([2, 0, 1], np.uint8)  # the index in the first network of each class of the second
+        others = ious(counted([(truth, of_first[prediction]) for _, truth, prediction in read(folder, "other_masks")]))
         for label, row in enumerate(rows(browser, "classes")):
             assert row[:3] == [NAMES[label], shown(ious(confusion)[label]), shown(others[label])]
             assert row[3] == html.points(others[label] - ious(confusion)[label])
@@ -197,18 +202,18 @@ def test_the_page_says_what_the_masks_say_and_can_be_used(place):
         assert contrasts(browser) == []
 
 
-# What needs no browser.
+# Tests that need no browser.
 
 
-class Few(SegmentationDataset):
-    """Any masks, all pictures grey."""
+class MaskDataset(SegmentationDataset):
+    """A data set of the given masks, with grey images."""
 
     split = "val"
     classes = Shapes.classes
 
     def __init__(self, *masks: np.ndarray) -> None:
         self.masks = masks
-        self.names = [f"image {place}" for place in range(len(masks))]
+        self.names = [f"image {index}" for index in range(len(masks))]
 
     def __getitem__(self, index: int) -> Sample:
         return Sample(np.full((*self.masks[index].shape, 3), 90, np.uint8), self.masks[index], self.names[index])
@@ -220,15 +225,15 @@ class Few(SegmentationDataset):
 
 @pytest.fixture(scope="module")
 def network(tmp_path_factory) -> checkpoint.Checkpoint:
-    place = tmp_path_factory.mktemp("network")
-    return checkpoint.read(fakes.untrained(place / "a.ckpt", {"_target_": "segdeconv.data.Shapes", "num_train": 2}))
+    folder = tmp_path_factory.mktemp("network")
+    return checkpoint.read(fakes.untrained(folder / "a.ckpt", {"_target_": "segdeconv.data.Shapes", "num_train": 2}))
 
 
-def evaluated(network: checkpoint.Checkpoint, *masks: np.ndarray, **more: object) -> tuple[dict[str, Any], str]:
-    """(report, page) of a network of seven classes on these masks; more: what else the report holds."""
-    dataset = Few(*masks)
+def evaluated(network: checkpoint.Checkpoint, *masks: np.ndarray, **entries: object) -> tuple[dict[str, Any], str]:
+    """Return (report, page) of a network of seven classes on these masks, with further entries for the report."""
+    dataset = MaskDataset(*masks)
     done = Evaluation.of(Segmenter(network, device=torch.device("cpu")), dataset, outlines=len(masks) < 10)
-    report = {**done.report(command="evaluate"), **more}
+    report = {**done.report(command="evaluate"), **entries}
     return report, report_page.build_page(report_page.Evaluated(report, done.gallery), dataset)
 
 
@@ -242,7 +247,7 @@ def evaluated(network: checkpoint.Checkpoint, *masks: np.ndarray, **more: object
     ],
     ids=["no image", "one pixel", "all ignored", "some of each"],
 )
-def test_a_split_with_little_in_it_has_a_page_without_nan(network, masks):
+def test_a_nearly_empty_split_has_a_page_without_nan(network, masks):
     report, html = evaluated(network, *masks)
     assert report["num_images"] == len(masks)
     text = re.sub(r"<head>.*?</head>|data:image[^\"]*|<script>.*?</script>|<pre.*?</pre>", "", html, flags=re.DOTALL)
@@ -251,7 +256,7 @@ def test_a_split_with_little_in_it_has_a_page_without_nan(network, masks):
 
 
 @pytest.mark.parametrize("num", [100, pytest.param(2000, marks=pytest.mark.slow)])
-def test_a_page_of_many_images_stays_small_and_says_how_many_it_shows(network, num):
+def test_a_page_of_many_images_stays_small_and_states_how_many_it_shows(network, num):
     noise = np.random.default_rng(0).integers(0, 2, (num, 6, 7)).astype(np.uint8)
     _, html = evaluated(network, *noise)
     assert len(html) < 3e5
@@ -259,16 +264,16 @@ def test_a_page_of_many_images_stays_small_and_says_how_many_it_shows(network, n
     assert f"24 of {num:,} images: the worst, the median and the best" in html
 
 
-def test_entropy_is_that_of_the_class_probabilities():
+def test_entropy_equals_that_of_the_class_probabilities():
     logits = torch.randn(2, 5, 3, 4, generator=torch.Generator().manual_seed(0)) * 4
     expected = torch.distributions.Categorical(logits=logits.permute(0, 2, 3, 1)).entropy()
     torch.testing.assert_close(entropy(ClassScores(logits, False)), expected)
     torch.testing.assert_close(entropy(ClassScores(logits.softmax(dim=1), True)), expected)
-    sure = torch.tensor([0.0, 800.0, -800.0]).view(1, 3, 1, 1)
-    assert entropy(ClassScores(sure, False)).item() == 0
+    certain = torch.tensor([0.0, 800.0, -800.0]).view(1, 3, 1, 1)
+    assert entropy(ClassScores(certain, False)).item() == 0
 
 
-def test_tables_of_other_measurements_are_shown_if_they_are_there(network):
+def test_optional_tables_are_shown_if_the_report_has_them(network):
     mask = np.zeros((20, 30), np.uint8)
     _, html = evaluated(network, mask)
     assert 'id="ablation"' not in html
@@ -279,14 +284,16 @@ def test_tables_of_other_measurements_are_shown_if_they_are_there(network):
     assert re.search(r"entropy</td>.*?87\.5</td>", html, re.DOTALL)
 
 
-def test_networks_of_other_classes_are_not_compared(commands, place, tmp_path):
+def test_networks_with_different_classes_are_not_compared(commands, folder, tmp_path):
     other = fakes.untrained(tmp_path / "other.ckpt", {"_target_": "segdeconv.data.Shapes", "num_train": 2})
-    done = commands("evaluate", place / '<b>run</b> & "co"' / "first.ckpt", "--compare", other, "--out", "x", cwd=place)
+    done = commands(
+        "evaluate", folder / '<b>run</b> & "co"' / "first.ckpt", "--compare", other, "--out", "x", cwd=folder
+    )
     assert done.code == 2
-    assert "the data has 3 classes (" in done.error_message
-    assert "other.ckpt has 7 classes (background, disc, ring, ...); '" in done.error_message
-    assert "compare networks of the same classes, which are matched by their names" in done.error_message
-    assert not (place / "x").exists()
+    assert "the data has 3 classes (" in done.sentence
+    assert "other.ckpt has 7 classes (background, disc, ring, ...); '" in done.sentence
+    assert "compare networks of the same classes, which are matched by their names" in done.sentence
+    assert not (folder / "x").exists()
 
 
 # Published scores.
@@ -294,17 +301,17 @@ def test_networks_of_other_classes_are_not_compared(commands, place, tmp_path):
 
 @pytest.mark.parametrize("published", [CAMVID, SUNRGBD])
 def test_published_accuracies_by_class_have_the_published_mean(published):
-    found = [one for one in published if one.accuracy]
-    assert found
-    for one in found:
-        assert np.mean(list(one.accuracy.values())) == pytest.approx(one.mean_accuracy, abs=0.03)
+    by_class = [scores for scores in published if scores.accuracy]
+    assert by_class
+    for scores in by_class:
+        assert np.mean(list(scores.accuracy.values())) == pytest.approx(scores.mean_accuracy, abs=0.03)
 
 
-def test_published_scores_go_with_the_classes_they_are_of(tmp_path):
+def test_published_scores_belong_to_the_original_classes(tmp_path):
     dataset = CamVid("train", str(fakes.camvid(tmp_path / "camvid")))
     assert set(CAMVID[0].accuracy) == set(dataset.classes.names)
-    turned = Classes(dataset.classes.names[::-1], dataset.classes.colours[::-1], 255)
-    assert in_order_of(dataset, turned).published is dataset.published
+    reversed_classes = Classes(dataset.classes.names[::-1], dataset.classes.colours[::-1], 255)
+    assert in_order_of(dataset, reversed_classes).published is dataset.published
     assert Relabelled(dataset, {"sky": "ignore"}).published == ()
     assert Folder("train", str(fakes.folder(tmp_path / "own"))).published == ()
-    assert "DeconvNet" in {one.network for one in VOC.published}
+    assert "DeconvNet" in {scores.network for scores in VOC.published}
