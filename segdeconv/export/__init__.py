@@ -1,4 +1,4 @@
-"""A network as one ONNX or torch.export file, compared with the network before it gets its name.
+"""Export of networks as ONNX or torch.export files, verified against the network.
 
 May import everything up to `inference`.
 """

@@ -1,6 +1,6 @@
-"""A trained network as one file that other programs run: ONNX or torch.export, and a JSON file that says how.
+"""Export of a trained network as one file for other programs, ONNX or torch.export, and a JSON card that describes it.
 
-A file gets its name only after it was run beside the network that it came from and gave the same.
+An exported file is written only after its outputs were compared with those of the network.
 """
 
 import json
@@ -29,21 +29,26 @@ from segdeconv.system.files import hash_file, replace_text, replacing_path
 from segdeconv.system.seeding import key
 
 ONNX, PT2 = ".onnx", ".pt2"
-# Of pixels, of whose class file and network agree: what an equal prediction is (docs/robustness.md).
-FEWEST_SAME = 0.999
-LARGEST_MEAN = 1e-3  # of the differences of scores, in standard deviations of the scores
-# Of files that resize, on pictures of noise, up to an eighth of whose numbers they make one grey level brighter.
-FEWEST_SAME_RESIZED, LARGEST_MEAN_RESIZED = 0.99, 0.05
-FEWEST_SAME_HALF = 0.98  # of networks with weights of 16 and of 32 bits; rounding moves switches
+# The fraction of pixels with the same class in file and network: the definition of equal predictions in
+# docs/robustness.md.
+MIN_SAME = 0.999
+MAX_MEAN = 1e-3  # mean difference of scores, in standard deviations of the scores
+# For files that resize, on images of noise: resizing in the graph may raise up to an eighth of the values by one.
+MIN_SAME_RESIZED, MAX_MEAN_RESIZED = 0.99, 0.05
+MIN_SAME_HALF = 0.98  # between weights of 16 and of 32 bits, since rounding changes switches
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How a file and its network agreed on random images.
+    """Agreement of an exported file and its network on random images.
 
-    shapes: of the inputs. same_class: share of the pixels. largest, mean: difference of scores, in standard deviations
-        of the scores; None where the file gives labels. same_class_as_full: share of the pixels to which weights of 16
-        and of 32 bits give the same class; None where they have 32.
+    Attributes:
+        shapes: The shapes of the inputs.
+        same_class: Fraction of the pixels with the same class.
+        largest: Largest difference of scores, in standard deviations of the scores; None if the file returns labels.
+        mean: Mean difference of scores, in the same units; None if the file returns labels.
+        same_class_as_full: Fraction of the pixels with the same class for weights of 16 and of 32 bits; None if the
+            file has weights of 32 bits.
     """
 
     shapes: list[list[int]]
@@ -61,30 +66,43 @@ def export(
     argmax: bool = False,
     half: bool = False,
 ) -> dict[str, Any]:
-    """Write `path`, .onnx or .pt2, and the JSON beside it; returns what that says.
+    """Export a network to a file, with a JSON card beside it.
 
-    pixels, argmax: see `Exported`. half: weights in 16 bits, for ONNX; what is computed stays float32.
-    Raises UsageError, and leaves no file, where the file would not give what the network gives.
+    Args:
+        read: The checkpoint of the network.
+        path: The file to write; its suffix, .onnx or .pt2, selects the format.
+        pixels: See `Exported`.
+        argmax: See `Exported`.
+        half: Whether to store weights in 16 bits, for ONNX; computations stay float32.
+
+    Returns:
+        The content of the card.
+
+    Raises:
+        UsageError: The path is not usable, the network cannot be exported, or the outputs of the file differ from
+            those of the network. No file is written.
     """
     if path.suffix not in (ONNX, PT2):
-        raise UsageError(f"--out {path} is no form to export to - end it in {ONNX}, {PT2} or {SUFFIX}")
+        raise UsageError(f"--out {path} has an unknown format - use {ONNX}, {PT2} or {SUFFIX}")
     if half and path.suffix == PT2:
-        raise UsageError(f"--half is for {ONNX} and {SUFFIX} - leave it out")
+        raise UsageError(f"--half applies only to {ONNX} and {SUFFIX} - leave it out")
     for suffix in {ONNX, PT2, SUFFIX} - {path.suffix}:
         if path.with_suffix(suffix).exists():
             raise UsageError(
-                f"{path.with_suffix(suffix)} is there, and {card_of(path).name} speaks of it - choose another name"
+                f"{path.with_suffix(suffix)} already exists, and {card_of(path).name} describes it - choose "
+                "another name"
             )
-    run, versions = (onnx.runner, onnx.require_libraries()) if path.suffix == ONNX else (_pt2_runner, {})
+    run_file, versions = (onnx.runner, onnx.require_libraries()) if path.suffix == ONNX else (_pt2_runner, {})
     network, full = read.model(), None
     folded = fold_norms(network)
     if half:
-        full, folded = network, onnx.rounded(folded, path)
+        full, folded = network, onnx.round_to_half(folded, path)
         network = folded
     exported = Exported(folded, read.preprocessing, pixels=pixels, argmax=argmax).eval()
-    least = _least_traced(exported)
-    smallest = least if path.suffix == PT2 else 1 if exported.size else folded.minimum_size  # side that the file takes
-    program = _traced(exported, least)
+    min_traced = _min_traced_size(exported)
+    # The smallest side of an input that the file accepts.
+    min_size = min_traced if path.suffix == PT2 else 1 if exported.size else folded.minimum_size
+    program = _trace(exported, min_traced)
     operators: list[str] = []
     with replacing_path(path) as partial:
         if path.suffix == ONNX:
@@ -94,15 +112,15 @@ def export(
         else:
             with partial.open("wb") as file:
                 torch.export.save(program, file)
-        agreement = _compared(run(partial), network, full, exported, _images(exported, smallest), path)
-        card_of(path).unlink(missing_ok=True)  # and written last, so that it never speaks of another file
+        agreement = _compare(run_file(partial), network, full, exported, _random_images(exported, min_size), path)
+        card_of(path).unlink(missing_ok=True)  # the new card is written last, so that it never describes another file
     card = {
         "file": path.name,
         "sha256": hash_file(path),
         "format": {ONNX: "ONNX", PT2: "torch.export"}[path.suffix],
         "network": type(network).__name__,
         "checkpoint": {"file": read.path.name, "sha256": read.sha256},
-        **_interface(exported, read.classes, smallest),
+        **_interface(exported, read.classes, min_size),
         "weights": "float16, computed in float32" if half else "float32",
         "verified": asdict(agreement),
         **({"opset": onnx.OPSET, "operators": operators} if operators else {}),
@@ -112,8 +130,8 @@ def export(
     return card
 
 
-def _interface(exported: Exported, classes: Classes, smallest: int) -> dict[str, Any]:
-    """What a program has to know to use the file."""
+def _interface(exported: Exported, classes: Classes, min_size: int) -> dict[str, Any]:
+    """Return the entries of the card that describe how to use the file."""
     preprocessing, pixels, argmax = exported.preprocessing, exported.pixels, exported.argmax
     size = preprocessing.size
     resize = "area average where both sides shrink, else bilinear with half-pixel centres; rounded to whole numbers"
@@ -128,7 +146,7 @@ def _interface(exported: Exported, classes: Classes, smallest: int) -> dict[str,
             "axes": exported.axes,
             "shape": [preprocessing.channels if axis == "C" else axis for axis in exported.axes],
             "channels": "as stored" if preprocessing.as_stored else "rgb" if pixels else preprocessing.order,
-            "minimum_size": smallest,  # a smaller side is padded below or right with `fill`
+            "minimum_size": min_size,  # the user pads smaller images at the bottom and right with `fill`
             "fill": [round(value) for value in preprocessing.mean] if pixels else 0,
         },
         "output": {
@@ -152,55 +170,52 @@ def _interface(exported: Exported, classes: Classes, smallest: int) -> dict[str,
     }
 
 
-def _least_traced(exported: Exported) -> int:
-    """The smallest side that a trace is right for: torch.export takes a map of one cell for one that never has two."""
+def _min_traced_size(exported: Exported) -> int:
+    """Return the smallest side for which a trace is valid: torch.export specialises on maps of size 1."""
     return 2 if exported.size else 32 * -(-exported.network.minimum_size // 32) + 1
 
 
-def _traced(exported: Exported, least: int) -> ExportedProgram:
-    lengths = {"N": 2, "H": least + 31, "W": least + 63, "C": exported.preprocessing.channels}
+def _trace(exported: Exported, min_size: int) -> ExportedProgram:
+    lengths = {"N": 2, "H": min_size + 31, "W": min_size + 63, "C": exported.preprocessing.channels}
     dtype = getattr(torch, f"uint{exported.preprocessing.bits}") if exported.pixels else torch.float32
     image = torch.zeros([lengths[axis] for axis in exported.axes], dtype=dtype)
     height = exported.axes.index("H")
-    free = {0: Dim.DYNAMIC, height: Dim.DYNAMIC(min=least), height + 1: Dim.DYNAMIC(min=least)}
+    dynamic = {0: Dim.DYNAMIC, height: Dim.DYNAMIC(min=min_size), height + 1: Dim.DYNAMIC(min=min_size)}
     try:
         with torch.no_grad():
-            return torch.export.export(exported, (image,), dynamic_shapes=(free,))
-    except Exception as error:  # of many types, of networks of a user's own
-        said = " ".join(str(error).split())[:200]
+            return torch.export.export(exported, (image,), dynamic_shapes=(dynamic,))
+    except Exception as error:  # a user's own network can raise any type
+        reason = " ".join(str(error).split())[:200]
         raise UsageError(
-            f"{type(exported.network).__name__} cannot be exported, since torch.export does not follow it with free "
-            f"sizes ({said}) - share its weights as {SUFFIX}"
+            f"{type(exported.network).__name__} cannot be exported, since torch.export cannot trace it with dynamic "
+            f"sizes ({reason}) - share its weights as {SUFFIX}"
         ) from error
 
 
-# Verification.
-
-
-def _images(exported: Exported, smallest: int) -> Iterator[np.ndarray]:
-    """Two batches (N, H, W, C) of random pictures: one, as small as may be; two larger ones, of odd sides."""
+def _random_images(exported: Exported, min_size: int) -> Iterator[np.ndarray]:
+    """Yield two batches (N, H, W, C) of random images: one as small as possible, and two larger ones of odd size."""
     random = np.random.default_rng(key(0, "export"))
-    least = 33 if exported.size else smallest
+    side = 33 if exported.size else min_size
     bits, channels = exported.preprocessing.bits, exported.preprocessing.channels
-    larger = (2 * exported.size[0] + 1, 2 * exported.size[1] + 7) if exported.size else (least + 32, least + 21)
-    for count, height, width in ((1, least, least + 14), (2, *larger)):
+    larger = (2 * exported.size[0] + 1, 2 * exported.size[1] + 7) if exported.size else (side + 32, side + 21)
+    for count, height, width in ((1, side, side + 14), (2, *larger)):
         blocks = random.integers(0, 2**bits, (count, -(-height // 8), -(-width // 8), channels))
         blocks = blocks.repeat(8, 1).repeat(8, 2)[:, :height, :width]
         noise = random.integers(0, 2**bits // 4, blocks.shape)
         yield (blocks * 3 // 4 + noise).astype(f"uint{bits}")
 
 
-def _compared(
-    run: onnx.Runner,
+def _compare(
+    run_file: onnx.Runner,
     network: SegmentationModel,
     full: SegmentationModel | None,
     exported: Exported,
     images: Iterator[np.ndarray],
     path: Path,
 ) -> Agreement:
-    """Run the file and the network, as `predict` uses it, on the same pictures; raises UsageError if they differ.
+    """Run the file and the network, as `predict` uses it, on the same images; raise UsageError if they differ.
 
-    full: the network as it was before its weights were rounded, if they were.
+    `full` is the network before its weights were rounded, if they were.
     """
     score = with_padding(network, network.minimum_size)
     shapes: list[list[int]] = []
@@ -209,53 +224,54 @@ def _compared(
     deviations: list[Tensor] = []
     for batch in images:
         size = (batch.shape[1], batch.shape[2])
-        seen = [resize_image(image, exported.size or size) for image in batch]
-        ready = exported.preprocessing.normalised(stacked(seen))
+        images_at_size = [resize_image(image, exported.size or size) for image in batch]
+        normalised = exported.preprocessing.normalised(stacked(images_at_size))
         with torch.no_grad():
-            expected = resized(score(ready), size)
-            wanted = labels(expected, size)
+            expected = resized(score(normalised), size)
+            expected_labels = labels(expected, size)
             if full is not None:
-                before = resized(with_padding(full, full.minimum_size)(ready), size)
-                same_as_full += int((labels(before, size) == wanted).sum())
-        given = {None: ready.contiguous().numpy(), "nhwc": batch, "nchw": batch.transpose(0, 3, 1, 2)}[exported.pixels]
+                full_scores = resized(with_padding(full, full.minimum_size)(normalised), size)
+                same_as_full += int((labels(full_scores, size) == expected_labels).sum())
+        inputs = {None: normalised.contiguous().numpy(), "nhwc": batch, "nchw": batch.transpose(0, 3, 1, 2)}
+        image = inputs[exported.pixels]
         try:
-            result = torch.from_numpy(run(np.ascontiguousarray(given)))
-        except Exception as error:  # of whatever runs it
-            said = " ".join(str(error).split())[:200]
+            result = torch.from_numpy(run_file(np.ascontiguousarray(image)))
+        except Exception as error:  # the runtime raises its own types
+            reason = " ".join(str(error).split())[:200]
             raise UsageError(
-                f"{path} was not written: it does not run on an input of {tuple(given.shape)} ({said}) - export to "
-                "another form"
+                f"{path} was not written: the graph does not run on an input of shape {tuple(image.shape)} ({reason}) "
+                "- export to another format"
             ) from error
-        shapes.append(list(given.shape))
+        shapes.append(list(image.shape))
         shape = expected[:, 0].shape if exported.argmax else expected.shape
         if result.shape != shape or result.dtype != (torch.uint8 if exported.argmax else torch.float32):
             raise UsageError(
-                f"{path} was not written: it gives {result.dtype} of {tuple(result.shape)} and should give "
+                f"{path} was not written: the graph returns {result.dtype} of shape {tuple(result.shape)} instead of "
                 f"{tuple(shape)} - report this with the checkpoint's config.yaml"
             )
-        found = result if exported.argmax else labels(result, size)
-        same += int((found == wanted).sum())
-        pixels += found.numel()
+        result_labels = result if exported.argmax else labels(result, size)
+        same += int((result_labels == expected_labels).sum())
+        pixels += result_labels.numel()
         if not exported.argmax:
             differences.append((result - expected).abs().flatten())
             deviations.append(expected.std())
     largest = mean = None
     if differences:
         spread = max(float(torch.stack(deviations).mean()), torch.finfo(torch.float32).tiny)
-        every = torch.cat(differences) / spread
-        largest, mean = float(every.max()), float(every.mean())
+        relative = torch.cat(differences) / spread
+        largest, mean = float(relative.max()), float(relative.mean())
     agreement = Agreement(shapes, same / pixels, largest, mean, None if full is None else same_as_full / pixels)
-    fewest, most = (FEWEST_SAME_RESIZED, LARGEST_MEAN_RESIZED) if exported.size else (FEWEST_SAME, LARGEST_MEAN)
-    if agreement.same_class < fewest or (agreement.mean or 0) > most:
+    min_same, max_mean = (MIN_SAME_RESIZED, MAX_MEAN_RESIZED) if exported.size else (MIN_SAME, MAX_MEAN)
+    if agreement.same_class < min_same or (agreement.mean or 0) > max_mean:
         raise UsageError(
-            f"{path} was not written: {100 * agreement.same_class:.2f} % of the pixels have the class that the network "
-            f"gives them, and {100 * fewest:g} % should - export to another form, or without --preprocess"
+            f"{path} was not written: only {100 * agreement.same_class:.2f} % of the pixels have the same class as in "
+            f"the network, but {100 * min_same:g} % are required - export to another format, or without --preprocess"
         )
-    if agreement.same_class_as_full is not None and agreement.same_class_as_full < FEWEST_SAME_HALF:
+    if agreement.same_class_as_full is not None and agreement.same_class_as_full < MIN_SAME_HALF:
         raise UsageError(
-            f"{path} was not written: weights of 16 bits give {100 * (1 - agreement.same_class_as_full):.1f} % of the "
-            f"pixels of random pictures another class, and {100 * (1 - FEWEST_SAME_HALF):g} % may have one - leave out "
-            "--half"
+            f"{path} was not written: weights of 16 bits change the class of "
+            f"{100 * (1 - agreement.same_class_as_full):.1f} % of the pixels of random images, but at most "
+            f"{100 * (1 - MIN_SAME_HALF):g} % are allowed - leave out --half"
         )
     return agreement
 

@@ -1,6 +1,6 @@
-"""A network as it leaves this package: with what comes before and after it inside the graph, if that is wished.
+"""The network module that is exported, optionally with preprocessing and resizing inside the graph.
 
-What stands here is traced by torch.export, so it is written without a question about sizes: they are free.
+torch.export traces this module with dynamic sizes, so the code must not branch on sizes.
 """
 
 from typing import Literal
@@ -17,12 +17,15 @@ Layout = Literal["nhwc", "nchw"]
 
 
 class Exported(nn.Module):
-    """From an image batch to logits or labels.
+    """A network that maps an image batch to logits or labels.
 
-    pixels: None for images as the network takes them, (N, C, H, W) float32, resized and normalised. Otherwise the axes
-        of images as they are stored, uint8 or uint16, RGB, of any size: they are resized to the preprocessing's size
-        and normalised, and the scores are resized back to the images' size, as `predict` does.
-    argmax: (N, H, W) uint8 class indices in place of (N, classes, H, W) float32 logits.
+    Args:
+        network: The network.
+        preprocessing: The preprocessing of the network.
+        pixels: None for resized and normalised images, (N, C, H, W) float32. Otherwise the axes of images as stored,
+            uint8 or uint16, RGB, of any size: they are resized to the input size and normalised, and the scores are
+            resized back to the size of the images, as `predict` does.
+        argmax: Whether to return (N, H, W) uint8 class indices instead of (N, classes, H, W) float32 logits.
     """
 
     mean: Tensor
@@ -40,22 +43,23 @@ class Exported(nn.Module):
 
     @property
     def axes(self) -> str:
-        """Of what goes in, by letters."""
+        """The axes of the input, such as `NCHW`."""
         return self.pixels.upper() if self.pixels else "NCHW"
 
     @property
     def output(self) -> str:
-        """What comes out, by name."""
+        """The name of the output."""
         return "labels" if self.argmax else "logits"
 
     def forward(self, image: Tensor) -> Tensor:
+        """Return logits or labels of a batch; see the class for shapes."""
         if self.pixels == "nhwc":
             image = image.permute(0, 3, 1, 2)
         size = image.shape[-2:]
         if self.pixels:
             image = image.float()
             if self.size:
-                image = resized_as_stored(image, self.size)
+                image = resize_stored_image(image, self.size)
             image = (image - self.mean) / self.std
             if self.bgr:
                 image = image.flip(1)
@@ -65,21 +69,28 @@ class Exported(nn.Module):
         return scores.argmax(dim=1).to(torch.uint8) if self.argmax else scores
 
 
-def resized_as_stored(image: Tensor, size: Size) -> Tensor:
-    """`data.preprocessing.resize_image` for (N, C, H, W) whole numbers in float32: area average where both sides
-    shrink, else bilinear, rounded to whole numbers.
+def resize_stored_image(image: Tensor, size: Size) -> Tensor:
+    """Resize images as `data.preprocessing.resize_image` does, with traceable operations.
 
-    As two matrix products, since no resizing that graphs know averages areas. Differs from OpenCV by at most one grey
-    level, where that rounds in between.
+    Averages areas where both sides shrink, else interpolates bilinearly; rounds to integers. Uses two matrix products,
+    since no resize operator of ONNX averages areas. Differs from OpenCV by at most one grey level, because OpenCV
+    rounds intermediate values.
+
+    Args:
+        image: (N, C, H, W) float32 with integer values.
+        size: The (H, W) to resize to.
+
+    Returns:
+        (N, C, *size) float32 with integer values.
     """
     height, width = image.shape[-2:]
     shrinks = (torch.scalar_tensor(height) > size[0]) & (torch.scalar_tensor(width) > size[1])
-    rows, columns = _shares(height, size[0], shrinks), _shares(width, size[1], shrinks)
+    rows, columns = _resize_matrix(height, size[0], shrinks), _resize_matrix(width, size[1], shrinks)
     return torch.floor(rows @ image @ columns.T + 0.5)
 
 
-def _shares(before: int, after: int, shrinks: Tensor) -> Tensor:
-    """(after, before): how much of each old cell is in each new one."""
+def _resize_matrix(before: int, after: int, shrinks: Tensor) -> Tensor:
+    """Return (after, before): the weight of each old pixel in each new pixel."""
     scale = torch.scalar_tensor(before) / after
     old, new = torch.arange(before, dtype=torch.float32), torch.arange(after, dtype=torch.float32)[:, None]
     overlap = torch.minimum(old + 1, (new + 1) * scale) - torch.maximum(old, new * scale)

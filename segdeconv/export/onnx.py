@@ -1,4 +1,4 @@
-"""ONNX: the graph of a traced network, held to what other programs run."""
+"""ONNX graphs of traced networks, restricted to operators that other programs support."""
 
 import logging
 import warnings
@@ -15,12 +15,12 @@ from torch.export import ExportedProgram
 from segdeconv.errors import UsageError
 
 Module = TypeVar("Module", bound=nn.Module)
-Runner = Callable[[np.ndarray], np.ndarray]  # what a file gives for an input
+Runner = Callable[[np.ndarray], np.ndarray]  # maps an input to the output of the file
 
-OPSET = 18  # of 2022, so that other programs know it
-LARGEST = 2**31 - 1  # bytes of an ONNX file: of a protocol buffer
+OPSET = 18  # published in 2022, so that other programs support it
+MAX_BYTES = 2**31 - 1  # the limit of a protocol buffer and thus of an ONNX file
 
-# TensorRT, OpenVINO and CoreML know none of these, or not with free sizes; nor a MaxPool that gives its indices.
+# TensorRT, OpenVINO and CoreML do not support these, or not with dynamic sizes; nor a MaxPool that returns indices.
 FORBIDDEN = {
     "GatherElements", "GatherND", "If", "Loop", "MaxUnpool", "NonZero", "Scan", "Scatter", "ScatterElements",
     "ScatterND",
@@ -28,7 +28,11 @@ FORBIDDEN = {
 
 
 def require_libraries() -> dict[str, str]:
-    """The versions of what writes and runs ONNX, or one sentence."""
+    """Return the versions of the libraries that write and run ONNX.
+
+    Raises:
+        UsageError: A library is not installed.
+    """
     try:
         import onnx
         import onnxruntime
@@ -41,6 +45,7 @@ def require_libraries() -> dict[str, str]:
 
 
 def runner(path: Path) -> Runner:
+    """Return a function that runs an ONNX file on the CPU."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -50,14 +55,24 @@ def runner(path: Path) -> Runner:
 
 
 def convert(program: ExportedProgram, *, axes: str, output: str, half: bool, path: Path) -> Any:
-    """A traced network as a protocol buffer of ONNX, of which no operator is foreign to other programs.
+    """Convert a traced network to an ONNX protocol buffer with operators that other programs support.
 
-    axes: of the input, such as NCHW, whose name is `image`. output: its name. half: keep weights in 16 bits.
-    path: for the sentence if it cannot be.
+    Args:
+        program: The traced network.
+        axes: The axes of the input, such as `NCHW`. The name of the input is `image`.
+        output: The name of the output, `logits` or `labels`.
+        half: Whether to store weights in 16 bits.
+        path: The file that will be written, for error messages.
+
+    Returns:
+        An `onnx.ModelProto`.
+
+    Raises:
+        UsageError: The file would be larger than 2 GB, or the graph contains an unsupported operator.
     """
     size = sum(weight.nbytes for weight in program.state_dict.values())
-    if size // (2 if half else 1) > LARGEST:
-        raise UsageError(f"{path} would be larger than 2 GB, which ONNX files cannot be - write .pt2, or take --half")
+    if size // (2 if half else 1) > MAX_BYTES:
+        raise UsageError(f"{path} would be larger than 2 GB, the limit of ONNX files - write .pt2, or add --half")
     with _quiet():
         graph: Any = torch.onnx.export(
             program,
@@ -66,33 +81,36 @@ def convert(program: ExportedProgram, *, axes: str, output: str, half: bool, pat
             opset_version=OPSET,
             dynamo=True,
             verbose=False,
-        ).model_proto  # type: ignore[union-attr]  # of dynamo=True it is a program
-    (given,), (gives,) = graph.graph.input, graph.graph.output
-    for value, names in ((given, axes), (gives, "NHW" if output == "labels" else "NCHW")):
+        ).model_proto  # type: ignore[union-attr]  # with dynamo=True it is a program
+    (graph_input,), (graph_output,) = graph.graph.input, graph.graph.output
+    for value, names in ((graph_input, axes), (graph_output, "NHW" if output == "labels" else "NCHW")):
         for dimension, name in zip(value.type.tensor_type.shape.dim, names, strict=True):
             if name != "C":
                 dimension.dim_param = name
-    del graph.graph.value_info[:]  # shapes in between, in the exporter's own names
-    for node in graph.graph.node:  # where in which file of this machine each came from
+    del graph.graph.value_info[:]  # intermediate shapes, named by the exporter
+    for node in graph.graph.node:  # they name source files of this machine
         del node.metadata_props[:]
         node.ClearField("doc_string")
-    if wrong := sorted(foreign_operators(graph)):
-        raise UsageError(f"{path} was not written: its graph has {', '.join(wrong)}, which other programs do not run")
+    if unsupported := sorted(foreign_operators(graph)):
+        raise UsageError(
+            f"{path} was not written: its graph contains {', '.join(unsupported)}, which other programs do not support "
+            "- export to .pt2"
+        )
     if half:
         _halve(graph)
     return graph
 
 
 def foreign_operators(graph: Any) -> set[str]:
-    """What stands in an ONNX graph that TensorRT, OpenVINO or CoreML would not take."""
-    found = FORBIDDEN & {node.op_type for node in graph.graph.node}
-    found |= {f"{node.domain}.{node.op_type}" for node in graph.graph.node if node.domain not in ("", "ai.onnx")}
+    """Return the operators of an ONNX graph that TensorRT, OpenVINO or CoreML do not support."""
+    operators = FORBIDDEN & {node.op_type for node in graph.graph.node}
+    operators |= {f"{node.domain}.{node.op_type}" for node in graph.graph.node if node.domain not in ("", "ai.onnx")}
     indices = any(node.op_type == "MaxPool" and len(node.output) > 1 and node.output[1] for node in graph.graph.node)
-    return found | ({"MaxPool with indices"} if indices else set())
+    return operators | ({"MaxPool with indices"} if indices else set())
 
 
 def _halve(graph: Any) -> None:
-    """Weights of two dimensions or more as float16, each with a Cast to float32 behind it."""
+    """Store weights of two or more dimensions as float16, each followed by a Cast to float32."""
     from onnx import TensorProto, helper, numpy_helper
 
     casts = []
@@ -106,19 +124,27 @@ def _halve(graph: Any) -> None:
     graph.graph.node.extend([*casts, *others])
 
 
-def rounded(network: Module, path: Path) -> Module:
-    """The network with the weights that --half keeps, in float32."""
+def round_to_half(network: Module, path: Path) -> Module:
+    """Round the weights of a network in place to the float16 values that --half stores, and return the network.
+
+    Args:
+        network: The network, in float32.
+        path: The file that will be written, for error messages.
+
+    Raises:
+        UsageError: A weight exceeds the range of float16.
+    """
     for name, parameter in network.named_parameters():
         if parameter.ndim > 1:
             parameter.data = parameter.data.half().float()
             if not bool(torch.isfinite(parameter).all()):
-                raise UsageError(f"{path} was not written: {name} is beyond what float16 holds - leave out --half")
+                raise UsageError(f"{path} was not written: {name} exceeds the range of float16 - leave out --half")
     return network
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what torch's exporter has to say to its developers."""
+    """Silence the warnings and logs of torch's exporter."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     before = [logger.level for logger in loggers]
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""Exported files: what the network gives, at any size, with operators that other programs know."""
+"""Exported files: equal outputs at any size, and operators that other programs support."""
 
 import importlib.util
 import json
@@ -24,7 +24,7 @@ from segdeconv.data.preprocessing import Preprocessing, resize_image
 from segdeconv.errors import UsageError
 from segdeconv.export import onnx as onnx_file
 from segdeconv.export.export import export
-from segdeconv.export.module import resized_as_stored
+from segdeconv.export.module import resize_stored_image
 from segdeconv.inference.network import Network
 from segdeconv.inference.scorers import labels
 from segdeconv.models import build_model, check_model
@@ -35,8 +35,8 @@ SLIM = {"width": 0.0625, "fc_width": 8, "depth": 11, "channels": 16, "pretrained
 NAMES = ("sky", "road", "car")
 
 
-def made(folder, node, *, size=None, name="best.ckpt", channels=3, **preprocessing):
-    """A checkpoint of a network with random weights whose batch norms and scores are not trivial."""
+def write_checkpoint(folder, node, *, size=None, name="best.ckpt", channels=3, **preprocessing):
+    """Return a checkpoint of a network with random weights and nontrivial batch norms and scores."""
     node = check_model(node)
     torch.manual_seed(0)
     model = build_model(node, len(NAMES), channels, fresh=True)
@@ -46,8 +46,8 @@ def made(folder, node, *, size=None, name="best.ckpt", channels=3, **preprocessi
                 value.copy_(torch.rand_like(value) * 0.5 + (0.5 if part.endswith("var") else 0))
             elif value.ndim > 1 and not value.any():
                 value.copy_(torch.randn_like(value) * 0.1)
-    whole = content()
-    facts, config = whole["hyper_parameters"]["facts"], whole["hyper_parameters"]["config"]
+    data = content()
+    facts, config = data["hyper_parameters"]["facts"], data["hyper_parameters"]["config"]
     facts["classes"] |= {"names": list(NAMES), "colours": [[9, 8, 7], [0, 99, 0], [0, 0, 200]], "labels": [0, 1, 2]}
     facts["preprocessing"] = {
         "size": size, "mean": [120.0, 110.0, 100.0][:channels], "std": [60.0, 61.0, 62.0][:channels], "bits": 8,
@@ -55,15 +55,15 @@ def made(folder, node, *, size=None, name="best.ckpt", channels=3, **preprocessi
     }  # fmt: skip
     config["model"], config["dataset"] = node, {"size": size, "crop": None, "batch_size": 1, "num_workers": 0}
     facts.setdefault("precision", "32-true")
-    whole["state_dict"] = {f"model.{part}": value for part, value in model.state_dict().items()}
-    checkpoint.write(whole, folder / name)
+    data["state_dict"] = {f"model.{part}": value for part, value in model.state_dict().items()}
+    checkpoint.write(data, folder / name)
     return checkpoint.read(folder / name)
 
 
 def slim(name):
     node = yaml.safe_load((ROOT / "configs" / "model" / f"{name}.yaml").read_text())
-    few = {**SLIM, "width": 4} if "basic" in name or name == "bilinear_interpolation" else SLIM
-    return node | {key: value for key, value in few.items() if key in check_model(node)}
+    settings = {**SLIM, "width": 4} if "basic" in name or name == "bilinear_interpolation" else SLIM
+    return node | {key: value for key, value in settings.items() if key in check_model(node)}
 
 
 def session(path, **settings):
@@ -80,39 +80,39 @@ def run(path, image):
 
 @pytest.fixture(scope="module")
 def segnet(tmp_path_factory):
-    """A slim SegNet that sees pictures at 40x56, exported as plain.onnx, and a U-Net with both of its ends."""
-    place = tmp_path_factory.mktemp("exported")
+    """Export a slim SegNet with input size 40x56 as plain.onnx, and a U-Net with preprocessing and argmax."""
+    folder = tmp_path_factory.mktemp("exported")
     stages = {"stages": [[4], [8]]}
-    read = made(place, {"_target_": "segdeconv.models.SegNet", **stages}, size=[40, 56], order="bgr")
-    unet = made(place, {"_target_": "segdeconv.models.UNet", **stages}, size=[40, 56], name="unet.ckpt")
-    ends = export(unet, place / "ends.onnx", pixels="nhwc", argmax=True)
-    return place, read, export(read, place / "plain.onnx"), ends
+    read = write_checkpoint(folder, {"_target_": "segdeconv.models.SegNet", **stages}, size=[40, 56], order="bgr")
+    unet = write_checkpoint(folder, {"_target_": "segdeconv.models.UNet", **stages}, size=[40, 56], name="unet.ckpt")
+    ends = export(unet, folder / "ends.onnx", pixels="nhwc", argmax=True)
+    return folder, read, export(read, folder / "plain.onnx"), ends
 
 
 @pytest.mark.parametrize("shape", [(1, 32, 32), (3, 33, 47), (2, 64, 39)])
-def test_an_onnx_file_gives_what_the_network_gives_at_any_size_and_number(segnet, shape):
-    place, read, *_ = segnet
+def test_an_onnx_file_equals_the_network_at_any_size_and_batch_size(segnet, shape):
+    folder, read, *_ = segnet
     image = torch.randn(shape[0], 3, *shape[1:])
     with torch.no_grad():
         expected = read.model()(image)
-    found = torch.from_numpy(run(place / "plain.onnx", image.numpy()))
-    assert expected.std() > 0.05  # so that the tolerance means something
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    result = torch.from_numpy(run(folder / "plain.onnx", image.numpy()))
+    assert expected.std() > 0.05  # so that the tolerance is meaningful
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_the_graph_has_no_operator_that_others_do_not_know_also_after_optimisation(segnet, tmp_path):
-    place, *_ = segnet
+def test_the_graph_has_only_supported_operators_even_after_optimisation(segnet, tmp_path):
+    folder, *_ = segnet
     for name in ("plain.onnx", "ends.onnx"):
-        graph = onnx.load(place / name)
+        graph = onnx.load(folder / name)
         onnx.checker.check_model(graph, full_check=True)
-        assert [(one.domain, one.version) for one in graph.opset_import] == [("", onnx_file.OPSET)]
+        assert [(opset.domain, opset.version) for opset in graph.opset_import] == [("", onnx_file.OPSET)]
         used = {node.op_type for node in graph.graph.node}
         assert {"Conv", "Where", "DepthToSpace"} <= used or name == "ends.onnx"
         assert not used & {"MaxUnpool", "BatchNormalization", "ScatterND", "GatherND", "ScatterElements"}
         assert not onnx_file.foreign_operators(graph)
-        assert str(ROOT).encode() not in (place / name).read_bytes()  # where it was made is nobody's business
+        assert str(ROOT).encode() not in (folder / name).read_bytes()  # no path of this machine
         session(
-            place / name,
+            folder / name,
             optimized_model_filepath=str(tmp_path / name),
             graph_optimization_level=onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
         )
@@ -121,7 +121,7 @@ def test_the_graph_has_no_operator_that_others_do_not_know_also_after_optimisati
         assert all(len(node.output) == 1 for node in optimised if node.op_type == "MaxPool")
 
 
-def test_what_others_do_not_know_is_found_in_a_graph():
+def test_unsupported_operators_of_a_graph_are_listed():
     node = onnx.helper.make_node
     nodes = [
         node("ScatterND", ["a", "b", "c"], ["d"]), node("MaxPool", ["d"], ["e", "f"]), node("Conv", ["e"], ["g"]),
@@ -131,10 +131,10 @@ def test_what_others_do_not_know_is_found_in_a_graph():
     assert onnx_file.foreign_operators(graph) == {"ScatterND", "MaxPool with indices", "com.microsoft.FusedConv"}
 
 
-def test_the_card_says_how_to_use_the_file(segnet):
-    place, read, plain, ends = segnet
-    assert json.loads((place / "plain.json").read_text()) == plain
-    assert [one["name"] for one in plain["classes"]] == list(NAMES)
+def test_the_card_describes_the_interface_of_the_file(segnet):
+    folder, read, plain, ends = segnet
+    assert json.loads((folder / "plain.json").read_text()) == plain
+    assert [entry["name"] for entry in plain["classes"]] == list(NAMES)
     assert plain["classes"][1]["colour"] == [0, 99, 0]
     assert plain["input"] == {
         "name": "image", "dtype": "float32", "axes": "NCHW", "shape": ["N", 3, "H", "W"], "channels": "bgr",
@@ -146,10 +146,10 @@ def test_the_card_says_how_to_use_the_file(segnet):
     assert ends["input"]["shape"] == ["N", "H", "W", 3]
     assert (ends["input"]["dtype"], ends["input"]["minimum_size"], ends["output"]["dtype"]) == ("uint8", 1, "uint8")
     for card, name in ((plain, "plain.onnx"), (ends, "ends.onnx")):
-        assert card["sha256"] == checkpoint.hash_file(place / name)
-        (given,), (gives,) = session(place / name).get_inputs(), session(place / name).get_outputs()
-        assert (given.name, given.shape) == (card["input"]["name"], card["input"]["shape"])
-        assert (gives.name, gives.shape) == (card["output"]["name"], card["output"]["shape"])
+        assert card["sha256"] == checkpoint.hash_file(folder / name)
+        (image,), (output,) = session(folder / name).get_inputs(), session(folder / name).get_outputs()
+        assert (image.name, image.shape) == (card["input"]["name"], card["input"]["shape"])
+        assert (output.name, output.shape) == (card["output"]["name"], card["output"]["shape"])
 
 
 WITHOUT_TORCH = """
@@ -166,43 +166,43 @@ while words:
 """
 
 
-def test_a_program_without_torch_labels_a_picture_as_predict_does(segnet, tmp_path):
-    place, read, *_ = segnet
+def test_a_program_without_torch_predicts_the_same_labels(segnet, tmp_path):
+    folder, read, *_ = segnet
     picture = tmp_path / "photo.png"
     Image.fromarray(fakes.image_and_mask(3, 3, (83, 121))[0]).save(picture)
     words = []
     for name in ("plain", "ends"):
-        words += [place / f"{name}.onnx", picture, tmp_path / f"{name}.png"]
+        words += [folder / f"{name}.onnx", picture, tmp_path / f"{name}.png"]
     (short,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "export.md").read_text(), re.DOTALL)
     (tmp_path / "short.py").write_text(short)
-    shortly = [tmp_path / "short.py", place / "ends.onnx", picture, tmp_path / "short.png"]
-    for program in ([ROOT / "docs" / "onnx_consumer.py", *words], shortly):
-        typed = [sys.executable, "-c", WITHOUT_TORCH, *program]
-        subprocess.run([str(word) for word in typed], check=True, timeout=60)
+    short_program = [tmp_path / "short.py", folder / "ends.onnx", picture, tmp_path / "short.png"]
+    for program in ([ROOT / "docs" / "onnx_consumer.py", *words], short_program):
+        command = [sys.executable, "-c", WITHOUT_TORCH, *program]
+        subprocess.run([str(word) for word in command], check=True, timeout=60)
     assert (tmp_path / "short.png").read_bytes() == (tmp_path / "ends.png").read_bytes()
-    for name, seen_by in (("plain", read), ("ends", checkpoint.read(place / "unet.ckpt"))):
-        preprocess = Preprocessing.from_dict({**seen_by.facts["preprocessing"], "size": [40, 56]})
+    for name, source in (("plain", read), ("ends", checkpoint.read(folder / "unet.ckpt"))):
+        preprocess = Preprocessing.from_dict({**source.facts["preprocessing"], "size": [40, 56]})
         image, _ = read_upright(picture)
-        scores = Network(seen_by.model(), torch.device("cpu"), "32-true").logits(preprocess(image)[None])
-        expected, found = labels(scores, (83, 121))[0].numpy(), fakes.opened(tmp_path / f"{name}.png")
+        scores = Network(source.model(), torch.device("cpu"), "32-true").logits(preprocess(image)[None])
+        expected, predicted = labels(scores, (83, 121))[0].numpy(), fakes.opened(tmp_path / f"{name}.png")
         assert len(np.unique(expected)) > 1
-        assert found.getpalette()[:9] == list(seen_by.classes.palette[:3].ravel())
-        assert (np.array(found) == expected).mean() >= 0.999, name
+        assert predicted.getpalette()[:9] == list(source.classes.palette[:3].ravel())
+        assert (np.array(predicted) == expected).mean() >= 0.999, name
 
 
-def test_resizing_in_the_graph_is_that_of_the_pictures():
+def test_resizing_in_the_graph_equals_that_of_preprocessing():
     random = np.random.default_rng(0)
     for before, after in [((37, 51), (64, 96)), ((75, 100), (45, 45)), ((64, 80), (32, 40)), ((50, 30), (20, 60))]:
         image = random.integers(0, 256, (*before, 3)).astype(np.uint8)
-        ours = resized_as_stored(torch.from_numpy(image).permute(2, 0, 1)[None].float(), after)[0].permute(1, 2, 0)
-        difference = np.abs(ours.numpy() - resize_image(image, after))
+        resized = resize_stored_image(torch.from_numpy(image).permute(2, 0, 1)[None].float(), after)[0].permute(1, 2, 0)
+        difference = np.abs(resized.numpy() - resize_image(image, after))
         assert difference.max() <= 1
         assert (difference > 0).mean() < 0.15
 
 
 @pytest.mark.slow
-def test_torch_export_gives_what_the_network_gives(tmp_path):
-    read = made(tmp_path, {"_target_": "segdeconv.models.SegNet", "stages": [[4], [8]]})
+def test_a_torch_export_file_equals_the_network(tmp_path):
+    read = write_checkpoint(tmp_path, {"_target_": "segdeconv.models.SegNet", "stages": [[4], [8]]})
     card = export(read, tmp_path / "net.pt2")
     assert card["input"]["minimum_size"] == 33
     program = torch.export.load(tmp_path / "net.pt2").module()
@@ -213,44 +213,51 @@ def test_torch_export_gives_what_the_network_gives(tmp_path):
 
 
 @pytest.mark.slow
-def test_half_the_bytes_and_the_numbers_of_16_bit_weights(segnet, tmp_path):
-    place, read, *_ = segnet
+def test_half_stores_weights_in_16_bits(segnet, tmp_path):
+    folder, read, *_ = segnet
     card = export(read, tmp_path / "half.onnx", half=True)
     assert card["verified"]["same_class_as_full"] >= 0.98
-    weights = {one.name: one for one in onnx.load(tmp_path / "half.onnx").graph.initializer if len(one.dims) == 4}
+    initializers = onnx.load(tmp_path / "half.onnx").graph.initializer
+    weights = {tensor.name: tensor for tensor in initializers if len(tensor.dims) == 4}
     assert len(weights) == 4
-    assert {one.data_type for one in weights.values()} == {onnx.TensorProto.FLOAT16}
+    assert {weight.data_type for weight in weights.values()} == {onnx.TensorProto.FLOAT16}
     image = np.random.default_rng(0).standard_normal((1, 3, 40, 41)).astype(np.float32)
-    full, half = run(place / "plain.onnx", image), run(tmp_path / "half.onnx", image)
+    full, half = run(folder / "plain.onnx", image), run(tmp_path / "half.onnx", image)
     assert 0 < np.abs(full - half).mean() < 0.01 * full.std()
 
 
-def test_a_file_that_gives_something_else_is_not_written(segnet, tmp_path, monkeypatch):
-    place, read, *_ = segnet
-    monkeypatch.setattr("segdeconv.export.export._traced", lambda *_: None)  # it was, and this is what it becomes
-    monkeypatch.setattr(onnx_file, "convert", lambda *_, **__: onnx.load(place / "plain.onnx"))
-    (tmp_path / "net.onnx").write_bytes(b"the one before")
-    (tmp_path / "net.json").write_text("its card")
+def test_a_file_with_other_outputs_is_not_written(segnet, tmp_path, monkeypatch):
+    folder, read, *_ = segnet
+    monkeypatch.setattr("segdeconv.export.export._trace", lambda *_: None)  # convert is replaced too
+    monkeypatch.setattr(onnx_file, "convert", lambda *_, **__: onnx.load(folder / "plain.onnx"))
+    (tmp_path / "net.onnx").write_bytes(b"old file")
+    (tmp_path / "net.json").write_text("old card")
     wrong = lambda path: lambda image: np.random.default_rng(0).random((len(image), 3, *image.shape[2:]), np.float32)  # noqa: E731
     monkeypatch.setattr(onnx_file, "runner", wrong)
     with pytest.raises(
-        UsageError, match=r"net.onnx was not written: \d\d\.\d\d % of the pixels have the class that the"
+        UsageError, match=r"net.onnx was not written: only \d\d\.\d\d % of the pixels have the same class"
     ):
         export(read, tmp_path / "net.onnx")
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {
-        "net.onnx": b"the one before", "net.json": b"its card",
+        "net.onnx": b"old file", "net.json": b"old card",
     }  # fmt: skip
 
 
-def test_mistakes_are_one_sentence(segnet, tmp_path, commands, monkeypatch):
+def test_invalid_options_are_reported(segnet, tmp_path, commands, monkeypatch):
     _, read, *_ = segnet
     (tmp_path / "there.safetensors").write_bytes(b"")
     (tmp_path / "dates.yaml").write_text("made: 2026-01-02\n")
     (tmp_path / "taken.yaml").write_text("config: mine\n")
     for words, sentence in [
-        (("--out", "net.pb"), "--out net.pb is no form to export to - end it in .onnx, .pt2 or .safetensors"),
-        (("--out", "there.onnx"), "there.safetensors is there, and there.json speaks of it - choose another name"),
-        (("--out", "net.pt2", "--half"), "--half is for .onnx and .safetensors - leave it out"),
+        (
+            ("--out", "net.pb"),
+            "--out net.pb has an unknown format - use .onnx, .pt2 or .safetensors",
+        ),
+        (
+            ("--out", "there.onnx"),
+            "there.safetensors already exists, and there.json describes it - choose another",
+        ),
+        (("--out", "net.pt2", "--half"), "--half applies only to .onnx and .safetensors - leave it out"),
         (
             ("--out", "net.onnx", "--layout", "nchw"),
             "--layout nchw has no effect without --preprocess - add it",
@@ -276,14 +283,14 @@ def test_mistakes_are_one_sentence(segnet, tmp_path, commands, monkeypatch):
         export(read, tmp_path / "net.onnx")
 
 
-def test_weights_are_exported_too(segnet, tmp_path, commands):
+def test_weights_can_be_exported_alone(segnet, tmp_path, commands):
     _, read, *_ = segnet
     (tmp_path / "about.yaml").write_text("licence: CC-BY-4.0\nscores: {val: {mIoU: 0.5}}\n")
     words = ("--out", "mine.safetensors", "--half", "--about", "about.yaml")
     done = commands("export", read.path, *words, cwd=tmp_path)
     assert done.code == 0, done.err
-    again = checkpoint.read(tmp_path / "mine.safetensors")
-    assert again.classes == read.classes
+    shared = checkpoint.read(tmp_path / "mine.safetensors")
+    assert shared.classes == read.classes
     card = json.loads((tmp_path / "mine.json").read_text())
     assert (card["licence"], card["scores"]) == ("CC-BY-4.0", {"val": {"mIoU": 0.5}})
 
@@ -291,22 +298,22 @@ def test_weights_are_exported_too(segnet, tmp_path, commands):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [path.stem for path in CONFIGS])
 def test_every_network_exports(tmp_path, name):
-    read = made(tmp_path, slim(name))
+    read = write_checkpoint(tmp_path, slim(name))
     model, card = read.model(), export(read, tmp_path / "net.onnx")
     assert card["input"]["minimum_size"] == model.minimum_size
     for extra in ((0, 0), (6, 17), (31, 2)):
-        image = torch.randn(1, 3, *(model.minimum_size + more for more in extra))
+        image = torch.randn(1, 3, *(model.minimum_size + extra_side for extra_side in extra))
         with torch.no_grad():
             expected = model(image)
-        found = torch.from_numpy(run(tmp_path / "net.onnx", image.numpy()))
-        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * float(expected.std()))
+        result = torch.from_numpy(run(tmp_path / "net.onnx", image.numpy()))
+        torch.testing.assert_close(result, expected, rtol=1e-3, atol=1e-4 * float(expected.std()))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [path.stem for path in CONFIGS])
-def test_every_network_exports_to_torch_and_with_both_ends(tmp_path, name):
+def test_every_network_exports_to_torch_and_with_preprocessing_and_argmax(tmp_path, name):
     size = [200, 220] if name == "deconvnet" else [40, 56]
-    read = made(tmp_path, slim(name), size=size)
+    read = write_checkpoint(tmp_path, slim(name), size=size)
     export(read, tmp_path / "net.pt2")
     export(read, tmp_path / "ends.onnx", pixels="nchw", argmax=True)
     image = np.random.default_rng(0).integers(0, 256, (2, 3, 5, 7)).astype(np.uint8)
@@ -314,13 +321,13 @@ def test_every_network_exports_to_torch_and_with_both_ends(tmp_path, name):
 
 
 @pytest.mark.slow
-def test_openvino_runs_the_files_too(segnet):
+def test_openvino_runs_the_files(segnet):
     if importlib.util.find_spec("openvino") is None:
         pytest.skip("openvino is not installed")
     import openvino
 
-    place, *_ = segnet
+    folder, *_ = segnet
     core = openvino.Core()
-    network = core.compile_model(core.read_model(place / "plain.onnx"), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    network = core.compile_model(core.read_model(folder / "plain.onnx"), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     image = np.random.default_rng(0).standard_normal((2, 3, 45, 51)).astype(np.float32)
-    np.testing.assert_allclose(network(image)[0], run(place / "plain.onnx", image), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(network(image)[0], run(folder / "plain.onnx", image), rtol=1e-3, atol=1e-4)
