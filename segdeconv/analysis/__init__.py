@@ -1,4 +1,4 @@
-"""What trained networks do: switch paths and stability, ablation, unit projection, uncertainty, figures.
+"""Analysis of trained networks: switch paths and stability, ablation, unit projection, uncertainty, figures.
 
 May import everything up to `evaluation` and `export`.
 """

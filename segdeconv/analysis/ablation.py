@@ -1,16 +1,16 @@
-"""What switches are worth: a trained network scored with something else in their place.
+"""Ablation of switches: scores of a trained network with another upsampling in their place.
 
-The network and its weights stay as they are; only the way from a pooled map to the map before the pool changes, in all
-levels together and in each alone:
+The network and its weights stay unchanged. Only the upsampling from a pooled map to the size before the pool is
+replaced, at all levels together and at each level alone:
 
-    switches   as trained: a value goes into the cell that won, zeros into the other three
-    shuffled   as many values in each of the four cells as before, of every map by itself, but in other windows
-    corner     every value goes into the first cell of its window
-    bilinear   maps are enlarged bilinearly, a quarter of each value to a pixel, so that their sums stay
+    switches   as trained: a value goes to the winning cell, zeros to the other three
+    shuffled   the switches of each map are permuted among its windows
+    corner     every value goes to the first cell of its window
+    bilinear   maps are enlarged bilinearly, with a quarter of each value per pixel, so that sums are preserved
 
-`shuffled` keeps how often each cell is named and how empty the map is, and takes away the places: what it loses against
-`switches` is what the places say. `corner` adds a shift by half a pixel, `bilinear` a smoothness that no filter of the
-decoder has seen in training.
+`shuffled` preserves the frequency of each cell and the sparsity of the map, and removes only the positions: its loss
+against `switches` measures the information in the positions. `corner` adds a shift by half a pixel, `bilinear` a
+smoothness that the filters of the decoder never had as input in training.
 """
 
 from collections.abc import Iterator
@@ -35,11 +35,15 @@ UPSAMPLINGS: tuple[Upsampling, ...] = ("shuffled", "corner", "bilinear")
 
 
 def require_unpooling(model: SegmentationModel) -> int:
-    """How many levels a network unpools. Raises UsageError for one without `Unpool` modules."""
+    """Return the number of levels that a network unpools.
+
+    Raises:
+        UsageError: The network has no `Unpool` modules.
+    """
     levels = len({module.level for module in model.modules() if isinstance(module, Unpool)})
     if not levels:
         raise UsageError(
-            f"{type(model).__name__} does not unpool, so it has no switches that could be replaced - leave out "
+            f"{type(model).__name__} does not unpool, so it has no switches to replace - leave out "
             "--ablate, or use segdeconv.switches.Unpool, as SegNet and DeconvNet do"
         )
     return levels
@@ -49,25 +53,30 @@ def require_unpooling(model: SegmentationModel) -> int:
 def unpooling_by(
     network: nn.Module, upsampling: Upsampling, level: int | Literal["all"], *, seed: int = 0
 ) -> Iterator[None]:
-    """While this is open, the `Unpool` modules of a network do it in another way, those of one level or all.
+    """Replace the upsampling of a network's `Unpool` modules, at one level or all, within a `with` block.
 
-    level: see `Unpool`.
-    seed: of `shuffled`. One permutation for each map of a level, drawn by (seed, level, channels and size) and thus the
-        same for every image, however they are batched. Windows that the image's end cuts keep what is left of theirs.
+    Args:
+        network: The network.
+        upsampling: The replacement; see the module docstring.
+        level: The level of `Unpool`, or `all`.
+        seed: Seed of `shuffled`. One permutation per map of a level is keyed by (seed, level, channels and size), so
+            that it is the same for every image in any batch. Codes are clipped to the cells of incomplete windows at
+            the end of the image.
     """
 
-    def replacement(here: int, x: Tensor, switches: Tensor, size: tuple[int, int]) -> Tensor:
+    def upsample(module_level: int, x: Tensor, switches: Tensor, size: tuple[int, int]) -> Tensor:
         if upsampling == "bilinear":
-            # Twice the size and then cut, so that windows that reach over an odd edge stay where they are.
-            large = F.interpolate(x / 4, scale_factor=2, mode="bilinear", align_corners=False)
-            return large[..., : size[0], : size[1]]
-        other = torch.zeros_like(switches)
+            # Enlarge to twice the size and crop, so that windows at an odd edge are not shifted.
+            enlarged = F.interpolate(x / 4, scale_factor=2, mode="bilinear", align_corners=False)
+            return enlarged[..., : size[0], : size[1]]
+        replacement = torch.zeros_like(switches)
         if upsampling == "shuffled":
-            other = shuffled(Pooling(x, switches, size).codes, size, key(seed, "shuffled", here))
-        return unpool(x, other, size)
+            codes = Pooling(x, switches, size).codes
+            replacement = shuffled(codes, size, key(seed, "shuffled", module_level))
+        return unpool(x, replacement, size)
 
-    def replace(module: Unpool, given: Any, named: Any, output: Tensor) -> Tensor:
-        return replacement(module.level, *given, **named)
+    def replace(module: Unpool, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+        return upsample(module.level, *args, **kwargs)
 
     with ExitStack() as hooks:
         for module in network.modules():
@@ -77,9 +86,15 @@ def unpooling_by(
 
 
 def shuffled(codes: Tensor, size: tuple[int, int], seed: int) -> Tensor:
-    """The switches of every map in another order of its windows, the same for every image of the batch.
+    """Permute the switches of each map among its windows, in the same way for every image of the batch.
 
-    codes: (N, C, h, w) uint8, one to a byte; size: the (H, W) that was pooled.
+    Args:
+        codes: (N, C, h, w) uint8, one switch per byte.
+        size: The (H, W) of the maps before the pool.
+        seed: Seed of the permutations.
+
+    Returns:
+        (N, C, h, w) uint8.
     """
     count, channels, height, width = codes.shape
     generator = torch.Generator().manual_seed(key(seed, channels, height, width))
@@ -93,19 +108,26 @@ def shuffled(codes: Tensor, size: tuple[int, int], seed: int) -> Tensor:
 
 
 def ablate(evaluation: Evaluation) -> list[dict[str, Any]]:
-    """The rows of report["ablation"]: upsampling, level ("all", or from 1), miou and boundary_f1, null for none.
+    """Evaluate a network again with every replacement of its switches.
 
-    evaluation: of the network as it is; the same images are evaluated again with every other upsampling.
+    Args:
+        evaluation: The evaluation of the unchanged network, whose images are evaluated again.
+
+    Returns:
+        The rows of report["ablation"]: upsampling, level (`all`, or from 1), miou and boundary_f1, None without score.
+
+    Raises:
+        UsageError: The network does not unpool.
     """
     segmenter, boundaries = evaluation.segmenter, evaluation.boundaries
     levels = require_unpooling(segmenter.network.model)
     rows = [_row("switches", "all", evaluation.confusion, boundaries)]
     for upsampling in UPSAMPLINGS:
         for level in ("all", *range(1, levels + 1)) if levels > 1 else ("all",):
-            outlines = Boundaries(boundaries.num_classes, boundaries.ignore_index) if boundaries else None
+            row_boundaries = Boundaries(boundaries.num_classes, boundaries.ignore_index) if boundaries else None
             with unpooling_by(segmenter.network.model, upsampling, level):
-                confusion = evaluate(segmenter, evaluation.dataset, boundaries=outlines)
-            rows.append(_row(upsampling, level, confusion, outlines))
+                confusion = evaluate(segmenter, evaluation.dataset, boundaries=row_boundaries)
+            rows.append(_row(upsampling, level, confusion, row_boundaries))
     return rows
 
 
@@ -115,12 +137,12 @@ def _row(upsampling: str, level: int | str, confusion: np.ndarray, boundaries: B
 
 
 def ablation_table(rows: list[dict[str, Any]]) -> str:
-    """For reading: a line for each kind of upsampling, a column for each level, mean IoU / boundary F1 in percent."""
+    """Return a text table of mean IoU / boundary F1 in percent: one line per upsampling, one column per level."""
     levels = list(dict.fromkeys(row["level"] for row in rows))
     cells = {
         (row["upsampling"], row["level"]): f"{_percent(row['miou'])}/{_percent(row['boundary_f1'])}" for row in rows
     }
-    lines = ["mean IoU / boundary F1 with something else in place of the switches, by level (1 is the finest)", ""]
+    lines = ["mean IoU / boundary F1 with another upsampling in place of the switches, by level (1 is the finest)", ""]
     lines.append(f"{'':<10}" + "".join(f"{level:>12}" for level in levels))
     for upsampling in dict.fromkeys(row["upsampling"] for row in rows):
         lines.append(f"{upsampling:<10}" + "".join(f"{cells.get((upsampling, level), ''):>12}" for level in levels))

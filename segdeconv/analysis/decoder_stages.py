@@ -1,7 +1,7 @@
-"""How a decoder builds a mask: of every unpooling, what one unit looks like before and after the filters.
+"""Decoder stages: the maps of one unit per unpooling, before and after the filters that follow it.
 
-After Noh et al. 2015, figure 4, https://arxiv.org/abs/1505.04366: an unpooled map is sparse and has the image's fine
-places, the filters after it make it dense and leave what the class needs.
+After Noh et al. 2015, figure 4, https://arxiv.org/abs/1505.04366: an unpooled map is sparse and has the fine positions
+of the image; the filters after it make it dense and keep the parts that support the class.
 """
 
 from collections.abc import Iterator
@@ -18,10 +18,13 @@ from segdeconv.switches import Unpool
 
 
 class Stage(NamedTuple):
-    """One unpooling. unpooled, dense: (H, W), of one map each, before and after the filters that follow. Where only the
-    classifier follows, dense is the class's logits.
+    """The maps of one unpooling of a decoder.
 
-    unit, dense_unit: the numbers of these maps; the next stage unpools the latter.
+    Attributes:
+        unit: The index of the map `unpooled`.
+        unpooled: (H, W), one unpooled map.
+        dense_unit: The index of the map `dense`, which the next stage unpools.
+        dense: (H, W), one map after the filters that follow, or the logits of the class if only the classifier follows.
     """
 
     unit: int
@@ -31,9 +34,13 @@ class Stage(NamedTuple):
 
 
 class DecoderTrace(NamedTuple):
-    """start: (h, w), the map that the first stage unpools. stages: the deepest first.
+    """The maps of one class in every stage of a decoder.
 
-    probability: (H, W), of the class. prediction: (H, W) int64.
+    Attributes:
+        start: (h, w), the map that the first stage unpools.
+        stages: The stages, the deepest first.
+        probability: (H, W), the probability of the class.
+        prediction: (H, W) int64, class indices.
     """
 
     start: Tensor
@@ -43,71 +50,81 @@ class DecoderTrace(NamedTuple):
 
 
 def trace_decoder(network: nn.Module, image: Tensor, label: int) -> DecoderTrace:
-    """The way of one class through the decoder, by the unit that says most for it at every stage.
+    """Trace one class through the decoder, by the unit with the largest contribution to it at every stage.
 
-    That is the map with the largest sum over places of activation times gradient, of the class's logits summed over the
-    pixels that are predicted as it (over all pixels if none is). So the chain is of one object and not of whatever is
-    loudest.
+    The contribution of a map is the sum over positions of activation times gradient, for the class's logits summed over
+    the pixels that are predicted as the class (over all pixels if there are none). The units thus belong to the class,
+    and are not simply those with the largest activations.
 
-    network: in evaluation mode; image: (1, C, H, W), normalised. Raises UsageError for a network without unpooling.
+    Args:
+        network: The network, in evaluation mode.
+        image: (1, C, H, W), normalised.
+        label: The index of the class.
+
+    Raises:
+        UsageError: The network does not unpool.
     """
-    with torch.enable_grad(), _seen(network) as seen:
+    with torch.enable_grad(), _record_stages(network) as stage_maps:
         logits = network(image)
         prediction = logits[0].argmax(dim=0)
-        chosen = prediction == label
-        score = logits[0, label][chosen if bool(chosen.any()) else torch.ones_like(chosen)].sum()
-        if not seen.unpooled:
-            raise UsageError(f"{type(network).__name__} does not unpool, so it has no stages that could be shown")
-        start, denses = seen.given[0], [seen.dense.get(index, sparse) for index, sparse in enumerate(seen.unpooled)]
-        gradients = torch.autograd.grad(score, [start, *denses])
+        selected = prediction == label
+        score = logits[0, label][selected if bool(selected.any()) else torch.ones_like(selected)].sum()
+        if not stage_maps.unpooled:
+            raise UsageError(f"{type(network).__name__} does not unpool, so it has no decoder stages to show")
+        start = stage_maps.inputs[0]
+        dense_maps = [stage_maps.dense.get(index, sparse) for index, sparse in enumerate(stage_maps.unpooled)]
+        gradients = torch.autograd.grad(score, [start, *dense_maps])
     units = [
         int((maps * gradient).sum(dim=(0, 2, 3)).argmax())
-        for maps, gradient in zip([start, *denses], gradients, strict=True)
+        for maps, gradient in zip([start, *dense_maps], gradients, strict=True)
     ]
     stages = [
-        Stage(unit, unpooled[0, unit].detach(), after, dense[0, after].detach())
-        for unit, after, unpooled, dense in zip(units, units[1:], seen.unpooled, denses, strict=False)
+        Stage(unit, unpooled[0, unit].detach(), dense_unit, dense[0, dense_unit].detach())
+        for unit, dense_unit, unpooled, dense in zip(units, units[1:], stage_maps.unpooled, dense_maps, strict=False)
     ]
     probability = logits.detach().softmax(dim=1)[0, label]
     return DecoderTrace(start[0, units[0]].detach(), stages, probability, prediction)
 
 
 @dataclass
-class _Seen:
-    """What went into unpooling, what came out, and what the rest of its stage, or without one the first module behind
-    it, made of that, the deepest first."""
+class _StageMaps:
+    """The inputs and outputs of unpooling and, by its index, of the filters after it; the deepest first.
 
-    given: list[Tensor] = field(default_factory=list)
+    The filters are the rest of its stage or, without a stage, the first module after it.
+    """
+
+    inputs: list[Tensor] = field(default_factory=list)
     unpooled: list[Tensor] = field(default_factory=list)
     dense: dict[int, Tensor] = field(default_factory=dict)
 
 
 @contextmanager
-def _seen(network: nn.Module) -> Iterator[_Seen]:
-    seen, filters = _Seen(), dict[nn.Module, int]()
+def _record_stages(network: nn.Module) -> Iterator[_StageMaps]:
+    stage_maps, filters = _StageMaps(), dict[nn.Module, int]()
     parents = [module for module in network.modules() if isinstance(module, Checkpointable)]
     stages = {child: parent for parent in parents for child in parent.children()}
 
-    def before(module: nn.Module, given: Any) -> None:
-        for index, unpooled in enumerate(seen.unpooled):
-            if given and given[0] is unpooled and index not in filters.values():  # the outermost module hears first
+    def before(module: nn.Module, args: Any) -> None:
+        for index, unpooled in enumerate(stage_maps.unpooled):
+            # The hook of the outermost module runs first.
+            if args and args[0] is unpooled and index not in filters.values():
                 filters[module] = index
 
-    def after(module: nn.Module, given: Any, output: Any) -> None:
+    def after(module: nn.Module, args: Any, output: Any) -> None:
         if isinstance(module, Unpool):
             if module in stages:
-                filters[stages[module]] = len(seen.unpooled)
-            seen.given.append(given[0])
-            seen.unpooled.append(output)
+                filters[stages[module]] = len(stage_maps.unpooled)
+            stage_maps.inputs.append(args[0])
+            stage_maps.unpooled.append(output)
         elif module not in filters:
             return
-        elif output is seen.unpooled[filters[module]]:
-            del filters[module]  # an empty stage: what follows it is the classifier
+        elif output is stage_maps.unpooled[filters[module]]:
+            del filters[module]  # an empty stage, followed by the classifier
         else:
-            seen.dense.setdefault(filters[module], output)
+            stage_maps.dense.setdefault(filters[module], output)
 
     with ExitStack() as hooks:
         for module in network.modules():
             hooks.enter_context(module.register_forward_pre_hook(before))
             hooks.enter_context(module.register_forward_hook(after))
-        yield seen
+        yield stage_maps

@@ -1,12 +1,12 @@
-"""Where switches lead: the path of a pixel from the deepest pool down to the one pixel that won at every level.
+"""Paths along switches: from a window of the deepest pool down to the one pixel that won at every level.
 
-A cell of the map before pool k lies over a square of 2^(k-1) pixels of the image. A window of pool k is four such
-cells, its switch names the one that won, and that cell is a window of pool k - 1: so a pixel has one window in the
-deepest pool, and from there the switches lead down to a single pixel. Unpooling goes the same way: what the decoder
-says for the window is put there. All pixels under one window of the deepest pool lead to the same pixel.
+A cell of the map before pool k covers a square of 2^(k-1) pixels of the image. A window of pool k consists of four
+cells, its switch selects the one that won, and that cell is a window of pool k - 1. Each pixel thus lies in one window
+of the deepest pool, from which the switches lead down to a single pixel. Unpooling follows the same path: it places the
+value of the window there. All pixels in one window of the deepest pool lead to the same pixel.
 
-Every channel has switches of its own, and convolutions mix the channels between two pools, so that no channel of one
-pool goes on as a channel of the next. `Rule` says whose word counts, in every pool anew.
+Every channel has its own switches, and convolutions mix the channels between two pools, so that no channel of one pool
+corresponds to a channel of the next. A `Rule` therefore selects the cell from all channels, separately in every pool.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,23 +19,24 @@ from torch import Tensor, nn
 from segdeconv.models.encoders import Encoder
 from segdeconv.switches.ops import Pooling
 
-# majority: the cell that wins in most channels of the window, of those whose maximum is above zero; where none is, of
-#     all channels. Of equals the first in reading order. (A channel with nothing above zero carries no value, and after
-#     a ReLU names the first cell.)
-# strongest: the cell that wins in the channel whose maximum is the largest of the window; of equals the first channel.
+# majority: the cell that wins in most of the channels whose maximum in the window is above zero or, if there are none,
+#     of all channels; the first in reading order among equals. (A channel without a value above zero carries no
+#     activation, and after a ReLU its switch is the first cell.)
+# strongest: the cell that wins in the channel with the largest maximum of the window; the first channel among equals.
 Rule = Literal["majority", "strongest"]
 
 
 class Step(NamedTuple):
-    """One pool on the path of a pixel.
+    """The part of a pixel's path in one pool.
 
-    level: of the pool; 1 is the first, which pools the finest map.
-    window: (row, column) in the pooled map.
-    cell: the one that won there, `2*dy + dx` in 0..3.
-    box: (top, left, bottom, right) of the winning cell in pixels of the image, bottom and right excluded: 2^(level-1)
-        pixels a side, less where the image ends.
-    place: (y, x), the middle of that box; at level 1 the pixel itself.
-    share: of the channels that have a say in the window, those that name this cell, 0..1; see `votes`.
+    Attributes:
+        level: The level of the pool; 1 is the first, which pools the finest map.
+        window: (row, column) in the pooled map.
+        cell: The winning cell, `2*dy + dx` in 0..3.
+        box: (top, left, bottom, right) of the winning cell in pixels of the image, bottom and right excluded: a square
+            of 2^(level-1) pixels, smaller at the end of the image.
+        place: (y, x), the centre of the box; at level 1 the pixel itself.
+        share: The fraction of the votes of the window that this cell has, 0..1; see `votes`.
     """
 
     level: int
@@ -47,14 +48,20 @@ class Step(NamedTuple):
 
 
 def path(pooled: Sequence[Pooling], pixel: tuple[int, int], *, rule: Rule = "majority", image: int = 0) -> list[Step]:
-    """The path of a pixel (y, x), from the deepest of the pools down; the last step's place is where it ends.
+    """Return the path of a pixel, from the deepest pool down; it ends at the `place` of the last step.
 
-    pooled: of the encoder, the finest first (`Encoding.pooled`), of images of one batch. image: which of them.
-    To start higher up, give fewer pools. Raises ValueError for a pixel that is not in the image.
+    Args:
+        pooled: The poolings of the encoder, the finest first (`Encoding.pooled`). Paths start at the last one.
+        pixel: (y, x) in the image.
+        rule: The rule that selects the winning cell from all channels.
+        image: The index of the image in the batch.
+
+    Raises:
+        ValueError: The pixel is not in the image.
 
     >>> from segdeconv.switches import max_pool
     >>> finest = max_pool(torch.tensor([[[[0., 0., 3., 0.], [0., 1., 0., 0.]]]]))
-    >>> deepest = max_pool(finest.features)  # whose window holds 1 and 3
+    >>> deepest = max_pool(finest.features)  # its only window contains 1 and 3
     >>> [(step.level, step.cell, step.place) for step in path([finest, deepest], (1, 0))]
     [(2, 1, (0.5, 2.5)), (1, 0, (0.0, 2.0))]
     """
@@ -67,11 +74,11 @@ def path(pooled: Sequence[Pooling], pixel: tuple[int, int], *, rule: Rule = "maj
     for level in range(len(pooled), 0, -1):
         window = (y, x)
         pooling = pooled[level - 1]
-        here = pooling._replace(
+        one_window = pooling._replace(
             features=pooling.features[image : image + 1, :, y : y + 1, x : x + 1],
             switches=pooling.switches[image : image + 1, :, y : y + 1, x : x + 1],
         )
-        cell, counts = int(winners(here, rule=rule)), votes(here).flatten()
+        cell, counts = int(winners(one_window, rule=rule)), votes(one_window).flatten()
         y, x = 2 * y + cell // 2, 2 * x + cell % 2
         side = 2 ** (level - 1)
         box = (y * side, x * side, min(height, (y + 1) * side), min(width, (x + 1) * side))
@@ -81,7 +88,16 @@ def path(pooled: Sequence[Pooling], pixel: tuple[int, int], *, rule: Rule = "maj
 
 
 def sources(pooled: Sequence[Pooling], *, rule: Rule = "majority", image: int = 0) -> Tensor:
-    """Where the path of every pixel ends: (H, W, 2) int64, (y, x). What `path` says, of all pixels at once."""
+    """Return the pixel at which the path of every pixel ends; see `path`.
+
+    Args:
+        pooled: The poolings of the encoder, the finest first.
+        rule: The rule that selects the winning cell from all channels.
+        image: The index of the image in the batch.
+
+    Returns:
+        (H, W, 2) int64, (y, x).
+    """
     deepest = pooled[-1].features
     places = torch.stack(
         torch.meshgrid(*(torch.arange(side, device=deepest.device) for side in deepest.shape[-2:]), indexing="ij"), -1
@@ -93,13 +109,31 @@ def sources(pooled: Sequence[Pooling], *, rule: Rule = "majority", image: int = 
 
 
 def over_windows(x: Tensor, size: tuple[int, int], levels: int = 1) -> Tensor:
-    """(..., h, w) -> (..., *size): of every cell or pixel, the value of its window, so many pools deeper."""
+    """Expand the values of windows to the cells or pixels that they contain.
+
+    Args:
+        x: (..., h, w), the values of the windows.
+        size: The (H, W) of the result.
+        levels: The number of pools between the two sizes.
+
+    Returns:
+        (..., *size).
+    """
     rows, columns = (torch.arange(side, device=x.device) >> levels for side in size)
     return x[..., rows[:, None], columns]
 
 
 def winners(pooling: Pooling, *, rule: Rule = "majority", image: int = 0) -> Tensor:
-    """(h, w) uint8: the cell, 0..3, of every window of one image that a rule names."""
+    """Return the winning cell of every window of one image.
+
+    Args:
+        pooling: A pooling of a batch.
+        rule: The rule that selects the winning cell from all channels.
+        image: The index of the image in the batch.
+
+    Returns:
+        (h, w) uint8, 0..3.
+    """
     if rule == "strongest":
         strongest = pooling.features[image].argmax(dim=0, keepdim=True)
         return pooling.codes[image].gather(0, strongest)[0]
@@ -107,18 +141,28 @@ def winners(pooling: Pooling, *, rule: Rule = "majority", image: int = 0) -> Ten
 
 
 def votes(pooling: Pooling, *, image: int = 0) -> Tensor:
-    """(4, h, w) int64: in how many channels each cell of a window wins, of those whose maximum is above zero; where
-    none is, of all."""
-    codes, counted = pooling.codes[image], pooling.features[image] > 0
-    counted = counted | ~counted.any(dim=0)
-    return torch.stack([((codes == cell) & counted).sum(dim=0) for cell in range(4)])
+    """Count the channels in which each cell of a window wins.
+
+    Only channels whose maximum in the window is above zero vote or, if there are none, all channels.
+
+    Args:
+        pooling: A pooling of a batch.
+        image: The index of the image in the batch.
+
+    Returns:
+        (4, h, w) int64.
+    """
+    codes, voting = pooling.codes[image], pooling.features[image] > 0
+    voting = voting | ~voting.any(dim=0)
+    return torch.stack([((codes == cell) & voting).sum(dim=0) for cell in range(4)])
 
 
 @contextmanager
 def recorded(network: nn.Module) -> Iterator[list[Pooling]]:
-    """While this is open every pass of a network leaves the poolings of its encoder, the finest first, in the list.
+    """Record the poolings of a network's encoder in the yielded list, the finest first.
 
-    Of the last pass alone; empty if the network has no encoder whose pools keep switches (U-Net, DeepLab-LargeFOV).
+    The list contains those of the last forward pass. It stays empty if the network has no encoder whose pools keep
+    switches (U-Net, DeepLab-LargeFOV).
 
     >>> from segdeconv.models import SegNet
     >>> network = SegNet(2, stages=((4,), (8,))).eval()
@@ -129,11 +173,11 @@ def recorded(network: nn.Module) -> Iterator[list[Pooling]]:
     """
     pooled: list[Pooling] = []
 
-    def keep(module: nn.Module, given: Any, encoding: Any) -> None:
+    def record(module: nn.Module, args: Any, encoding: Any) -> None:
         pooled[:] = encoding.pooled
 
     with ExitStack() as hooks:
         for module in network.modules():
             if isinstance(module, Encoder):
-                hooks.enter_context(module.register_forward_hook(keep))
+                hooks.enter_context(module.register_forward_hook(record))
         yield pooled

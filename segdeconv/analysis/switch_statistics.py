@@ -1,4 +1,4 @@
-"""Numbers about switches: how often each cell wins, how often two are as good, how many windows changed their mind."""
+"""Statistics of switches: frequency of each cell, tie rate, and flip rate between two states of a network."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,20 +13,24 @@ from segdeconv.switches import MaxPool, Pooling, max_pool
 
 
 def shares(pooling: Pooling) -> list[float]:
-    """How often each of the four cells won, over all windows, channels and images: 0..1, the sum is 1."""
+    """Return the fraction of the windows that each of the four cells won, over channels and images; their sum is 1."""
     counts = torch.bincount(pooling.codes.flatten().long(), minlength=4)
     return (counts / counts.sum()).tolist()
 
 
 def flip_rate(before: Pooling, now: Pooling) -> float:
-    """The share of windows, over all channels and images, whose winner is another one than before: 0..1."""
+    """Return the fraction of the windows, over all channels and images, whose winner has changed: 0..1."""
     return float((before.codes != now.codes).float().mean())
 
 
 def tie_rate(x: Tensor) -> float:
-    """The share of the 2x2 windows of maps (N, C, H, W) whose maximum is in more than one cell: 0..1.
+    """Return the fraction of the 2x2 windows whose maximum is in more than one cell: 0..1.
 
-    There the first cell wins, whatever the image. Windows that the end cuts count by the cells that they have.
+    There the first cell wins, independently of the image. Incomplete windows at the end of a map count with the cells
+    that they have.
+
+    Args:
+        x: Maps (N, C, H, W) before a pool.
 
     >>> tie_rate(torch.tensor([[[[0., 0., 1.], [0., 0., 2.]]]]))
     0.5
@@ -40,11 +44,11 @@ def tie_rate(x: Tensor) -> float:
 
 @contextmanager
 def ties_counted(network: nn.Module) -> Iterator[list[float]]:
-    """While this is open every pass of a network leaves the tie rates of its `MaxPool` modules, level by level."""
+    """Record the tie rates of a network's `MaxPool` modules in the last forward pass, by level, in the yielded list."""
     rates: list[float] = []
 
-    def count(pool: MaxPool, given: Any) -> None:
-        rates[pool.level - 1 :] = [tie_rate(*given)]
+    def count(pool: MaxPool, args: Any) -> None:
+        rates[pool.level - 1 :] = [tie_rate(*args)]
 
     with ExitStack() as hooks:
         for module in network.modules():

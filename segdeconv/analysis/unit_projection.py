@@ -1,20 +1,23 @@
-"""What a unit sees: its strongest activations, projected back to pixels through the switches.
+"""Projection of the strongest activations of units back to pixels, through the switches.
 
 Zeiler & Fergus 2014, section 2.1, https://arxiv.org/abs/1311.2901. All activations of a layer but one are set to zero,
-and the rest of the network below is walked backwards: values are unpooled with the switches of this image, rectified,
-and convolved with the transposed filters. But for the rectification these are the steps of the backward pass, whose
-gradient of a max-pool is an unpooling and of a convolution the transposed one. So a projection here is a backward pass
-in which ReLUs have another rule, and works for every network whose nonlinearities are ReLUs and max-pools:
+and the layers below are traversed backwards: values are unpooled with the switches of this image, rectified, and
+convolved with the transposed filters. Apart from the rectification, these are the steps of the backward pass, since the
+gradient of a max pool is an unpooling and that of a convolution the transposed convolution. A projection is therefore
+computed as a backward pass with another rule for ReLUs. It works for every network whose nonlinearities are ReLUs and
+max pools:
 
-    deconvnet   what comes back is rectified; where the ReLU was open does not matter
-    guided      rectified, and only where the ReLU was open: Springenberg et al. 2015, https://arxiv.org/abs/1412.6806
-    gradient    only where the ReLU was open: the gradient itself, of Simonyan et al. 2014, arXiv 1312.6034
+    deconvnet   the signal is rectified, regardless of the activations in the forward pass
+    guided      the signal is rectified, and zero where the ReLU was inactive: Springenberg et al. 2015,
+                https://arxiv.org/abs/1412.6806
+    gradient    the signal is zero where the ReLU was inactive: the gradient, Simonyan et al. 2014, arXiv 1312.6034
 
-What the paper does not say: no bias is used. Batch norm multiplies by scale / standard deviation, as if folded into the
-convolution before it, and its shift is ignored. SegNet-Basic's normalisation of the input counts with its derivative.
-In a decoder, an unpooling reads the cells that its switches name. Where a map is copied past others both ways add up. A
-network that pools first and then rectifies (`switch_source=pre_relu`) has other switches than the paper's where nothing
-in a window is above zero: the least negative cell and not the first.
+Details that the paper leaves open: no bias is used. Batch norm multiplies by scale / standard deviation, as if folded
+into the convolution before it, and its shift is ignored. SegNet-Basic's normalisation of the input enters with its
+derivative. In a decoder, unpooling passes the signal back from the cells that its switches select. Where a map is
+copied by a skip connection, the signals of both paths add up. A network that pools before it rectifies
+(`switch_source=pre_relu`) has other switches than the paper's in windows without a value above zero: the least negative
+cell instead of the first.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,7 +38,7 @@ METHODS: tuple[Method, ...] = ("deconvnet", "guided", "gradient")
 
 
 class Unit(NamedTuple):
-    """One activation: number of the map (channel), and (row, column) in it."""
+    """The position of an activation: the index of the map (channel), and the row and column in it."""
 
     map: int
     row: int
@@ -43,7 +46,7 @@ class Unit(NamedTuple):
 
 
 class Activation(NamedTuple):
-    """A unit in one image of a set, and how strong it is there."""
+    """The value of a unit in one image of a set."""
 
     value: float
     image: int
@@ -53,17 +56,26 @@ class Activation(NamedTuple):
 def project(
     network: nn.Module, image: Tensor, layer: str, units: Sequence[Unit], *, methods: Sequence[Method] = ("deconvnet",)
 ) -> dict[Method, Tensor]:
-    """Project activations of one layer to pixels, each by itself, multiplied by its value.
+    """Project activations of one layer to pixels, each separately, multiplied by its value.
 
-    network: in evaluation mode. image: (1, C, H, W), normalised, on the network's device. layer: the name of a module,
-        such as `encoder.stages.2`, whose output is (1, K, h, w).
-    Returns (len(units), C, H, W) of each method, in the units of the image.
+    Args:
+        network: The network, in evaluation mode.
+        image: (1, C, H, W), normalised, on the network's device.
+        layer: The name of a module, such as `encoder.stages.2`, whose output is (1, K, h, w).
+        units: The activations.
+        methods: The methods; see the module docstring.
+
+    Returns:
+        (len(units), C, H, W) by method, in the units of the image.
+
+    Raises:
+        UsageError: The layer does not exist, or its output has another shape.
     """
     image = image.detach().clone().requires_grad_()
     rectifying = _Rectifying()
     with torch.enable_grad(), rectifying:
         maps = _run_to(network, image, [layer])[layer]
-    found: dict[Method, Tensor] = {}
+    projected: dict[Method, Tensor] = {}
     for method in methods:
         rectifying.method = method
         projections = []
@@ -71,12 +83,12 @@ def project(
             value = maps[0, unit.map, unit.row, unit.column]
             (gradient,) = torch.autograd.grad(value, image, retain_graph=True)
             projections.append(gradient * value.detach())
-        found[method] = torch.cat(projections)
-    return found
+        projected[method] = torch.cat(projections)
+    return projected
 
 
 class _Rectifying(TorchFunctionMode):
-    """Every ReLU that torch is asked for, by a module or a function, goes backwards by the rule of `method`."""
+    """Mode in which the backward pass of every ReLU, module or function, follows the rule of `method`."""
 
     RELUS = (F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_)
     method: Method = "deconvnet"
@@ -96,50 +108,58 @@ class _Rectification(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, signal: Tensor) -> tuple[Tensor, None]:
-        (opened,) = ctx.saved_tensors
+        (active,) = ctx.saved_tensors
         method = ctx.rectifying.method
         if method != "gradient":
             signal = signal.clamp(min=0)
-        return (signal if method == "deconvnet" else signal * opened), None
+        return (signal if method == "deconvnet" else signal * active), None
 
 
-class _Seen(Exception):
-    """All that was asked for has been seen."""
+class _AllRecorded(Exception):
+    """The outputs of all layers have been recorded."""
 
 
 def _run_to(network: nn.Module, image: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
-    """The outputs of the modules named, each as it was when it came out; the network runs no further than the last."""
+    """Return the outputs of the named modules, unmodified by later ones; the forward pass stops after the last."""
     modules = dict(network.named_modules())
-    found: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
 
-    def keep(layer: str) -> Callable[..., None]:
-        def hear(module: nn.Module, given: Any, output: Any) -> None:
-            found[layer] = output if len(layers) == 1 else output.clone()  # what follows may write into it
-            if len(found) == len(layers):
-                raise _Seen
+    def recorder(layer: str) -> Callable[..., None]:
+        def record(module: nn.Module, args: Any, output: Any) -> None:
+            outputs[layer] = output if len(layers) == 1 else output.clone()  # later modules may write into it
+            if len(outputs) == len(layers):
+                raise _AllRecorded
 
-        return hear
+        return record
 
-    with ExitStack() as hooks, suppress(_Seen):
+    with ExitStack() as hooks, suppress(_AllRecorded):
         for layer in layers:
             if layer not in modules:
                 raise UsageError(f"the network has no layer '{layer}' - {did_you_mean(layer, modules)}")
-            hooks.enter_context(modules[layer].register_forward_hook(keep(layer)))
+            hooks.enter_context(modules[layer].register_forward_hook(recorder(layer)))
         network(image)
     for layer in layers:
-        if not isinstance(found.get(layer), Tensor) or found[layer].ndim != 4:
+        if not isinstance(outputs.get(layer), Tensor) or outputs[layer].ndim != 4:
             raise UsageError(
-                f"'{layer}' gives no maps of (1, channels, rows, columns) - choose a convolution or a stage"
+                f"the output of layer '{layer}' does not have the shape (1, channels, rows, columns) - choose a "
+                "convolution or a stage"
             )
-    return found
+    return outputs
 
 
 @dataclass
 class StrongestActivations:
-    """The strongest activations of every map of some layers over a set of images, as they come by.
+    """Accumulator of the strongest activations of every map of some layers over a set of images.
 
-    num: how many of each map. per_image: the most that one image gives, at places whose fields do not overlap by half.
-    kept: of each layer, (K, n) values and (K, n, 3) int64 of image, row and column, the strongest first.
+    Args:
+        network: The network, in evaluation mode.
+        layers: The names of the layers.
+        num: The number of activations per map.
+        per_image: The largest number from one image, at positions whose receptive fields overlap by less than half.
+
+    Attributes:
+        kept: By layer, (K, n) values and (K, n, 3) int64 with image, row and column, the strongest first.
+        reach: By layer and image size, half the receptive field, in rows and columns of the layer.
     """
 
     network: nn.Module
@@ -152,12 +172,17 @@ class StrongestActivations:
         self.reach: dict[tuple[str, tuple[int, int]], tuple[int, int]] = {}
 
     def update(self, image: Tensor, number: int) -> None:
-        """image: (1, C, H, W), normalised; number: its own in the set."""
+        """Add an image.
+
+        Args:
+            image: (1, C, H, W), normalised.
+            number: The index of the image in the set.
+        """
         with torch.inference_mode():
             maps = _run_to(self.network, image, self.layers)
         size = (image.shape[-2], image.shape[-1])
         for layer, output in maps.items():
-            values, places = self._of_one(output[0].float().cpu(), layer, size)
+            values, places = self._strongest_in_image(output[0].float().cpu(), layer, size)
             numbered = torch.cat([torch.full((*places.shape[:2], 1), number), places], dim=2)
             if layer in self.kept:
                 values = torch.cat([self.kept[layer][0], values], dim=1)
@@ -166,8 +191,8 @@ class StrongestActivations:
             numbered = numbered.gather(1, order[..., None].expand_as(numbered))
             self.kept[layer] = values[:, : self.num], numbered[:, : self.num]
 
-    def _of_one(self, maps: Tensor, layer: str, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """(K, h, w) -> the (K, per_image) strongest values and their (K, per_image, 2) places."""
+    def _strongest_in_image(self, maps: Tensor, layer: str, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Return the (K, per_image) strongest values of maps (K, h, w) and their (K, per_image, 2) positions."""
         height, width = maps.shape[1:]
         if self.per_image > 1 and (layer, size) not in self.reach:
             boxes = receptive_fields(self.network, layer, size)
@@ -188,8 +213,8 @@ class StrongestActivations:
                 maps.masked_fill_(near, float("-inf"))
         return torch.stack(values, dim=1), torch.stack(places, dim=1)
 
-    def of(self, layer: str, map: int) -> list[Activation]:
-        """The strongest of a map, those that are above zero."""
+    def strongest(self, layer: str, map: int) -> list[Activation]:
+        """Return the strongest activations of a map that are above zero."""
         values, places = self.kept[layer]
         return [
             Activation(value, image, Unit(map, row, column))
@@ -197,21 +222,28 @@ class StrongestActivations:
             if value > 0
         ]
 
-    def alive(self, layer: str) -> list[int]:
-        """Numbers of the maps of a layer that were above zero anywhere."""
+    def active_maps(self, layer: str) -> list[int]:
+        """Return the indices of the maps of a layer that were above zero anywhere."""
         return torch.nonzero(self.kept[layer][0][:, 0] > 0)[:, 0].tolist()
 
 
 def receptive_fields(
     network: nn.Module, layer: str, size: tuple[int, int]
 ) -> Callable[[int, int], tuple[int, int, int, int]]:
-    """What a layer's units can see of images of size (H, W), exactly: (row, column) -> (top, left, bottom, right).
+    """Return a function that computes the exact receptive field of a layer's units in images of one size.
 
-    In pixels of the image, bottom and right excluded. All of it where that is not known.
+    Args:
+        network: The network.
+        layer: The name of the layer.
+        size: (H, W) of the images.
+
+    Returns:
+        A function (row, column) -> (top, left, bottom, right), in pixels of the image, bottom and right excluded. It
+        returns the whole image if the receptive field is unknown.
     """
-    seen = traced(network, size)
-    rows = [index for index, row in enumerate(seen.layers) if f"{row.name}.".startswith(f"{layer}.")]
-    spans = seen.spans[rows[-1]] if rows else None
+    trace = traced(network, size)
+    rows = [index for index, row in enumerate(trace.layers) if f"{row.name}.".startswith(f"{layer}.")]
+    spans = trace.spans[rows[-1]] if rows else None
 
     def box(row: int, column: int) -> tuple[int, int, int, int]:
         if spans is None:
@@ -222,11 +254,17 @@ def receptive_fields(
     return box
 
 
-def on_grey(projection: Tensor, std: Tensor) -> Tensor:
-    """(C, H, W) in the units of the image -> 0..1: zero is middle grey, and what exceeds the 99.5th percentile of all
-    sizes is black or white.
+def scale_to_grey(projection: Tensor, std: Tensor) -> Tensor:
+    """Scale a projection to 0..1, with zero at middle grey.
 
-    std: (C,), that the image was divided by, so that the colours are those of pixels.
+    Values whose magnitude exceeds the 99.5th percentile become black or white.
+
+    Args:
+        projection: (C, H, W), in the units of the normalised image.
+        std: (C,), the standard deviations of the preprocessing, which restore the colours of pixels.
+
+    Returns:
+        (C, H, W) in 0..1.
     """
     pixels = projection * std[:, None, None].to(projection)
     top = torch.quantile(pixels.abs().flatten(), 0.995)

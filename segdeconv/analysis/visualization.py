@@ -1,4 +1,4 @@
-"""One checkpoint and images of any source: the figures that `scripts/visualize.py` writes about them."""
+"""Figures of a checkpoint on images of any source, for `scripts/visualize.py`."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -17,7 +17,14 @@ from segdeconv.analysis.switch_paths import recorded
 from segdeconv.analysis.switch_stability import instability
 from segdeconv.analysis.switch_statistics import ties_counted
 from segdeconv.analysis.uncertainty import noise_of
-from segdeconv.analysis.unit_projection import METHODS, Method, StrongestActivations, on_grey, project, receptive_fields
+from segdeconv.analysis.unit_projection import (
+    METHODS,
+    Method,
+    StrongestActivations,
+    project,
+    receptive_fields,
+    scale_to_grey,
+)
 from segdeconv.data.dataset import SegmentationDataset
 from segdeconv.data.files.reading import MAX_PIXELS, read_upright
 from segdeconv.data.preprocessing import Preprocessing, resize_image, resize_mask
@@ -31,27 +38,38 @@ from segdeconv.models.layers import DeconvBlock
 from segdeconv.switches import Pooling
 from segdeconv.system.seeding import key
 
-OUTSIDE = 235  # the grey of what is not in the image
+OUTSIDE = 235  # the grey level outside the image
 
 
 class InputImage(NamedTuple):
-    """An image to visualize. load: gives it as it is stored, (H, W, C), and its mask where it has one."""
+    """An image to visualize.
+
+    Attributes:
+        name: The name of the image.
+        load: Returns the image as stored, (H, W, C), and its mask if it has one.
+    """
 
     name: str
     load: Callable[[], tuple[np.ndarray, np.ndarray | None]]
 
 
 def of_dataset(dataset: SegmentationDataset) -> list[InputImage]:
-    """The images of a split."""
+    """Return the images of a split."""
 
-    def loader(place: int) -> Callable[[], tuple[np.ndarray, np.ndarray | None]]:
-        return lambda: (dataset[place].image, dataset[place].mask)
+    def loader(index: int) -> Callable[[], tuple[np.ndarray, np.ndarray | None]]:
+        return lambda: (dataset[index].image, dataset[index].mask)
 
-    return [InputImage(name, loader(place)) for place, name in enumerate(dataset.names)]
+    return [InputImage(name, loader(index)) for index, name in enumerate(dataset.names)]
 
 
 def of_files(files: dict[str, Path], preprocessing: Preprocessing, max_pixels: int = MAX_PIXELS) -> list[InputImage]:
-    """Picture files by their names, upright."""
+    """Return the images of files, rotated upright by their EXIF orientation.
+
+    Args:
+        files: The paths by name.
+        preprocessing: The preprocessing of the network.
+        max_pixels: Largest number of pixels of an image.
+    """
     channels = preprocessing.channels if preprocessing.as_stored else None
 
     def loader(path: Path) -> Callable[[], tuple[np.ndarray, np.ndarray | None]]:
@@ -61,10 +79,13 @@ def of_files(files: dict[str, Path], preprocessing: Preprocessing, max_pixels: i
 
 
 class Visualizer:
-    """A segmenter's network, and figures of what it does with images.
+    """Figures of a network on images.
 
-    With `settings.samples` the figures of the switches' stability show the variance over forward passes with dropout.
-    Figures that follow gradients or single activations are of the network in float32.
+    With `settings.samples`, the stability figures show the variance over forward passes with dropout. Figures that use
+    gradients or single activations are computed in float32.
+
+    Args:
+        segmenter: The network with its prediction settings.
     """
 
     def __init__(self, segmenter: Segmenter) -> None:
@@ -72,19 +93,27 @@ class Visualizer:
         self.preprocessing, self.checkpoint = segmenter.preprocessing, segmenter.checkpoint
 
     @cached_property
-    def exact(self) -> SegmentationModel:
+    def float32_model(self) -> SegmentationModel:
         """The network in float32, prepared for inference."""
         if self.network.precision == "32-true":
             return self.network.model
         return Network.of(self.checkpoint, device=self.network.device, precision="32-true").model
 
-    def prepared(self, picture: InputImage) -> tuple[np.ndarray, Tensor, np.ndarray | None]:
-        """(image (H, W, C) at the input size, the same normalised as a batch of one, its mask); small ones padded."""
-        stored, mask = picture.load()
+    def prepare(self, source: InputImage) -> tuple[np.ndarray, Tensor, np.ndarray | None]:
+        """Load and preprocess an image.
+
+        Args:
+            source: The image.
+
+        Returns:
+            The image (H, W, C) at the input size, padded to the network's minimum size; the same, normalised, as a
+            batch of one; and its mask at that size, None if it has no mask or was padded.
+        """
+        stored, mask = source.load()
         image = stored if self.preprocessing.size is None else resize_image(stored, self.preprocessing.size)
-        normalised = self.preprocessing.normalise(image, picture.name)[None].to(self.network.device)
-        least = self.network.model.minimum_size
-        below, right = max(0, least - image.shape[0]), max(0, least - image.shape[1])
+        normalised = self.preprocessing.normalise(image, source.name)[None].to(self.network.device)
+        min_size = self.network.model.minimum_size
+        below, right = max(0, min_size - image.shape[0]), max(0, min_size - image.shape[1])
         if below or right:
             image = np.pad(image, ((0, below), (0, right), (0, 0)))
             normalised = F.pad(normalised, (0, right, 0, below))
@@ -93,41 +122,52 @@ class Visualizer:
             mask = resize_mask(mask, (image.shape[0], image.shape[1]))
         return image, normalised, mask
 
-    def figures(self, picture: InputImage, kinds: Sequence[str], *, label: int | None) -> dict[str, np.ndarray]:
-        """The figures of one image, by kind; those that the network cannot have are left out, see `lacking`."""
-        image, normalised, mask = self.prepared(picture)
+    def figures(self, source: InputImage, kinds: Sequence[str], *, label: int | None) -> dict[str, np.ndarray]:
+        """Draw the figures of one image.
+
+        Args:
+            source: The image.
+            kinds: Any of `switches`, `flow`, `stages` and `stability`; other kinds are ignored.
+            label: The index of the class for `stages`, None for the class with the most pixels.
+
+        Returns:
+            The figures by kind, without those that the network does not support; see `lacking`.
+        """
+        image, normalised, mask = self.prepare(source)
         network = self.network
         with recorded(network.model) as pooled, ties_counted(network.model) as ties:
             probabilities = network.logits(normalised).float().softmax(dim=1)
         prediction = probabilities[0].argmax(dim=0).byte().cpu().numpy()
-        made = {}
+        drawn = {}
         if "switches" in kinds and pooled:
-            made["switches"] = figures.switches_figure(picture.name, image, pooled, ties)
+            drawn["switches"] = figures.switches_figure(source.name, image, pooled, ties)
         if "flow" in kinds and pooled:
-            made["flow"] = figures.switch_paths_figure(picture.name, image, pooled)
+            drawn["flow"] = figures.switch_paths_figure(source.name, image, pooled)
         if "stages" in kinds and not self.lacking("stages"):
-            chosen = self._most_of(prediction) if label is None else label
+            traced_label = self._largest_class(prediction) if label is None else label
             deconv = any(isinstance(module, DeconvBlock) for module in network.model.modules())
             filters = "deconvolutions" if deconv else "convolutions"
-            building = trace_decoder(self.exact, normalised, chosen)
-            made["stages"] = figures.decoder_stages_figure(picture.name, image, building, self.classes, chosen, filters)
+            trace = trace_decoder(self.float32_model, normalised, traced_label)
+            drawn["stages"] = figures.decoder_stages_figure(
+                source.name, image, trace, self.classes, traced_label, filters
+            )
         if "stability" in kinds and pooled:
             variance = network(normalised).uncertainty if network.samples else None
-            with recorded(network.model) as again:
+            with recorded(network.model) as view_pooled:
 
                 def pools(batch: Tensor) -> list[Pooling]:
                     network.logits(batch)
-                    return list(again)
+                    return list(view_pooled)
 
-                unstable = instability(pools, normalised, noise=noise_of(self.preprocessing))
-            made["stability"] = figures.stability_figure(
-                picture.name, image, prediction, entropy_of(probabilities)[0].cpu().numpy(), unstable, self.classes,
+                measures = instability(pools, normalised, noise=noise_of(self.preprocessing))
+            drawn["stability"] = figures.stability_figure(
+                source.name, image, prediction, entropy_of(probabilities)[0].cpu().numpy(), measures, self.classes,
                 mask=mask, variance=None if variance is None else variance[0].cpu().numpy(),
             )  # fmt: skip
-        return made
+        return drawn
 
     def lacking(self, kind: str) -> str:
-        """Why the network has no figure of a kind; empty where it has."""
+        """Return the reason why the network does not support a kind of figure, or an empty string if it does."""
         model = self.network.model
         side = max(64, model.minimum_size)
         image = torch.zeros(1, model.in_channels, side, side, device=self.network.device)
@@ -137,96 +177,124 @@ class Visualizer:
             return "" if pooled else f"the pools of {type(model).__name__} keep no switches"
         if kind == "stages":
             try:
-                trace_decoder(self.exact, image, 0)
+                trace_decoder(self.float32_model, image, 0)
             except UsageError as error:
                 return str(error)
         return ""
 
-    def _most_of(self, prediction: np.ndarray) -> int:
-        """The class with the most pixels, the background left out where there is another."""
+    def _largest_class(self, prediction: np.ndarray) -> int:
+        """Return the class with the most pixels, other than background if possible."""
         counts = np.bincount(prediction.ravel(), minlength=len(self.classes))
         if self.classes.names[0] == "background" and counts[1:].any():
             counts[0] = 0
         return int(counts.argmax())
 
     def layers(self) -> list[str]:
-        """The stages of the encoder, whose units are shown unless others are named."""
+        """Return the names of the encoder's stages, the default layers for figures of units."""
         encoder = getattr(self.network.model, "encoder", None)
         count = len(encoder.stages) if encoder is not None and hasattr(encoder, "stages") else 0
         return [f"encoder.stages.{index}" for index in range(count)]
 
-    def strongest(self, pictures: Sequence[InputImage], layers: Sequence[str]) -> StrongestActivations:
-        """The strongest activations of all units of some layers."""
-        per_image = -(-figures.NUM // len(pictures))
-        found = StrongestActivations(self.exact, layers, num=figures.NUM, per_image=per_image)
-        for number, picture in enumerate(pictures):
-            found.update(self.prepared(picture)[1], number)
-        return found
+    def strongest(self, sources: Sequence[InputImage], layers: Sequence[str]) -> StrongestActivations:
+        """Return the strongest activations of all units of some layers.
+
+        Args:
+            sources: The images to search.
+            layers: The names of the layers.
+
+        Raises:
+            UsageError: A layer does not exist, or its output is not a batch of maps.
+        """
+        num = figures.NUM_ACTIVATIONS
+        activations = StrongestActivations(self.float32_model, layers, num=num, per_image=-(-num // len(sources)))
+        for index, source in enumerate(sources):
+            activations.update(self.prepare(source)[1], index)
+        return activations
 
     def units_figure(
         self,
-        pictures: Sequence[InputImage],
-        found: StrongestActivations,
+        sources: Sequence[InputImage],
+        activations: StrongestActivations,
         layer: str,
         *,
         maps: Sequence[int] | None,
         num: int,
         seed: int,
     ) -> np.ndarray:
-        """What some units of a layer see: those numbered, or so many at random of those that were ever above zero."""
-        count = len(found.kept[layer][0])
+        """Draw the strongest activations of some units of a layer and their projections.
+
+        Args:
+            sources: The images that were searched.
+            activations: Their strongest activations; see `strongest`.
+            layer: The name of the layer.
+            maps: The indices of the units, None for a random selection of those that were above zero anywhere.
+            num: The number of units to select.
+            seed: Seed of the selection.
+
+        Raises:
+            UsageError: The layer has no map of an index, or none of the units was above zero.
+        """
+        count = len(activations.kept[layer][0])
         if maps is None:
-            alive = found.alive(layer)
-            maps = sorted(random.Random(key(seed, layer)).sample(alive, min(num, len(alive))))
-        elif wrong := [number for number in maps if not 0 <= number < count]:
-            raise UsageError(f"--maps {wrong[0]}: {layer} has the maps 0 to {count - 1} - name some of these")
-        if not any(found.of(layer, number) for number in maps):
-            raise UsageError(f"no such unit of {layer} is above zero in any of the images - give others of either")
+            active = activations.active_maps(layer)
+            maps = sorted(random.Random(key(seed, layer)).sample(active, min(num, len(active))))
+        elif unknown := [index for index in maps if not 0 <= index < count]:
+            raise UsageError(f"--maps {unknown[0]}: {layer} has the maps 0 to {count - 1} - choose among these")
+        if not any(activations.strongest(layer, index) for index in maps):
+            raise UsageError(
+                f"none of the selected units of {layer} is above zero in any image - choose other units or images"
+            )
         std = torch.tensor(self.preprocessing.std)
-        shown = []
+        examples = []
         sizes, boxes = [], dict[tuple[int, int], Callable[[int, int], tuple[int, int, int, int]]]()
-        for number in maps:
-            for activation in found.of(layer, number):
-                image, normalised, _ = self.prepared(pictures[activation.image])
+        for index in maps:
+            for activation in activations.strongest(layer, index):
+                image, normalised, _ = self.prepare(sources[activation.image])
                 size = (image.shape[0], image.shape[1])
                 if size not in boxes:
-                    boxes[size] = receptive_fields(self.exact, layer, size)
+                    boxes[size] = receptive_fields(self.float32_model, layer, size)
                 box = boxes[size]
                 top, left, bottom, right = box(activation.unit.row, activation.unit.column)
                 sizes.append((bottom - top, right - left))
-                made = {}
-                place = Place((top, left, bottom, right), size)
-                projections = project(self.exact, normalised, layer, [activation.unit], methods=METHODS)
+                pictures = {}
+                position = FieldPosition((top, left, bottom, right), size)
+                projections = project(self.float32_model, normalised, layer, [activation.unit], methods=METHODS)
                 for method, (projection,) in projections.items():
                     if self.preprocessing.order == "bgr":
                         projection = projection.flip(0)
-                    grey = on_grey(projection[:, top:bottom, left:right], std).permute(1, 2, 0).cpu().numpy()
-                    made[method] = draw.to_rgb((255 * grey).round().astype(np.uint8))
-                crop = draw.to_rgb(image)[top:bottom, left:right]
-                shown.append((number, activation.value, place, crop, made))
+                    grey = scale_to_grey(projection[:, top:bottom, left:right], std).permute(1, 2, 0).cpu().numpy()
+                    pictures[method] = draw.shown((255 * grey).round().astype(np.uint8))
+                crop = draw.shown(image)[top:bottom, left:right]
+                examples.append((index, activation.value, position, crop, pictures))
         field = (max(height for height, _ in sizes), max(width for _, width in sizes))
-        units: dict[int, list[tuple[float, np.ndarray, dict[Method, np.ndarray]]]] = {number: [] for number in maps}
-        for number, value, place, crop, made in shown:
-            whole = {method: place.in_field(picture, field) for method, picture in made.items()}
-            units[number].append((value, place.in_field(crop, field), whole))
-        return figures.units_figure(layer, type(self.exact).__name__, units, images=len(pictures), field=field)
+        units: dict[int, list[tuple[float, np.ndarray, dict[Method, np.ndarray]]]] = {index: [] for index in maps}
+        for index, value, position, crop, pictures in examples:
+            padded = {method: position.pad_to_field(picture, field) for method, picture in pictures.items()}
+            units[index].append((value, position.pad_to_field(crop, field), padded))
+        network = type(self.float32_model).__name__
+        return figures.units_figure(layer, network, units, images=len(sources), field=field)
 
 
-class Place(NamedTuple):
-    """Where a unit looks: box, (top, left, bottom, right) of its field in an image of size (H, W)."""
+class FieldPosition(NamedTuple):
+    """The position of a receptive field in an image.
+
+    Attributes:
+        box: (top, left, bottom, right) of the part of the field inside the image.
+        size: (H, W) of the image.
+    """
 
     box: tuple[int, int, int, int]
     size: tuple[int, int]
 
-    def in_field(self, picture: np.ndarray, field: tuple[int, int]) -> np.ndarray:
-        """A picture of the box, on a canvas as large as the whole field, at the side where the image did not cut it."""
+    def pad_to_field(self, picture: np.ndarray, field: tuple[int, int]) -> np.ndarray:
+        """Pad a picture of the box to the whole field, at the sides where the image ends."""
         canvas = np.full((*field, 3), OUTSIDE, dtype=np.uint8)
         starts = []
         for axis in (0, 1):
             missing = field[axis] - picture.shape[axis]
-            cut_before, cut_behind = self.box[axis] == 0, self.box[axis + 2] == self.size[axis]
+            cut_before, cut_after = self.box[axis] == 0, self.box[axis + 2] == self.size[axis]
             starts.append(
-                missing if cut_before and not cut_behind else 0 if cut_behind and not cut_before else missing // 2
+                missing if cut_before and not cut_after else 0 if cut_after and not cut_before else missing // 2
             )
         top, left = starts
         canvas[top : top + picture.shape[0], left : left + picture.shape[1]] = picture

@@ -52,8 +52,8 @@ def restore_dataset(checkpoint: Checkpoint, split_name: str) -> SegmentationData
         checkpoint,
         dataset,
         owner=node[TARGET],
-        way_out="use its own data set, or rename, merge and ignore classes with dataset.label_map={theirs: its, other: "
-        "ignore}",
+        way_out="use the data set of the checkpoint, or rename, merge and ignore classes with "
+        "dataset.label_map={theirs: its, other: ignore}",
     )
     classes = checkpoint.classes
     if (dataset.classes.names, dataset.classes.ignore_index) != (classes.names, classes.ignore_index):
@@ -71,8 +71,8 @@ def class_order(
     checkpoint: Checkpoint,
     dataset: SegmentationDataset,
     *,
-    owner: str = "the data",
-    way_out: str = "compare networks of the same classes, which are matched by their names",
+    owner: str = "the data set",
+    way_out: str = "compare networks with the same classes, which are matched by name",
 ) -> list[int]:
     """Return the network's index of each class of a data set, matched by name; see `match_classes`.
 

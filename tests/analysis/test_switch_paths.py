@@ -1,4 +1,4 @@
-"""The path of a pixel against unpooling itself, and against a walk by hand."""
+"""Paths along switches, checked against unpooling and against paths computed by hand."""
 
 from itertools import pairwise
 
@@ -14,22 +14,22 @@ from segdeconv.switches.packing import pack
 
 
 def pooled_by(seed, size, channels, levels, *, packed=False):
-    """Pools of maps that have nothing to do with each other, as convolutions between them would leave them."""
+    """Return poolings of unrelated random maps, one per level."""
     generator = torch.Generator().manual_seed(seed)
-    found = []
+    pooled = []
     for _ in range(levels):
-        found.append(max_pool(torch.randn(2, channels, *size, generator=generator), packed=packed))
-        size = tuple(found[-1].features.shape[-2:])
-    return found
+        pooled.append(max_pool(torch.randn(2, channels, *size, generator=generator), packed=packed))
+        size = tuple(pooled[-1].features.shape[-2:])
+    return pooled
 
 
 @pytest.mark.parametrize("size", [(32, 32), (37, 50), (33, 65), (5, 1), (1, 1)])
-def test_with_one_channel_a_path_ends_where_unpooling_puts_the_value(size):
+def test_with_one_channel_a_path_ends_where_unpooling_places_the_value(size):
     pooled = pooled_by(0, size, 1, 5)
     for image in range(2):
         ends = sources(pooled, image=image)
         deepest = pooled[-1].features.shape[-2:]
-        # Every window of the deepest pool sends its number, from 1, down through all the unpoolings.
+        # The index of every window of the deepest pool, from 1, is unpooled through all levels.
         numbers = torch.arange(1.0, deepest.numel() + 1).view(1, 1, *deepest).repeat(2, 1, 1, 1)
         for pooling in reversed(pooled):
             numbers = unpool(numbers, pooling.switches, pooling.size)
@@ -48,68 +48,68 @@ def test_with_one_channel_a_path_ends_where_unpooling_puts_the_value(size):
                     assert below.window == (top >> (above.level - 1), left >> (above.level - 1))
 
 
-def test_the_majority_and_the_strongest_worked_by_hand():
-    # Four channels of one window: cells 3, 1, 1, 2 win; the third holds the largest value of all.
+def test_majority_and_strongest_equal_hand_computed_cells():
+    # Four channels of one window, with the winning cells 3, 1, 2, 1; the third has the largest value.
     x = torch.zeros(1, 4, 2, 2)
     for channel, (cell, value) in enumerate([(3, 1.0), (1, 2.0), (2, 9.0), (1, 0.5)]):
         x[0, channel, cell // 2, cell % 2] = value
     pooled = [max_pool(x)]
-    (most,), (strongest,) = path(pooled, (0, 0)), path(pooled, (0, 0), rule="strongest")
-    assert (most.cell, most.share, most.place, most.box) == (1, 0.5, (0.0, 1.0), (0, 1, 1, 2))
+    (majority,), (strongest,) = path(pooled, (0, 0)), path(pooled, (0, 0), rule="strongest")
+    assert (majority.cell, majority.share, majority.place, majority.box) == (1, 0.5, (0.0, 1.0), (0, 1, 1, 2))
     assert (strongest.cell, strongest.share, strongest.place) == (2, 0.25, (1.0, 0.0))
     x[0, 0] = 0
-    x[0, 0, 1, 0] = 1.0  # two for cell 1, two for cell 2: the first in reading order
+    x[0, 0, 1, 0] = 1.0  # two channels for cell 1, two for cell 2: the first in reading order wins
     assert path([max_pool(x)], (1, 1))[0].cell == 1
 
 
 @pytest.mark.parametrize("rule", ["majority", "strongest"])
-def test_all_pixels_at_once_are_each_pixel_alone(rule):
+def test_sources_equal_the_paths_of_single_pixels(rule):
     pooled = pooled_by(1, (21, 30), 7, 3)
     ends = sources(pooled, rule=rule, image=1)
-    alone = [[path(pooled, (y, x), rule=rule, image=1)[-1].place for x in range(30)] for y in range(21)]
-    assert np.array_equal(ends.numpy(), np.array(alone))
+    expected = [[path(pooled, (y, x), rule=rule, image=1)[-1].place for x in range(30)] for y in range(21)]
+    assert np.array_equal(ends.numpy(), np.array(expected))
 
 
-def test_packed_switches_lead_to_the_same_place():
+def test_packed_switches_lead_to_the_same_pixel():
     pooled, packed = pooled_by(2, (20, 20), 6, 2), pooled_by(2, (20, 20), 6, 2, packed=True)
     assert torch.equal(packed[0].switches, pack(pooled[0].switches))
     assert torch.equal(sources(pooled), sources(packed))
 
 
-def test_winners_are_counted_over_channels():
+def test_votes_are_counted_over_channels():
     pooling = pooled_by(3, (12, 15), 9, 1)[0]
-    pooling.features[1, :, 2, 3] = -1.0  # where no channel is above zero all count
-    says = pooling.features[1] > 0
-    says[:, 2, 3] = True
-    counts = (F.one_hot(pooling.switches[1].long(), 4) * says[..., None]).sum(dim=0)
+    pooling.features[1, :, 2, 3] = -1.0  # if no channel is above zero, all channels vote
+    voting = pooling.features[1] > 0
+    voting[:, 2, 3] = True
+    counts = (F.one_hot(pooling.switches[1].long(), 4) * voting[..., None]).sum(dim=0)
     assert torch.equal(votes(pooling, image=1), counts.permute(2, 0, 1))
     assert (counts.gather(2, winners(pooling, image=1).long()[..., None])[..., 0] == counts.amax(dim=2)).all()
 
 
-def test_channels_that_are_zero_do_not_pull_to_the_first_cell():
+def test_channels_of_zeros_do_not_vote():
     x = torch.zeros(1, 5, 2, 2)
-    x[0, 3, 1, 0] = 2.0  # four channels of zeros name cell 0, as after a ReLU
+    x[0, 3, 1, 0] = 2.0  # the switches of the four channels of zeros are cell 0, as after a ReLU
     (step,) = path([max_pool(x)], (0, 1))
     assert (step.cell, step.share) == (2, 1.0)
 
 
-def test_a_pixel_outside_is_refused():
+def test_a_pixel_outside_the_image_is_refused():
     with pytest.raises(ValueError, match=r"pixel \(4, 0\) is not in an image of 4x4"):
         path(pooled_by(4, (4, 4), 1, 1), (4, 0))
 
 
-def test_a_pass_of_a_network_leaves_its_poolings():
+def test_the_poolings_of_a_forward_pass_are_recorded():
     network, image = SegNet(2, stages=((4,), (8,))).eval(), torch.randn(1, 3, 13, 18)
     with torch.no_grad(), recorded(network) as pooled:
         network(image)
         network(image)
-        truth = network.encoder(image).pooled
+        expected = network.encoder(image).pooled
     assert len(pooled) == 2
-    assert all(torch.equal(one.switches, other.switches) for one, other in zip(pooled, truth, strict=True))
-    kept = list(pooled)
+    assert all(torch.equal(pooling.switches, other.switches) for pooling, other in zip(pooled, expected, strict=True))
+    before = list(pooled)
     with torch.no_grad():
         network(-image)
-    assert pooled == kept  # closed, it hears nothing more
+    assert pooled == before  # nothing is recorded outside the block
     with torch.no_grad(), recorded(fpn := FPN(2, stages=((4,), (8,), (8,)), num_levels=2).eval()) as pooled:
         fpn(image)
     assert len(pooled) == 3
