@@ -267,7 +267,7 @@ def _require_plain_zip(path: Path) -> None:
 
 
 def foreign(config: Any) -> list[str]:
-    """Return the classes that a config names but segdeconv does not define, which `--trust` has to list."""
+    """Return the classes that a config names and that are not in ADMITTED; `--trust` has to list them."""
     return sorted(set(targets(config)) - ADMITTED)
 
 

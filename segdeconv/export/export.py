@@ -59,7 +59,7 @@ class Agreement:
 
 
 def export(
-    read: Checkpoint,
+    checkpoint: Checkpoint,
     path: Path,
     *,
     pixels: Layout | None = None,
@@ -69,7 +69,7 @@ def export(
     """Export a network to a file, with a JSON card beside it.
 
     Args:
-        read: The checkpoint of the network.
+        checkpoint: The checkpoint of the network.
         path: The file to write; its suffix, .onnx or .pt2, selects the format.
         pixels: See `Exported`.
         argmax: See `Exported`.
@@ -93,12 +93,12 @@ def export(
                 "another name"
             )
     run_file, versions = (onnx.runner, onnx.require_libraries()) if path.suffix == ONNX else (_pt2_runner, {})
-    network, full = read.model(), None
+    network, full = checkpoint.model(), None
     folded = fold_norms(network)
     if half:
         full, folded = network, onnx.round_to_half(folded, path)
         network = folded
-    exported = Exported(folded, read.preprocessing, pixels=pixels, argmax=argmax).eval()
+    exported = Exported(folded, checkpoint.preprocessing, pixels=pixels, argmax=argmax).eval()
     min_traced = _min_traced_size(exported)
     # The smallest side of an input that the file accepts.
     min_size = min_traced if path.suffix == PT2 else 1 if exported.size else folded.minimum_size
@@ -119,8 +119,8 @@ def export(
         "sha256": hash_file(path),
         "format": {ONNX: "ONNX", PT2: "torch.export"}[path.suffix],
         "network": type(network).__name__,
-        "checkpoint": {"file": read.path.name, "sha256": read.sha256},
-        **_interface(exported, read.classes, min_size),
+        "checkpoint": {"file": checkpoint.path.name, "sha256": checkpoint.sha256},
+        **_interface(exported, checkpoint.classes, min_size),
         "weights": "float16, computed in float32" if half else "float32",
         "verified": asdict(agreement),
         **({"opset": onnx.OPSET, "operators": operators} if operators else {}),

@@ -29,7 +29,7 @@ def peak(*, reset: bool = False) -> int:
     """Return the peak memory of this process in bytes, on the GPU if there is one.
 
     Args:
-        reset: Reset the peak to the current use first, except on systems other than Linux without a GPU.
+        reset: Whether to restart from the current memory use. Has no effect on macOS and Windows without a GPU.
     """
     if torch.cuda.is_available():
         if reset:

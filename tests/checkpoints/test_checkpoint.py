@@ -30,9 +30,9 @@ def test_a_checkpoint_builds_the_network_that_was_written(tmp_path):
     data = content()
     path = tmp_path / "best.ckpt"
     checkpoint.write(data, path)
-    read = checkpoint.read(path)
-    assert read.classes == CLASSES
-    weights = read.model().state_dict()
+    loaded = checkpoint.read(path)
+    assert loaded.classes == CLASSES
+    weights = loaded.model().state_dict()
     assert all(torch.equal(value, weights[name.removeprefix("model.")]) for name, value in data["state_dict"].items())
     assert not torch.serialization.get_unsafe_globals_in_checkpoint(path)
     assert sorted(os.listdir(tmp_path)) == ["best.ckpt", "best.ckpt.sha256"]
@@ -257,11 +257,11 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 @pytest.mark.parametrize("path", sorted(GOLDEN.glob("*.ckpt")), ids=lambda path: path.stem)
 def test_checkpoints_of_earlier_versions_are_read_and_score_as_they_did(path, commands, tmp_path):
     """The files were trained on Shapes with the version in their names; the .json holds the scores of that version."""
-    read = checkpoint.read(path)
+    loaded = checkpoint.read(path)
     assert not torch.serialization.get_unsafe_globals_in_checkpoint(path)
     image = torch.linspace(-1, 1, 3 * 32 * 32).reshape(1, 3, 32, 32)
     with torch.no_grad():
-        logits = read.model()(image)
+        logits = loaded.model()(image)
     then = json.loads(path.with_suffix(".json").read_text())
     assert logits.sum(dim=(0, 2, 3)).tolist() == pytest.approx(then["logits"], rel=1e-4)
     done = commands("evaluate", path, "--out", "out", cwd=tmp_path)

@@ -83,18 +83,18 @@ def segnet(tmp_path_factory):
     """Export a slim SegNet with input size 40x56 as plain.onnx, and a U-Net with preprocessing and argmax."""
     folder = tmp_path_factory.mktemp("exported")
     stages = {"stages": [[4], [8]]}
-    read = write_checkpoint(folder, {"_target_": "segdeconv.models.SegNet", **stages}, size=[40, 56], order="bgr")
+    source = write_checkpoint(folder, {"_target_": "segdeconv.models.SegNet", **stages}, size=[40, 56], order="bgr")
     unet = write_checkpoint(folder, {"_target_": "segdeconv.models.UNet", **stages}, size=[40, 56], name="unet.ckpt")
     ends = export(unet, folder / "ends.onnx", pixels="nhwc", argmax=True)
-    return folder, read, export(read, folder / "plain.onnx"), ends
+    return folder, source, export(source, folder / "plain.onnx"), ends
 
 
 @pytest.mark.parametrize("shape", [(1, 32, 32), (3, 33, 47), (2, 64, 39)])
 def test_an_onnx_file_equals_the_network_at_any_size_and_batch_size(segnet, shape):
-    folder, read, *_ = segnet
+    folder, source, *_ = segnet
     image = torch.randn(shape[0], 3, *shape[1:])
     with torch.no_grad():
-        expected = read.model()(image)
+        expected = source.model()(image)
     result = torch.from_numpy(run(folder / "plain.onnx", image.numpy()))
     assert expected.std() > 0.05  # so that the tolerance is meaningful
     torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
@@ -132,7 +132,7 @@ def test_unsupported_operators_of_a_graph_are_listed():
 
 
 def test_the_card_describes_the_interface_of_the_file(segnet):
-    folder, read, plain, ends = segnet
+    folder, source, plain, ends = segnet
     assert json.loads((folder / "plain.json").read_text()) == plain
     assert [entry["name"] for entry in plain["classes"]] == list(NAMES)
     assert plain["classes"][1]["colour"] == [0, 99, 0]
@@ -142,7 +142,7 @@ def test_the_card_describes_the_interface_of_the_file(segnet):
     }  # fmt: skip
     assert (plain["output"]["name"], plain["output"]["shape"]) == ("logits", ["N", 3, "H", "W"])
     assert (plain["preprocessing"]["done_by"], plain["preprocessing"]["size"]) == ("you", [40, 56])
-    assert plain["checkpoint"]["sha256"] == checkpoint.hash_file(read.path)
+    assert plain["checkpoint"]["sha256"] == checkpoint.hash_file(source.path)
     assert ends["input"]["shape"] == ["N", "H", "W", 3]
     assert (ends["input"]["dtype"], ends["input"]["minimum_size"], ends["output"]["dtype"]) == ("uint8", 1, "uint8")
     for card, name in ((plain, "plain.onnx"), (ends, "ends.onnx")):
@@ -167,7 +167,7 @@ while words:
 
 
 def test_a_program_without_torch_predicts_the_same_labels(segnet, tmp_path):
-    folder, read, *_ = segnet
+    folder, source, *_ = segnet
     picture = tmp_path / "photo.png"
     Image.fromarray(fakes.image_and_mask(3, 3, (83, 121))[0]).save(picture)
     words = []
@@ -180,13 +180,13 @@ def test_a_program_without_torch_predicts_the_same_labels(segnet, tmp_path):
         command = [sys.executable, "-c", WITHOUT_TORCH, *program]
         subprocess.run([str(word) for word in command], check=True, timeout=60)
     assert (tmp_path / "short.png").read_bytes() == (tmp_path / "ends.png").read_bytes()
-    for name, source in (("plain", read), ("ends", checkpoint.read(folder / "unet.ckpt"))):
-        preprocess = Preprocessing.from_dict({**source.facts["preprocessing"], "size": [40, 56]})
+    for name, loaded in (("plain", source), ("ends", checkpoint.read(folder / "unet.ckpt"))):
+        preprocess = Preprocessing.from_dict({**loaded.facts["preprocessing"], "size": [40, 56]})
         image, _ = read_upright(picture)
-        scores = Network(source.model(), torch.device("cpu"), "32-true").logits(preprocess(image)[None])
+        scores = Network(loaded.model(), torch.device("cpu"), "32-true").logits(preprocess(image)[None])
         expected, predicted = labels(scores, (83, 121))[0].numpy(), fakes.opened(tmp_path / f"{name}.png")
         assert len(np.unique(expected)) > 1
-        assert predicted.getpalette()[:9] == list(source.classes.palette[:3].ravel())
+        assert predicted.getpalette()[:9] == list(loaded.classes.palette[:3].ravel())
         assert (np.array(predicted) == expected).mean() >= 0.999, name
 
 
@@ -202,20 +202,20 @@ def test_resizing_in_the_graph_equals_that_of_preprocessing():
 
 @pytest.mark.slow
 def test_a_torch_export_file_equals_the_network(tmp_path):
-    read = write_checkpoint(tmp_path, {"_target_": "segdeconv.models.SegNet", "stages": [[4], [8]]})
-    card = export(read, tmp_path / "net.pt2")
+    source = write_checkpoint(tmp_path, {"_target_": "segdeconv.models.SegNet", "stages": [[4], [8]]})
+    card = export(source, tmp_path / "net.pt2")
     assert card["input"]["minimum_size"] == 33
     program = torch.export.load(tmp_path / "net.pt2").module()
     for shape in [(1, 3, 33, 40), (2, 3, 51, 38)]:
         image = torch.randn(shape)
         with torch.no_grad():
-            torch.testing.assert_close(program(image), read.model()(image), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(program(image), source.model()(image), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
 def test_half_stores_weights_in_16_bits(segnet, tmp_path):
-    folder, read, *_ = segnet
-    card = export(read, tmp_path / "half.onnx", half=True)
+    folder, source, *_ = segnet
+    card = export(source, tmp_path / "half.onnx", half=True)
     assert card["verified"]["same_class_as_full"] >= 0.98
     initializers = onnx.load(tmp_path / "half.onnx").graph.initializer
     weights = {tensor.name: tensor for tensor in initializers if len(tensor.dims) == 4}
@@ -227,7 +227,7 @@ def test_half_stores_weights_in_16_bits(segnet, tmp_path):
 
 
 def test_a_file_with_other_outputs_is_not_written(segnet, tmp_path, monkeypatch):
-    folder, read, *_ = segnet
+    folder, source, *_ = segnet
     monkeypatch.setattr("segdeconv.export.export._trace", lambda *_: None)  # convert is replaced too
     monkeypatch.setattr(onnx_file, "convert", lambda *_, **__: onnx.load(folder / "plain.onnx"))
     (tmp_path / "net.onnx").write_bytes(b"old file")
@@ -237,14 +237,14 @@ def test_a_file_with_other_outputs_is_not_written(segnet, tmp_path, monkeypatch)
     with pytest.raises(
         UsageError, match=r"net.onnx was not written: only \d\d\.\d\d % of the pixels have the same class"
     ):
-        export(read, tmp_path / "net.onnx")
+        export(source, tmp_path / "net.onnx")
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {
         "net.onnx": b"old file", "net.json": b"old card",
     }  # fmt: skip
 
 
 def test_invalid_options_are_reported(segnet, tmp_path, commands, monkeypatch):
-    _, read, *_ = segnet
+    _, source, *_ = segnet
     (tmp_path / "there.safetensors").write_bytes(b"")
     (tmp_path / "dates.yaml").write_text("made: 2026-01-02\n")
     (tmp_path / "taken.yaml").write_text("config: mine\n")
@@ -274,23 +274,23 @@ def test_invalid_options_are_reported(segnet, tmp_path, commands, monkeypatch):
         ),
         (("--out", "net.safetensors", "--about", "taken.yaml"), "must be a mapping without the keys 'format'"),
     ]:
-        done = commands("export", read.path, *words, cwd=tmp_path)
+        done = commands("export", source.path, *words, cwd=tmp_path)
         assert done.code == 2, done.err
         assert sentence in done.error_message
     assert sorted(os.listdir(tmp_path)) == ["dates.yaml", "taken.yaml", "there.safetensors"]
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(UsageError, match=r"needs onnxscript - pip install onnx onnxscript onnxruntime, or write .pt2"):
-        export(read, tmp_path / "net.onnx")
+        export(source, tmp_path / "net.onnx")
 
 
 def test_weights_can_be_exported_alone(segnet, tmp_path, commands):
-    _, read, *_ = segnet
+    _, source, *_ = segnet
     (tmp_path / "about.yaml").write_text("licence: CC-BY-4.0\nscores: {val: {mIoU: 0.5}}\n")
     words = ("--out", "mine.safetensors", "--half", "--about", "about.yaml")
-    done = commands("export", read.path, *words, cwd=tmp_path)
+    done = commands("export", source.path, *words, cwd=tmp_path)
     assert done.code == 0, done.err
     shared = checkpoint.read(tmp_path / "mine.safetensors")
-    assert shared.classes == read.classes
+    assert shared.classes == source.classes
     card = json.loads((tmp_path / "mine.json").read_text())
     assert (card["licence"], card["scores"]) == ("CC-BY-4.0", {"val": {"mIoU": 0.5}})
 
@@ -298,8 +298,8 @@ def test_weights_can_be_exported_alone(segnet, tmp_path, commands):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [path.stem for path in CONFIGS])
 def test_every_network_exports(tmp_path, name):
-    read = write_checkpoint(tmp_path, slim(name))
-    model, card = read.model(), export(read, tmp_path / "net.onnx")
+    source = write_checkpoint(tmp_path, slim(name))
+    model, card = source.model(), export(source, tmp_path / "net.onnx")
     assert card["input"]["minimum_size"] == model.minimum_size
     for extra in ((0, 0), (6, 17), (31, 2)):
         image = torch.randn(1, 3, *(model.minimum_size + extra_side for extra_side in extra))
@@ -313,9 +313,9 @@ def test_every_network_exports(tmp_path, name):
 @pytest.mark.parametrize("name", [path.stem for path in CONFIGS])
 def test_every_network_exports_to_torch_and_with_preprocessing_and_argmax(tmp_path, name):
     size = [200, 220] if name == "deconvnet" else [40, 56]
-    read = write_checkpoint(tmp_path, slim(name), size=size)
-    export(read, tmp_path / "net.pt2")
-    export(read, tmp_path / "ends.onnx", pixels="nchw", argmax=True)
+    source = write_checkpoint(tmp_path, slim(name), size=size)
+    export(source, tmp_path / "net.pt2")
+    export(source, tmp_path / "ends.onnx", pixels="nchw", argmax=True)
     image = np.random.default_rng(0).integers(0, 256, (2, 3, 5, 7)).astype(np.uint8)
     assert run(tmp_path / "ends.onnx", image).shape == (2, 5, 7)
 
