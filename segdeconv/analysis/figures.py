@@ -76,7 +76,7 @@ def switches_figure(name: str, image: np.ndarray, pooled: Sequence[Pooling], tie
         charts.append(Panel(chart, f"level {level}: share of each cell; ties in {100 * tied:.2g} % of the windows"))
     legend = swatches(list(zip(CELLS, CELL_NAMES, strict=True)))
     rows = [
-        [Panel(fit(draw.shown(image)), "image at the input size"), Panel(legend, "cell of the 2x2 window")],
+        [Panel(fit(draw.to_rgb(image)), "image at the input size"), Panel(legend, "cell of the 2x2 window")],
         majority,
         single,
         charts,
@@ -166,7 +166,7 @@ def decoder_stages_figure(
     start = f"the deepest map, {trace.start.shape[0]}x{trace.start.shape[1]}, unit {trace.stages[0].unit}"
     probability = draw.heat(trace.probability.cpu().numpy(), 1.0)
     first = [
-        Panel(fit(draw.shown(image)), "image"),
+        Panel(fit(draw.to_rgb(image)), "image"),
         Panel(fit(activation_picture(trace.start)), start),
         Panel(fit(probability), f"probability of {classes.names[label]}"),
         Panel(fit(overlay), "prediction"),

@@ -263,8 +263,8 @@ class Visualizer:
                     if self.preprocessing.order == "bgr":
                         projection = projection.flip(0)
                     grey = scale_to_grey(projection[:, top:bottom, left:right], std).permute(1, 2, 0).cpu().numpy()
-                    pictures[method] = draw.shown((255 * grey).round().astype(np.uint8))
-                crop = draw.shown(image)[top:bottom, left:right]
+                    pictures[method] = draw.to_rgb((255 * grey).round().astype(np.uint8))
+                crop = draw.to_rgb(image)[top:bottom, left:right]
                 examples.append((index, activation.value, position, crop, pictures))
         field = (max(height for height, _ in sizes), max(width for _, width in sizes))
         units: dict[int, list[tuple[float, np.ndarray, dict[Method, np.ndarray]]]] = {index: [] for index in maps}

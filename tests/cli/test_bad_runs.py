@@ -146,7 +146,7 @@ def test_a_run_cannot_be_resumed_from_weights_alone(place, commands):
     checkpoint.write({part: content[part] for part in checkpoint.PARTS}, place / "run" / "last.ckpt")
     done = resume(commands, place)
     assert done.code == 4
-    assert "holds weights only, without global_step, loops, optimizer_states - start from it with init_from=" in (
+    assert "contains only weights, without global_step, loops, optimizer_states - start from it with init_from=" in (
         done.error_message
     )
 
@@ -177,7 +177,7 @@ def test_unsafe_loading_cannot_be_enabled_by_the_environment(place, commands):
     torch.save({"x": Payload()}, place / "evil.ckpt")
     done = commands("evaluate", "evil.ckpt", cwd=place, env={"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"})
     assert done.code == 4
-    assert "is not a checkpoint that can be read safely" in done.error_message
+    assert "cannot be read safely as a checkpoint" in done.error_message
     assert not list(place.rglob("marker"))
 
 

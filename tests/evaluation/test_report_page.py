@@ -290,9 +290,9 @@ def test_networks_with_different_classes_are_not_compared(commands, folder, tmp_
         "evaluate", folder / '<b>run</b> & "co"' / "first.ckpt", "--compare", other, "--out", "x", cwd=folder
     )
     assert done.code == 2
-    assert "the data set has 3 classes (" in done.sentence
-    assert "other.ckpt has 7 classes (background, disc, ring, ...); '" in done.sentence
-    assert "compare networks with the same classes, which are matched by name" in done.sentence
+    assert "the data set has 3 classes (" in done.error_message
+    assert "other.ckpt has 7 classes (background, disc, ring, ...); '" in done.error_message
+    assert "compare networks with the same classes, which are matched by name" in done.error_message
     assert not (folder / "x").exists()
 
 

@@ -376,9 +376,9 @@ def test_recalibrate_writes_a_checkpoint_that_evaluate_uses(trained, run_script,
 
 def test_evaluate_with_samples_scores_their_mean(trained, run_script, capsys):
     assert run_script("evaluate", "run/best.ckpt", "--out", "none") == 0
-    assert "surest pixels by confidence" in capsys.readouterr().out
+    assert "most certain pixels by confidence" in capsys.readouterr().out
     assert run_script("evaluate", "run/best.ckpt", "--samples", "5", "--out", "five", "--masks", "five") == 0
-    assert "surest pixels by uncertainty" in capsys.readouterr().out
+    assert "most certain pixels by uncertainty" in capsys.readouterr().out
     none, five = (json.loads(Path(name, "report.json").read_text()) for name in ("none", "five"))
     assert (none["samples"], five["samples"]) == (0, 5)
     assert set(none["calibration"]["accuracy_at_coverage"]) == {"by_confidence"}

@@ -244,8 +244,8 @@ def test_a_finer_network_starts_with_the_predictions_of_the_coarser_one(coarse, 
     new = slim(stride=fine, padding=padding).eval()
     report = transfer_weights(new, CLASSES, as_checkpoint(old, CLASSES))
     name = "pool4" if fine == 16 else "pool3"
-    assert f"not taken over: skips.{name}.weight (not in it), skips.{name}.bias (not in it)" in report
-    assert f"ups.{name}.weight (not in it)" in report
+    assert f"not copied: skips.{name}.weight (not in the checkpoint), skips.{name}.bias (not in" in report
+    assert f"ups.{name}.weight (not in the checkpoint)" in report
     for key, value in old.state_dict().items():
         assert torch.equal(new.state_dict()[key], value), key
     scores = []
@@ -298,8 +298,8 @@ def test_the_three_strides_are_trained_one_from_the_other(tmp_path, capsys):
     output = capsys.readouterr().out
     assert output.count("started from") == 2
     # 8 convolutions, fc6, fc7 and a score have a weight and a bias each; a skip and its upsampling have three tensors.
-    assert "22 of 25 tensors taken over" in output
-    assert "25 of 28 tensors taken over" in output
+    assert "22 of 25 tensors copied" in output
+    assert "25 of 28 tensors copied" in output
     model = checkpoint.read(start, trust=AnyName()).model()
     assert model.stride == 8
     assert model.skips["pool3"].weight.abs().sum() > 0

@@ -193,7 +193,7 @@ def test_an_untied_network_starts_from_a_tied_one_with_its_biases_and_norms():
     )
     report = transfer_weights(untied, classes, source)
     assert torch.equal(untied.fc6_deconv.deconv.bias, tied.fc6_deconv.deconv.bias)
-    assert "fc6_deconv.deconv.weight (not in it)" in report
+    assert "fc6_deconv.deconv.weight (not in the checkpoint)" in report
 
 
 def test_pretrained_weights_of_vgg_are_in_encoder_and_decoder(tmp_path):

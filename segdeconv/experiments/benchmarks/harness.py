@@ -107,7 +107,7 @@ def _ask(name: str, connection: Connection) -> tuple[float, int]:
 
 def _serve(connection: Connection, build: Build) -> None:
     """Run in a contestant's process: build at the first request, repeat at every later one."""
-    before = peak(anew=True)
+    before = peak(reset=True)
     step: Callable[[], None] | None = None
     while connection.recv():
         started = time.perf_counter()

@@ -85,7 +85,7 @@ def resume_run(config: Mapping[str, Any], run: Path, *, name: str, typed: str) -
         return
     started = time.perf_counter()
     release_memory()  # otherwise the peak would include memory of the previous run
-    memory.peak(anew=True)
+    memory.peak(reset=True)
     try:
         train({**config, "resume": "auto"}, run, typed=typed)
     except DivergedError as error:
