@@ -7,6 +7,8 @@ import forked_commands
 import pytest
 import torch
 
+from segdeconv.system import KEEP_FREED
+
 torch.set_num_threads(1)
 
 # A shell lets background jobs ignore SIGINT, and the commands that tests start would inherit that.
@@ -15,8 +17,11 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 
 
 @pytest.fixture(autouse=True)
-def _separate_cache(tmp_path_factory, monkeypatch):
+def _environment(tmp_path_factory, monkeypatch):
+    """Give every test the cache folder of this session, and undo what a command run in this process sets."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+    yield
+    os.environ.pop(KEEP_FREED, None)
 
 
 @pytest.fixture(scope="session")

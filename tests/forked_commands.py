@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import importlib
 import json
 import os
+import pkgutil
 import resource
 import runpy
 import signal
@@ -179,9 +181,11 @@ def serve() -> None:
     import hydra.core.override_parser.overrides_parser  # noqa: F401
     import torch
 
-    import segdeconv.evaluation.evaluate
-    import segdeconv.inference.predictors
-    import segdeconv.train  # noqa: F401
+    import segdeconv
+
+    for module in pkgutil.walk_packages(segdeconv.__path__, "segdeconv."):
+        if not module.name.endswith("__main__") and "triton" not in module.name:
+            importlib.import_module(module.name)  # Lightning too, which takes longer than a tiny run
 
     torch.set_num_threads(1)
     for line in sys.stdin:
