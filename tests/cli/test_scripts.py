@@ -206,7 +206,7 @@ def test_a_sweep_gives_every_job_its_own_folder(tmp_path, commands):
 
 
 def test_a_run_stopped_by_a_signal_resumes_with_resume_auto(tmp_path):
-    words = [sys.executable, str(ROOT / "scripts" / "train.py"), "dataset.num_train=600", "dataset.num_val=2", *SLIM]
+    words = [sys.executable, str(ROOT / "scripts" / "train.py"), "dataset.num_train=200", "dataset.num_val=2", *SLIM]
     with subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         while not list(tmp_path.rglob("last.ckpt")) and process.poll() is None:  # one of two epochs is done
             time.sleep(0.05)

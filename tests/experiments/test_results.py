@@ -101,7 +101,13 @@ def test_a_file_without_a_table_is_refused(tmp_path, text, message):
         results.read_results(path)
 
 
-@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, marks=[pytest.mark.slow] * (path.stem == "camvid_steps"), id=path.stem)  # 30 rows
+        for path in TABLES
+    ],
+)
 def test_every_config_of_every_table_composes_and_is_different(path, tmp_path):
     plan = results.Plan(**results.read_results(path), seeds=(0,), out=tmp_path)
     configs = [check_config(compose(plan.config(*job), CONFIGS)[0]) for job in plan.jobs]

@@ -303,6 +303,7 @@ def test_compiled_equals_eager_in_values_and_gradients():
         assert torch.equal(ours.grad, theirs.grad)
 
 
+@pytest.mark.slow
 def test_exported_network_takes_any_size_and_has_no_indices_or_scatter():
     model = SegNet(3, width=0.125).eval()
     height, width = torch.export.Dim("height", min=33, max=4096), torch.export.Dim("width", min=33, max=4096)
@@ -391,6 +392,7 @@ def test_networks_with_packed_switches_compute_the_same_bits(network):
         assert torch.equal(one, other)
 
 
+@pytest.mark.slow
 def test_packed_switches_compile_and_export():
     model = make_slim("SegNet", True).eval()
     height, width = torch.export.Dim("height", min=33, max=4096), torch.export.Dim("width", min=33, max=4096)

@@ -63,6 +63,7 @@ for name, kernel in sorted({**vars(triton_kernels), **vars(fused_triton)}.items(
 """
 
 
+@pytest.mark.slow
 def test_every_kernel_compiles_for_an_absent_gpu_and_has_no_atomics(tmp_path):
     done = run("-c", COMPILE, TRITON_CACHE_DIR=str(tmp_path))
     assert done.returncode == 0, done.stderr

@@ -37,6 +37,7 @@ def page_faults(mode):
     return int(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is tuned")
 def test_the_next_step_reuses_the_memory_of_the_last_one():
     pages = (64 << 20) // 4096
