@@ -151,7 +151,9 @@ def read_mask(path: Path, classes: Classes, *, max_pixels: int = MAX_PIXELS) -> 
     try:
         return classes.from_labels(labels) if labels.ndim == 2 else classes.from_colours(labels)
     except UsageError as error:
-        raise UsageError(f"mask {path} {error} - is it a mask of this data set?") from None
+        raise UsageError(
+            f"mask {path} {error} - correct the mask, or add the class (in classes.yaml, for your own images)"
+        ) from None
 
 
 def read_list(path: Path) -> list[tuple[int, str]]:
