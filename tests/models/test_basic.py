@@ -157,17 +157,6 @@ def test_thirty_steps_at_the_papers_learning_rate_lower_the_loss(name):
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", WEIGHTS)
-def test_every_network_compiles_whole_and_equals_eager(name):
-    torch.compiler.reset()  # torch compiles at most eight networks from one line of code
-    model = slim(name).eval()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
-    for size in [(33, 47), (40, 64)]:
-        image = torch.rand(2, 3, *size)
-        torch.testing.assert_close(compiled(image), model(image))
-
-
 # One forward pass of each kind with torch's functions.
 
 

@@ -10,7 +10,7 @@ from tiny_runs import config, state
 
 from segdeconv.checkpoints import checkpoint
 from segdeconv.errors import UsageError
-from segdeconv.models import build_model, check_model
+from segdeconv.models import SegNet, build_model, check_model
 from segdeconv.train import train
 from segdeconv.training import task
 from segdeconv.training.resume import AnyName
@@ -93,7 +93,8 @@ def test_every_network_is_one_graph_of_any_size_and_equals_eager_in_values_and_g
 @pytest.mark.slow
 def test_segnet_compiled_by_inductor_equals_eager():
     torch.manual_seed(0)
-    assert_compiled_equals_eager(slim("segnet without norms"), "inductor", rtol=1e-3, atol=1e-4)
+    model = SegNet(3, stages=((4,), (8,)), norm=False)  # few kernels: each is compiled by a C++ compiler
+    assert_compiled_equals_eager(model, "inductor", rtol=1e-3, atol=1e-4)
 
 
 @pytest.fixture
