@@ -57,19 +57,31 @@ def rename_keys(config: Mapping[str, Any], source: str | Path) -> Node:
         UsageError: A key is given under both names.
     """
     renamed = dict(config)
-    former_keys = []
+    former_keys = _former_keys(config)
+    for group, old, new in former_keys:
+        if new in renamed[group]:
+            raise UsageError(f"{source} sets {group}.{new} and its former name {group}.{old} - remove {group}.{old}")
+        renamed[group] = {new if name == old else name: value for name, value in renamed[group].items()}
+    _warn_of_former([f"{group}.{old}" for group, old, _ in former_keys], source)
+    return renamed
+
+
+def _former_keys(config: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Return (group, former name, current name) of the former keys that a config sets."""
+    names = []
     for former, current in RENAMED_KEYS.items():
         group, _, old = former.partition(".")
-        new = current.partition(".")[2]
-        node = renamed.get(group)
-        if not isinstance(node, Mapping) or old not in node:
-            continue
-        if new in node:
-            raise UsageError(f"{source} sets {current} and its former name {former} - remove {former}")
-        renamed[group] = {new if name == old else name: value for name, value in node.items()}
-        former_keys.append(former)
-    _warn_of_former(former_keys, source)
-    return renamed
+        node = config.get(group)
+        if isinstance(node, Mapping) and old in node:
+            names.append((group, old, current.partition(".")[2]))
+    return names
+
+
+def _current_key(key: str) -> str:
+    """Return the current name of a key of the command line, and warn if the key is a former one."""
+    if key in RENAMED_KEYS:
+        _warn_of_former([key], "the command line")
+    return RENAMED_KEYS.get(key, key)
 
 
 def _warn_of_former(keys: Sequence[str], source: str | Path) -> None:
@@ -247,8 +259,7 @@ def override(config: Mapping[str, Any], arguments: Iterable[str]) -> dict[str, A
     set_keys: set[str] = set()
     for argument in arguments:
         path, equals, text = argument.partition("=")
-        _warn_of_former([path] if path in RENAMED_KEYS else [], "the command line")
-        path = RENAMED_KEYS.get(path, path)
+        path = _current_key(path)
         if path in set_keys:
             raise UsageError(f"{path} is given twice - give it once")
         set_keys.add(path)
@@ -276,7 +287,7 @@ def override(config: Mapping[str, Any], arguments: Iterable[str]) -> dict[str, A
 # Composing with Hydra, for train.py. Hydra's errors of several lines are replaced by UsageErrors of one line.
 
 
-def to_plain(composed: Any, arguments: Iterable[str]) -> dict[str, Any]:
+def to_plain(composed: Any, arguments: Sequence[str]) -> dict[str, Any]:
     """Convert a composed config to plain data, with interpolations resolved and keys under their current names.
 
     Args:
@@ -295,7 +306,6 @@ def to_plain(composed: Any, arguments: Iterable[str]) -> dict[str, Any]:
         key = getattr(error, "full_key", None) or "the config"
         reason = str(error).splitlines()[0].lower()
         raise UsageError(f"{key}: {reason} - give {key}=VALUE") from error
-    arguments = list(arguments)
     user_dir = user_config_dir(arguments)
     return rename_keys(_resolve_former(config, arguments, user_dir), f"a file in {user_dir}") if user_dir else config
 
@@ -306,18 +316,17 @@ def _resolve_former(config: Node, arguments: Sequence[str], user_dir: Path) -> N
     Hydra merges the former name next to the current one. The command line takes precedence over a user's file, and that
     over a shipped file.
     """
+    both = [(group, old, new) for group, old, new in _former_keys(config) if new in config[group]]
+    if not both:
+        return config
     typed = {argument.partition("=")[0].lstrip("+") for argument in arguments}
     text = "\n".join(path.read_text(encoding="utf-8", errors="replace") for path in sorted(user_dir.rglob("*.yaml")))
     resolved = copy.deepcopy(config)
-    for former, current in RENAMED_KEYS.items():
-        group, _, old = former.partition(".")
-        new = current.partition(".")[2]
-        node = resolved.get(group)
-        if isinstance(node, dict) and old in node and new in node:
-            if current in typed or former in typed:
-                del node[old]
-            elif f"{new}:" not in text:  # a shipped file has set it
-                del node[new]
+    for group, old, new in both:
+        if typed & {f"{group}.{old}", f"{group}.{new}"}:
+            del resolved[group][old]
+        elif f"{new}:" not in text:  # a shipped file has set it
+            del resolved[group][new]
     return resolved
 
 
@@ -427,11 +436,8 @@ def hydra_overrides(arguments: Sequence[str], folder: Path) -> list[str]:
                 f"'{argument}' would write an environment variable into config.yaml and the checkpoints - give the "
                 "value itself"
             )
-        former = override.key_or_group
-        key = RENAMED_KEYS.get(former, former)
-        if key != former:
-            _warn_of_former([former], "the command line")
-            argument = argument.replace(former, key, 1)
+        key = _current_key(override.key_or_group)
+        argument = argument.replace(override.key_or_group, key, 1)
         if key in set_keys:
             raise UsageError(f"{key} is given twice - give it once")
         set_keys.add(key)
