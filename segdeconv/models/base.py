@@ -42,6 +42,12 @@ class SegmentationModel(nn.Module, ABC):
     def forward(self, image: Tensor) -> Tensor:
         """Compute logits, (N, num_classes, H, W), of normalised images, (N, in_channels, H, W)."""
 
+    def check_input(self, image: Tensor) -> None:
+        """Raise UsageError if the network cannot take the images, (N, in_channels, H, W).
+
+        A separate method, so that training can call it outside of compiled code, in which no message can be formatted.
+        """
+
     def supervised(self, image: Tensor) -> tuple[Tensor, ...]:
         """Return the logits that training compares with the mask, those of `forward` first.
 

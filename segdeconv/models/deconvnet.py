@@ -13,6 +13,7 @@ as in the authors' training files. Batch norm and ReLU follow every layer but th
 from itertools import pairwise, repeat
 from typing import Annotated, Literal
 
+import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
@@ -117,7 +118,8 @@ class DeconvNet(SegmentationModel):
                 nn.init.constant_(module.bias, 0.001)
 
     def forward(self, image: Tensor) -> Tensor:
-        self._check(image)
+        if not torch.compiler.is_compiling():
+            self.check_input(image)
         x, pooled = self.encoder(image)  # at 224x224: 7x7
         x = self.fc7(self.fc6(x))  # 1x1
         x = self.fc6_deconv(x)  # 7x7
@@ -125,7 +127,7 @@ class DeconvNet(SegmentationModel):
             x = stage(x, pooling.switches, pooling.size)
         return self.classifier(x)
 
-    def _check(self, image: Tensor) -> None:
+    def check_input(self, image: Tensor) -> None:
         batch, _, height, width = image.shape
         if height < self.minimum_size or width < self.minimum_size:
             raise UsageError(

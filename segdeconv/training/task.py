@@ -157,6 +157,7 @@ class SegmentationTask(LightningModule):
         return total * (self.trainer.accumulate_grad_batches / UNIT)
 
     def _forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        self.model.check_input(image)
         try:
             return self._supervised(image)
         except ValueError as error:

@@ -98,9 +98,9 @@ def test_the_error_message_names_the_contestant_that_fails():
 
 
 def test_a_table_in_markdown_has_dashes_for_missing_values():
-    table = Table("Speed", [{"": "one", "seconds": 0.5, "bytes": 2048}, {"": "two", "seconds": None, "bytes": 1}])
+    table = Table("Speed", [{"": "one", "seconds": 0.01234, "bytes": 2048}, {"": "two", "seconds": None, "bytes": 1}])
     assert table.markdown().splitlines() == [
-        "## Speed", "", "|  | seconds | bytes |", "| --- | --- | --- |", "| one | 0.50 | 2,048 |", "| two | – | 1 |",
+        "## Speed", "", "|  | seconds | bytes |", "| --- | --- | --- |", "| one | 0.0123 | 2,048 |", "| two | – | 1 |",
     ]  # fmt: skip
 
 

@@ -28,7 +28,7 @@ def measure(
     layouts: tuple[str, ...] = ("channels_last", "contiguous"),
     dtypes: tuple[str, ...] = ("bf16", "fp32"),
     device: str | torch.device | None = None,
-    seconds: float = 0.5,
+    seconds: float = 0.1,
 ) -> list[dict[str, Any]]:
     """Time all operations on one device.
 
