@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -116,8 +116,36 @@ def turn_back(mask: np.ndarray, orientation: int) -> np.ndarray:
     return turn_upright(mask, {6: 8, 8: 6}.get(orientation, orientation))  # the others are their own inverses
 
 
-def read_labels(path: Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Read a mask file as stored: (H, W) integer labels, or (H, W, 3) uint8 if it is coloured.
+class StoredMask(NamedTuple):
+    """A mask file as it is stored.
+
+    Attributes:
+        values: (H, W) integers of any type, or (H, W, 3) uint8 colours.
+        palette: (256, 3) uint8, the colours of the indices in `values`, or None if the file has no palette.
+        alpha: (H, W) uint8, the alpha channel, or None if the file has none or it is 255 everywhere.
+    """
+
+    values: np.ndarray
+    palette: np.ndarray | None
+    alpha: np.ndarray | None
+
+
+class StoredFormat(NamedTuple):
+    """The channels of an image file as they are stored.
+
+    Attributes:
+        bits: Number of bits of each channel, 1..64.
+        channels: Number of channels, with the alpha channel.
+        alpha: True if the last channel is transparency, which `read_image` applies.
+    """
+
+    bits: int
+    channels: int
+    alpha: bool
+
+
+def read_stored_mask(path: Path, *, max_pixels: int = MAX_PIXELS) -> StoredMask:
+    """Read a mask file as it is stored.
 
     Palette images return their indices: `convert("L")` would turn VOC's {0, 1, 15, 255} into {0, 38, 147, 220}.
 
@@ -128,17 +156,45 @@ def read_labels(path: Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         labels = read_array(path, max_pixels)
         if labels.ndim != 2:
             raise UsageError(f"mask {path} has shape {labels.shape} - save masks as (H, W) labels")
-        return labels
+        return StoredMask(labels, None, None)
     image, _ = open_image(path, max_pixels)
     if image.format in ("JPEG", "MPO", "WEBP"):
         raise UsageError(f"mask {path} is {image.format}, which changes labels - save masks as PNG")
-    if image.mode in ("RGB", "RGBA"):
-        return np.asarray(image)[:, :, :3]
-    if image.mode in ("1", "L", "P", "I", "I;16", "I;16B", "I;16L"):
-        return np.asarray(image).astype(np.uint8) if image.mode == "1" else np.asarray(image)
-    raise UsageError(
-        f"mask {path} has colour mode {image.mode} - save masks as one channel of labels or as RGB colours"
-    )
+    values, alpha = np.asarray(image), None
+    if image.mode in ("LA", "RGBA"):
+        values, alpha = values[:, :, :-1], values[:, :, -1]
+        values, alpha = values[:, :, 0] if image.mode == "LA" else values, None if (alpha == 255).all() else alpha
+    elif image.mode not in ("1", "L", "P", "I", "I;16", "I;16B", "I;16L", "RGB"):
+        raise UsageError(
+            f"mask {path} has colour mode {image.mode} - save masks as one channel of labels or as RGB colours"
+        )
+    return StoredMask(values.astype(np.uint8) if image.mode == "1" else values, _palette(image), alpha)
+
+
+def _palette(image: Image.Image) -> np.ndarray | None:
+    """Return the (256, 3) uint8 colours of a palette image, or None for any other image."""
+    flat = image.getpalette("RGB") if image.mode == "P" else None
+    if flat is None:
+        return None
+    colours = np.zeros((256, 3), np.uint8)
+    colours.reshape(-1)[: len(flat)] = flat[:768]
+    return colours
+
+
+def read_labels(path: Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Read the values of a mask file: (H, W) integer labels, or (H, W, 3) uint8 colours. See `read_stored_mask`."""
+    return read_stored_mask(path, max_pixels=max_pixels).values
+
+
+def stored_format(path: Path) -> StoredFormat:
+    """Return the channels of an image file from its header, without decoding it.
+
+    Raises:
+        UsageError: The file cannot be read or is not an image; the message names the file.
+    """
+    image, _ = open_image(path, MAX_PIXELS)
+    bits = {"1": 1, "I;16": 16, "I;16B": 16, "I;16L": 16, "I": 32, "F": 32}.get(image.mode, 8)
+    return StoredFormat(bits, len(image.getbands()), image.mode in ("LA", "RGBA"))
 
 
 def read_mask(path: Path, classes: Classes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -167,11 +223,5 @@ def read_list(path: Path) -> list[tuple[int, str]]:
 
 def palette(path: Path) -> list[tuple[int, int, int]] | None:
     """Return the 256 colours of a palette image, or None for any other image."""
-    if is_array(path):
-        return None
-    image, _ = open_image(path, MAX_PIXELS)
-    if image.mode != "P":
-        return None
-    flat = image.getpalette("RGB") or []
-    flat = flat + [0] * (768 - len(flat))
-    return [(flat[i], flat[i + 1], flat[i + 2]) for i in range(0, 768, 3)]
+    colours = read_stored_mask(path).palette
+    return None if colours is None else [(int(r), int(g), int(b)) for r, g, b in colours]

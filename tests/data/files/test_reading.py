@@ -426,7 +426,7 @@ def test_an_unknown_colour_is_named_with_its_position(tmp_path: Path) -> None:
         read_mask(path, THREE)
 
 
-@pytest.mark.parametrize("mode", ["F", "LA", "CMYK"])
+@pytest.mark.parametrize("mode", ["F", "CMYK"])
 def test_masks_in_other_colour_modes_are_refused(tmp_path: Path, mode: str) -> None:
     path = tmp_path / "x.tif"
     Image.new(mode, (64, 48)).save(path)

@@ -1,0 +1,167 @@
+"""Search of a folder for image files, with an account of every file that is passed over."""
+
+import errno
+import os
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+from segdeconv.data.files.reading import SUFFIXES
+from segdeconv.errors import UsageError
+
+# Folders of thumbnails, deleted files and metadata that systems and programs create inside a person's folders. Names
+# with a leading dot (.ipynb_checkpoints, .thumbnails, .Trashes) are passed over too.
+SYSTEM_FOLDERS = frozenset(
+    {
+        "__macosx", "@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin", "lost+found",
+        "system volume information",
+    }
+)  # fmt: skip
+SYSTEM_FILES = frozenset({"desktop.ini", "ehthumbs.db", "thumbs.db"})
+MAX_KINDS = 8  # of folders or endings that one message names
+
+
+class Found(NamedTuple):
+    """The files of a folder and its sub-folders, each list in the order of the paths relative to the folder.
+
+    Attributes:
+        files: Files with the ending of a supported format.
+        hidden: Such files that are passed over because they are hidden or in a hidden or system folder.
+        others: Visible files with another ending, which are passed over.
+        loops: Links to a folder that contains them, which are not followed.
+    """
+
+    files: list[Path]
+    hidden: list[Path]
+    others: list[Path]
+    loops: list[Path]
+
+
+class _Folder(NamedTuple):
+    """A folder that is being searched: its real path, the folders that it was reached through, and its visibility."""
+
+    path: str
+    real: str
+    parent: "_Folder | None"
+    hidden: bool
+
+    def is_inside(self, real: str) -> bool:
+        """Return True if this folder, or one that it was reached through, is the folder `real` or lies in it."""
+        start = os.path.join(real, "")
+        folder: _Folder | None = self
+        while folder is not None:
+            if os.path.join(folder.real, "").startswith(start):
+                return True
+            folder = folder.parent
+        return False
+
+
+def find_files(folder: Path) -> Found:
+    """Find the image files of a folder and its sub-folders, following links to files and folders.
+
+    The ending of a name decides, in upper or lower case. A dangling link with the ending of an image counts as a file,
+    so that reading it gives the exact error.
+
+    Raises:
+        UsageError: The folder, or a visible folder inside it, cannot be read; the message names it.
+    """
+    found = Found([], [], [], [])
+    root = _Folder(str(folder), os.path.realpath(folder), None, hidden=False)
+    stack = [(root, _entries(root))]  # not recursive, since a folder may be nested more deeply than Python's calls
+    while stack:
+        parent, entries = stack[-1]
+        if not entries:
+            stack.pop()
+        elif inner := _sort_in(entries.pop(), parent, found):
+            stack.append((inner, _entries(inner)))
+    return found
+
+
+def _entries(folder: _Folder) -> list[os.DirEntry[str]]:
+    """Return the entries of a folder, the last name first."""
+    try:
+        with os.scandir(folder.path) as entries:
+            return sorted(entries, key=lambda entry: entry.name, reverse=True)
+    except OSError as error:
+        if folder.hidden:  # its files are passed over in any case
+            return []
+        raise _unreadable(folder.path, error) from None
+
+
+def _sort_in(entry: os.DirEntry[str], parent: _Folder, found: Found) -> _Folder | None:
+    """Add a file to the list where it belongs; return a folder that is to be searched."""
+    name = entry.name
+    lower = name.lower()
+    hidden = parent.hidden or name.startswith(".")
+    ending = os.path.splitext(lower)[1]
+    if _is_folder(entry, lenient=hidden or ending in SUFFIXES):
+        hidden = hidden or lower in SYSTEM_FOLDERS
+        linked = entry.is_symlink()
+        if linked and hidden:
+            return None
+        real = os.path.realpath(entry.path) if linked else os.path.join(parent.real, name)
+        if linked and parent.is_inside(real):
+            found.loops.append(Path(entry.path))
+            return None
+        return _Folder(entry.path, real, parent, hidden)
+    if ending in SUFFIXES:
+        (found.hidden if hidden else found.files).append(Path(entry.path))
+    elif not hidden and lower not in SYSTEM_FILES:
+        found.others.append(Path(entry.path))
+    return None
+
+
+def _is_folder(entry: os.DirEntry[str], *, lenient: bool) -> bool:
+    """Return True for a folder or a link to one; `lenient` says that an unreadable link is reported elsewhere."""
+    try:
+        return entry.is_dir()
+    except OSError as error:  # a link whose target cannot be examined
+        if lenient or error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return False
+        raise _unreadable(entry.path, error) from None
+
+
+def _unreadable(path: str, error: OSError) -> UsageError:
+    reason = (error.strerror or str(error)).lower()
+    return UsageError(f"{path} cannot be read: {reason} - make the folder readable, or move it elsewhere")
+
+
+def describe_skipped(found: Found, folder: Path) -> list[str]:
+    """Return one line, with counts and a way out, for each kind of file that `find_files` passed over in `folder`."""
+    lines = []
+    if found.hidden:
+        counts = Counter(_hidden_part(path.relative_to(folder)) for path in found.hidden)
+        lines.append(
+            f"{folder}: {_files(found.hidden)} with hidden names or in hidden or system folders {_are(found.hidden)} "
+            f"left out ({_listed(counts)}) - rename or move them to use them"
+        )
+    if found.others:
+        counts = Counter(path.suffix.lower() or "without ending" for path in found.others)
+        lines.append(
+            f"{folder}: {_files(found.others)} with other endings {_are(found.others)} left out ({_listed(counts)}) - "
+            f"the supported endings are {', '.join(sorted(SUFFIXES))}"
+        )
+    lines += [f"{link}: a link to a folder that contains it is left out - remove the link" for link in found.loops]
+    return lines
+
+
+def _hidden_part(path: Path) -> str:
+    """Return the hidden or system folder of a path, or the kind of a hidden file."""
+    for part in path.parts[:-1]:
+        if part.startswith(".") or part.lower() in SYSTEM_FOLDERS:
+            return part
+    return "._*" if path.name.startswith("._") else ".*"  # ._x.jpg: macOS's metadata of x.jpg
+
+
+def _files(paths: list[Path]) -> str:
+    return f"{len(paths)} file{'s' if len(paths) != 1 else ''}"
+
+
+def _are(paths: list[Path]) -> str:
+    return "are" if len(paths) != 1 else "is"
+
+
+def _listed(counts: Counter[str]) -> str:
+    names = sorted(counts, key=lambda name: (-counts[name], name))
+    more = f", {len(names) - MAX_KINDS} more" if len(names) > MAX_KINDS else ""
+    return ", ".join(f"{name}: {counts[name]}" for name in names[:MAX_KINDS]) + more
