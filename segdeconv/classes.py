@@ -40,7 +40,10 @@ class Classes:
         ignore_index: Mask value of pixels that count neither in the loss nor in the scores.
         labels: Label of each class in a label mask file; 0, 1, 2, ... by default.
         ignore_colour: Colour of ignored pixels in RGB-coloured mask files, None if they have none.
-        ignored_labels: Labels of ignored pixels in a label mask file; only ignore_index by default.
+        ignored_labels: Labels of ignored pixels in a label mask file, any integers; only ignore_index by default.
+        by_colour: Whether the colours of mask files determine the classes, also those of a palette, whose indices may
+            have another order. False: labels do, and an RGB mask whose three channels are equal has them in each. None:
+            the labels of grey and palette files, and the colours of RGB files.
 
     Raises:
         UsageError: There are fewer than two classes, the lists differ in length, or entries are not unique.
@@ -52,6 +55,7 @@ class Classes:
     labels: tuple[int, ...] = ()
     ignore_colour: Colour | None = None
     ignored_labels: tuple[int, ...] = ()
+    by_colour: bool | None = None
 
     def __post_init__(self) -> None:
         if not self.labels:
@@ -93,11 +97,33 @@ class Classes:
     def _indices(self) -> np.ndarray:
         """Class index or ignore_index of every label, (65536,) int32; -1 for unknown labels."""
         indices = np.full(65536, -1, dtype=np.int32)
-        indices[list(self.ignored_labels)] = self.ignore_index
+        indices[[label for label in self.ignored_labels if 0 <= label <= 65535]] = self.ignore_index
         # After the ignored labels, so that a class whose label is 255 (0/255 masks) stays a class.
         for index, label in enumerate(self.labels):
             indices[label] = index
         return indices
+
+    def from_mask(self, values: np.ndarray, palette: np.ndarray | None = None) -> np.ndarray:
+        """Convert the content of a mask file to class indices, (H, W) uint8.
+
+        Args:
+            values: (H, W) integers, or (H, W, 3) uint8 colours.
+            palette: (256, 3) uint8 colours of the integers, if the file has a palette.
+
+        Raises:
+            UsageError: A label or colour belongs to no class; the message names the first one.
+        """
+        if self.by_colour and values.ndim == 2:
+            if palette is None:  # grey, which is a colour with three equal channels
+                if values.dtype != np.uint8:
+                    raise UsageError(f"has {values.dtype} labels, but the classes have colours: {self.colour_table}")
+                palette = np.arange(256, dtype=np.uint8).repeat(3).reshape(256, 3)
+            values = palette[values]
+        if values.ndim == 2:
+            return self.from_labels(values)
+        if self.by_colour is False and is_grey(values):
+            return self.from_labels(values[:, :, 0])
+        return self.from_colours(values)
 
     def from_labels(self, labels: np.ndarray) -> np.ndarray:
         """Convert the labels of a mask file, (H, W) integers, to class indices, (H, W) uint8.
@@ -105,15 +131,25 @@ class Classes:
         Raises:
             UsageError: A label belongs to no class; the message names the first one.
         """
-        outside = (labels < 0) | (labels > 65535) if labels.dtype.itemsize > 2 else None
-        if outside is not None and outside.any():
-            raise UsageError(f"has label {int(labels[outside][0])}; {self.rule}")
-        indices = self._indices[labels]
-        if (indices < 0).any():
-            unknown = np.unique(labels[indices < 0])
-            more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
-            raise UsageError(f"has label {int(unknown[0])}{more}; {self.rule}")
+        if labels.dtype.itemsize > 2 or labels.dtype.kind == "i":
+            outside = (labels < 0) | (labels > 65535)
+            ignored = np.isin(labels, self.ignored_labels) if outside.any() else None
+            if ignored is not None:
+                self._require_known(labels, outside & ~ignored)
+                labels = np.where(ignored, 0, labels)
+            indices = self._indices[labels]
+            if ignored is not None:
+                indices[ignored] = self.ignore_index
+        else:
+            indices = self._indices[labels]
+        self._require_known(labels, indices < 0)
         return indices.astype(np.uint8)
+
+    def _require_known(self, labels: np.ndarray, unknown: np.ndarray) -> None:
+        if unknown.any():
+            values = np.unique(labels[unknown])
+            more = f" (and {len(values) - 1} more)" if len(values) > 1 else ""
+            raise UsageError(f"has label {int(values[0])}{more}; {self.rule}")
 
     def from_colours(self, image: np.ndarray) -> np.ndarray:
         """Convert an RGB-coloured mask, (H, W, 3) uint8, to class indices, (H, W) uint8; colours must match exactly.
@@ -157,6 +193,7 @@ class Classes:
             "labels": list(self.labels),
             "ignore_colour": list(self.ignore_colour) if self.ignore_colour else None,
             "ignored_labels": list(self.ignored_labels),
+            "by_colour": self.by_colour,
         }
 
     @classmethod
@@ -169,6 +206,7 @@ class Classes:
             labels=tuple(data["labels"]),
             ignore_colour=_colour(data["ignore_colour"]) if data["ignore_colour"] else None,
             ignored_labels=tuple(data.get("ignored_labels", ())),  # absent in files of older versions
+            by_colour=data.get("by_colour"),  # likewise
         )
 
 
@@ -193,6 +231,11 @@ def match_classes(classes: Classes, others: Classes, *, owners: tuple[str, str],
         )
         raise UsageError(f"{' and '.join(described)}; '{different[0]}' is in only one of them - {way_out}")
     return [others.names.index(name) for name in classes.names]
+
+
+def is_grey(colours: np.ndarray) -> bool:
+    """Return whether the three channels of (H, W, 3) colours are equal."""
+    return bool((colours[..., 0] == colours[..., 1]).all() and (colours[..., 0] == colours[..., 2]).all())
 
 
 def pack_colours(image: np.ndarray) -> np.ndarray:

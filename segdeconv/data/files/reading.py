@@ -130,6 +130,18 @@ class StoredMask(NamedTuple):
     alpha: np.ndarray | None
 
 
+def require_opaque(path: Path, mask: StoredMask) -> None:
+    """Raise UsageError if only the alpha channel of a mask varies, since its labels are probably there."""
+    if mask.alpha is None or (mask.values != mask.values[:1, :1]).any() or (mask.alpha == mask.alpha[0, 0]).all():
+        return
+    levels = np.unique(mask.alpha).tolist()
+    shown = ", ".join(map(str, levels[:5])) + (", ..." if levels[5:] else "")
+    raise UsageError(
+        f"mask {path} has one colour everywhere, while its alpha channel has the values {shown}; alpha is not read, "
+        "but the labels seem to be there - save the alpha channel as a grey image"
+    )
+
+
 class StoredFormat(NamedTuple):
     """The channels of an image file as they are stored.
 
@@ -203,9 +215,10 @@ def read_mask(path: Path, classes: Classes, *, max_pixels: int = MAX_PIXELS) -> 
     Raises:
         UsageError: The file cannot be read, or has a label or colour that is not in `classes`.
     """
-    labels = read_labels(path, max_pixels=max_pixels)
+    stored = read_stored_mask(path, max_pixels=max_pixels)
+    require_opaque(path, stored)
     try:
-        return classes.from_labels(labels) if labels.ndim == 2 else classes.from_colours(labels)
+        return classes.from_mask(stored.values, stored.palette)
     except UsageError as error:
         raise UsageError(
             f"mask {path} {error} - correct the mask, or add the class (in classes.yaml, for your own images)"

@@ -1,0 +1,171 @@
+"""Tables of classes that a person writes: classes.yaml, or a text file of names."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from segdeconv.classes import Classes, Colour, voc_colours
+from segdeconv.data.files.reading import read_list
+from segdeconv.errors import UsageError
+
+NAMES = ("classes.yaml", "classes.yml", "classes.txt")  # in this order
+IGNORE = 255
+MAX_CLASSES = 255
+WAY_OUT = "write one class per line: 'name: label' or 'name: [red, green, blue]'"
+
+
+class _TextLoader(yaml.SafeLoader):
+    """A YAML loader that keeps every value as the text in the file, and refuses repeated keys.
+
+    YAML 1.1 reads no, off and yes as booleans, 010 as 8 and 2020-01-01 as a date, but a class can have any name.
+    """
+
+    yaml_implicit_resolvers = {}  # noqa: RUF012 - the name and form that the base class defines
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if isinstance(key, yaml.ScalarNode) and lines.setdefault(key.value, line) != line:
+                raise UsageError(f"line {line}: '{key.value}' is also in line {lines[key.value]} - rename one of them")
+        return super().construct_mapping(node, deep)
+
+
+def find_class_file(folder: Path) -> tuple[Path | None, list[str]]:
+    """Return the table of classes in a folder, or None, and a warning for each further one, which is not read."""
+    present = [folder / name for name in NAMES if (folder / name).is_file()]
+    unread = [
+        f"{path}: not read, since {present[0].name} names the classes - remove one of them" for path in present[1:]
+    ]
+    return (present[0] if present else None), unread
+
+
+def read_class_file(path: Path) -> Classes:
+    """Read a YAML file of classes, or a text file with one name per line for the labels 0, 1, 2, ...
+
+    Raises:
+        UsageError: The file cannot be read, or does not describe classes; the message names the file.
+    """
+    if path.suffix.lower() == ".txt":
+        return parse_classes([line for _, line in read_list(path) if not line.startswith("#")], str(path))
+    try:
+        # Not a safe_load, but a subclass of its loader: only mappings, lists and text.
+        content = yaml.load(path.read_text(encoding="utf-8-sig"), _TextLoader)
+    except UsageError as error:
+        raise UsageError(f"{path}, {error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise UsageError(f"{path} is not YAML ({error}) - write one class per line: 'name: label'") from error
+    return parse_classes(content, str(path))
+
+
+def parse_classes(content: Any, source: str) -> Classes:
+    """Parse a list of names, or a mapping from names to labels, [r, g, b] or '#rrggbb'.
+
+    The name `ignore` stands for ignored pixels: a colour, any integer label or a list of labels.
+
+    Args:
+        content: The list or mapping; numbers may be text.
+        source: Its file or key, for messages.
+
+    Raises:
+        UsageError: The content is not such a table.
+    """
+    if isinstance(content, list):
+        if any(isinstance(name, list | dict) for name in content):
+            raise UsageError(f"{source}: {content} is not a list of names - write one name per line, or 'name: label'")
+        if len({str(name) for name in content}) != len(content):
+            raise UsageError(f"{source}: the class names {content} are not all different - rename the duplicates")
+        content = {name: label for label, name in enumerate(content)}
+    if not isinstance(content, Mapping) or not content:
+        raise UsageError(f"{source} contains no classes - {WAY_OUT}")
+    content = {str(name): value for name, value in content.items()}
+    if set(content) == {"ignore"}:
+        raise UsageError(f"{source} contains no classes besides ignore - {WAY_OUT}")
+    ignored = _ignored(content.pop("ignore"), source) if "ignore" in content else ()
+    entries = {name: _label_or_colour(value, name, source) for name, value in content.items()}
+    kinds = {type(entry) for entry in (*entries.values(), *ignored)}
+    if len(kinds) > 1:
+        raise UsageError(f"{source} mixes labels and colours - give every class a label, or every class a colour")
+    names = tuple(entries)
+    if both := [entry for entry in ignored if entry in entries.values()]:
+        raise UsageError(f"{source}: {both[0]} is both a class and ignore - give it one meaning")
+    colours = tuple(entry for entry in entries.values() if isinstance(entry, tuple))
+    if colours:
+        ignored_colour = next((entry for entry in ignored if isinstance(entry, tuple)), None)
+        return Classes(names, colours, IGNORE, ignore_colour=ignored_colour, by_colour=True)
+    labels = tuple(entry for entry in entries.values() if isinstance(entry, int))
+    void = tuple(entry for entry in ignored if isinstance(entry, int))
+    # Class indices are 0..C-1, so any other ignored label of 8 bits can also serve as ignore_index.
+    index = next((label for label in void if len(names) <= label <= 255), IGNORE)
+    return Classes(names, voc_colours(len(names)), index, labels, ignored_labels=void, by_colour=False)
+
+
+def _ignored(value: Any, source: str) -> tuple[int | Colour, ...]:
+    """Parse the value of `ignore`: a colour, a label, or a list of labels."""
+    numbers = [_integer(item) for item in value] if isinstance(value, list | tuple) else [_integer(value)]
+    labels = [number for number in numbers if number is not None]
+    is_colour = isinstance(value, list | tuple) and len(value) == 3 and all(0 <= label <= 255 for label in labels)
+    if is_colour or (isinstance(value, str) and value.startswith("#")):
+        return (_label_or_colour(value, "ignore", source),)
+    if not labels or len(labels) < len(numbers):
+        raise UsageError(
+            f"{source}: ignore is {value!r} - give a label, such as 255 or -9999, a list of labels, or a colour"
+        )
+    return tuple(labels)
+
+
+def _label_or_colour(value: Any, name: str, source: str) -> int | Colour:
+    if isinstance(value, str) and re.fullmatch(r"#[0-9a-fA-F]{6}", value):
+        return int(value[1:3], 16), int(value[3:5], 16), int(value[5:7], 16)
+    if isinstance(value, list | tuple) and len(value) == 3:
+        red, green, blue = (_integer(channel) for channel in value)
+        if (
+            red is not None
+            and green is not None
+            and blue is not None
+            and 0 <= min(red, green, blue) <= max(red, green, blue) <= 255
+        ):
+            return red, green, blue
+    label = _integer(value)
+    if label is not None and 0 <= label <= 65535:
+        return label
+    if value in (None, ""):
+        raise UsageError(f"{source}: class '{name}' has no value - give a label, or a colour in quotes: '#rrggbb'")
+    raise UsageError(
+        f"{source}: class '{name}' is {value!r} - give a label 0..65535, a colour [red, green, blue] or '#rrggbb'"
+    )
+
+
+def _integer(value: Any) -> int | None:
+    """Return an integer, or text of one, as an int, and None for anything else."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    return int(value) if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]{1,18}", value.strip()) else None
+
+
+def class_file(classes: Classes, comments: Mapping[str, str]) -> str:
+    """Return classes as the text of a classes.yaml.
+
+    Args:
+        classes: The classes.
+        comments: A remark for each name.
+    """
+    values = [f"[{', '.join(map(str, colour))}]" for colour in classes.colours]
+    ignored = f"[{', '.join(map(str, classes.ignore_colour))}]" if classes.ignore_colour else None
+    if not classes.by_colour:
+        values = [str(label) for label in classes.labels]
+        void = [label for label in classes.ignored_labels if label not in classes.labels]
+        ignored = str(void[0] if len(void) == 1 else void) if void else None
+    lines = [
+        (yaml_name(name), value, comments.get(name, "")) for name, value in zip(classes.names, values, strict=True)
+    ]
+    lines += [("ignore", ignored, "these pixels are not used")] if ignored else []
+    return "".join(f"{name}: {value}{f'  # {comment}' if comment else ''}\n" for name, value, comment in lines)
+
+
+def yaml_name(name: str) -> str:
+    """Return a name as it can be written before a colon in YAML."""
+    return name if re.fullmatch(r"[\w][\w ./-]*", name) else "'" + name.replace("'", "''") + "'"

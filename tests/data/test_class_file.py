@@ -1,0 +1,77 @@
+"""Tables of classes: names are text, repeated names are refused, and any integer can be ignored."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from segdeconv.data.class_file import class_file, find_class_file, read_class_file
+from segdeconv.errors import UsageError
+
+
+def read(folder: Path, text: str, name: str = "classes.yaml"):
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return read_class_file(path)
+
+
+NAMES = ["no", "yes", "on", "off", "true", "null", "~", "12", "1e3", "2020-01-01", "0x1F", "é"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_are_text_whatever_yaml_takes_them_for(tmp_path: Path, name: str) -> None:
+    assert read(tmp_path, f"{name}: 0\nother: 1\n").names == (name, "other")
+    assert read(tmp_path, f"- {name}\n- other\n").names == (name, "other")
+
+
+def test_labels_are_decimal_and_may_be_quoted(tmp_path: Path) -> None:
+    assert read(tmp_path, "a: 010\nb: '7'\nc: 300\n").labels == (10, 7, 300)  # YAML 1.1 reads 010 as 8
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("road: 1\nsky: 0\nroad: 2\n", r"classes\.yaml, line 3: 'road' is also in line 1 - rename one of them"),
+        ("a: #ff0000\nb: 1\n", "class 'a' has no value - give a label, or a colour in quotes: '#rrggbb'"),
+        ("a: 0\nb: 1\nignore:\n", "ignore is '' - give a label, such as 255 or -9999, a list of labels, or a colour"),
+        ("a: 0\nb: 1\nignore: [1, 255]\n", "1 is both a class and ignore"),
+        ("a: !!python/object/apply:os.getcwd []\n", "is not YAML"),
+    ],
+)
+def test_what_is_probably_not_meant_is_refused_by_line(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        read(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("ignore", "values"),
+    [("-9999", [-9999]), ("65535", [65535]), ("[-1, 255]", [-1, 255]), ("99999999", [99999999])],
+)
+@pytest.mark.parametrize("dtype", [np.int16, np.uint16, np.int32, np.int64])
+def test_any_integer_can_mark_ignored_pixels(tmp_path: Path, ignore: str, values: list[int], dtype: type) -> None:
+    limits = np.iinfo(dtype)
+    if not all(limits.min <= value <= limits.max for value in values):
+        pytest.skip("this type has no such number")
+    classes = read(tmp_path, f"a: 0\nb: 300\nignore: {ignore}\n")
+    mask = np.array([[0, 300, *values]], dtype)
+    assert classes.from_mask(mask).tolist() == [[0, 1, *[255] * len(values)]]
+    with pytest.raises(UsageError, match="has label 7"):
+        classes.from_mask(np.array([[7]], dtype))
+
+
+def test_a_text_file_has_one_name_per_line_and_a_second_table_is_not_read_in_silence(tmp_path: Path) -> None:
+    assert read(tmp_path, "# names\nroad\n\nsky blue\n", "classes.txt").names == ("road", "sky blue")
+    (tmp_path / "classes.yaml").write_text("a: 0\nb: 1\n")
+    path, lines = find_class_file(tmp_path)
+    assert path == tmp_path / "classes.yaml"
+    assert lines == [f"{tmp_path / 'classes.txt'}: not read, since classes.yaml names the classes - remove one of them"]
+
+
+@pytest.mark.parametrize(
+    "text", ["no: 0\n'a: b': 7\nignore: [-1, 255]\n", "'#1': [1, 2, 3]\n'it''s': [4, 5, 6]\nignore: [0, 0, 0]\n"]
+)
+def test_a_written_table_is_read_as_the_same_classes(tmp_path: Path, text: str) -> None:
+    classes = read(tmp_path, text)
+    assert read(tmp_path, class_file(classes, {classes.names[0]: "12 pixels"})) == classes
