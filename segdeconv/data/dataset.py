@@ -84,6 +84,11 @@ class SegmentationDataset(ABC):
         as_stored: True if images are read exactly as stored, in prediction too; otherwise every image is read as 8-bit
             RGB.
         notes: Facts about the split that the user should see, one line each.
+        warnings: Facts that may not be meant, one line each: files that are left out, assumptions about classes.
+        inventory: Kinds of files and their number.
+        own_classes: True if the classes are those of a user, who may have mistaken a label: training is refused if a
+            class has no pixel while others are ignored.
+        inferred_classes: True if the classes were inferred from the masks, because no table names them.
         published: Published scores on these classes.
         overlap_hint: Suggestion in the error message for an image that two splits share.
         classes: The classes of the masks.
@@ -95,6 +100,10 @@ class SegmentationDataset(ABC):
     channels: int = 3
     as_stored: bool = False
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    inventory: tuple[tuple[str, int], ...] = ()
+    own_classes: bool = False
+    inferred_classes: bool = False
     published: tuple[PublishedScores, ...] = ()
     overlap_hint: str = "list it once"
     classes: Classes
@@ -137,6 +146,11 @@ class SegmentationDataset(ABC):
         """The data set of whole images, if this one has crops of them; it is inspected before training."""
         return self
 
+    @property
+    def unwrapped(self) -> SegmentationDataset:
+        """The data set without views that change its samples."""
+        return self
+
     def wrap(self, view: Callable[[SegmentationDataset], SegmentationDataset]) -> SegmentationDataset:
         """Return the same data set with a view applied to its whole images."""
         return view(self)
@@ -168,7 +182,12 @@ class DatasetView(SegmentationDataset):
         self.dataset, self.split, self.split_names = dataset, dataset.split, dataset.split_names
         self.names, self.classes, self.notes = dataset.names, dataset.classes, dataset.notes
         self.channels, self.as_stored = dataset.channels, dataset.as_stored
-        self.overlap_hint = dataset.overlap_hint
+        self.overlap_hint, self.own_classes = dataset.overlap_hint, dataset.own_classes
+        self.warnings, self.inventory = dataset.warnings, dataset.inventory
+
+    @property
+    def unwrapped(self) -> SegmentationDataset:
+        return self.dataset.unwrapped
 
     def stamp(self, index: int) -> str:
         return self.dataset.stamp(index)

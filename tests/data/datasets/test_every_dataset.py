@@ -70,7 +70,7 @@ def test_a_data_set_is_inspected_trained_on_scored_and_predicted(
 ) -> None:
     make(tmp_path / "root")
     options = (f"dataset={name}", "dataset.root=root", size)
-    assert "no problems in " in command("inspect_data", *options, cwd=tmp_path).stdout
+    assert "Fit to train" in command("inspect_data", *options, cwd=tmp_path).stdout
     class_weighting = ("loss.class_weighting=sunrgbd",) if name == "sunrgbd" else ()
     command("train", *options, *SLIM, *class_weighting, "trainer.max_steps=3", "hydra.run.dir=run", cwd=tmp_path)
     command("evaluate", "run/best.ckpt", "--masks", "masks", cwd=tmp_path)

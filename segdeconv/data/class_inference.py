@@ -1,0 +1,301 @@
+"""Inference of the classes of a person's own masks from their content, where no table names them."""
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+
+import cv2
+import numpy as np
+from tqdm import tqdm
+
+from segdeconv.classes import Classes, Colour, is_grey, pack_colours, voc_colours
+from segdeconv.data.class_file import IGNORE, MAX_CLASSES
+from segdeconv.data.files.reading import read_stored_mask, require_opaque
+from segdeconv.errors import UsageError
+
+MAX_VALUES = 64  # a mask with more different values is probably a photograph or a resized mask
+LEVEL_GAP = (
+    16  # labels at least so far apart, such as 0, 128 and 255, are levels of grey rather than numbers of classes
+)
+BORDER_SHARE = 0.9  # a level with this share of its pixels between two other levels comes from interpolation
+FEW = 1e-3  # share of all pixels
+
+
+@dataclass
+class Occurrence:
+    """Where a label or colour occurs.
+
+    Attributes:
+        pixels: Number of pixels.
+        masks: Number of masks.
+        between: Number of pixels with both a smaller and a larger value among their eight neighbours.
+        example: The mask with the most pixels of it.
+        most: Number of its pixels in this mask.
+    """
+
+    pixels: int = 0
+    masks: int = 0
+    between: int = 0
+    example: Path = Path()
+    most: int = 0
+
+    def add(self, path: Path, pixels: int, between: int) -> None:
+        """Count the pixels in another mask."""
+        self.pixels, self.masks, self.between = self.pixels + pixels, self.masks + 1, self.between + between
+        if pixels > self.most:
+            self.example, self.most = path, pixels
+
+    def __str__(self) -> str:
+        return f"{self.pixels} pixel{'s'[: self.pixels > 1]} in {self.masks} mask{'s'[: self.masks > 1]}"
+
+
+@dataclass
+class Survey:
+    """The contents of mask files.
+
+    Attributes:
+        labels: Occurrences by label, of masks of one channel.
+        colours: Occurrences by packed colour, of masks of three channels.
+        grey: The label masks stored as RGB are among `labels` too; this is one of them.
+        palette: For each label of palette masks, the packed colours that palettes give it, each with one mask.
+        plain: A mask of one channel without palette.
+        extremes: The smallest and largest number of the integer types of the masks.
+    """
+
+    labels: dict[int, Occurrence] = field(default_factory=dict)
+    colours: dict[int, Occurrence] = field(default_factory=dict)
+    grey: Path | None = None
+    palette: dict[int, dict[int, Path]] = field(default_factory=dict)
+    plain: Path | None = None
+    extremes: set[int] = field(default_factory=set)
+
+    @property
+    def pixels(self) -> int:
+        return sum(entry.pixels for entry in (*self.labels.values(), *self.colours.values()))
+
+
+def infer_classes(masks: Sequence[Path]) -> tuple[Classes, tuple[str, ...]]:
+    """Infer the classes from the labels or colours of mask files.
+
+    Returns:
+        The classes, and a line for every assumption about them.
+
+    Raises:
+        UsageError: The masks mix labels and colours, have too many different values, or values that are probably no
+            classes.
+    """
+    return _infer(
+        tuple((path, path.stat().st_mtime_ns, path.stat().st_size) if path.exists() else (path, 0, 0) for path in masks)
+    )
+
+
+@lru_cache(maxsize=4)  # the data set is built once for each split
+def _infer(stamps: tuple[tuple[Path, int, int], ...]) -> tuple[Classes, tuple[str, ...]]:
+    survey = _survey([path for path, _, _ in stamps])
+    if survey.colours and (survey.plain or survey.palette) and not _coloured(survey):
+        labels = next(iter(survey.labels.values())).example
+        colours = next(iter(survey.colours.values())).example
+        raise UsageError(f"mask {labels} holds labels and mask {colours} colours - save all masks in the same way")
+    if survey.colours or (survey.palette and _coloured(survey)):
+        return _classes_of_colours(survey)
+    return _classes_of_labels(survey)
+
+
+def _survey(masks: Sequence[Path]) -> Survey:
+    stored: Survey = Survey()
+    greys: list[tuple[Path, dict[int, tuple[int, int]]]] = []
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        contents = pool.map(_content, masks)
+        for path, content in zip(
+            masks, tqdm(contents, total=len(masks), desc="reading masks", leave=False, disable=None), strict=True
+        ):
+            if len(content.values) > MAX_VALUES:
+                _refuse_many(path, len(content.values), "labels" if content.kind != "colours" else "colours")
+            if content.kind == "grey":  # whether these are labels is known at the end
+                greys.append((path, content.values))
+                continue
+            target = stored.colours if content.kind == "colours" else stored.labels
+            _add(target, path, content.values)
+            if content.kind == "palette":
+                for label, colour in content.palette.items():
+                    stored.palette.setdefault(label, {}).setdefault(colour, path)
+            elif content.kind == "labels":
+                stored.plain = stored.plain or path
+                stored.extremes |= content.extremes
+            if len(target) > MAX_CLASSES:
+                _refuse_many(path, len(target), "labels" if content.kind != "colours" else "colours")
+    for path, values in greys:
+        if stored.colours:
+            _add(stored.colours, path, {value * 0x010101: count for value, count in values.items()})
+        else:
+            _add(stored.labels, path, values)
+            stored.grey = stored.grey or path
+            stored.plain = stored.plain or path
+    return stored
+
+
+def _add(target: dict[int, Occurrence], path: Path, values: dict[int, tuple[int, int]]) -> None:
+    for value, (pixels, between) in values.items():
+        target.setdefault(value, Occurrence()).add(path, pixels, between)
+
+
+def _refuse_many(path: Path, count: int, kind: str) -> None:
+    raise UsageError(
+        f"mask {path} has {count} different {kind}, too many to be classes - it seems to be a photograph "
+        "or a mask that was resized with interpolation; name the classes in classes.yaml or save labels"
+    )
+
+
+@dataclass(frozen=True)
+class _Content:
+    """The content of one mask: its kind, and (pixels, pixels between two others) of each label or packed colour."""
+
+    kind: str  # labels, palette, grey (RGB of three equal channels) or colours
+    values: dict[int, tuple[int, int]]
+    palette: dict[int, int] = field(default_factory=dict)
+    extremes: set[int] = field(default_factory=set)
+
+
+def _content(path: Path) -> _Content:
+    stored = read_stored_mask(path)
+    require_opaque(path, stored)
+    values = stored.values
+    if values.ndim == 3:
+        if is_grey(values):
+            return _Content("grey", _counts(values[:, :, 0]))
+        return _Content("colours", _counts(pack_colours(values)))
+    if stored.palette is not None:
+        packed = pack_colours(stored.palette)
+        counts = _counts(values)
+        return _Content("palette", counts, {label: int(packed[label]) for label in counts})
+    limits = np.iinfo(values.dtype) if values.dtype.kind in "iu" else np.iinfo(np.uint8)
+    return _Content("labels", _counts(values), extremes={int(limits.min), int(limits.max)} - {0, 255})
+
+
+def _counts(values: np.ndarray) -> dict[int, tuple[int, int]]:
+    """Return (pixels, pixels between a smaller and a larger neighbour) of each value."""
+    present, counts = np.unique(values, return_counts=True)
+    between = [0] * len(present)
+    if 3 <= len(present) <= MAX_VALUES:
+        # Ranks, since OpenCV's filters do not take every integer type.
+        ranks = np.searchsorted(present, values).astype(np.uint8)
+        square = np.ones((3, 3), np.uint8)
+        inner = (cv2.erode(ranks, square) < ranks) & (ranks < cv2.dilate(ranks, square))
+        between = np.bincount(ranks[inner], minlength=len(present)).tolist()
+    return {int(value): (int(count), soft) for value, count, soft in zip(present, counts, between, strict=True)}
+
+
+def _coloured(survey: Survey) -> bool:
+    """Return whether the palettes, rather than the labels, have to tell the classes: they differ between masks.
+
+    Raises:
+        UsageError: The palettes differ, but do not tell the labels apart.
+    """
+    differing = [label for label, colours in survey.palette.items() if len(colours) > 1]
+    if not differing and not survey.colours:
+        return False
+    by_mask: dict[Path, list[int]] = {}
+    for colours in survey.palette.values():
+        for colour, path in colours.items():
+            by_mask.setdefault(path, []).append(colour)
+    if survey.plain or any(len(set(colours)) < len(colours) for colours in by_mask.values()):
+        if not differing:
+            return False
+        one, other = list(survey.palette[differing[0]].values())[:2]
+        raise UsageError(
+            f"masks {one} and {other} have different colours for label {differing[0]}, so their labels may mean "
+            "different classes - save all masks with one palette, or name the classes by label in classes.yaml"
+        )
+    return True
+
+
+def _classes_of_labels(survey: Survey) -> tuple[Classes, tuple[str, ...]]:
+    labels = sorted(survey.labels)
+    for label in labels:
+        if label < 0 or label in survey.extremes or label > 65535:
+            raise UsageError(
+                f"mask {survey.labels[label].example} has label {label} ({survey.labels[label]}), which is probably no "
+                f"class but marks pixels without data - write a classes.yaml with the classes and 'ignore: {label}'"
+            )
+    lines = []
+    if survey.grey:
+        lines.append(f"{survey.grey}: masks stored as RGB have three equal channels, which are read as labels")
+    if labels == [0, IGNORE]:
+        names, colours = ("background", "foreground"), ((0, 0, 0), (255, 255, 255))
+        return Classes(names, colours, labels=(0, IGNORE), by_colour=False), tuple(lines)
+    if _are_levels(labels):
+        _refuse_interpolated(survey, labels)
+        lines.append(
+            f"masks: the labels {', '.join(map(str, labels))} are read as {len(labels)} classes, levels of grey - if "
+            f"{labels[-1]} marks ignored pixels, write a classes.yaml with 'ignore: {labels[-1]}'"
+        )
+    elif IGNORE in labels:
+        void = survey.labels[IGNORE]
+        labels = [label for label in labels if label != IGNORE]
+        lines.append(
+            f"masks: label {IGNORE} ({void}, {void.pixels / survey.pixels:.2%} of all) is ignored - if it is a "
+            f"class, name it in classes.yaml"
+        )
+    class_names = tuple(f"class_{label}" for label in labels)
+    found = [next(iter(survey.palette[label])) for label in labels if label in survey.palette]
+    shown = tuple(_unpack(colour) for colour in found) if len(set(found)) == len(labels) else voc_colours(len(labels))
+    if labels and labels[-1] > 65535:
+        raise UsageError(f"mask {survey.labels[labels[-1]].example} has label {labels[-1]} - save labels of 16 bits")
+    return Classes(class_names, shown, labels=tuple(labels), by_colour=False), tuple(lines)
+
+
+def _are_levels(labels: Sequence[int]) -> bool:
+    """Return whether labels with 255 are levels of grey over the whole range, such as 0, 128, 255.
+
+    >>> _are_levels([0, 128, 255]), _are_levels([0, 1, 2, 255]), _are_levels([7, 11, 26, 255])
+    (True, False, False)
+    """
+    gaps = [after - before for before, after in pairwise(labels)]
+    return len(labels) > 2 and labels[-1] == IGNORE and min(gaps) >= LEVEL_GAP
+
+
+def _refuse_interpolated(survey: Survey, labels: Sequence[int]) -> None:
+    for label in labels[1:-1]:
+        entry = survey.labels[label]
+        if entry.between >= BORDER_SHARE * entry.pixels:
+            raise UsageError(
+                f"mask {entry.example} has label {label} ({entry}) only where {labels[0]} meets {labels[-1]}: the "
+                "masks were resized or smoothed with interpolation, which mixes labels - save them without, or name "
+                "the classes in classes.yaml"
+            )
+
+
+def _classes_of_colours(survey: Survey) -> tuple[Classes, tuple[str, ...]]:
+    occurrences = dict(survey.colours)
+    lines: list[str] = []
+    for label, colours in survey.palette.items():
+        for colour in colours:
+            occurrences.setdefault(colour, survey.labels[label])
+        if len(colours) > 1 and not lines:
+            one, other = list(colours.values())[:2]
+            lines.append(
+                f"{one} and {other}: their palettes give label {label} different colours, so the classes are the "
+                "colours of the palettes, not the labels - name the classes by colour, or by label, in classes.yaml"
+            )
+    few = [colour for colour, entry in survey.colours.items() if entry.pixels < FEW * survey.pixels]
+    if len(few) > 2 and 2 * len(few) > len(survey.colours):
+        example = survey.colours[few[0]]
+        raise UsageError(
+            f"mask {example.example} has the colour {_unpack(few[0])}, one of {len(few)} colours of "
+            f"{len(survey.colours)} with fewer than {FEW:.1%} of all pixels each: the masks were probably "
+            "resized or smoothed with interpolation, or saved with loss - save them without, or name the classes by "
+            "colour in classes.yaml"
+        )
+    colours_ = tuple(_unpack(packed) for packed in sorted(occurrences))
+    if set(colours_) == {(0, 0, 0), (255, 255, 255)}:
+        return Classes(("background", "foreground"), colours_, by_colour=True), tuple(lines)
+    names = tuple(f"colour_{red:02x}{green:02x}{blue:02x}" for red, green, blue in colours_)
+    return Classes(names, colours_, by_colour=True), tuple(lines)
+
+
+def _unpack(packed: int) -> Colour:
+    return packed >> 16, packed >> 8 & 255, packed & 255
