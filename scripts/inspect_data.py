@@ -3,44 +3,94 @@
     python scripts/inspect_data.py [dataset=NAME] [--out DIR] [key=value ...]
 
 Checks that every image and mask is readable, that their sizes match, that masks contain only known labels and that no
-image is in two splits. Prints the classes with their fractions of the pixels and their class weights, and writes
-DIR/inspect.html (default: inspection/) with the classes, the sizes, samples before and after augmentation, and the
-files with problems. Training also checks every file before its first step.
+image is in two splits, and looks for what is probably not meant: files that are left out, classes without pixels,
+copies, images without contrast. Prints the classes with their fractions of the pixels and their class weights, and
+writes DIR/inspect.html (default: inspection/) with all of this, the labels found in the mask files, samples before and
+after augmentation, and the files with problems; and DIR/classes.yaml to edit, if the classes were inferred from the
+masks. Training also checks every file before its first step.
 """
+
+from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from segdeconv.cli.command import run_command
 from segdeconv.cli.options import pop_option
 from segdeconv.cli.own_code import compose
-from segdeconv.errors import UsageError, command
+from segdeconv.errors import UsageError, command, warn
+from segdeconv.system.files import replace_text
+
+if TYPE_CHECKING:
+    from segdeconv.data.dataset import SegmentationDataset
 
 
 def main() -> None:
     """Compose the config, inspect each split and write the page."""
     words = sys.argv[1:]
     from segdeconv.data import inspection_page
-    from segdeconv.data.inspection import MAX_SHOWN, class_table, inspect, overlaps
-    from segdeconv.data.module import build_pipeline, build_split, check_augment, check_dataset, normalisation
+    from segdeconv.data.module import check_augment, check_dataset
     from segdeconv.drawing import html
-    from segdeconv.losses import class_weights
 
     out = Path(pop_option(words, "--out") or "inspection")
     config, choices = compose(words)
     node, augment = check_dataset(config["dataset"]), check_augment(config["augment"])
-    splits = [build_split(node, split) for split in ("train", "val")]
+    page = out / "inspect.html"
+    shown: dict[str, Any] = {
+        "command": command("inspect_data", sys.argv[1:]),
+        "config": {"dataset": node, "augment": augment},
+    }
     try:
-        build_split({**node, "checksums": None}, "test")
+        splits = _splits(node)
     except UsageError as error:
-        print(f"no test split: {error}\n")
-    else:
-        splits.append(build_split(node, "test"))  # this time with its checksums, if the config has any
+        html.write(inspection_page.build_failure_page(str(error), node.get("root"), **shown), page)
+        print(f"page:   {page}")
+        raise
+    _inspect(splits, node, augment, config["seed"], page, choices["dataset"], shown)
+
+
+def _splits(node: dict[str, Any]) -> list[SegmentationDataset]:
+    """Return train, val, and test if the data set has it."""
+    from segdeconv.data.module import build_split
+
+    splits = [build_split(node, split) for split in ("train", "val")]
+    if "test" in splits[0].split_names:
+        try:
+            splits.append(build_split({**node, "checksums": None}, "test"))
+        except UsageError as error:
+            print(f"no test split: {error}\n")
+        else:
+            splits[-1] = build_split(node, "test")  # this time with its checksums, if the config has any
+    return splits
+
+
+def _inspect(
+    splits: list[SegmentationDataset],
+    node: dict[str, Any],
+    augment: dict[str, Any],
+    seed: int,
+    page: Path,
+    name: str,
+    shown: dict[str, Any],
+) -> None:
+    """Inspect the splits, print their contents and write the page and, if the classes were inferred, a table of them.
+
+    Raises:
+        UsageError: A file cannot be used.
+    """
+    from segdeconv.data import checks, class_file, inspection_page
+    from segdeconv.data.inspection import MAX_SHOWN, class_table, inspect, overlaps
+    from segdeconv.data.module import build_pipeline, normalisation
+    from segdeconv.drawing import html
+    from segdeconv.losses import class_weights
+
     classes = splits[0].classes
     for note in splits[0].notes:
         print(note)
     inspections = [inspect(dataset) for dataset in splits]
     problems = [*overlaps(splits), *(problem for inspection in inspections for problem in inspection.problems)]
+    findings = checks.review(splits, inspections)
     weights = class_weights.median_frequency(inspections[0].pixels[:-1], inspections[0].image_pixels[:-1])
     for inspection in inspections:
         print(class_table(inspection, classes, weights if inspection.split == "train" else None), end="\n\n")
@@ -49,25 +99,28 @@ def main() -> None:
     training = None
     if not inspections[0].problems:
         dataset = {**normalisation(node, splits[0], inspections[0]), "cache": "none"}
-        training = build_pipeline(dataset, augment, splits[0], splits[1], seed=config["seed"]).samples
-    page = inspection_page.build_page(
-        splits,
-        inspections,
-        problems,
-        weights,
-        training,
-        seed=config["seed"],
-        command=command("inspect_data", sys.argv[1:]),
-        config={"dataset": node, "augment": augment},
-    )
-    html.write(page, out / "inspect.html")
-    print(f"page:   {out / 'inspect.html'}")
+        try:
+            training = build_pipeline(dataset, augment, splits[0], splits[1], seed=seed).samples
+        except UsageError as error:
+            findings.insert(0, checks.Finding(str(error), refused=True))
+    text = inspection_page.build_page(splits, inspections, problems, findings, weights, training, seed=seed, **shown)
+    html.write(text, page)
+    print(f"page:   {page}")
+    if splits[0].unwrapped.inferred_classes:
+        table = page.with_name("classes.yaml")
+        replace_text(
+            table, class_file.class_file(splits[0].stored_classes, checks.describe_classes(inspections, splits))
+        )
+        print(f"classes: {table} has the inferred classes - name them and move it to {node['root']}")
+    for finding in findings:
+        warn(f"{'prevents training: ' if finding.refused else ''}{finding.message}")
     for problem in problems[:MAX_SHOWN]:
         print(f"problem: {problem}")
+    _, verdict = inspection_page.verdict(problems, findings)
+    print(verdict)
     if problems:
         more = f", of which {MAX_SHOWN} are shown" if len(problems) > MAX_SHOWN else ""
-        raise UsageError(f"{choices['dataset']} has {len(problems)} problems{more} - repair the files named above")
-    print(f"no problems in {sum(map(len, splits))} images and masks")
+        raise UsageError(f"{name} has {len(problems)} problems{more} - repair the files named above")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import difflib
 import shlex
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -66,6 +67,17 @@ class TimeUp(SegdeconvError):
     """The time limit of training has passed, and it has saved its state; this is not a failure."""
 
     exit_code = 0
+
+
+_warned: set[str] = set()
+
+
+def warn(message: str) -> None:
+    """Print a warning to stderr, once per process: the file or key, what is wrong with counts, and the way out."""
+    if message not in _warned:
+        _warned.add(message)
+        sys.stdout.flush()
+        print(f"segdeconv: warning: {' '.join(message.split())}", file=sys.stderr)
 
 
 def error_from_traceback(text: str) -> SegdeconvError | None:

@@ -56,68 +56,69 @@ def train(config: Mapping[str, Any], run: str | Path, *, runs: Path | None = Non
         print(f"{run} is finished; its scores are in {run / 'report.json'}")
         return
 
-    # Imported late, so that config errors are reported at once: Lightning takes 2 s to import.
-    from segdeconv.training import loggers
-    from segdeconv.training.callbacks import ImageLogging, Progress, Recorder
-    from segdeconv.training.checkpointing import Checkpoints
-    from segdeconv.training.data_module import DataModule
-    from segdeconv.training.diagnostics import LoaderWait, TrainingDiagnostics
-    from segdeconv.training.header import header
-    from segdeconv.training.stopping import Stopping
-    from segdeconv.training.switch_curves import SwitchCurves
-    from segdeconv.training.task import SegmentationTask
-    from segdeconv.training.trainer import count_steps, fit, make_trainer
+    with run_folder.discard_if_unused(run):
+        # Imported late, so that config errors are reported at once: Lightning takes 2 s to import.
+        from segdeconv.training import loggers
+        from segdeconv.training.callbacks import ImageLogging, Progress, Recorder
+        from segdeconv.training.checkpointing import Checkpoints
+        from segdeconv.training.data_module import DataModule
+        from segdeconv.training.diagnostics import LoaderWait, TrainingDiagnostics
+        from segdeconv.training.header import header
+        from segdeconv.training.stopping import Stopping
+        from segdeconv.training.switch_curves import SwitchCurves
+        from segdeconv.training.task import SegmentationTask
+        from segdeconv.training.trainer import count_steps, fit, make_trainer
 
-    logger = loggers.build_logger(config["logger"], run)
-    prepared = prepare(config, fresh=resumed is not None)
-    if resumed is not None:
-        resume.compare(resumed, prepared.classes, prepared.metadata["fingerprints"])
-    settings = TrainerSettings(**split_arguments(config["trainer"], [TrainerSettings])[0])
-    checkpoints = Checkpoints(run, resumed=resumed_path, patience=settings.patience)
-    deadline = started + config_check.seconds(config["max_time"]) if config["max_time"] is not None else None
-    stopping = Stopping(checkpoints, deadline=deadline)
-    recorder = Recorder(run, checkpoints, stopping)
-    wait = LoaderWait()
-    switch_curves = SwitchCurves(prepared.data.val, prepared.data.preprocessing)
-    logging = [ImageLogging(prepared.data.val), switch_curves, Progress(recorder, wait), TrainingDiagnostics(wait)]
-    callbacks = [wait, *logging, stopping, checkpoints, recorder]
-    trainer = make_trainer(run, callbacks, logger, settings, resumed)
-    saved = {name: node for name, node in config.items() if name not in resume.CHANGEABLE_KEYS}
-    task = SegmentationTask(
-        prepared.model,
-        prepared.loss,
-        prepared.optimizer,
-        build(config["schedule"], "schedule"),
-        prepared.classes,
-        seed=config["seed"],
-        total_steps=count_steps(prepared.data, trainer),
-        metadata={
-            "config": {**saved, "dataset": prepared.dataset},
-            "facts": {**prepared.metadata, "precision": str(trainer.precision)},
-        },
-        settings=settings,
-    )
-    loggers.log_config(logger, config, run)
-    run_folder.require_space(run, task)
-    print(header(config, prepared.data, task, trainer, run, resumed_path), flush=True)
-    if resumed is not None:
-        resume.compare_machines(resumed, torch.device(trainer.strategy.root_device))
-    del resumed  # the trainer loads and releases its content
+        logger = loggers.build_logger(config["logger"], run)
+        prepared = prepare(config, fresh=resumed is not None)
+        if resumed is not None:
+            resume.compare(resumed, prepared.classes, prepared.metadata["fingerprints"])
+        settings = TrainerSettings(**split_arguments(config["trainer"], [TrainerSettings])[0])
+        checkpoints = Checkpoints(run, resumed=resumed_path, patience=settings.patience)
+        deadline = started + config_check.seconds(config["max_time"]) if config["max_time"] is not None else None
+        stopping = Stopping(checkpoints, deadline=deadline)
+        recorder = Recorder(run, checkpoints, stopping)
+        wait = LoaderWait()
+        switch_curves = SwitchCurves(prepared.data.val, prepared.data.preprocessing)
+        logging = [ImageLogging(prepared.data.val), switch_curves, Progress(recorder, wait), TrainingDiagnostics(wait)]
+        callbacks = [wait, *logging, stopping, checkpoints, recorder]
+        trainer = make_trainer(run, callbacks, logger, settings, resumed)
+        saved = {name: node for name, node in config.items() if name not in resume.CHANGEABLE_KEYS}
+        task = SegmentationTask(
+            prepared.model,
+            prepared.loss,
+            prepared.optimizer,
+            build(config["schedule"], "schedule"),
+            prepared.classes,
+            seed=config["seed"],
+            total_steps=count_steps(prepared.data, trainer),
+            metadata={
+                "config": {**saved, "dataset": prepared.dataset},
+                "facts": {**prepared.metadata, "precision": str(trainer.precision)},
+            },
+            settings=settings,
+        )
+        loggers.log_config(logger, config, run)
+        run_folder.require_space(run, task)
+        print(header(config, prepared.data, task, trainer, run, resumed_path), flush=True)
+        if resumed is not None:
+            resume.compare_machines(resumed, torch.device(trainer.strategy.root_device))
+        del resumed  # the trainer loads and releases its content
 
-    complete = True
-    stopping.listen()
-    try:
-        with explain_loader_errors(), explain_out_of_memory(config["dataset"]["batch_size"]):
-            fit(trainer, task, DataModule(prepared.data), resumed=resumed_path)
-        stopping.raise_if_requested()
-    except TimeUp as message:
-        print(message)
-        complete = False
-    except UsageError:
-        stopping.raise_if_requested()  # the same signal may have killed a worker
-        raise
-    finally:
-        stopping.stop_listening()
+        complete = True
+        stopping.listen()
+        try:
+            with explain_loader_errors(), explain_out_of_memory(config["dataset"]["batch_size"]):
+                fit(trainer, task, DataModule(prepared.data), resumed=resumed_path)
+            stopping.raise_if_requested()
+        except TimeUp as message:
+            print(message)
+            complete = False
+        except UsageError:
+            stopping.raise_if_requested()  # the same signal may have killed a worker
+            raise
+        finally:
+            stopping.stop_listening()
     if not trainer.is_global_zero:
         return
     path = checkpoints.best_path if checkpoints.best_path.is_file() else checkpoints.last_path

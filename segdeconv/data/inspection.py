@@ -15,16 +15,35 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from segdeconv.classes import Classes
-from segdeconv.data.dataset import SegmentationDataset
+from segdeconv.classes import Classes, is_grey, pack_colours
+from segdeconv.data.dataset import FileDataset, SegmentationDataset
+from segdeconv.data.files.reading import StoredMask, read_stored_mask, stored_format
 from segdeconv.errors import UsageError, command
 from segdeconv.system.files import replace_text
 
-VERSION = 3  # of the fields of an inspection; a new number invalidates cached ones
+VERSION = 4  # of the fields of an inspection; a new number invalidates cached ones
 MAX_SHOWN = 20
 NUM_LARGEST = 3  # images listed for each class
+MAX_VALUES = 300  # labels or colours of mask files that are kept
+MIN_CONTRAST = 16  # difference between the darkest and the brightest value of an 8-bit image
 
 Result = TypeVar("Result")
+
+
+class StoredValue(NamedTuple):
+    """A label or colour in the mask files of a split.
+
+    Attributes:
+        value: The label, or the colour as '#rrggbb'.
+        pixels: Number of pixels.
+        images: Number of images in which it occurs.
+        largest: The index of the image with the most pixels of it.
+    """
+
+    value: int | str
+    pixels: int
+    images: int
+    largest: int
 
 
 @dataclass(frozen=True)
@@ -43,6 +62,11 @@ class Inspection:
         std: Standard deviation of each channel, like `mean`.
         problems: An error message for each unusable file.
         largest: For each class, the indices of the images with the most pixels of it, the largest first.
+        values: The labels or colours of the mask files before they become classes, the most frequent first.
+        formats: (bits, channels, alpha, number of images) of each format of the image files that are read as RGB.
+        flat: Indices of images with (nearly) no contrast.
+        empty: Indices of images in which every pixel is ignored.
+        digests: A hash of the pixels of every image, by which identical images are recognised.
     """
 
     split: str
@@ -56,6 +80,11 @@ class Inspection:
     std: list[float]
     problems: list[str]
     largest: list[list[int]] = field(default_factory=list)
+    values: list[StoredValue] = field(default_factory=list)
+    formats: list[tuple[int, int, bool, int]] = field(default_factory=list)
+    flat: list[int] = field(default_factory=list)
+    empty: list[int] = field(default_factory=list)
+    digests: list[str] = field(default_factory=list)
 
 
 def inspect(dataset: SegmentationDataset, *, use_cache: bool = True) -> Inspection:
@@ -72,7 +101,9 @@ def inspect(dataset: SegmentationDataset, *, use_cache: bool = True) -> Inspecti
     if use_cache and path.is_file():
         try:
             content = json.loads(path.read_text())
-            return Inspection(**{**content, "sizes": [tuple(size) for size in content["sizes"]]})
+            values = [StoredValue(*value) for value in content["values"]]
+            rows = {name: [tuple(row) for row in content[name]] for name in ("sizes", "formats")}
+            return Inspection(**{**content, **rows, "values": values})
         except (ValueError, TypeError, KeyError):
             path.unlink(missing_ok=True)  # truncated by a crash of the machine
     inspection = _inspect(dataset)
@@ -95,12 +126,27 @@ def map_with_progress(count: int, function: Callable[[int], Result], description
 
 
 class _ImageCounts(NamedTuple):
-    """The counts of one image: pixels by class, the ignored last, and (2, C) sums of channels and their squares."""
+    """The contents of one image.
+
+    Attributes:
+        counts: Pixels by class, the ignored last.
+        size: (H, W).
+        bits: Bits of each channel as the data set gives them.
+        sums: (2, C) sums of the channels and of their squares.
+        contrast: Difference between the smallest and the largest number of the image.
+        digest: Hash of the pixels.
+        format: (bits, channels, alpha) as stored; None without files, or if images are read as they are stored.
+        values: Pixels by label or colour of the mask file.
+    """
 
     counts: np.ndarray
     size: tuple[int, int]
     bits: int
     sums: np.ndarray
+    contrast: int
+    digest: str
+    format: tuple[int, int, bool] | None
+    values: dict[int | str, int]
 
 
 def _inspect(dataset: SegmentationDataset) -> Inspection:
@@ -115,8 +161,12 @@ def _inspect(dataset: SegmentationDataset) -> Inspection:
             return f"{name} has {image.shape[2]} channels, but its data set has {dataset.channels} - make them equal"
         counts = np.bincount(mask.ravel(), minlength=256)
         counts = np.append(counts[:num_classes], counts[ignored])
+        size = mask.shape[0], mask.shape[1]
+        file_format, values = _stored(dataset, index)
+        digest = hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=8).hexdigest()
+        sums = _moments(image) * mask.size
         return _ImageCounts(
-            counts, (mask.shape[0], mask.shape[1]), 8 * image.dtype.itemsize, _moments(image) * mask.size
+            counts, size, 8 * image.dtype.itemsize, sums, int(np.ptp(image)), digest, file_format, values
         )
 
     pixels = np.zeros(num_classes + 1, dtype=np.int64)
@@ -125,6 +175,9 @@ def _inspect(dataset: SegmentationDataset) -> Inspection:
     sizes: Counter[tuple[int, int]] = Counter()
     names_by_bits: dict[int, list[str]] = {}
     problems = []
+    formats: Counter[tuple[int, int, bool]] = Counter()
+    stored_values: dict[int | str, list[int]] = {}  # pixels, images, most pixels, index of the image with the most
+    flat, empty, digests = [], [], []
     largest: list[list[tuple[int, int]]] = [[] for _ in range(num_classes)]  # (pixels, -index)
     results = map_with_progress(len(dataset), count_image, f"inspecting {dataset.split}")
     for index, (name, result) in enumerate(zip(dataset.names, results, strict=True)):
@@ -137,6 +190,18 @@ def _inspect(dataset: SegmentationDataset) -> Inspection:
         images += counts > 0
         for label in np.flatnonzero(counts[:-1]):
             largest[label] = sorted([*largest[label], (int(counts[label]), -index)], reverse=True)[:NUM_LARGEST]
+        for value, count in result.values.items():
+            entry = stored_values.setdefault(value, [0, 0, 0, index])
+            entry[0], entry[1] = entry[0] + count, entry[1] + 1
+            if count > entry[2]:
+                entry[2:] = count, index
+        if result.format is not None:
+            formats[result.format] += 1
+        if result.contrast < (MIN_CONTRAST if result.bits == 8 else 1):
+            flat.append(index)
+        if not counts[:-1].any():
+            empty.append(index)
+        digests.append(result.digest)
         sizes[result.size] += 1
         names_by_bits.setdefault(result.bits, []).append(name)
         sums += result.sums
@@ -156,7 +221,45 @@ def _inspect(dataset: SegmentationDataset) -> Inspection:
         [_readable(value) for value in np.sqrt(np.maximum(0, square - mean**2))],
         problems,
         [[-negative_index for _, negative_index in entries] for entries in largest],
+        sorted(
+            (StoredValue(value, count, images, index) for value, (count, images, _, index) in stored_values.items()),
+            key=lambda entry: -entry.pixels,
+        )[:MAX_VALUES],
+        [(*stored_format, count) for stored_format, count in formats.most_common()],
+        flat,
+        empty,
+        digests,
     )
+
+
+def _stored(dataset: SegmentationDataset, index: int) -> tuple[tuple[int, int, bool] | None, dict[int | str, int]]:
+    """Return the format of an image file, and the pixels of each label or colour in its mask file."""
+    files = dataset.unwrapped
+    if not isinstance(files, FileDataset):
+        return None, {}
+    mask = read_stored_mask(files.pairs[index].mask, max_pixels=files.max_pixels)
+    values, coloured = stored_values(mask, files.classes)
+    present, counts = np.unique(values, return_counts=True)
+    names = [f"#{packed:06x}" for packed in present.tolist()] if coloured else present.tolist()
+    counted: dict[int | str, int] = dict(zip(names, counts.tolist(), strict=True))
+    if files.as_stored:
+        return None, counted
+    stored = stored_format(files.pairs[index].image)
+    return (stored.bits, stored.channels, stored.alpha), counted
+
+
+def stored_values(mask: StoredMask, classes: Classes) -> tuple[np.ndarray, bool]:
+    """Return what determines the class of each pixel of a mask file: labels, or packed colours.
+
+    Returns:
+        (H, W) integers, and whether they are colours.
+    """
+    values = mask.values
+    if classes.by_colour and values.ndim == 2 and mask.palette is not None:
+        values = mask.palette[values]
+    if classes.by_colour is False and values.ndim == 3 and is_grey(values):
+        values = values[:, :, 0]
+    return (values, False) if values.ndim == 2 else (pack_colours(values), True)
 
 
 def _moments(image: np.ndarray) -> np.ndarray:
@@ -231,6 +334,8 @@ def class_table(inspection: Inspection, classes: Classes, weights: list[float] |
             lines[1] += f", {statistic} {numbers}" + (", ..." if len(values) > MAX_SHOWN else "")
     several = len(classes.ignored_labels) > 1
     labels: list[object] = [*classes.labels, "other" if several else classes.ignored_labels[0]]
+    if classes.by_colour:
+        labels = ["-"] * len(labels)
     colours = [*classes.colours, classes.ignore_colour]
     for index, name in enumerate((*classes.names, "(ignored)")):
         rgb = colours[index]

@@ -1,16 +1,21 @@
 """inspect.html: a page with the contents of a data set."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
 
 from segdeconv.classes import Classes, voc_colours
-from segdeconv.data.dataset import DatasetView, FileDataset, Pair, SegmentationDataset
-from segdeconv.data.files.reading import read_image, read_labels
-from segdeconv.data.inspection import MAX_SHOWN, Inspection
+from segdeconv.data import checks
+from segdeconv.data.checks import Finding
+from segdeconv.data.dataset import FileDataset, Pair, SegmentationDataset
+from segdeconv.data.files.finding import describe_skipped, find_files
+from segdeconv.data.files.reading import read_image, read_stored_mask
+from segdeconv.data.inspection import MAX_SHOWN, Inspection, stored_values
 from segdeconv.data.loading import TrainingBatches
 from segdeconv.drawing import draw, html, thumbnails
 from segdeconv.errors import UsageError
@@ -19,6 +24,9 @@ from segdeconv.system.seeding import key
 NUM_SAMPLES = 8
 NUM_RAREST = 4  # number of rarest classes
 IMAGES_PER_CLASS = 2  # images of each of them
+MAX_VALUES = 60  # labels or colours of mask files in the table
+MAX_PICTURED = 24  # of them with a picture
+MAX_SUSPECTS = 4  # files that an error names
 EPOCHS = (0, 1)  # the epochs whose augmentation is shown
 
 Pictures = list[tuple[str, html.Picture]]
@@ -42,6 +50,7 @@ def build_page(
     splits: Sequence[SegmentationDataset],
     inspections: Sequence[Inspection],
     problems: Sequence[str],
+    findings: Sequence[Finding],
     weights: Sequence[float],
     training: TrainingBatches | None,
     *,
@@ -55,6 +64,7 @@ def build_page(
         splits: The splits, train first.
         inspections: The inspection of each split.
         problems: The problems of all splits.
+        findings: What is probably not meant.
         weights: Weight of each class.
         training: The training samples; None if files of train cannot be used.
         seed: Seed of the selection of samples.
@@ -84,11 +94,115 @@ def build_page(
         ignored=sum(inspection.pixels[-1] for inspection in inspections) / sum(totals) if sum(totals) else None,
         weights=list(weights),
         problems=problems,
+        verdict=verdict(problems, findings),
+        findings=findings,
+        inventory=train.inventory,
+        values=_values(splits, inspections),
+        duplicates=[checks.duplicates(inspection) for inspection in inspections],
         suspects=[_problem_entry(problem, splits) for problem in problems[:MAX_SHOWN]],
         rarest=list(_rarest(train, inspections[0], training)) if training else [],
         samples=list(_samples(training, classes, seed)) if training else [],
         command=command,
         configuration=yaml.safe_dump(dict(config), sort_keys=False, width=1000),
+    )
+
+
+def build_failure_page(error: str, root: str | None, *, command: str, config: Mapping[str, Any]) -> str:
+    """Build the page of a data set that cannot be read at all: the error, the files it names, and the files there are.
+
+    Args:
+        error: The error.
+        root: The folder of the data set, if it has one.
+        command: The command that writes the page.
+        config: The config to show.
+
+    Returns:
+        The page as HTML.
+    """
+    folder = Path(root).expanduser() if root else None
+    found = None
+    if folder is not None and folder.is_dir():
+        with suppress(UsageError):  # it says which folder cannot be read, as the error of the page probably does
+            found = find_files(folder)
+    files = [] if found is None else found.files
+    counts = Counter(path.relative_to(folder).parent.as_posix() for path in files) if folder else Counter[str]()
+    return html.render(
+        "inspect_failed.html",
+        error=error,
+        folder=folder,
+        counts=sorted(counts.items()),
+        skipped=describe_skipped(found, folder) if found is not None and folder is not None else [],
+        suspects=[Entry(path.name, "", [*_decoded_file(path)]) for path in sorted(files) if _names_file(error, path)][
+            :MAX_SUSPECTS
+        ],
+        command=command,
+        configuration=yaml.safe_dump(dict(config), sort_keys=False, width=1000),
+    )
+
+
+def verdict(problems: Sequence[str], findings: Sequence[Finding]) -> tuple[bool, str]:
+    """Return whether a data set is fit to train, and a sentence that says so."""
+    refused = sum(finding.refused for finding in findings)
+    warnings = len(findings) - refused
+    reasons = []
+    if problems:
+        reasons.append(f"{len(problems)} {'file' if len(problems) == 1 else 'files'} cannot be used as they are")
+    if refused:
+        reasons.append(f"{refused} {'finding prevents' if refused == 1 else 'findings prevent'} training")
+    noted = f"{warnings} {'warning' if warnings == 1 else 'warnings'}"
+    if reasons:
+        return False, f"Not fit to train: {' and '.join(reasons)}{f'; {noted}' if warnings else ''}."
+    return True, f"Fit to train, with {noted}." if warnings else "Fit to train: nothing conspicuous was found."
+
+
+class Value(NamedTuple):
+    """A row of the table of the labels or colours in mask files.
+
+    Attributes:
+        value: The label or colour.
+        colour: Its colour if it is one.
+        meaning: The name of its class, or `ignored`.
+        pixels, share, images: Pixels, their share of all and images, over all splits.
+        pictures: The image with the most pixels of it, with these pixels marked.
+    """
+
+    value: int | str
+    colour: str | None
+    meaning: str
+    pixels: int
+    share: float
+    images: int
+    pictures: Pictures
+
+
+def _values(splits: Sequence[SegmentationDataset], inspections: Sequence[Inspection]) -> list[Value]:
+    counts: dict[int | str, tuple[int, int, int, SegmentationDataset]] = {}
+    for split, inspection in zip(splits, inspections, strict=True):
+        for entry in inspection.values:
+            pixels, images, place, owner = counts.get(entry.value, (0, 0, entry.largest, split))
+            counts[entry.value] = (pixels + entry.pixels, images + entry.images, place, owner)
+    total = max(1, sum(pixels for pixels, *_ in counts.values()))
+    rows: list[Value] = []
+    for value, (pixels, images, place, owner) in sorted(counts.items(), key=lambda item: -item[1][0])[:MAX_VALUES]:
+        meaning = checks.meaning(owner.stored_classes, value)
+        pictures = list(_marked(owner, place, value)) if len(rows) < MAX_PICTURED else []
+        colour = value if isinstance(value, str) else None
+        rows.append(Value(value, colour, meaning, pixels, pixels / total, images, pictures))
+    return rows
+
+
+def _marked(dataset: SegmentationDataset, place: int, value: int | str) -> Iterator[tuple[str, html.Picture]]:
+    """Yield the mask with the most pixels of a label or colour, these in white on the dimmed image."""
+    files = dataset.unwrapped
+    if not isinstance(files, FileDataset):
+        return
+    mask = read_stored_mask(files.pairs[place].mask, max_pixels=files.max_pixels)
+    values, _ = stored_values(mask, files.classes)
+    marked = values == (value if isinstance(value, int) else int(value[1:], 16))
+    image, shown = thumbnails.smaller(files[place].image, marked.astype(np.uint8))
+    yield (
+        f"{value} in {files.names[place]}",
+        html.picture(np.where(shown[:, :, None] > 0, 255, image // 3).astype(np.uint8)),
     )
 
 
@@ -131,31 +245,46 @@ def _image_and_mask(image: np.ndarray, mask: np.ndarray, classes: Classes, suffi
 def _problem_entry(problem: str, splits: Sequence[SegmentationDataset]) -> Entry:
     """Return a problem with the files it names, as far as they can be decoded."""
     for pair in _pairs(splits):
-        if str(pair.image) in problem or str(pair.mask) in problem:
+        if _names_file(problem, pair.image) or _names_file(problem, pair.mask):
             return Entry(pair.name, problem, [*_decoded(pair)])
     return Entry("", problem, [])
 
 
 def _pairs(splits: Sequence[SegmentationDataset]) -> Iterator[Pair]:
     for split in splits:
-        dataset = split.whole
-        while isinstance(dataset, DatasetView):
-            dataset = dataset.dataset
+        dataset = split.unwrapped
         if isinstance(dataset, FileDataset):
             yield from dataset.pairs
 
 
+def _names_file(message: str, path: Path) -> bool:
+    return f"{path} " in f"{message} " or f"{path}:" in message or f"{path}," in message
+
+
 def _decoded(pair: Pair) -> Iterator[tuple[str, html.Picture]]:
-    """Yield the image and the mask, in a colour per label or as stored; undecodable files are left out."""
-    palette = np.array(voc_colours(256), dtype=np.uint8)
-    with suppress(UsageError):  # reported by the problem
+    """Yield the image and the mask as far as they can be decoded; the problem reports why they cannot."""
+    with suppress(UsageError):
         yield "image", _shrunk(read_image(pair.image, exif="ignore"), few_colours=False)
     with suppress(UsageError):
-        try:
-            picture = palette[read_labels(pair.mask) & 255]
-        except UsageError:
-            picture = read_image(pair.mask, exif="ignore")
-        yield "mask", _shrunk(picture, few_colours=True)
+        yield "mask", _shrunk(_mask_colours(pair.mask), few_colours=True)
+
+
+def _decoded_file(path: Path) -> Iterator[tuple[str, html.Picture]]:
+    """Yield a file as far as it can be decoded; the error of the page reports why it cannot."""
+    with suppress(UsageError):
+        yield "as stored", _shrunk(_mask_colours(path), few_colours=True)
+
+
+def _mask_colours(path: Path) -> np.ndarray:
+    """Return a mask with a colour for each label, or its own colours, (H, W, 3) uint8."""
+    try:
+        mask = read_stored_mask(path)
+    except UsageError:
+        return read_image(path, exif="ignore")
+    if mask.values.ndim == 3:
+        return mask.values
+    colours = mask.palette if mask.palette is not None else np.array(voc_colours(256), dtype=np.uint8)
+    return colours[(mask.values & 255).astype(np.uint8)]
 
 
 def _shrunk(picture: np.ndarray, *, few_colours: bool) -> html.Picture:

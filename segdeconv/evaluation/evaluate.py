@@ -20,7 +20,7 @@ from segdeconv.data.dataset import SegmentationDataset
 from segdeconv.data.loading import EvaluationSamples, evaluation_loader, explain_loader_errors, for_network
 from segdeconv.data.relabelled import in_order_of
 from segdeconv.drawing.thumbnails import Gallery
-from segdeconv.errors import UsageError
+from segdeconv.errors import UsageError, warn
 from segdeconv.evaluation import report
 from segdeconv.evaluation.boundary import Boundaries
 from segdeconv.evaluation.breakdown import Breakdown
@@ -48,6 +48,8 @@ def restore_dataset(checkpoint: Checkpoint, split_name: str) -> SegmentationData
 
     node = check_dataset(checkpoint.config["dataset"])
     dataset = build_split(node, split_name)
+    for line in dataset.warnings:
+        warn(line)
     class_order(
         checkpoint,
         dataset,

@@ -11,8 +11,10 @@ from torch.optim import Optimizer
 from segdeconv.checkpoints import checkpoint, transfer
 from segdeconv.classes import Classes
 from segdeconv.config import build
+from segdeconv.data import checks
 from segdeconv.data.inspection import class_table, inspect_all
 from segdeconv.data.module import DataPipeline, build_pipeline, build_split, normalisation
+from segdeconv.errors import warn
 from segdeconv.losses import build_loss, compute_class_weights
 from segdeconv.models import SegmentationModel, build_model
 from segdeconv.training import resume
@@ -55,7 +57,12 @@ def prepare(config: Mapping[str, Any], *, fresh: bool = False) -> Prepared:
         start = checkpoint.read(config["init_from"], trust=resume.AnyName())
     train_split, val_split = (build_split(config["dataset"], split) for split in ("train", "val"))
     classes = train_split.classes
-    statistics, _ = inspect_all([train_split, val_split])
+    inspections = inspect_all([train_split, val_split])
+    statistics = inspections[0]
+    findings = checks.review([train_split, val_split], inspections)
+    checks.refuse(findings)
+    for finding in findings:
+        warn(finding.message)
     weights = compute_class_weights(config["loss"], statistics.pixels[:-1], statistics.image_pixels[:-1])
     for note in train_split.notes:
         print(note)

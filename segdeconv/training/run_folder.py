@@ -1,6 +1,9 @@
 """The run folder: its lock, and the disk space for its checkpoints."""
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 
 from torch import nn
@@ -10,6 +13,7 @@ from segdeconv.system.files import PARTIAL, lock_folder
 from segdeconv.system.memory import readable
 from segdeconv.training.processes import rank_from_outside
 
+BEFORE_TRAINING = (".lock", "config.yaml", "events.out.tfevents.*")  # files that are written before the first step
 COPIES = 4  # of the weights on disk at most; optimizer state comes on top
 
 _locks: dict[Path, object] = {}  # held by this process until it ends
@@ -32,6 +36,18 @@ def lock_run(run: Path) -> None:
         _locks[run.resolve()] = lock
         for partial in run.glob(f"{PARTIAL}*"):  # from a killed process; the lock ensures that nobody writes them
             partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def discard_if_unused(run: Path) -> Iterator[None]:
+    """Remove the run folder if an exception ends a run that has written nothing but its config and its log."""
+    try:
+        yield
+    except BaseException:
+        files = list(run.iterdir()) if run.is_dir() else []
+        if files and all(any(fnmatch(path.name, pattern) for pattern in BEFORE_TRAINING) for path in files):
+            shutil.rmtree(run, ignore_errors=True)
+        raise
 
 
 def require_run_folder(run: Path) -> None:

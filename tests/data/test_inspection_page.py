@@ -60,7 +60,7 @@ def test_the_page_shows_the_contents_of_the_files(folder):
         assert FILES[0] in names
         assert browser.evaluate("window.hit") is None
         widths = browser.evaluate("[...document.querySelectorAll('main img')].map((image) => image.naturalWidth)")
-        assert len(widths) == 6 * browser.locator(".gallery > li").count()
+        assert len(widths) == 6 * browser.locator(".gallery > li").count() + len(rows(browser, "values"))
         assert min(widths) > 0
         browser.locator(".picture").nth(3).press("Enter")
         assert browser.locator("#viewer").is_visible()

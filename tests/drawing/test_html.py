@@ -35,7 +35,8 @@ def test_a_picture_of_few_colours_is_lossless(size):
 
 def rendered(**content) -> str:
     empty = {"data": "", "classes": (), "notes": (), "splits": (), "shares": (), "absent": (), "ignored": None}
-    others = {"weights": (), "problems": (), "suspects": (), "rarest": (), "samples": (), "configuration": ""}
+    checks = {"verdict": (True, ""), "findings": (), "inventory": (), "values": (), "duplicates": (0,)}
+    others = {**checks, "weights": (), "problems": (), "suspects": (), "rarest": (), "samples": (), "configuration": ""}
 
     class Empty:
         names = labels = colours = ignored_labels = ()
@@ -46,6 +47,7 @@ def rendered(**content) -> str:
 
     class Split:
         bits, mean, split, num_images, sizes, images, std = 8, (), "train", 0, (), (0,), ()
+        formats = flat = ()
 
     content = {**empty, **others, "classes": Empty(), "splits": [Split()], "shares": [[0]], "absent": [[]], **content}
     return html.render("inspect.html", command="", **content)

@@ -1,0 +1,253 @@
+"""Checks of an inspected data set for what is probably not meant."""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from segdeconv.classes import Classes
+from segdeconv.data.dataset import SegmentationDataset
+from segdeconv.data.inspection import Inspection
+from segdeconv.errors import UsageError, command
+
+MANY_IGNORED = 0.25  # share of the pixels
+FEW_PIXELS = 1e-4  # share of the pixels that are not ignored
+NAMED = 3
+IGNORED = "ignored"
+
+
+class Finding(NamedTuple):
+    """Something about a data set that is probably not meant.
+
+    Attributes:
+        message: What, with counts, and the way out.
+        refused: Whether training is refused.
+    """
+
+    message: str
+    refused: bool = False
+
+
+def review(splits: Sequence[SegmentationDataset], inspections: Sequence[Inspection]) -> list[Finding]:
+    """Return the findings about the splits of a data set, those that prevent training first.
+
+    Args:
+        splits: The splits, train first.
+        inspections: The inspection of each.
+    """
+    findings = [Finding(line) for line in dict.fromkeys(line for split in splits for line in split.warnings)]
+    for split, inspection in zip(splits, inspections, strict=True):
+        findings += _ignored(split, inspection)
+    findings += _classes(splits[0], inspections)
+    for split, inspection in zip(splits, inspections, strict=True):
+        findings += _images(split, inspection)
+    findings += _copies(splits, inspections)
+    return sorted(findings, key=lambda finding: not finding.refused)
+
+
+def refuse(findings: Iterable[Finding]) -> None:
+    """Raise the first finding that prevents training.
+
+    Raises:
+        UsageError: There is one.
+    """
+    refused = [finding.message for finding in findings if finding.refused]
+    if refused:
+        more = f" (and {len(refused) - 1} more: {command('inspect_data')} lists them)" if refused[1:] else ""
+        raise UsageError(refused[0] + more)
+
+
+def _classes(dataset: SegmentationDataset, inspections: Sequence[Inspection]) -> list[Finding]:
+    """Return findings about classes without pixels, or with few."""
+    names = dataset.classes.names
+    pixels = [sum(inspection.pixels[index] for inspection in inspections) for index in range(len(names))]
+    absent = [name for name, count in zip(names, pixels, strict=True) if not count]
+    findings = []
+    if absent:
+        one = len(absent) == 1
+        subject = f"class{'' if one else 'es'} {_listed(absent)} {'has' if one else 'have'} no pixel"
+        ignored = _ignored_values(dataset.stored_classes, inspections)
+        if dataset.own_classes and ignored:
+            value, count = ignored[0]
+            total = sum(count for _, count in ignored)
+            findings.append(
+                Finding(
+                    f"{subject}, while {count} pixels ({_share(count, inspections)}) are {value}"
+                    f"{f' and {total - count} others are ignored too' if total > count else ''}, which is ignored - if "
+                    f"{value} is meant, write '{absent[0]}: {value}' in classes.yaml; otherwise remove the class, or "
+                    "set dataset.absent_classes=allow",
+                    refused=True,
+                )
+            )
+        else:
+            findings.append(
+                Finding(
+                    f"{subject} in {_names(inspections)}, so it is neither learned nor scored - check the masks, or "
+                    "remove it with dataset.label_map"
+                )
+            )
+    for inspection in inspections:
+        missing = [
+            name for name, count, total in zip(names, inspection.pixels, pixels, strict=False) if total and not count
+        ]
+        if missing and sum(inspection.pixels[:-1]):
+            findings.append(
+                Finding(
+                    f"{inspection.split}: no pixel of {_listed(missing)}, which other splits have - choose other splits"
+                )
+            )
+    labelled = sum(pixels)
+    few = [(name, count) for name, count in zip(names, pixels, strict=True) if 0 < count < FEW_PIXELS * labelled]
+    if few:
+        counts = _listed([f"{name} ({count} pixel{'s'[: count > 1]})" for name, count in few])
+        findings.append(
+            Finding(
+                f"classes with fewer than {FEW_PIXELS:.2%} of the pixels: {counts} - check that they are meant; "
+                "dataset.label_map can merge or ignore them"
+            )
+        )
+    return findings
+
+
+def _ignored_values(classes: Classes, inspections: Sequence[Inspection]) -> list[tuple[int | str, int]]:
+    """Return the labels or colours of the mask files that are ignored, with their pixels, the most frequent first."""
+    counts: dict[int | str, int] = {}
+    for inspection in inspections:
+        for entry in inspection.values:
+            if meaning(classes, entry.value) == IGNORED:
+                counts[entry.value] = counts.get(entry.value, 0) + entry.pixels
+    return sorted(counts.items(), key=lambda item: -item[1])
+
+
+def describe_classes(inspections: Sequence[Inspection], splits: Sequence[SegmentationDataset]) -> dict[str, str]:
+    """Return a remark for each class of the mask files: its pixels, and an image with many of them."""
+    classes = splits[0].stored_classes
+    remarks = {}
+    for name in classes.names:
+        entries = [
+            (entry, split)
+            for inspection, split in zip(inspections, splits, strict=True)
+            for entry in inspection.values
+            if meaning(classes, entry.value) == name
+        ]
+        if entries:
+            pixels, images = (sum(values) for values in zip(*((e.pixels, e.images) for e, _ in entries), strict=True))
+            entry, split = max(entries, key=lambda item: item[0].pixels)
+            remarks[name] = f"{pixels} pixels in {images} images, such as {split.whole.names[entry.largest]}"
+    return remarks
+
+
+def meaning(classes: Classes, value: int | str) -> str:
+    """Return the name of the class of a label or colour ('#rrggbb') in a mask file, or IGNORED."""
+    if isinstance(value, int):
+        return classes.names[classes.labels.index(value)] if value in classes.labels else IGNORED
+    colours = [f"#{red:02x}{green:02x}{blue:02x}" for red, green, blue in classes.colours]
+    return classes.names[colours.index(value)] if value in colours else IGNORED
+
+
+def _ignored(dataset: SegmentationDataset, inspection: Inspection) -> list[Finding]:
+    """Return findings about ignored pixels."""
+    total, split = sum(inspection.pixels), inspection.split
+    if not total:
+        return []
+    if not sum(inspection.pixels[:-1]):
+        return [
+            Finding(
+                f"{split}: every pixel of its {inspection.num_images} masks is ignored, so there is nothing to "
+                f"{'learn' if split == 'train' else 'score'} - correct the masks or the classes",
+                refused=True,
+            )
+        ]
+    findings = []
+    share = inspection.pixels[-1] / total
+    if share > MANY_IGNORED:
+        findings.append(
+            Finding(f"{split}: {inspection.pixels[-1]} pixels ({share:.1%}) are ignored - check that this is meant")
+        )
+    if inspection.empty:
+        findings.append(
+            Finding(
+                f"{split}: every pixel is ignored in {_images_named(dataset, inspection.empty)} - label or remove them"
+            )
+        )
+    return findings
+
+
+def _images(dataset: SegmentationDataset, inspection: Inspection) -> list[Finding]:
+    """Return findings about the image files."""
+    findings, split = [], inspection.split
+    deep = sum(count for bits, _, _, count in inspection.formats if bits > 8)
+    if inspection.flat:
+        way_out = (
+            f"set dataset.channels={_channels(inspection)} to read them as they are stored" if deep else "check them"
+        )
+        findings.append(
+            Finding(f"{split}: hardly any contrast in {_images_named(dataset, inspection.flat)} - {way_out}")
+        )
+    if deep:
+        findings.append(
+            Finding(
+                f"{split}: {deep} image{'s have' if deep > 1 else ' has'} more than 8 bit, of which the upper 8 are "
+                f"read - dataset.channels={_channels(inspection)} reads them as they are stored"
+            )
+        )
+    for channels in sorted({channels for _, channels, alpha, _ in inspection.formats if channels > 3 and not alpha}):
+        count = sum(number for _, other, alpha, number in inspection.formats if other == channels and not alpha)
+        findings.append(
+            Finding(
+                f"{split}: {count} image{'s have' if count > 1 else ' has'} {channels} channels, of which 3 are read - "
+                f"dataset.channels={channels} reads all"
+            )
+        )
+    transparent = sum(count for _, _, alpha, count in inspection.formats if alpha)
+    if transparent:
+        findings.append(
+            Finding(
+                f"{split}: {transparent} image{'s have' if transparent > 1 else ' has'} an alpha channel; transparent "
+                "pixels are blended with black - save the images without it"
+            )
+        )
+    return findings
+
+
+def _channels(inspection: Inspection) -> int:
+    return max(channels for bits, channels, _, _ in inspection.formats if bits > 8)
+
+
+def _copies(splits: Sequence[SegmentationDataset], inspections: Sequence[Inspection]) -> list[Finding]:
+    """Return a finding for each two splits that have identical images in different files."""
+    findings = []
+    for index, (split, inspection) in enumerate(zip(splits, inspections, strict=True)):
+        for earlier, other in zip(splits[:index], inspections[:index], strict=True):
+            known = set(other.digests)
+            same = [place for place, digest in enumerate(inspection.digests) if digest in known]
+            if same:
+                findings.append(
+                    Finding(
+                        f"{split.split}: {len(same)} of {inspection.num_images} images are pixel for pixel in "
+                        f"{earlier.split} too ({_listed([split.whole.names[place] for place in same])}), so that its "
+                        "scores are too good - remove the copies"
+                    )
+                )
+    return findings
+
+
+def duplicates(inspection: Inspection) -> int:
+    """Return the number of images of a split that are pixel for pixel an earlier image of it."""
+    return len(inspection.digests) - len(set(inspection.digests))
+
+
+def _images_named(dataset: SegmentationDataset, places: Sequence[int]) -> str:
+    names = dataset.whole.names
+    return f"{len(places)} of {len(names)} images ({_listed([names[place] for place in places])})"
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f", and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(f"'{name}'" if name.strip() != name else name for name in names[:NAMED]) + more
+
+
+def _names(inspections: Sequence[Inspection]) -> str:
+    return " and ".join(inspection.split for inspection in inspections)
+
+
+def _share(count: int, inspections: Sequence[Inspection]) -> str:
+    return f"{count / max(1, sum(sum(inspection.pixels) for inspection in inspections)):.1%}"

@@ -1,0 +1,347 @@
+"""Folders as people bring them: what is read, what is said in a line, and what is refused."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+
+from segdeconv.data import Folder
+from segdeconv.data.checks import review
+from segdeconv.data.inspection import inspect
+from segdeconv.errors import UsageError
+
+SIZE = (24, 32)
+NUM = 6
+RED, GREEN, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 0)
+
+
+def scene(seed: int, labels: int = 3) -> tuple[np.ndarray, np.ndarray]:
+    """Return noise and a mask with a rectangle per label above 0."""
+    random = np.random.default_rng(seed)
+    mask = np.zeros(SIZE, np.uint8)
+    for label in range(1, labels):
+        mask[4 * label : 4 * label + 3, 2 + seed : 12 + seed] = label
+    return random.integers(0, 255, (*SIZE, 3)).astype(np.uint8), mask
+
+
+def folder(
+    root: Path,
+    mask: Callable[[np.ndarray, int], Image.Image] = lambda mask, _: Image.fromarray(mask),
+    *,
+    labels: int = 3,
+    image_name: str = "images/{}.png",
+    mask_name: str = "masks/{}.png",
+    classes: str | None = None,
+) -> str:
+    for index in range(NUM):
+        image, labels_ = scene(index, labels)
+        for name, picture in ((image_name, Image.fromarray(image)), (mask_name, mask(labels_, index))):
+            path = root / name.format(f"s{index:02d}")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(path)
+    if classes is not None:
+        (root / "classes.yaml").write_text(classes)
+    return str(root)
+
+
+def levels(*values: int) -> Callable[[np.ndarray, int], Image.Image]:
+    return lambda mask, _: Image.fromarray(np.array(values, np.uint8)[mask])
+
+
+def with_palette(*palettes: tuple[tuple[int, int, int], ...]) -> Callable[[np.ndarray, int], Image.Image]:
+    """Return a writer of palette masks, whose palettes take turns: red is label 1 of `scene`, green 2."""
+
+    def make(mask: np.ndarray, index: int) -> Image.Image:
+        palette = palettes[index % len(palettes)]
+        table = np.array([palette.index(colour) for colour in (BLACK, RED, GREEN)], np.uint8)
+        picture = Image.fromarray(table[mask]).convert("P")
+        picture.putdata(table[mask].ravel().tolist())
+        picture.putpalette([channel for colour in palette for channel in colour])
+        return picture
+
+    return make
+
+
+def findings(root: str, **settings: object) -> list[tuple[str, bool]]:
+    splits = [Folder(split, root, **settings) for split in ("train", "val")]
+    inspections = [inspect(split, use_cache=False) for split in splits]
+    assert not any(inspection.problems for inspection in inspections)
+    return [(finding.message, finding.refused) for finding in review(splits, inspections)]
+
+
+def by_name(root: str, **settings: object) -> dict[str, np.ndarray]:
+    splits = [Folder(split, root, **settings) for split in ("train", "val")]
+    return {split.names[index]: split[index].mask for split in splits for index in range(len(split))}
+
+
+# Labels that are 255 by accident, and levels of grey
+
+
+@pytest.mark.parametrize("classes", ["[ground, thing]", "ground: 0\nthing: 1\n", "ground: 0\nthing: 1\nignore: 255\n"])
+def test_a_named_class_without_pixels_while_others_are_ignored_is_refused(tmp_path: Path, classes: str) -> None:
+    root = folder(tmp_path, levels(0, 255), labels=2, classes=classes)
+    (message, refused), *_ = findings(root)
+    assert refused
+    assert message.startswith("class thing has no pixel, while 180 pixels (3.9%) are 255, which is ignored")
+    assert "write 'thing: 255' in classes.yaml" in message
+    assert not any(refused for _, refused in findings(root, absent_classes="allow"))
+
+
+def test_a_class_without_pixels_is_a_warning_if_nothing_is_ignored(tmp_path: Path) -> None:
+    found = findings(folder(tmp_path, classes="[a, b, c, ghost]"))
+    assert [refused for _, refused in found] == [False]
+    assert found[0][0].startswith("class ghost has no pixel in train and val")
+
+
+@pytest.mark.parametrize(
+    ("values", "names", "line"),
+    [
+        ((0, 255, 255), ("background", "foreground"), None),
+        ((0, 128, 255), ("class_0", "class_128", "class_255"), "the labels 0, 128, 255 are read as 3 classes"),
+        ((0, 1, 255), ("class_0", "class_1"), "label 255 (180 pixels in 6 masks, 3.91% of all) is ignored"),
+        ((7, 11, 26), ("class_7", "class_11", "class_26"), None),
+    ],
+)
+def test_whether_255_is_a_class_is_decided_by_the_other_labels_and_said(
+    tmp_path: Path, values: tuple[int, ...], names: tuple[str, ...], line: str | None
+) -> None:
+    root = folder(tmp_path, levels(*values))
+    assert Folder("train", root).classes.names == names
+    warnings = Folder("train", root).warnings
+    assert [line in warning for warning in warnings] == [True] if line else not warnings
+
+
+def test_levels_between_two_others_come_from_interpolation_and_are_refused(tmp_path: Path) -> None:
+    def smoothed(mask: np.ndarray, _: int) -> Image.Image:
+        grey = mask.astype(int) * 255
+        grey[:-1] = (grey[:-1] + grey[1:]) // 2
+        return Image.fromarray(grey.astype(np.uint8))
+
+    with pytest.raises(UsageError, match=r"\.png has label 127 \(.*\) only where 0 meets 255: the masks were"):
+        Folder("train", folder(tmp_path, smoothed, labels=2))
+
+
+@pytest.mark.parametrize(("nodata", "dtype"), [(-9999, np.int32), (-1, np.int32), (65535, np.uint16)])
+def test_labels_without_data_are_refused_with_their_way_out(tmp_path: Path, nodata: int, dtype: type) -> None:
+    root = folder(tmp_path)
+    for path in (tmp_path / "masks").iterdir():
+        mask = np.array(Image.open(path)).astype(dtype)
+        path.unlink()
+        tifffile.imwrite(path.with_suffix(".tif"), np.where(mask == 2, dtype(nodata), mask))
+    message = rf"has label {nodata} \(180 pixels in 6 masks\).* write a classes.yaml with .* and 'ignore: {nodata}'"
+    with pytest.raises(UsageError, match=message):
+        Folder("train", root)
+    (tmp_path / "classes.yaml").write_text(f"a: 0\nb: 1\nignore: {nodata}\n")
+    assert {int(value) for mask in by_name(root).values() for value in np.unique(mask)} == {0, 1, 255}
+
+
+# Colours
+
+
+def test_palettes_that_differ_are_read_through_their_colours(tmp_path: Path) -> None:
+    root = folder(tmp_path, with_palette((BLACK, RED, GREEN), (BLACK, GREEN, RED)))
+    assert Folder("train", root).classes.colours == (BLACK, GREEN, RED)
+    assert "their palettes give label 1 different colours" in Folder("train", root).warnings[0]
+    for name, mask in by_name(root).items():
+        np.testing.assert_array_equal(mask, np.array([0, 2, 1])[scene(int(name[1:]))[1]])
+
+
+def test_the_colours_of_a_table_decide_for_palette_masks(tmp_path: Path) -> None:
+    table = "ground: [0, 0, 0]\ngreen: [0, 255, 0]\nred: [255, 0, 0]\n"
+    root = folder(tmp_path, with_palette((BLACK, RED, GREEN)), classes=table)
+    for name, mask in by_name(root).items():
+        np.testing.assert_array_equal(mask, np.array([0, 2, 1])[scene(int(name[1:]))[1]])
+    (tmp_path / "classes.yaml").write_text("ground: 0\nred: 1\ngreen: 2\n")  # labels decide if the table has labels
+    for name, mask in by_name(root).items():
+        np.testing.assert_array_equal(mask, scene(int(name[1:]))[1])
+
+
+def test_palettes_that_differ_without_telling_labels_apart_are_refused(tmp_path: Path) -> None:
+    def make(mask: np.ndarray, index: int) -> Image.Image:
+        picture = Image.fromarray(mask).convert("P")
+        picture.putdata(mask.ravel().tolist())
+        picture.putpalette([0, 0, 0, 255, 0, 0, 255 * (index % 2), 0, 0])
+        return picture
+
+    with pytest.raises(UsageError, match=r"masks .*\.png and .*\.png have different colours for label 2"):
+        Folder("train", folder(tmp_path, make))
+
+
+def test_labels_stored_as_three_equal_channels_are_labels(tmp_path: Path) -> None:
+    root = folder(tmp_path, lambda mask, _: Image.fromarray(np.dstack([mask] * 3)))
+    assert Folder("train", root).classes.names == ("class_0", "class_1", "class_2")
+    assert "three equal channels, which are read as labels" in Folder("train", root).warnings[0]
+    (tmp_path / "classes.yaml").write_text("[a, b, c]")
+    for name, mask in by_name(root).items():
+        np.testing.assert_array_equal(mask, scene(int(name[1:]))[1])
+
+
+def test_labels_in_the_alpha_channel_are_named(tmp_path: Path) -> None:
+    def make(mask: np.ndarray, _: int) -> Image.Image:
+        return Image.fromarray(np.dstack([np.zeros((*SIZE, 3), np.uint8), mask * 100]))
+
+    with pytest.raises(UsageError, match=r"its alpha channel has the values 0, 100, 200; .* - save the alpha channel"):
+        Folder("train", folder(tmp_path, make))
+
+
+def test_many_rare_colours_are_refused_as_interpolation(tmp_path: Path) -> None:
+    def make(mask: np.ndarray, index: int) -> Image.Image:
+        colours = np.array([BLACK, RED, GREEN], np.uint8)[mask]
+        colours[0, : 2 + index] = [(9, index, shade) for shade in range(2 + index)]
+        return Image.fromarray(colours)
+
+    with pytest.raises(UsageError, match=r"one of 27 colours of 30 with fewer than 0\.1% of all pixels each"):
+        Folder("train", folder(tmp_path, make))
+
+
+# Names, splits and lists
+
+
+@pytest.mark.parametrize(
+    ("image_name", "mask_name", "said"),
+    [
+        ("images/{}.jpg", "masks/{}.jpg.png", False),
+        ("images/{}.png", "masks/{}_mask.png", False),
+        ("images/img_{}.png", "masks/mask_{}.png", True),
+        ("images/{}.png", "masks/{}_L.png", True),
+        ("images/a/x_{}_rgb.png", "masks/a/x_{}_ids.png", True),
+    ],
+)
+def test_masks_are_matched_where_their_names_are_unambiguous(
+    tmp_path: Path, image_name: str, mask_name: str, said: bool
+) -> None:
+    root = folder(tmp_path, image_name=image_name, mask_name=mask_name)
+    data = Folder("train", root)
+    assert ["matched to images by the part in which" in line for line in data.warnings] == [True] * said
+    for pair in data.pairs:
+        number = int(pair.image.name.replace("s", "").removeprefix("img_").removeprefix("x_")[:2])
+        np.testing.assert_array_equal(np.array(Image.open(pair.mask)), scene(number)[1])
+
+
+def test_names_that_differ_in_a_number_are_not_matched(tmp_path: Path) -> None:
+    folder(tmp_path)
+    for index, path in enumerate(sorted((tmp_path / "masks").iterdir())):
+        path.rename(path.with_name(f"t2{index}_seg2.png"))
+    with pytest.raises(
+        UsageError, match=r"s00\.png has no mask \(and 5 more .* nearest names are t2._seg2\.png, .*mask_name"
+    ):
+        Folder("train", str(tmp_path))
+
+
+def test_mask_name_names_the_mask_of_an_image(tmp_path: Path) -> None:
+    root = folder(tmp_path, mask_name="masks/9{}_L.png")
+    Image.new("L", SIZE[::-1]).save(tmp_path / "masks" / "s00.png")
+    data = Folder("train", root, mask_name="9{}_L")
+    assert all(pair.mask.name == f"9{pair.name}_L.png" for pair in data.pairs)
+    assert data.warnings == (
+        f"{tmp_path / 'masks'}: left out 1 mask (s00.png) without an image - add the images, or remove them",
+    )
+    with pytest.raises(UsageError, match=r"dataset\.mask_name=_L has no single {}"):
+        Folder("train", root, mask_name="_L")
+
+
+@pytest.mark.parametrize(("train", "val"), [("train", "val"), ("training", "validation"), ("train", "valid")])
+@pytest.mark.parametrize("inside", [True, False])
+def test_folders_of_splits_are_honoured_in_both_orders(tmp_path: Path, inside: bool, train: str, val: str) -> None:
+    root = folder(tmp_path)
+    for kind in ("images", "masks"):
+        for path in list((tmp_path / kind).iterdir()):
+            split = train if path.stem < "s04" else val
+            target = tmp_path / (f"{kind}/{split}" if inside else f"{split}/{kind}")
+            target.mkdir(parents=True, exist_ok=True)
+            path.rename(target / path.name)
+        if not inside:
+            (tmp_path / kind).rmdir()
+    assert [Folder(split, root).names for split in ("train", "val")] == [["s00", "s01", "s02", "s03"], ["s04", "s05"]]
+    if inside:
+        Image.new("RGB", SIZE[::-1]).save(tmp_path / "images" / "loose.png")
+        unused = f"left out 1 image (loose.png) in none of the folders {train}, {val} - move"
+        assert unused in Folder("train", root).warnings[0]
+
+
+PATHS = ["{0}", "{0}.png", "images/{0}.png", "{root}/images/{0}.png"]
+LINES = [*PATHS, "images/{0}.png masks/{0}.png", "images/{0}.png,masks/{0}.png"]
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_lists_name_images_or_pairs_and_unlisted_images_are_counted(tmp_path: Path, line: str) -> None:
+    root = folder(tmp_path)
+    for split, numbers in (("train", range(3)), ("val", (4, 5))):
+        text = "".join(line.format(f"s{number:02d}", root=tmp_path) + "\n" for number in numbers)
+        (tmp_path / f"{split}.txt").write_text(text)
+    assert Folder("train", root).names == ["s00", "s01", "s02"]
+    assert Folder("val", root).names == ["s04", "s05"]
+    assert "left out 1 image (s03.png) in no list - add them to a list" in Folder("val", root).warnings[0]
+
+
+def test_lists_of_pairs_need_no_names_in_common_nor_an_images_folder(tmp_path: Path) -> None:
+    root = folder(tmp_path, image_name="photos/{}.png", mask_name="truth/t_{}.png")
+    for split, numbers in (("train", range(4)), ("val", (4, 5))):
+        lines = [f"photos/s{number:02d}.png truth/t_s{number:02d}.png\n" for number in numbers]
+        (tmp_path / f"{split}.txt").write_text("".join(lines))
+    for name, mask in by_name(root).items():
+        np.testing.assert_array_equal(mask, scene(int(name[-2:]))[1])
+
+
+def test_links_are_followed_and_hidden_folders_and_other_files_are_counted(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    folder(elsewhere)
+    root = tmp_path / "mine"
+    for kind in ("images", "masks"):
+        (root / kind).mkdir(parents=True)
+        os.symlink(elsewhere / kind, root / kind / "sequence")
+    (root / "images" / ".ipynb_checkpoints").mkdir()
+    Image.new("RGB", SIZE[::-1]).save(root / "images" / ".ipynb_checkpoints" / "s00-checkpoint.png")
+    (root / "images" / "notes.docx").touch()
+    data = Folder("train", str(root))
+    assert len(data) + len(Folder("val", str(root))) == NUM
+    assert data.names[0].startswith("sequence/")
+    hidden, other = data.warnings
+    assert "1 file with hidden names or in hidden or system folders is left out (.ipynb_checkpoints: 1)" in hidden
+    assert "1 file with other endings is left out (.docx: 1)" in other
+
+
+# Images
+
+
+def test_copies_of_train_images_in_val_are_counted(tmp_path: Path) -> None:
+    root = folder(tmp_path)
+    for kind in ("images", "masks"):
+        Image.open(tmp_path / kind / "s00.png").save(tmp_path / kind / "copy.bmp")
+    (tmp_path / "train.txt").write_text("s00\ns01\ns02\ns03\n")
+    (tmp_path / "val.txt").write_text("copy\ns04\n")
+    messages = [message for message, _ in findings(root)]
+    assert "val: 1 of 2 images are pixel for pixel in train too (copy)" in messages[-1]
+
+
+def test_images_without_contrast_and_deeper_images_are_counted(tmp_path: Path) -> None:
+    root = folder(tmp_path)
+    for index in range(NUM):
+        twelve_bit = (scene(index)[0][..., 0].astype(np.uint16) * 16) >> (index == 0)
+        Image.fromarray(twelve_bit).save(tmp_path / "images" / f"s{index:02d}.png")
+    text = "\n".join(message for message, refused in findings(root) if not refused)
+    assert "hardly any contrast in" in text
+    assert "images have more than 8 bit, of which the upper 8 are read - dataset.channels=1 reads them" in text
+    assert not findings(root, channels=1)
+
+
+def test_ignored_pixels_are_a_finding_if_they_are_many_or_all(tmp_path: Path) -> None:
+    def make(mask: np.ndarray, index: int) -> Image.Image:
+        return Image.fromarray(np.where((mask == 0) & (index > 3), 255, mask).astype(np.uint8))
+
+    root = folder(tmp_path, make)
+    (tmp_path / "train.txt").write_text("s00\ns01\ns04\ns05\n")
+    (tmp_path / "val.txt").write_text("s02\ns03\n")
+    assert any("train: 1416 pixels (46.1%) are ignored - check" in message for message, _ in findings(root))
+    for name in ("s02", "s03", "s04"):
+        Image.new("L", SIZE[::-1], 255).save(tmp_path / "masks" / f"{name}.png")
+    found = findings(root)
+    assert found[0][1]
+    assert found[0][0].startswith("val: every pixel of its 2 masks is ignored, so there is nothing to score")
+    assert any("train: every pixel is ignored in 1 of 4 images (s04)" in message for message, _ in found)
