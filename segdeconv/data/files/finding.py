@@ -18,6 +18,7 @@ SYSTEM_FOLDERS = frozenset(
     }
 )  # fmt: skip
 SYSTEM_FILES = frozenset({"desktop.ini", "ehthumbs.db", "thumbs.db"})
+ENDINGS = tuple(SUFFIXES)
 MAX_KINDS = 8  # of folders or endings that one message names
 
 
@@ -60,7 +61,7 @@ def find_files(folder: Path) -> Found:
     """Find the image files of a folder and its sub-folders, following links to files and folders.
 
     The ending of a name decides, in upper or lower case. A dangling link with the ending of an image counts as a file,
-    so that reading it gives the exact error.
+    so that reading it gives the exact error, and so does an empty folder with such a name.
 
     Raises:
         UsageError: The folder, or a visible folder inside it, cannot be read; the message names it.
@@ -74,6 +75,8 @@ def find_files(folder: Path) -> Found:
             stack.pop()
         elif inner := _sort_in(entries.pop(), parent, found):
             stack.append((inner, _entries(inner)))
+            if not stack[-1][1] and not inner.hidden and inner.path.lower().endswith(ENDINGS):
+                found.files.append(Path(inner.path))  # reading it says that it is a folder
     return found
 
 
