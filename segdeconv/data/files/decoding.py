@@ -1,18 +1,28 @@
 """Decoding of untrusted image and array files. No other module opens them."""
 
 import errno
+import io
+import logging
+import os
+import re
 import stat
 import struct
-from contextlib import suppress
+import sys
+import threading
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from PIL import (  # noqa: F401
     BmpImagePlugin,
+    GifImagePlugin,
     Image,
     JpegImagePlugin,
     PngImagePlugin,
+    PpmImagePlugin,
     TiffImagePlugin,
     UnidentifiedImageError,
     WebPImagePlugin,
@@ -22,11 +32,19 @@ from segdeconv.errors import UsageError
 
 # Pillow's other formats (EPS, PSD, FITS, ...) would add parsers for hostile files, but no data sets. The modules
 # imported above register these formats.
-FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")
+FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF", "PPM")
 ORIENTATION = 0x0112  # EXIF tag; value 1 is upright
-SAMPLES = 0x0115  # TIFF tag: channels
+SAMPLES, BITS, PLANES = 0x0115, 0x0102, 0x011C  # TIFF tags: channels, bits of each, planar configuration
+SUBFILE = 0x00FE  # TIFF tag: the kind of a page
+REDUCED, MASK = 1, 4  # bits of SUBFILE: a smaller copy (overview), a transparency mask
+SUBPAGES = 0x014A  # TIFF tag: pages inside a page
+MAX_COLOUR_CHANNELS = 4
 NPY = b"\x93NUMPY"
+PNG = b"\x89PNG\r\n\x1a\n"
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+NETPBM = (b"P4", b"P5", b"P6")  # not the formats of text and of floats, which Pillow's plugin would read too
+METADATA = (b"iTXt", b"tEXt", b"zTXt", b"iCCP")  # PNG chunks
+MAX_XMP = 4 << 20  # bytes of XMP that are searched for the orientation
 
 
 def first_bytes(path: Path, count: int = 32) -> bytes:
@@ -64,6 +82,8 @@ def require_size(path: Path, width: int, height: int, max_pixels: int) -> None:
     Raises:
         UsageError: The image has more than `max_pixels` pixels.
     """
+    if width < 1 or height < 1:
+        raise damaged(path, f"a size of {width}x{height} pixels")
     if width * height > max_pixels:
         raise UsageError(
             f"{path} has {width}x{height} pixels, more than {max_pixels} - shrink it or raise dataset.max_pixels"
@@ -75,6 +95,8 @@ def _opened(file: IO[bytes]) -> Image.Image:
     start = file.read(16)
     for name in FORMATS:
         factory, accept = Image.OPEN[name]
+        if name == "PPM" and not start.startswith(NETPBM):
+            continue
         if accept is None or accept(start) is True:
             file.seek(0)
             with suppress(SyntaxError, IndexError, TypeError, struct.error):  # not of this format
@@ -85,7 +107,9 @@ def _opened(file: IO[bytes]) -> Image.Image:
 def header_pixels(path: Path) -> int:
     """Return the number of pixels that an image's header states, or 0 if the header cannot be read."""
     try:
-        first_bytes(path, 0)
+        if (start := first_bytes(path)).startswith(PNG):
+            width, height = struct.unpack(">II", start[16:24])
+            return int(width * height)
         with path.open("rb") as file:
             image = _opened(file)
             return image.width * image.height
@@ -99,40 +123,33 @@ def damaged(path: Path, error: object) -> UsageError:
     return UsageError(f"{path} is damaged and cannot be decoded ({reason}) - restore or remove it")
 
 
-def open_image(path: Path, max_pixels: int) -> tuple[Image.Image, int]:
+def open_image(path: Path, max_pixels: int, *, decode: bool = True) -> tuple[Image.Image, int]:
     """Decode an image as it is stored.
+
+    Args:
+        path: The image file.
+        max_pixels: Largest number of pixels that is decoded.
+        decode: Whether to decode the pixels, or to read the header only.
 
     Returns:
         The image and its EXIF orientation, 1..8.
 
     Raises:
-        UsageError: The file cannot be read or decoded, is an animation, has more than `max_pixels` pixels, or has
+        UsageError: The file cannot be read or decoded, holds several images, has more than `max_pixels` pixels, or has
             channels that Pillow would drop.
     """
     start = first_bytes(path)
     try:
         with path.open("rb") as file:
-            image = _opened(file)
-            require_size(path, image.width, image.height, max_pixels)
-            frames = getattr(image, "n_frames", 1)
-            if frames > 1 and image.format != "MPO":  # MPO: a phone's photo with its depth map
-                raise UsageError(f"{path} is an animation of {frames} frames - save the intended frame as an image")
-            stored = valid_orientation(image.getexif().get(ORIENTATION, 1))
-            if stored != 1:
-                image.getexif()[ORIENTATION] = 1  # otherwise Pillow rotates TIFFs, and no other format, while loading
-            samples = getattr(image, "tag_v2", {}).get(SAMPLES, 1)
-            if len(image.getbands()) == 1 < samples:  # Pillow would silently return only the first
-                raise UsageError(
-                    f"{path} has {samples} channels but is not a colour image - set dataset.channels=N to read them as "
-                    "they are stored"
-                )
-            image.load()
+            try:
+                return _decoded(path, file, max_pixels, decode)
+            except ValueError as error:
+                if not (start.startswith(PNG) and "MAX_TEXT" in str(error)):
+                    raise
+            return _decoded(path, _without_metadata(file), max_pixels, decode)
     except UnidentifiedImageError:
         if start[:4] in TIFF:
-            raise UsageError(
-                f"{path} is a TIFF that is truncated or not an 8-bit colour image - set dataset.channels=N to read its "
-                "channels as they are stored"
-            ) from None
+            raise _unsupported_tiff(path) from None
         raise UsageError(
             f"{path} is not an image (empty, truncated or another format) - supported formats are {', '.join(FORMATS)}"
         ) from None
@@ -142,7 +159,213 @@ def open_image(path: Path, max_pixels: int) -> tuple[Image.Image, int]:
         raise
     except Exception as error:  # Pillow raises many types for a damaged file
         raise damaged(path, error) from error
+
+
+def _decoded(path: Path, file: IO[bytes], max_pixels: int, decode: bool) -> tuple[Image.Image, int]:
+    image = _opened(file)
+    require_size(path, image.width, image.height, max_pixels)
+    _require_one_image(path, image)
+    require_size(path, image.width, image.height, max_pixels)  # of the page of a TIFF that is read
+    stored = valid_orientation(image.getexif().get(ORIENTATION, 1))
+    if stored != 1:
+        image.getexif()[ORIENTATION] = 1  # otherwise Pillow rotates TIFFs, and no other format, while loading
+    if image.format == "TIFF":
+        _require_channels_of_tiff(path, image)
+    if decode:
+        image.load()
     return image, stored
+
+
+def _require_one_image(path: Path, image: Any) -> None:
+    """Go to the only image of a file; a TIFF may hold smaller copies and transparency masks of it too."""
+    if image.format == "TIFF":
+        _seek_only_page(path, image)
+    elif image.format != "MPO" and (frames := getattr(image, "n_frames", 1)) > 1:
+        # MPO: a phone's photo with its depth map
+        raise UsageError(f"{path} is an animation of {frames} frames - save the intended frame as an image")
+
+
+def _seek_only_page(path: Path, image: Any) -> None:
+    pages, number = [], 0
+    while image.is_animated or number == 0:
+        try:
+            image.seek(number)
+        except EOFError:
+            break
+        except (SyntaxError, TypeError, ValueError, KeyError):  # Pillow cannot decode this page, but has read its tags
+            if image.tell() != number:
+                raise
+        if is_image_page(image.tag_v2.get(SUBFILE, 0), image.tag_v2.get(SUBPAGES), alone=not image.is_animated):
+            pages.append(number)
+        number += 1
+    if len(pages) != 1:
+        raise several_images(path, len(pages))
+    image.seek(pages[0])
+
+
+def is_image_page(kind: int, inner: object, *, alone: bool) -> bool:
+    """Return True if a page of a TIFF is an image, and not a smaller copy (overview) or a transparency mask.
+
+    Args:
+        kind: The tag SUBFILE.
+        inner: The tag SUBPAGES. A smaller copy with pages inside it is a camera's thumbnail.
+        alone: Whether the file has no other page, so that the mark of a copy has no meaning.
+    """
+    return not kind & (REDUCED | MASK) or (alone and not inner)
+
+
+def several_images(path: Path, count: int) -> UsageError:
+    """Return the error for a TIFF with several images, or with smaller copies only."""
+    what = f"{count} images - save the intended one" if count else "only smaller copies of an image - save the image"
+    return UsageError(f"{path} holds {what} as a file of its own")
+
+
+def _require_channels_of_tiff(path: Path, image: Any) -> None:
+    """Refuse channels that Pillow would drop silently, and let it return the others as they are stored."""
+    samples = image.tag_v2.get(SAMPLES, 1)
+    if len(image.getbands()) == 1 < samples:
+        raise UsageError(
+            f"{path} has {samples} channels but is not a colour image - set dataset.channels=N to read them as "
+            "they are stored"
+        )
+    if samples > MAX_COLOUR_CHANNELS:
+        raise UsageError(f"{path} has {samples} channels - set dataset.channels={samples} to read them as stored")
+    bits = image.tag_v2.get(BITS, (8,))
+    if samples > 1 and image.tag_v2.get(PLANES) == 2 and max(bits) > 8:  # Pillow would read every second byte
+        raise UsageError(f"{path} has channels of {max(bits)} bit in planes - save them interleaved, or as RGB")
+    # Pillow divides the colours by an associated alpha, which is often no alpha but a band of infrared.
+    image.tile = [
+        tile._replace(args=(tile.args[0].replace("a", "A"), *tile.args[1:]))
+        if isinstance(tile.args, tuple) and isinstance(tile.args[0], str)
+        else tile
+        for tile in image.tile
+    ]
+
+
+def _without_metadata(file: IO[bytes]) -> IO[bytes]:
+    """Return a PNG without its texts and colour profile, for which Pillow has limits that no pixel depends on.
+
+    The orientation in XMP is kept. No more is copied than the pixels of the header's size need.
+    """
+    file.seek(0)
+    start = file.read(len(PNG))
+    size = os.fstat(file.fileno()).st_size
+    limit, copy = 1 << 20, io.BytesIO()
+    copy.write(start)
+    while len(head := file.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", head)
+        if length > size - file.tell():
+            raise ValueError(f"its chunk {kind!r} ends after the file")
+        if kind in METADATA:
+            orientation = _xmp_orientation(file.read(min(length, MAX_XMP))) if kind == b"iTXt" else b""
+            file.seek(max(0, length - MAX_XMP) + 4 if kind == b"iTXt" else length + 4, os.SEEK_CUR)
+            if orientation:
+                text = b"iTXtXML:com.adobe.xmp\0\0\0\0\0" + orientation
+                copy.write(struct.pack(">I", len(text) - 4) + text + struct.pack(">I", zlib.crc32(text)))
+            continue
+        if copy.tell() + length > limit:
+            raise ValueError(f"its chunk {kind!r} is longer than its pixels can be")
+        body = file.read(length + 4)
+        if kind == b"IHDR":
+            width, height = struct.unpack(">II", body[:8])
+            limit += 2 * height * (8 * width + 1)
+        copy.write(head + body)
+    copy.seek(0)
+    return copy
+
+
+def _xmp_orientation(text: bytes) -> bytes:
+    """Return the statement of the orientation in an iTXt chunk of XMP, or nothing."""
+    keyword, _, rest = text.partition(b"\0")
+    if keyword != b"XML:com.adobe.xmp" or len(rest) < 2:
+        return b""
+    xmp = rest[2:].split(b"\0", 2)[-1]
+    if rest[0]:
+        with suppress(zlib.error):
+            xmp = zlib.decompressobj().decompress(xmp, MAX_XMP)
+    match = re.search(rb'tiff:Orientation(="|>)([0-9])', xmp)
+    return match.group() if match else b""
+
+
+def netpbm_maximum(path: Path) -> int:
+    """Return the number that stands for the full intensity in a Netpbm image of grey or colours."""
+    image: Any = open_image(path, sys.maxsize, decode=False)[0]
+    arguments = image.tile[0].args  # a raw mode, or the raw mode and the maximum
+    if isinstance(arguments, tuple):
+        return int(arguments[1])
+    return 65535 if arguments == "I;16B" else 255
+
+
+class TiffHeader(NamedTuple):
+    """The layout of the only image of a TIFF, and the number of bits of each channel."""
+
+    dtype: np.dtype[Any]
+    bits: int
+    channels: int
+
+
+def tiff_header(path: Path) -> TiffHeader:
+    """Read the layout of a TIFF, without its pixels.
+
+    Raises:
+        UsageError: The file is damaged or holds several images; the message names it.
+    """
+    import tifffile
+
+    try:
+        with silenced("tifffile"), tifffile.TiffFile(path) as file:
+            series = only_series(path, file)
+            page = series.keyframe
+            pixels = page.imagelength * page.imagewidth
+            return TiffHeader(np.dtype(series.dtype), page.bitspersample, series.size // pixels)
+    except (UsageError, MemoryError):
+        raise
+    except Exception as error:  # tifffile raises many types for a damaged file
+        raise damaged(path, error) from error
+
+
+def only_series(path: Path, file: Any) -> Any:
+    """Return the only image of a TIFF that tifffile has opened.
+
+    Raises:
+        UsageError: The file holds several images, or only smaller copies.
+    """
+    alone = len(file.series) == 1
+    images = [
+        series
+        for series in file.series
+        if is_image_page(series.keyframe.subfiletype, series.keyframe.subifds, alone=alone)
+    ]
+    if len(images) != 1:
+        raise several_images(path, len(images))
+    return images[0]
+
+
+def _unsupported_tiff(path: Path) -> UsageError:
+    """Return the error for a TIFF that Pillow cannot open."""
+    try:
+        dtype, bits, channels = tiff_header(path)
+    except UsageError:
+        return UsageError(f"{path} is a TIFF that is truncated or damaged - restore or remove it")
+    what = f"{path} holds {channels} channel{'s' if channels != 1 else ''} of {bits} bit ({dtype})"
+    if dtype in (np.uint8, np.uint16) and bits in (8, 16):
+        return UsageError(f"{what} - set dataset.channels={channels} to read them as they are stored")
+    return UsageError(f"{what}, which is not an image of intensities - convert it to uint8 or uint16")
+
+
+@contextmanager
+def silenced(name: str) -> Iterator[None]:
+    """Drop this thread's messages of a logger, since our own error reports what is wrong with the file."""
+    logger, thread = logging.getLogger(name), threading.get_ident()
+
+    def from_another_thread(record: logging.LogRecord) -> bool:
+        return record.thread != thread
+
+    logger.addFilter(from_another_thread)
+    try:
+        yield
+    finally:
+        logger.removeFilter(from_another_thread)
 
 
 def valid_orientation(value: object) -> int:
@@ -150,31 +373,49 @@ def valid_orientation(value: object) -> int:
     return value if isinstance(value, int) and 1 < value <= 8 else 1
 
 
-def read_array(path: Path, max_pixels: int) -> np.ndarray:
-    """Read the (H, W) or (H, W, C) uint8 or uint16 array of a .npy file.
+def read_array(path: Path, max_pixels: int, *, labels: bool = False) -> np.ndarray:
+    """Read the (H, W) or (H, W, C) array of a .npy file.
 
     The header is checked before any data is read. Object arrays are pickles, which can run code when they are read;
     they are refused like every other type.
+
+    Args:
+        path: The file.
+        max_pixels: Largest number of pixels that is read.
+        labels: Read booleans, integers and floats of up to 64 bits, and not only uint8 and uint16.
 
     Raises:
         UsageError: The file is damaged, or has another type or shape, or more than `max_pixels` pixels.
     """
     with path.open("rb") as file:
-        try:
-            version = np.lib.format.read_magic(file)
-            # Version 3 differs from 2 only in the encoding of field names, which images do not have.
-            npy = np.lib.format
-            read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-            shape, fortran, dtype = read_header(file)
-        except Exception as error:  # NumPy parses the header as Python and raises many types
-            raise damaged(path, error) from error
-        if dtype.kind != "u" or dtype.itemsize > 2:
-            raise UsageError(f"{path} holds {dtype} - save it as uint8 or uint16")
+        shape, fortran, dtype = array_header(path, file)
+        if dtype.kind not in ("biuf" if labels else "u") or dtype.itemsize > (8 if labels else 2):
+            rule = "save integer labels" if labels else "save it as uint8 or uint16"
+            raise UsageError(f"{path} holds {dtype} - {rule}")
         if len(shape) not in (2, 3) or min(shape) < 1:
-            raise UsageError(f"{path} has shape {shape} - save it as (H, W) or (H, W, channels)")
-        require_size(path, shape[1], shape[0], max_pixels)
+            raise UsageError(f"{path} has shape {shape} - save it as (H, W){'' if labels else ' or (H, W, channels)'}")
+        rows, columns = shape[1:] if labels and len(shape) == 3 and shape[0] == 1 else shape[:2]
+        require_size(path, columns, rows, max_pixels)
         expected, actual = int(np.prod(shape, dtype=object)) * dtype.itemsize, path.stat().st_size - file.tell()
         if expected != actual:
             raise damaged(path, f"shape {shape} needs {expected} bytes and the file holds {actual}")
+        if labels and len(shape) == 3 and not (rows, columns) == shape[1:] and shape[2] not in (1, 3, 4):
+            raise UsageError(f"mask {path} has shape {shape} - save masks as (H, W) labels")
         array = np.frombuffer(file.read(expected), dtype).reshape(shape, order="F" if fortran else "C")
     return np.array(array, dtype=dtype.newbyteorder("="), order="C")
+
+
+def array_header(path: Path, file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Read the shape, Fortran order and type of a .npy file.
+
+    Raises:
+        UsageError: The header is damaged.
+    """
+    try:
+        version = np.lib.format.read_magic(file)
+        # Version 3 differs from 2 only in the encoding of field names, which images do not have.
+        npy = np.lib.format
+        read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+        return read_header(file)
+    except Exception as error:  # NumPy parses the header as Python and raises many types
+        raise damaged(path, error) from error

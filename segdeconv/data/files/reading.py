@@ -8,13 +8,35 @@ import numpy as np
 from PIL import Image
 
 from segdeconv.classes import Classes
-from segdeconv.data.files.channels import read_stored
-from segdeconv.data.files.decoding import is_array, open_image, read_array
+from segdeconv.data.files.channels import (
+    read_16_bit_colour,
+    read_stored,
+    read_stored_tiff,
+    read_tiff_image,
+    unscaled_netpbm,
+)
+from segdeconv.data.files.decoding import (
+    NPY,
+    PNG,
+    TIFF,
+    array_header,
+    first_bytes,
+    open_image,
+    read_array,
+    tiff_header,
+)
 from segdeconv.errors import UsageError
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".npy"})
+SUFFIXES = frozenset(
+    {
+        ".jpg", ".jpeg", ".jfif", ".jpe", ".jif", ".jfi", ".pjpeg", ".pjp", ".png", ".apng", ".bmp", ".dib", ".gif",
+        ".tif", ".tiff", ".webp", ".npy", ".ppm", ".pgm", ".pbm", ".pnm",
+    }
+)  # fmt: skip
 BAND = 1024  # rows of a large image that are converted at once
 MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs
+
+PNG_CHANNELS = {b"\0": 1, b"\2": 3, b"\3": 1, b"\4": 2, b"\6": 4}  # by the colour type of the header
 
 Exif = Literal["refuse", "apply", "ignore"]
 
@@ -24,7 +46,8 @@ def read_image(
 ) -> np.ndarray:
     """Read an image of any colour mode as (H, W, 3) uint8 RGB.
 
-    Transparent pixels are blended with black, and 16 bits are scaled to 8.
+    Transparent pixels are blended with black, and 16 bits are scaled to 8. The fourth channel of a TIFF, which is often
+    infrared although it is marked as alpha, is left out.
 
     Args:
         path: The image file.
@@ -58,10 +81,20 @@ def read_upright(path: Path, *, channels: int | None = None, max_pixels: int = M
 def _read(path: Path, channels: int | None, max_pixels: int) -> tuple[np.ndarray, int]:
     if channels is not None:
         return read_stored(path, channels, max_pixels=max_pixels)
-    if is_array(path):
+    start = first_bytes(path)
+    if start.startswith(NPY):
         raise UsageError(f"{path} is an array, not an image - set dataset.channels=N to read it as it is stored")
+    if start[:4] in TIFF and (tiff := read_tiff_image(path, max_pixels=max_pixels)):
+        return _from_tiff(tiff[0]), tiff[1]
     image, orientation = open_image(path, max_pixels)
     return _rgb(image, path), orientation
+
+
+def _from_tiff(image: np.ndarray) -> np.ndarray:
+    """Return (H, W, 3) uint8 of (H, W, 1 or 3) uint8 or uint16."""
+    if image.dtype == np.uint16:
+        image = (image // 257 if image.shape[2] == 1 else image >> 8).astype(np.uint8)  # as Pillow scales them
+    return np.repeat(image, 3, axis=2) if image.shape[2] == 1 else np.ascontiguousarray(image)
 
 
 def _rgb(image: Image.Image, path: Path) -> np.ndarray:
@@ -71,7 +104,10 @@ def _rgb(image: Image.Image, path: Path) -> np.ndarray:
         # Pillow's own conversion clips 16 bit at 255 instead of scaling it.
         grey = (np.asarray(image).astype(np.int64) // 257).clip(0, 255).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)
-    if image.has_transparency_data:
+    if image.format == "TIFF":
+        if image.mode in ("RGBA", "LA"):
+            return _in_bands(image.getchannel("L") if image.mode == "LA" else image)
+    elif image.has_transparency_data:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, (0, 0, 0, 255)), rgba)
     return _in_bands(image)
@@ -160,32 +196,101 @@ def read_stored_mask(path: Path, *, max_pixels: int = MAX_PIXELS) -> StoredMask:
     """Read a mask file as it is stored.
 
     Palette images return their indices: `convert("L")` would turn VOC's {0, 1, 15, 255} into {0, 38, 147, 220}.
+    Floats are read if all are integers, since gdal_rasterize, QGIS and NumPy write labels as floats by default.
 
     Raises:
         UsageError: The file cannot be read, or cannot hold labels; the message names the file.
     """
-    if is_array(path):
-        labels = read_array(path, max_pixels)
-        if labels.ndim != 2:
-            raise UsageError(f"mask {path} has shape {labels.shape} - save masks as (H, W) labels")
-        return StoredMask(labels, None, None)
+    start = first_bytes(path)
+    colours, alpha = None, False
+    if start.startswith(NPY):
+        stored = read_array(path, max_pixels, labels=True)
+        stored = stored.reshape(stored.shape[1:]) if stored.ndim == 3 and stored.shape[0] == 1 else stored
+        stored = stored[:, :, None] if stored.ndim == 2 else stored
+        alpha = stored.shape[2] == 4
+    elif start[:4] in TIFF:
+        tiff = read_stored_tiff(path, max_pixels=max_pixels)
+        stored, colours, alpha = tiff.image, tiff.palette, tiff.alpha
+    else:
+        stored, colours, alpha = _read_mask_with_pillow(path, start, max_pixels)
+    values, transparency = (stored[:, :, :-1], stored[:, :, -1]) if alpha else (stored, None)
+    if values.shape[2] not in (1, 3):
+        raise UsageError(
+            f"mask {path} has {values.shape[2]} channels - save masks as one channel of labels or as RGB colours"
+        )
+    if values.shape[2] == 1:
+        return StoredMask(_integers(path, values[:, :, 0]), colours, _translucent(transparency))
+    return StoredMask(_eight_bits(path, values), colours, _translucent(transparency))
+
+
+def _read_mask_with_pillow(path: Path, start: bytes, max_pixels: int) -> tuple[np.ndarray, np.ndarray | None, bool]:
+    """Return the stored (H, W, C), the palette, and whether the last channel is alpha."""
     image, _ = open_image(path, max_pixels)
     if image.format in ("JPEG", "MPO", "WEBP"):
         raise UsageError(f"mask {path} is {image.format}, which changes labels - save masks as PNG")
-    values, alpha = np.asarray(image), None
-    if image.mode in ("LA", "RGBA"):
-        values, alpha = values[:, :, :-1], values[:, :, -1]
-        values, alpha = values[:, :, 0] if image.mode == "LA" else values, None if (alpha == 255).all() else alpha
-    elif image.mode not in ("1", "L", "P", "I", "I;16", "I;16B", "I;16L", "RGB"):
+    if image.mode not in ("1", "L", "P", "I", "I;16", "RGB", "LA", "PA", "RGBA"):
         raise UsageError(
             f"mask {path} has colour mode {image.mode} - save masks as one channel of labels or as RGB colours"
         )
-    return StoredMask(values.astype(np.uint8) if image.mode == "1" else values, _palette(image), alpha)
+    if start.startswith(PNG) and start[24] == 16 and start[25]:
+        stored = read_16_bit_colour(path, grey=start[25] == 4)  # Pillow returns only 8 of the 16 bits
+    else:
+        stored = np.asarray(image)
+        if image.format == "PPM":
+            stored = unscaled_netpbm(path, image)
+    colours = _palette(image)
+    if image.format == "GIF" and colours is not None and (colours == colours[:, :1]).all():
+        # GIF stores grey as a palette too, often of the occurring greys only, so that the indices mean nothing.
+        stored, colours = colours[:, 0][stored], None
+    return stored if stored.ndim == 3 else stored[:, :, None], colours, image.mode in ("LA", "PA", "RGBA")
+
+
+def _integers(path: Path, values: np.ndarray) -> np.ndarray:
+    """Return labels as integers of their stored type, and floats that are integers as int64."""
+    if values.dtype.kind == "b":
+        return values.astype(np.uint8)
+    if values.dtype.kind != "f":
+        return values
+    with np.errstate(invalid="ignore"):
+        labels = values.astype(np.int64)
+    wrong = labels != values
+    if wrong.any():
+        row, column = (int(place[0]) for place in wrong.nonzero())
+        raise UsageError(
+            f"mask {path} holds {values.dtype}, with {values[row, column]!s} at row {row}, column {column} - save "
+            "integer labels"
+        )
+    return labels
+
+
+def _eight_bits(path: Path, colours: np.ndarray) -> np.ndarray:
+    """Return (H, W, 3) uint8 of colours that another type stores exactly."""
+    if colours.dtype == np.uint8:
+        return colours
+    if colours.dtype == np.uint16 and not (colours % 257).any():
+        return (colours // 257).astype(np.uint8)
+    with np.errstate(invalid="ignore"):
+        exact = colours.astype(np.uint8)
+    if colours.dtype.kind == "b" or (exact != colours).any():
+        raise UsageError(
+            f"mask {path} has colours of {colours.dtype} that are not 0..255 - save masks as one channel of labels or "
+            "as 8-bit RGB colours"
+        )
+    return exact
+
+
+def _translucent(alpha: np.ndarray | None) -> np.ndarray | None:
+    """Return an alpha channel as uint8, or None if every pixel is opaque."""
+    if alpha is None:
+        return None
+    if alpha.dtype != np.uint8:
+        alpha = (alpha >> 8 if alpha.dtype == np.uint16 else alpha.clip(0, 255)).astype(np.uint8)
+    return None if (alpha == 255).all() else alpha
 
 
 def _palette(image: Image.Image) -> np.ndarray | None:
     """Return the (256, 3) uint8 colours of a palette image, or None for any other image."""
-    flat = image.getpalette("RGB") if image.mode == "P" else None
+    flat = image.getpalette("RGB") if image.mode in ("P", "PA") else None
     if flat is None:
         return None
     colours = np.zeros((256, 3), np.uint8)
@@ -204,9 +309,19 @@ def stored_format(path: Path) -> StoredFormat:
     Raises:
         UsageError: The file cannot be read or is not an image; the message names the file.
     """
-    image, _ = open_image(path, MAX_PIXELS)
-    bits = {"1": 1, "I;16": 16, "I;16B": 16, "I;16L": 16, "I": 32, "F": 32}.get(image.mode, 8)
-    return StoredFormat(bits, len(image.getbands()), image.mode in ("LA", "RGBA"))
+    start = first_bytes(path)
+    if start.startswith(NPY):
+        with path.open("rb") as file:
+            shape, _, dtype = array_header(path, file)
+        return StoredFormat(8 * dtype.itemsize, shape[2] if len(shape) == 3 else 1, alpha=False)
+    if start[:4] in TIFF:
+        tiff = tiff_header(path)
+        return StoredFormat(tiff.bits, tiff.channels, alpha=False)
+    if start.startswith(PNG) and start[12:16] == b"IHDR" and start[25:26] in PNG_CHANNELS:
+        return StoredFormat(start[24], PNG_CHANNELS[start[25:26]], alpha=start[25] in (4, 6))
+    image, _ = open_image(path, MAX_PIXELS, decode=False)
+    bits = {"1": 1, "I": 16}.get(image.mode, 8)
+    return StoredFormat(bits, len(image.getbands()), alpha=image.mode in ("LA", "PA", "RGBA"))
 
 
 def read_mask(path: Path, classes: Classes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
