@@ -117,6 +117,10 @@ GOOD: dict[str, Writer] = {
     "15 cmyk.jpg": saved("JPEG", "CMYK"),
     "16 grey of 16 bit.png": grey_16,
     "17 colour of 16 bit.png": colour_16,
+    "18 old.gif": saved("GIF", "P"),
+    "18 portable.ppm": saved("PPM"),
+    "18 infrared.tif": saved("TIFF", "RGBA"),
+    "18 web.jfif": saved("JPEG"),
     "19 broken profile.png": saved("PNG", icc_profile=b"no colour profile"),
     "30 1x1.png": saved("PNG", size=(1, 1)),
     "31 1x50.png": saved("PNG", size=(1, 50)),
@@ -136,7 +140,7 @@ ORIENTED: dict[str, Writer] = {
 # Files that are refused: the function that writes the file, and a part of the error message.
 BAD: dict[str, tuple[Writer, str]] = {
     "18 float.tif": (float_tiff, "is a float image - convert it to 8 or 16 bit"),
-    "28 animated.gif.png": (animated("GIF"), "is not an image (empty, truncated or another format)"),
+    "28 animated.gif.png": (animated("GIF"), "is an animation of 3 frames"),
     "29 animated.png": (animated("PNG"), "is an animation of 3 frames"),
     "35 bomb.png": (written(png_with_header_size(100_000, 100_000)), "has 100000x100000 pixels, more than"),
     "36 lying.png": (written(png_with_header_size(4000, 4000)), "is damaged and cannot be decoded"),

@@ -1,5 +1,6 @@
 """The inputs of predict: the images and videos that its arguments name, and the names of their output files."""
 
+import functools
 import glob
 import hashlib
 import os
@@ -7,8 +8,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from segdeconv.data.files.finding import count_endings, describe_skipped, find_files
 from segdeconv.data.files.reading import SUFFIXES, read_list
-from segdeconv.errors import UsageError
+from segdeconv.errors import UsageError, warn
 
 VIDEOS = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpg", ".mpeg", ".webm"})
 MAX_NAME_LENGTH = 255  # bytes of a file name
@@ -16,10 +18,10 @@ STDIN = "-"
 
 
 def find_images(arguments: Sequence[str], out: Path, endings: Sequence[str]) -> dict[str, Path]:
-    """Find the images and videos that command-line arguments name.
+    """Find the images and videos that command-line arguments name, and warn of files in folders that are left out.
 
     Args:
-        arguments: Files, folders (searched for images, sub-folders included), glob patterns, and lists (.txt files with
+        arguments: Files, folders (searched by `find_files`), glob patterns, and lists (.txt files with
             one path a line, relative to the working folder; `-` reads such a list from stdin).
         out: Output folder.
         endings: File name endings of the outputs written for each image.
@@ -67,12 +69,32 @@ def _resolve(argument: str, out: Path) -> Iterator[tuple[Path, str]]:
         elif not path.is_dir():
             yield path, path.stem
         else:
-            inside = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in SUFFIXES]
-            if not inside:
-                raise UsageError(f"{path} contains no images - supported suffixes: {', '.join(sorted(SUFFIXES))}")
-            for file in inside:
-                if out_folder not in Path(os.path.realpath(file)).parents:
-                    yield file, file.relative_to(path).with_suffix("").as_posix()
+            for file in _images_in(path, out_folder):
+                yield file, file.relative_to(path).with_suffix("").as_posix()
+
+
+def _images_in(folder: Path, out_folder: Path) -> list[Path]:
+    """Return the images of a folder, without those of the output folder, and warn of what else is left out."""
+
+    @functools.cache
+    def is_output(parent: Path) -> bool:
+        real = Path(os.path.realpath(parent))
+        return out_folder == real or out_folder in real.parents
+
+    found = find_files(folder)
+    files, hidden, others = (
+        [path for path in paths if not is_output(path.parent)] for paths in (found.files, found.hidden, found.others)
+    )
+    videos = [path for path in others if path.suffix.lower() in VIDEOS]
+    if videos:
+        count = f"{len(videos)} video{'s are' if len(videos) > 1 else ' is'}"
+        warn(f"{folder}: {count} left out ({count_endings(videos)}) - name each video to predict it")
+    others = [path for path in others if path.suffix.lower() not in VIDEOS]
+    for line in describe_skipped(found._replace(files=files, hidden=hidden, others=others), folder):
+        warn(line)
+    if not files:
+        raise UsageError(f"{folder} contains no images - supported suffixes: {', '.join(sorted(SUFFIXES))}")
+    return files
 
 
 def _resolve_list(lines: list[tuple[int, str]], where: str) -> Iterator[tuple[Path, str]]:

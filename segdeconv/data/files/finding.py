@@ -139,13 +139,21 @@ def describe_skipped(found: Found, folder: Path) -> list[str]:
             f"left out ({_listed(counts)}) - rename or move them to use them"
         )
     if found.others:
-        counts = Counter(path.suffix.lower() or "without ending" for path in found.others)
         lines.append(
-            f"{folder}: {_files(found.others)} with other endings {_are(found.others)} left out ({_listed(counts)}) - "
-            f"the supported endings are {', '.join(sorted(SUFFIXES))}"
+            f"{folder}: {_files(found.others)} with other endings {_are(found.others)} left out "
+            f"({count_endings(found.others)}) - the supported endings are {', '.join(sorted(SUFFIXES))}"
         )
     lines += [f"{link}: a link to a folder that contains it is left out - remove the link" for link in found.loops]
     return lines
+
+
+def count_endings(paths: list[Path]) -> str:
+    """Return the endings of files with their numbers, the most frequent first, for a message.
+
+    >>> count_endings([Path("a.heic"), Path("b.HEIC"), Path("notes")])
+    '.heic: 2, without ending: 1'
+    """
+    return _listed(Counter(path.suffix.lower() or "without ending" for path in paths))
 
 
 def _hidden_part(path: Path) -> str:

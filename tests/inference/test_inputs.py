@@ -1,0 +1,92 @@
+"""The images of predict and visualize are found as for training, with one line for each kind of file left out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from segdeconv import errors
+from segdeconv.data.files.finding import find_files
+from segdeconv.errors import UsageError
+from segdeconv.inference.inputs import find_images
+
+ENDINGS = (".png", "_overlay.png")
+
+
+@pytest.fixture(autouse=True)
+def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(errors, "_warned", set())
+
+
+def create(*names: str) -> None:
+    for name in names:
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).touch()
+
+
+def warnings(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    printed, err = capsys.readouterr()
+    assert printed == ""
+    return err.splitlines()
+
+
+def test_a_folder_gives_the_files_that_training_finds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    create("photos/a.jfif", "photos/sub/b.PNG", "elsewhere/c.jpg")
+    Path("photos/linked").symlink_to(tmp_path / "elsewhere")
+    images = find_images(["photos"], Path("out"), ENDINGS)
+    assert list(images) == ["a", "linked/c", "sub/b"]
+    assert list(images.values()) == find_files(Path("photos")).files
+    assert warnings(capsys) == []
+
+
+def test_files_that_are_left_out_are_reported_once_with_their_number(capsys: pytest.CaptureFixture[str]) -> None:
+    create(
+        "photos/a.png",
+        "photos/.thumbnails/a.png",
+        "photos/x.heic",
+        "photos/notes.txt",
+        "photos/sub/v.mp4",
+        "photos/w.AVI",
+    )
+    Path("photos/loop").symlink_to("..")
+    find_images(["photos", "photos"], Path("out"), ENDINGS)
+    lines = warnings(capsys)
+    assert lines[:2] == [
+        "segdeconv: warning: photos: 2 videos are left out (.avi: 1, .mp4: 1) - name each video to predict it",
+        "segdeconv: warning: photos: 1 file with hidden names or in hidden or system folders is left out "
+        "(.thumbnails: 1) - rename or move them to use them",
+    ]
+    assert lines[2].startswith(
+        "segdeconv: warning: photos: 2 files with other endings are left out (.heic: 1, .txt: 1) - the supported"
+    )
+    assert lines[3:] == [
+        "segdeconv: warning: photos/loop: a link to a folder that contains it is left out - remove the link"
+    ]
+
+
+@pytest.mark.parametrize("out", ["photos/out", "photos/sub/../out", "alias"])
+def test_the_output_folder_is_left_out_without_a_warning(out: str, capsys: pytest.CaptureFixture[str]) -> None:
+    create("photos/a.png", "photos/out/a.png", "photos/out/sub/b.png", "photos/out/statistics.csv", "photos/out/.x.png")
+    Path("photos/link").symlink_to("out")
+    Path("alias").symlink_to("photos/out")
+    Path("photos/sub").mkdir()
+    assert list(find_images(["photos"], Path(out), ENDINGS)) == ["a"]
+    assert warnings(capsys) == []
+
+
+def test_a_folder_without_images_is_an_error_that_counts_what_it_holds(capsys: pytest.CaptureFixture[str]) -> None:
+    create("photos/a.heic", "photos/b.heic")
+    with pytest.raises(UsageError, match=r"photos contains no images - supported suffixes: \.apng, \.bmp, "):
+        find_images(["photos"], Path("out"), ENDINGS)
+    assert "photos: 2 files with other endings are left out (.heic: 2)" in warnings(capsys)[0]
+
+
+def test_names_patterns_and_lists_are_taken_as_given(capsys: pytest.CaptureFixture[str]) -> None:
+    create("photos/a.png", "photos/.hidden.png", "photos/v.mp4", "photos/odd.xyz")
+    Path("list.txt").write_text("photos/.hidden.png\n\nphotos/odd.xyz\n", encoding="utf-8")
+    assert list(find_images(["photos/v.mp4", "photos/*.png", "list.txt"], Path("out"), ENDINGS)) == [
+        "v", "a", "photos/.hidden", "photos/odd",
+    ]  # fmt: skip
+    assert warnings(capsys) == []
