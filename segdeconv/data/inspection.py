@@ -239,13 +239,22 @@ def _stored(dataset: SegmentationDataset, index: int) -> tuple[tuple[int, int, b
         return None, {}
     mask = read_stored_mask(files.pairs[index].mask, max_pixels=files.max_pixels)
     values, coloured = stored_values(mask, files.classes)
-    present, counts = np.unique(values, return_counts=True)
+    present, counts = count_values(values)
     names = [f"#{packed:06x}" for packed in present.tolist()] if coloured else present.tolist()
     counted: dict[int | str, int] = dict(zip(names, counts.tolist(), strict=True))
     if files.as_stored:
         return None, counted
     stored = stored_format(files.pairs[index].image)
     return (stored.bits, stored.channels, stored.alpha), counted
+
+
+def count_values(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the values of an integer array in ascending order, and the number of each."""
+    if values.dtype != np.uint8:
+        return np.unique(values, return_counts=True)
+    counts = np.bincount(values.ravel(), minlength=256)  # np.unique sorts, which takes twenty times as long
+    present = np.flatnonzero(counts)
+    return present, counts[present]
 
 
 def stored_values(mask: StoredMask, classes: Classes) -> tuple[np.ndarray, bool]:
