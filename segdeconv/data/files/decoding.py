@@ -39,6 +39,7 @@ SUBFILE = 0x00FE  # TIFF tag: the kind of a page
 REDUCED, MASK = 1, 4  # bits of SUBFILE: a smaller copy (overview), a transparency mask
 SUBPAGES = 0x014A  # TIFF tag: pages inside a page
 MAX_COLOUR_CHANNELS = 4
+MAX_PAGES = 4096  # of a TIFF that are examined; the time grows with the square of their number
 NPY = b"\x93NUMPY"
 PNG = b"\x89PNG\r\n\x1a\n"
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -325,11 +326,21 @@ def tiff_header(path: Path) -> TiffHeader:
 
 
 def only_series(path: Path, file: Any) -> Any:
-    """Return the only image of a TIFF that tifffile has opened.
+    """Return the only image of a TIFF that tifffile has opened. It may be in several pages, one for each channel.
 
     Raises:
         UsageError: The file holds several images, or only smaller copies.
     """
+    import tifffile
+
+    count = len(file.pages)
+    if count > MAX_PAGES:
+        raise several_images(path, count)
+    if count > 1:  # tifffile would take an image and its mask for two channels if they are stored alike
+        pages = [page for page in file.pages if is_image_page(page.subfiletype, page.subifds, alone=False)]
+        if len(pages) == 1:
+            return tifffile.TiffPageSeries(pages)
+        count = len(pages)
     alone = len(file.series) == 1
     images = [
         series
@@ -337,7 +348,7 @@ def only_series(path: Path, file: Any) -> Any:
         if is_image_page(series.keyframe.subfiletype, series.keyframe.subifds, alone=alone)
     ]
     if len(images) != 1:
-        raise several_images(path, len(images))
+        raise several_images(path, max(count, len(images)) if images else 0)
     return images[0]
 
 

@@ -136,11 +136,13 @@ def pages(*others: tuple[np.ndarray, dict[str, Any]], first: bool = True, **sett
 OVERVIEW = (RGB[::2, ::2], {"subfiletype": 1, "photometric": "rgb"})
 GREY_OVERVIEW = (GREY[::2, ::2], {"subfiletype": 1, "photometric": "minisblack"})
 INTERNAL_MASK = (GREY > 9, {"subfiletype": 4, "photometric": "mask"})
+SAME_SIZE = (GREY, {"subfiletype": 1, "photometric": "minisblack"})
 MASK_OVERVIEW = ((GREY > 9)[::2, ::2], {"subfiletype": 5, "photometric": "mask"})
 PAGES = {
     "overviews": pages(OVERVIEW, (RGB[::4, ::4], OVERVIEW[1])),
     "grey overview": pages(GREY_OVERVIEW),
     "mask of GDAL": pages(INTERNAL_MASK, OVERVIEW, MASK_OVERVIEW),
+    "copy that is stored like labels": pages(SAME_SIZE),
     "overview first": pages(OVERVIEW, first=False),
     "tiles": pages(OVERVIEW, tile=(16, 16)),
     "in sub-IFDs": pages(OVERVIEW, subifds=1),
@@ -155,7 +157,7 @@ def test_overviews_and_masks_of_a_tiff_are_not_images(tmp_path: Path, name: str,
     np.testing.assert_array_equal(read_image(path), RGB)
     np.testing.assert_array_equal(read_image(path, channels=3), RGB)
     np.testing.assert_array_equal(read_labels(path), RGB)
-    path = PAGES[name](tmp_path / "y.tif", LABELS.astype(np.int16), photometric="minisblack", compression=compression)
+    path = PAGES[name](tmp_path / "y.tif", LABELS.astype(np.uint8), photometric="minisblack", compression=compression)
     np.testing.assert_array_equal(read_labels(path), LABELS)
 
 
@@ -179,8 +181,22 @@ def test_several_full_pages_of_a_tiff_are_refused_with_their_number(
     others = [Image.fromarray(GREY if same else GREY[:9])] * 2
     Image.fromarray(GREY).save(path, save_all=True, append_images=others, compression=compression)
     for read in (read_image, read_labels):
-        with refused(path, r"holds \d images - save the intended one as a file of its own"):
+        with refused(path, r"holds 3 images - save the intended one as a file of its own"):
             read(path)
+
+
+def test_a_tiff_of_very_many_pages_is_refused_at_once(tmp_path: Path) -> None:
+    """Examining them takes time that grows with the square of their number: 35 seconds for 20,000."""
+    content = bytearray(struct.pack("<2sHI", b"II", 42, 8))
+    for number in range(20_000):
+        tags = {256: 1 + number % 2, 257: 1, 258: 8, 259: 1, 262: 1, 273: 8, 277: 1, 278: 1, 279: 2}
+        entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+        end = len(content) + 2 + len(entries) + 4
+        content += struct.pack("<H", len(tags)) + entries + struct.pack("<I", end if number < 19_999 else 0)
+    (tmp_path / "x.tif").write_bytes(content)
+    for read in (read_image, read_labels, stored_format):
+        with refused(tmp_path / "x.tif", "holds 20000 images"):
+            read(tmp_path / "x.tif")
 
 
 def test_of_a_thumbnail_with_its_image_inside_the_image_is_read(tmp_path: Path) -> None:

@@ -257,9 +257,10 @@ def test_a_png_with_a_wrong_checksum_is_refused(tmp_path: Path) -> None:
         read_image(path)
 
 
-@pytest.mark.parametrize("suffix", ["jpg", "png", "bmp", "tif", "webp"])
+@pytest.mark.parametrize("suffix", ["jpg", "png", "bmp", "tif", "webp", "gif", "ppm"])
 def test_random_damage_is_read_or_refused_by_name(tmp_path: Path, suffix: str) -> None:
-    path = turned(tmp_path / f"x.{suffix}", 6) if suffix != "bmp" else saved(tmp_path / "x.bmp", RGB)
+    path = tmp_path / f"x.{suffix}"
+    path = saved(path, RGB) if suffix in ("bmp", "gif", "ppm") else turned(path, 6)
     content = path.read_bytes()
     random = np.random.default_rng(5)
     for _ in range(150):
