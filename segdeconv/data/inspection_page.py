@@ -146,7 +146,10 @@ def verdict(problems: Sequence[str], findings: Sequence[Finding]) -> tuple[bool,
     warnings = len(findings) - refused
     reasons = []
     if problems:
-        reasons.append(f"{len(problems)} {'file' if len(problems) == 1 else 'files'} cannot be used as they are")
+        one = len(problems) == 1
+        reasons.append(
+            f"{len(problems)} {'file' if one else 'files'} cannot be used as {'it is' if one else 'they are'}"
+        )
     if refused:
         reasons.append(f"{refused} {'finding prevents' if refused == 1 else 'findings prevent'} training")
     noted = f"{warnings} {'warning' if warnings == 1 else 'warnings'}"
