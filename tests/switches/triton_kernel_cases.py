@@ -1,4 +1,4 @@
-"""The Triton kernels compared bit for bit with torch's pooling and unpooling.
+"""The Triton kernels compared bit for bit with torch's pooling and unpooling on the CPU.
 
 test_triton_kernels.py runs this file in its own process: on a GPU if there is one, else in Triton's interpreter, which
 has to be selected before Triton is imported.
@@ -33,18 +33,18 @@ def test_values_positions_and_gradients_equal_torch(dtype, layout, kind):
         ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
         pooling, (features, indices) = max_pool(ours), torch_pool(theirs)
         assert_same_bits(pooling.features, features)
-        assert torch.equal(places(pooling.switches, size), indices.cpu())
+        assert torch.equal(places(pooling.switches, size), indices)
         gradient = gradient_like(features).contiguous(memory_format=layout)
         gradient[0, 0, 0, 0] = -0.0
-        pooling.features.backward(gradient)
+        pooling.features.backward(gradient.to(DEVICE))
         features.backward(gradient)
         assert_same_bits(ours.grad, theirs.grad)
 
-        ours, theirs = (features.detach().clone().requires_grad_() for _ in range(2))
+        ours, theirs = (features.detach().to(place, copy=True).requires_grad_() for place in (DEVICE, "cpu"))
         restored, expected = unpool(ours, pooling.switches, size), torch_unpool(theirs, indices, size)
         assert_same_bits(restored, expected)
-        gradient = gradient_like(restored).contiguous(memory_format=layout)
-        restored.backward(gradient)
+        gradient = gradient_like(expected).contiguous(memory_format=layout)
+        restored.backward(gradient.to(DEVICE))
         expected.backward(gradient)
         assert_same_bits(ours.grad, theirs.grad)
 
@@ -79,8 +79,8 @@ def test_maps_larger_than_a_tile_have_no_seams(layout):
     x = x.double().contiguous(memory_format=layout).to(DEVICE)
     pooling, (features, indices) = max_pool(x), torch_pool(x)
     assert_same_bits(pooling.features, features)
-    assert torch.equal(places(pooling.switches, pooling.size), indices.cpu())
-    restored = unpool(features, pooling.switches, pooling.size)
+    assert torch.equal(places(pooling.switches, pooling.size), indices)
+    restored = unpool(pooling.features, pooling.switches, pooling.size)
     assert_same_bits(restored, torch_unpool(features, indices, pooling.size))
     assert_same_bits(triton_kernels.pick(restored, pooling.switches), features)
 
@@ -90,7 +90,7 @@ def test_other_and_mixed_memory_formats_are_read_correctly():
     for x in (base[:, :, ::2, 1::2], base.transpose(2, 3), base[:, 1:2], base[:0], base.permute(1, 0, 2, 3)):
         pooling, (features, indices) = max_pool(x), torch_pool(x.contiguous())
         assert_same_bits(pooling.features, features)
-        assert torch.equal(places(pooling.switches, pooling.size), indices.cpu())
+        assert torch.equal(places(pooling.switches, pooling.size), indices)
     x = base.contiguous(memory_format=torch.channels_last)
     pooling = max_pool(x)
     assert pooling.features.is_contiguous(memory_format=torch.channels_last)
