@@ -83,11 +83,23 @@ print(before, "triton" in sys.modules, *(name in sys.modules for name in names))
     assert run("-c", probe).stdout.split() == ["False"] * 4
 
 
+@pytest.fixture
+def _forget_the_devices():
+    load_triton_kernels.cache_clear()
+    yield
+    load_triton_kernels.cache_clear()
+
+
+@pytest.mark.usefixtures("_forget_the_devices")
 def test_where_triton_does_not_run_a_warning_is_given_and_torchs_kernels_are_used(monkeypatch):
-    load_triton_kernels.cache_clear()
-    with pytest.warns(UserWarning, match=r"Triton does not run on meta \(.*\), so pooling .* use torch's slower"):
-        assert load_triton_kernels(torch.device("meta")) is None  # fails as a GPU too old for Triton does
-    load_triton_kernels.cache_clear()
+    from segdeconv.switches import triton_kernels
+
+    def pool(x):
+        raise RuntimeError("no kernel image is available for execution on the device\nmore lines follow")
+
+    monkeypatch.setattr(triton_kernels, "pool", pool)  # as on a GPU too old for Triton
+    expected = r"Triton does not run on cpu \(RuntimeError: no kernel .* the device\), so pooling .* use torch's slower"
+    with pytest.warns(UserWarning, match=expected):
+        assert load_triton_kernels(torch.device("cpu")) is None
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert load_triton_kernels(torch.device("cuda")) is None
-    load_triton_kernels.cache_clear()
