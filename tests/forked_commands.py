@@ -25,6 +25,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fresh_commands import child_environment
+
 ROOT = Path(__file__).parents[1]
 NOT_PERMITTED = 99  # the child's exit code where the kernel refuses a restriction
 
@@ -64,7 +66,7 @@ class Commands:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            env=child_environment(ROOT, OMP_NUM_THREADS="1"),
         )
 
     def __call__(

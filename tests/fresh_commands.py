@@ -10,6 +10,20 @@ SLIM = ("model.stages=[[4],[8]]", "trainer.max_epochs=2", "dataset.batch_size=2"
 ROOT = Path(__file__).parents[1]
 
 
+def child_environment(*folders, **variables):
+    """Return the environment of a child process: this one's, with folders to import from first on PYTHONPATH.
+
+    xdist's variables are left out: plugins of a pytest in the child would take it for a worker of this run.
+
+    Args:
+        folders: Folders that are searched before those on this process's PYTHONPATH.
+        variables: Additional environment variables.
+    """
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST_")}
+    path = [*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**inherited, "PYTHONPATH": os.pathsep.join(path), **variables}
+
+
 def command(script, *arguments, cwd, code=0):
     done = subprocess.run(
         [sys.executable, str(ROOT / "scripts" / f"{script}.py"), *map(str, arguments)],

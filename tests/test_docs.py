@@ -13,6 +13,7 @@ import cv2
 import fakes
 import numpy as np
 import pytest
+from fresh_commands import child_environment
 from PIL import Image
 from test_readme import PAGES, ROOT
 
@@ -134,7 +135,9 @@ def test_every_command_of_a_page_runs(page: Path, site: Path, tmp_path: Path, co
                 time.sleep(1)  # a run folder is named by the time in seconds
             if script in ("train", "find") and "--config-dir=configs" not in words:
                 words = shorten(words)
-            done = commands(script, *words, cwd=place, env={"PYTHONPATH": str(place)}, timeout=300)
+            done = commands(
+                script, *words, cwd=place, env={"PYTHONPATH": child_environment(place)["PYTHONPATH"]}, timeout=300
+            )
             assert done.code == 0, f"{line}\n{words}\n{done.out[-2000:]}\n{done.err}"
 
 

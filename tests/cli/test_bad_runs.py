@@ -1,6 +1,5 @@
 """Bad checkpoints, keys, disks and workers through the real commands: one line, the documented exit code, no damage."""
 
-import os
 import shutil
 import signal
 import subprocess
@@ -12,6 +11,7 @@ import pytest
 import torch
 import yaml
 from forked_commands import Outcome
+from fresh_commands import child_environment
 
 from segdeconv.checkpoints import checkpoint
 
@@ -375,7 +375,7 @@ def test_two_runs_never_share_a_folder_and_the_lock_of_a_killed_run_is_released(
         [sys.executable, "-c", HOLD, "run"],
         cwd=place,
         stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env=child_environment(ROOT),
     ) as holder:
         assert holder.stdout is not None
         holder.stdout.readline()
@@ -558,7 +558,7 @@ def test_a_typed_command_also_ends_with_one_line(place, number):
     shutil.copy(place / "mine" / "train.txt", place)
     (place / "run" / "cut.ckpt").write_bytes((place / "run" / "best.ckpt").read_bytes()[:5000])
     command = [sys.executable, str(ROOT / "scripts" / f"{script}.py"), *words]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = child_environment(ROOT)
     done = subprocess.run(command, cwd=place, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == code, done.stderr
     assert message in Outcome(done.returncode, done.stdout, done.stderr, 0).error_message

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from fresh_commands import child_environment
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
@@ -272,6 +273,6 @@ def test_augmentation_of_any_size_depends_only_on_seed_epoch_and_index(seed, hei
 def test_many_more_examples_also_pass():
     words = [sys.executable, "-m", "pytest", "-q", "-x", __file__]
     root = Path(__file__).parents[2]
-    environment = {**os.environ, "SEGDECONV_FUZZ": "1500", "PYTHONPATH": str(root)}
+    environment = child_environment(root, SEGDECONV_FUZZ="1500")
     done = subprocess.run(words, cwd=root, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:]

@@ -1,6 +1,5 @@
 """No command opens a connection unless requested: checked in a namespace without network, and by a system trace."""
 
-import os
 import re
 import shutil
 import subprocess
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import fakes
 import pytest
+from fresh_commands import child_environment
 
 ROOT = Path(__file__).parents[2]
 SLIM = (
@@ -62,7 +62,7 @@ print(requests)
 
 def test_importing_opens_no_connection(tmp_path):
     """The audit hook records connections even if a library ignores their failure, as albumentations' check does."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = child_environment(ROOT)
     environment.pop("NO_ALBUMENTATIONS_UPDATE", None)
     done = subprocess.run([sys.executable, "-c", AUDIT], cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
@@ -82,7 +82,7 @@ def test_a_trace_of_every_command_shows_no_connection(tmp_path, commands, index)
     command = [sys.executable, str(ROOT / "scripts" / f"{script}.py"), *words]
     traced = [strace, "-f", "-qq", "-e", "trace=connect,sendto", "-o", "trace.txt", *command]
     done = subprocess.run(
-        traced, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False
+        traced, cwd=tmp_path, capture_output=True, text=True, env=child_environment(ROOT), check=False
     )
     if "PTRACE" in done.stderr or "ptrace" in done.stderr:
         pytest.skip("the kernel does not permit tracing")

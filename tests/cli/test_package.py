@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from fresh_commands import child_environment
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
@@ -218,6 +219,6 @@ def test_a_command_and_its_spawned_processes_have_the_process_settings(tmp_path)
     names = ("SEGDECONV_KEEP_FREED_MEMORY", "OPENCV_FFMPEG_LOGLEVEL")
     environment = {name: value for name, value in os.environ.items() if name not in names}
     words = [sys.executable, str(tmp_path / "script.py")]
-    environment["PYTHONPATH"] = str(ROOT)
+    environment["PYTHONPATH"] = child_environment(ROOT)["PYTHONPATH"]
     done = subprocess.run(words, capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.splitlines() == ["None 1 -8", "None 1 -8"]

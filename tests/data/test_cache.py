@@ -13,6 +13,7 @@ from pathlib import Path
 import fakes
 import numpy as np
 import pytest
+from fresh_commands import child_environment
 from PIL import Image
 
 from segdeconv.checkpoints import checkpoint
@@ -414,7 +415,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_a_killed_run_leaves_no_memory_behind(tmp_path):
     root = fakes.camvid(tmp_path)
     before = set(os.listdir("/dev/shm"))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    environment = child_environment(ROOT, ROOT / "tests")
     done = subprocess.run([sys.executable, "-c", KILLED, str(root)], env=environment, check=False)
     assert done.returncode == -signal.SIGKILL
     assert set(os.listdir("/dev/shm")) <= before

@@ -17,6 +17,7 @@ import fakes
 import numpy as np
 import pytest
 import torch
+from fresh_commands import child_environment
 from PIL import Image
 
 import segdeconv
@@ -105,7 +106,7 @@ assert state() == before, (before, state())
 
 def test_prediction_from_python_changes_no_process_wide_state(place, tmp_path):
     words = [sys.executable, "-c", FROM_PYTHON, str(place / "best.ckpt"), str(place / "photos" / "a.png")]
-    environment = {**os.environ, "NO_ALBUMENTATIONS_UPDATE": "1", "PYTHONPATH": str(ROOT)}
+    environment = child_environment(ROOT, NO_ALBUMENTATIONS_UPDATE="1")
     done = subprocess.run([*words, str(tmp_path / "mask.png")], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
 

@@ -4,7 +4,6 @@ import contextlib
 import http.client
 import io
 import json
-import os
 import re
 import signal
 import socket
@@ -21,6 +20,7 @@ import pytest
 import torch
 from browser import browser_page, needs_chromium
 from checkpoint_files import content
+from fresh_commands import child_environment
 from PIL import Image
 
 from segdeconv.analysis import switch_paths
@@ -71,7 +71,7 @@ def trained(path):
 def running(path, *words):
     """Run the real command and yield its address and process."""
     command = [sys.executable, str(ROOT / "scripts" / "serve.py"), str(path), "--port", "0", *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = child_environment(ROOT, OMP_NUM_THREADS="1")
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     ) as process:

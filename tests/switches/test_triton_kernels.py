@@ -1,13 +1,13 @@
 """The Triton kernels: correct results (triton_kernel_cases.py, fused_stage_cases.py), used only where they can run."""
 
 import importlib.util
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from fresh_commands import child_environment
 
 from segdeconv.switches.ops import load_triton_kernels
 
@@ -16,9 +16,13 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 
 
 def run(*arguments, **environment):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
     return subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=child_environment(ROOT, OMP_NUM_THREADS="1", **environment),
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
 
 

@@ -1,12 +1,12 @@
 """A few fault-injection trials of each kind on training runs; `make chaos` runs hundreds."""
 
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from fresh_commands import child_environment
 
 CHAOS = Path(__file__).parents[1] / "chaos.py"
 
@@ -16,7 +16,7 @@ def injected_faults(tmp_path, *words, timeout=300):
     done = subprocess.run(
         [sys.executable, str(CHAOS), *words],
         cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(CHAOS.parents[1]), "TMPDIR": str(tmp_path)},
+        env=child_environment(CHAOS.parents[1], OMP_NUM_THREADS="1", TMPDIR=str(tmp_path)),
         capture_output=True,
         text=True,
         timeout=timeout,
