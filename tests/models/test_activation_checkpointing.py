@@ -71,7 +71,8 @@ def test_each_stage_saves_only_its_inputs():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.update({t.data_ptr(): t}) or t, lambda t: t):
         network(image)
     own = {parameter.data_ptr() for parameter in network.parameters()}
-    maps = sorted(tensor.nbytes for pointer, tensor in saved.items() if pointer not in own)
+    # torch 2.11 also saves an empty tensor of its own.
+    maps = sorted(tensor.nbytes for pointer, tensor in saved.items() if pointer not in own and tensor.nbytes)
     full, half, quarter = 4 * 4 * 32 * 32, 4 * 4 * 16 * 16, 4 * 4 * 8 * 8
     switches = [half // 4, quarter // 4]
     # The image, both pooled maps, the outputs of the two stages of the decoder, and the switches.
