@@ -144,9 +144,10 @@ def _require_regular(archive: Path, name: str, regular: bool) -> None:
 
 
 def _store(source: IO[bytes], target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with source, target.open("xb") as sink:
-        shutil.copyfileobj(source, sink, CHUNK)
+    with source:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("xb") as sink:
+            shutil.copyfileobj(source, sink, CHUNK)
 
 
 def _progress(entries: Iterable[Entry], archive: Path) -> Iterable[Entry]:
