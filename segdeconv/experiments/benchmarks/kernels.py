@@ -19,6 +19,7 @@ from segdeconv.switches.ops import Pooling, max_pool, unpool
 
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+CALLS = 10  # between two synchronisations with a GPU, so that launching a kernel hides behind the one before it
 Case = tuple[str, Callable[[], Any], int]  # name, the call to time, bytes that it moves
 
 
@@ -40,18 +41,20 @@ def measure(
         seconds: Time for each row, after one warm-up call.
 
     Returns:
-        Rows with `what`, `ms` (median time of a call), `gb_per_s` and `share_of_copy` (`gb_per_s` divided by that of
-        copying the map). The bytes of an operation assume switches of one byte, or of two bits if they are packed, in
-        all implementations, so that equal rates mean equal times; in fact, torch's int64 indices take 8 bytes each.
+        Rows with `what`, `ms` (median time of a call, on a GPU of `CALLS` in a row), `gb_per_s` and `share_of_copy`
+        (`gb_per_s` divided by that of copying the map). The bytes of an operation assume switches of one byte, or of
+        two bits if they are packed, in all implementations, so that equal rates mean equal times; in fact, torch's
+        int64 indices take 8 bytes each.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    calls = CALLS if device.type == "cuda" else 1
     rows = []
     for layout in layouts:
         for dtype in dtypes:
             x = torch.randn(shape, device=device).to(DTYPES[dtype]).contiguous(memory_format=LAYOUTS[layout])
             copy_rate = 0.0
             for what, call, nbytes in _cases(x):
-                median = median_time(functools.partial(_synchronised, call, device), seconds=seconds)
+                median = median_time(functools.partial(_repeat, call, calls, device), seconds=seconds) / calls
                 rate = nbytes / median / 1e9
                 copy_rate = copy_rate or rate
                 rows.append(
@@ -141,8 +144,9 @@ def _backward(output: Tensor, inputs: Tensor, gradient: Tensor) -> Callable[[], 
     return lambda: torch.autograd.grad(output, inputs, gradient, retain_graph=True)
 
 
-def _synchronised(call: Callable[[], Any], device: torch.device) -> None:
-    """Make a call and wait for the GPU."""
-    call()
+def _repeat(call: Callable[[], Any], calls: int, device: torch.device) -> None:
+    """Make several calls in a row and wait for the GPU."""
+    for _ in range(calls):
+        call()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
