@@ -69,11 +69,11 @@ class MetricsFile:
 
 
 class Recorder(Checkpoint):  # Lightning calls callbacks of this base class last, when all counts are complete
-    """Writes scalars to metrics.csv and the logger, the confusion matrix and the checkpoints after every epoch.
+    """Writes scalars to metrics.csv and the logger, the confusion matrix and the checkpoints after an epoch.
 
     Args:
         run: The run folder.
-        checkpoints: Writes the checkpoints.
+        checkpoints: Writes the checkpoints, after every validation and where they are due.
         stopping: Ends the run, if requested, after they are written.
     """
 
@@ -111,8 +111,11 @@ class Recorder(Checkpoint):  # Lightning calls callbacks of this base class last
                 if val:
                     image = draw.confusion_picture(val.confusion, task.classes)
                     log_image(logger, "confusion", image, trainer.global_step)
-        self.checkpoints.keep(trainer, self.miou)
-        self.stopping.at_epoch_end(trainer, task.total_steps)
+        done = trainer.should_stop or trainer.global_step >= task.total_steps
+        saved = self.miou is not None or done or self.checkpoints.is_due(trainer)
+        if saved:
+            self.checkpoints.keep(trainer, self.miou)
+        self.stopping.at_epoch_end(trainer, task.total_steps, saved=saved)
 
 
 def _scalars(split: str, results: Results | None, task: SegmentationTask) -> dict[str, float]:

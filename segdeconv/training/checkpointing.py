@@ -1,6 +1,7 @@
 """The checkpoints of a run, written through Lightning: last.ckpt, previous.ckpt and best.ckpt."""
 
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,11 @@ from tqdm import tqdm
 from segdeconv.checkpoints import checkpoint
 from segdeconv.system.files import replace_link
 from segdeconv.training.lightning_internals import canonical_loops, resume_at_epoch_start
+from segdeconv.training.processes import agreed
 from segdeconv.training.run_folder import require_run_folder
+
+QUICK = 0.1  # seconds; a checkpoint that takes less is written after every epoch
+INTERVAL = 20  # times the seconds of a slower write, between two validations: the writes take a twentieth of the time
 
 
 class VerifiedCheckpoints(CheckpointIO):
@@ -39,7 +44,8 @@ class Checkpoints(Callback):
     """Writes last.ckpt, previous.ckpt and best.ckpt (highest validation mIoU) to the run folder.
 
     They are written after an epoch's validation, never between its last batch and its validation, so that a resumed
-    run has the scores and the best checkpoint of an uninterrupted one.
+    run has the scores and the best checkpoint of an uninterrupted one. An epoch without validation that follows a write
+    too closely is not saved, see `is_due`.
 
     Args:
         run: The run folder.
@@ -53,6 +59,8 @@ class Checkpoints(Callback):
         self._last_is_intact = resumed == self.last_path
         self.best = -1.0
         self.waited = 0
+        self._written = -math.inf  # time.monotonic() of the last write of last.ckpt, and its duration in seconds
+        self._seconds = 0.0
 
     @property
     def last_path(self) -> Path:
@@ -80,8 +88,20 @@ class Checkpoints(Callback):
             self._end_early(trainer)
         if trainer.is_global_zero and self._last_is_intact and self.last_path.is_file():
             _keep_previous(self.last_path)
+        started = time.monotonic()
         trainer.save_checkpoint(self.last_path)
+        self._written = time.monotonic()
+        self._seconds = self._written - started
         self._last_is_intact = True
+
+    def is_due(self, trainer: Trainer) -> bool:
+        """Return whether last.ckpt is to be written after an epoch without validation.
+
+        That is so unless writing it takes long and it was written a short time ago. Every process has to call this,
+        since it is a collective operation.
+        """
+        age = time.monotonic() - self._written
+        return bool(agreed(trainer, int(self._seconds < QUICK or age >= INTERVAL * self._seconds)))
 
     def _end_early(self, trainer: Trainer) -> None:
         if self.patience is not None and self.waited >= self.patience:

@@ -82,11 +82,19 @@ class Stopping(Callback):
             self.checkpoints.keep(trainer, None)
             self._leave(reason, trainer.global_step)
 
-    def at_epoch_end(self, trainer: Trainer, total_steps: int) -> None:
-        """End the run if requested; called by the Recorder after it has saved."""
+    def at_epoch_end(self, trainer: Trainer, total_steps: int, *, saved: bool) -> None:
+        """End the run if requested; called by the Recorder.
+
+        Args:
+            trainer: The trainer at this step.
+            total_steps: Optimizer steps of the whole run.
+            saved: Whether the Recorder has saved this step; otherwise it is saved before the run ends.
+        """
         reason = self._reason(trainer)
         done = trainer.should_stop or trainer.global_step >= total_steps
         if reason and not (reason == TIME_IS_UP and done):
+            if not saved:
+                self.checkpoints.keep(trainer, None)
             self._leave(reason, trainer.global_step)
 
     def _reason(self, trainer: Trainer) -> int:

@@ -14,7 +14,7 @@ from segdeconv.checkpoints import checkpoint
 from segdeconv.config import compose, rename_keys
 from segdeconv.errors import DivergedError, Interrupted, UsageError
 from segdeconv.train import train
-from segdeconv.training import config_check
+from segdeconv.training import checkpointing, config_check
 from segdeconv.training.callbacks import MetricsFile
 from segdeconv.training.lightning_internals import canonical_loops
 from segdeconv.training.resume import differing_keys, find_run, usable_checkpoint
@@ -125,6 +125,49 @@ def test_a_run_resumed_after_a_signal_at_any_step_equals_an_uninterrupted_one(
     monkeypatch.setattr(Stopping, "on_train_batch_end", original)
     run(tmp_path, resume="auto")
     assert digest(tmp_path) == uninterrupted
+
+
+def test_a_slow_write_is_left_out_between_validations_and_loses_no_exactness(tmp_path, monkeypatch):
+    words = ("trainer.max_epochs=5", "trainer.check_val_every_n_epoch=2")
+    run(tmp_path / "every", *words)
+    expected = digest(tmp_path / "every")
+    monkeypatch.setattr(checkpointing, "QUICK", -1.0)
+    monkeypatch.setattr(checkpointing, "INTERVAL", 1e9)
+    keep, written = checkpointing.Checkpoints.keep, []
+
+    def recorded(self, trainer, miou):
+        written.append(trainer.global_step)
+        keep(self, trainer, miou)
+
+    monkeypatch.setattr(checkpointing.Checkpoints, "keep", recorded)
+    run(tmp_path / "few", *words)
+    assert written == [3, 6, 12, 15]  # the first epoch, two validations and the end, but not the third epoch
+    assert digest(tmp_path / "few") == expected
+
+    original, raised = Stopping.on_train_batch_end, {9: None, 11: ArithmeticError("crash")}
+
+    def at_step(self, trainer, *arguments):
+        if trainer.global_step in raised:
+            error = raised.pop(trainer.global_step)
+            if error:
+                raise error
+            self.received = signal.SIGTERM
+        original(self, trainer, *arguments)
+
+    monkeypatch.setattr(Stopping, "on_train_batch_end", at_step)
+    written.clear()
+    with pytest.raises(Interrupted, match="stopped by SIGTERM at step 9, saved in"):
+        run(tmp_path / "stopped", *words)
+    assert written == [3, 6, 9]
+    with pytest.raises(ArithmeticError, match="crash"):
+        run(tmp_path / "stopped", *words, resume="auto")
+    run(tmp_path / "stopped", *words, resume="auto")
+    assert digest(tmp_path / "stopped") == expected
+    raised[11] = ArithmeticError("crash")
+    with pytest.raises(ArithmeticError, match="crash"):
+        run(tmp_path / "crashed", *words)  # resumes from the validation after step 6
+    run(tmp_path / "crashed", *words, resume="auto")
+    assert digest(tmp_path / "crashed") == expected
 
 
 @pytest.mark.parametrize("step", [2, 4, 6, 8])
