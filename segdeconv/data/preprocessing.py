@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +106,7 @@ class Preprocessing:
     def normalised(self, images: Tensor) -> Tensor:
         """Normalise a batch of `stacked` images, (N, C, H, W) uint8 or float32, to float32 in channels-last memory."""
         rows = images.permute(0, 2, 3, 1)
-        mean, std = torch.tensor([self.mean, self.std], dtype=torch.float32, device=images.device)
+        mean, std = _statistics(tuple(self.mean), tuple(self.std), images.device)
         if self.order == "bgr":
             rows, mean, std = rows.flip(-1), mean.flip(0), std.flip(0)
         count, height, width, channels = rows.shape
@@ -124,6 +125,16 @@ class Preprocessing:
         mean, std = tuple(data["mean"]), tuple(data["std"])
         # Checkpoints of version 0.1 lack the last three.
         return cls(size, mean, std, data.get("bits", 8), data.get("as_stored", False), data.get("order", "rgb"))
+
+
+@functools.lru_cache(maxsize=16)
+def _statistics(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return mean and std as float32 tensors, which stay on the device.
+
+    Copying them for every batch would make the host wait until a GPU has finished all work launched before.
+    """
+    with torch.inference_mode(False):  # a tensor of inference mode could not be used everywhere
+        return tuple(torch.tensor([mean, std], dtype=torch.float32, device=device))
 
 
 def stacked(images: Sequence[np.ndarray]) -> Tensor:
