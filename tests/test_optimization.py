@@ -145,13 +145,28 @@ def test_sgd_step_with_momentum_by_hand():
 def test_orthogonal_keeps_the_singular_vectors_and_brings_the_singular_values_near_one(shape, precision, monkeypatch):
     monkeypatch.setattr("segdeconv.optimization.fast_precision", lambda: precision)
     filters = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    result = orthogonal(filters.to(memory_format=torch.channels_last) if len(shape) == 4 else filters)
+    (result,) = orthogonal([filters.to(memory_format=torch.channels_last) if len(shape) == 4 else filters])
     assert result.shape == filters.shape
     left, _, right = torch.linalg.svd(filters.flatten(1), full_matrices=False)
     values = left.T @ result.flatten(1) @ right.T  # diagonal if the singular vectors are the same
     torch.testing.assert_close(values, values.diagonal().diag(), rtol=0, atol=1e-4 if precision == "32-true" else 0.05)
     assert values.diagonal().min() > 0.6
     assert values.diagonal().max() < 1.25
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_orthogonal_gives_the_bits_of_the_expression_whatever_else_is_in_the_list(precision, monkeypatch):
+    monkeypatch.setattr("segdeconv.optimization.fast_precision", lambda: precision)
+    dtype = torch.float32 if precision == "32-true" else torch.bfloat16
+    filters = [torch.randn(*shape) for shape in ((16, 24), (24, 16), (5, 40), (16, 24))]
+    for result, matrix in zip(orthogonal(filters), filters, strict=True):
+        tall = len(matrix) > matrix.shape[1]
+        x = (matrix.T if tall else matrix).to(dtype)
+        x = x / x.norm()
+        for _ in range(5):
+            gram = x @ x.T
+            x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+        assert torch.equal(result, (x.T if tall else x).float())
 
 
 def test_the_first_step_of_muon_has_the_size_of_adamws_and_similar_singular_values():
