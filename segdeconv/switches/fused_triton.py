@@ -61,7 +61,8 @@ def _normalised(cells, mean, scale, shift, exists, RELU: tl.constexpr):
     values = ((cells.to(tl.float32) - mean) * scale + shift).to(cells.dtype)
     if RELU:
         values = _rectified(values)
-    return tl.where(exists, values, tl.full(values.shape, float("-inf"), values.dtype))
+    # Cast, since Triton 3.6 cannot interpret a constant of bfloat16.
+    return tl.where(exists, values, tl.full(values.shape, float("-inf"), tl.float32).to(values.dtype))
 
 
 @triton.jit

@@ -244,7 +244,7 @@ def test_a_network_computes_the_same_with_and_without_the_fused_pass(monkeypatch
     assert_within(logits, expected, 1e-5)
     for name, number in numbers.items():
         if not name.endswith("conv.bias"):  # before a norm its gradient is only rounding error
-            assert_within(number, others[name], 1e-5)
+            assert_within(number, others[name], 2e-5)
     assert network.encoder.stages[1][1].norm.num_batches_tracked == 1
 
 
