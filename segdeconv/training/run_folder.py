@@ -45,7 +45,12 @@ def discard_if_unused(run: Path) -> Iterator[None]:
         yield
     except BaseException:
         files = list(run.iterdir()) if run.is_dir() else []
-        if files and all(any(fnmatch(path.name, pattern) for pattern in BEFORE_TRAINING) for path in files):
+        if (
+            rank_from_outside() == 0
+            and files
+            and all(any(fnmatch(path.name, pattern) for pattern in BEFORE_TRAINING) for path in files)
+        ):
+            _locks.pop(run.resolve(), None)
             shutil.rmtree(run, ignore_errors=True)
         raise
 

@@ -42,8 +42,8 @@ IN_PLANES = 2  # planar configuration
 def read_stored(path: Path, channels: int, *, max_pixels: int) -> tuple[np.ndarray, int]:
     """Read an image as it is stored, neither scaled nor converted.
 
-    Formats are JPEG, PNG, BMP, WEBP and Netpbm; TIFF with any number of channels, interleaved, in planes or in pages; and .npy
-    of shape (H, W) or (H, W, channels).
+    Formats are JPEG, PNG, BMP, WEBP and Netpbm; TIFF with any number of channels, interleaved, in planes or in pages;
+    and .npy of shape (H, W) or (H, W, channels).
 
     Returns:
         (H, W, channels) uint8 or uint16, and the EXIF orientation, 1..8.
