@@ -72,6 +72,8 @@ ACCEPTED = {
     "73 all ignored": (lambda path: Image.new("L", (64, 48), 255).save(path), None),
     "74 all background": (lambda path: Image.new("L", (64, 48), 0).save(path), None),
     "81 booleans": (lambda path: Image.fromarray(MASK > 0).save(path), None),
+    "83 float array of integers": (array(labels(0, np.float32)), None),
+    "83 int64 array": (array(labels(0, np.int64)), None),
 }
 REFUSED = {
     "66 unknown colour": (unknown_colour, NAMED, "has colour (9, 9, 9) at row 5, column 7"),
@@ -84,8 +86,8 @@ REFUSED = {
     "78 empty": (picture_files.written(b""), None, "is not an image"),
     "79 missing": (lambda path: path.unlink(), None, "has no mask"),
     "80 text": (picture_files.written(b"labels"), None, "is not an image"),
-    "83 float array": (array(labels(0, np.float32)), None, "holds float32 - save it as uint8 or uint16"),
-    "83 array with NaN": (array(labels(np.nan, np.float64)), None, "holds float64 - save it as uint8 or uint16"),
+    "83 float array": (array(labels(0.5, np.float32)), None, "holds float32, with 0.5 at row"),
+    "83 array with NaN": (array(labels(np.nan, np.float64)), None, "holds float64, with nan at row"),
 }
 
 

@@ -354,7 +354,7 @@ def test_16_bit_grey_is_trained_on_as_stored(tmp_path: Path) -> None:
         ),
         ({"std": [1.0]}, r"dataset\.std has 1 values, but the images have 2 channel\(s\)"),
         ({"channels": 1}, r"site0_.*\.tif has 2 channels of 16 bit and dataset\.channels is 1 - "),
-        ({"channels": None}, r"site0_.*\.tif is a TIFF .* - set dataset\.channels=N"),
+        ({"channels": None}, r"site0_.*\.tif has 2 channels but is not a colour image - set dataset\.channels=2"),
     ],
 )
 def test_settings_that_do_not_fit_the_channels_are_refused_before_training(

@@ -474,7 +474,7 @@ def test_a_missing_or_empty_folder_is_refused(tmp_path: Path) -> None:
         Folder("train", str(tmp_path))
     (tmp_path / "images").mkdir()
     (tmp_path / "masks").mkdir()
-    with raises(r"images contains no image - the supported suffixes are \.bmp"):
+    with raises(r"images contains no image - the supported suffixes are \.apng, \.bmp"):
         Folder("train", str(tmp_path))
     for sub in ("images", "masks"):
         Image.new("L", (8, 8)).save(tmp_path / sub / "only.png")
