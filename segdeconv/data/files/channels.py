@@ -206,7 +206,9 @@ def _require_colour(path: Path, page: Any, channels: int) -> None:
 
 def _has_alpha(page: Any, channels: int) -> bool:
     """Return True if the last channel is the fourth of a colour image, or marked as the alpha of a grey one."""
-    return channels == 4 or (channels == 2 and tuple(page.extrasamples)[-1:] in [(kind,) for kind in ALPHA])
+    if page.photometric == RGB:
+        return channels == 4
+    return channels == 2 and tuple(page.extrasamples)[-1:] in [(kind,) for kind in ALPHA]
 
 
 def _read_tiff(path: Path, channels: int | None, max_pixels: int) -> StoredTiff:

@@ -252,6 +252,16 @@ def test_more_channels_of_a_tiff_are_refused_with_their_number(
         read_image(tmp_path / "x.tif")
 
 
+@pytest.mark.parametrize("planar", ["contig", "separate"])
+@pytest.mark.parametrize("channels", [2, 3, 4])
+def test_grey_channels_of_a_tiff_are_not_a_colour_image(tmp_path: Path, channels: int, planar: str) -> None:
+    """GDAL writes bands in this way unless it is told which are red, green and blue."""
+    shape = (48, 64, channels) if planar == "contig" else (channels, 48, 64)
+    tifffile.imwrite(tmp_path / "x.tif", np.zeros(shape, np.uint8), photometric="minisblack", planarconfig=planar)
+    with refused(tmp_path / "x.tif", rf"has {channels} channels but is not a colour image - set dataset\.channels="):
+        read_image(tmp_path / "x.tif")
+
+
 @pytest.mark.parametrize("shape", [(48, 64), (48, 64, 3), (48, 64, 4)])
 @pytest.mark.parametrize("dtype", [np.int8, np.int16, np.uint32, np.int32, np.float32, np.float64])
 def test_images_of_other_types_are_refused_and_not_clipped(tmp_path: Path, dtype: Any, shape: tuple[int, ...]) -> None:
