@@ -1,6 +1,7 @@
 """Pairing of a person's images with their masks by name, and lists of the images of a split."""
 
 import difflib
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -81,7 +82,12 @@ def find_folders(images: Path, masks: Path, mask_name: str | None) -> Folders:
 
 def _files(folder: Path) -> tuple[Files, list[str]]:
     if not folder.is_dir():
-        raise UsageError(f"{folder} is not a folder; dataset.root should hold images/ and masks/ - rename or move them")
+        parent = folder.parent
+        beside = sorted(path.name for path in parent.iterdir() if path.is_dir()) if parent.is_dir() else []
+        raise UsageError(
+            f"{folder} is not a folder; dataset.root should hold images/ and masks/, and {parent} holds "
+            f"{', '.join(beside[:10]) or 'no folder'}{', ...' if beside[10:] else ''} - rename or move them"
+        )
     found = find_files(folder)
     files: Files = {}
     for path in found.files:
@@ -263,8 +269,12 @@ def _image_name(entry: str, images: Mapping[str, Path]) -> str | None:
 
 
 def _file(entry: str, root: Path, folder: Path | None) -> Path | None:
-    bases = [root, *([folder] if folder else [])]
-    return next((base / entry for base in bases if (base / entry).is_file()), None)
+    """Return the file in the root that an entry of a list means, or None."""
+    for base in (root, *([folder] if folder else [])):
+        path = base / os.path.normpath(entry.replace("\\", "/"))
+        if path.is_file() and Path(os.path.abspath(path)).is_relative_to(os.path.abspath(root)):
+            return path
+    return None
 
 
 def count(paths: Iterable[Path], kind: str) -> str:

@@ -289,6 +289,18 @@ def test_lists_of_pairs_need_no_names_in_common_nor_an_images_folder(tmp_path: P
         np.testing.assert_array_equal(mask, scene(int(name[-2:]))[1])
 
 
+@pytest.mark.parametrize("outside", ["../{}", "{}"])
+def test_lists_of_pairs_name_no_files_outside_the_folder(tmp_path: Path, outside: str) -> None:
+    root = tmp_path / "mine"
+    folder(root)
+    Image.new("L", SIZE[::-1]).save(tmp_path / "other.png")
+    other = outside.format(tmp_path / "other.png" if outside == "{}" else "other.png")
+    (root / "train.txt").write_text(f"images/s00.png {other}\n")
+    (root / "val.txt").write_text("s01\n")
+    with pytest.raises(UsageError, match=r"train\.txt, line 1: image '.*' not found"):
+        Folder("train", str(root))
+
+
 def test_links_are_followed_and_hidden_folders_and_other_files_are_counted(tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     folder(elsewhere)

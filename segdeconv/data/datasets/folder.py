@@ -157,6 +157,12 @@ def _find_layout(root: Path, mask_name: str | None) -> _Layout:
             left_out if images.is_dir() else [],
         )
     if lists := _stated(root, lambda name: (root / f"{name}.txt").is_file()):
+        if missing := {"train", "val"} - set(lists):
+            name = min(missing)
+            raise UsageError(
+                f"{root} has {', '.join(f'{stated}.txt' for stated in lists.values())} but no {name}.txt - add it, or "
+                "remove all lists for a random split"
+            )
         whole = find_folders(images, masks, mask_name) if images.is_dir() else None
         splits = {split: read_split_list(root / f"{name}.txt", root, whole) for split, name in lists.items()}
         return _Layout([] if whole is None else [whole], splits, [])

@@ -347,9 +347,3 @@ def read_list(path: Path) -> list[tuple[int, str]]:
     except UnicodeDecodeError:
         raise UsageError(f"{path} is not UTF-8 text - save the list as UTF-8") from None
     return [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
-
-
-def palette(path: Path) -> list[tuple[int, int, int]] | None:
-    """Return the 256 colours of a palette image, or None for any other image."""
-    colours = read_stored_mask(path).palette
-    return None if colours is None else [(int(r), int(g), int(b)) for r, g, b in colours]

@@ -487,6 +487,10 @@ def test_a_folder_of_train_without_val_is_refused(tmp_path: Path) -> None:
     (tmp_path / "val").rename(tmp_path / "elsewhere")
     with raises("has train but no val/images - add"):
         Folder("train", str(tmp_path))
+    fakes.folder(tmp_path / "listed", layout="lists")
+    (tmp_path / "listed" / "val.txt").unlink()
+    with raises(r"has train\.txt but no val\.txt - add it, or remove all lists"):
+        Folder("train", str(tmp_path / "listed"))
 
 
 @pytest.mark.parametrize(

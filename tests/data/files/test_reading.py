@@ -20,7 +20,14 @@ from real_data import SHARED
 from segdeconv.classes import Classes, voc_colours
 from segdeconv.data.dataset import FileDataset, Pair
 from segdeconv.data.files.decoding import ORIENTATION
-from segdeconv.data.files.reading import palette, read_image, read_labels, read_mask, read_upright, turn_back
+from segdeconv.data.files.reading import (
+    read_image,
+    read_labels,
+    read_mask,
+    read_stored_mask,
+    read_upright,
+    turn_back,
+)
 from segdeconv.errors import UsageError
 
 RGB = np.random.default_rng(0).integers(0, 256, size=(48, 64, 3), dtype=np.uint8)
@@ -357,8 +364,8 @@ def test_palette_masks_are_read_as_indices_not_as_grey(tmp_path: Path) -> None:
     image.putpalette([channel for colour in voc_colours(256) for channel in colour])
     image.save(path)
     np.testing.assert_array_equal(read_mask(path, THREE), LABELS)
-    assert palette(path) == list(voc_colours(256))
-    assert palette(saved(tmp_path / "grey.png", LABELS)) is None
+    assert read_stored_mask(path).palette.tolist() == [list(colour) for colour in voc_colours(256)]
+    assert read_stored_mask(saved(tmp_path / "grey.png", LABELS)).palette is None
 
 
 def test_boolean_masks_are_classes_0_and_1(tmp_path: Path) -> None:
@@ -390,7 +397,7 @@ def test_real_voc_masks_are_read_as_labels() -> None:
         stored = np.array(fakes.opened(path))
         assert set(np.unique(stored)) <= {*range(21), 255}
         np.testing.assert_array_equal(read_mask(path, classes), stored)
-        assert palette(path)[:21] == list(classes.colours)
+        assert read_stored_mask(path).palette[:21].tolist() == [list(colour) for colour in classes.colours]
 
 
 # Masks that are refused
