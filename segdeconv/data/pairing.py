@@ -1,6 +1,7 @@
 """Pairing of a person's images with their masks by name, and lists of the images of a split."""
 
 import difflib
+import itertools
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -182,12 +183,8 @@ def common_start(texts: Sequence[str]) -> str:
     'img_0'
     """
     first, last = min(texts), max(texts)
-    return first[
-        : next(
-            (place for place, pair in enumerate(zip(first, last, strict=False)) if len(set(pair)) > 1),
-            min(len(first), len(last)),
-        )
-    ]
+    shared = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
+    return first[: sum(1 for _ in shared)]
 
 
 def _core(name: str, start: str, end: str) -> tuple[str, str]:
@@ -259,7 +256,7 @@ def _listed_pair(entry: str, root: Path, folders: Folders | None) -> Pair | None
 def _image_name(entry: str, images: Mapping[str, Path]) -> str | None:
     """Return the name of the image that an entry of a list means, or None."""
     path = PurePosixPath(entry.replace("\\", "/"))
-    if not path.name:
+    if not path.name or path == PurePosixPath("images"):
         return None
     inside = path.relative_to("images") if path.is_relative_to("images") else path
     for name in (entry, path.with_suffix("").as_posix(), inside.as_posix(), inside.with_suffix("").as_posix()):

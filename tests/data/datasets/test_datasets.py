@@ -500,6 +500,7 @@ def test_a_folder_of_train_without_val_is_refused(tmp_path: Path) -> None:
         ("../images/train_0\n", r"line 1: image '\.\./images/train_0' not found"),
         ("/etc/passwd.png\n", r"line 1: image '/etc/passwd\.png' not found"),
         (".\n", r"line 1: image '\.' not found"),
+        ("images\n", r"line 1: image 'images' not found"),
         ("train_0\n\ntrain_0.png\n", r"line 3: 'train_0\.png' is listed twice - list every image once"),
         ("\n", "lists no image - fill it, or delete all lists for a random split"),
     ],
