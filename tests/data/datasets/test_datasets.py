@@ -504,7 +504,7 @@ def test_a_folder_of_train_without_val_is_refused(tmp_path: Path) -> None:
         ("train_0\n\ntrain_0.png\n", r"line 3: 'train_0\.png' is listed twice - list every image once"),
         ("\n", "lists no image - fill it, or delete all lists for a random split"),
     ],
-    ids=["unknown", "parent", "absolute", "dot", "twice", "empty"],
+    ids=["unknown", "parent", "absolute", "dot", "folder", "twice", "empty"],
 )
 def test_a_bad_list_of_a_folder_is_refused_by_file_and_line(tmp_path: Path, content: str, message: str) -> None:
     fakes.folder(tmp_path, layout="lists")
