@@ -3,6 +3,7 @@
 import errno
 import gzip
 import io
+import lzma
 import os
 import shutil
 import stat
@@ -30,7 +31,7 @@ Entry = TypeVar("Entry")
 # The exceptions that zipfile and tarfile raise for damaged archives.
 DAMAGE = (
     EOFError, FileExistsError, IndexError, NotADirectoryError, OverflowError, RuntimeError, UnicodeError,
-    gzip.BadGzipFile, tarfile.TarError, zipfile.BadZipFile, zlib.error,
+    gzip.BadGzipFile, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile, zlib.error,
 )  # fmt: skip
 
 
@@ -118,7 +119,8 @@ def _new_folder(archive: Path, folder: Path, kind: str) -> Iterator[None]:
         shutil.rmtree(folder, ignore_errors=True)
         if isinstance(error, OSError) and error.filename is None:
             error.filename = str(folder)  # the error of a full disk names no file
-        if isinstance(error, DAMAGE) or (isinstance(error, OSError) and error.errno == errno.EINVAL):  # a seek before 0
+        # EINVAL: a seek before 0; bz2 raises an OSError without a number.
+        if isinstance(error, DAMAGE) or (isinstance(error, OSError) and error.errno in (errno.EINVAL, None)):
             raise UsageError(f"{archive} is not a complete {kind} file ({error}) - delete it and try again") from error
         raise
 

@@ -120,8 +120,19 @@ def header_pixels(path: Path) -> int:
 
 def damaged(path: Path, error: object) -> UsageError:
     """Return the error for a file that cannot be decoded."""
-    reason = " ".join(str(error).split())
+    reason = " ".join(str(error).split()) or type(error).__name__
     return UsageError(f"{path} is damaged and cannot be decoded ({reason}) - restore or remove it")
+
+
+@contextmanager
+def explain_damage(path: Path) -> Iterator[None]:
+    """Turn what Pillow, NumPy and tifffile raise for a damaged file, which may be any exception, into a UsageError."""
+    try:
+        yield
+    except (UsageError, MemoryError):
+        raise
+    except Exception as error:
+        raise damaged(path, error) from error
 
 
 def open_image(path: Path, max_pixels: int, *, decode: bool = True) -> tuple[Image.Image, int]:
@@ -140,26 +151,23 @@ def open_image(path: Path, max_pixels: int, *, decode: bool = True) -> tuple[Ima
             channels that Pillow would drop.
     """
     start = first_bytes(path)
-    try:
-        with path.open("rb") as file:
+    with explain_damage(path), path.open("rb") as file:
+        try:
             try:
                 return _decoded(path, file, max_pixels, decode)
             except ValueError as error:
                 if not (start.startswith(PNG) and "MAX_TEXT" in str(error)):
                     raise
             return _decoded(path, _without_metadata(file), max_pixels, decode)
-    except UnidentifiedImageError:
-        if start[:4] in TIFF:
-            raise _unsupported_tiff(path) from None
-        raise UsageError(
-            f"{path} is not an image (empty, truncated or another format) - supported formats are {', '.join(FORMATS)}"
-        ) from None
-    except Image.DecompressionBombError as error:  # WebP and TIFF plugins check this limit too
-        raise UsageError(f"{path}: {error} - shrink it, or raise PIL's Image.MAX_IMAGE_PIXELS") from error
-    except (UsageError, MemoryError):
-        raise
-    except Exception as error:  # Pillow raises many types for a damaged file
-        raise damaged(path, error) from error
+        except UnidentifiedImageError:
+            if start[:4] in TIFF:
+                raise _unsupported_tiff(path) from None
+            raise UsageError(
+                f"{path} is not an image (empty, truncated or another format) - supported formats are "
+                f"{', '.join(FORMATS)}"
+            ) from None
+        except Image.DecompressionBombError as error:  # WebP and TIFF plugins check this limit too
+            raise UsageError(f"{path}: {error} - shrink it, or raise PIL's Image.MAX_IMAGE_PIXELS") from error
 
 
 def _decoded(path: Path, file: IO[bytes], max_pixels: int, decode: bool) -> tuple[Image.Image, int]:

@@ -20,6 +20,7 @@ from segdeconv.data.files.decoding import (
     PNG,
     TIFF,
     array_header,
+    explain_damage,
     first_bytes,
     open_image,
     read_array,
@@ -87,7 +88,8 @@ def _read(path: Path, channels: int | None, max_pixels: int) -> tuple[np.ndarray
     if start[:4] in TIFF and (tiff := read_tiff_image(path, max_pixels=max_pixels)):
         return _from_tiff(tiff[0]), tiff[1]
     image, orientation = open_image(path, max_pixels)
-    return _rgb(image, path), orientation
+    with explain_damage(path):  # a palette image without a palette, for one, is decoded but not converted
+        return _rgb(image, path), orientation
 
 
 def _from_tiff(image: np.ndarray) -> np.ndarray:
@@ -201,6 +203,11 @@ def read_stored_mask(path: Path, *, max_pixels: int = MAX_PIXELS) -> StoredMask:
     Raises:
         UsageError: The file cannot be read, or cannot hold labels; the message names the file.
     """
+    with explain_damage(path):
+        return _read_stored_mask(path, max_pixels)
+
+
+def _read_stored_mask(path: Path, max_pixels: int) -> StoredMask:
     start = first_bytes(path)
     colours, alpha = None, False
     if start.startswith(NPY):

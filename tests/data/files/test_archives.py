@@ -126,6 +126,28 @@ def test_a_damaged_zip_is_refused_and_leaves_nothing(tmp_path: Path, damage: str
     assert listing(tmp_path) == ["a.zip"]
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_zip_of_every_method_is_unpacked_or_refused_if_it_is_damaged(tmp_path: Path, method: int) -> None:
+    random = np.random.default_rng(method)
+    archive = tmp_path / "a.zip"
+    stored = random.integers(0, 9, 3000).astype(np.uint8).tobytes()
+    with zipfile.ZipFile(archive, "w", method) as file:
+        file.writestr("a", stored)
+    content = archive.read_bytes()
+    unpack_zip(archive, tmp_path / "whole")
+    refused = 0
+    for number in range(60):
+        damaged_content = bytearray(content)
+        damaged_content[random.integers(31, len(content) - 80)] ^= 1 << random.integers(8)
+        archive.write_bytes(damaged_content)
+        try:
+            unpack_zip(archive, tmp_path / f"new{number}")
+            assert (tmp_path / f"new{number}" / "a").read_bytes() == stored  # a bit of no meaning
+        except UsageError as error:
+            refused += "is not a complete zip file" in str(error)
+    assert refused > 50
+
+
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 @pytest.mark.parametrize("second", ["a", "a/b"])
 def test_two_entries_for_one_path_are_refused_and_leave_nothing(tmp_path: Path, second: str) -> None:

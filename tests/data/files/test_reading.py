@@ -358,6 +358,21 @@ def test_label_masks_of_every_integer_type_are_read_as_stored(tmp_path: Path, dt
     np.testing.assert_array_equal(mask, LABELS)
 
 
+@pytest.mark.parametrize("transparency", [b"", b"\0\1"])
+def test_a_palette_image_without_palette_is_refused_as_an_image_and_read_as_labels(
+    tmp_path: Path, transparency: bytes
+) -> None:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    path = tmp_path / "x.png"
+    start = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 8, 3, 0, 0, 0))
+    pixels = chunk(b"IDAT", zlib.compress(b"\0" * 72)) + chunk(b"IEND", b"")
+    path.write_bytes(start + (chunk(b"tRNS", transparency) if transparency else b"") + pixels)
+    assert "is damaged" in read_or_refusal(path) or transparency
+    assert not read_stored_mask(path).values.any()
+
+
 def test_palette_masks_are_read_as_indices_not_as_grey(tmp_path: Path) -> None:
     path = tmp_path / "x.png"
     image = Image.fromarray(LABELS)
