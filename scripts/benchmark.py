@@ -66,7 +66,7 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     head = "# Benchmark\n\n" + "\n".join(f"* {name}: {value}" for name, value in metadata.items())
     text = "\n".join([head, *(f"\n{table.markdown()}" for table in tables)])
-    (arguments.out / "benchmark.md").write_text(text)
+    (arguments.out / "benchmark.md").write_text(text, encoding="utf-8")
     rows = [{"title": table.title, "rows": table.rows, "note": table.note} for table in tables]
     write_json({**metadata, "tables": rows}, arguments.out / "benchmark.json")
     if find_spec("matplotlib"):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from segdeconv.cli.command import run_command
-from segdeconv.cli.own_code import CONFIGS, find_own_code
+from segdeconv.cli.own_code import CONFIGS, declared
 from segdeconv.errors import UsageError, command
 
 
@@ -23,7 +23,7 @@ def main() -> None:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from segdeconv.config import hydra_overrides, targets, to_plain
+    from segdeconv.config import hydra_overrides, to_plain
 
     typed = command("train", sys.argv[1:])
     sys.argv[1:] = hydra_overrides(sys.argv[1:], CONFIGS)
@@ -47,8 +47,7 @@ def main() -> None:
                 )
             if launched_from_outside() and rank_from_outside() > 0:
                 sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - only rank 0 prints; open until exit
-            config = to_plain(composed, sys.argv[1:])
-            find_own_code(targets(config))
+            config = declared(to_plain(composed, sys.argv[1:]), hydra_config.overrides.task)
             train(config, run, runs=None if named else runs, typed=typed)
         except Exception as error:
             raise _Failed(error) from error

@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import inspect
 import os
+import re
 import sys
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -189,19 +190,36 @@ def _hints(schema: Callable[..., Any]) -> dict[str, Any]:
         return {}
 
 
-def _typed(value: Any, annotation: Any, where: str) -> Any:
+def _adapter(annotation: Any) -> TypeAdapter[Any] | None:
+    """Return the validator of an annotation, or None for one that only another library's constructor can check."""
     try:
-        adapter: TypeAdapter[Any] = TypeAdapter(
-            annotation, config=ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False)
-        )
+        return TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False))
     except (PydanticSchemaGenerationError, TypeError):
-        return value  # another library's annotation, which only its own constructor can check
+        return None
+
+
+def _typed(value: Any, annotation: Any, where: str) -> Any:
+    adapter = _adapter(annotation)
+    if adapter is None:
+        return value
     try:
         return _jsonable(adapter.validate_python(value))
     except ValidationError as error:
         # A union reports an error for each member; the last one is the simplest.
         message = error.errors()[-1]["msg"]
-        raise UsageError(f"{where}={value}: {message[0].lower() + message[1:]} - correct the value") from None
+        quotes = " or put it in quotes" if isinstance(value, int | float) and _accepts(annotation, str(value)) else ""
+        raise UsageError(f"{where}={value}: {message[0].lower() + message[1:]} - correct the value{quotes}") from None
+
+
+def _accepts(annotation: Any, value: Any) -> bool:
+    adapter = _adapter(annotation)
+    if adapter is None:
+        return True
+    try:
+        adapter.validate_python(value)
+    except ValidationError:
+        return False
+    return True
 
 
 def _jsonable(value: Any) -> Any:
@@ -245,16 +263,22 @@ def split_arguments(node: Mapping[str, Any], schemas: Sequence[Callable[..., Any
     return tuple({name: value for name, value in node.items() if name in names} for names in keys)
 
 
-def override(config: Mapping[str, Any], arguments: Iterable[str]) -> dict[str, Any]:
+Schemas = Mapping[str, Sequence[Callable[..., Any]]]  # callables that take a group's keys; "" for keys without a group
+
+
+def override(config: Mapping[str, Any], arguments: Iterable[str], schemas: Schemas | None = None) -> dict[str, Any]:
     """Return a copy of a restored config with the `key=value` arguments of a command line set in it.
 
     Only values can be set, not `_target_`. Unknown keys of a node are reported later, when it is checked.
 
+    Args:
+        config: The config, whose classes may be imported.
+        arguments: The `key=value` arguments.
+        schemas: See `read_as_declared`.
+
     Raises:
         UsageError: An argument has the wrong form, is given twice, or sets an unknown group or a `_target_`.
     """
-    import yaml
-
     changed = copy.deepcopy(dict(config))
     set_keys: set[str] = set()
     for argument in arguments:
@@ -266,6 +290,7 @@ def override(config: Mapping[str, Any], arguments: Iterable[str]) -> dict[str, A
         keys = path.split(".")
         if not equals or not all(keys):
             raise UsageError(f"'{argument}' is not key=value - write for example dataset.root=DIR")
+        _require_one_line(argument)
         if keys[-1] == TARGET:
             raise UsageError(f"{path} cannot be changed, because the checkpoint was trained with it - leave it out")
         node = changed
@@ -273,15 +298,143 @@ def override(config: Mapping[str, Any], arguments: Iterable[str]) -> dict[str, A
             if depth == 0 and name not in node:
                 raise UsageError(f"unknown key {path} - {did_you_mean(name, node)}")
             if depth == len(keys) - 1:
-                try:
-                    node[name] = yaml.safe_load(text)
-                except yaml.YAMLError:
-                    raise UsageError(f"'{argument}' is not valid YAML - put the value in quotes") from None
+                node[name] = _choose(changed, keys, _readings(text), schemas or {})
             else:
                 node = node.setdefault(name, {})
                 if not isinstance(node, dict):
                     raise UsageError(f"{'.'.join(keys[: depth + 1])} is a value, so it has no key {keys[depth + 1]}")
     return changed
+
+
+# Values as typed. A command line has only text, and its grammar reads `20`, `[a]` and `null` as a number, a list and
+# nothing. The type that the constructor declares for the key decides whether the text itself is meant.
+
+
+def read_as_declared(config: Mapping[str, Any], arguments: Iterable[str], schemas: Schemas) -> Node:
+    """Return a composed config in which each value of the command line has the type that its key declares.
+
+    A value that the key accepts stays as Hydra read it. Otherwise the text as typed is taken if the key accepts it
+    (`dataset.root=20`), and otherwise its content as YAML (`dataset.label_map={straße: weg}`).
+
+    Args:
+        config: The config, whose classes may be imported.
+        arguments: The arguments that the config was composed from, in the form of `hydra_overrides`.
+        schemas: Callables that take keys of a group besides its `_target_`, by the name of the group.
+
+    Raises:
+        UsageError: A value is a sweep, and the key does not accept its text.
+    """
+    changed = copy.deepcopy(dict(config))
+    for argument in arguments:
+        key, equals, text = argument.partition("=")
+        keys = key.lstrip("+").split(".")
+        *parents, last = keys
+        node: Any = changed
+        for name in parents:
+            node = node.get(name) if isinstance(node, dict) else None
+        if argument[0] in "-~" or not equals or not isinstance(node, dict) or last not in node:
+            continue
+        value = node[last]
+        readings = _readings(value if isinstance(value, str) else text)
+        if not (isinstance(value, str) and isinstance(readings[0], dict | list)) or os.path.exists(value):
+            readings.insert(0, value)
+        node[last] = _choose(changed, keys, readings, schemas)
+    return changed
+
+
+def _choose(config: Node, keys: Sequence[str], readings: Sequence[Any], schemas: Schemas) -> Any:
+    """Return the first reading of a value that its key accepts, or the first one if none is accepted."""
+    owner = _declaration(config, keys, schemas)
+    if owner is None:
+        return readings[0]
+    depth, annotation = owner
+    for reading in readings:
+        value: Any = reading
+        if depth < len(keys):  # a key of a mapping, which only the annotation of the mapping describes
+            node: Any = config
+            for name in keys[:depth]:
+                node = node[name]
+            value = nested = copy.deepcopy(node) if isinstance(node, dict) else {}
+            for name in keys[depth:-1]:
+                nested = nested.setdefault(name, {})
+            nested[keys[-1]] = reading
+        if _accepts(annotation, value):
+            return reading
+    if isinstance(readings[0], str) and _is_sweep(readings[0]):
+        key = ".".join(keys)
+        raise UsageError(
+            f"{key}={readings[0]} is a sweep over several values - add -m to train each, or give one value"
+        )
+    return readings[0]
+
+
+def _declaration(config: Node, keys: Sequence[str], schemas: Schemas) -> tuple[int, Any] | None:
+    """Find the declared type of a key.
+
+    Returns:
+        The number of leading keys that name the parameter, and its annotation; None if there is no annotation.
+    """
+    node: Any = config
+    for depth, name in enumerate(keys):
+        if not isinstance(node, Mapping):
+            return None
+        hints: dict[str, Any] = {}
+        for schema in schemas.get(".".join(keys[:depth]), ()):
+            hints |= _hints(schema)
+        if TARGET in node:
+            try:
+                hints |= _hints(locate(node, ".".join(keys[:depth])))
+            except UsageError:
+                return None  # reported when the node is checked
+        if name in hints:
+            return depth + 1, hints[name]
+        node = node.get(name)
+    return None
+
+
+def _readings(text: str) -> list[Any]:
+    """Return the readings of a value on the command line: Hydra's, the text itself, and lists and mappings of YAML."""
+    import yaml
+
+    readings: list[Any] = []
+    parsed = _parse(f"key={text}")
+    if parsed is not None and not parsed.is_sweep_override():
+        value = parsed.value()
+        if isinstance(value, str):
+            value = (text if text.strip() == value else value).replace(r"\${", "${")
+        readings.append(value)
+    readings.append(text)
+    for loader in (yaml.SafeLoader, yaml.BaseLoader):  # BaseLoader: all scalars are text, as in {no: 20}
+        try:
+            value = yaml.load(text, loader)
+        except (yaml.YAMLError, ValueError):
+            continue
+        if isinstance(value, dict | list) and text.lstrip()[:1] in "[{":
+            readings.append(value)
+    if parsed is None and isinstance(readings[-1], dict | list):  # without a declared type, what YAML reads
+        readings.insert(0, readings[1])
+    return readings
+
+
+def _parse(argument: str) -> Any:
+    """Return Hydra's reading of an argument, or None if its grammar does not allow it."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        return OverridesParser.create().parse_override(argument)
+    except HydraException:
+        return None
+
+
+def _is_sweep(text: str) -> bool:
+    parsed = _parse(f"key={text}")
+    return parsed is not None and parsed.is_sweep_override()
+
+
+def _require_one_line(argument: str) -> None:
+    if re.search(r"[\x00-\x08\x0a-\x1f\x7f]", argument):
+        raise UsageError(f"{argument!r} has a line break or control character - rename the file, or leave it out")
 
 
 # Composing with Hydra, for train.py. Hydra's errors of several lines are replaced by UsageErrors of one line.
@@ -298,14 +451,17 @@ def to_plain(composed: Any, arguments: Sequence[str]) -> dict[str, Any]:
         UsageError: A value is missing or cannot be resolved, or a user's files set a key under both names.
     """
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+    from omegaconf.errors import GrammarParseError, InterpolationResolutionError, OmegaConfBaseException
 
     try:
         config = typing.cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True, throw_on_missing=True))
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "the config"
         reason = str(error).splitlines()[0].lower()
-        raise UsageError(f"{key}: {reason} - give {key}=VALUE") from error
+        way_out = f"give {key}=VALUE"
+        if isinstance(error, InterpolationResolutionError | GrammarParseError):
+            way_out += r", in which \${ stands for the characters ${"
+        raise UsageError(f"{key}: {reason} - {way_out}") from error
     user_dir = user_config_dir(arguments)
     return rename_keys(_resolve_former(config, arguments, user_dir), f"a file in {user_dir}") if user_dir else config
 
@@ -352,8 +508,7 @@ def compose(arguments: Sequence[str], folder: Path) -> tuple[dict[str, Any], dic
     overrides = hydra_overrides(arguments, folder)
     overrides = [argument for argument in overrides if not argument.startswith(("hydra.", "--config-dir=", "-cd="))]
     if user_dir := user_config_dir(arguments):
-        path = os.path.abspath(user_dir).replace("'", "\\'")
-        overrides.append(f"hydra.searchpath=['file://{path}']")
+        overrides.append(f"hydra.searchpath=[{quote(f'file://{os.path.abspath(user_dir)}')}]")
     try:
         with initialize_config_dir(str(folder), version_base="1.3"):
             composed = hydra_compose("train", overrides, return_hydra_config=True)
@@ -416,24 +571,18 @@ def hydra_overrides(arguments: Sequence[str], folder: Path) -> list[str]:
         UsageError: An argument has the wrong form, is given twice, names an unknown choice of a group, or reads
             environment variables.
     """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
     groups = available_choices(arguments, folder)
+    multirun = any(argument in ("-m", "--multirun") for argument in arguments)
     overrides, set_keys = [], set()
     for argument in arguments:
         if argument.startswith("-"):
             overrides.append(argument)
             continue
-        try:
-            override = OverridesParser.create().parse_override(argument)
-        except HydraException:
+        _require_one_line(argument)
+        typed, (argument, override) = argument, _parse_as_typed(argument, sweeps=multirun, groups=groups)
+        if "${" in argument and "oc.env" in argument:
             raise UsageError(
-                f"'{argument}' is not key=value - write for example dataset=camvid model.depth=13"
-            ) from None
-        if "oc.env" in argument:
-            raise UsageError(
-                f"'{argument}' would write an environment variable into config.yaml and the checkpoints - give the "
+                f"'{typed}' would write an environment variable into config.yaml and the checkpoints - give the "
                 "value itself"
             )
         key = _current_key(override.key_or_group)
@@ -453,3 +602,58 @@ def hydra_overrides(arguments: Sequence[str], folder: Path) -> list[str]:
             overrides.append("++" + argument.lstrip("+"))
     # Hydra accepts its flags before or after the overrides, but not between them.
     return sorted(overrides, key=lambda argument: not argument.startswith("-"))
+
+
+HYDRA_PATHS = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir")
+
+
+def _parse_as_typed(argument: str, *, sweeps: bool, groups: Iterable[str]) -> tuple[str, Any]:
+    """Parse an argument, whose value is taken as typed where Hydra's grammar does not allow it.
+
+    Args:
+        argument: `key=value`, or `~key`.
+        sweeps: Whether the values of a sweep are wanted; otherwise a comma is a part of the text.
+        groups: Names of the config groups, whose sweeps Hydra reports.
+
+    Returns:
+        The argument as Hydra accepts it, and Hydra's reading of it.
+
+    Raises:
+        UsageError: The argument has another form.
+    """
+    key, equals, text = argument.partition("=")
+    name = key.lstrip("+")
+    if name in HYDRA_PATHS and text.startswith("~/"):
+        text = os.path.expanduser(text)
+    parsed = _parse(f"{key}{equals}{text}")
+    if parsed is not None:
+        value = parsed.value()
+        if parsed.is_sweep_override():
+            literal = not sweeps and name not in groups
+        elif isinstance(value, str):
+            literal = value == text.strip() != text and "${" not in text  # spaces at the ends
+        else:
+            literal = name in HYDRA_PATHS
+    else:
+        literal = True
+    if name in HYDRA_PATHS and (r"\${" in text or (literal and "${" in text)):
+        raise UsageError(f"'{argument}' names a folder with the characters ${{, which Hydra resolves - use other ones")
+    if not literal:
+        return f"{key}{equals}{text}", parsed
+    quoted = f"{key}={quote(text)}"
+    parsed = _parse(quoted) if equals else None
+    if parsed is None:
+        raise UsageError(f"'{argument}' is not key=value - write for example dataset=camvid model.depth=13")
+    return quoted, parsed
+
+
+def quote(text: str) -> str:
+    """Quote a text so that Hydra and OmegaConf read it as it is.
+
+    >>> quote("it's ${x}")
+    "'it\\\\'s \\\\${x}'"
+    """
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    escaped = re.sub(r"(\\*)\$\{", lambda match: 2 * match[1] + r"\${", text)
+    return str(QuotedString(text=escaped, quote=Quote.single).with_quotes())

@@ -1,17 +1,20 @@
 """Configs: all shipped ones can be composed and built, and every error in a config gives an error message."""
 
 import copy
+import re
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import segdeconv.config
 from segdeconv.checkpoints import checkpoint
+from segdeconv.cli import own_code
 from segdeconv.cli.command import RENAMED_OPTIONS, ArgumentParser
 from segdeconv.config import RENAMED_KEYS, build, compose, hydra_overrides, override, rename_keys, targets
 from segdeconv.errors import UsageError
-from segdeconv.training.config_check import check_config
+from segdeconv.training.config_check import SCHEMAS, check_config
 from segdeconv.training.resume import differing_keys
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -76,6 +79,8 @@ def test_an_argument_that_no_yaml_file_has_can_be_set():
         (["seed=-1"], "seed=-1: input should be greater than or equal to 0"),
         (["seed=1", "seed=2"], "seed is given twice"),
         (["lr"], "'lr' is not key=value"),
+        (["dataset.root=a\nb"], r"'dataset.root=a\nb' has a line break or control character - rename"),
+        (["dataset.root=${x}"], r"interpolation key 'x' not found - give dataset.root=VALUE, in which \${ stands for"),
         (["dataset=folder"], "dataset.root: missing mandatory value: root - give dataset.root=VALUE"),
         (["model._target_=segdeconv.models.Segnet"], "model._target_=segdeconv.models.Segnet cannot be imported"),
     ],
@@ -88,7 +93,8 @@ def test_an_error_on_the_command_line_is_reported_with_the_way_out(arguments, me
 
 
 def test_a_sweep_checks_each_of_its_choices():
-    assert hydra_overrides(["dataset=shapes,camvid", "seed=1,2"], CONFIGS) == ["dataset=shapes,camvid", "++seed=1,2"]
+    words = ["-m", "dataset=shapes,camvid", "seed=1,2", "dataset.root=a,b"]
+    assert hydra_overrides(words, CONFIGS) == ["-m", "dataset=shapes,camvid", "++seed=1,2", "++dataset.root=a,b"]
     with pytest.raises(UsageError, match="unknown dataset 'canvid'"):
         hydra_overrides(["dataset=shapes,canvid"], CONFIGS)
 
@@ -134,7 +140,7 @@ def warnings_of_keys(monkeypatch, capsys):
 
 def value_of(config, key):
     group, _, name = key.partition(".")
-    return config[group][name]
+    return config[group][name] if name else config[group]
 
 
 @pytest.mark.parametrize(("former", "key"), RENAMED_KEYS.items())
@@ -190,3 +196,74 @@ def test_a_renamed_option_is_read_under_both_names(former, option, capsys):
         parser.parse_args([option, "1", former, "1"])
     with pytest.raises(UsageError, match="unrecognized arguments"):
         ArgumentParser("predict.py").parse_args([former, "1"])
+
+
+NAMES = (
+    "café", "李明", "my set (final)", "it's", 'a "b"', "fold=1", "#1", "no #2", "[a]", "{x}", "{x: 1}", "100%", "a,b",
+    "a;b", "$HOME", "${seed", "it's ${seed}", "~tilde", " lead", "trail ", "20", "007", "1e3", "1_0", "inf", "null",
+    "true", "yes", "a\\", "a\\'b", "C:\\new", "key: value", "2020-01-01", "\U0001f600", "na\udcefve", "glob(x)",
+    "range(1,3)", "'x", "!x", "@x", "<a|b>", "a&b", "- a", "*",
+)  # fmt: skip
+PATH_KEYS = ("dataset.classes", "dataset.checksums", "init_from", "resume", "model.pretrained")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_path_is_taken_as_typed(name, tmp_path):
+    paths = dict.fromkeys(PATH_KEYS, f"{tmp_path}/{name}") | {"dataset.root": name}
+    words = [f"{key}={path}" for key, path in paths.items()]
+    config = check_config(own_code.compose(["dataset=folder", "model=deconvnet", *words])[0])
+    assert {key: value_of(config, key) for key in paths} == paths
+    assert yaml.safe_load(yaml.safe_dump(config)) == config
+    assert override(config, words, SCHEMAS) == config
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [
+        ("dataset.root='my set'", "my set"),
+        ('dataset.root="20"', "20"),
+        (r"dataset.root=my\ set\ \(final\)", "my set (final)"),
+        (r"dataset.root=\${x}", "${x}"),
+        ("dataset.classes=[road, sky]", ["road", "sky"]),
+        ("dataset.classes={road: 0, sky: 1}", {"road": 0, "sky": 1}),
+        ("dataset.classes={straße: 0, Himmel (blau): 1}", {"straße": 0, "Himmel (blau)": 1}),
+        ("dataset.classes=null", None),
+        ("dataset.label_map={straße: weg, no: it's 20}", {"straße": "weg", "no": "it's 20"}),
+        ("dataset.label_map={1: 20}", {"1": "20"}),
+        ("dataset.label_map.car=20", {"car": "20"}),
+        ("dataset.label_map.car=my (car)", {"car": "my (car)"}),
+        ("dataset.fold=1", 1),
+        ("dataset.size=[20,30]", [20, 30]),
+        ("dataset.cache_size=1e-3", 0.001),
+        ("dataset.checksums=null", None),
+        ("max_time=5400", 5400),
+        ("trainer.devices=0,1", "0,1"),
+        ("trainer.deterministic=true", True),
+    ],
+)
+def test_a_value_has_the_type_that_its_key_declares(word, value):
+    key = ".".join(word.partition("=")[0].split(".")[:2])
+    base = ["dataset=folder"] if key == "dataset.root" else ["dataset=folder", "dataset.root=x"]
+    config = check_config(own_code.compose([*base, word])[0])
+    assert value_of(config, key) == value
+    assert value_of(override(config, [word], SCHEMAS), key) == value
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("seed=1,2", "seed=1,2 is a sweep - add -m to train with each value, or give one value"),
+        ("dataset.size=[1,2", r"dataset.size=[1,2: input should be a valid tuple"),
+        ("dataset.timeout=it's", "dataset.timeout=it's: input should be a valid number"),
+        ("dataset=it's", "unknown dataset 'it's' - Available: ade20k"),
+    ],
+)
+def test_text_for_a_key_of_another_type_is_refused(word, message):
+    with pytest.raises(UsageError, match=re.escape(message)):
+        check_config(own_code.compose([word])[0])
+
+
+def test_a_number_of_a_file_or_of_python_for_a_key_of_text_is_refused():
+    dataset = {"_target_": "segdeconv.data.Folder", "root": 20}
+    with pytest.raises(UsageError, match=r"^dataset\.root=20: .* - correct the value or put it in quotes$"):
+        check_config({"dataset": dataset})

@@ -310,7 +310,16 @@ def read(path: str | Path, *, trust: Collection[str] = (), overrides: Iterable[s
     for name, value in content["state_dict"].items():
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise CheckpointError(f"{path} contains weights that are not finite ({name}) - use an earlier checkpoint")
-    return Checkpoint(path, override(config, overrides), facts, content)
+    return Checkpoint(path, _override(config, overrides), facts, content)
+
+
+def _override(config: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    overrides = list(overrides)
+    if not overrides:
+        return config
+    from segdeconv.data.module import SCHEMAS  # imported late: albumentations takes a second
+
+    return override(config, overrides, {"dataset": SCHEMAS})
 
 
 def _has_parts(hyper_parameters: Any, versions: Any, weights: Any) -> bool:

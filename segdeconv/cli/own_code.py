@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from segdeconv.cli.command import HOME
@@ -37,11 +37,26 @@ def compose(arguments: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
     Returns:
         The config, and the chosen file of each config group.
     """
-    from segdeconv.config import compose, targets  # a late import, since Hydra takes a while
+    from segdeconv.config import compose, hydra_overrides  # a late import, since Hydra takes a while
 
     config, choices = compose(arguments, CONFIGS)
+    return declared(config, hydra_overrides(arguments, CONFIGS)), choices
+
+
+def declared(config: Mapping[str, Any], arguments: Sequence[str]) -> dict[str, Any]:
+    """Make the user's own modules that a composed config names importable, and read its values as their keys declare.
+
+    Args:
+        config: The composed config.
+        arguments: The arguments it was composed from, in the form of `hydra_overrides`.
+    """
+    from segdeconv.config import read_as_declared, targets
+
     find_own_code(targets(config))
-    return config, choices
+
+    from segdeconv.training.config_check import SCHEMAS
+
+    return read_as_declared(config, arguments, SCHEMAS)
 
 
 def read_checkpoint(path: str, trust: Sequence[str], overrides: Sequence[str] = ()) -> Checkpoint:

@@ -51,7 +51,7 @@ class Cached(DatasetView):
         self.store, self.first, self.size, self.resize_masks = store, first, size, resize_masks
 
     def __getitem__(self, index: int) -> Sample:
-        stamp = hashlib.blake2b(self.dataset.stamp(index).encode(), digest_size=STAMP).digest()
+        stamp = hashlib.blake2b(self.dataset.stamp(index).encode(errors="surrogateescape"), digest_size=STAMP).digest()
         cached = self.store.get(self.first + index, stamp)
         if cached is not None:
             return Sample(*_unpack(cached), self.names[index])

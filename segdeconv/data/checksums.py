@@ -24,7 +24,7 @@ def verify(dataset: SegmentationDataset, *, checksums: str | None = None) -> Non
     """
     if checksums is None:
         return
-    listing = Path(checksums).expanduser()
+    listing = Path(os.path.expanduser(checksums))
     expected = _read(listing)
     if not dataset.files:
         raise UsageError(f"dataset.checksums: {dataset.kind} has no files - leave it out")

@@ -5,7 +5,6 @@ each in the centre and with everything else as background; the second stage trai
 """
 
 import copy
-import hashlib
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -20,7 +19,7 @@ from segdeconv.data.boxes import EMPTY, bounding_box, clipped, cut, expanded, io
 from segdeconv.data.dataset import DatasetView, Sample, SegmentationDataset
 from segdeconv.data.inspection import cache_folder, map_with_progress
 from segdeconv.errors import UsageError
-from segdeconv.system.files import replacing
+from segdeconv.system.files import hash_text, replacing
 
 VERSION = 1  # of the cached tables; a new number invalidates them
 BLACK = 0
@@ -135,7 +134,7 @@ class Crops(DatasetView):
         boxes = Path(self.proposals)
         status = boxes.stat() if boxes.exists() and self.examples == "proposals" else None
         text = f"{VERSION} {self.split} {status and (status.st_size, status.st_mtime_ns)} {self.fingerprint}"
-        path = cache_folder("crops") / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.npy"
+        path = cache_folder("crops") / f"{hash_text(text)[:32]}.npy"
         if path.is_file():
             try:
                 return np.load(path, allow_pickle=False)

@@ -299,7 +299,7 @@ def require_root(root: str | Path, expected: str, way_out: str = "give its folde
     Raises:
         UsageError: `root` is not a folder.
     """
-    folder = Path(root).expanduser()
+    folder = Path(os.path.expanduser(root))  # unlike Path.expanduser, keeps a `~` that is no account's
     if not folder.is_dir():
         raise UsageError(f"dataset.root={root} is not a folder; it should hold {expected} - {way_out}")
     return folder

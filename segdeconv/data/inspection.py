@@ -19,7 +19,7 @@ from segdeconv.classes import Classes, is_grey, pack_colours
 from segdeconv.data.dataset import FileDataset, SegmentationDataset
 from segdeconv.data.files.reading import StoredMask, read_stored_mask, stored_format
 from segdeconv.errors import UsageError, command
-from segdeconv.system.files import replace_text
+from segdeconv.system.files import cache_root, hash_text, replace_text
 
 VERSION = 4  # of the fields of an inspection; a new number invalidates cached ones
 MAX_SHOWN = 20
@@ -97,10 +97,10 @@ def inspect(dataset: SegmentationDataset, *, use_cache: bool = True) -> Inspecti
     """
     dataset = dataset.whole
     text = f"{VERSION}\n{dataset.kind} {dataset.split}\n{dataset.fingerprint}"
-    path = cache_folder("inspections") / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
+    path = cache_folder("inspections") / f"{hash_text(text)[:32]}.json"
     if use_cache and path.is_file():
         try:
-            content = json.loads(path.read_text())
+            content = json.loads(path.read_text(encoding="utf-8"))
             values = [StoredValue(*value) for value in content["values"]]
             rows = {name: [tuple(row) for row in content[name]] for name in ("sizes", "formats")}
             return Inspection(**{**content, **rows, "values": values})
@@ -115,7 +115,7 @@ def inspect(dataset: SegmentationDataset, *, use_cache: bool = True) -> Inspecti
 
 def cache_folder(kind: str) -> Path:
     """Return the folder of a kind of files that are cached between runs."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "segdeconv" / kind
+    return cache_root() / "segdeconv" / kind
 
 
 def map_with_progress(count: int, function: Callable[[int], Result], description: str) -> list[Result]:

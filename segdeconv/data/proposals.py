@@ -7,6 +7,7 @@ Boxes, if its contributed modules are installed; and boxes that another program 
 
 import csv
 import json
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def source(name: str, *, all_windows: bool = False) -> Source:
         require_ximgproc()  # before the first image
         find = selective_search if name == "selective_search" else edge_boxes
         return lambda image, _: find(image)
-    return read_boxes(Path(name))
+    return read_boxes(Path(os.path.expanduser(name)))
 
 
 # Windows: a grid of boxes, ranked by the contrast of their colours to the surroundings

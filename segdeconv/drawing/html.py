@@ -72,7 +72,7 @@ def write(html: str, path: Path) -> None:
 
     File names in it may contain bytes that are not valid Unicode; each becomes a question mark.
     """
-    replace_text(path, html.encode(errors="replace").decode())
+    replace_text(path, html)
 
 
 @cache
@@ -89,7 +89,7 @@ def _pages() -> Environment:
 
 
 def _part(name: str) -> str:
-    return resources.files("segdeconv.drawing").joinpath("pages", name).read_text()
+    return resources.files("segdeconv.drawing").joinpath("pages", name).read_text(encoding="utf-8")
 
 
 # Formatting of numbers.

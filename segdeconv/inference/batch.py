@@ -28,7 +28,7 @@ from segdeconv.inference.progress_log import ProgressLog
 from segdeconv.inference.segmenter import Prediction, Segmenter
 from segdeconv.inference.tiling import Part
 from segdeconv.inference.video import VideoWriter, open_video
-from segdeconv.system.files import replacing, replacing_path
+from segdeconv.system.files import encode, replacing, replacing_path
 
 MAX_READ_AHEAD = 4  # images read before the network has processed the current one
 MAX_PENDING_WRITES = 8  # images being written while the network processes the next
@@ -299,7 +299,7 @@ def write_tables(progress_log: ProgressLog, outputs: Outputs) -> list[Path]:
         for entry in progress_log.sorted():
             total = max(1, sum(entry["pixels"].values()))
             for class_name, count in entry["pixels"].items():
-                file.write(f"{_cell(entry['name'])},{_cell(class_name)},{count},{count / total:.6f}\n".encode())
+                file.write(encode(f"{_cell(entry['name'])},{_cell(class_name)},{count},{count / total:.6f}\n"))
     if outputs.polygons:
         files.append(progress_log.out / "regions.json")
         with replacing(files[1]) as file:

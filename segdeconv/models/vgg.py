@@ -3,6 +3,7 @@
 Simonyan & Zisserman 2015, table 1, https://arxiv.org/abs/1409.1556.
 """
 
+import os
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -88,7 +89,7 @@ def vgg_weights(
         )
     if pretrained in ("imagenet", "imagenet_plain"):
         return _download(f"VGG{depth}_BN_Weights" if norm and pretrained == "imagenet" else f"VGG{depth}_Weights")
-    return _read(Path(pretrained))
+    return _read(Path(os.path.expanduser(pretrained)))
 
 
 def load_vgg(encoder: Encoder, state: Mapping[str, Tensor], *, source: str) -> None:

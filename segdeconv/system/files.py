@@ -1,10 +1,13 @@
 """Atomic file writes, folder locks and hashes of files."""
 
 import errno
+import functools
 import hashlib
 import os
 import platform
 import secrets
+import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -49,15 +52,48 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a small UTF-8 file atomically."""
+    """Write a small UTF-8 file atomically, with file names that are not UTF-8 as in `encode`."""
     with replacing(path) as file:
-        file.write(text.encode())
+        file.write(encode(text))
+
+
+def encode(text: str) -> bytes:
+    """Encode a text as UTF-8. Bytes of a file name that are not UTF-8 are written as `\\udcXX`, as in JSON.
+
+    >>> encode("caf\\udce9.png")
+    b'caf\\\\udce9.png'
+    """
+    return text.encode(errors="backslashreplace")
 
 
 def replace_link(path: Path, source: Path) -> None:
     """Create or replace `path` with a hard link to the file `source`."""
     with replacing_path(path) as partial:
         os.link(source, partial)
+
+
+@functools.cache
+def cache_root() -> Path:
+    """Return the user's cache folder: XDG_CACHE_HOME, or .cache in the home folder.
+
+    A user id without an account has no home folder unless HOME is set; then the folder is a temporary one, which is
+    removed when the process ends.
+    """
+    if folder := os.environ.get("XDG_CACHE_HOME"):
+        return Path(folder)
+    try:
+        return Path.home() / ".cache"
+    except RuntimeError:
+        print(
+            "segdeconv: warning: HOME: not set, and the user has no account, so nothing is cached between runs - set "
+            "HOME or XDG_CACHE_HOME to a folder",
+            file=sys.stderr,
+        )
+        _temporary.append(tempfile.TemporaryDirectory(prefix="segdeconv-", ignore_cleanup_errors=True))
+        return Path(_temporary[-1].name)
+
+
+_temporary: list[tempfile.TemporaryDirectory[str]] = []  # kept until the process ends
 
 
 def lock_folder(folder: Path, way_out: str) -> FileLock | None:
@@ -106,6 +142,11 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def hash_text(text: str) -> str:
+    """Return the sha256 of a text, which may have file names that are not UTF-8, in hex."""
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
 
 
 def hash_file(path: Path, kind: str = "sha256") -> str:

@@ -18,4 +18,4 @@ def key(seed: int, *position: int | str) -> int:
     True
     """
     text = "\x1f".join(map(str, (seed, *position)))
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+    return int.from_bytes(hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=8).digest(), "little")

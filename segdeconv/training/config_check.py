@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from segdeconv.config import TARGET, check, locate, rename_keys
+from segdeconv.data.module import SCHEMAS as DATASET_SCHEMAS
 from segdeconv.data.module import check_augment, check_dataset
 from segdeconv.errors import UsageError, did_you_mean
 from segdeconv.losses import check_loss
@@ -82,6 +83,9 @@ def _scalars(
 ) -> None:
     """Schema of the keys that belong to no group."""
 
+
+# The callables that take keys of a group besides its `_target_`; those without a group have the empty name.
+SCHEMAS = {"": (_scalars,), "dataset": DATASET_SCHEMAS, "trainer": (TrainerSettings,)}
 
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 

@@ -1,6 +1,6 @@
 """Construction of the data pipeline, network, loss and optimizer from a checked config."""
 
-import hashlib
+import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from segdeconv.data.module import DataPipeline, build_pipeline, build_split, nor
 from segdeconv.errors import warn
 from segdeconv.losses import build_loss, compute_class_weights
 from segdeconv.models import SegmentationModel, build_model
+from segdeconv.system.files import hash_text
 from segdeconv.training import resume
 
 
@@ -54,7 +55,7 @@ def prepare(config: Mapping[str, Any], *, fresh: bool = False) -> Prepared:
     """
     start = None
     if config["init_from"] is not None and not fresh:
-        start = checkpoint.read(config["init_from"], trust=resume.AnyName())
+        start = checkpoint.read(os.path.expanduser(config["init_from"]), trust=resume.AnyName())
     train_split, val_split = (build_split(config["dataset"], split) for split in ("train", "val"))
     classes = train_split.classes
     inspections = inspect_all([train_split, val_split])
@@ -77,9 +78,7 @@ def prepare(config: Mapping[str, Any], *, fresh: bool = False) -> Prepared:
         print(transfer.transfer_weights(model, classes, start), end="\n\n")
     if "classes" in dataset:  # inferred from the masks; saved, so that new masks cannot change them
         dataset = {**dataset, "classes": train_split.stored_classes.to_dict()}
-    fingerprints = {
-        split.split: hashlib.sha256(split.fingerprint.encode()).hexdigest() for split in (train_split, val_split)
-    }
+    fingerprints = {split.split: hash_text(split.fingerprint) for split in (train_split, val_split)}
     return Prepared(
         data,
         classes,

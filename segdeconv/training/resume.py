@@ -1,6 +1,7 @@
 """Resuming: finding the run folder and its checkpoint, and comparing config, data and machine."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def find_run(config: Mapping[str, Any], run: Path, runs: Path | None) -> Path:
     """
     resume = config["resume"]
     if resume not in (None, "auto"):
-        path = Path(resume)
+        path = Path(os.path.expanduser(resume))
         folder = path if path.is_dir() else path.parent
         if not path.exists() or not (folder / "config.yaml").is_file():
             raise UsageError(f"resume={resume} is not a run folder - give resume=auto or a folder that train.py wrote")
@@ -54,7 +55,7 @@ def find_run(config: Mapping[str, Any], run: Path, runs: Path | None) -> Path:
 def finished(run: Path) -> bool:
     """Return whether a run is complete: trained to its end, not stopped by max_time, and evaluated."""
     try:
-        report = json.loads((run / "report.json").read_text())
+        report = json.loads((run / "report.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):  # ValueError: it is damaged and will be rewritten
         return False
     return isinstance(report, dict) and bool(report.get("complete", True))

@@ -139,7 +139,7 @@ def _pairs(folder: Path, split: str) -> list[Pair]:
 
 def hashes() -> dict[str, str]:
     """Return the sha256 of every published file by its path, which starts with `CamVid/`."""
-    text = resources.files("segdeconv.data.datasets").joinpath("camvid.sha256").read_text()
+    text = resources.files("segdeconv.data.datasets").joinpath("camvid.sha256").read_text(encoding="utf-8")
     return {path: digest for digest, path in (line.split() for line in text.splitlines())}
 
 

@@ -1,5 +1,6 @@
 """Cityscapes, with masks of label ids or train ids."""
 
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -81,7 +82,7 @@ class Cityscapes(FileDataset):
                 "the labels of Cityscapes' test images are not public; all pixels of gtFine/test are ignored - use val"
             )
         require_split(split, self.split_names)
-        folder = Path(DEFAULT_ROOT if root is None else root).expanduser()
+        folder = Path(os.path.expanduser(DEFAULT_ROOT if root is None else root))
         for part in (IMAGES, MASKS):
             if not (folder / part / split).is_dir():
                 raise UsageError(f"{folder} does not contain {part}/{split} - {_by_hand(folder)}")

@@ -1,5 +1,6 @@
 """The user's own images and masks in a folder."""
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -232,7 +233,7 @@ def _read_classes(
         return (read_class_file(path) if path else None), tuple(unread)
     if not isinstance(classes, str):
         return parse_classes(classes, "dataset.classes"), ()
-    path = Path(classes).expanduser()
+    path = Path(os.path.expanduser(classes))
     if not path.is_file():
         raise UsageError(f"dataset.classes={classes} is not a file - give a YAML file of class names")
     return read_class_file(path), ()

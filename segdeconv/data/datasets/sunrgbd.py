@@ -1,5 +1,6 @@
 """SUN RGB-D: its colour images and 37 classes, with the masks that Ankur Handa published as PNGs."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -100,7 +101,7 @@ class SUNRGBD(FileDataset):
         max_pixels: int = MAX_PIXELS,
     ) -> None:
         require_split(split, self.split_names)
-        folder = Path(DEFAULT_ROOT if root is None else root).expanduser()
+        folder = Path(os.path.expanduser(DEFAULT_ROOT if root is None else root))
         published = "test" if split == "test" else "train"
         for needed in (IMAGES[published], MASKS):
             if not (folder / needed).is_dir():

@@ -95,7 +95,7 @@ def read_results(path: Path) -> dict[str, Any]:
         UsageError: The file is not valid YAML or does not have this form.
     """
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}," if mark else ""
@@ -212,7 +212,7 @@ def curves(plan: Plan) -> dict[str, list[list[tuple[int, float]]]]:
 def _curve(path: Path) -> list[tuple[int, float]]:
     if not path.is_file():
         return []
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         points = [(int(line["epoch"]) + 1, float(line["val/miou"])) for line in csv.DictReader(file)]
     return [(epoch, 100 * miou) for epoch, miou in points if miou == miou]  # NaN: an epoch without validation
 
@@ -257,7 +257,7 @@ def write_weights(plan: Plan) -> list[Path]:
         for seed in plan.seeds:
             run, path = plan.run(row, view, seed), plan.out / "weights" / f"{slug(row)}-seed{seed}.safetensors"
             if finished(run) and (run / "best.ckpt").is_file():
-                report = json.loads((run / "report.json").read_text())
+                report = json.loads((run / "report.json").read_text(encoding="utf-8"))
                 about = {
                     "command": report.get("command"),
                     "scores": {"split": report["split"], **{name: report.get(key) for name, key in SCORES.items()}},

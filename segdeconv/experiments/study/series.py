@@ -105,7 +105,7 @@ def cost(run: Path) -> dict[str, Any]:
     part.
     """
     path = run / "cost.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _add_cost(run: Path, seconds: float) -> None:
@@ -128,7 +128,7 @@ def percents(report: Path, keys: Mapping[str, str]) -> Scores:
         report: The file.
         keys: Name of a score -> its key in the file.
     """
-    content = json.loads(report.read_text())
+    content = json.loads(report.read_text(encoding="utf-8"))
     values = {score: content.get(key) for score, key in keys.items()}
     return {score: None if value is None else 100 * value for score, value in values.items()}
 

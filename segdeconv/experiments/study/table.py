@@ -11,6 +11,7 @@ from segdeconv.evaluation.report import write_json
 from segdeconv.experiments.study.costs import Costs
 from segdeconv.experiments.study.paper import BY_MODEL, SCORES, Key, Ordering, Variant, judge, orderings, published
 from segdeconv.experiments.study.series import Scores, averages, mean, mean_and_spread, percents, rows
+from segdeconv.system.files import replace_text
 from segdeconv.training.resume import finished
 
 
@@ -223,6 +224,6 @@ def write(plan: Plan, costs: Mapping[str, Costs], metadata: Mapping[str, Any]) -
     study = content(plan, costs, metadata)
     text = markdown(study)
     write_json(study, plan.out / "study.json")
-    (plan.out / "study.md").write_text(text)
-    (plan.out / "study.csv").write_text(as_csv(study))
+    replace_text(plan.out / "study.md", text)
+    replace_text(plan.out / "study.csv", as_csv(study))
     return text
