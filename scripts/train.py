@@ -46,7 +46,7 @@ def main() -> None:
                     "run folder - set one for all with hydra.run.dir=DIR"
                 )
             if launched_from_outside() and rank_from_outside() > 0:
-                sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - only rank 0 prints; open until exit
+                sys.stdout = open(os.devnull, "w", encoding="utf-8", errors="replace")  # noqa: SIM115 - only rank 0 prints; open until exit
             config = declared(to_plain(composed, sys.argv[1:]), hydra_config.overrides.task)
             train(config, run, runs=None if named else runs, typed=typed)
         except Exception as error:

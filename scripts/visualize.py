@@ -9,6 +9,7 @@ reported.
 """
 
 import html
+import os
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,8 @@ def write_index(out: Path, title: str, names: list[str]) -> None:
     from segdeconv.system.files import replace_text
 
     figures = "\n".join(
-        f'<figure><img src="{quote(name)}" alt="{html.escape(name)}" style="max-width:100%"></figure>' for name in names
+        f'<figure><img src="{quote(os.fsencode(name))}" alt="{html.escape(name)}" style="max-width:100%"></figure>'
+        for name in names
     )
     head = f'<!doctype html>\n<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n'
     replace_text(out / "index.html", f"{head}{figures}\n")

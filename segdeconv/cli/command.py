@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import io
 import os
 import signal
 import sys
@@ -24,8 +25,17 @@ PACKAGE = Path(__file__).resolve().parent.parent
 # An installed package contains scripts/ and configs/; in a clone they are next to the package.
 HOME = PACKAGE if (PACKAGE / "scripts").is_dir() else PACKAGE.parent
 
+
+def print_everything() -> None:
+    """Let stdout and stderr escape the characters that the terminal's encoding does not have, instead of raising."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # not where a test or a notebook replaced it
+            stream.reconfigure(errors="backslashreplace")
+
+
 if os.environ.get(KEEP_FREED):  # a process spawned by a command, which imports the command's script again
     Image.MAX_IMAGE_PIXELS = None
+    print_everything()
 
 
 # Renamed options: former name -> current name. Every command with the current name accepts both.
@@ -77,6 +87,7 @@ def run_command(main: Callable[[], int | None], help_text: str = "") -> NoReturn
         main: The script's function; it may return an exit code.
         help_text: Text that -h and --help print, for a script without an `ArgumentParser`.
     """
+    print_everything()
     Image.MAX_IMAGE_PIXELS = None  # dataset.max_pixels is checked from the header
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # silent: segdeconv reports errors of videos itself
     os.environ.setdefault(KEEP_FREED, "1")
@@ -106,6 +117,11 @@ def run_command(main: Callable[[], int | None], help_text: str = "") -> NoReturn
     except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
         problem = f"{error.filename}: {(error.strerror or str(error)).lower()}"
         code = _report(f"{problem}, so it cannot be written - choose another name or folder", 2)
+    except UnicodeEncodeError as error:
+        if error.encoding.replace("-", "").lower() == "utf8" or error.encoding != sys.getfilesystemencoding():
+            raise
+        problem = f"the file name {error.object} has characters that this system's encoding {error.encoding} lacks"
+        code = _report(f"{problem} - set PYTHONUTF8=1, or rename the file or class", 2)
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise

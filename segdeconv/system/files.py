@@ -96,6 +96,11 @@ def cache_root() -> Path:
 _temporary: list[tempfile.TemporaryDirectory[str]] = []  # kept until the process ends
 
 
+def is_utf8(name: str) -> bool:
+    """Return whether a file name, which may hold bytes of any encoding, is valid UTF-8."""
+    return encode(name) == name.encode(errors="replace")
+
+
 def lock_folder(folder: Path, way_out: str) -> FileLock | None:
     """Create a folder and lock it for this process, until the lock is released or the process ends.
 

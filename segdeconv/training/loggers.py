@@ -3,6 +3,7 @@
 import inspect
 import os
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from pytorch_lightning.loggers import Logger, MLFlowLogger, TensorBoardLogger, W
 
 from segdeconv.config import TARGET, build, locate
 from segdeconv.errors import UsageError
+from segdeconv.system.files import encode, is_utf8
 from segdeconv.training.resume import without_changeable_keys
 
 
@@ -55,6 +57,11 @@ def build_logger(node: Mapping[str, Any], run: Path) -> Logger | Literal[False]:
         match = re.search(r"'([\w-]+)", str(error))
         package = match[1] if match else "that it imports"
         raise UsageError(f"logger ({node[TARGET]}) needs the package {package} - pip install {package}") from error
+    if isinstance(logger, TensorBoardLogger) and not is_utf8(str(run)):
+        raise UsageError(
+            f"hydra.run.dir={run}: TensorBoard cannot write to a folder whose name is not UTF-8 - choose another "
+            "folder, or logger=none"
+        )
     if isinstance(logger, WandbLogger):
         os.environ["WANDB_DIR"] = str(run.absolute())  # spawned training processes read only this variable
     return logger
@@ -92,6 +99,7 @@ def log_image(logger: Logger, name: str, image: np.ndarray, step: int) -> None:
         image: (H, W, 3) uint8 RGB.
         step: The optimizer step.
     """
+    name = encode(name).decode()  # loggers accept UTF-8 only
     if isinstance(logger, TensorBoardLogger):
         logger.experiment.add_image(name, image, step, dataformats="HWC")
     elif isinstance(logger, MLFlowLogger):
@@ -106,7 +114,7 @@ def close(logger: Logger | Literal[False]) -> str:
     if isinstance(logger, WandbLogger):
         logger.experiment.finish()  # or the next job of a multirun would continue this run
     if isinstance(logger, TensorBoardLogger):
-        return f"tensorboard --logdir {logger.save_dir}"
+        return shlex.join(["tensorboard", "--logdir", str(logger.save_dir)])
     if isinstance(logger, MLFlowLogger):
-        return f"mlflow ui --backend-store-uri {logger.experiment.tracking_uri}"
+        return shlex.join(["mlflow", "ui", "--backend-store-uri", str(logger.experiment.tracking_uri)])
     return ""
