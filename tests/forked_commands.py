@@ -229,7 +229,8 @@ def _run_in_child(
         null = os.open(os.devnull, os.O_RDONLY)
         for source, target in ((null, 0), (out, 1), (err, 2)):
             os.dup2(source, target)
-        sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w")
+        encoding = env.get("PYTHONIOENCODING")
+        sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), *(os.fdopen(n, "w", encoding=encoding) for n in (1, 2))
         os.environ.update(env)
         os.chdir(cwd)
         try:

@@ -1,14 +1,20 @@
 """The command `evaluate`, which writes report.json, report.html, masks and pictures."""
 
+from __future__ import annotations
+
 import argparse
+import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from segdeconv.cli.command import ArgumentParser
-from segdeconv.cli.options import add_prediction_options, prediction_settings, split_overrides
+from segdeconv.cli.options import add_labels_option, add_prediction_options, prediction_settings, split_overrides
 from segdeconv.cli.own_code import read_checkpoint
-from segdeconv.errors import command
+from segdeconv.errors import UsageError, command
+
+if TYPE_CHECKING:
+    from segdeconv.data.dataset import SegmentationDataset
 
 
 def parse(description: str) -> argparse.Namespace:
@@ -23,11 +29,30 @@ def parse(description: str) -> argparse.Namespace:
     add("--compare", metavar="CHECKPOINT", help="a second network with the same classes to compare it with")
     add("--masks", type=Path, help="folder for the predicted masks, exactly as scored")
     add("--pictures", type=Path, help="folder for figures of image, truth, prediction and error of 12 images")
+    add_labels_option(parser, "these masks")
     add("--no-boundary", action="store_true", help="skip boundary scores (20 ms per image of 360x480)")
     add("--ablate", action="store_true", help="also score the network with its switches replaced")
     add("--uncertainty", action="store_true", help="report how well measures of uncertainty detect errors")
     add_prediction_options(parser)
     return parser.parse_intermixed_args()
+
+
+def require_new_files(folder: Path, dataset: SegmentationDataset) -> None:
+    """Check that each image has an output file of its own, which is not a file of the data set.
+
+    Raises:
+        UsageError: Two images have the same name, or a file of the data set would be overwritten.
+    """
+    from segdeconv.inference.inputs import FileNames
+
+    names = FileNames(f"--split {dataset.split}: ", "leave out --masks and --pictures, or give the images other names")
+    own = {os.path.realpath(file) for file in dataset.files}
+    for index, name in enumerate(dataset.names):
+        path = folder / f"{name}.png"
+        if os.path.realpath(path) in own:
+            raise UsageError(f"{path} is a file of the data set, which would be overwritten - choose another folder")
+        names.add(str(path), f"image {index} ({name})")
+    names.warn()
 
 
 def run(description: str) -> None:
@@ -36,6 +61,8 @@ def run(description: str) -> None:
     overrides, crf_keys = split_overrides(arguments.overrides)
     if arguments.regions and not any(override.startswith("dataset.examples=") for override in overrides):
         overrides.append("dataset.examples=images")  # a network trained on crops is scored on whole images
+    if arguments.labels != "index" and not arguments.masks:
+        raise UsageError(f"--labels={arguments.labels} has no effect without --masks DIR - add it")
     settings = prediction_settings(arguments, crf_keys)
 
     import numpy as np
@@ -58,9 +85,15 @@ def run(description: str) -> None:
     if arguments.ablate:
         ablation.require_unpooling(segmenter.network.model)
 
+    write_mask = draw.save_labels if arguments.labels == "dataset" else draw.save_mask
+    if arguments.labels == "dataset":
+        draw.label_table(checkpoint.classes)  # raises an error before the first image rather than after it
+    for folder in filter(None, (arguments.masks, arguments.pictures)):
+        require_new_files(folder, dataset)
+
     def save(predicted: Predicted) -> None:
         if arguments.masks:
-            draw.save_mask(
+            write_mask(
                 predicted.prediction, checkpoint.classes, arguments.masks / f"{dataset.names[predicted.place]}.png"
             )
         if arguments.pictures and predicted.place in {int(index) for index in np.linspace(0, len(dataset) - 1, 12)}:

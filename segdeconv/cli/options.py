@@ -28,6 +28,16 @@ def add_network_options(parser: argparse.ArgumentParser) -> None:
     add("--trust", action="append", default=[], help="allow a class of your own that the config names")
 
 
+def add_labels_option(parser: Any, files: str) -> None:
+    """Add --labels, the values of the masks in `files`."""
+    parser.add_argument(
+        "--labels",
+        choices=("index", "dataset"),
+        default="index",
+        help=f"values in {files}: class indices (default), or the labels or colours of the data set's own masks",
+    )
+
+
 def add_prediction_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of prediction, from which `prediction_settings` builds the settings."""
     add_network_options(parser)

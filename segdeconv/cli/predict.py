@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from segdeconv.cli.command import ArgumentParser
-from segdeconv.cli.options import add_prediction_options, is_override, prediction_settings, split_overrides
+from segdeconv.cli.options import (
+    add_labels_option,
+    add_prediction_options,
+    is_override,
+    prediction_settings,
+    split_overrides,
+)
 from segdeconv.cli.own_code import read_checkpoint
 from segdeconv.errors import UsageError
 
@@ -32,12 +38,14 @@ def parse(description: str) -> argparse.Namespace:
     add("paths", nargs="+", metavar="PATH", help="images, folders, patterns, lists, videos, -; then key=value")
     add("--out", type=Path, default=Path("predictions"), help="folder (default: predictions)")
     add("--overwrite", action="store_true", help="replace predictions in DIR that were made in another way")
-    add = parser.add_argument_group("outputs besides masks and overlays").add_argument
+    group = parser.add_argument_group("outputs besides masks and overlays")
+    add = group.add_argument
     add("--no-overlay", action="store_true", help="write no overlays")
     add("--probabilities", action="store_true", help="DIR/<name>.npy: (classes, H, W) float16")
     add("--uncertainty", action="store_true", help="DIR/<name>_uncertainty.png: entropy, or variance with --samples")
     add("--class-masks", action="store_true", help="DIR/<name>_<class>.png: 255 where the class is")
     add("--polygons", action="store_true", help="DIR/regions.json: regions as polygons, in COCO's format")
+    add_labels_option(group, "DIR/<name>.png")
     add("--min-area", type=int, default=1, metavar="PIXELS", help="leave out smaller regions (default: 1)")
     add("--frames", action="store_true", help="DIR/<name>/000001.png ...: the mask of each frame of a video")
     add = parser.add_argument_group("large images").add_argument
@@ -67,6 +75,7 @@ def run(description: str) -> None:
 
     from tqdm import tqdm
 
+    from segdeconv.drawing import draw
     from segdeconv.inference.batch import BatchPrediction, Outputs, write_tables
     from segdeconv.inference.inputs import find_images
     from segdeconv.inference.progress_log import ProgressLog
@@ -86,14 +95,20 @@ def run(description: str) -> None:
         polygons=arguments.polygons,
         min_area=arguments.min_area,
         frames=arguments.frames,
+        labels=arguments.labels,
     )
-    images = find_images(paths, arguments.out, outputs.endings())
+    if arguments.labels == "dataset":
+        draw.label_table(checkpoint.classes)  # raises an error before the first image rather than after it
+    missing: list[str] = []
+    images = find_images(paths, arguments.out, outputs.endings(), missing=missing)
     segmenter = Segmenter(checkpoint, settings, report=report)
     if arguments.verify_tiling:
-        verify(segmenter, images)
+        verify(segmenter, images, missing)
         return
     recorded = provenance(arguments, checkpoint, settings.second)
     with closing(ProgressLog(arguments.out, recorded, overwrite=arguments.overwrite)) as progress_log:
+        for message in missing:
+            report(f"skipped: {message}")
         batch = BatchPrediction(segmenter, outputs, progress_log, report)
         done = sum(progress_log.has(name, path) for name, path in images.items())
         if done:
@@ -103,16 +118,18 @@ def run(description: str) -> None:
                 bar.update()
         tables = write_tables(progress_log, outputs)
     print(f"{len(images) - batch.failed} masks in {arguments.out}, with {' and '.join(path.name for path in tables)}")
-    if batch.failed:
+    if failed := batch.failed + len(missing):
+        total = len(images) + len(missing)
         raise UsageError(
-            f"{batch.failed} of {len(images)} files could not be read, see the messages above - repair them or leave "
-            "them out"
+            f"{failed} of {total} files could not be read, see the messages above - repair them or leave them out"
         )
 
 
 def provenance(arguments: argparse.Namespace, checkpoint: Checkpoint, second: Checkpoint | None) -> dict[str, Any]:
     """Return the checkpoint and settings that determine the outputs, as recorded in the progress log."""
     settings = {key: value for key, value in vars(arguments).items() if key not in NOT_RECORDED}
+    if settings["labels"] == "index":
+        del settings["labels"]  # not recorded by earlier versions, which had no other values
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in settings.items()}
     if second is not None:
         settings["ensemble"] = second.sha256
@@ -120,12 +137,14 @@ def provenance(arguments: argparse.Namespace, checkpoint: Checkpoint, second: Ch
     return {"checkpoint": checkpoint.sha256, **settings, "keys": keys}
 
 
-def verify(segmenter: Segmenter, images: dict[str, Path]) -> None:
+def verify(segmenter: Segmenter, images: dict[str, Path], missing: list[str]) -> None:
     """Print the agreement of prediction in tiles with prediction of the whole image.
 
     Raises:
-        UsageError: The predictions of an image differ.
+        UsageError: A line of a list names no file, or the predictions of an image differ.
     """
+    if missing:
+        raise UsageError(missing[0])
     from segdeconv.inference.tiling_check import compare_tiling
 
     wrong = 0

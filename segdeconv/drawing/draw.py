@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from segdeconv.classes import Classes
 from segdeconv.drawing.png import Png
+from segdeconv.errors import UsageError
 from segdeconv.system.files import replacing
 
 RIGHT, WRONG = (70, 160, 90), (220, 50, 47)
@@ -30,6 +31,58 @@ def save_mask(mask: np.ndarray, classes: Classes, path: Path) -> None:
         png = Png(file, (mask.shape[0], mask.shape[1]), palette=classes.palette)
         png.write(mask)
         png.close()
+
+
+def save_labels(mask: np.ndarray, classes: Classes, path: Path) -> None:
+    """Write a mask as the data set stores its own: with its labels or, if its classes are given by colours, as RGB.
+
+    Labels up to 255 are a palette PNG in the class colours, larger ones a 16-bit grey PNG.
+
+    Args:
+        mask: (H, W) uint8 class indices.
+        classes: The classes, their labels and their colours.
+        path: The PNG file.
+
+    Raises:
+        UsageError: A label cannot be stored in a PNG.
+    """
+    if getattr(classes, "by_colour", False):
+        save_image(colourise(mask, classes), path)
+        return
+    table = label_table(classes)
+    with replacing(path) as file:
+        if table.max() > 255:
+            Image.fromarray(table[mask]).save(file, format="PNG")
+            return
+        palette = np.zeros((256, 3), dtype=np.uint8)
+        palette[table] = classes.palette  # first the ignored values, all with one label, then the classes
+        palette[table[: len(classes)]] = classes.palette[: len(classes)]
+        png = Png(file, (mask.shape[0], mask.shape[1]), palette=palette)
+        png.write(table.astype(np.uint8)[mask])
+        png.close()
+
+
+def label_table(classes: Classes) -> np.ndarray:
+    """Return the data set's label of every mask value, (256,) uint16; values without a class have an ignored label.
+
+    Raises:
+        UsageError: A label cannot be stored in a PNG.
+    """
+    for name, label in zip(classes.names, classes.labels, strict=True):
+        if not 0 <= label <= 65535:
+            raise UsageError(
+                f"class {name} has label {label}, and a PNG stores 0..65535 - use --labels index, or another label"
+            )
+    # A data set of labels 0 and 255 has no ignored label; a prediction never needs one there.
+    free = [label for label in range(255, -1, -1) if label not in classes.labels]
+    ignored = [
+        label
+        for label in (classes.ignore_index, *classes.ignored_labels)
+        if label in classes.ignored_labels and label not in classes.labels and 0 <= label <= 65535
+    ]
+    table = np.full(256, [*ignored, *free, 0][0], dtype=np.uint16)
+    table[: len(classes)] = classes.labels
+    return table
 
 
 def save_image(image: np.ndarray, path: Path) -> None:

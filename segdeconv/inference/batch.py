@@ -4,8 +4,11 @@ Reading, the network and writing run at the same time. An interrupted batch pred
 """
 
 import json
+import os
 import re
+import sys
 import threading
+import unicodedata
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -22,18 +25,22 @@ from segdeconv.data.files.decoding import header_pixels
 from segdeconv.data.files.reading import turn_back, turned_view
 from segdeconv.drawing import draw
 from segdeconv.errors import UsageError
-from segdeconv.inference.inputs import VIDEOS, output_path
+from segdeconv.inference.inputs import VIDEOS, FileNames, output_path
 from segdeconv.inference.polygons import regions
 from segdeconv.inference.progress_log import ProgressLog
 from segdeconv.inference.segmenter import Prediction, Segmenter
 from segdeconv.inference.tiling import Part
 from segdeconv.inference.video import VideoWriter, open_video
-from segdeconv.system.files import encode, replacing, replacing_path
+from segdeconv.system.files import encode, hash_text, replacing, replacing_path
 
 MAX_READ_AHEAD = 4  # images read before the network has processed the current one
 MAX_PENDING_WRITES = 8  # images being written while the network processes the next
 WRITER_THREADS = 2
+MAX_CLASS_LENGTH = 100  # bytes of a class in a file name
 MAX_PIXELS_IN_MEMORY = 1 << 26  # of all images together, unless a single one has more
+
+
+Labels = Literal["index", "dataset"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,7 @@ class Outputs:
         polygons: Write NAME_regions.json, with the regions of `min_area` pixels or more.
         min_area: Minimum area of a region in pixels.
         frames: Write the mask of each frame of a video, NAME/000001.png and so on.
+        labels: Values of the masks: class indices, or the labels or colours of the data set's own masks.
     """
 
     out: Path
@@ -60,19 +68,40 @@ class Outputs:
     polygons: bool = False
     min_area: int = 1
     frames: bool = False
+    labels: Labels = "index"
 
     def endings(self) -> list[str]:
-        """Return the file name endings of all outputs of an image or a video."""
-        endings = [".png"]
-        endings += ["_overlay.png", "_overlay.mp4"] if self.overlay else []
-        endings += [".npy"] if self.probabilities else []
-        endings += ["_uncertainty.png"] if self.uncertainty else []
-        endings += [f"_{_file_name(name)}.png" for name in self.classes.names] if self.class_masks else []
-        return endings + (["_regions.json"] if self.polygons else [])
+        """Return the file name endings of all outputs of an image or a video.
+
+        Raises:
+            UsageError: Two outputs of an image would be one file.
+        """
+        owners = {".png": "the mask"}
+        if self.overlay:
+            owners |= dict.fromkeys(("_overlay.png", "_overlay.mp4"), "the overlay")
+        if self.probabilities:
+            owners[".npy"] = "the probabilities"
+        if self.uncertainty:
+            owners["_uncertainty.png"] = "the uncertainty"
+        if self.polygons:
+            owners["_regions.json"] = "the polygons"
+        names = FileNames("--class-masks: ", "leave out --class-masks and take the classes from the masks")
+        for ending, owner in owners.items():
+            names.add(f"NAME{ending}", owner)
+        for name in self.classes.names if self.class_masks else ():
+            ending = f"_{_file_name(name)}.png"
+            names.add(f"NAME{ending}", f"class '{name}'")
+            owners[ending] = name
+        names.warn()
+        return list(owners)
 
     def path(self, name: str, ending: str) -> Path:
         """Return the path of one output file."""
         return output_path(self.out, name, ending)
+
+    def save_mask(self, mask: np.ndarray, path: Path) -> None:
+        """Write a mask with the values of `labels`."""
+        (draw.save_labels if self.labels == "dataset" else draw.save_mask)(mask, self.classes, path)
 
     def write(self, name: str, prediction: Prediction, bounded: bool) -> list[Path]:
         """Write the mask, figures and polygons of an image, and return the files written.
@@ -82,7 +111,7 @@ class Outputs:
         """
         mask = turn_back(prediction.mask, prediction.orientation)  # as the image is stored in its file
         files = [self.path(name, ".png")]
-        draw.save_mask(mask, self.classes, files[0])
+        self.save_mask(mask, files[0])
         if self.overlay:
             files.append(self.path(name, "_overlay.png"))
             draw.save_overlay(prediction.image, prediction.mask, self.classes, files[-1])
@@ -129,8 +158,15 @@ class Outputs:
 
 
 def _file_name(class_name: str) -> str:
-    """Replace the characters of a class name that may be unsafe in a file name."""
-    return re.sub(r"[^\w.-]+", "_", class_name)
+    """Replace the characters of a class name that may be unsafe in a file name, and truncate a long one."""
+    # \w has no combining marks, without which words of many scripts become the same.
+    kept = [letter if unicodedata.category(letter)[0] in "LMN" or letter in "_.-" else " " for letter in class_name]
+    name = re.sub(" +", "_", "".join(kept))
+    encoding = sys.getfilesystemencoding()
+    name = name.encode(encoding, errors="replace").decode(encoding).replace("?", "_")
+    if len(os.fsencode(name)) <= MAX_CLASS_LENGTH:
+        return name
+    return f"{os.fsencode(name)[:MAX_CLASS_LENGTH].decode(encoding, errors='ignore')}~{hash_text(class_name)[:8]}"
 
 
 class PixelBudget:
@@ -275,7 +311,7 @@ class BatchPrediction:
                     )
                 if self.outputs.frames:
                     files.append(self.outputs.path(f"{name}/{count:06d}", ".png"))
-                    draw.save_mask(prediction.mask, self.outputs.classes, files[-1])
+                    self.outputs.save_mask(prediction.mask, files[-1])
         if self.outputs.overlay:
             files.append(self.outputs.path(name, "_overlay.mp4"))
         if count < video.frame_count:

@@ -5,6 +5,7 @@ import glob
 import hashlib
 import os
 import sys
+import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -17,7 +18,49 @@ MAX_NAME_LENGTH = 255  # bytes of a file name
 STDIN = "-"
 
 
-def find_images(arguments: Sequence[str], out: Path, endings: Sequence[str]) -> dict[str, Path]:
+class FileNames:
+    """The names of output files, of which no two may be one file.
+
+    Names that differ only in upper and lower case, or in the Unicode form of an accent, are one file on macOS and
+    Windows. There they are refused, and elsewhere a warning counts them.
+
+    Args:
+        source: Start of a message, such as `--class-masks: `.
+        way_out: End of a message.
+    """
+
+    def __init__(self, source: str, way_out: str) -> None:
+        self.source, self.way_out = source, way_out
+        self.owners: dict[str, tuple[str, object]] = {}
+        self.alike: list[tuple[object, object]] = []
+
+    def add(self, name: str, owner: object) -> None:
+        """Add the name of a file that `owner` is written to.
+
+        Raises:
+            UsageError: Another owner has the file.
+        """
+        folded = unicodedata.normalize("NFC", name).casefold()
+        other_name, other = self.owners.setdefault(folded, (name, owner))
+        if other == owner:
+            return
+        if name == other_name or sys.platform in ("win32", "darwin"):
+            raise UsageError(f"{self.source}{owner} and {other} have the same output file {name} - {self.way_out}")
+        self.alike.append((owner, other))
+
+    def warn(self) -> None:
+        """Print a warning about the names that are one file on other systems."""
+        if self.alike:
+            first, second = self.alike[0]
+            warn(
+                f"{self.source}{len(self.alike)} output file(s) differ from another only in case or accents, such as "
+                f"those of {second} and {first}, so macOS and Windows mix them up - {self.way_out}"
+            )
+
+
+def find_images(
+    arguments: Sequence[str], out: Path, endings: Sequence[str], *, missing: list[str] | None = None
+) -> dict[str, Path]:
     """Find the images and videos that command-line arguments name, and warn of files in folders that are left out.
 
     Args:
@@ -25,6 +68,7 @@ def find_images(arguments: Sequence[str], out: Path, endings: Sequence[str]) -> 
             one path a line, relative to the working folder; `-` reads such a list from stdin).
         out: Output folder.
         endings: File name endings of the outputs written for each image.
+        missing: Receives a message for each line of a list that names no file; None to raise an error for the first.
 
     Returns:
         The path of each image or video, by the name (without suffix) of its outputs in `out`.
@@ -33,26 +77,28 @@ def find_images(arguments: Sequence[str], out: Path, endings: Sequence[str]) -> 
         UsageError: An argument names no image, or two images would have the same output file.
     """
     images: dict[str, Path] = {}
-    owners: dict[str, Path] = {}
+    names = FileNames("", "use two --out folders")
+    absent: list[str] = []
     for argument in arguments:
-        for path, name in _resolve(argument, out):
+        for path, name in _resolve(argument, out, absent):
             for ending in endings:
-                owner = owners.setdefault(name + ending, path)
-                if owner != path:
-                    raise UsageError(
-                        f"{path} and {owner} have the same output file {out / name}{ending} - use two --out folders"
-                    )
+                names.add(f"{out / name}{ending}", path)
             images[name] = path
+    if absent and (missing is None or not images):
+        raise UsageError(absent[0])
+    names.warn()
+    if missing is not None:
+        missing += absent
     if not images:
         raise UsageError("no images given - list images, folders, or a quoted pattern after the checkpoint")
     return images
 
 
-def _resolve(argument: str, out: Path) -> Iterator[tuple[Path, str]]:
+def _resolve(argument: str, out: Path, missing: list[str]) -> Iterator[tuple[Path, str]]:
     """Yield the path and the output name of each image or video that one argument names."""
     if argument == STDIN and not Path(argument).exists():
         yield from _resolve_list(
-            [(number, line.strip()) for number, line in enumerate(sys.stdin, 1) if line.strip()], "stdin"
+            [(number, line.strip()) for number, line in enumerate(sys.stdin, 1) if line.strip()], "stdin", missing
         )
         return
     paths = [Path(argument)] if Path(argument).exists() else [Path(path) for path in sorted(glob.glob(argument))]
@@ -65,7 +111,7 @@ def _resolve(argument: str, out: Path) -> Iterator[tuple[Path, str]]:
         if out_folder in (Path(os.path.realpath(path)), Path(os.path.realpath(path.parent))):
             raise UsageError(f"--out {out} is the folder of the input images - choose another folder for the outputs")
         if path.suffix.lower() == ".txt" and path.is_file():
-            yield from _resolve_list(read_list(path), str(path))
+            yield from _resolve_list(read_list(path), str(path), missing)
         elif not path.is_dir():
             yield path, path.stem
         else:
@@ -97,11 +143,12 @@ def _images_in(folder: Path, out_folder: Path) -> list[Path]:
     return files
 
 
-def _resolve_list(lines: list[tuple[int, str]], where: str) -> Iterator[tuple[Path, str]]:
+def _resolve_list(lines: list[tuple[int, str]], where: str, missing: list[str]) -> Iterator[tuple[Path, str]]:
     for number, line in lines:
         path = Path(line)
         if not path.exists():
-            raise UsageError(f"{where}, line {number}: {line} not found - give paths relative to the current folder")
+            missing.append(f"{where}, line {number}: {line} not found - give paths relative to the current folder")
+            continue
         inside = not path.is_absolute() and ".." not in path.parts
         yield path, (path.with_suffix("") if inside else Path(path.stem)).as_posix()
 

@@ -71,9 +71,9 @@ class ProgressLog:
     def has(self, name: str, source: Path) -> bool:
         """Return True if all outputs of an image exist with their recorded sizes and the image has not changed."""
         entry = self.entries.get(name)
-        if entry is None or entry["source"] != stamp(source):
-            return False
         try:
+            if entry is None or entry["source"] != stamp(source):
+                return False
             return all((self.out / file).stat().st_size == size for file, size in entry["files"].items())
         except OSError:
             return False

@@ -72,7 +72,6 @@ def replace_link(path: Path, source: Path) -> None:
         os.link(source, partial)
 
 
-@functools.cache
 def cache_root() -> Path:
     """Return the user's cache folder: XDG_CACHE_HOME, or .cache in the home folder.
 
@@ -84,16 +83,17 @@ def cache_root() -> Path:
     try:
         return Path.home() / ".cache"
     except RuntimeError:
-        print(
-            "segdeconv: warning: HOME: not set, and the user has no account, so nothing is cached between runs - set "
-            "HOME or XDG_CACHE_HOME to a folder",
-            file=sys.stderr,
-        )
-        _temporary.append(tempfile.TemporaryDirectory(prefix="segdeconv-", ignore_cleanup_errors=True))
-        return Path(_temporary[-1].name)
+        return Path(_temporary_cache().name)
 
 
-_temporary: list[tempfile.TemporaryDirectory[str]] = []  # kept until the process ends
+@functools.cache
+def _temporary_cache() -> tempfile.TemporaryDirectory[str]:
+    print(
+        "segdeconv: warning: HOME: not set, and the user has no account, so nothing is cached between runs - set HOME "
+        "or XDG_CACHE_HOME to a folder",
+        file=sys.stderr,
+    )
+    return tempfile.TemporaryDirectory(prefix="segdeconv-", ignore_cleanup_errors=True)
 
 
 def is_utf8(name: str) -> bool:

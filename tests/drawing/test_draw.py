@@ -1,11 +1,14 @@
 """Figures of images and masks: files that are read back, shapes, and single pixels worked out by hand."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from segdeconv.classes import Classes
 from segdeconv.drawing import draw
+from segdeconv.errors import UsageError
 
 CLASSES = Classes(
     names=("sky", "road", "a rather long name"),
@@ -36,6 +39,44 @@ def test_a_mask_png_has_class_indices_as_pixels_and_class_colours_as_palette(tmp
     for index, colour in [*enumerate(CLASSES.colours), (255, CLASSES.ignore_colour)]:
         assert (colours[mask == index] == colour).all()
     assert [file.name for file in path.parent.iterdir()] == ["mask.png"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "ignored", "values", "mode"),
+    [
+        ((0, 1, 2), (), (0, 1, 2, 255), "P"),
+        ((7, 11, 26), (), (7, 11, 26, 255), "P"),
+        ((1, 2, 3), (0,), (1, 2, 3, 0), "P"),
+        ((0, 1, 255), (), (0, 1, 255, 254), "P"),  # ignored pixels need a label of their own
+        ((7, 11, 255), (3, 255), (7, 11, 255, 3), "P"),
+        ((1, 300, 65535), (-1, 0), (1, 300, 65535, 0), "I;16"),
+    ],
+)
+def test_a_mask_can_be_written_with_the_labels_of_the_data_set(labels, ignored, values, mode, mask, tmp_path):
+    classes = dataclasses.replace(CLASSES, labels=labels, ignored_labels=ignored)
+    draw.save_labels(mask, classes, tmp_path / "mask.png")
+    with Image.open(tmp_path / "mask.png") as stored:
+        assert stored.mode == mode
+        expected = np.select([mask == value for value in (0, 1, 2, 255)], values)
+        assert np.array_equal(np.asarray(stored), expected)
+        if mode == "P":
+            assert np.array_equal(np.asarray(stored.convert("RGB")), draw.colourise(mask, classes))
+
+
+def test_a_mask_of_classes_given_by_colours_is_written_in_colours(mask, tmp_path):
+    classes = dataclasses.replace(CLASSES)
+    object.__setattr__(classes, "by_colour", True)
+    draw.save_labels(mask, classes, tmp_path / "mask.png")
+    with Image.open(tmp_path / "mask.png") as stored:
+        assert stored.mode == "RGB"
+        assert np.array_equal(classes.from_colours(np.asarray(stored)), mask)
+
+
+def test_a_label_that_a_png_cannot_store_is_refused(mask, tmp_path):
+    classes = dataclasses.replace(CLASSES, labels=(0, 1, 70000))
+    with pytest.raises(UsageError, match=r"^class a rather long name has label 70000, and a PNG stores 0..65535 - use"):
+        draw.save_labels(mask, classes, tmp_path / "mask.png")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_colours_of_a_mask_png_convert_back_to_the_mask(tmp_path, mask):

@@ -5,6 +5,8 @@ import io
 import json
 import os
 import platform
+import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -25,6 +27,8 @@ from segdeconv.checkpoints import checkpoint
 from segdeconv.classes import Classes, voc_colours
 from segdeconv.drawing.png import Png
 from segdeconv.errors import UsageError
+from segdeconv.inference.batch import Outputs
+from segdeconv.inference.inputs import find_images
 from segdeconv.inference.polygons import regions
 from segdeconv.inference.predictors import PredictionSettings
 from segdeconv.inference.progress_log import ProgressLog
@@ -408,10 +412,93 @@ def test_a_list_keeps_the_folders_of_its_images(place, commands, tmp_path):
     assert sorted(files(tmp_path / "out")) == [
         "photos/a.png", "photos/deep/b.png", "predictions.jsonl", "statistics.csv",
     ]  # fmt: skip
-    (tmp_path / "list.txt").write_text("photos/a.png\nphotos/none.png\n")
+
+
+def test_a_missing_line_of_a_list_is_passed_over_like_a_damaged_picture(place, commands, tmp_path):
+    (tmp_path / "photos").symlink_to(place / "photos")
+    (tmp_path / "list.txt").write_text("photos/a.png\nphotos/none.png\nphotos/deep/b.png\n")
+    words = (place / "best.ckpt", "list.txt", "--no-overlay", "--out", "out")
+    for _ in range(2):
+        done = commands("predict", *words, cwd=tmp_path)
+        assert done.code == 2
+        assert "skipped: list.txt, line 2: photos/none.png not found - give paths relative" in done.out
+        assert done.error_message.startswith("1 of 3 files could not be read, see the messages above - repair them")
+        assert {"photos/a.png", "photos/deep/b.png", "statistics.csv"} < set(files(tmp_path / "out"))
+    (tmp_path / "list.txt").write_text("none.png\nneither.png\n")
     done = commands("predict", place / "best.ckpt", "list.txt", "--out", "out2", cwd=tmp_path)
-    expected = "list.txt, line 2: photos/none.png not found - give paths relative to the current folder"
-    assert expected in done.error_message
+    assert done.error_message.startswith("list.txt, line 1: none.png not found - give paths relative")
+    assert not (tmp_path / "out2").exists()
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (
+            ("road/street", "road street"),
+            "class 'road street' and class 'road/street' have the same output file",
+        ),
+        (("car", "overlay"), "class 'overlay' and the overlay have the same output file NAME_overlay.png"),
+        (("car", "<car>?"), None),
+        (("x" * 300, "x" * 299 + "y"), None),
+        (("Car", "car"), "1 output file(s) differ from another only in case or accents, such as those of class 'Car'"),
+        (("caf\u00e9", "cafe\u0301"), "1 output file(s) differ from another only in case or accents"),
+    ],
+)
+def test_two_class_masks_of_one_file_are_refused(names, message, capsys, tmp_path):
+    outputs = Outputs(tmp_path, Classes(names, voc_colours(2)), class_masks=True)
+    if message is None or "differ" in message:
+        endings = outputs.endings()
+        for ending in endings:
+            outputs.path("a", ending).touch()
+        assert len(list(tmp_path.iterdir())) == len(set(endings)) == 5
+        assert (message or "") in capsys.readouterr().err
+    else:
+        with pytest.raises(UsageError, match=re.escape(f"--class-masks: {message}")):
+            outputs.endings()
+
+
+def test_names_that_are_one_file_elsewhere_are_refused_there(monkeypatch, capsys, tmp_path):
+    for name in ("a.png", "A.png"):
+        (tmp_path / name).touch()
+    assert len(find_images([str(tmp_path)], Path("out"), [".png"])) == 2
+    assert "segdeconv: warning: 1 output file(s) differ from another only in case or accents" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with pytest.raises(UsageError, match=r"a\.png and .*A\.png have the same output file out/a\.png - use two --out"):
+        find_images([str(tmp_path)], Path("out"), [".png"])
+
+
+def test_masks_have_the_labels_of_the_data_set_on_request(place, commands, tmp_path):
+    content = checkpoint.load_plain(place / "best.ckpt")
+    content["hyper_parameters"]["facts"]["classes"] |= {"labels": [7, 11, 26], "ignored_labels": [0]}
+    checkpoint.write(content, tmp_path / "sparse.ckpt")
+    words = ("predict", tmp_path / "sparse.ckpt", place / "photos" / "a.png", "--no-overlay", "--class-masks")
+    for labels in ("index", "dataset"):
+        done = commands(*words, "--labels", labels, "--out", labels, cwd=tmp_path)
+        assert done.code == 0, done.err
+    indices, labels = (np.array(fakes.opened(tmp_path / folder / "a.png")) for folder in ("index", "dataset"))
+    assert set(np.unique(labels)) <= {7, 11, 26}
+    assert np.array_equal(np.array([7, 11, 26])[indices], labels)
+    assert np.array_equal(
+        *(np.array(fakes.opened(tmp_path / folder / "a.png").convert("RGB")) for folder in ("index", "dataset"))
+    )
+    first, second = files(tmp_path / "index"), files(tmp_path / "dataset")
+    assert {name for name in first if first[name] != second[name]} == {"a.png", "predictions.jsonl"}
+    done = commands(*words, "--out", "dataset", cwd=tmp_path)
+    assert "dataset contains predictions made with labels=dataset, not None" in done.error_message
+
+
+def test_file_names_that_are_not_utf8_reach_every_output(place, commands, tmp_path):
+    (tmp_path / "in").mkdir()
+    shutil.copy(place / "photos" / "deep" / "b.png", tmp_path / "in" / os.fsdecode(b"caf\xe9.png"))
+    words = ("--class-masks", "--polygons", "--probabilities", "--uncertainty", "--out", "out")
+    for _ in range(2):  # the second time from the progress log
+        done = commands("predict", place / "best.ckpt", "in", *words, cwd=tmp_path, env={"PYTHONIOENCODING": "ascii"})
+        assert done.code == 0, done.err
+    lines = (tmp_path / "out" / "statistics.csv").read_text(encoding="utf-8").splitlines()
+    assert [line.partition(",")[0] for line in lines] == ["name", *[r"caf\udce9"] * 3]
+    (image,) = json.loads((tmp_path / "out" / "regions.json").read_text())["images"]
+    assert os.fsencode(image["file_name"]).endswith(b"in/caf\xe9.png")
+    assert len(list((tmp_path / "out").glob(os.fsdecode(b"caf\xe9*")))) == 8
 
 
 @pytest.mark.parametrize(

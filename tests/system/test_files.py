@@ -11,6 +11,7 @@ import threading
 import pytest
 
 from segdeconv.errors import UsageError
+from segdeconv.system import files
 from segdeconv.system.files import lock_folder, replace_link, replace_text, replacing, replacing_path
 
 
@@ -124,3 +125,26 @@ def test_lock_folder_returns_none_on_a_file_system_without_locks(tmp_path, monke
     monkeypatch.setattr(fcntl, "flock", refuse)
     assert lock_folder(tmp_path / "new", "name") is None
     assert (tmp_path / "new").is_dir()
+
+
+def test_a_user_without_a_home_folder_has_a_cache_for_this_process(monkeypatch, capsys):
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(files.Path, "home", home)
+    folder = files.cache_root()
+    assert folder.is_dir()
+    assert files.cache_root() == folder
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("segdeconv: warning: HOME: not set, and the user has no account, so nothing is cached")
+    files._temporary_cache().cleanup()
+    files._temporary_cache.cache_clear()
+
+
+@pytest.mark.parametrize(("name", "valid"), [("plain", True), ("café 李明 😀", True), ("caf\udce9", False)])
+def test_a_text_with_a_file_name_is_written_as_utf8(name, valid, tmp_path):
+    files.replace_text(tmp_path / "text", name)
+    assert (tmp_path / "text").read_text(encoding="utf-8") == (name if valid else r"caf\udce9")
+    assert files.is_utf8(name) == valid
+    assert len(files.hash_text(name)) == 64
