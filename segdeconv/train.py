@@ -50,10 +50,11 @@ def train(config: Mapping[str, Any], run: str | Path, *, runs: Path | None = Non
     started = time.time()
     config = config_check.check_config(config)
     run = resume.find_run(config, Path(run), runs)
-    resumed = resume.open_run(run, config)
+    resumed, finished, new_length = resume.open_run(run, config)
     resumed_path = None if resumed is None else resumed.path
-    if resume.finished(run):
-        print(f"{run} is finished; its scores are in {run / 'report.json'}")
+    if finished:
+        longer = ", after no fewer epochs and steps than these, and left as it is" if new_length else ""
+        print(f"{run} is finished{longer}; its scores are in {run / 'report.json'}")
         return
 
     with run_folder.discard_if_unused(run):
@@ -91,20 +92,28 @@ def train(config: Mapping[str, Any], run: str | Path, *, runs: Path | None = Non
             build(config["schedule"], "schedule"),
             prepared.classes,
             seed=config["seed"],
-            total_steps=count_steps(prepared.data, trainer),
+            total_steps=count_steps(prepared.data, trainer.world_size, settings),
             metadata={
                 "config": {**saved, "dataset": prepared.dataset},
                 "facts": {**prepared.metadata, "precision": str(trainer.precision)},
             },
             settings=settings,
         )
-        loggers.log_config(logger, config, run)
+        if resumed is not None and new_length:
+            steps = resumed.content["global_step"]
+            resume.require_more_steps(run, steps, task.total_steps, resume.finished(run))
+            before = TrainerSettings(**split_arguments(resumed.config.get("trainer", {}), [TrainerSettings])[0])
+            old_total = count_steps(prepared.data, trainer.world_size, before)
+            resume.warn_of_schedule(task.schedule, config["optimizer"]["lr"], steps, old_total, task.total_steps)
+        loggers.log_config(logger, config, run, new_length=new_length)
         run_folder.require_space(run, task)
         print(header(config, prepared.data, task, trainer, run, resumed_path), flush=True)
         if resumed is not None:
             resume.compare_machines(resumed, torch.device(trainer.strategy.root_device))
         del resumed  # the trainer loads and releases its content
 
+        if new_length:
+            resume.record_length(run, config)
         complete = True
         stopping.listen()
         try:

@@ -15,7 +15,7 @@ from pytorch_lightning.loggers import Logger, MLFlowLogger, TensorBoardLogger, W
 from segdeconv.config import TARGET, build, locate
 from segdeconv.errors import UsageError
 from segdeconv.system.files import encode, is_utf8
-from segdeconv.training.resume import without_changeable_keys
+from segdeconv.training.resume import CHANGEABLE_KEYS, LENGTH_KEYS, without_keys
 
 
 class TensorBoard(TensorBoardLogger):
@@ -67,8 +67,16 @@ def build_logger(node: Mapping[str, Any], run: Path) -> Logger | Literal[False]:
     return logger
 
 
-def log_config(logger: Logger | Literal[False], config: Mapping[str, Any], run: Path) -> None:
+def log_config(
+    logger: Logger | Literal[False], config: Mapping[str, Any], run: Path, *, new_length: bool = False
+) -> None:
     """Open the logger and log the config.
+
+    Args:
+        logger: The logger, or False.
+        config: The checked config.
+        run: The run folder.
+        new_length: The run resumes with another length, which MLflow refuses to log again.
 
     Raises:
         UsageError: The logger cannot start, for example because of a missing login.
@@ -80,7 +88,8 @@ def log_config(logger: Logger | Literal[False], config: Mapping[str, Any], run: 
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.add_text("configuration", f"```yaml\n{text}```")
         else:
-            logger.log_hyperparams({"run": str(run)} | without_changeable_keys(config))
+            changeable = CHANGEABLE_KEYS + LENGTH_KEYS * new_length
+            logger.log_hyperparams({"run": str(run)} | without_keys(config, changeable))
         if isinstance(logger, MLFlowLogger):  # parameters are truncated at 250 characters
             logger.experiment.log_text(logger.run_id, text, "configuration.yaml")
     except Exception as error:

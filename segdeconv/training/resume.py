@@ -1,10 +1,12 @@
 """Resuming: finding the run folder and its checkpoint, and comparing config, data and machine."""
 
 import json
+import math
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -18,12 +20,29 @@ from segdeconv.system.devices import machine
 from segdeconv.system.files import replace_text
 from segdeconv.training.processes import rank_from_outside
 from segdeconv.training.run_folder import lock_run
+from segdeconv.training.settings import TrainerSettings
 
 # Keys that may change when a run resumes, since they do not affect the result of training.
 CHANGEABLE_KEYS = (
     "resume", "resume_force", "max_time", "logger", "dataset.num_workers", "dataset.timeout", "dataset.root",
     "trainer.activation_checkpointing", "dataset.cache", "dataset.cache_size", "dataset.checksums",
 )  # fmt: skip
+
+LENGTH_KEYS = ("trainer.max_epochs", "trainer.max_steps")  # they may change too: a run goes on to its new end
+
+
+class Opened(NamedTuple):
+    """A run folder that is locked for this process.
+
+    Attributes:
+        checkpoint: The checkpoint to resume from, or None for a new run.
+        finished: The run is complete, and the config asks for no more.
+        new_length: The config gives the run another length; `record_length` has to record it.
+    """
+
+    checkpoint: Checkpoint | None
+    finished: bool
+    new_length: bool = False
 
 
 def find_run(config: Mapping[str, Any], run: Path, runs: Path | None) -> Path:
@@ -32,8 +51,8 @@ def find_run(config: Mapping[str, Any], run: Path, runs: Path | None) -> Path:
     Args:
         config: The checked config.
         run: The folder of a new run.
-        runs: The folder in which resume=auto searches for the newest unfinished run with the same config; None to
-            use `run`.
+        runs: The folder in which resume=auto searches for the newest run with the same config that is unfinished or
+            shorter; None to use `run`.
 
     Raises:
         UsageError: `resume` names a path that is not a run.
@@ -47,7 +66,7 @@ def find_run(config: Mapping[str, Any], run: Path, runs: Path | None) -> Path:
         return folder
     for folder in sorted(runs.glob("*/"), reverse=True) if resume and runs else ():
         started = (folder / "config.yaml").is_file() and any(folder.glob("*.ckpt"))
-        if started and not finished(folder) and _has_config(folder, config):
+        if started and _continues(folder, config):
             return folder
     return run
 
@@ -61,11 +80,28 @@ def finished(run: Path) -> bool:
     return isinstance(report, dict) and bool(report.get("complete", True))
 
 
-def _has_config(run: Path, config: Mapping[str, Any]) -> bool:
+def _continues(run: Path, config: Mapping[str, Any]) -> bool:
     try:
-        return not differing_keys(read_config(run), config)
+        before = read_config(run)
     except UsageError:  # not a run; it was not named by the user, so skip it
         return False
+    differing = differing_keys(before, config)
+    if differing:
+        return set(differing) <= set(LENGTH_KEYS) and is_longer(before, config)
+    return not finished(run)
+
+
+def is_longer(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Return whether a config asks for more epochs or steps than another one."""
+    old, new = (_length(config) for config in (before, now))
+    return new[0] > old[0] or new[1] > old[1]
+
+
+def _length(config: Mapping[str, Any]) -> tuple[int, float]:
+    settings = TrainerSettings()
+    node = config.get("trainer", {})
+    steps = node.get("max_steps", settings.max_steps)
+    return node.get("max_epochs", settings.max_epochs), steps if steps > 0 else math.inf
 
 
 def read_config(run: Path) -> dict[str, Any]:
@@ -81,8 +117,8 @@ def read_config(run: Path) -> dict[str, Any]:
     return rename_keys(config, path)
 
 
-def open_run(run: Path, config: Mapping[str, Any]) -> Checkpoint | None:
-    """Lock the run folder, write config.yaml, and return the checkpoint to resume from, or None for a new run.
+def open_run(run: Path, config: Mapping[str, Any]) -> Opened:
+    """Lock the run folder and write config.yaml, unless the run is finished or gets another length.
 
     Args:
         run: The run folder, which is created if needed.
@@ -96,17 +132,84 @@ def open_run(run: Path, config: Mapping[str, Any]) -> Checkpoint | None:
     started = config_file.is_file() and any(run.glob("*.ckpt"))  # without a checkpoint there is nothing to resume
     if started and config["resume"] is None:
         raise UsageError(f"{run} already contains a run - resume it with resume=auto or choose another hydra.run.dir")
-    resumed = None
-    if started:
-        differing = differing_keys(read_config(run), config)
-        if differing and not config["resume_force"]:
-            raise UsageError(
-                f"{run} was started with other values of {', '.join(differing)} - use those, or set resume_force=true"
-            )
-        resumed = usable_checkpoint(run)
+    if not started:
+        complete = finished(run)
+        if not complete:
+            _write_config(run, config)
+        return Opened(None, complete)
+    before, complete = read_config(run), finished(run)
+    differing = differing_keys(before, config)
+    new_length = any(key in LENGTH_KEYS for key in differing)
+    others = [key for key in differing if key not in LENGTH_KEYS]
+    if others and not config["resume_force"]:
+        force = "to train further with these, set resume_force=true and more trainer.max_epochs"
+        raise UsageError(
+            f"{run} was started with other values of {', '.join(others)} - use those, or "
+            + (f"choose another hydra.run.dir; {force}" if complete and not new_length else "set resume_force=true")
+        )
+    resumed = usable_checkpoint(run)
+    complete = complete and not (new_length and is_longer(before, config))
+    if not complete and not new_length:
+        _write_config(run, config)
+    return Opened(resumed, complete, new_length)
+
+
+def _write_config(run: Path, config: Mapping[str, Any]) -> None:
     if rank_from_outside() == 0:  # torchrun runs this in every process
-        replace_text(config_file, yaml.safe_dump(dict(config), sort_keys=False))
-    return resumed
+        replace_text(run / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
+
+
+def record_length(run: Path, config: Mapping[str, Any]) -> None:
+    """Record the new length of a run: it is unfinished, and config.yaml has the config.
+
+    Called right before training, so that an error before it leaves a finished run finished.
+    """
+    if finished(run) and rank_from_outside() == 0:
+        report = json.loads((run / "report.json").read_text(encoding="utf-8"))
+        replace_text(run / "report.json", json.dumps({**report, "complete": False}, indent=1) + "\n")
+    _write_config(run, config)
+
+
+def require_more_steps(run: Path, steps: int, total_steps: int, complete: bool) -> None:
+    """Check that a run of a new length has steps left.
+
+    Args:
+        run: The run folder.
+        steps: Steps that the run has trained.
+        total_steps: Steps of the new length.
+        complete: The run was finished.
+
+    Raises:
+        UsageError: The run has trained more steps already.
+    """
+    if total_steps < steps or (complete and total_steps == steps):
+        raise UsageError(
+            f"{run} has already trained {steps} steps, and trainer.max_epochs and trainer.max_steps now end it at "
+            f"{total_steps}; nothing was changed - give more, or choose another hydra.run.dir"
+        )
+
+
+def warn_of_schedule(
+    schedule: Callable[[int, int], float], lr: float, steps: int, old_total: int, new_total: int
+) -> None:
+    """Print by how much the learning rate jumps where a run of a new length resumes, if it does.
+
+    Args:
+        schedule: The factor on the learning rate by step and total steps.
+        lr: The learning rate of the config.
+        steps: Steps that the run has trained.
+        old_total: Steps of the old length.
+        new_total: Steps of the new length.
+    """
+    last = max(0, steps - 1)
+    before, after = schedule(last, old_total), schedule(last, new_total)
+    if not math.isclose(before, after, rel_tol=1e-6):
+        print(
+            f"segdeconv: warning: trainer.max_epochs: the run ends at step {new_total} instead of {old_total}, and the "
+            f"schedule now covers all {new_total} steps, so the learning rate at the restart jumps from "
+            f"{lr * before:.3g} to {lr * schedule(steps, new_total):.3g} - start a new run for an unbroken schedule",
+            file=sys.stderr,
+        )
 
 
 def usable_checkpoint(run: Path) -> Checkpoint | None:
@@ -181,17 +284,18 @@ class AnyName(frozenset[str]):
         return True
 
 
-def without_changeable_keys(node: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+def without_keys(node: Mapping[str, Any], keys: Collection[str], where: str = "") -> dict[str, Any]:
     """Return a config without the keys that may change on resuming; MLflow refuses to change a logged parameter.
 
     Args:
         node: The config, or a node of it.
+        keys: The keys, such as `dataset.root`.
         where: The node's key with a trailing dot, empty for the config.
     """
     return {
-        name: without_changeable_keys(value, f"{where}{name}.") if isinstance(value, Mapping) else value
+        name: without_keys(value, keys, f"{where}{name}.") if isinstance(value, Mapping) else value
         for name, value in node.items()
-        if f"{where}{name}" not in CHANGEABLE_KEYS
+        if f"{where}{name}" not in keys
     }
 
 

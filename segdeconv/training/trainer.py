@@ -85,11 +85,10 @@ def make_trainer(
         raise UsageError(f"trainer: {error} - change trainer.accelerator or trainer.devices") from error
 
 
-def count_steps(data: DataPipeline, trainer: Trainer) -> int:
+def count_steps(data: DataPipeline, world_size: int, settings: TrainerSettings) -> int:
     """Return the number of optimizer steps of the whole run."""
-    assert trainer.max_epochs is not None
-    steps = math.ceil(data.batches_per_epoch(trainer.world_size) / trainer.accumulate_grad_batches) * trainer.max_epochs
-    return min(steps, trainer.max_steps) if trainer.max_steps > 0 else steps
+    steps = math.ceil(data.batches_per_epoch(world_size) / settings.accumulate_grad_batches) * settings.max_epochs
+    return min(steps, settings.max_steps) if settings.max_steps > 0 else steps
 
 
 def count_processes(accelerator: str, devices: int | str, num_nodes: int) -> int:

@@ -15,6 +15,7 @@ from segdeconv.config import compose, rename_keys
 from segdeconv.errors import DivergedError, Interrupted, UsageError
 from segdeconv.train import train
 from segdeconv.training import checkpointing, config_check
+from segdeconv.training import resume as resuming
 from segdeconv.training.callbacks import MetricsFile
 from segdeconv.training.lightning_internals import canonical_loops
 from segdeconv.training.resume import differing_keys, find_run, usable_checkpoint
@@ -207,6 +208,79 @@ def test_a_finished_run_is_reported_and_left_unchanged(tmp_path, capsys):
     run(tmp_path, resume="auto")
     assert "is finished" in capsys.readouterr().out
     assert digest(tmp_path) == before
+
+
+@pytest.mark.parametrize(("named", "shorter"), [(False, "trainer.max_epochs=1"), (True, "trainer.max_steps=4")])
+def test_a_finished_run_goes_on_to_more_epochs_and_equals_an_uninterrupted_one(tmp_path, capsys, named, shorter):
+    constant = ("schedule=constant", "seed=1")
+    run(tmp_path / "runs" / "1", *constant, shorter)
+    run(tmp_path / "once", *constant)
+    target = (tmp_path / "runs" / ("1" if named else "2"), *constant)
+    run(*target, resume="auto", runs=None if named else tmp_path / "runs")
+    if shorter == "trainer.max_epochs=1":  # max_steps also validates in the middle of an epoch
+        assert digest(tmp_path / "runs" / "1") == digest(tmp_path / "once")
+    else:
+        assert_same_weights(tmp_path / "runs" / "1", tmp_path / "once")
+    assert not (tmp_path / "runs" / "2").exists()
+    assert resuming.finished(tmp_path / "runs" / "1")
+    assert yaml.safe_load((tmp_path / "runs" / "1" / "config.yaml").read_text())["trainer"]["max_epochs"] == EPOCHS
+    assert "learning rate at the restart" not in capsys.readouterr().err
+    run(tmp_path / "runs" / "1", *constant, resume="auto")
+    assert "is finished; its scores are in" in capsys.readouterr().out
+
+
+def assert_same_weights(first, second):
+    states = [checkpoint.load_plain(folder / "last.ckpt")["state_dict"] for folder in (first, second)]
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+def test_a_schedule_over_more_epochs_is_reported_with_the_jump_of_the_learning_rate(tmp_path, capsys):
+    run(tmp_path, "trainer.max_epochs=2", "optimizer.lr=0.01")
+    capsys.readouterr()
+    run(tmp_path, "optimizer.lr=0.01", resume="auto")
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("segdeconv: warning: ")]
+    # Poly after 2 steps of warm-up: (1 - 3/4) ** 0.9 at step 5 of 6, and (1 - 4/7) ** 0.9 at step 6 of 9.
+    assert line == (
+        "segdeconv: warning: trainer.max_epochs: the run ends at step 9 instead of 6, and the schedule now covers all "
+        "9 steps, so the learning rate at the restart jumps from 0.00287 to 0.00466 - start a new run for an unbroken "
+        "schedule"
+    )
+    assert resuming.finished(tmp_path)
+
+
+def test_fewer_epochs_than_a_run_has_trained_change_nothing(tmp_path, capsys):
+    run(tmp_path, "trainer.max_epochs=2")
+    files = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    capsys.readouterr()
+    run(tmp_path, "trainer.max_epochs=1", resume="auto")
+    assert "is finished, after no fewer epochs and steps than these, and left as it is; its" in capsys.readouterr().out
+    with pytest.raises(UsageError, match=r"choose another hydra\.run\.dir; to train further with these, set"):
+        run(tmp_path, "trainer.max_epochs=2", "optimizer.lr=0.5", resume="auto")
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
+    (tmp_path / "report.json").unlink()
+    with pytest.raises(UsageError, match=r"has already trained 6 steps, and trainer\.max_epochs and trainer"):
+        run(tmp_path, "trainer.max_epochs=1", resume="auto")
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["trainer"]["max_epochs"] == 2
+
+
+def test_an_error_before_training_leaves_a_finished_run_finished(tmp_path, monkeypatch):
+    run(tmp_path, "trainer.max_epochs=1")
+
+    def fail(*arguments, **settings):
+        raise UsageError("before")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("segdeconv.training.run_folder.require_space", fail)
+        with pytest.raises(UsageError, match="before"):
+            run(tmp_path, resume="auto")
+        assert resuming.finished(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("segdeconv.training.trainer.fit", fail)
+        with pytest.raises(UsageError, match="before"):
+            run(tmp_path, resume="auto")
+    assert not resuming.finished(tmp_path)
+    run(tmp_path, resume="auto")
+    assert resuming.finished(tmp_path)
 
 
 def test_resuming_with_another_config_is_refused_and_the_keys_are_named(tmp_path):
