@@ -362,9 +362,7 @@ def _choose(config: Node, keys: Sequence[str], readings: Sequence[Any], schemas:
             return reading
     if isinstance(readings[0], str) and _is_sweep(readings[0]):
         key = ".".join(keys)
-        raise UsageError(
-            f"{key}={readings[0]} is a sweep over several values - add -m to train each, or give one value"
-        )
+        raise UsageError(f"{key}={readings[0]} is a sweep - add -m to train with each value, or give one value")
     return readings[0]
 
 

@@ -267,3 +267,12 @@ def test_a_number_of_a_file_or_of_python_for_a_key_of_text_is_refused():
     dataset = {"_target_": "segdeconv.data.Folder", "root": 20}
     with pytest.raises(UsageError, match=r"^dataset\.root=20: .* - correct the value or put it in quotes$"):
         check_config({"dataset": dataset})
+
+
+def test_an_experiment_of_the_user_sets_keys_without_a_group_too(tmp_path):
+    (tmp_path / "it's" / "experiment").mkdir(parents=True)
+    (tmp_path / "it's" / "experiment" / "mine.yaml").write_text("# @package _global_\nseed: 7\nmodel: {depth: 13}\n")
+    arguments = [f"--config-dir={tmp_path}/it's", "experiment=mine"]
+    config = compose_and_check(*arguments)
+    assert (config["seed"], config["model"]["depth"]) == (7, 13)
+    assert compose_and_check(*arguments, "seed=3")["seed"] == 3
