@@ -4,7 +4,7 @@
 
 NAME is a file in configs/; a key is an argument of the class that such a file names. A run writes to
 runs/<dataset>-<model>/<time>/: best.ckpt, last.ckpt, config.yaml, metrics.csv, report.json and TensorBoard events.
-resume=auto resumes the newest unfinished run of the same config.
+resume=auto resumes the newest run of the same config that is unfinished or has fewer epochs.
 """
 
 import os
