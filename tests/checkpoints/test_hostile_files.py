@@ -25,7 +25,7 @@ from segdeconv.config import override
 from segdeconv.data.datasets.folder import Folder
 from segdeconv.data.files.archives import unpack_tar, unpack_zip
 from segdeconv.data.files.reading import read_image, read_labels
-from segdeconv.errors import CheckpointError, SegdeconvError, UsageError
+from segdeconv.errors import CheckpointError, UsageError
 from segdeconv.training.resume import find_run, open_run
 
 MARKER = "marker"  # in the current folder; each test has its own
@@ -251,8 +251,8 @@ def test_yaml_is_read_as_plain_data(name):
     assert find_run({"seed": 0, "resume": "auto"}, Path("new"), Path("runs")) == Path("new")
     with pytest.raises(UsageError, match=r"config.yaml is not the config of a run"):
         open_run(run, {"resume": "auto", "resume_force": False})
-    with pytest.raises(SegdeconvError):
-        override({"a": 1}, [f"a={YAMLS['apply']}"])
+    for text in (YAMLS["apply"], f"[{YAMLS['apply']}]", f"{{a: {YAMLS['apply']}}}"):  # text, and lists of text
+        assert MARKER in str(override({"a": 1}, [f"a={text}"])["a"])
     assert not fired()
 
 

@@ -257,7 +257,8 @@ KEYS = {
         "would write an environment variable into config.yaml",
     ),
     "no key": (("3",), "'3' is not key=value"),
-    "quotes": (("dataset.root='x",), "is not key=value"),
+    "quotes": (("optimizer.lr='1",), "optimizer.lr='1: input should be a valid number"),
+    "line break": (("dataset.root=a\nb",), r"'dataset.root=a\nb' has a line break"),
     "interpolation": (("seed=${nothing}",), "seed"),
     "nothing to delete": (("~loss.nothing",), "the config cannot be composed: Could not delete"),
 }
