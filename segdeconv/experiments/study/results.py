@@ -69,7 +69,7 @@ def slug(name: str) -> str:
     >>> slug("SegNet, balanced")
     'segnet-balanced'
     """
-    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
+    return re.sub(r"(?:[^\w.]|_)+", "-", name.lower()).strip("-")
 
 
 def table_path(name: str) -> Path:
@@ -95,7 +95,8 @@ def read_results(path: Path) -> dict[str, Any]:
         UsageError: The file is not valid YAML or does not have this form.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        # All scalars as text: a row may be called `no` or `1`, which YAML reads as a truth value and a number.
+        content = yaml.load(path.read_text(encoding="utf-8"), yaml.BaseLoader)
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}," if mark else ""
