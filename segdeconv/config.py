@@ -335,7 +335,8 @@ def read_as_declared(config: Mapping[str, Any], arguments: Iterable[str], schema
         if argument[0] in "-~" or not equals or not isinstance(node, dict) or last not in node:
             continue
         value = node[last]
-        readings = _readings(value if isinstance(value, str) else text)
+        resolved = "${" in text and not isinstance(value, str)  # an interpolation, such as ${seed}
+        readings = [value, str(value)] if resolved else _readings(value if isinstance(value, str) else text)
         if not (isinstance(value, str) and isinstance(readings[0], dict | list)) or os.path.exists(value):
             readings.insert(0, value)
         node[last] = _choose(changed, keys, readings, schemas)

@@ -224,6 +224,9 @@ def test_a_path_is_taken_as_typed(name, tmp_path):
         ('dataset.root="20"', "20"),
         (r"dataset.root=my\ set\ \(final\)", "my set (final)"),
         (r"dataset.root=\${x}", "${x}"),
+        ("dataset.checksums=a-${seed}", "a-0"),
+        ("dataset.checksums=${seed}", "0"),
+        ("dataset.split_seed=${seed}", 0),
         ("dataset.classes=[road, sky]", ["road", "sky"]),
         ("dataset.classes={road: 0, sky: 1}", {"road": 0, "sky": 1}),
         ("dataset.classes={straße: 0, Himmel (blau): 1}", {"straße": 0, "Himmel (blau)": 1}),
@@ -246,7 +249,8 @@ def test_a_value_has_the_type_that_its_key_declares(word, value):
     base = ["dataset=folder"] if key == "dataset.root" else ["dataset=folder", "dataset.root=x"]
     config = check_config(own_code.compose([*base, word])[0])
     assert value_of(config, key) == value
-    assert value_of(override(config, [word], SCHEMAS), key) == value
+    if "${seed}" not in word:  # a restored config has no interpolations
+        assert value_of(override(config, [word], SCHEMAS), key) == value
 
 
 @pytest.mark.parametrize(
