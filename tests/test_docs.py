@@ -17,7 +17,7 @@ from fresh_commands import child_environment
 from PIL import Image
 from test_readme import PAGES, ROOT
 
-from segdeconv.config import compose
+from segdeconv.cli.own_code import compose
 from segdeconv.training.config_check import check_config
 
 pytestmark = pytest.mark.slow
@@ -102,7 +102,7 @@ def shorten(words: list[str]) -> list[str]:
         keys = [word if "[" in word else word.split(",")[0] for word in keys]
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(OWN_CODE))
-        config, _ = compose(keys, ROOT / "configs")
+        config, _ = compose(keys)
         model = check_config(config)["model"]
     narrow = {"width": "0.0625" if isinstance(model.get("width"), float) else "4", "fc_width": "16"}
     added = SLIM | {

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from segdeconv.config import compose
+from segdeconv.cli.own_code import compose
 from segdeconv.training.config_check import check_config
 
 ROOT = Path(__file__).parents[1]
@@ -37,7 +37,7 @@ def test_every_command_names_a_script_and_keys_that_exist(line, monkeypatch):
         keys = [word for word in words[1:] if "=" in word]
         if "--multirun" in words:  # checks the first job only
             keys = [word if "[" in word else word.split(",")[0] for word in keys]
-        config, _ = compose(keys, ROOT / "configs")
+        config, _ = compose(keys)
         check_config(config)
     else:
         cli = ROOT / "segdeconv" / "cli"

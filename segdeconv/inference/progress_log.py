@@ -125,4 +125,7 @@ def _difference(first: dict[str, Any], now: dict[str, Any]) -> str:
         return "of a different checkpoint"
     keys = [key for key in now if first.get(key) != now[key]]
     keys += [key for key in first if key not in now]
-    return f"made with {keys[0]}={first.get(keys[0])}, not {now.get(keys[0])}" if keys else "of a different version"
+    if not keys:
+        return "of a different version"
+    before, after = (settings.get(keys[0], "the default") for settings in (first, now))
+    return f"made with {keys[0]}={before}, not {after}"

@@ -484,7 +484,7 @@ def test_masks_have_the_labels_of_the_data_set_on_request(place, commands, tmp_p
     first, second = files(tmp_path / "index"), files(tmp_path / "dataset")
     assert {name for name in first if first[name] != second[name]} == {"a.png", "predictions.jsonl"}
     done = commands(*words, "--out", "dataset", cwd=tmp_path)
-    assert "dataset contains predictions made with labels=dataset, not None" in done.error_message
+    assert "dataset contains predictions made with labels=dataset, not the default" in done.error_message
 
 
 def test_file_names_that_are_not_utf8_reach_every_output(place, commands, tmp_path):
