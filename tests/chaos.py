@@ -120,8 +120,9 @@ class Ended(NamedTuple):
 
     @property
     def unexpected_stderr(self) -> str:
-        """A failure message, or "" if standard error is a single error line, as every failed command must give."""
+        """A failure message, or "" if standard error is a single error line, after any warnings about the data."""
         lines = self.stderr.replace("\0", "").splitlines()
+        lines = [line for line in lines if not line.startswith("segdeconv: warning: ")]
         as_required = len(lines) == 1 and lines[0].startswith("segdeconv: error: ")
         return "" if as_required else f"not one error line: {self.stderr[-2000:]}"
 

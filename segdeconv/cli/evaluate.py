@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from segdeconv.cli.command import ArgumentParser
 from segdeconv.cli.options import add_labels_option, add_prediction_options, prediction_settings, split_overrides
 from segdeconv.cli.own_code import read_checkpoint
-from segdeconv.errors import UsageError, command
+from segdeconv.errors import UsageError, command, warn
 
 if TYPE_CHECKING:
     from segdeconv.data.dataset import SegmentationDataset
@@ -104,6 +104,8 @@ def run(description: str) -> None:
 
     outlines = not arguments.no_boundary
     evaluation = Evaluation.of(segmenter, dataset, outlines=outlines, on_prediction=save)
+    if not evaluation.confusion.any():
+        warn(f"{arguments.split}: every pixel of its masks is ignored, so there are no scores - correct the masks")
     metadata: dict[str, Any] = {"command": command("evaluate", sys.argv[1:])}
     if arguments.ablate:
         metadata["ablation"] = ablation.ablate(evaluation)

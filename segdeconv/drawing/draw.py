@@ -46,7 +46,7 @@ def save_labels(mask: np.ndarray, classes: Classes, path: Path) -> None:
     Raises:
         UsageError: A label cannot be stored in a PNG.
     """
-    if getattr(classes, "by_colour", False):
+    if classes.by_colour:
         save_image(colourise(mask, classes), path)
         return
     table = label_table(classes)

@@ -21,7 +21,7 @@ from PIL import Image
 from segdeconv.classes import Classes, voc_colours
 from segdeconv.config import override
 from segdeconv.data.augmentation import Augmentation
-from segdeconv.data.datasets.folder import _parse_classes
+from segdeconv.data.class_file import parse_classes
 from segdeconv.data.files.reading import read_image, read_labels, read_list, read_mask, turn_back, turn_upright
 from segdeconv.data.module import build_transforms
 from segdeconv.data.preprocessing import resize_mask
@@ -140,7 +140,7 @@ VALUES = st.recursive(
 @given(VALUES)
 def test_any_class_table_is_accepted_or_refused_with_an_error_message(value):
     with contextlib.suppress(UsageError):
-        assert len(_parse_classes(value, "classes.yaml")) >= 2
+        assert len(parse_classes(value, "classes.yaml")) >= 2
 
 
 @given(tables(), st.data())
