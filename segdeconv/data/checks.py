@@ -9,7 +9,8 @@ from segdeconv.data.inspection import Inspection
 from segdeconv.errors import UsageError, command
 
 MANY_IGNORED = 0.25  # share of the pixels
-FEW_PIXELS = 1e-4  # share of the pixels that are not ignored
+FEW_SHARE = 1e-4  # of the pixels that are not ignored
+FEW_PIXELS = 50
 NAMED = 3
 IGNORED = "ignored"
 
@@ -95,12 +96,13 @@ def _classes(dataset: SegmentationDataset, inspections: Sequence[Inspection]) ->
                 )
             )
     labelled = sum(pixels)
-    few = [(name, count) for name, count in zip(names, pixels, strict=True) if 0 < count < FEW_PIXELS * labelled]
+    bound = max(FEW_PIXELS, FEW_SHARE * labelled)
+    few = [(name, count) for name, count in zip(names, pixels, strict=True) if 0 < count < bound]
     if few:
         counts = _listed([f"{name} ({count} pixel{'s'[: count > 1]})" for name, count in few])
         findings.append(
             Finding(
-                f"classes with fewer than {FEW_PIXELS:.2%} of the pixels: {counts} - check that they are meant; "
+                f"classes with fewer than {bound:.0f} pixels in all: {counts} - check that they are meant; "
                 "dataset.label_map can merge or ignore them"
             )
         )

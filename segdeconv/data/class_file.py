@@ -13,6 +13,7 @@ from segdeconv.errors import UsageError
 
 NAMES = ("classes.yaml", "classes.yml", "classes.txt")  # in this order
 IGNORE = 255
+IGNORED = "ignore"  # the name that stands for ignored pixels
 MAX_CLASSES = 255
 WAY_OUT = "write one class per line: 'name: label' or 'name: [red, green, blue]'"
 
@@ -81,10 +82,11 @@ def parse_classes(content: Any, source: str) -> Classes:
         content = {name: label for label, name in enumerate(content)}
     if not isinstance(content, Mapping) or not content:
         raise UsageError(f"{source} contains no classes - {WAY_OUT}")
-    content = {str(name): value for name, value in content.items()}
-    if set(content) == {"ignore"}:
+    # `Ignore` is hardly a class of that name.
+    content = {IGNORED if str(name).casefold() == IGNORED else str(name): value for name, value in content.items()}
+    if set(content) == {IGNORED}:
         raise UsageError(f"{source} contains no classes besides ignore - {WAY_OUT}")
-    ignored = _ignored(content.pop("ignore"), source) if "ignore" in content else ()
+    ignored = _ignored(content.pop(IGNORED), source) if IGNORED in content else ()
     entries = {name: _label_or_colour(value, name, source) for name, value in content.items()}
     kinds = {type(entry) for entry in (*entries.values(), *ignored)}
     if len(kinds) > 1:

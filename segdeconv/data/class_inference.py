@@ -1,7 +1,7 @@
 """Inference of the classes of a person's own masks from their content, where no table names them."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -167,7 +167,7 @@ def _content(path: Path) -> _Content:
     if values.ndim == 3:
         if is_grey(values):
             return _Content("grey", _counts(values[:, :, 0]))
-        return _Content("colours", _counts(pack_colours(values)))
+        return _Content("colours", _counts(values))
     if stored.palette is not None:
         packed = pack_colours(stored.palette)
         counts = _counts(values)
@@ -177,15 +177,23 @@ def _content(path: Path) -> _Content:
 
 
 def _counts(values: np.ndarray) -> dict[int, tuple[int, int]]:
-    """Return (pixels, pixels between a smaller and a larger neighbour) of each value."""
-    present, counts = np.unique(values, return_counts=True)
+    """Return (pixels, pixels between a smaller and a larger neighbour) of each label, or of each packed colour.
+
+    A colour lies between its neighbours if no channel exceeds theirs and one lies strictly within.
+
+    Args:
+        values: (H, W) labels, or (H, W, 3) colours.
+    """
+    numbers = values if values.ndim == 2 else pack_colours(values)
+    present, counts = np.unique(numbers, return_counts=True)
     between = [0] * len(present)
     if 3 <= len(present) <= MAX_VALUES:
-        # Ranks, since OpenCV's filters do not take every integer type.
-        ranks = np.searchsorted(present, values).astype(np.uint8)
+        # Ranks instead of labels, since OpenCV's filters do not take every integer type.
+        place = np.searchsorted(present, numbers).astype(np.uint8)
+        maps = place if values.ndim == 2 else values
         square = np.ones((3, 3), np.uint8)
-        inner = (cv2.erode(ranks, square) < ranks) & (ranks < cv2.dilate(ranks, square))
-        between = np.bincount(ranks[inner], minlength=len(present)).tolist()
+        inner = (cv2.erode(maps, square) < maps) & (maps < cv2.dilate(maps, square))
+        between = np.bincount(place[inner if inner.ndim == 2 else inner.any(axis=2)], minlength=len(present)).tolist()
     return {int(value): (int(count), soft) for value, count, soft in zip(present, counts, between, strict=True)}
 
 
@@ -215,12 +223,15 @@ def _coloured(survey: Survey) -> bool:
 
 def _classes_of_labels(survey: Survey) -> tuple[Classes, tuple[str, ...]]:
     labels = sorted(survey.labels)
+    beyond = [label for label in labels if label > IGNORE]
     for label in labels:
-        if label < 0 or label in survey.extremes or label > 65535:
+        # One label beyond 8 bits among smaller ones is a mark, several are large numbers of classes.
+        if label < 0 or label in survey.extremes or label > 65535 or beyond == [label] != labels:
             raise UsageError(
                 f"mask {survey.labels[label].example} has label {label} ({survey.labels[label]}), which is probably no "
                 f"class but marks pixels without data - write a classes.yaml with the classes and 'ignore: {label}'"
             )
+    _refuse_interpolated(survey.labels, "label")
     lines = []
     if survey.grey:
         lines.append(f"{survey.grey}: masks stored as RGB have three equal channels, which are read as labels")
@@ -228,7 +239,6 @@ def _classes_of_labels(survey: Survey) -> tuple[Classes, tuple[str, ...]]:
         names, colours = ("background", "foreground"), ((0, 0, 0), (255, 255, 255))
         return Classes(names, colours, labels=(0, IGNORE), by_colour=False), tuple(lines)
     if _are_levels(labels):
-        _refuse_interpolated(survey, labels)
         lines.append(
             f"masks: the labels {', '.join(map(str, labels))} are read as {len(labels)} classes, levels of grey - if "
             f"{labels[-1]} marks ignored pixels, write a classes.yaml with 'ignore: {labels[-1]}'"
@@ -243,30 +253,37 @@ def _classes_of_labels(survey: Survey) -> tuple[Classes, tuple[str, ...]]:
     class_names = tuple(f"class_{label}" for label in labels)
     found = [next(iter(survey.palette[label])) for label in labels if label in survey.palette]
     shown = tuple(_unpack(colour) for colour in found) if len(set(found)) == len(labels) else voc_colours(len(labels))
-    if labels and labels[-1] > 65535:
-        raise UsageError(f"mask {survey.labels[labels[-1]].example} has label {labels[-1]} - save labels of 16 bits")
     return Classes(class_names, shown, labels=tuple(labels), by_colour=False), tuple(lines)
 
 
 def _are_levels(labels: Sequence[int]) -> bool:
-    """Return whether labels with 255 are levels of grey over the whole range, such as 0, 128, 255.
+    """Return whether labels are levels of grey, such as 0, 128, 255, rather than numbers of classes.
 
     >>> _are_levels([0, 128, 255]), _are_levels([0, 1, 2, 255]), _are_levels([7, 11, 26, 255])
     (True, False, False)
     """
-    gaps = [after - before for before, after in pairwise(labels)]
-    return len(labels) > 2 and labels[-1] == IGNORE and min(gaps) >= LEVEL_GAP
+    return len(labels) > 2 and min(after - before for before, after in pairwise(labels)) >= LEVEL_GAP
 
 
-def _refuse_interpolated(survey: Survey, labels: Sequence[int]) -> None:
-    for label in labels[1:-1]:
-        entry = survey.labels[label]
-        if entry.between >= BORDER_SHARE * entry.pixels:
-            raise UsageError(
-                f"mask {entry.example} has label {label} ({entry}) only where {labels[0]} meets {labels[-1]}: the "
-                "masks were resized or smoothed with interpolation, which mixes labels - save them without, or name "
-                "the classes in classes.yaml"
-            )
+def _refuse_interpolated(values: Mapping[int, Occurrence], kind: str) -> None:
+    """Refuse values that lie between two others in both value and place, as interpolation makes them.
+
+    A thin class may do so too, so that one or two of many are accepted; between levels of grey none is.
+
+    Raises:
+        UsageError: There are such values.
+    """
+    between = [value for value, entry in values.items() if entry.between >= BORDER_SHARE * entry.pixels]
+    levels = kind == "label" and _are_levels(sorted(values))
+    if between and (levels or (len(between) > 2 and 2 * len(between) >= len(values))):
+        entry = values[between[0]]
+        shown = between[0] if kind == "label" else _unpack(between[0])
+        others = f", like {len(between) - 1} others," if between[1:] else ""
+        raise UsageError(
+            f"mask {entry.example} has {kind} {shown} ({entry}){others} only where a smaller value meets a larger one: "
+            "the masks were resized or smoothed with interpolation, which mixes classes - save them without, or name "
+            "the classes in classes.yaml"
+        )
 
 
 def _classes_of_colours(survey: Survey) -> tuple[Classes, tuple[str, ...]]:
@@ -281,14 +298,14 @@ def _classes_of_colours(survey: Survey) -> tuple[Classes, tuple[str, ...]]:
                 f"{one} and {other}: their palettes give label {label} different colours, so the classes are the "
                 "colours of the palettes, not the labels - name the classes by colour, or by label, in classes.yaml"
             )
+    _refuse_interpolated(survey.colours, "colour")
     few = [colour for colour, entry in survey.colours.items() if entry.pixels < FEW * survey.pixels]
     if len(few) > 2 and 2 * len(few) > len(survey.colours):
         example = survey.colours[few[0]]
         raise UsageError(
-            f"mask {example.example} has the colour {_unpack(few[0])}, one of {len(few)} colours of "
-            f"{len(survey.colours)} with fewer than {FEW:.1%} of all pixels each: the masks were probably "
-            "resized or smoothed with interpolation, or saved with loss - save them without, or name the classes by "
-            "colour in classes.yaml"
+            f"mask {example.example} has colour {_unpack(few[0])}, one of {len(few)} colours of {len(survey.colours)} "
+            f"with fewer than {FEW:.1%} of all pixels each: the masks were probably saved with loss - save them "
+            "without, or name the classes by colour in classes.yaml"
         )
     colours_ = tuple(_unpack(packed) for packed in sorted(occurrences))
     if set(colours_) == {(0, 0, 0), (255, 255, 255)}:

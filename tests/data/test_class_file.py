@@ -26,6 +26,13 @@ def test_names_are_text_whatever_yaml_takes_them_for(tmp_path: Path, name: str) 
     assert read(tmp_path, f"- {name}\n- other\n").names == (name, "other")
 
 
+@pytest.mark.parametrize("name", ["ignore", "Ignore", "IGNORE"])
+def test_ignore_is_no_class_in_any_case(tmp_path: Path, name: str) -> None:
+    classes = read(tmp_path, f"a: 0\nb: 1\n{name}: 7\n")
+    assert classes.names == ("a", "b")
+    assert classes.ignored_labels == (7,)
+
+
 def test_labels_are_decimal_and_may_be_quoted(tmp_path: Path) -> None:
     assert read(tmp_path, "a: 010\nb: '7'\nc: 300\n").labels == (10, 7, 300)  # YAML 1.1 reads 010 as 8
 

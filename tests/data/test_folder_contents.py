@@ -123,11 +123,11 @@ def test_levels_between_two_others_come_from_interpolation_and_are_refused(tmp_p
         grey[:-1] = (grey[:-1] + grey[1:]) // 2
         return Image.fromarray(grey.astype(np.uint8))
 
-    with pytest.raises(UsageError, match=r"\.png has label 127 \(.*\) only where 0 meets 255: the masks were"):
+    with pytest.raises(UsageError, match=r"\.png has label 127 \(.*\) only where a smaller value meets a larger"):
         Folder("train", folder(tmp_path, smoothed, labels=2))
 
 
-@pytest.mark.parametrize(("nodata", "dtype"), [(-9999, np.int32), (-1, np.int32), (65535, np.uint16)])
+@pytest.mark.parametrize(("nodata", "dtype"), [(-9999, np.int32), (-1, np.int32), (65535, np.uint16), (9999, np.int32)])
 def test_labels_without_data_are_refused_with_their_way_out(tmp_path: Path, nodata: int, dtype: type) -> None:
     root = folder(tmp_path)
     for path in (tmp_path / "masks").iterdir():
@@ -193,10 +193,21 @@ def test_labels_in_the_alpha_channel_are_named(tmp_path: Path) -> None:
 def test_many_rare_colours_are_refused_as_interpolation(tmp_path: Path) -> None:
     def make(mask: np.ndarray, index: int) -> Image.Image:
         colours = np.array([BLACK, RED, GREEN], np.uint8)[mask]
-        colours[0, : 2 + index] = [(9, index, shade) for shade in range(2 + index)]
+        colours[0, : 2 + index] = [(254, index, shade) for shade in range(2 + index)]
         return Image.fromarray(colours)
 
-    with pytest.raises(UsageError, match=r"one of 27 colours of 30 with fewer than 0\.1% of all pixels each"):
+    with pytest.raises(UsageError, match=r"has colour \(254, 2, 1\) \(1 pixel in 1 mask\), like 14 others,"):
+        Folder("train", folder(tmp_path, make))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_masks_resized_with_interpolation_are_refused(tmp_path: Path, channels: int) -> None:
+    def make(mask: np.ndarray, _: int) -> Image.Image:
+        colours = np.array([BLACK, RED, GREEN], np.uint8)[mask]
+        picture = Image.fromarray(colours if channels == 3 else mask * np.uint8(120))
+        return picture.resize((40, 30), Image.Resampling.BILINEAR).resize(SIZE[::-1], Image.Resampling.BILINEAR)
+
+    with pytest.raises(UsageError, match=r"only where a smaller value meets a larger one|too many to be classes"):
         Folder("train", folder(tmp_path, make))
 
 
@@ -278,6 +289,18 @@ def test_lists_name_images_or_pairs_and_unlisted_images_are_counted(tmp_path: Pa
     assert Folder("train", root).names == ["s00", "s01", "s02"]
     assert Folder("val", root).names == ["s04", "s05"]
     assert "left out 1 image (s03.png) in no list - add them to a list" in Folder("val", root).warnings[0]
+
+
+@pytest.mark.parametrize("name", ["train_list.txt", "train.csv", "trainval.txt", "labelmap.txt", "_classes.csv"])
+def test_files_like_lists_and_tables_are_read_or_said_to_be_left_out(tmp_path: Path, name: str) -> None:
+    root = folder(tmp_path)
+    (tmp_path / name).write_text("s00\ns01\ns02\ns03\n")
+    if name == "train_list.txt":
+        (tmp_path / "val_list.txt").write_text("s04\ns05\n")
+        assert Folder("train", root).names == ["s00", "s01", "s02", "s03"]
+        assert not Folder("train", root).warnings
+    else:
+        assert f"left out 1 file ({name}), since lists are named train.txt" in Folder("train", root).warnings[0]
 
 
 def test_lists_of_pairs_need_no_names_in_common_nor_an_images_folder(tmp_path: Path) -> None:

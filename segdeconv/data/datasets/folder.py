@@ -1,6 +1,7 @@
 """The user's own images and masks in a folder."""
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -8,6 +9,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import Field
 
 from segdeconv.classes import Classes
+from segdeconv.data.class_file import NAMES as CLASS_FILES
 from segdeconv.data.class_file import find_class_file, parse_classes, read_class_file
 from segdeconv.data.class_inference import infer_classes
 from segdeconv.data.dataset import FileDataset, Pair, require_root, require_split
@@ -18,6 +20,7 @@ from segdeconv.data.splits import choose_val, require_kept_together
 from segdeconv.errors import UsageError
 
 # Names of the splits' folders and lists: ours first, then those of other programs.
+LIST_LIKE = re.compile(r"(train|val|test|class|label).*\.(txt|csv|tsv|lst|json|ya?ml|names)$", re.IGNORECASE)
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 
 
@@ -118,7 +121,8 @@ class Folder(FileDataset):
         super().__init__(split, parsed, splits[split], channels=channels, exif=exif, max_pixels=max_pixels)
         self.split_names = tuple(splits)
         self.own_classes = absent_classes == "refuse"
-        self.warnings = (*layout.warnings, *_describe_unused(layout.folders, used), *lines)
+        unread = _describe_unread(folder, Path(classes) if isinstance(classes, str) else None)
+        self.warnings = (*layout.warnings, *unread, *_describe_unused(layout.folders, used), *lines)
         self.inventory = _count_files(layout.folders, used)
 
 
@@ -157,15 +161,15 @@ def _find_layout(root: Path, mask_name: str | None) -> _Layout:
             },
             left_out if images.is_dir() else [],
         )
-    if lists := _stated(root, lambda name: (root / f"{name}.txt").is_file()):
+    if lists := _stated_lists(root):
         if missing := {"train", "val"} - set(lists):
             name = min(missing)
             raise UsageError(
-                f"{root} has {', '.join(f'{stated}.txt' for stated in lists.values())} but no {name}.txt - add it, or "
-                "remove all lists for a random split"
+                f"{root} has {', '.join(lists.values())} but no {name}.txt - add it, or remove all lists for a random "
+                "split"
             )
         whole = find_folders(images, masks, mask_name) if images.is_dir() else None
-        splits = {split: read_split_list(root / f"{name}.txt", root, whole) for split, name in lists.items()}
+        splits = {split: read_split_list(root / name, root, whole) for split, name in lists.items()}
         return _Layout([] if whole is None else [whole], splits, [])
     inner = _stated(root, lambda name: (images / name).is_dir())
     if {"train", "val"} <= set(inner):
@@ -177,6 +181,34 @@ def _find_layout(root: Path, mask_name: str | None) -> _Layout:
         )
         return _in_folders(folders, [line] if beside else [])
     return _Layout([find_folders(images, masks, mask_name)], None, [])
+
+
+def _stated_lists(root: Path) -> dict[str, str]:
+    """Return the file name of the list of each split that has one: train.txt, or train_list.txt as in PaddleSeg."""
+    endings = (".txt", "_list.txt")
+    names = {
+        name: [name + ending for ending in endings if (root / (name + ending)).is_file()]
+        for names in SPLITS.values()
+        for name in names
+    }
+    stated = _stated(root, lambda name: bool(names[name]))
+    for split, name in stated.items():
+        if names[name][1:]:
+            raise UsageError(f"{root} has both {' and '.join(names[name])} for the {split} split - keep one")
+    return {split: names[name][0] for split, name in stated.items()}
+
+
+def _describe_unread(root: Path, table: Path | None) -> list[str]:
+    """Return a line for files that look like lists of a split or tables of classes, but are not read."""
+    read = {*_stated_lists(root).values(), *CLASS_FILES, *([table.name] if table else [])}
+    files = [path for path in sorted(root.iterdir()) if path.name not in read and path.is_file()]
+    unread = [path for path in files if LIST_LIKE.search(path.name)]
+    if not unread:
+        return []
+    return [
+        f"{root}: left out {count(unread, 'file')}, since lists are named train.txt, val.txt and test.txt, and tables "
+        "of classes classes.yaml or classes.txt - rename them to use them"
+    ]
 
 
 def _stated(root: Path, exists: Callable[[str], bool]) -> dict[str, str]:
