@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from segdeconv.cli.command import run_command
-from segdeconv.cli.own_code import CONFIGS, declared
+from segdeconv.cli.own_code import CONFIGS, compose, declared
 from segdeconv.errors import UsageError, command
 
 
@@ -55,6 +55,8 @@ def main() -> None:
             if not named and folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()  # created by Hydra, but the job resumed another run or failed before it began
 
+    if {"-m", "--multirun"} & set(sys.argv[1:]):
+        _check_jobs(sys.argv[1:])
     os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints errors itself and exits with code 1
     try:
         hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")(job)()
@@ -62,6 +64,30 @@ def main() -> None:
         raise failed.error from failed.error.__cause__
     except (HydraException, OmegaConfBaseException) as error:
         raise UsageError(f"the config cannot be composed: {error} - correct the override") from error
+
+
+def _check_jobs(arguments: list[str]) -> None:
+    """Check the config of every job of a multirun, so that an error in the last is reported before the first trains.
+
+    Raises:
+        UsageError: A config is invalid.
+    """
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    from segdeconv.training.config_check import check_config
+
+    flags = [word for word in arguments if word.startswith(("--config-dir=", "-cd="))]
+    overrides = [word for word in arguments if not word.startswith("-")]
+    if any(word.lstrip("+").startswith(("hydra/sweeper", "hydra.sweeper")) for word in overrides):
+        return  # another sweeper, such as Optuna's, chooses the jobs while they run
+    ((*jobs,),) = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(overrides), max_batch_size=None)
+    for number, job in enumerate(jobs, start=1):
+        try:
+            check_config(compose([*flags, *job])[0])
+        except UsageError as error:
+            varying = [word.lstrip("+") for word in job if any(word not in other for other in jobs)]
+            raise UsageError(f"job {number} of {len(jobs)} ({', '.join(varying)}): {error}") from error
 
 
 class _Failed(BaseException):

@@ -627,3 +627,11 @@ def test_a_deleted_run_folder_hides_no_error(tmp_path, commands):
     )
     done = commands("train", "dataset=shapes", "dataset._target_=mine.Gone", cwd=tmp_path)
     assert (done.code, done.error_message) == (2, "the reason")
+
+
+def test_every_job_of_a_multirun_is_checked_before_the_first_trains(tmp_path, commands):
+    words = ("train", "-m", "model=segnet,unet,deconvnet", "model.stages=[[4],[8]]", "hydra.sweep.dir=sweep")
+    done = commands(*words, cwd=tmp_path)
+    assert done.code == 2
+    assert done.error_message.startswith("job 3 of 3 (model=deconvnet): unknown key model.stages - ")
+    assert not (tmp_path / "sweep").exists()
