@@ -219,7 +219,7 @@ def _copies(splits: Sequence[SegmentationDataset], inspections: Sequence[Inspect
     findings = []
     for index, (split, inspection) in enumerate(zip(splits, inspections, strict=True)):
         for earlier, other in zip(splits[:index], inspections[:index], strict=True):
-            known = set(other.digests)
+            known = set(other.digests) - {""}
             same = [place for place, digest in enumerate(inspection.digests) if digest in known]
             if same:
                 findings.append(
@@ -234,7 +234,8 @@ def _copies(splits: Sequence[SegmentationDataset], inspections: Sequence[Inspect
 
 def duplicates(inspection: Inspection) -> int:
     """Return the number of images of a split that are pixel for pixel an earlier image of it."""
-    return len(inspection.digests) - len(set(inspection.digests))
+    digests = [digest for digest in inspection.digests if digest]
+    return len(digests) - len(set(digests))
 
 
 def _images_named(dataset: SegmentationDataset, places: Sequence[int]) -> str:

@@ -66,7 +66,7 @@ class Inspection:
         formats: (bits, channels, alpha, number of images) of each format of the image files that are read as RGB.
         flat: Indices of images with (nearly) no contrast.
         empty: Indices of images in which every pixel is ignored.
-        digests: A hash of the pixels of every image, by which identical images are recognised.
+        digests: A hash of the pixels of every image, by which identical images are recognised; "" for unusable files.
     """
 
     split: str
@@ -183,6 +183,7 @@ def _inspect(dataset: SegmentationDataset) -> Inspection:
     for index, (name, result) in enumerate(zip(dataset.names, results, strict=True)):
         if isinstance(result, str):
             problems.append(result)
+            digests.append("")
             continue
         counts = result.counts
         pixels += counts

@@ -353,6 +353,14 @@ def test_copies_of_train_images_in_val_are_counted(tmp_path: Path) -> None:
     (tmp_path / "val.txt").write_text("copy\ns04\n")
     messages = [message for message, _ in findings(root)]
     assert "val: 1 of 2 images are pixel for pixel in train too (copy)" in messages[-1]
+    (tmp_path / "masks" / "copy.bmp").write_bytes(b"")  # the names of copies do not shift after an unusable file
+    (tmp_path / "val.txt").write_text("copy\ns04\ns05\n")
+    for kind in ("images", "masks"):
+        Image.open(tmp_path / kind / "s01.png").save(tmp_path / kind / "s05.png")
+    splits = [Folder(split, root, classes={"a": 0, "b": 1, "c": 2}) for split in ("train", "val")]
+    inspections = [inspect(split, use_cache=False) for split in splits]
+    assert len(inspections[1].problems) == 1
+    assert "val: 1 of 3 images are pixel for pixel in train too (s05)" in review(splits, inspections)[-1].message
 
 
 def test_images_without_contrast_and_deeper_images_are_counted(tmp_path: Path) -> None:
