@@ -1,6 +1,7 @@
 """Checks of an inspected data set for what is probably not meant."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from segdeconv.classes import Classes
@@ -38,8 +39,7 @@ def review(splits: Sequence[SegmentationDataset], inspections: Sequence[Inspecti
     for split, inspection in zip(splits, inspections, strict=True):
         findings += _ignored(split, inspection)
     findings += _classes(splits[0], inspections)
-    for split, inspection in zip(splits, inspections, strict=True):
-        findings += _images(split, inspection)
+    findings += _images(splits, inspections)
     findings += _copies(splits, inspections)
     return sorted(findings, key=lambda finding: not finding.refused)
 
@@ -173,45 +173,46 @@ def _ignored(dataset: SegmentationDataset, inspection: Inspection) -> list[Findi
     return findings
 
 
-def _images(dataset: SegmentationDataset, inspection: Inspection) -> list[Finding]:
-    """Return findings about the image files."""
-    findings, split = [], inspection.split
-    deep = sum(count for bits, _, _, count in inspection.formats if bits > 8)
-    if inspection.flat:
-        way_out = (
-            f"set dataset.channels={_channels(inspection)} to read them as they are stored" if deep else "check them"
-        )
-        findings.append(
-            Finding(f"{split}: hardly any contrast in {_images_named(dataset, inspection.flat)} - {way_out}")
-        )
+def _images(splits: Sequence[SegmentationDataset], inspections: Sequence[Inspection]) -> list[Finding]:
+    """Return findings about the image files, over all splits."""
+    lines = []
+    deep = _formats(inspections, lambda bits, channels, alpha: bits > 8)
+    as_stored = f"dataset.channels={_most_channels(inspections)} reads them as they are stored"
+    flat = [(split, inspection.flat) for split, inspection in zip(splits, inspections, strict=True) if inspection.flat]
+    if flat:
+        named = " and ".join(f"{split.split}: {_images_named(split, places)}" for split, places in flat)
+        lines.append(f"hardly any contrast in {named} - {as_stored if deep else 'check them'}")
     if deep:
-        findings.append(
-            Finding(
-                f"{split}: {deep} image{'s have' if deep > 1 else ' has'} more than 8 bit, of which the upper 8 are "
-                f"read - dataset.channels={_channels(inspection)} reads them as they are stored"
-            )
+        lines.append(f"images of more than 8 bit, of which the upper 8 are read: {deep} - {as_stored}")
+    several = {channels for inspection in inspections for _, channels, alpha, _ in inspection.formats if not alpha}
+    for number in sorted(several - {1, 2, 3}):
+        counts = _formats(inspections, partial(_has_channels, number))
+        way_out = f"dataset.channels={number} reads all"
+        lines.append(f"images of {number} channels, of which 3 are read: {counts} - {way_out}")
+    if transparent := _formats(inspections, lambda bits, channels, alpha: alpha):
+        lines.append(
+            f"images with an alpha channel, whose transparent pixels are blended with black: {transparent} - save them "
+            "without it"
         )
-    for channels in sorted({channels for _, channels, alpha, _ in inspection.formats if channels > 3 and not alpha}):
-        count = sum(number for _, other, alpha, number in inspection.formats if other == channels and not alpha)
-        findings.append(
-            Finding(
-                f"{split}: {count} image{'s have' if count > 1 else ' has'} {channels} channels, of which 3 are read - "
-                f"dataset.channels={channels} reads all"
-            )
-        )
-    transparent = sum(count for _, _, alpha, count in inspection.formats if alpha)
-    if transparent:
-        findings.append(
-            Finding(
-                f"{split}: {transparent} image{'s have' if transparent > 1 else ' has'} an alpha channel; transparent "
-                "pixels are blended with black - save the images without it"
-            )
-        )
-    return findings
+    return [Finding(line) for line in lines]
 
 
-def _channels(inspection: Inspection) -> int:
-    return max(channels for bits, channels, _, _ in inspection.formats if bits > 8)
+def _has_channels(number: int, bits: int, channels: int, alpha: bool) -> bool:
+    return channels == number and not alpha
+
+
+def _formats(inspections: Sequence[Inspection], matches: Callable[[int, int, bool], bool]) -> str:
+    """Return the number of images of each split in the formats that match, "" if there are none."""
+    counts = {}
+    for inspection in inspections:
+        matching = [count for bits, channels, alpha, count in inspection.formats if matches(bits, channels, alpha)]
+        counts[inspection.split] = sum(matching)
+    return ", ".join(f"{count} of {split}" for split, count in counts.items() if count)
+
+
+def _most_channels(inspections: Sequence[Inspection]) -> int:
+    formats = [stored for inspection in inspections for stored in inspection.formats]
+    return max((channels for bits, channels, _, _ in formats if bits > 8), default=1)
 
 
 def _copies(splits: Sequence[SegmentationDataset], inspections: Sequence[Inspection]) -> list[Finding]:

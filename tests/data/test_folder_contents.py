@@ -370,8 +370,20 @@ def test_images_without_contrast_and_deeper_images_are_counted(tmp_path: Path) -
         Image.fromarray(twelve_bit).save(tmp_path / "images" / f"s{index:02d}.png")
     text = "\n".join(message for message, refused in findings(root) if not refused)
     assert "hardly any contrast in" in text
-    assert "images have more than 8 bit, of which the upper 8 are read - dataset.channels=1 reads them" in text
+    assert "images of more than 8 bit, of which the upper 8 are read: 5 of train, 1 of val - dataset.channels=1" in text
     assert not findings(root, channels=1)
+
+
+def test_channels_that_are_not_read_are_counted(tmp_path: Path) -> None:
+    root = folder(tmp_path)
+    for index in range(NUM):
+        path = tmp_path / "images" / f"s{index:02d}.png"
+        bands = np.dstack([scene(index)[0], scene(index)[0][..., :1]])
+        path.unlink()
+        tifffile.imwrite(path.with_suffix(".tif"), bands, photometric="rgb", extrasamples=["unassalpha"])
+    line = "images of 4 channels, of which 3 are read: 5 of train, 1 of val - dataset.channels=4 reads all"
+    assert findings(root) == [(line, False)]
+    assert not findings(root, channels=4)
 
 
 def test_ignored_pixels_are_a_finding_if_they_are_many_or_all(tmp_path: Path) -> None:
