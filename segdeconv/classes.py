@@ -115,8 +115,15 @@ class Classes:
         """
         if self.by_colour and values.ndim == 2:
             if palette is None:  # grey, which is a colour with three equal channels
-                if values.dtype != np.uint8:
-                    raise UsageError(f"has {values.dtype} labels, but the classes have colours: {self.colour_table}")
+                greys = [
+                    colour[0] for colour in (*self.colours, self.ignore_colour) if colour and len(set(colour)) == 1
+                ]
+                unknown = values[~np.isin(values, greys)]
+                if unknown.size:
+                    raise UsageError(
+                        f"has label {int(unknown[0])}, but the classes are given by colour: {self.colour_table}; give "
+                        "them labels"
+                    )
                 palette = np.arange(256, dtype=np.uint8).repeat(3).reshape(256, 3)
             values = palette[values]
         if values.ndim == 2:

@@ -36,9 +36,10 @@ def review(splits: Sequence[SegmentationDataset], inspections: Sequence[Inspecti
         inspections: The inspection of each.
     """
     findings = [Finding(line) for line in dict.fromkeys(line for split in splits for line in split.warnings)]
-    for split, inspection in zip(splits, inspections, strict=True):
-        findings += _ignored(split, inspection)
-    findings += _classes(splits[0], inspections)
+    if not any(inspection.problems for inspection in inspections):  # otherwise pixels are missing for another reason
+        for split, inspection in zip(splits, inspections, strict=True):
+            findings += _ignored(split, inspection)
+        findings += _classes(splits[0], inspections)
     findings += _images(splits, inspections)
     findings += _copies(splits, inspections)
     return sorted(findings, key=lambda finding: not finding.refused)
@@ -81,8 +82,8 @@ def _classes(dataset: SegmentationDataset, inspections: Sequence[Inspection]) ->
         else:
             findings.append(
                 Finding(
-                    f"{subject} in {_names(inspections)}, so it is neither learned nor scored - check the masks, or "
-                    "remove it with dataset.label_map"
+                    f"{subject} in {_names(inspections)}, and cannot be learned or scored - check the masks, or change "
+                    "the classes with dataset.label_map"
                 )
             )
     for inspection in inspections:

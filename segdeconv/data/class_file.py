@@ -84,6 +84,10 @@ def parse_classes(content: Any, source: str) -> Classes:
         raise UsageError(f"{source} contains no classes - {WAY_OUT}")
     # `Ignore` is hardly a class of that name.
     content = {IGNORED if str(name).casefold() == IGNORED else str(name): value for name, value in content.items()}
+    if all(_integer(name) is not None and _is_name(value) for name, value in content.items()):
+        if len(set(content.values())) < len(content):
+            raise UsageError(f"{source}: the class names are not all different - rename the duplicates")
+        content = {str(name): label for label, name in content.items()}  # `0: road`, as other programs write it
     if set(content) == {IGNORED}:
         raise UsageError(f"{source} contains no classes besides ignore - {WAY_OUT}")
     ignored = _ignored(content.pop(IGNORED), source) if IGNORED in content else ()
@@ -139,6 +143,10 @@ def _label_or_colour(value: Any, name: str, source: str) -> int | Colour:
     raise UsageError(
         f"{source}: class '{name}' is {value!r} - give a label 0..65535, a colour [red, green, blue] or '#rrggbb'"
     )
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and bool(value) and _integer(value) is None and not value.startswith("#")
 
 
 def _integer(value: Any) -> int | None:

@@ -246,6 +246,12 @@ def _classes_of_labels(survey: Survey) -> tuple[Classes, tuple[str, ...]]:
     elif IGNORE in labels:
         void = survey.labels[IGNORE]
         labels = [label for label in labels if label != IGNORE]
+        if len(labels) < 2:
+            only = f"label {labels[0]}" if labels else "it too"
+            raise UsageError(
+                f"mask {void.example} has label {IGNORE} ({void}), which is ignored, and all other pixels have {only}, so "
+                "there is nothing to learn - name both labels in classes.yaml"
+            )
         lines.append(
             f"masks: label {IGNORE} ({void}, {void.pixels / survey.pixels:.2%} of all) is ignored - if it is a "
             f"class, name it in classes.yaml"

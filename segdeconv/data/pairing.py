@@ -140,7 +140,7 @@ def _match(images: Files, masks: Files, mask_name: str | None, folder: Path) -> 
         return Pairing(parts, line)
     missing = sorted(name for name in images if name not in matches)
     others = f" (and {len(missing) - 1} more images have none)" if missing[1:] else ""
-    nearest = [masks[name].name for name in _nearest(missing[0], masks)]
+    nearest = [masks[name].relative_to(folder).as_posix() for name in _nearest(missing[0], masks)]
     rule = f"dataset.mask_name={mask_name}" if mask_name else f"a mask has its image's name in {folder}"
     raise UsageError(
         f"{images[missing[0]]} has no mask{others}; {rule}, where the nearest names are {', '.join(nearest)} - add the "
@@ -193,9 +193,12 @@ def _core(name: str, start: str, end: str) -> tuple[str, str]:
 
 
 def _nearest(name: str, masks: Files) -> list[str]:
+    """Return the masks whose names are nearest to that of an image, those that contain it first."""
     stem = PurePosixPath(name).name
     stems = {PurePosixPath(mask).name: mask for mask in sorted(masks)[:5000]}
-    return [stems[near] for near in difflib.get_close_matches(stem, stems, n=NAMED, cutoff=0)]
+    near = difflib.get_close_matches(stem, stems, n=NAMED, cutoff=0)
+    containing = [other for other in stems if stem in other]
+    return [stems[other] for other in dict.fromkeys([*containing, *near])][:NAMED]
 
 
 def _suggested(name: str, nearest: list[str]) -> str:
@@ -256,21 +259,34 @@ def _listed_pair(entry: str, root: Path, folders: Folders | None) -> Pair | None
 def _image_name(entry: str, images: Mapping[str, Path]) -> str | None:
     """Return the name of the image that an entry of a list means, or None."""
     path = PurePosixPath(entry.replace("\\", "/"))
-    if not path.name or path == PurePosixPath("images"):
-        return None
-    inside = path.relative_to("images") if path.is_relative_to("images") else path
-    for name in (entry, path.with_suffix("").as_posix(), inside.as_posix(), inside.with_suffix("").as_posix()):
-        if name in images:
-            return name
+    # A path of another machine means the file below images/.
+    tail = _below("images", path)
+    for candidate in (path, tail):
+        if candidate.name:
+            for name in (candidate.as_posix(), candidate.with_suffix("").as_posix()):
+                if name in images:
+                    return name
     return next((name for name, file in images.items() if file == Path(entry)), None) if path.is_absolute() else None
+
+
+def _below(folder: str, path: PurePosixPath) -> PurePosixPath:
+    """Return the part of a path below the last folder of this name, or the empty path without one.
+
+    >>> _below("images", PurePosixPath("/SegNet/mine/images/a/x.png"))
+    PurePosixPath('a/x.png')
+    """
+    places = [place for place, part in enumerate(path.parts) if part == folder]
+    return PurePosixPath(*path.parts[places[-1] + 1 :]) if places else PurePosixPath()
 
 
 def _file(entry: str, root: Path, folder: Path | None) -> Path | None:
     """Return the file in the root that an entry of a list means, or None."""
-    for base in (root, *([folder] if folder else [])):
-        path = base / os.path.normpath(entry.replace("\\", "/"))
-        if path.is_file() and Path(os.path.abspath(path)).is_relative_to(os.path.abspath(root)):
-            return path
+    path = PurePosixPath(entry.replace("\\", "/"))
+    candidates = [root / path, *([folder / path, folder / _below("masks", path)] if folder else [])]
+    for candidate in candidates:
+        file = Path(os.path.normpath(candidate))
+        if file.is_file() and Path(os.path.abspath(file)).is_relative_to(os.path.abspath(root)):
+            return file
     return None
 
 

@@ -26,6 +26,13 @@ def test_names_are_text_whatever_yaml_takes_them_for(tmp_path: Path, name: str) 
     assert read(tmp_path, f"- {name}\n- other\n").names == (name, "other")
 
 
+def test_a_table_from_labels_to_names_is_read_too(tmp_path: Path) -> None:
+    classes = read(tmp_path, "0: road\n7: sky\n255: ignore\n")
+    assert (classes.names, classes.labels, classes.ignored_labels) == (("road", "sky"), (0, 7), (255,))
+    with pytest.raises(UsageError, match="the class names are not all different"):
+        read(tmp_path, "0: road\n1: road\n")
+
+
 @pytest.mark.parametrize("name", ["ignore", "Ignore", "IGNORE"])
 def test_ignore_is_no_class_in_any_case(tmp_path: Path, name: str) -> None:
     classes = read(tmp_path, f"a: 0\nb: 1\n{name}: 7\n")

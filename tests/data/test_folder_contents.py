@@ -162,6 +162,17 @@ def test_the_colours_of_a_table_decide_for_palette_masks(tmp_path: Path) -> None
         np.testing.assert_array_equal(mask, scene(int(name[1:]))[1])
 
 
+def test_labels_are_not_called_colours_where_the_table_has_colours(tmp_path: Path) -> None:
+    root = folder(tmp_path, classes="a: [0, 0, 0]\nb: [255, 0, 0]\nc: [0, 255, 0]\n")
+    with pytest.raises(UsageError, match=r"has label 1, but the classes are given by colour: .*; give them labels"):
+        Folder("train", root)[0]
+    for path in (tmp_path / "masks").iterdir():
+        Image.fromarray(np.array([0, 128, 255], np.uint8)[np.array(Image.open(path))]).save(path)
+    (tmp_path / "classes.yaml").write_text("a: [0, 0, 0]\nb: [255, 255, 255]\nc: [128, 128, 128]\n")
+    for name, mask in by_name(root).items():
+        np.testing.assert_array_equal(mask, np.array([0, 2, 1])[scene(int(name[1:]))[1]])
+
+
 def test_palettes_that_differ_without_telling_labels_apart_are_refused(tmp_path: Path) -> None:
     def make(mask: np.ndarray, index: int) -> Image.Image:
         picture = Image.fromarray(mask).convert("P")
@@ -276,8 +287,9 @@ def test_folders_of_splits_are_honoured_in_both_orders(tmp_path: Path, inside: b
         assert unused in Folder("train", root).warnings[0]
 
 
-PATHS = ["{0}", "{0}.png", "images/{0}.png", "{root}/images/{0}.png"]
-LINES = [*PATHS, "images/{0}.png masks/{0}.png", "images/{0}.png,masks/{0}.png"]
+PATHS = ["{0}", "{0}.png", "images/{0}.png", "{root}/images/{0}.png", "/SegNet/set/images/{0}.png", "images\\{0}.png"]
+PAIRS = ["images/{0}.png masks/{0}.png", "images/{0}.png,masks/{0}.png", "/other/images/{0}.png /other/masks/{0}.png"]
+LINES = [*PATHS, *PAIRS]
 
 
 @pytest.mark.parametrize("line", LINES)

@@ -497,7 +497,7 @@ def test_a_folder_of_train_without_val_is_refused(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ("train_0\nnobody\n", r"line 2: image 'nobody' not found - it should be in images/"),
-        ("../images/train_0\n", r"line 1: image '\.\./images/train_0' not found"),
+        ("../train_0\n", r"line 1: image '\.\./train_0' not found"),
         ("/etc/passwd.png\n", r"line 1: image '/etc/passwd\.png' not found"),
         (".\n", r"line 1: image '\.' not found"),
         ("images\n", r"line 1: image 'images' not found"),
