@@ -249,8 +249,8 @@ def _classes_of_labels(survey: Survey) -> tuple[Classes, tuple[str, ...]]:
         if len(labels) < 2:
             only = f"label {labels[0]}" if labels else "it too"
             raise UsageError(
-                f"mask {void.example} has label {IGNORE} ({void}), which is ignored, and all other pixels have {only}, so "
-                "there is nothing to learn - name both labels in classes.yaml"
+                f"mask {void.example} has label {IGNORE} ({void}), which is ignored, and all other pixels have {only}, "
+                "so there is nothing to learn - name both labels in classes.yaml"
             )
         lines.append(
             f"masks: label {IGNORE} ({void}, {void.pixels / survey.pixels:.2%} of all) is ignored - if it is a "
