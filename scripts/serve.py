@@ -28,7 +28,12 @@ def main() -> None:
     from segdeconv.inference.predictors import PredictionSettings
     from segdeconv.inference.segmenter import Segmenter
     from segdeconv.serving.predictor import ImagePredictor
-    from segdeconv.serving.server import Server
+
+    try:
+        from segdeconv.serving.server import Server
+    except ModuleNotFoundError as error:
+        library = (error.name or "").partition(".")[0]
+        raise UsageError(f'serving the page needs {library} - pip install "segdeconv[serve]"') from error
 
     checkpoint = read_checkpoint(arguments.checkpoint, arguments.trust, arguments.overrides)
     settings = PredictionSettings(precision=arguments.precision, samples=arguments.samples)

@@ -1,43 +1,50 @@
 """The web server of the page: the page itself, prediction of an image, explanation of a pixel, and nothing else.
 
-It uses only the standard library. Images are predicted one at a time in the thread that runs `serve`; the threads of
-the connections only read and write. Requests must address this machine by IP address or as localhost, since another
-site could make a domain name of its own resolve to this machine (DNS rebinding). Images are accepted only from the
-server's own page.
+Starlette and uvicorn answer the requests in a thread of their own. Images are predicted one at a time in the thread
+that runs `serve`. Requests must address this machine by IP address or as localhost, since another site could make a
+domain name of its own resolve to this machine (DNS rebinding). Images are accepted only from the server's own page.
 """
 
-import contextlib
+import asyncio
 import errno
 import io
 import ipaddress
 import itertools
 import json
+import logging
 import queue
 import socket
 import struct
-import sys
 import threading
 import traceback
 from collections.abc import Callable
 from concurrent.futures import Future
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
+import uvicorn
 from PIL import Image
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from segdeconv.errors import UsageError
+from segdeconv.serving.connection import MAX_CONNECTIONS, Connection
 from segdeconv.serving.predictor import MAX_PIXELS, ImagePrediction, ImagePredictor, pixel
 
 MAX_BYTES = 32 << 20  # of an image file
-IDLE_TIMEOUT, REQUEST_TIMEOUT = 10, 60  # seconds: without any data from the browser, and for a whole request
-MAX_CONNECTIONS = 16
+MAX_HEADERS, MAX_HEADER_BYTES = 100, 16 << 10
 MAX_WAITING = 4  # requests that wait for the thread of `serve`
-CHUNK = 1 << 16
+STOP_TIMEOUT = 2  # seconds for the connections to close
 
+JSON = "application/json; charset=utf-8"
 PAGE = {
     "/": ("page.html", "text/html"),
     "/page.css": ("page.css", "text/css"),
@@ -51,6 +58,7 @@ HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
+    "Connection": "close",  # one request per connection, see `Connection`
 }
 
 
@@ -62,7 +70,7 @@ class Refused(Exception):
         self.status = status
 
 
-class Server(ThreadingHTTPServer):
+class Server:
     """The server, which listens on host:port; `serve` answers requests until it is interrupted.
 
     Args:
@@ -74,52 +82,82 @@ class Server(ThreadingHTTPServer):
         UsageError: The server cannot listen on this address.
     """
 
-    daemon_threads = True
-    block_on_close = False
-
     def __init__(self, predictor: ImagePredictor, host: str, port: int) -> None:
         self.predictor, self.host = predictor, host
-        self.work: queue.Queue[tuple[Callable[[], Any], Future[Any]]] = queue.Queue(MAX_WAITING)
-        self.connections = threading.BoundedSemaphore(MAX_CONNECTIONS)
+        self.work: queue.Queue[tuple[Callable[[], Any], Future[Any]] | None] = queue.Queue(MAX_WAITING)
         self.numbers = itertools.count(1)
         self.last: tuple[int, ImagePrediction] | None = None
-        try:
-            addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-            self.address_family = addresses[0][0]
-            super().__init__((host, port), Handler)
-        except OSError as error:
-            raise UsageError(_bind_error(error, host, port)) from error
-
-    def server_bind(self) -> None:
-        """Bind the socket without HTTPServer's lookup of the host name, which would send a network request."""
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self.socket.bind(self.server_address)
-        self.server_address = self.socket.getsockname()
-        self.server_name, self.server_port = self.host, self.server_address[1]
+        self.socket = _listen(host, port)
+        self.address, self.port = self.socket.getsockname()[:2]
+        application = Starlette(
+            routes=[
+                *(Route(path, self._page) for path in PAGE),
+                Route("/network", self._network),
+                Route("/pixel", self._pixel),
+                Route("/look", self._look, methods=["POST"]),
+            ],
+            middleware=[Middleware(RequestChecks, server=self)],
+            exception_handlers={
+                Refused: _refused,
+                UsageError: _refused,
+                HTTPException: self._not_found,
+                ClientDisconnect: _disconnected,
+                Exception: _internal_error,
+            },
+        )
+        application.router.redirect_slashes = False
+        self.http = uvicorn.Server(
+            uvicorn.Config(
+                application,
+                loop="asyncio",
+                http=Connection,
+                ws="none",
+                lifespan="off",
+                interface="asgi3",
+                workers=1,  # None would read an environment variable
+                log_config=None,
+                log_level=logging.CRITICAL,  # nothing is logged, for privacy; `_internal_error` reports bugs
+                access_log=False,
+                proxy_headers=False,
+                server_header=False,
+                headers=list(HEADERS.items()),
+                backlog=MAX_CONNECTIONS,
+                h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+            )
+        )
 
     @property
     def loopback(self) -> bool:
         """True if only this machine can reach the server."""
-        return ipaddress.ip_address(str(self.server_address[0])).is_loopback
+        return ipaddress.ip_address(self.address).is_loopback
 
     @property
     def url(self) -> str:
         """Address of the page."""
-        return f"http://{f'[{self.host}]' if ':' in self.host else self.host}:{self.server_port}/"
+        return f"http://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}/"
 
     def serve(self) -> None:
-        """Answer requests forever. Images are predicted in the calling thread, so that an interruption stops it."""
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-        while True:
-            work, result = self.work.get()
-            if not result.set_running_or_notify_cancel():
-                continue
-            try:
-                result.set_result(work())
-            except Exception as error:
-                result.set_exception(error)
+        """Answer requests until `stop`. Images are predicted in the calling thread, which a signal can interrupt."""
+        thread = threading.Thread(target=self.http.run, args=([self.socket],), daemon=True)
+        thread.start()
+        try:
+            while (item := self.work.get()) is not None:
+                work, result = item
+                if not result.set_running_or_notify_cancel():
+                    continue
+                try:
+                    result.set_result(work())
+                except Exception as error:
+                    result.set_exception(error)
+        finally:
+            self.http.should_exit = self.http.force_exit = True
+            thread.join(STOP_TIMEOUT)
 
-    def run_in_main_thread(self, work: Callable[[], Any]) -> Any:
+    def stop(self) -> None:
+        """Make `serve` return after the requests that wait for it; may be called from any thread."""
+        self.work.put(None)
+
+    async def run_in_main_thread(self, work: Callable[[], Any]) -> Any:
         """Run a function in the thread of `serve` and return its result.
 
         Raises:
@@ -130,12 +168,12 @@ class Server(ThreadingHTTPServer):
             self.work.put_nowait((work, result))
         except queue.Full:
             raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, "too many images are waiting - try again soon") from None
-        return result.result()
+        return await asyncio.wrap_future(result)
 
-    def predict(self, content: bytes) -> tuple[int, ImagePrediction]:
-        """Predict an image and keep the prediction, for `pixel`, until the next one; return its number and itself."""
+    def predict(self, content: bytes) -> bytes:
+        """Predict an image, keep the prediction for `pixel` until the next one, and return it `packed`."""
         self.last = (next(self.numbers), self.predictor.predict(content))
-        return self.last
+        return packed(*self.last)
 
     def pixel(self, number: int, y: int, x: int) -> dict[str, Any]:
         """Explain a pixel of the image of this number, see `predictor.pixel`.
@@ -147,150 +185,118 @@ class Server(ThreadingHTTPServer):
             raise Refused(HTTPStatus.GONE, "another image was predicted in the meantime - drop this one again")
         return pixel(self.last[1], y, x)
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Start a thread for a connection, or close it if there are too many."""
-        if not self.connections.acquire(blocking=False):
-            self.shutdown_request(request)
-            return
-        super().process_request(request, client_address)
+    def check(self, request: Request) -> None:
+        """Check the headers that every request has.
 
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """Serve one connection."""
+        Raises:
+            Refused: There are too many headers, or they address another host.
+        """
+        headers = request.headers.raw
+        if len(headers) > MAX_HEADERS or sum(len(name) + len(value) for name, value in headers) > MAX_HEADER_BYTES:
+            raise Refused(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "the headers are too long or too many")
+        name = ""
         try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self.connections.release()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Print the traceback of an error, unless the browser closed the connection."""
-        if not isinstance(sys.exc_info()[1], OSError):
-            traceback.print_exc()
-
-
-class Handler(BaseHTTPRequestHandler):
-    """The handler of one request, after which the connection is closed (HTTP/1.0)."""
-
-    server: Server
-    timeout = IDLE_TIMEOUT
-
-    def setup(self) -> None:
-        """Start the timer that closes the connection if the request takes too long, even if data keeps arriving."""
-        super().setup()
-        self.timer = threading.Timer(REQUEST_TIMEOUT, self._disconnect)
-        self.timer.daemon = True
-        self.timer.start()
-
-    def finish(self) -> None:
-        """Stop the timer and finish the request."""
-        self.timer.cancel()
-        super().finish()
-
-    def _disconnect(self) -> None:
-        with contextlib.suppress(OSError):  # already closed
-            self.connection.shutdown(socket.SHUT_RDWR)
-
-    def do_GET(self) -> None:
-        """Answer a request for the page, the network's description or a pixel."""
-        self._answer(self._get)
-
-    def do_POST(self) -> None:
-        """Answer a request to predict an image."""
-        self._answer(self._post)
-
-    def _answer(self, respond: Callable[[], tuple[str, bytes]]) -> None:
-        try:
-            self._require_address()
-            kind, body = respond()
-            status = HTTPStatus.OK
-        except (Refused, UsageError) as error:
-            status = error.status if isinstance(error, Refused) else HTTPStatus.UNPROCESSABLE_ENTITY
-            kind, body = "application/json", json.dumps({"error": str(error)}).encode()
-        except OSError:
-            self.close_connection = True  # the browser closed the connection or timed out
-            return
-        except Exception:
-            traceback.print_exc()
-            status, kind = HTTPStatus.INTERNAL_SERVER_ERROR, "application/json"
-            body = json.dumps({"error": "internal error in segdeconv - see the terminal"}).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", kind if kind.endswith("-stream") else f"{kind}; charset=utf-8")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def end_headers(self) -> None:
-        """Add the security headers to every response."""
-        for name, value in HEADERS.items():
-            self.send_header(name, value)
-        super().end_headers()
-
-    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """Send the status of a request that http.server itself refuses, without its HTML page."""
-        self.close_connection = True
-        self.send_response(code)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def _require_address(self) -> None:
-        name, host = "", self.headers.get("Host", "")
-        try:
-            name = urlsplit(f"//{host}").hostname or ""
-            allowed = ipaddress.ip_address(name).is_loopback or not self.server.loopback
+            name = urlsplit(f"//{request.headers.get('host', '')}").hostname or ""
+            allowed = ipaddress.ip_address(name).is_loopback or not self.loopback
         except ValueError:
-            allowed = name in ("localhost", self.server.host, socket.gethostname().lower())
+            allowed = name in ("localhost", self.host, socket.gethostname().lower())
         if not allowed:
-            raise Refused(HTTPStatus.FORBIDDEN, f"this host name is not allowed - open {self.server.url}")
+            raise Refused(HTTPStatus.FORBIDDEN, f"this host name is not allowed - open {self.url}")
 
-    def _get(self) -> tuple[str, bytes]:
-        parts = urlsplit(self.path)
-        if parts.path in PAGE:
-            name, kind = PAGE[parts.path]
-            return kind, resources.files("segdeconv.serving").joinpath(name).read_bytes()
-        if parts.path == "/network":
-            return "application/json", json.dumps(about(self.server.predictor)).encode()
-        if parts.path == "/pixel":
-            try:
-                query = parse_qs(parts.query, max_num_fields=3)
-                number, y, x = (int(query[name][0]) for name in ("picture", "y", "x"))
-            except (KeyError, ValueError):
-                raise Refused(HTTPStatus.BAD_REQUEST, "request /pixel?picture=NUMBER&y=ROW&x=COLUMN") from None
-            self.timer.cancel()
-            explanation = self.server.run_in_main_thread(lambda: self.server.pixel(number, y, x))
-            return "application/json", json.dumps(explanation).encode()
-        raise Refused(HTTPStatus.NOT_FOUND, f"page not found - open {self.server.url}")
+    async def _page(self, request: Request) -> Response:
+        name, kind = PAGE[request.url.path]
+        return Response(resources.files("segdeconv.serving").joinpath(name).read_bytes(), media_type=kind)
 
-    def _post(self) -> tuple[str, bytes]:
-        if urlsplit(self.path).path != "/look":
-            raise Refused(HTTPStatus.NOT_FOUND, "page not found - send images to /look")
-        origin = self.headers.get("Origin")
-        if origin is not None and origin != f"http://{self.headers['Host']}":
+    async def _network(self, request: Request) -> Response:
+        return Response(json.dumps(about(self.predictor)), media_type=JSON)
+
+    async def _pixel(self, request: Request) -> Response:
+        try:
+            query = parse_qs(request.scope["query_string"].decode(), max_num_fields=3)
+            number, y, x = (int(query[name][0]) for name in ("picture", "y", "x"))
+        except (KeyError, ValueError):
+            raise Refused(HTTPStatus.BAD_REQUEST, "request /pixel?picture=NUMBER&y=ROW&x=COLUMN") from None
+        explanation = await self.run_in_main_thread(lambda: self.pixel(number, y, x))
+        return Response(json.dumps(explanation), media_type=JSON)
+
+    async def _look(self, request: Request) -> Response:
+        origin = request.headers.get("origin")
+        if origin is not None and origin != f"http://{request.headers['host']}":
             raise Refused(HTTPStatus.FORBIDDEN, "images are accepted only from this server's own page")
-        if self.headers.get_content_type() != "application/octet-stream":  # other sites cannot send it without CORS
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/octet-stream":  # other sites cannot send it without CORS
             raise Refused(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "send the image's bytes as application/octet-stream")
-        content = self._body()
-        number, prediction = self.server.run_in_main_thread(lambda: self.server.predict(content))
-        return "application/octet-stream", packed(number, prediction)
+        content = await read_body(request)
+        prediction = await self.run_in_main_thread(lambda: self.predict(content))
+        return Response(prediction, media_type="application/octet-stream")
 
-    def _body(self) -> bytes:
-        length = self.headers.get("Content-Length", "")
-        if not length.isascii() or not length.isdigit():
-            raise Refused(HTTPStatus.LENGTH_REQUIRED, "the Content-Length header is missing or invalid")
-        if int(length[:20]) > MAX_BYTES:
-            raise Refused(
-                HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-                f"this file is larger than {MAX_BYTES >> 20} MB - reduce it, or use the command predict",
-            )
-        body, remaining = io.BytesIO(), int(length)
-        while remaining:
-            chunk = self.rfile.read(min(CHUNK, remaining))
-            if not chunk:
-                raise ConnectionAbortedError("the image is truncated")
-            remaining -= body.write(chunk)
-        self.timer.cancel()
-        return body.getvalue()
+    async def _not_found(self, request: Request, error: Exception) -> Response:
+        way_out = "send images to /look" if request.method == "POST" else f"open {self.url}"
+        return await _refused(request, Refused(HTTPStatus.NOT_FOUND, f"page not found - {way_out}"))
 
-    def log_message(self, *_: object) -> None:
-        """Log nothing, for privacy."""
+
+class RequestChecks:
+    """ASGI middleware that answers requests which no page of the server accepts.
+
+    Args:
+        app: Answers the other requests.
+        server: Checks their headers.
+    """
+
+    def __init__(self, app: ASGIApp, server: Server) -> None:
+        self.app, self.server = app, server
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope, receive)
+        answer: ASGIApp = self.app
+        if scope["http_version"] not in ("1.0", "1.1"):
+            answer = Response(status_code=HTTPStatus.HTTP_VERSION_NOT_SUPPORTED)
+        elif request.method not in ("GET", "POST"):
+            answer = Response(status_code=HTTPStatus.NOT_IMPLEMENTED)
+        else:
+            try:
+                self.server.check(request)
+            except Refused as error:
+                answer = await _refused(request, error)
+        await answer(scope, receive, send)
+
+
+async def read_body(request: Request) -> bytes:
+    """Read the body of a request, of at most MAX_BYTES.
+
+    Raises:
+        Refused: The length is missing or too large.
+    """
+    too_large = Refused(
+        HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+        f"this file is larger than {MAX_BYTES >> 20} MB - reduce it, or use the command predict",
+    )
+    length = request.headers.get("content-length")
+    if length is None or "transfer-encoding" in request.headers:
+        raise Refused(HTTPStatus.LENGTH_REQUIRED, "the Content-Length header is missing or invalid")
+    if int(length) > MAX_BYTES:  # h11 accepts up to 20 digits only
+        raise too_large
+    body = io.BytesIO()
+    async for chunk in request.stream():
+        if body.tell() + len(chunk) > MAX_BYTES:  # however the body is framed
+            raise too_large
+        body.write(chunk)
+    return body.getvalue()
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    status = error.status if isinstance(error, Refused) else HTTPStatus.UNPROCESSABLE_ENTITY
+    return Response(json.dumps({"error": str(error)}), status, media_type=JSON)
+
+
+async def _disconnected(request: Request, error: Exception) -> Response:
+    return Response()  # nobody reads it
+
+
+async def _internal_error(request: Request, error: Exception) -> Response:
+    traceback.print_exception(error)
+    message = "internal error in segdeconv - see the terminal"
+    return Response(json.dumps({"error": message}), HTTPStatus.INTERNAL_SERVER_ERROR, media_type=JSON)
 
 
 def about(predictor: ImagePredictor) -> dict[str, Any]:
@@ -338,6 +344,22 @@ def packed(number: int, prediction: ImagePrediction) -> bytes:
             png.getvalue(),
         )
     )
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind((host, port))
+            listener.listen(MAX_CONNECTIONS)
+        except OSError:
+            listener.close()
+            raise
+    except OSError as error:
+        raise UsageError(_bind_error(error, host, port)) from error
+    return listener
 
 
 def _bind_error(error: OSError, host: str, port: int) -> str:

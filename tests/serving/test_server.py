@@ -1,14 +1,15 @@
 """The web page to try a network: it shows the predictions of the Python interface, and serves nothing else."""
 
+import asyncio
 import contextlib
 import http.client
 import io
 import json
 import re
+import runpy
 import signal
 import socket
 import struct
-import subprocess
 import sys
 import threading
 import time
@@ -19,9 +20,9 @@ import numpy as np
 import pytest
 import torch
 from browser import browser_page, needs_chromium
-from checkpoint_files import content
-from fresh_commands import child_environment
 from PIL import Image
+from served_page import NAMES, STAGES, error_message, image_file, request, running, write_checkpoint
+from starlette.requests import Request
 
 from segdeconv.analysis import switch_paths
 from segdeconv.checkpoints import checkpoint
@@ -30,36 +31,15 @@ from segdeconv.errors import UsageError
 from segdeconv.inference.predictors import PredictionSettings
 from segdeconv.inference.scorers import resized
 from segdeconv.inference.segmenter import Segmenter
-from segdeconv.models import SegNet
-from segdeconv.serving import predictor, server
+from segdeconv.serving import connection, predictor, server
 from segdeconv.serving.predictor import ImagePredictor, pixel
 
 ROOT = Path(__file__).parents[2]
-EVIL = "<img src=x onerror=alert(1)>"
-NAMES = ("sky", EVIL, "car")
-STAGES = [[4], [8], [8]]
 
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
-    """The checkpoint of a random network with input size 40x56; the name of one class contains HTML."""
-    torch.manual_seed(0)
-    model = SegNet(len(NAMES), stages=tuple(map(tuple, STAGES)), dropout_at="central")
-    written = content()
-    metadata, config = written["hyper_parameters"]["facts"], written["hyper_parameters"]["config"]
-    metadata["classes"] |= {
-        "names": list(NAMES),
-        "colours": [[250, 0, 0], [0, 250, 0], [0, 0, 250]],
-        "labels": [0, 1, 2],
-    }
-    metadata["preprocessing"] = {"size": None, "mean": [120.0, 110.0, 100.0], "std": [60.0, 61.0, 62.0]}
-    metadata["precision"] = "32-true"
-    config["model"] = {"_target_": "segdeconv.models.SegNet", "stages": STAGES, "dropout_at": "central"}
-    config["dataset"] = {"size": [40, 56], "crop": None, "max_pixels": 1_000_000}
-    written["state_dict"] = {f"model.{name}": value for name, value in model.state_dict().items()}
-    path = tmp_path_factory.mktemp("served") / "best.ckpt"
-    checkpoint.write(written, path)
-    return path
+    return write_checkpoint(tmp_path_factory.mktemp("served"))
 
 
 @pytest.fixture(scope="module")
@@ -67,60 +47,11 @@ def trained(path):
     return checkpoint.read(path)
 
 
-@contextlib.contextmanager
-def running(path, *words):
-    """Run the real command and yield its address and process."""
-    command = [sys.executable, str(ROOT / "scripts" / "serve.py"), str(path), "--port", "0", *words]
-    environment = child_environment(ROOT, OMP_NUM_THREADS="1")
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    ) as process:
-        try:
-            line = process.stdout.readline()
-            assert "http://" in line, process.stderr.read()
-            yield re.search(r"http://(\S+)/", line)[1], process
-        finally:
-            process.kill()
-
-
 @pytest.fixture(scope="module")
 def address(trained):
     """The address of a server in this process."""
-    local = server.Server(ImagePredictor(Segmenter(trained)), "127.0.0.1", 0)
-    threading.Thread(target=local.serve, daemon=True).start()
-    yield f"127.0.0.1:{local.server_port}"
-    local.shutdown()
-    local.server_close()
-
-
-def image_file(seed=3, size=(83, 121), kind="PNG", **settings):
-    """Encode a random image and return the bytes of the file."""
-    file = io.BytesIO()
-    Image.fromarray(fakes.image_and_mask(seed, 3, size)[0]).save(file, format=kind, **settings)
-    return file.getvalue()
-
-
-def request(address, method, target, body=None, **headers):
-    """Send a request and return status, headers and body of the response; a header of None is left out."""
-    connection = http.client.HTTPConnection(address, timeout=30)
-    sent = {"Content-Type": "application/octet-stream", "Host": address} | {
-        name.replace("_", "-"): value for name, value in headers.items()
-    }
-    connection.putrequest(method, target, skip_host=True, skip_accept_encoding=True)
-    if body is not None and "Content-Length" not in sent:
-        sent["Content-Length"] = str(len(body))
-    for name, value in sent.items():
-        if value is not None:
-            connection.putheader(name, value)
-    connection.endheaders(body)
-    response = connection.getresponse()
-    result = response.status, response.headers, response.read()
-    connection.close()
-    return result
-
-
-def error_message(result):
-    return json.loads(result[2])["error"]
+    with serving(ImagePredictor(Segmenter(trained))) as local:
+        yield f"127.0.0.1:{local.port}"
 
 
 def unpacked(body):
@@ -217,10 +148,24 @@ def test_a_body_that_is_too_long_is_refused_before_it_is_read(address):
     result = request(address, "POST", "/look", b"", Content_Length=str(server.MAX_BYTES + 1))
     assert result[0] == 413
     assert error_message(result) == "this file is larger than 32 MB - reduce it, or use the command predict"
-    assert request(address, "POST", "/look", b"", Content_Length="9" * 5000)[0] == 413
+    assert request(address, "POST", "/look", b"", Content_Length="9" * 20)[0] == 413
     assert request(address, "POST", "/look", b"", Content_Length=None)[0] == 411
-    assert request(address, "POST", "/look", b"", Content_Length="-1")[0] == 411
     assert request(address, "POST", "/look", b"0\r\n\r\n", Content_Length=None, Transfer_Encoding="chunked")[0] == 411
+
+
+def test_a_body_is_counted_while_it_is_read():
+    """No library below is trusted to deliver as many bytes as Content-Length announces."""
+    sent = 0
+
+    async def receive():
+        nonlocal sent
+        sent += 1 << 20
+        return {"type": "http.request", "body": bytes(1 << 20), "more_body": True}
+
+    request = Request({"type": "http", "headers": [(b"content-length", b"5")]}, receive)
+    with pytest.raises(server.Refused, match="this file is larger than 32 MB"):
+        asyncio.run(server.read_body(request))
+    assert sent == server.MAX_BYTES + (1 << 20)
 
 
 @pytest.mark.parametrize(
@@ -238,7 +183,7 @@ def test_requests_to_other_hosts_and_from_other_pages_are_refused(address):
     for host in (f"evil.example:{port}", "evil.example", f"127.0.0.1.evil.example:{port}", "", "[", "0x7f.1"):
         assert request(address, "GET", "/", Host=host)[0] == 403
         assert request(address, "POST", "/look", image_file(), Host=host)[0] == 403
-    assert request(address, "GET", "/", Host=None)[0] == 403
+    assert request(address, "GET", "/", Host=None)[0] == 400
     for host in (f"localhost:{port}", f"[::1]:{port}", address):
         assert request(address, "GET", "/", Host=host)[0] == 200
     for origin in ("http://evil.example", "null", f"https://{address}", "http://127.0.0.1:1"):
@@ -263,41 +208,71 @@ def test_every_response_has_security_headers(address):
         assert not re.search(rb"(src|href)=\"(https?:)?//", body)
 
 
+@contextlib.contextmanager
+def serving(predictor):
+    """Run a server in this process and yield it."""
+    local = server.Server(predictor, "127.0.0.1", 0)
+    thread = threading.Thread(target=local.serve)
+    thread.start()
+    try:
+        yield local
+    finally:
+        local.stop()
+        thread.join()
+
+
 def test_idle_and_slow_connections_are_closed(trained, monkeypatch):
-    monkeypatch.setattr(server.Handler, "timeout", 0.2)
-    monkeypatch.setattr(server, "REQUEST_TIMEOUT", 0.5)
-    local = server.Server(ImagePredictor(Segmenter(trained)), "127.0.0.1", 0)
-    threading.Thread(target=local.serve, daemon=True).start()
-    address = ("127.0.0.1", local.server_port)
-    head = b"POST /predict HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/octet-stream\r\n"
+    monkeypatch.setattr(connection, "IDLE_TIMEOUT", 0.2)
+    monkeypatch.setattr(connection, "REQUEST_TIMEOUT", 0.5)
+    head = b"POST /look HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/octet-stream\r\n"
     cut = head + b"Content-Length: 99\r\n\r\n"
-    for start, drip in ((b"GET", b""), (cut, b""), (b"GET / HTTP/1.1\r\n", b"A: b\r\n")):
-        with socket.create_connection(address, timeout=5) as client:
-            started = time.monotonic()
-            client.sendall(start)
-            with contextlib.suppress(OSError):
-                while time.monotonic() - started < 4:
-                    client.settimeout(0.1)
-                    try:
-                        if not client.recv(1000):
-                            break
-                    except TimeoutError:
-                        client.sendall(drip)
-            assert time.monotonic() - started < 2
-    assert request(f"127.0.0.1:{local.server_port}", "GET", "/")[0] == 200
-    local.shutdown()
-    local.server_close()
+    with serving(ImagePredictor(Segmenter(trained))) as local:
+        for start, drip in ((b"", b""), (b"GET", b""), (cut, b""), (b"GET / HTTP/1.1\r\n", b"A: b\r\n"), (cut, b"a")):
+            with socket.create_connection(("127.0.0.1", local.port), timeout=5) as client:
+                started = time.monotonic()
+                client.sendall(start)
+                with contextlib.suppress(OSError):
+                    while time.monotonic() - started < 4:
+                        client.settimeout(0.1)
+                        try:
+                            if not client.recv(1000):
+                                break
+                        except TimeoutError:
+                            client.sendall(drip)
+                assert 0.1 < time.monotonic() - started < 2
+        assert request(f"127.0.0.1:{local.port}", "GET", "/")[0] == 200
+
+
+def test_a_client_that_does_not_read_its_response_is_disconnected(trained, monkeypatch):
+    monkeypatch.setattr(connection, "REQUEST_TIMEOUT", 0.7)
+    body = image_file(size=(900, 1000))
+    with serving(ImagePredictor(Segmenter(trained))) as local, socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", local.port))
+        client.sendall(
+            b"POST /look HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/octet-stream\r\n"
+            b"Content-Length: %d\r\n\r\n" % len(body) + body
+        )
+        client.settimeout(30)
+        assert client.recv(12) == b"HTTP/1.1 200"
+        started = time.monotonic()
+        while local.http.server_state.connections:
+            assert time.monotonic() - started < 10
+            time.sleep(0.05)
+        assert time.monotonic() - started > 0.3
 
 
 def test_connections_beyond_the_maximum_are_closed_and_the_others_answered(address):
     with contextlib.ExitStack() as stack:
         host, port = address.split(":")
-        idle = [stack.enter_context(socket.create_connection((host, int(port)))) for _ in range(server.MAX_CONNECTIONS)]
+        idle = [
+            stack.enter_context(socket.create_connection((host, int(port)))) for _ in range(connection.MAX_CONNECTIONS)
+        ]
         time.sleep(0.3)
         late = stack.enter_context(socket.create_connection((host, int(port)), timeout=5))
         with contextlib.suppress(ConnectionError):
             assert late.recv(1) == b""
-        assert len(idle) == server.MAX_CONNECTIONS
+        assert len(idle) == connection.MAX_CONNECTIONS
     for _ in range(50):
         with contextlib.suppress(OSError, http.client.HTTPException):
             if request(address, "GET", "/")[0] == 200:
@@ -314,12 +289,12 @@ def test_connections_beyond_the_maximum_are_closed_and_the_others_answered(addre
     ],
 )
 def test_a_signal_stops_the_server_even_during_a_prediction(path, number, code, message):
-    with running(path, "dataset.size=[1500,1500]", "dataset.max_pixels=9000000") as (address, process):
+    with running(path, "dataset.size=[1000,1000]", "dataset.max_pixels=9000000") as (address, process):
         host, port = address.split(":")
         body = image_file(size=(1000, 1400))
         with socket.create_connection((host, int(port))) as client:
             client.sendall(
-                f"POST /predict HTTP/1.1\r\nHost: {address}\r\nContent-Type: application/octet-stream\r\n"
+                f"POST /look HTTP/1.1\r\nHost: {address}\r\nContent-Type: application/octet-stream\r\n"
                 f"Content-Length: {len(body)}\r\n\r\n".encode()
                 + body
             )
@@ -333,9 +308,15 @@ def test_a_signal_stops_the_server_even_during_a_prediction(path, number, code, 
     assert "Traceback" not in err
 
 
-def test_mistakes_are_error_messages(trained, address, tmp_path, commands):
-    done = commands("serve", trained.path, "--port", "70000", cwd=tmp_path)
-    assert (done.code, done.error_message) == (2, "--port 70000 is not a valid port - give 0 to 65535")
+def command_line(monkeypatch, *words):
+    """Run the command in this process."""
+    monkeypatch.setattr(sys, "argv", ["serve.py", *map(str, words)])
+    runpy.run_path(str(ROOT / "scripts" / "serve.py"))["main"]()
+
+
+def test_mistakes_are_error_messages(trained, address, monkeypatch):
+    with pytest.raises(UsageError, match="--port 70000 is not a valid port - give 0 to 65535"):
+        command_line(monkeypatch, trained.path, "--port", "70000")
     port, predictor = int(address.rpartition(":")[2]), ImagePredictor(Segmenter(trained))
     with pytest.raises(UsageError, match=f"port {port} is in use - choose another with --port, or 0 for any free port"):
         server.Server(predictor, "127.0.0.1", port)
@@ -343,6 +324,17 @@ def test_mistakes_are_error_messages(trained, address, tmp_path, commands):
         server.Server(predictor, "192.0.2.1", 0)
     with pytest.raises(UsageError, match="--samples=-1 is not a valid number of passes"):
         ImagePredictor(Segmenter(trained, PredictionSettings(samples=-1)))
+
+
+@pytest.mark.parametrize("library", ["starlette", "uvicorn", "h11"])
+def test_a_missing_library_is_an_error_message(trained, monkeypatch, library):
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("starlette", "uvicorn", "h11")]:
+        monkeypatch.delitem(sys.modules, name)
+    for name in ("server", "connection"):
+        monkeypatch.delitem(sys.modules, f"segdeconv.serving.{name}")
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(UsageError, match=rf'^serving the page needs {library} - pip install "segdeconv\[serve\]"$'):
+        command_line(monkeypatch, trained.path)
 
 
 @pytest.mark.slow
