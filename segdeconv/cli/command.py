@@ -1,12 +1,13 @@
 """The frame of every command: its argument parser, its exit code, and one line on stderr for an error."""
 
 import argparse
+import contextlib
 import errno
 import io
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -129,6 +130,31 @@ def run_command(main: Callable[[], int | None], help_text: str = "") -> NoReturn
         code = _report(f"{problem} - free some space, change the permissions or choose another folder", 5)
     sys.stdout.flush()
     sys.exit(code)
+
+
+@contextlib.contextmanager
+def only_first_signal() -> Iterator[None]:
+    """Let the first SIGINT, SIGTERM or SIGHUP raise in the body, and ignore others until the process has ended."""
+    numbers = [number for name in ("SIGINT", "SIGTERM", "SIGHUP") if (number := getattr(signal, name, None))]
+    handled = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+    stopping = False
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal stopping
+        if stopping:
+            return
+        stopping = True
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        _terminate(number, frame)
+
+    try:
+        for number in handled:
+            signal.signal(number, stop)
+        yield
+    finally:
+        for number in handled:
+            signal.signal(number, signal.SIG_IGN)  # Python's own exit would restore SIG_DFL, which kills
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:
