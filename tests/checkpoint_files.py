@@ -15,7 +15,11 @@ def content(**changes):
         "state_dict": {f"model.{name}": value for name, value in model.state_dict().items()},
         "hyper_parameters": {
             "config": config,
-            "facts": {"classes": CLASSES.to_dict(), "preprocessing": {"mean": [0.0] * 3}},
+            "facts": {
+                "classes": CLASSES.to_dict(),
+                "preprocessing": {"mean": [0.0] * 3, "std": [1.0] * 3},
+                "precision": "32-true",
+            },
         },
         "segdeconv": {"format": 1},
     }

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from segdeconv.errors import CheckpointError, UsageError, did_you_mean
 from segdeconv.system.files import replace_text, replacing
+from segdeconv.system.plain_data import PlainDataError, read_json, require_mapping
 
 SUFFIX = ".safetensors"
 SHIPPED = Path(__file__).resolve().parent / "weights"
-MAX_CARD_BYTES = 1 << 24  # far more than a card needs
 
 
 def card_of(path: Path) -> Path:
@@ -77,18 +77,15 @@ def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         CheckpointError: The card is missing or damaged, or does not belong to the weights.
     """
     try:
-        with card_of(path).open("rb") as file:
-            card = json.loads(file.read(MAX_CARD_BYTES))
+        card = require_mapping(read_json(card_of(path)))
     except FileNotFoundError:
         raise CheckpointError(
             f"{path} has no card {card_of(path).name} beside it - copy the .json file that was written with it there"
         ) from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{card_of(path)} is not a valid card ({type(error).__name__}) - use another copy"
-        ) from error
+    except PlainDataError as error:
+        raise CheckpointError(f"{card_of(path)} is not a valid card: it {error} - use another copy") from error
     content = path.read_bytes()
-    if not isinstance(card, dict) or hashlib.sha256(content).hexdigest() != card.get("sha256"):
+    if hashlib.sha256(content).hexdigest() != card.get("sha256"):
         raise CheckpointError(
             f"{path} is damaged or does not belong to {card_of(path).name}: its sha256 is not the one in the card - "
             "use another copy of both"
@@ -100,7 +97,7 @@ def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"{path} is not a readable .safetensors file ({type(error).__name__}) - use another copy"
         ) from error
     halves = (torch.float16, torch.bfloat16)
-    return card, {name: tensor.float() if tensor.dtype in halves else tensor for name, tensor in weights.items()}
+    return dict(card), {name: tensor.float() if tensor.dtype in halves else tensor for name, tensor in weights.items()}
 
 
 def shipped() -> list[str]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 import sys
-import zipfile
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +18,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from segdeconv.checkpoints import cards
+from segdeconv.checkpoints.pickle_check import PickleError, check_archive
+from segdeconv.checkpoints.schema import check_config, check_metadata
 from segdeconv.classes import Classes
-from segdeconv.config import override, rename_keys, targets
+from segdeconv.config import TARGET, override, rename_keys, targets
 from segdeconv.errors import CheckpointError, UsageError
 from segdeconv.models import SegmentationModel, build_model, check_model
+from segdeconv.models.base import WithoutMemory
 from segdeconv.system.files import hash_file, replace_text, replacing_path
+from segdeconv.system.plain_data import Limits, PlainDataError, check_plain
 
 if TYPE_CHECKING:
     from segdeconv.data.preprocessing import Preprocessing
@@ -84,6 +87,13 @@ PARTS = ("hyper_parameters", "segdeconv", "state_dict")
 SIDECAR_LINES = 4  # the hash of the current file, and those of files that interrupted writes may have left
 SIDECAR_BYTES = 4096  # more than that many lines need; the rest of a longer file is not read
 REQUIRED_TO_RESUME = frozenset({"global_step", "loops", "optimizer_states"})
+CONFIG_LIMITS = Limits(nodes=20_000)  # of config and metadata
+CONTENT_LIMITS = Limits(nodes=2_000_000)  # of the whole content, with the state of training
+MAX_SHARING = 8  # weights may share memory, as tied ones do
+DTYPES = (
+    torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
+    torch.uint8, torch.bool,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -130,19 +140,41 @@ class Checkpoint:
         """Build the network from the config and load its weights, in evaluation mode.
 
         Raises:
-            CheckpointError: The weights do not fit the network of the config.
+            CheckpointError: The weights do not fit the network of the config, or it describes no network.
+            UsageError: An override changed the network to one that does not exist.
         """
-        in_channels = len(self.facts["preprocessing"]["mean"])
-        model = build_model(check_model(self.config["model"]), len(self.classes), in_channels, fresh=True)
+        trained_node = self.content.get("hyper_parameters", {}).get("config", {}).get("model")
         try:
+            node = check_model(self.config["model"])
+            self._require_fitting_weights(node)
+            model = self._build(node)
             model.load_state_dict(self.weights)
-        except RuntimeError as error:
-            first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        except (UsageError, RuntimeError, OverflowError, MemoryError) as error:
+            if isinstance(error, UsageError) and self.config["model"] != trained_node:
+                raise
+            first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error).partition(" - ")[0]
             raise CheckpointError(
                 f"{self.path} does not contain the weights that its config describes ({first}) - it was changed after "
                 "training; use another copy"
             ) from error
         return model.eval()
+
+    def _build(self, node: Mapping[str, Any]) -> SegmentationModel:
+        return build_model(node, len(self.classes), len(self.facts["preprocessing"]["mean"]), fresh=True)
+
+    def _require_fitting_weights(self, node: Mapping[str, Any]) -> None:
+        """Compare the weights with a network that occupies no memory, since the config may describe one of any size."""
+        if node[TARGET] not in ADMITTED:  # a trusted class may compute with its weights when it is built
+            return
+        with WithoutMemory():
+            described = self._build(node).state_dict()
+        weights = self.weights
+        for name, tensor in described.items():
+            if name in weights and weights[name].shape != tensor.shape:
+                sizes = ("x".join(map(str, shape)) or "scalar" for shape in (weights[name].shape, tensor.shape))
+                raise RuntimeError(f"{name}: {' instead of '.join(sizes)}")
+        if different := sorted(described.keys() ^ weights.keys()):
+            raise RuntimeError(f"{different[0]} is {'missing' if different[0] in described else 'not part of it'}")
 
 
 def write(content: Mapping[str, Any], path: Path) -> None:
@@ -230,8 +262,13 @@ def load_plain(path: Path) -> dict[str, Any]:
         return _load_weights(path)
     verify(path)
     try:
-        _require_plain_zip(path)
+        check_archive(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
+        content = check_plain(content, CONTENT_LIMITS, leaves=(torch.Tensor,), tuples=True, finite=False)
+    except (PickleError, PlainDataError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read safely as a checkpoint: {error} - give a file that training wrote"
+        ) from error
     except Exception as error:  # torch raises many types for a damaged, foreign or hostile file
         raise CheckpointError(
             f"{path} cannot be read safely as a checkpoint ({type(error).__name__}) - give a file that training wrote"
@@ -251,19 +288,6 @@ def _load_weights(path: Path) -> dict[str, Any]:
         "segdeconv": {"format": card.get("format")},
         "state_dict": {f"model.{name}": tensor for name, tensor in weights.items()},
     }
-
-
-def _require_plain_zip(path: Path) -> None:
-    """Raise BadZipFile for a zip file that is compressed, and for a file that is not a zip.
-
-    torch.save stores its entries uncompressed; its older formats would be read by other, less strict readers.
-    """
-    with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
-    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        raise zipfile.BadZipFile("compressed")
-    if sum(entry.file_size for entry in entries) > path.stat().st_size:
-        raise zipfile.BadZipFile("entries larger than the archive")
 
 
 def foreign(config: Any) -> list[str]:
@@ -290,26 +314,32 @@ def read(path: str | Path, *, trust: Collection[str] = (), overrides: Iterable[s
     content = load_plain(path)
     if not _has_parts(*(content.get(part) for part in PARTS)):
         raise CheckpointError(f"{path} is not a segdeconv checkpoint - give a file that training wrote")
-    hyper_parameters, versions, _ = (content[part] for part in PARTS)
+    hyper_parameters, versions, weights = (content[part] for part in PARTS)
     version = versions.get("format")
     if version != FORMAT:
         raise CheckpointError(
             f"{path} has format {version}, but this version reads format {FORMAT} - upgrade segdeconv"
         )
     try:
-        config, facts = rename_keys(hyper_parameters["config"], path), hyper_parameters["facts"]
+        config, facts = check_plain([hyper_parameters["config"], hyper_parameters["facts"]], CONFIG_LIMITS)
+        config = rename_keys(config, path)
+        unknown = [name for name in foreign([config, facts]) if name not in trust]
+        if unknown:
+            raise CheckpointError(
+                f"{path} names {', '.join(unknown)}, which {'is' if len(unknown) == 1 else 'are'} not part of "
+                f"segdeconv - if you trust the author, add {' '.join(f'--trust {name}' for name in unknown)}"
+            )
+        check_config(config)
+        check_metadata(facts)
+        _check_classes(facts)
+    except PlainDataError as error:
+        raise CheckpointError(
+            f"{path} does not contain its config and metadata in the form that training writes ({error}) - give a "
+            "file that training wrote"
+        ) from error
     except UsageError as error:
         raise CheckpointError(str(error)) from error
-    unknown = [name for name in foreign([config, facts]) if name not in trust]
-    if unknown:
-        raise CheckpointError(
-            f"{path} names {', '.join(unknown)}, which {'is' if len(unknown) == 1 else 'are'} not part of segdeconv - "
-            f"if you trust the author, add {' '.join(f'--trust {name}' for name in unknown)}"
-        )
-    _require_facts(path, facts)
-    for name, value in content["state_dict"].items():
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise CheckpointError(f"{path} contains weights that are not finite ({name}) - use an earlier checkpoint")
+    _require_usable_weights(path, weights)
     return Checkpoint(path, _override(config, overrides), facts, content)
 
 
@@ -336,15 +366,30 @@ def _has_parts(hyper_parameters: Any, versions: Any, weights: Any) -> bool:
     )
 
 
-def _require_facts(path: Path, facts: dict[str, Any]) -> None:
+def _check_classes(facts: Mapping[str, Any]) -> None:
     try:
         Classes.from_dict(facts["classes"])
-        len(facts["preprocessing"]["mean"])
-    except Exception as error:  # malformed plain data can raise any type
-        raise CheckpointError(
-            f"{path} does not contain its classes and preprocessing in the form that training writes "
-            f"({type(error).__name__}: {error}) - give a file that training wrote"
-        ) from error
+    except UsageError as error:
+        raise PlainDataError(f"facts.classes: {str(error).partition(' - ')[0]}") from error
+
+
+def _require_usable_weights(path: Path, weights: Mapping[str, torch.Tensor]) -> None:
+    """Check the type and the values of the weights, before anything computes with them."""
+    total = 0
+    for name, value in weights.items():
+        if value.layout != torch.strided or value.is_quantized or value.dtype not in DTYPES:
+            raise CheckpointError(
+                f"{path} contains weights of an unsupported type ({name}: {value.layout}, {value.dtype}) - give a "
+                "file that training wrote"
+            )
+        total += value.nbytes
+        if total > MAX_SHARING * path.stat().st_size:
+            raise CheckpointError(
+                f"{path} contains weights that are larger than the file ({name}) - give a file that training wrote"
+            )
+        # The network computes in float32, in which a float64 can be infinite.
+        if value.is_floating_point() and not bool(torch.isfinite(value.float()).all()):
+            raise CheckpointError(f"{path} contains weights that are not finite ({name}) - use an earlier checkpoint")
 
 
 def require_resumable(checkpoint: Checkpoint) -> None:

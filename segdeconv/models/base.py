@@ -3,10 +3,12 @@
 import inspect
 import typing
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from segdeconv.config import TARGET, build, check, locate
 from segdeconv.errors import UsageError
@@ -90,3 +92,21 @@ def build_model(
             "in_channels to its constructor, or choose another model"
         )
     return typing.cast(SegmentationModel, build(arguments, "model", **supplied))
+
+
+class WithoutMemory(TorchFunctionMode):
+    """A context in which tensors are created without memory and their initialisation is skipped.
+
+    A network that is built in it has only names and shapes. `torch.device("meta")` would do the same, but its first
+    use takes a second.
+    """
+
+    def __torch_function__(
+        self, function: Any, types: Any, arguments: Sequence[Any] = (), options: Mapping[str, Any] | None = None
+    ) -> Any:
+        name = getattr(function, "__name__", "")
+        if function in (torch.empty, torch.zeros, torch.ones, torch.full, torch.tensor):
+            options = {**(options or {}), "device": "meta"}
+        elif name.endswith("_") and not name.endswith("__") and arguments and isinstance(arguments[0], Tensor):
+            return arguments[0]
+        return function(*arguments, **(options or {}))

@@ -83,9 +83,8 @@ def test_a_pickled_command_is_refused_and_does_not_run(tmp_path, monkeypatch):
 def test_a_config_that_names_foreign_code_anywhere_is_refused(tmp_path, target, place):
     data = content()
     hyper_parameters = data["hyper_parameters"]
-    (hyper_parameters if place == "facts" else hyper_parameters["config"])[place] = {"x": {"_target_": target}}
-    if place == "facts":
-        hyper_parameters["facts"]["classes"] = CLASSES.to_dict()
+    node = hyper_parameters if place == "facts" else hyper_parameters["config"]
+    node[place] = {**node.get(place, {}), "x": {"_target_": target}}
     path = tmp_path / "evil.ckpt"
     checkpoint.write(data, path)
     with pytest.raises(CheckpointError, match=f"names {target}, which is not part of segdeconv"):

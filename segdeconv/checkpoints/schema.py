@@ -1,0 +1,116 @@
+"""The form of a checkpoint's metadata (`facts`) and of the parts of its config that are read without building anything.
+
+Further keys are accepted: other versions write them, and nothing here uses them.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+from segdeconv.system.plain_data import PlainDataError
+
+Byte = Annotated[int, Field(ge=0, le=255)]
+Label = Annotated[int, Field(ge=0, le=65535)]
+Colour = Annotated[Sequence[Byte], Field(min_length=3, max_length=3)]
+Name = Annotated[str, Field(max_length=1000)]
+Side = Annotated[int, Field(ge=1, le=65535)]
+Size = Annotated[Sequence[Side], Field(min_length=2, max_length=2)]
+Statistic = Annotated[float, Field(ge=-1e9, le=1e9)]
+Deviation = Annotated[float, Field(ge=1e-9, le=1e9)]
+MAX_CHANNELS = 1024
+
+
+class _Form(BaseModel):
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="ignore")
+
+
+class _Classes(_Form):
+    """See `Classes.to_dict`; entries with a default are absent in files of older versions."""
+
+    names: Annotated[Sequence[Name], Field(min_length=2, max_length=256)]
+    colours: Annotated[Sequence[Colour], Field(max_length=256)]
+    ignore_index: Byte
+    labels: Annotated[Sequence[Label], Field(max_length=256)]
+    ignore_colour: Colour | None
+    ignored_labels: Annotated[Sequence[int], Field(max_length=65536)] = ()
+    by_colour: bool | None = None
+
+
+class _Preprocessing(_Form):
+    """See `Preprocessing.to_dict`; entries with a default are absent in files of older versions."""
+
+    size: Size | None = None
+    mean: Annotated[Sequence[Statistic], Field(min_length=1, max_length=MAX_CHANNELS)]
+    std: Annotated[Sequence[Deviation], Field(min_length=1, max_length=MAX_CHANNELS)]
+    bits: Annotated[int, Field(ge=8, le=16, multiple_of=8)] = 8
+    as_stored: bool = False
+    order: Literal["rgb", "bgr"] = "rgb"
+
+    @model_validator(mode="after")
+    def _require_equal_lengths(self) -> Self:
+        if len(self.mean) != len(self.std):
+            raise ValueError(f"mean has {len(self.mean)} values and std {len(self.std)}")
+        return self
+
+
+class _Metadata(_Form):
+    classes: _Classes
+    preprocessing: _Preprocessing
+    class_weights: Sequence[Annotated[float, Field(ge=0, le=1e9)]] | None = None
+    fingerprints: Mapping[str, str] = {}
+    precision: str
+
+    @model_validator(mode="after")
+    def _require_a_weight_for_each_class(self) -> Self:
+        if self.class_weights is not None and len(self.class_weights) != len(self.classes.names):
+            raise ValueError(f"{len(self.classes.names)} classes have {len(self.class_weights)} class_weights")
+        return self
+
+
+class _Model(_Form):
+    target: str = Field(alias="_target_")
+
+
+class _Dataset(_Form):
+    size: Size | None = None
+    classes: Any = None
+
+
+class _Config(_Form):
+    model: _Model
+    dataset: _Dataset | None = None
+
+
+@functools.cache
+def _adapter(form: type[_Form]) -> TypeAdapter[Any]:
+    return TypeAdapter(form)
+
+
+def check_metadata(facts: Any) -> None:
+    """Check the metadata of a checkpoint.
+
+    Raises:
+        PlainDataError: It has another form; the message is a phrase with the key, such as `facts.classes.names`.
+    """
+    _check(_Metadata, facts, "facts")
+
+
+def check_config(config: Any) -> None:
+    """Check the parts of a config that are read before anything is built from it.
+
+    Raises:
+        PlainDataError: They have another form; the message is a phrase with the key, such as `config.dataset.size`.
+    """
+    _check(_Config, config, "config")
+
+
+def _check(form: type[_Form], data: Any, name: str) -> None:
+    try:
+        _adapter(form).validate_python(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, (name, *first["loc"])))
+        message = first["msg"].removeprefix("Value error, ")
+        raise PlainDataError(f"{key}: {message[:1].lower()}{message[1:]}") from error
