@@ -11,12 +11,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from segdeconv.cli.command import run_command
 from segdeconv.cli.options import pop_option
 from segdeconv.cli.own_code import CONFIGS, compose
 from segdeconv.errors import UsageError, did_you_mean
+from segdeconv.system.plain_data import PlainDataError, parse_yaml
 
 
 def main() -> None:
@@ -72,9 +71,9 @@ def class_count(dataset: dict[str, Any]) -> int:
 
 def _value(text: str | None) -> Any:
     try:
-        return yaml.safe_load(text) if text else None
-    except yaml.YAMLError:
-        raise UsageError(f"'{text}' is not valid YAML - write for example size=[360,480]") from None
+        return parse_yaml(text) if text else None
+    except PlainDataError as error:
+        raise UsageError(f"'{text}' {error} - write for example size=[360,480]") from None
 
 
 if __name__ == "__main__":

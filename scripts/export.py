@@ -8,13 +8,13 @@ classes, colours, preprocessing, names and shapes. Batch and image size are free
 with the network before the file is written.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from segdeconv.cli.command import ArgumentParser, run_command
 from segdeconv.cli.own_code import read_checkpoint
 from segdeconv.errors import UsageError
+from segdeconv.system.plain_data import PlainDataError, read_yaml
 
 
 def main() -> None:
@@ -71,16 +71,12 @@ def read_about(path: Path) -> dict[str, Any]:
     Raises:
         UsageError: The file is not plain YAML that JSON can represent, or sets an entry of the card itself.
     """
-    import yaml
-
     try:
-        about = yaml.safe_load(path.read_text(encoding="utf-8"))
-        json.dumps(about)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError) as error:
-        raise UsageError(
-            f"--about {path} cannot be read as plain YAML ({type(error).__name__}) - write lines such as 'licence: "
-            "CC-BY-4.0'; quote dates"
-        ) from error
+        about = read_yaml(path)
+    except PlainDataError as error:
+        raise UsageError(f"--about {path} {error} - write lines such as 'licence: CC-BY-4.0'") from error
+    except OSError as error:
+        raise UsageError(f"--about {path} cannot be read ({type(error).__name__}) - give a YAML file") from error
     if not isinstance(about, dict) or {"format", "config", "facts", "sha256"} & set(about):
         raise UsageError(
             f"--about {path} must be a mapping without the keys 'format', 'config', 'facts' and 'sha256', which the "

@@ -20,6 +20,7 @@ from typing import Any
 from pydantic import ConfigDict, PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
 from segdeconv.errors import UsageError, did_you_mean
+from segdeconv.system.plain_data import PlainDataError, parse_yaml
 
 TARGET = "_target_"
 Node = dict[str, Any]
@@ -393,8 +394,6 @@ def _declaration(config: Node, keys: Sequence[str], schemas: Schemas) -> tuple[i
 
 def _readings(text: str) -> list[Any]:
     """Return the readings of a value on the command line: Hydra's, the text itself, and lists and mappings of YAML."""
-    import yaml
-
     readings: list[Any] = []
     parsed = _parse(f"key={text}")
     if parsed is not None and not parsed.is_sweep_override():
@@ -403,10 +402,10 @@ def _readings(text: str) -> list[Any]:
             value = (text if text.strip() == value else value).replace(r"\${", "${")
         readings.append(value)
     readings.append(text)
-    for loader in (yaml.SafeLoader, yaml.BaseLoader):  # BaseLoader: all scalars are text, as in {no: 20}
+    for as_text in (False, True):  # all scalars as text, as in {no: 20}
         try:
-            value = yaml.load(text, loader)
-        except (yaml.YAMLError, ValueError):
+            value = parse_yaml(text, as_text=as_text, finite=False)
+        except PlainDataError:
             continue
         if isinstance(value, dict | list) and text.lstrip()[:1] in "[{":
             readings.append(value)

@@ -5,34 +5,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from segdeconv.classes import Classes, Colour, voc_colours
 from segdeconv.data.files.reading import read_list
 from segdeconv.errors import UsageError
+from segdeconv.system.plain_data import PlainDataError, read_yaml
 
 NAMES = ("classes.yaml", "classes.yml", "classes.txt")  # in this order
 IGNORE = 255
 IGNORED = "ignore"  # the name that stands for ignored pixels
 MAX_CLASSES = 255
 WAY_OUT = "write one class per line: 'name: label' or 'name: [red, green, blue]'"
-
-
-class _TextLoader(yaml.SafeLoader):
-    """A YAML loader that keeps every value as the text in the file, and refuses repeated keys.
-
-    YAML 1.1 reads no, off and yes as booleans, 010 as 8 and 2020-01-01 as a date, but a class can have any name.
-    """
-
-    yaml_implicit_resolvers = {}  # noqa: RUF012 - the name and form that the base class defines
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        lines: dict[str, int] = {}
-        for key, _ in node.value:
-            line = key.start_mark.line + 1
-            if isinstance(key, yaml.ScalarNode) and lines.setdefault(key.value, line) != line:
-                raise UsageError(f"line {line}: '{key.value}' is also in line {lines[key.value]} - rename one of them")
-        return super().construct_mapping(node, deep)
 
 
 def find_class_file(folder: Path) -> tuple[Path | None, list[str]]:
@@ -53,12 +35,10 @@ def read_class_file(path: Path) -> Classes:
     if path.suffix.lower() == ".txt":
         return parse_classes([line for _, line in read_list(path) if not line.startswith("#")], str(path))
     try:
-        # Not a safe_load, but a subclass of its loader: only mappings, lists and text.
-        content = yaml.load(path.read_text(encoding="utf-8-sig"), _TextLoader)
-    except UsageError as error:
-        raise UsageError(f"{path}, {error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise UsageError(f"{path} is not YAML ({error}) - write one class per line: 'name: label'") from error
+        # As text, since YAML reads no and off as booleans and 010 as 8, but a class can have any name.
+        content = read_yaml(path, as_text=True)
+    except PlainDataError as error:
+        raise UsageError(f"{path} {error} - write one class per line: 'name: label'") from error
     return parse_classes(content, str(path))
 
 

@@ -13,6 +13,7 @@ from typing import NamedTuple, TypeVar
 
 import cv2
 import numpy as np
+from pydantic import TypeAdapter
 from tqdm import tqdm
 
 from segdeconv.classes import Classes, is_grey, pack_colours
@@ -20,8 +21,10 @@ from segdeconv.data.dataset import FileDataset, SegmentationDataset
 from segdeconv.data.files.reading import StoredMask, read_stored_mask, stored_format
 from segdeconv.errors import UsageError, command
 from segdeconv.system.files import cache_root, hash_text, replace_text
+from segdeconv.system.plain_data import Limits, read_json
 
 VERSION = 4  # of the fields of an inspection; a new number invalidates cached ones
+CACHE_LIMITS = Limits(size=1 << 28, nodes=10_000_000)
 MAX_SHOWN = 20
 NUM_LARGEST = 3  # images listed for each class
 MAX_VALUES = 300  # labels or colours of mask files that are kept
@@ -100,17 +103,35 @@ def inspect(dataset: SegmentationDataset, *, use_cache: bool = True) -> Inspecti
     path = cache_folder("inspections") / f"{hash_text(text)[:32]}.json"
     if use_cache and path.is_file():
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            values = [StoredValue(*value) for value in content["values"]]
-            rows = {name: [tuple(row) for row in content[name]] for name in ("sizes", "formats")}
-            return Inspection(**{**content, **rows, "values": values})
-        except (ValueError, TypeError, KeyError):
-            path.unlink(missing_ok=True)  # truncated by a crash of the machine
+            cached = TypeAdapter(Inspection).validate_python(read_json(path, CACHE_LIMITS))
+            if _fits(cached, dataset):
+                return cached
+        except ValueError:  # truncated by a crash of the machine
+            pass
+        path.unlink(missing_ok=True)
     inspection = _inspect(dataset)
     if use_cache and not inspection.problems:
         with suppress(OSError):  # without the file, the next run only inspects again
             replace_text(path, json.dumps(asdict(inspection)))
     return inspection
+
+
+def _fits(inspection: Inspection, dataset: SegmentationDataset) -> bool:
+    """Return whether a cached inspection has the numbers of classes, channels and images of its data set."""
+    counts = (inspection.pixels, inspection.image_pixels, inspection.images)
+    return (
+        {len(count) for count in counts} == {len(dataset.classes) + 1}
+        and len(inspection.largest) in (0, len(dataset.classes))
+        and len(inspection.mean) == len(inspection.std) == dataset.channels
+        and inspection.num_images == len(dataset)
+        and len(inspection.digests) <= len(dataset)
+        and all(
+            0 <= index < len(dataset)
+            for group in (*inspection.largest, inspection.flat, inspection.empty)
+            for index in group
+        )
+        and all(0 <= value.largest < len(dataset) for value in inspection.values)
+    )
 
 
 def cache_folder(kind: str) -> Path:

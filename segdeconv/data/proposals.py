@@ -6,7 +6,6 @@ Boxes, if its contributed modules are installed; and boxes that another program 
 """
 
 import csv
-import json
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 from segdeconv.data.boxes import EMPTY, non_maximum_suppression
 from segdeconv.drawing.draw import to_rgb
 from segdeconv.errors import UsageError
+from segdeconv.system.plain_data import Limits, PlainDataError, read_json
 
 # A function of an image (H, W, C) and its name that returns (N, 4) boxes as in boxes.py, the most likely first.
 Source = Callable[[np.ndarray, str], np.ndarray]
@@ -258,11 +258,14 @@ def _read_csv(path: Path) -> dict[str, Any]:
     return boxes
 
 
+BOX_LIMITS = Limits(size=1 << 28, nodes=20_000_000)
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is not JSON ({error}) - give {FORMATS}") from error
+        content = read_json(path, BOX_LIMITS)
+    except PlainDataError as error:
+        raise UsageError(f"{path} {error} - give {FORMATS}") from error
     if not isinstance(content, dict):
         raise UsageError(f"{path} contains a {type(content).__name__} - give {FORMATS}")
     return content

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from segdeconv.classes import Classes
 from segdeconv.evaluation.boundary import Boundaries
@@ -13,6 +14,23 @@ from segdeconv.evaluation.breakdown import Breakdown
 from segdeconv.evaluation.calibration import Calibration
 from segdeconv.evaluation.metrics import number, scores
 from segdeconv.system.files import replace_text
+from segdeconv.system.plain_data import Limits, PlainDataError, read_json
+
+REPORT_LIMITS = Limits(size=1 << 26, nodes=4_000_000)  # a report may have rows for every image
+
+
+class _Report(BaseModel):
+    """The entries of a report that are read again; reports of earlier versions lack some."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    complete: bool = True
+    split: str | None = None
+    command: str | None = None
+    miou: float | None = None
+    pixel_accuracy: float | None = None
+    mean_accuracy: float | None = None
+    boundary_f1: float | None = None
 
 
 def report(
@@ -72,6 +90,22 @@ def report(
 def write_json(content: dict[str, Any], path: Path) -> None:
     """Write a report as JSON, atomically."""
     replace_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """Read a report.json.
+
+    Raises:
+        PlainDataError: The file does not have the form of a report.
+        FileNotFoundError: There is no such file.
+    """
+    report = read_json(path, REPORT_LIMITS, finite=False)
+    try:
+        TypeAdapter(_Report).validate_python(report)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise PlainDataError(f"is not a report ({'.'.join(map(str, first['loc']))}: {first['msg']})") from error
+    return report
 
 
 def score_table(

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from segdeconv.classes import Classes
 from segdeconv.data.files.decoding import header_pixels
@@ -32,11 +33,13 @@ from segdeconv.inference.segmenter import Prediction, Segmenter
 from segdeconv.inference.tiling import Part
 from segdeconv.inference.video import VideoWriter, open_video
 from segdeconv.system.files import encode, hash_text, replacing, replacing_path
+from segdeconv.system.plain_data import Limits, read_json, require_mapping
 
 MAX_READ_AHEAD = 4  # images read before the network has processed the current one
 MAX_PENDING_WRITES = 8  # images being written while the network processes the next
 WRITER_THREADS = 2
 MAX_CLASS_LENGTH = 100  # bytes of a class in a file name
+REGION_LIMITS = Limits(size=1 << 28, nodes=20_000_000)
 MAX_PIXELS_IN_MEMORY = 1 << 26  # of all images together, unless a single one has more
 
 
@@ -366,7 +369,11 @@ def write_tables(progress_log: ProgressLog, outputs: Outputs) -> list[Path]:
 
 def _annotations(out: Path, files: Iterable[str]) -> Iterable[dict[str, Any]]:
     path = next(out / name for name in files if name.endswith("_regions.json"))
-    return json.loads(path.read_bytes())["annotations"]
+    try:
+        annotations = require_mapping(read_json(path, REGION_LIMITS)).get("annotations")
+        return TypeAdapter(list[dict[str, Any]]).validate_python(annotations)
+    except ValueError as error:
+        raise UsageError(f"{path} does not contain the regions that predict writes - add --overwrite") from error
 
 
 def _separated(number: int, entry: dict[str, Any]) -> bytes:

@@ -9,12 +9,49 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, field_validator
 
 from segdeconv.errors import UsageError
 from segdeconv.system.files import PARTIAL, lock_folder
+from segdeconv.system.plain_data import Limits, parse_json, require_mapping
 
 NAME = "predictions.jsonl"
+LINE_LIMITS = Limits(size=1 << 20)
+
+
+class _Source(BaseModel):
+    """See `stamp`."""
+
+    model_config = ConfigDict(strict=True)
+
+    path: str
+    bytes: int
+    changed: int
+
+
+class _Entry(BaseModel):
+    """The line of an image, see `ProgressLog.add`."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    name: str
+    source: _Source
+    files: dict[str, Annotated[int, Field(ge=0)]]
+    pixels: dict[str, Annotated[int, Field(ge=0)]]
+    size: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=2, max_length=2)]
+
+    @field_validator("files")
+    @classmethod
+    def _require_inside(cls, files: dict[str, int]) -> dict[str, int]:
+        for name in files:
+            if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
+                raise ValueError(f"{name!r} is not in the folder")
+        return files
+
+
+_ENTRY = TypeAdapter(_Entry)
 
 
 class ProgressLog:
@@ -54,17 +91,17 @@ class ProgressLog:
     def _read(self) -> tuple[dict[str, Any] | None, int]:
         """Read the log; return its first line and the number of bytes up to the end of the last complete line."""
         first, length = None, 0
-        for line in self.file:
+        while (line := self.file.readline(LINE_LIMITS.size + 1)).endswith(b"\n"):
             try:
-                entry = json.loads(line)
-            except ValueError:
-                break
-            if not line.endswith(b"\n") or not isinstance(entry, dict):
+                entry = dict(require_mapping(parse_json(line, LINE_LIMITS)))
+                if first is not None:
+                    _ENTRY.validate_python(entry)
+            except ValueError:  # not a line that `add` writes: it and those after it are written again
                 break
             length += len(line)
             if first is None:
                 first = entry
-            elif isinstance(entry.get("name"), str):
+            else:
                 self.entries[entry["name"]] = entry
         return first, length
 

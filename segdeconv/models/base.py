@@ -107,6 +107,8 @@ class WithoutMemory(TorchFunctionMode):
         name = getattr(function, "__name__", "")
         if function in (torch.empty, torch.zeros, torch.ones, torch.full, torch.tensor):
             options = {**(options or {}), "device": "meta"}
-        elif name.endswith("_") and not name.endswith("__") and arguments and isinstance(arguments[0], Tensor):
-            return arguments[0]
+        elif name.endswith("_") and not name.endswith("__"):
+            changed = arguments[0] if arguments else (options or {}).get("tensor")  # as torch.nn.init calls it
+            if isinstance(changed, Tensor):
+                return changed
         return function(*arguments, **(options or {}))

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 
@@ -140,8 +140,13 @@ def read_bytes(path: Path, limits: Limits = LIMITS) -> bytes:
     return content
 
 
-def parse_json(text: str | bytes, limits: Limits = LIMITS) -> Any:
-    """Parse JSON, without the NaN and Infinity that Python's parser accepts.
+def parse_json(text: str | bytes, limits: Limits = LIMITS, *, finite: bool = True) -> Any:
+    """Parse JSON.
+
+    Args:
+        text: The JSON.
+        limits: Its limits.
+        finite: Whether to refuse NaN and Infinity, which are not JSON but which Python writes.
 
     Raises:
         PlainDataError: The text is not JSON in UTF-8, or exceeds a limit.
@@ -149,28 +154,24 @@ def parse_json(text: str | bytes, limits: Limits = LIMITS) -> Any:
     if len(text) > limits.size:
         raise PlainDataError(f"is larger than {limits.size / 2**20:g} MiB")
     try:
-        content = json.loads(text.decode() if isinstance(text, bytes) else text, parse_constant=_refuse_constant)
+        content = json.loads(
+            text.decode() if isinstance(text, bytes) else text,
+        )
     except RecursionError:
         raise PlainDataError(f"is nested deeper than {limits.depth} levels") from None
-    except PlainDataError:
-        raise
     except ValueError as error:
         raise PlainDataError(f"is not JSON ({_first_line(error)})") from error
-    return check_plain(content, limits)
+    return check_plain(content, limits, finite=finite)
 
 
-def read_json(path: Path, limits: Limits = LIMITS) -> Any:
-    """Read a JSON file.
+def read_json(path: Path, limits: Limits = LIMITS, *, finite: bool = True) -> Any:
+    """Read a JSON file, see `parse_json`.
 
     Raises:
         PlainDataError: The file is not JSON in UTF-8, or exceeds a limit.
         OSError: The file cannot be read.
     """
-    return parse_json(read_bytes(path, limits), limits)
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise PlainDataError(f"contains the number {name}")
+    return parse_json(read_bytes(path, limits), limits, finite=finite)
 
 
 class _Loader(yaml.SafeLoader):
@@ -192,7 +193,10 @@ class _Loader(yaml.SafeLoader):
         event: Any = self.peek_event()  # type: ignore[no-untyped-call]
         self.depth, self.nodes = self.depth + 1, self.nodes + 1
         if getattr(event, "tag", None) is not None:
-            raise PlainDataError(f"has a tag, {event.tag}, in line {event.start_mark.line + 1}")
+            raise PlainDataError(
+                f"is not YAML of plain values (line {event.start_mark.line + 1} has the tag "
+                f"{event.tag.replace('tag:yaml.org,2002:', '!!')})"
+            )
         if self.depth > self.limits.depth + 1:
             raise PlainDataError(f"is nested deeper than {self.limits.depth} levels")
         if self.nodes > self.limits.nodes:
@@ -204,9 +208,12 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         lines: dict[str, int] = {}
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
             line = key.start_mark.line + 1
-            if isinstance(key, yaml.ScalarNode) and lines.setdefault(key.value, line) != line:
+            if key.value in lines:
                 raise PlainDataError(f"has the key '{key.value}' in line {lines[key.value]} and again in line {line}")
+            lines[key.value] = line
         return super().construct_mapping(node, deep)
 
 

@@ -3,6 +3,7 @@
 import csv
 import io
 import os
+import re
 import sys
 import time
 from collections.abc import Mapping
@@ -18,12 +19,15 @@ from segdeconv.data.dataset import SegmentationDataset
 from segdeconv.drawing import draw
 from segdeconv.evaluation.metrics import scores
 from segdeconv.system.files import replace_text
+from segdeconv.system.plain_data import Limits, read_bytes
 from segdeconv.training.checkpointing import Checkpoints
 from segdeconv.training.diagnostics import LoaderWait
 from segdeconv.training.loggers import log_image
 from segdeconv.training.run_folder import require_run_folder
 from segdeconv.training.stopping import Stopping
 from segdeconv.training.task import Results, SegmentationTask
+
+METRICS_LIMITS = Limits(size=1 << 26)  # a run of a hundred thousand epochs
 
 
 class MetricsFile:
@@ -40,10 +44,13 @@ class MetricsFile:
         """Remove the rows of steps after `step`, which the resumed run repeats."""
         if not self.path.is_file():
             return
-        with self.path.open(newline="", encoding="utf-8") as file:
-            header, *rows = list(csv.reader(file)) or [[]]
+        try:
+            header, *rows = list(csv.reader(read_bytes(self.path, METRICS_LIMITS).decode().splitlines())) or [[]]
+        except (csv.Error, ValueError):  # not a table of metrics
+            header, rows = [], []
         # A row that was truncated by a kill has too few fields.
-        complete = [row for row in rows if len(row) == len(header) and row[0].isdecimal() and int(row[0]) <= step]
+        rows = [row for row in rows if row and len(row) == len(header)]
+        complete = [row for row in rows if re.fullmatch("[0-9]{1,18}", row[0]) and int(row[0]) <= step]
         if not complete:  # the header may be truncated, or that of another config
             self.path.unlink()
             return

@@ -1,6 +1,5 @@
 """Resuming: finding the run folder and its checkpoint, and comparing config, data and machine."""
 
-import json
 import math
 import os
 import sys
@@ -16,8 +15,10 @@ from segdeconv.checkpoints.checkpoint import Checkpoint
 from segdeconv.classes import Classes
 from segdeconv.config import current_name, rename_keys
 from segdeconv.errors import CheckpointError, UsageError
+from segdeconv.evaluation.report import read_report
 from segdeconv.system.devices import machine
 from segdeconv.system.files import replace_text
+from segdeconv.system.plain_data import PlainDataError, read_yaml, require_mapping
 from segdeconv.training.processes import rank_from_outside
 from segdeconv.training.run_folder import lock_run
 from segdeconv.training.settings import TrainerSettings
@@ -74,10 +75,9 @@ def find_run(config: Mapping[str, Any], run: Path, runs: Path | None) -> Path:
 def finished(run: Path) -> bool:
     """Return whether a run is complete: trained to its end, not stopped by max_time, and evaluated."""
     try:
-        report = json.loads((run / "report.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):  # ValueError: it is damaged and will be rewritten
+        return read_report(run / "report.json").get("complete", True)
+    except (FileNotFoundError, PlainDataError):  # a damaged one will be rewritten
         return False
-    return isinstance(report, dict) and bool(report.get("complete", True))
 
 
 def _continues(run: Path, config: Mapping[str, Any]) -> bool:
@@ -108,13 +108,9 @@ def read_config(run: Path) -> dict[str, Any]:
     """Return the config that a run was started with: plain data, from which nothing is built."""
     path = run / "config.yaml"
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        reason = str(getattr(error, "problem", None) or type(error).__name__)
-        raise UsageError(f"{path} is not the config of a run ({reason}) - choose another hydra.run.dir") from error
-    if not isinstance(config, dict):
-        raise UsageError(f"{path} is not the config of a run - choose another hydra.run.dir")
-    return rename_keys(config, path)
+        return rename_keys(require_mapping(read_yaml(path)), path)
+    except PlainDataError as error:
+        raise UsageError(f"{path} is not the config of a run: it {error} - choose another hydra.run.dir") from error
 
 
 def open_run(run: Path, config: Mapping[str, Any]) -> Opened:
@@ -310,7 +306,7 @@ def differing_keys(before: Any, now: Any, where: str = "") -> list[str]:
     if where in CHANGEABLE_KEYS:
         return []
     if isinstance(before, Mapping) and isinstance(now, Mapping):
-        keys = sorted({*before, *now})
+        keys = sorted({*before, *now}, key=str)
         return [
             key
             for name in keys

@@ -268,3 +268,13 @@ def test_checkpoints_of_earlier_versions_are_read_and_score_as_they_did(path, co
     now = json.loads((tmp_path / "out" / "report.json").read_text())
     assert [entry["name"] for entry in now["classes"]] == then["classes"]
     assert now["miou"] == pytest.approx(then["miou"], abs=1e-4)
+
+
+def test_shared_weights_of_an_earlier_version_score_as_the_checkpoint_they_were_exported_from():
+    loaded = checkpoint.read(GOLDEN / "shared-0.1.0" / "format-1-shared.safetensors")
+    image = torch.linspace(-1, 1, 3 * 32 * 32).reshape(1, 3, 32, 32)
+    with torch.no_grad():
+        logits = loaded.model()(image)
+    then = json.loads((GOLDEN / "format-1-averaged.json").read_text())
+    assert logits.sum(dim=(0, 2, 3)).tolist() == pytest.approx(then["logits"], rel=1e-4)
+    assert list(loaded.classes.names) == then["classes"]

@@ -47,7 +47,10 @@ def test_labels_are_decimal_and_may_be_quoted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("road: 1\nsky: 0\nroad: 2\n", r"classes\.yaml, line 3: 'road' is also in line 1 - rename one of them"),
+        (
+            "road: 1\nsky: 0\nroad: 2\n",
+            r"classes\.yaml has the key 'road' in line 1 and again in line 3 - write one",
+        ),
         ("a: #ff0000\nb: 1\n", "class 'a' has no value - give a label, or a colour in quotes: '#rrggbb'"),
         ("a: 0\nb: 1\nignore:\n", "ignore is '' - give a label, such as 255 or -9999, a list of labels, or a colour"),
         ("a: 0\nb: 1\nignore: [1, 255]\n", "1 is both a class and ignore"),

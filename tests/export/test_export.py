@@ -246,7 +246,7 @@ def test_a_file_with_other_outputs_is_not_written(segnet, tmp_path, monkeypatch)
 def test_invalid_options_are_reported(segnet, tmp_path, commands, monkeypatch):
     _, source, *_ = segnet
     (tmp_path / "there.safetensors").write_bytes(b"")
-    (tmp_path / "dates.yaml").write_text("made: 2026-01-02\n")
+    (tmp_path / "tags.yaml").write_text("made: !!timestamp 2026-01-02\n")
     (tmp_path / "taken.yaml").write_text("config: mine\n")
     for words, sentence in [
         (
@@ -266,18 +266,18 @@ def test_invalid_options_are_reported(segnet, tmp_path, commands, monkeypatch):
         (("--out", "net.pt2", "--about", "a.yaml"), "--about is only for .safetensors files - leave it out"),
         (
             ("--out", "net.safetensors", "--about", "a.yaml"),
-            "--about a.yaml cannot be read as plain YAML (FileNotFound",
+            "--about a.yaml cannot be read (FileNotFoundError) - give",
         ),
         (
-            ("--out", "net.safetensors", "--about", "dates.yaml"),
-            "cannot be read as plain YAML (TypeError) - write lines",
+            ("--out", "net.safetensors", "--about", "tags.yaml"),
+            "tags.yaml is not YAML of plain values (line 1 has the tag !!timestamp) - write lines",
         ),
         (("--out", "net.safetensors", "--about", "taken.yaml"), "must be a mapping without the keys 'format'"),
     ]:
         done = commands("export", source.path, *words, cwd=tmp_path)
         assert done.code == 2, done.err
         assert sentence in done.error_message
-    assert sorted(os.listdir(tmp_path)) == ["dates.yaml", "taken.yaml", "there.safetensors"]
+    assert sorted(os.listdir(tmp_path)) == ["tags.yaml", "taken.yaml", "there.safetensors"]
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(UsageError, match=r"needs onnxscript - pip install onnx onnxscript onnxruntime, or write .pt2"):
         export(source, tmp_path / "net.onnx")

@@ -2,7 +2,6 @@
 
 import csv
 import functools
-import json
 import re
 import statistics
 from collections.abc import Mapping, Sequence
@@ -10,13 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from segdeconv.checkpoints import checkpoint
 from segdeconv.errors import UsageError, did_you_mean
-from segdeconv.evaluation.report import write_json
+from segdeconv.evaluation.report import read_report, write_json
 from segdeconv.experiments.study.series import averages, cost, mean_and_spread, percents, rows
 from segdeconv.system.files import replace_text
+from segdeconv.system.plain_data import PlainDataError, read_bytes, read_yaml
 from segdeconv.training.resume import AnyName, finished
 
 TABLES = Path(__file__).parent / "tables"
@@ -95,18 +93,16 @@ def read_results(path: Path) -> dict[str, Any]:
         UsageError: The file is not valid YAML or does not have this form.
     """
     try:
-        # All scalars as text: a row may be called `no` or `1`, which YAML reads as a truth value and a number.
-        content = yaml.load(path.read_text(encoding="utf-8"), yaml.BaseLoader)
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}," if mark else ""
-        problem = getattr(error, "problem", None) or type(error).__name__
-        raise UsageError(f"{path}{where} is not valid YAML ({problem}) - see docs/results.md") from error
+        content = read_yaml(path, as_text=True)  # a row may be called `no` or `1`
+    except PlainDataError as error:
+        raise UsageError(f"{path} {error} - see docs/results.md") from error
     content = content if isinstance(content, dict) else {}
     for part in ("rows", "views"):
         entries = content.get(part)
         if not isinstance(entries, dict) or not entries or not all(map(_are_words, entries.values())):
             raise UsageError(f"{path} must have {part}, each with a name and a list of key=value - see docs/results.md")
+        if not all(isinstance(name, str) and slug(name) for name in entries):
+            raise UsageError(f"{path}: {part} must have names with letters or digits - put numbers in quotes")
         if len({slug(name) for name in entries}) < len(entries):
             raise UsageError(f"{path}: two {part} have the same folder name - rename one of them")
     words = content.get("words", [])
@@ -213,8 +209,14 @@ def curves(plan: Plan) -> dict[str, list[list[tuple[int, float]]]]:
 def _curve(path: Path) -> list[tuple[int, float]]:
     if not path.is_file():
         return []
-    with path.open(newline="", encoding="utf-8") as file:
-        points = [(int(line["epoch"]) + 1, float(line["val/miou"])) for line in csv.DictReader(file)]
+    try:
+        lines = csv.DictReader(read_bytes(path).decode().splitlines())
+        points = [(int(line["epoch"]) + 1, float(line["val/miou"])) for line in lines]
+    except (csv.Error, ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"{path} is not the table of metrics of a run ({type(error).__name__}) - remove it, which leaves out its "
+            "curve"
+        ) from error
     return [(epoch, 100 * miou) for epoch, miou in points if miou == miou]  # NaN: an epoch without validation
 
 
@@ -258,10 +260,10 @@ def write_weights(plan: Plan) -> list[Path]:
         for seed in plan.seeds:
             run, path = plan.run(row, view, seed), plan.out / "weights" / f"{slug(row)}-seed{seed}.safetensors"
             if finished(run) and (run / "best.ckpt").is_file():
-                report = json.loads((run / "report.json").read_text(encoding="utf-8"))
+                report = read_report(run / "report.json")
                 about = {
                     "command": report.get("command"),
-                    "scores": {"split": report["split"], **{name: report.get(key) for name, key in SCORES.items()}},
+                    "scores": {"split": report.get("split"), **{name: report.get(key) for name, key in SCORES.items()}},
                     "cost": cost(run),
                 }
                 best = checkpoint.read(run / "best.ckpt", trust=AnyName())

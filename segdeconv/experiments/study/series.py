@@ -6,16 +6,29 @@ import subprocess
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from segdeconv.errors import DivergedError, Interrupted, UsageError, did_you_mean
+from segdeconv.evaluation.report import read_report
 from segdeconv.system import memory
 from segdeconv.system.files import replace_text
 from segdeconv.system.memory import release_memory
+from segdeconv.system.plain_data import read_json
 from segdeconv.train import train
 from segdeconv.training.resume import differing_keys, finished, read_config
+
+
+class _Cost(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    seconds: Annotated[float, Field(ge=0)]
+    memory: Annotated[int, Field(ge=0)]
+    device: str
+    commit: str | None = None
+
 
 Scores = dict[str, float | None]  # name of a score -> percent, None if the report does not have it
 
@@ -99,13 +112,18 @@ def resume_run(config: Mapping[str, Any], run: Path, *, name: str, typed: str) -
 
 
 def cost(run: Path) -> dict[str, Any]:
-    """Return the contents of a run's cost.json, or an empty dict if there is none.
+    """Return the contents of a run's cost.json, or an empty dict if there is none or it is damaged.
 
     Keys: `seconds` of all parts of the run, `memory` at its peak in bytes, and the `device` and `commit` of the last
     part.
     """
     path = run / "cost.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        recorded = read_json(path)
+        TypeAdapter(_Cost).validate_python(recorded)
+    except (FileNotFoundError, ValueError):  # a damaged one is written again
+        return {}
+    return recorded
 
 
 def _add_cost(run: Path, seconds: float) -> None:
@@ -128,7 +146,7 @@ def percents(report: Path, keys: Mapping[str, str]) -> Scores:
         report: The file.
         keys: Name of a score -> its key in the file.
     """
-    content = json.loads(report.read_text(encoding="utf-8"))
+    content = read_report(report)
     values = {score: content.get(key) for score, key in keys.items()}
     return {score: None if value is None else 100 * value for score, value in values.items()}
 
