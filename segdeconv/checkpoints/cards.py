@@ -46,7 +46,7 @@ def write(path: Path, weights: Mapping[str, Tensor], card: Mapping[str, Any], *,
     """
     if path.suffix != SUFFIX:
         raise UsageError(f"{path} does not end in {SUFFIX} - name it {path.with_suffix(SUFFIX).name}")
-    tensors = {name: _to_half(name, tensor) if half else tensor for name, tensor in weights.items()}
+    tensors = {name: _to_half(path, name, tensor) if half else tensor for name, tensor in weights.items()}
     content = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
     card_of(path).unlink(missing_ok=True)
     with replacing(path) as file:
@@ -55,12 +55,15 @@ def write(path: Path, weights: Mapping[str, Tensor], card: Mapping[str, Any], *,
     replace_text(card_of(path), json.dumps({**card, "sha256": sha256}, indent=1) + "\n")
 
 
-def _to_half(name: str, tensor: Tensor) -> Tensor:
+def _to_half(path: Path, name: str, tensor: Tensor) -> Tensor:
     if not tensor.is_floating_point() or tensor.ndim < 2:
         return tensor
     half = tensor.to(torch.float16)
     if not bool(torch.isfinite(half).all()):
-        raise UsageError(f"{name} contains values beyond the range of float16 - write the weights in float32")
+        raise UsageError(
+            f"{path} was not written: {name} contains values beyond the range of float16 - write the weights in "
+            "float32, without --half"
+        )
     return half
 
 

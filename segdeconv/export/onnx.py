@@ -110,14 +110,22 @@ def foreign_operators(graph: Any) -> set[str]:
 
 
 def _halve(graph: Any) -> None:
-    """Store weights of two or more dimensions as float16, each followed by a Cast to float32."""
+    """Store weights of two or more dimensions as float16, each followed by a Cast to float32.
+
+    The mean of 16-bit images can exceed the range of float16, so what becomes infinite stays float32; `round_to_half`
+    has refused such weights of the network.
+    """
     from onnx import TensorProto, helper, numpy_helper
 
     casts = []
     for weight in graph.graph.initializer:
         if weight.data_type == TensorProto.FLOAT and len(weight.dims) > 1:
             name = weight.name
-            weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight).astype(np.float16), f"{name}.half"))
+            with np.errstate(over="ignore"):
+                half = numpy_helper.to_array(weight).astype(np.float16)
+            if not np.isfinite(half).all():
+                continue
+            weight.CopyFrom(numpy_helper.from_array(half, f"{name}.half"))
             casts.append(helper.make_node("Cast", [f"{name}.half"], [name], to=TensorProto.FLOAT))
     others = list(graph.graph.node)
     del graph.graph.node[:]

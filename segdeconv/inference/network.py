@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from segdeconv.checkpoints.checkpoint import Checkpoint
+from segdeconv.errors import UsageError
 from segdeconv.inference.dropout_sampling import sampled
 from segdeconv.inference.scorers import ClassScores, with_flip, with_oom_fallback, with_padding
 from segdeconv.models import SegmentationModel
@@ -90,10 +91,18 @@ def prepare_for_inference(model: Model, device: torch.device, precision: str) ->
 
     Convolution weights are stored in the dtype of the computation, since `autocast` would convert them in every pass.
     The copy includes the running statistics.
+
+    Raises:
+        UsageError: A weight becomes infinite in the dtype of the computation.
     """
     network = fold_norms(model).to(device).to(memory_format=torch.channels_last)
     if precision.endswith("mixed"):
-        for module in network.modules():
+        for name, module in network.named_modules():
             if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
                 module.to(half_dtype(precision))
+                if not all(bool(torch.isfinite(parameter).all()) for parameter in module.parameters()):
+                    raise UsageError(
+                        f"precision={precision}: the weights of {name} exceed the range of {half_dtype(precision)} - "
+                        "use precision=32-true"
+                    )
     return network

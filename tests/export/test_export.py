@@ -331,3 +331,15 @@ def test_openvino_runs_the_files(segnet):
     network = core.compile_model(core.read_model(folder / "plain.onnx"), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     image = np.random.default_rng(0).standard_normal((2, 3, 45, 51)).astype(np.float32)
     np.testing.assert_allclose(network(image)[0], run(folder / "plain.onnx", image), rtol=1e-3, atol=1e-4)
+
+
+def test_constants_beyond_the_range_of_half_precision_stay_float32():
+    weights = {"mean": np.full((3, 1, 1), 65535.0, np.float32), "weight": np.ones((3, 3), np.float32)}
+    graph = onnx.helper.make_graph(
+        [], "graph", [], [], [onnx.numpy_helper.from_array(v, k) for k, v in weights.items()]
+    )
+    model = onnx.helper.make_model(graph)
+    onnx_file._halve(model)
+    assert {entry.name: entry.data_type for entry in model.graph.initializer} == {
+        "mean": onnx.TensorProto.FLOAT, "weight.half": onnx.TensorProto.FLOAT16,
+    }  # fmt: skip

@@ -121,3 +121,12 @@ def test_settings_that_exclude_each_other_are_refused(settings, message):
 def test_an_unknown_setting_is_a_type_error():
     with pytest.raises(TypeError, match="flips"):
         PredictionSettings(flips=True)
+
+
+@pytest.mark.parametrize("number", [1e6, -1e30])
+def test_weights_that_become_infinite_in_half_precision_are_refused(model, number):
+    large = copy.deepcopy(model)
+    next(part for part in large.modules() if isinstance(part, torch.nn.Conv2d)).weight.data.view(-1)[0] = number
+    with pytest.raises(UsageError, match=r"precision=16-mixed: the weights of .* exceed .*float16 - use precision="):
+        Network(large, CPU, "16-mixed")
+    Network(large, CPU, "bf16-mixed")
