@@ -266,8 +266,9 @@ def load_plain(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
         content = check_plain(content, CONTENT_LIMITS, leaves=(torch.Tensor,), tuples=True, finite=False)
     except (PickleError, PlainDataError) as error:
+        problem = str(error) if isinstance(error, PickleError) else f"it {error}"
         raise CheckpointError(
-            f"{path} cannot be read safely as a checkpoint: {error} - give a file that training wrote"
+            f"{path} cannot be read safely as a checkpoint: {problem} - give a file that training wrote"
         ) from error
     except Exception as error:  # torch raises many types for a damaged, foreign or hostile file
         raise CheckpointError(

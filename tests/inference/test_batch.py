@@ -384,7 +384,7 @@ def test_a_progress_log_is_truncated_to_its_last_complete_line_and_locked(tmp_pa
     out = tmp_path / "out"
     progress_log = ProgressLog(out, {"checkpoint": "x"})
     (out / "a.png").write_bytes(b"mask")
-    progress_log.add("a", source, [out / "a.png"], pixels={})
+    progress_log.add("a", source, [out / "a.png"], size=[1, 1], pixels={})
     holder = f"process {os.getpid()} on {platform.node()}"
     with pytest.raises(UsageError, match=f"out is in use by {holder} - wait for it, or choose another --out"):
         ProgressLog(out, {"checkpoint": "x"})
@@ -394,7 +394,7 @@ def test_a_progress_log_is_truncated_to_its_last_complete_line_and_locked(tmp_pa
         (out / "predictions.jsonl").write_bytes(whole[:cut])
         again = ProgressLog(out, {"checkpoint": "x"})
         assert not again.has("a", source)
-        again.add("a", source, [out / "a.png"], pixels={})
+        again.add("a", source, [out / "a.png"], size=[1, 1], pixels={})
         again.close()
         assert (out / "predictions.jsonl").read_bytes() == whole
     again = ProgressLog(out, {"checkpoint": "x"})
