@@ -112,5 +112,5 @@ def _check(form: type[_Form], data: Any, name: str) -> None:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(map(str, (name, *first["loc"])))
-        message = first["msg"].removeprefix("Value error, ")
+        message = first["msg"].removeprefix("Value error, ").partition(" or instance of ")[0]
         raise PlainDataError(f"{key}: {message[:1].lower()}{message[1:]}") from error

@@ -90,7 +90,7 @@ REFUSED = {
     "124 without format": (lambda path: changed(path, segdeconv={}), "has format None"),
     "wrong types": (lambda path: changed(path, segdeconv=[1]), "is not a segdeconv checkpoint"),
     "wrong weights": (lambda path: changed(path, state_dict={"a": 1}), "is not a segdeconv checkpoint"),
-    "wrong facts": (without_facts, "does not contain its classes and preprocessing"),
+    "wrong facts": (without_facts, "does not contain its config and metadata"),
     "foreign": (lambda path: checkpoint.write({"model": 3}, path), "is not a segdeconv checkpoint"),
 }
 
