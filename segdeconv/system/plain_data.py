@@ -7,6 +7,7 @@ after a file is parsed, before anything uses its content.
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,10 @@ from typing import Any
 import yaml
 
 MERGE, TIME, DEFAULT = "tag:yaml.org,2002:merge", "tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:value"
+
+
+# Halves of surrogate pairs, except those that stand for the bytes of a file name that is not UTF-8 (surrogateescape).
+NOT_UNICODE = re.compile("[\ud800-\udc7f\udd00-\udfff]")
 
 
 class PlainDataError(ValueError):
@@ -90,7 +95,7 @@ class _Checker:
 
     def _measure_scalar(self, value: Any) -> int:
         if isinstance(value, str):
-            if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+            if not value.isascii() and NOT_UNICODE.search(value):
                 raise PlainDataError("contains text that is not Unicode (half of a surrogate pair)")
             return 1 + len(value) // 100
         if type(value) is int and not -(2**63) <= value < 2**64:

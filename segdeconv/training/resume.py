@@ -1,5 +1,6 @@
 """Resuming: finding the run folder and its checkpoint, and comparing config, data and machine."""
 
+import json
 import math
 import os
 import sys
@@ -161,7 +162,7 @@ def record_length(run: Path, config: Mapping[str, Any]) -> None:
     Called right before training, so that an error before it leaves a finished run finished.
     """
     if finished(run) and rank_from_outside() == 0:
-        report = json.loads((run / "report.json").read_text(encoding="utf-8"))
+        report = read_report(run / "report.json")
         replace_text(run / "report.json", json.dumps({**report, "complete": False}, indent=1) + "\n")
     _write_config(run, config)
 
