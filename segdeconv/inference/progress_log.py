@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, field_validator
 
 from segdeconv.errors import UsageError
-from segdeconv.system.files import PARTIAL, lock_folder
+from segdeconv.system.files import lock_folder, remove_partial_files
 from segdeconv.system.plain_data import Limits, parse_json, require_mapping
 
 NAME = "predictions.jsonl"
@@ -71,8 +71,8 @@ class ProgressLog:
         self.out, self.entries = out, {}  # type: Path, dict[str, dict[str, Any]]
         self.lock = lock_folder(out, "--out")
         self.file = (out / NAME).open("r+b") if (out / NAME).exists() else (out / NAME).open("x+b")
-        for partial in out.rglob(f"{PARTIAL}*"):  # left by a process that was killed: the folder is locked
-            partial.unlink(missing_ok=True)
+        # A sub-folder with a progress log belongs to another batch prediction, which may be running.
+        remove_partial_files(out, belongs_elsewhere=lambda folder: (folder / NAME).exists())
         first, length = self._read()
         same = first == _as_json(provenance)
         if overwrite or not (same or self.entries):

@@ -5,19 +5,23 @@ import functools
 import hashlib
 import os
 import platform
+import re
 import secrets
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from filelock import FileLock, Timeout
 
-from segdeconv.errors import UsageError
+from segdeconv.errors import DiskError, UsageError
 
 PARTIAL = ".tmp-"  # prefix of the names of files that are being written
+PARTIAL_NAME = re.compile(rf"{re.escape(PARTIAL)}(\d+)-[0-9a-f]{{8}}-.")  # process id, random number, end of the name
+LOCK = ".lock"
+LOCK_HOLDER = b"process "  # the beginning of every lock file of ours
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # the errors of a file system without locks
 
 
@@ -27,21 +31,63 @@ def replacing_path(path: Path) -> Iterator[Path]:
 
     For libraries that open files themselves. The temporary file lies in the same folder, which is created if missing,
     because a rename is atomic only within a folder. Its name is unique across threads and processes. A writer that
-    fails leaves nothing behind; one that is killed leaves a file whose name begins with PARTIAL.
+    fails leaves nothing behind; one that is killed leaves a file that `remove_partial_files` removes.
+
+    Raises:
+        DiskError: The folder cannot be created, or was removed.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{PARTIAL}{os.getpid()}-{secrets.token_hex(4)}-{path.name[-40:]}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
         with partial.open("r+b") as file:  # Windows syncs only files that are open for writing
             os.fsync(file.fileno())
         partial.replace(path)
         _sync_folder(path.parent)
     except OSError as error:
+        if isinstance(error, FileNotFoundError) and not path.parent.is_dir():
+            raise DiskError(
+                f"{path} cannot be written: its folder was removed or cannot be created - choose another folder, or "
+                "run the same command again"
+            ) from error
         error.filename = str(path)  # name the target, not the temporary file
         raise
     finally:
-        partial.unlink(missing_ok=True)  # renaming a hard link onto the same file does nothing
+        with suppress(NotADirectoryError):
+            partial.unlink(missing_ok=True)  # renaming a hard link onto the same file does nothing
+
+
+def remove_partial_files(folder: Path, *, belongs_elsewhere: Callable[[Path], bool] | None = None) -> None:
+    """Remove the files of killed processes that `replacing_path` was writing to, and no others.
+
+    A file whose process still runs is left alone, as is every file and folder with another name.
+
+    Args:
+        folder: The folder, locked by the caller.
+        belongs_elsewhere: Whether a sub-folder is left out, with all in it; None to leave out all sub-folders.
+    """
+    for path in list(folder.iterdir()):
+        if path.is_symlink():
+            continue
+        if path.is_dir():
+            if belongs_elsewhere is not None and not belongs_elsewhere(path):
+                remove_partial_files(path, belongs_elsewhere=belongs_elsewhere)
+        elif (match := PARTIAL_NAME.match(path.name)) and path.is_file() and not _is_running(int(match[1])):
+            with suppress(OSError):
+                path.unlink()
+
+
+def _is_running(process: int) -> bool:
+    """Return whether another process with this id runs; False on Windows, where open files cannot be removed anyway."""
+    if os.name == "nt" or process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 @contextmanager
@@ -114,10 +160,17 @@ def lock_folder(folder: Path, way_out: str) -> FileLock | None:
         The lock, or None where the file system has no locks.
 
     Raises:
-        UsageError: Another process has locked the folder.
+        UsageError: Another process has locked the folder, its lock file is a file of someone else, or it cannot be
+            created.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / ".lock"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError as error:  # in /proc, for example
+        raise UsageError(f"{folder} cannot be created: {error.strerror} - choose another {way_out}") from error
+    path = folder / LOCK
+    with suppress(PermissionError):  # Windows does not let anyone read a locked file
+        if path.is_file() and (start := path.read_bytes()[: len(LOCK_HOLDER)]) and start != LOCK_HOLDER:
+            raise UsageError(f"{path} is not a lock file of segdeconv - remove it, or choose another {way_out}")
 
     def sign(descriptor: int) -> None:
         os.ftruncate(descriptor, 0)

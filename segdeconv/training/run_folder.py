@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from segdeconv.errors import DiskError, UsageError
-from segdeconv.system.files import PARTIAL, lock_folder
+from segdeconv.system.files import lock_folder, remove_partial_files
 from segdeconv.system.memory import readable
 from segdeconv.training.processes import rank_from_outside
 
@@ -34,8 +34,7 @@ def lock_run(run: Path) -> None:
     lock = lock_folder(run, "hydra.run.dir")
     if lock is not None:
         _locks[run.resolve()] = lock
-        for partial in run.glob(f"{PARTIAL}*"):  # from a killed process; the lock ensures that nobody writes them
-            partial.unlink(missing_ok=True)
+        remove_partial_files(run)
 
 
 @contextmanager

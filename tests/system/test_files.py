@@ -7,12 +7,20 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
-from segdeconv.errors import UsageError
+from segdeconv.errors import DiskError, UsageError
 from segdeconv.system import files
-from segdeconv.system.files import lock_folder, replace_link, replace_text, replacing, replacing_path
+from segdeconv.system.files import (
+    lock_folder,
+    remove_partial_files,
+    replace_link,
+    replace_text,
+    replacing,
+    replacing_path,
+)
 
 
 def names(folder):
@@ -148,3 +156,62 @@ def test_a_text_with_a_file_name_is_written_as_utf8(name, valid, tmp_path):
     assert (tmp_path / "text").read_text(encoding="utf-8") == (name if valid else r"caf\udce9")
     assert files.is_utf8(name) == valid
     assert len(files.hash_text(name)) == 64
+
+
+def test_files_with_one_ending_written_at_once_stay_apart(tmp_path):
+    """Partial files are named after the end of a name, which many names share."""
+    ends = [f"{number:03d}-{'x' * 60}.json" for number in range(60)]
+
+    def write(numbers):
+        for number in numbers:
+            with replacing(tmp_path / ends[number]) as file:
+                file.write(str(number).encode())
+
+    threads = [threading.Thread(target=write, args=(range(start, 60, 4),)) for start in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert names(tmp_path) == ends
+    assert [(tmp_path / name).read_text() for name in ends] == [str(number) for number in range(60)]
+
+
+def test_only_partial_files_of_ended_processes_are_removed(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    parent = os.getppid()
+    kept = [".tmp-x", ".tmp-12-notes", f".tmp-{parent}-0123abcd-a.png", "a.tmp-1-0123abcd-a", "other/.tmp-1-x"]
+    removed = [f".tmp-{ended.pid}-0123abcd-a.png", f".tmp-{os.getpid()}-0123abcd-a.png"]
+    for name in (*kept, *removed, f"sub/{removed[0]}", f"other/{removed[0]}"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    (tmp_path / f".tmp-{ended.pid}-0123abcd-folder").mkdir()
+    (tmp_path / ".tmp-dir").mkdir()
+    remove_partial_files(tmp_path, belongs_elsewhere=lambda folder: folder.name == "other")
+    left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {*kept, f"other/{removed[0]}"}
+    assert (tmp_path / ".tmp-dir").is_dir()
+
+
+def test_a_lock_file_of_someone_else_is_left_alone(tmp_path):
+    (tmp_path / ".lock").write_text("mine")
+    with pytest.raises(
+        UsageError, match=r"\.lock is not a lock file of segdeconv - remove it, or choose another --out"
+    ):
+        lock_folder(tmp_path, "--out")
+    assert (tmp_path / ".lock").read_text() == "mine"
+
+
+def test_a_folder_that_disappears_is_one_error(tmp_path):
+    with (
+        pytest.raises(DiskError, match="its folder was removed or cannot be created"),
+        replacing(tmp_path / "a" / "b") as file,
+    ):
+        file.write(b"x")
+        file.flush()
+        for path in (tmp_path / "a").iterdir():
+            path.unlink()
+        (tmp_path / "a").rmdir()
+    if os.path.isdir("/proc/self"):
+        with pytest.raises(UsageError, match="/proc/x cannot be created: .* - choose another --out"):
+            lock_folder(Path("/proc/x"), "--out")
