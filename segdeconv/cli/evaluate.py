@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,22 +38,26 @@ def parse(description: str) -> argparse.Namespace:
     return parser.parse_intermixed_args()
 
 
-def require_new_files(folder: Path, dataset: SegmentationDataset) -> None:
-    """Check that each image has an output file of its own, which is not a file of the data set.
+def planned_files(folder: Path, dataset: SegmentationDataset, places: Iterable[int], ending: str) -> list[Path]:
+    """Return the output file of each image, after a check that no two images have the same one.
+
+    Args:
+        folder: The output folder.
+        dataset: The data set.
+        places: Indices of the images with an output.
+        ending: File name ending of the outputs.
 
     Raises:
-        UsageError: Two images have the same name, or a file of the data set would be overwritten.
+        UsageError: Two images have the same name.
     """
     from segdeconv.inference.inputs import FileNames
 
-    names = FileNames(f"--split {dataset.split}: ", "leave out --masks and --pictures, or give the images other names")
-    own = {os.path.realpath(file) for file in dataset.files}
+    way_out = "leave out --masks, --pictures and --save-regions, or give the images other names"
+    names = FileNames(f"--split {dataset.split}: ", way_out)
     for index, name in enumerate(dataset.names):
-        path = folder / f"{name}.png"
-        if os.path.realpath(path) in own:
-            raise UsageError(f"{path} is a file of the data set, which would be overwritten - choose another folder")
-        names.add(str(path), f"image {index} ({name})")
+        names.add(f"{folder / name}{ending}", f"image {index} ({name})")
     names.warn()
+    return [folder / f"{dataset.names[place]}{ending}" for place in places]
 
 
 def run(description: str) -> None:
@@ -73,6 +78,7 @@ def run(description: str) -> None:
     from segdeconv.evaluation import report, report_page
     from segdeconv.evaluation.evaluate import Evaluation, Predicted, class_order, restore_dataset
     from segdeconv.inference.segmenter import Segmenter
+    from segdeconv.system.own_files import OwnFiles
 
     if arguments.uncertainty:
         uncertainty.require_plain(settings)
@@ -88,15 +94,31 @@ def run(description: str) -> None:
     write_mask = draw.save_labels if arguments.labels == "dataset" else draw.save_mask
     if arguments.labels == "dataset":
         draw.label_table(checkpoint.classes)  # raises an error before the first image rather than after it
-    for folder in filter(None, (arguments.masks, arguments.pictures)):
-        require_new_files(folder, dataset)
+    pictured = {int(index) for index in np.linspace(0, len(dataset) - 1, 12)}
+    outputs: set[str] = set()
+    own_files = []
+    everything = range(len(dataset))
+    for option, folder, places, ending in (
+        ("--masks", arguments.masks, everything, ".png"),
+        ("--pictures", arguments.pictures, sorted(pictured), ".png"),
+        ("--save-regions", arguments.save_regions, everything, ".npz"),
+    ):
+        if folder is not None:
+            planned = planned_files(folder, dataset, places, ending)
+            if twice := outputs & {os.path.realpath(path) for path in planned}:
+                raise UsageError(f"--masks and --pictures would both write {min(twice)} - choose another {option}")
+            outputs |= {os.path.realpath(path) for path in planned}
+            own_files.append(OwnFiles(folder, option))
+            own_files[-1].add(planned, inputs=dataset.files)
+    for each in own_files:
+        each.record()
 
     def save(predicted: Predicted) -> None:
         if arguments.masks:
             write_mask(
                 predicted.prediction, checkpoint.classes, arguments.masks / f"{dataset.names[predicted.place]}.png"
             )
-        if arguments.pictures and predicted.place in {int(index) for index in np.linspace(0, len(dataset) - 1, 12)}:
+        if arguments.pictures and predicted.place in pictured:
             image, mask, name = dataset[predicted.place]
             figure = draw.enlarged(draw.comparison(image, mask, predicted.prediction, checkpoint.classes), 128)
             strip = draw.legend(checkpoint.classes, range(len(checkpoint.classes)), figure.shape[1])

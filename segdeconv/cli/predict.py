@@ -78,8 +78,9 @@ def run(description: str) -> None:
     from segdeconv.drawing import draw
     from segdeconv.inference.batch import BatchPrediction, Outputs, write_tables
     from segdeconv.inference.inputs import find_images
-    from segdeconv.inference.progress_log import ProgressLog
+    from segdeconv.inference.progress_log import ProgressLog, has_progress_log
     from segdeconv.inference.segmenter import Segmenter
+    from segdeconv.system.own_files import OwnFiles
 
     def report(message: str) -> None:
         tqdm.write(message, file=sys.stdout)
@@ -101,12 +102,23 @@ def run(description: str) -> None:
         draw.label_table(checkpoint.classes)  # raises an error before the first image rather than after it
     missing: list[str] = []
     images = find_images(paths, arguments.out, outputs.endings(), missing=missing)
+    own_files = []
+    if not arguments.verify_tiling:
+        files, frame_folders = outputs.planned(images)
+        resumed = has_progress_log(arguments.out)
+        own_files.append(OwnFiles(arguments.out, "--out", trusted=resumed))
+        own_files[-1].add(files, frame_folders=frame_folders, inputs=images.values())
+        if arguments.save_regions:
+            own_files.append(OwnFiles(arguments.save_regions, "--save-regions", trusted=resumed))
+            own_files[-1].add(arguments.save_regions / f"{name}.npz" for name in images)
     segmenter = Segmenter(checkpoint, settings, report=report)
     if arguments.verify_tiling:
         verify(segmenter, images, missing)
         return
     recorded = provenance(arguments, checkpoint, settings.second)
     with closing(ProgressLog(arguments.out, recorded, overwrite=arguments.overwrite)) as progress_log:
+        for each in own_files:
+            each.record()
         for message in missing:
             report(f"skipped: {message}")
         batch = BatchPrediction(segmenter, outputs, progress_log, report)

@@ -34,6 +34,7 @@ from segdeconv.inference.tiling import Part
 from segdeconv.inference.video import VideoWriter, open_video
 from segdeconv.system.files import encode, hash_text, replacing, replacing_path
 from segdeconv.system.plain_data import Limits, read_json, require_mapping
+from segdeconv.system.own_files import FRAME
 
 MAX_READ_AHEAD = 4  # images read before the network has processed the current one
 MAX_PENDING_WRITES = 8  # images being written while the network processes the next
@@ -97,6 +98,33 @@ class Outputs:
             owners[ending] = name
         names.warn()
         return list(owners)
+
+    def planned(self, images: Mapping[str, Path]) -> tuple[list[Path], list[Path]]:
+        """Return all files that a batch prediction writes, and the folders of the frames of videos.
+
+        Args:
+            images: Path of each image or video by the name of its outputs.
+
+        Raises:
+            UsageError: A file would be a folder of another output, or a frame of a video.
+        """
+        endings = self.endings()
+        files = [self.out / name for name in ("statistics.csv", *(["regions.json"] if self.polygons else []))]
+        frame_folders = []
+        for name, path in images.items():
+            video = path.suffix.lower() in VIDEOS
+            files += [self.path(name, ending) for ending in endings if ending.endswith(".mp4") == video]
+            if video and self.frames:
+                frame_folders.append(self.out / name)
+        way_out = "use two --out folders"
+        folders = {folder for path in files for folder in path.parents} | set(frame_folders)
+        frames = set(frame_folders)
+        for path in files:
+            if path in folders:
+                raise UsageError(f"{path} would be an output file and a folder of other outputs - {way_out}")
+            if path.parent in frames and FRAME.fullmatch(path.name):
+                raise UsageError(f"{path} would be the output of an image and a frame of a video - {way_out}")
+        return files, frame_folders
 
     def path(self, name: str, ending: str) -> Path:
         """Return the path of one output file."""

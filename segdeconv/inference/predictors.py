@@ -23,6 +23,7 @@ from segdeconv.inference.regions import Mode, by_regions
 from segdeconv.inference.scorers import ClassScores, Predictor, resized
 from segdeconv.inference.tiling import Part, Size, parts, whole
 from segdeconv.inference.views import ImageView, Tiler, resized_part
+from segdeconv.system.files import replacing
 from segdeconv.system.memory import available
 
 UNLIMITED = 1 << 30  # pixels of a side
@@ -298,13 +299,12 @@ def _saver(folder: Path) -> Callable[[str, np.ndarray, Tensor], None]:
         if name not in batches:
             batches.clear()
         batches.setdefault(name, []).append((boxes, scores.cpu().numpy()))
-        path = folder / f"{name}.npz"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(
-            path,
-            boxes=np.concatenate([boxes for boxes, _ in batches[name]]),
-            scores=np.concatenate([scores for _, scores in batches[name]]),
-        )
+        with replacing(folder / f"{name}.npz") as file:
+            np.savez(
+                file,
+                boxes=np.concatenate([boxes for boxes, _ in batches[name]]),
+                scores=np.concatenate([scores for _, scores in batches[name]]),
+            )
 
     return save
 

@@ -18,6 +18,7 @@ from segdeconv.system.files import lock_folder, remove_partial_files
 from segdeconv.system.plain_data import Limits, parse_json, require_mapping
 
 NAME = "predictions.jsonl"
+START = b'{"checkpoint": '  # of every progress log
 LINE_LIMITS = Limits(size=1 << 20)
 
 
@@ -145,6 +146,22 @@ class ProgressLog:
                 # Deleted while the lock is still held, so that it cannot be another process's lock.
                 Path(self.lock.lock_file).unlink(missing_ok=True)
             self.lock.release()
+
+
+def has_progress_log(out: Path) -> bool:
+    """Return whether a folder has a progress log.
+
+    Raises:
+        UsageError: Its file predictions.jsonl is a file of another program.
+    """
+    try:
+        with (out / NAME).open("rb") as file:
+            start = file.read(len(START))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    if start != START[: len(start)]:
+        raise UsageError(f"{out / NAME} was not written by segdeconv - choose another --out, or move it away")
+    return True
 
 
 def stamp(path: Path) -> dict[str, Any]:

@@ -414,6 +414,29 @@ def test_results_that_cannot_be_written_are_exit_code_5(place, commands, script)
     assert ("mine/train.txt" if "file" in script else "there") in done.error_message
 
 
+@pytest.mark.parametrize(
+    ("option", "folder", "problem"),
+    [
+        ("--masks", "mine/masks", "is an input, which would be overwritten"),
+        ("--pictures", "mine/images", "is an input, which would be overwritten"),
+        ("--masks", "theirs", "exists and was not written by segdeconv"),
+    ],
+)
+def test_evaluate_writes_over_no_file_of_someone_else(place, commands, option, folder, problem):
+    (place / "theirs").mkdir()
+    done = commands("evaluate", "run/best.ckpt", "--masks", "ours", "--no-boundary", cwd=place)
+    assert done.code == 0, done.err
+    for path in (place / "ours").glob("*.png"):
+        (place / "theirs" / path.name).write_text("mine")
+    before = {path: path.read_bytes() for path in place.rglob("*.*") if path.is_file()}
+    done = commands("evaluate", "run/best.ckpt", option, folder, cwd=place)
+    assert done.code == 2
+    assert problem in done.error_message
+    assert f"choose another {option}" in done.error_message
+    assert {path: path.read_bytes() for path in place.rglob("*.*") if path.is_file()} == before
+    assert commands("evaluate", "run/best.ckpt", "--masks", "ours", "--no-boundary", cwd=place).code == 0
+
+
 def test_a_disk_too_small_for_the_checkpoints_is_an_error_before_the_first_step(place, commands):
     (place / "small").mkdir()
     words = [word for word in DATA if not word.startswith("model.stages")]

@@ -356,7 +356,7 @@ def test_a_batch_prediction_killed_repeatedly_ends_like_an_uninterrupted_one(pla
     left, right = files(tmp_path / "killed"), files(tmp_path / "whole")
     del left["predictions.jsonl"], right["predictions.jsonl"]
     assert left == right
-    assert len(right) == 3 * 40 + 2
+    assert len(right) == 3 * 40 + 3
 
 
 def forked_predict(words, cwd):
@@ -410,7 +410,7 @@ def test_a_list_keeps_the_folders_of_its_images(place, commands, tmp_path):
     done = commands("predict", place / "best.ckpt", "list.txt", "--no-overlay", "--out", "out", cwd=tmp_path)
     assert done.code == 0, done.err
     assert sorted(files(tmp_path / "out")) == [
-        "photos/a.png", "photos/deep/b.png", "predictions.jsonl", "statistics.csv",
+        ".segdeconv-files", "photos/a.png", "photos/deep/b.png", "predictions.jsonl", "statistics.csv",
     ]  # fmt: skip
 
 
@@ -465,6 +465,101 @@ def test_names_that_are_one_file_elsewhere_are_refused_there(monkeypatch, capsys
     monkeypatch.setattr(sys, "platform", "darwin")
     with pytest.raises(UsageError, match=r"a\.png and .*A\.png have the same output file out/a\.png - use two --out"):
         find_images([str(tmp_path)], Path("out"), [".png"])
+
+
+@pytest.mark.parametrize(
+    ("existing", "words"),
+    [
+        ("out/a.png", ()),
+        ("out/a.npy", ("--probabilities",)),
+        ("out/a_overlay.png", ()),
+        ("out/a_uncertainty.png", ("--uncertainty",)),
+        ("out/a_thing.png", ("--class-masks",)),
+        ("out/a_regions.json", ("--polygons",)),
+        ("out/regions.json", ("--polygons",)),
+        ("out/statistics.csv", ()),
+        ("out/predictions.jsonl", ()),
+        ("out/.lock", ()),
+        ("out/film_overlay.mp4", ()),
+        ("out/film/000003.png", ("--frames",)),
+        ("kept/a.npz", ("--save-regions", "kept", "--regions", "2", "dataset.size=[16,16]")),
+    ],
+)
+def test_a_file_of_someone_else_is_never_written_over(place, commands, tmp_path, existing, words):
+    path = tmp_path / existing
+    path.parent.mkdir(parents=True)
+    path.write_text("mine")
+    (tmp_path / "film.mp4").touch()
+    inputs = (place / "photos" / "a.png", "film.mp4")
+    done = commands("predict", place / "best.ckpt", *inputs, *words, "--out", "out", "--overwrite", cwd=tmp_path)
+    assert done.code == 2, done.err
+    assert done.error_message.startswith(f"{existing} ")
+    assert f"choose another --{'save-regions' if 'kept' in existing else 'out'}" in done.error_message
+    assert files(tmp_path) == {existing: b"mine", "film.mp4": b""}
+
+
+def test_own_predictions_are_resumed_and_replaced_with_files_of_someone_else_beside_them(place, commands, tmp_path):
+    words = ("predict", place / "best.ckpt", place / "photos", "--no-overlay", "--out", "out")
+    out = tmp_path / "out"
+    assert commands(*words, cwd=tmp_path).code == 0
+    (out / "deep" / "b.png").write_bytes(b"cut")
+    (out / "a.npy").write_text("mine")
+    assert "2 of 3 are already done" in commands(*words, cwd=tmp_path).out
+    assert commands(*words, "--flip", "--overwrite", cwd=tmp_path).code == 0
+    done = commands(*words, "--probabilities", "--overwrite", cwd=tmp_path)
+    assert done.error_message.startswith("out/a.npy exists and was not written by segdeconv; it would be overwritten")
+    (out / "a.npy").unlink()
+    (out / "predictions.jsonl").unlink()  # as when it was lost
+    assert commands(*words, "--probabilities", cwd=tmp_path).code == 0
+    (out / ".segdeconv-files").unlink()  # a folder of an earlier release, stopped before its last log line
+    log = (out / "predictions.jsonl").read_bytes().splitlines(keepends=True)
+    (out / "predictions.jsonl").write_bytes(b"".join(log[:-1]))
+    assert "2 of 3 are already done" in commands(*words, "--probabilities", cwd=tmp_path).out
+
+
+def test_an_input_is_never_an_output(place, commands, tmp_path):
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists" / "list.txt").write_text("deep/b.png\n")
+    words = ("predict", place / "best.ckpt", "--no-overlay", "--out", ".")
+    shutil.copytree(place / "photos" / "deep", tmp_path / "deep")
+    before = files(tmp_path)
+    done = commands(*words, "lists/list.txt", cwd=tmp_path)
+    assert done.error_message == "deep/b.png is an input, which would be overwritten - choose another --out"
+    assert files(tmp_path) == before
+
+
+def test_a_prediction_into_a_sub_folder_of_another_one_leaves_it_alone(place, commands, tmp_path):
+    words = ("predict", place / "best.ckpt", place / "photos", "--no-overlay", "--out")
+    inner = ProgressLog(tmp_path / "out" / "inner", {"checkpoint": "x"})
+    kept = ["out/inner/.tmp-1234567-0123abcd-a.png", "out/.tmp-x", "out/.tmp-dir/file"]
+    for name in kept:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    (tmp_path / "out" / ".tmp-1234567-0123abcd-a.png").write_text("x")  # of a killed process
+    assert commands(*words, "out", cwd=tmp_path).code == 0
+    inner.close()
+    assert {*kept, "out/a.png"} < set(files(tmp_path))
+    assert "out/.tmp-1234567-0123abcd-a.png" not in files(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "words", "message"),
+    [
+        (("film.mp4", "film/000001.png"), ("--frames",), "film/000001.png would be the output of an image and a frame"),
+        (("a.jpg", "a.png/b.jpg"), (), "a.png would be an output file and a folder of other outputs"),
+        (("a.jpg", "a_overlay.jpg"), (), "have the same output file"),
+        (("x.jpg", "statistics.csv/b.jpg"), (), "statistics.csv would be an output file and a folder of other"),
+    ],
+)
+def test_outputs_that_collide_are_refused_before_the_first_image(place, commands, tmp_path, names, words, message):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "list.txt").write_text("\n".join(names))
+    done = commands("predict", place / "best.ckpt", "list.txt", *words, "--out", "out", cwd=tmp_path)
+    assert done.code == 2
+    assert message in done.error_message
+    assert not (tmp_path / "out").exists()
 
 
 def test_masks_have_the_labels_of_the_data_set_on_request(place, commands, tmp_path):
