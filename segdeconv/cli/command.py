@@ -91,6 +91,7 @@ def run_command(main: Callable[[], int | None], help_text: str = "") -> NoReturn
     print_everything()
     Image.MAX_IMAGE_PIXELS = None  # dataset.max_pixels is checked from the header
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # silent: segdeconv reports errors of videos itself
+    os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")
     os.environ.setdefault(KEEP_FREED, "1")
     for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
         number = getattr(signal, name, None)

@@ -3,7 +3,9 @@
 Reading, the network and writing run at the same time. An interrupted batch prediction resumes where it stopped.
 """
 
+import io
 import json
+import math
 import os
 import re
 import sys
@@ -32,7 +34,7 @@ from segdeconv.inference.progress_log import ProgressLog
 from segdeconv.inference.segmenter import Prediction, Segmenter
 from segdeconv.inference.tiling import Part
 from segdeconv.inference.video import VideoWriter, open_video
-from segdeconv.system.files import encode, hash_text, replacing, replacing_path
+from segdeconv.system.files import allocate, encode, hash_text, replacing, replacing_path
 from segdeconv.system.plain_data import Limits, read_json, require_mapping
 from segdeconv.system.own_files import FRAME
 
@@ -178,7 +180,13 @@ class Outputs:
         stored_size = size if orientation < 5 else size[::-1]  # EXIF orientations 5 to 8 swap rows and columns
         with replacing_path(path) as partial:
             shape = (len(self.classes), *stored_size)
-            array = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float16, shape=shape)
+            header = io.BytesIO()
+            description = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.float16)), "fortran_order": False}
+            np.lib.format.write_array_header_1_0(header, {**description, "shape": shape})
+            allocate(partial, header.tell() + math.prod(shape) * np.dtype(np.float16).itemsize)
+            with partial.open("r+b") as file:
+                file.write(header.getvalue())
+            array = np.lib.format.open_memmap(partial, mode="r+")
 
             def write_part(part: Part, values: np.ndarray) -> None:
                 for channel, class_values in zip(array, values, strict=True):

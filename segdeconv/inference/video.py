@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 
 from segdeconv.data.files.decoding import first_bytes, require_size
-from segdeconv.errors import UsageError
+from segdeconv.errors import DiskError, UsageError
 from segdeconv.system.files import replacing_path
 
 DEFAULT_RATE = 25.0  # frames per second of a file that does not specify them
@@ -66,7 +66,9 @@ def open_video(path: Path, max_pixels: int) -> Video:
 
 
 class VideoWriter:
-    """A writer of MP4 files, which appear under their final name once they are complete.
+    """A writer of MP4 files, which appear under their final name once they are complete and verified.
+
+    OpenCV does not report a failed write, such as on a full disk, so the file is opened again at the end.
 
     All frames have one size. The codec is MPEG-4 part 2, which the FFmpeg in OpenCV always includes. It requires even
     sides, so an odd last row or column is dropped.
@@ -76,11 +78,14 @@ class VideoWriter:
 
     Raises:
         UsageError: OpenCV has no MP4 encoder.
+        DiskError: The file is incomplete at the end.
     """
 
     def __init__(self, path: Path, rate: float) -> None:
         self.path, self.rate, self.file = path, rate, ExitStack()
         self.writer: cv2.VideoWriter | None = None
+        self.partial: Path | None = None
+        self.num_frames = 0
 
     def __enter__(self) -> VideoWriter:
         return self
@@ -90,17 +95,44 @@ class VideoWriter:
         height, width = (side // 2 * 2 for side in frame.shape[:2])
         if self.writer is None:
             code = cv2.VideoWriter.fourcc(*"mp4v")
-            partial = self.file.enter_context(replacing_path(self.path))
-            self.writer = cv2.VideoWriter(str(partial), code, self.rate, (width, height))
+            self.partial = self.file.enter_context(replacing_path(self.path))
+            self.partial.touch()  # an error of the disk is raised here rather than hidden by OpenCV
+            self.writer = cv2.VideoWriter(str(self.partial), code, self.rate, (width, height))
             if not self.writer.isOpened():
                 raise UsageError(
                     f"{self.path} cannot be written; this OpenCV has no MP4 encoder - install opencv-python-headless"
                 )
         self.writer.write(np.ascontiguousarray(frame[:height, :width, ::-1]))
+        self.num_frames += 1
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.writer is not None:
             self.writer.release()
+        if error is None and self.partial is not None:
+            try:
+                self._verify(self.partial)
+            except DiskError as incomplete:
+                self.file.__exit__(DiskError, incomplete, incomplete.__traceback__)
+                raise
         self.file.__exit__(kind, error, trace)
+
+    def _verify(self, partial: Path) -> None:
+        """Check that the written file has all frames and that its last one can be read.
+
+        Raises:
+            DiskError: It has not.
+        """
+        capture = cv2.VideoCapture(str(partial))
+        try:
+            count = max(0, round(capture.get(cv2.CAP_PROP_FRAME_COUNT))) if capture.isOpened() else 0
+            capture.set(cv2.CAP_PROP_POS_FRAMES, self.num_frames - 1)
+            complete = count == self.num_frames and capture.read()[0]
+        finally:
+            capture.release()
+        if not complete:
+            raise DiskError(
+                f"{self.path} could not be written: it has {count} of {self.num_frames} frames, or they cannot be "
+                "read back - free some space, or choose another folder, and run the same command again"
+            )

@@ -97,6 +97,29 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         yield file
 
 
+def allocate(path: Path, size: int) -> None:
+    """Reserve the disk blocks of a new file of `size` bytes, which reads as zeros.
+
+    A process that writes to a memory-mapped file without blocks on a full disk is killed by SIGBUS.
+
+    Raises:
+        OSError: The disk is full, for example.
+    """
+    with path.open("wb") as file:
+        if hasattr(os, "posix_fallocate"):
+            try:
+                os.posix_fallocate(file.fileno(), 0, size)
+                return
+            except OSError as error:
+                if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+                    raise
+        zeros = bytes(min(size, 1 << 20))
+        for start in range(0, size, len(zeros) or 1):
+            file.write(zeros[: size - start])
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def replace_text(path: Path, text: str) -> None:
     """Write a small UTF-8 file atomically, with file names that are not UTF-8 as in `encode`."""
     with replacing(path) as file:

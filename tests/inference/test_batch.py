@@ -34,7 +34,7 @@ from segdeconv.inference.predictors import PredictionSettings
 from segdeconv.inference.progress_log import ProgressLog
 from segdeconv.inference.segmenter import Segmenter
 from segdeconv.inference.tiling_check import compare_tiling
-from segdeconv.inference.video import open_video
+from segdeconv.inference.video import VideoWriter, open_video
 from segdeconv.inference.views import Tiler
 from segdeconv.models import SegNet
 
@@ -675,6 +675,46 @@ def test_a_video_stored_turned_is_read_upright(tmp_path):
     assert first[90, 20].max() < 60
     with pytest.raises(UsageError, match="more than 100 - shrink it"):
         open_video(tmp_path / "turned.mp4", 100)
+
+
+# Full disks.
+
+
+@pytest.mark.parametrize("limit", ["full disk", "file size"])
+@pytest.mark.parametrize("kind", ["video", "probabilities", "masks"])
+def test_a_full_disk_is_one_line_and_the_next_run_resumes(place, commands, tmp_path, kind, limit):
+    random = np.random.default_rng(0)
+    noise = [random.integers(0, 256, (96, 128, 3), dtype=np.uint8) for _ in range(25)]
+    if kind == "video":
+        video(tmp_path / "film.mp4", noise)
+    else:
+        for number in range(12 if kind == "masks" else 1):
+            Image.fromarray(np.tile(noise[0], (8, 8, 1)) if kind != "masks" else noise[number]).save(
+                tmp_path / f"{number:02d}.png"
+            )
+    (tmp_path / "out").mkdir()
+    sizes = {"video": 150_000, "probabilities": 400_000, "masks": 3_000 if limit == "file size" else 60_000}
+    limits = {"file_size": sizes[kind]} if limit == "file size" else {"tmpfs": {str(tmp_path / "out"): sizes[kind]}}
+    option = ["--no-overlay", "--probabilities"] if kind == "probabilities" else []
+    words = ("predict", place / "best.ckpt", "film.mp4" if kind == "video" else "*.png", "--out", "out", *option)
+    done = commands(*words, cwd=tmp_path, limits=limits)
+    assert done.code == 5, (done.code, done.err)
+    assert "out/" in done.error_message
+    if limit == "file size":  # the small disk is gone with its process
+        assert "film" not in (tmp_path / "out" / "predictions.jsonl").read_text()
+        assert not list((tmp_path / "out").glob("*.np*")) + list((tmp_path / "out").glob(".tmp-*"))
+    done = commands(*words, cwd=tmp_path)
+    assert done.code == 0, done.err
+    if kind == "probabilities":
+        assert np.load(tmp_path / "out" / "00.npy").sum(axis=0) == pytest.approx(1, abs=2e-3)
+
+
+@pytest.mark.parametrize("num_frames", [1, 2, 40])
+def test_a_complete_video_is_accepted(tmp_path, num_frames):
+    with VideoWriter(tmp_path / "a.mp4", 30000 / 1001) as writer:
+        for number in range(num_frames):
+            writer.write(np.full((37, 51, 3), number, np.uint8))
+    assert len(list(open_video(tmp_path / "a.mp4", 10_000).frames())) == num_frames
 
 
 # Components.
