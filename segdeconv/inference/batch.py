@@ -296,6 +296,9 @@ class BatchPrediction:
                 yield name
             while writes:
                 writes.popleft().result()
+        except FileNotFoundError:
+            self.progress_log.require_folder()  # the error to report, if the folder was removed
+            raise
         finally:
             self.budget.close()
             for pool in (reader, writers):
@@ -324,11 +327,13 @@ class BatchPrediction:
         )
         if not self.outputs.probabilities:
             return predict(), []
+        self.progress_log.require_folder()
         with self.outputs.sink(name, (image.shape[0], image.shape[1]), orientation) as sink:
             prediction = predict(sink=sink)
         return prediction, [self.outputs.path(name, ".npy")]
 
     def _write(self, name: str, path: Path, prediction: Prediction, files: list[Path], pixels: int) -> None:
+        self.progress_log.require_folder()
         files = files + self.outputs.write(name, prediction, not self.segmenter.settings.samples)
         size = list(turn_back(prediction.mask, prediction.orientation).shape)
         self.progress_log.add(name, path, files, size=size, pixels=prediction.pixels())
@@ -342,6 +347,7 @@ class BatchPrediction:
         with VideoWriter(self.outputs.path(name, "_overlay.mp4"), video.rate) as writer:
             for count, frame in enumerate(video.frames(), start=1):
                 prediction = self.segmenter.predict(frame, name=f"{path}, frame {count}")
+                self.progress_log.require_folder()
                 size = prediction.mask.shape
                 totals += np.array(list(prediction.pixels().values()))
                 if self.outputs.overlay:
@@ -368,6 +374,7 @@ def write_tables(progress_log: ProgressLog, outputs: Outputs) -> list[Path]:
     statistics.csv has one line for each image and class. regions.json (COCO) merges the NAME_regions.json files; it is
     written only if `outputs.polygons`. An existing table is replaced atomically.
     """
+    progress_log.require_folder()
     files = [progress_log.out / "statistics.csv"]
     with replacing(files[0]) as file:
         file.write(b"name,class,pixels,share\n")

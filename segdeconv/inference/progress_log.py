@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, field_validator
 
-from segdeconv.errors import UsageError
+from segdeconv.errors import DiskError, UsageError
 from segdeconv.system.files import lock_folder, remove_partial_files
 from segdeconv.system.plain_data import Limits, parse_json, require_mapping
 
@@ -130,7 +130,21 @@ class ProgressLog:
         self._add(entry)
         self.entries[name] = _as_json(entry)
 
+    def require_folder(self) -> None:
+        """Check that the folder still has this log; recreating a folder that was removed would hide the loss.
+
+        Raises:
+            DiskError: The folder or the log was removed or replaced.
+        """
+        try:
+            if os.path.samestat(os.fstat(self.file.fileno()), (self.out / NAME).stat()):
+                return
+        except OSError:
+            pass
+        raise DiskError(f"{self.out} was removed during the run - restore the folder, or run the same command again")
+
     def _add(self, entry: Mapping[str, Any]) -> None:
+        self.require_folder()
         self.file.write(json.dumps(entry).encode() + b"\n")
         self.file.flush()
 

@@ -45,7 +45,8 @@ def replacing_path(path: Path) -> Iterator[Path]:
         partial.replace(path)
         _sync_folder(path.parent)
     except OSError as error:
-        if isinstance(error, FileNotFoundError) and not path.parent.is_dir():
+        removed = not path.parent.is_dir() or error.filename == str(partial)
+        if isinstance(error, FileNotFoundError) and removed:
             raise DiskError(
                 f"{path} cannot be written: its folder was removed or cannot be created - choose another folder, or "
                 "run the same command again"
@@ -95,6 +96,22 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """Yield a binary file to write to, which replaces `path` as `replacing_path` does."""
     with replacing_path(path) as partial, partial.open("wb") as file:
         yield file
+
+
+def create_folder(folder: Path, way_out: str) -> None:
+    """Create an output folder and its parents, if missing.
+
+    Args:
+        folder: The folder.
+        way_out: The option that chooses another folder, for the error message, such as `--out`.
+
+    Raises:
+        UsageError: No folder can be created there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError as error:  # in /proc, for example
+        raise UsageError(f"{folder} cannot be created: {error.strerror} - choose another {way_out}") from error
 
 
 def allocate(path: Path, size: int) -> None:
@@ -186,10 +203,7 @@ def lock_folder(folder: Path, way_out: str) -> FileLock | None:
         UsageError: Another process has locked the folder, its lock file is a file of someone else, or it cannot be
             created.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except FileNotFoundError as error:  # in /proc, for example
-        raise UsageError(f"{folder} cannot be created: {error.strerror} - choose another {way_out}") from error
+    create_folder(folder, way_out)
     path = folder / LOCK
     with suppress(PermissionError):  # Windows does not let anyone read a locked file
         if path.is_file() and (start := path.read_bytes()[: len(LOCK_HOLDER)]) and start != LOCK_HOLDER:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from segdeconv.errors import UsageError
+from segdeconv.system.files import create_folder
 
 RECORD = ".segdeconv-files"
 FRAME = re.compile(r"\d{6,}\.png")  # in a folder of numbered files
@@ -89,7 +90,7 @@ class OwnFiles:
         """Append the added files to the record and sync it, before the first of them is written."""
         if not self.added:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
+        create_folder(self.folder, self.way_out)
         with self.record_path.open("a+b") as file:
             if file.tell():
                 file.seek(-1, os.SEEK_END)

@@ -437,6 +437,14 @@ def test_evaluate_writes_over_no_file_of_someone_else(place, commands, option, f
     assert commands("evaluate", "run/best.ckpt", "--masks", "ours", "--no-boundary", cwd=place).code == 0
 
 
+@pytest.mark.parametrize("option", ["--out", "--masks", "--pictures"])
+@pytest.mark.parametrize("folder", ["/proc/x", "/dev/null/x", "mine/train.txt"])
+def test_a_folder_that_evaluate_cannot_create_is_one_line(place, commands, option, folder):
+    done = commands("evaluate", "run/best.ckpt", "--no-boundary", option, folder, cwd=place)
+    assert done.code in (2, 5), done.err
+    assert folder in done.error_message
+
+
 def test_a_disk_too_small_for_the_checkpoints_is_an_error_before_the_first_step(place, commands):
     (place / "small").mkdir()
     words = [word for word in DATA if not word.startswith("model.stages")]

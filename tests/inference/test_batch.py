@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import cv2
@@ -360,7 +361,7 @@ def test_a_batch_prediction_killed_repeatedly_ends_like_an_uninterrupted_one(pla
 
 
 def forked_predict(words, cwd):
-    """Run predict in a child process and return its process id."""
+    """Run predict in a child process, with stderr in the file `stderr`, and return its process id."""
     child = os.fork()
     if child:
         return child
@@ -370,10 +371,15 @@ def forked_predict(words, cwd):
         os.chdir(cwd)
         sys.argv = words
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        os.dup2(1, 2)
+        os.dup2(os.open("stderr", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
         runpy.run_path(str(ROOT / "scripts" / "predict.py"), run_name="__main__")
     except SystemExit as error:
+        sys.stderr.flush()
         os._exit(int(error.code or 0))
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
     finally:
         os._exit(1)
 
@@ -707,6 +713,35 @@ def test_a_full_disk_is_one_line_and_the_next_run_resumes(place, commands, tmp_p
     assert done.code == 0, done.err
     if kind == "probabilities":
         assert np.load(tmp_path / "out" / "00.npy").sum(axis=0) == pytest.approx(1, abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("out", "code"), [("/proc/x", 2), ("/dev/null/x", 2), ("file", 2), ("file/x", 2), ("/proc/self/task/x", 2)]
+)
+def test_a_folder_that_cannot_be_created_is_one_line(place, commands, tmp_path, out, code):
+    (tmp_path / "file").write_text("mine")
+    words = (place / "photos" / "a.png", "--out", out)
+    done = commands("predict", place / "best.ckpt", *words, cwd=tmp_path)
+    assert done.code == code, done.err
+    assert out in done.error_message
+
+
+@pytest.mark.parametrize("words", [(), ("--probabilities",), ("--polygons",)])
+def test_a_folder_removed_during_the_prediction_is_one_line(place, tmp_path, words):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number in range(400):
+        shutil.copyfile(place / "photos" / "deep" / "b.png", photos / f"{number}.png")
+    process = forked_predict(["predict.py", str(place / "best.ckpt"), "photos", *words, "--out", "out"], tmp_path)
+    while not (tmp_path / "out" / "0.png").exists():
+        time.sleep(0.001)
+    (tmp_path / "out").rename(tmp_path / "moved")
+    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    *_, line = (tmp_path / "stderr").read_text().splitlines()
+    assert code == 5, (tmp_path / "stderr").read_text()
+    assert line.startswith("segdeconv: error: out")
+    assert "removed" in line
+    assert not (tmp_path / "out" / "predictions.jsonl").exists()
 
 
 @pytest.mark.parametrize("num_frames", [1, 2, 40])
