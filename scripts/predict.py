@@ -18,4 +18,4 @@ from segdeconv.cli.command import run_command
 from segdeconv.cli.predict import run
 
 if __name__ == "__main__":
-    run_command(lambda: run(__doc__.splitlines()[0]))
+    run_command(lambda: run(__doc__.splitlines()[0]), needs_reader=True)

@@ -7,7 +7,7 @@ Open the printed address in a browser and drop an image on the page. Ctrl-C stop
 
 import sys
 
-from segdeconv.cli.command import ArgumentParser, only_first_signal, run_command
+from segdeconv.cli.command import ArgumentParser, run_command
 from segdeconv.cli.options import add_network_options
 from segdeconv.cli.own_code import read_checkpoint
 from segdeconv.errors import UsageError
@@ -47,8 +47,7 @@ def main() -> None:
         )
     print(f"{predictor.name}, {len(predictor.classes)} classes: {server.url}", flush=True)
     print("Press Ctrl-C to stop.", flush=True)
-    with only_first_signal():
-        server.serve()
+    server.serve()
 
 
 if __name__ == "__main__":

@@ -98,4 +98,4 @@ class _Failed(BaseException):
 
 
 if __name__ == "__main__":
-    run_command(main, __doc__)
+    run_command(main, __doc__, needs_reader=True)

@@ -87,7 +87,9 @@ def error_from_traceback(text: str) -> SegdeconvError | None:
         package, _, class_name = name.rpartition(".")
         error = globals().get(class_name)
         if colon and package == __name__ and isinstance(error, type) and issubclass(error, SegdeconvError):
-            return error(message, 143) if error is Interrupted else error(message)
+            if error is not Interrupted:
+                return error(message)
+            return Interrupted(message, 141 if "reader of the output" in message else 143)
     return None
 
 

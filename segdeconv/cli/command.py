@@ -1,42 +1,35 @@
 """The frame of every command: its argument parser, its exit code, and one line on stderr for an error."""
 
 import argparse
-import contextlib
 import errno
-import io
 import os
-import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from types import FrameType
 from typing import Any, NoReturn
 
 from PIL import Image
 
 from segdeconv.errors import SegdeconvError, Terminated, UsageError, command
-from segdeconv.system import KEEP_FREED
+from segdeconv.system import KEEP_FREED, interruption, output
 
 # Errors of a disk that is full, read-only, broken or owned by another user; any other OSError is a bug in segdeconv.
 DISK_ERRORS = (
     errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENAMETOOLONG, errno.ENOSPC, errno.EPERM, errno.EROFS,
 )  # fmt: skip
 
+HELP = {"-h", "--help"}
+SIGPIPE = 141  # exit code: 128 + the number of the signal
+
 PACKAGE = Path(__file__).resolve().parent.parent
 # An installed package contains scripts/ and configs/; in a clone they are next to the package.
 HOME = PACKAGE if (PACKAGE / "scripts").is_dir() else PACKAGE.parent
 
 
-def print_everything() -> None:
-    """Let stdout and stderr escape the characters that the terminal's encoding does not have, instead of raising."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # not where a test or a notebook replaced it
-            stream.reconfigure(errors="backslashreplace")
-
-
 if os.environ.get(KEEP_FREED):  # a process spawned by a command, which imports the command's script again
     Image.MAX_IMAGE_PIXELS = None
-    print_everything()
+    output.protect()
 
 
 # Renamed options: former name -> current name. Every command with the current name accepts both.
@@ -78,91 +71,83 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UsageError(f"{message} - see {self.prog} --help")
 
 
-def run_command(main: Callable[[], int | None], help_text: str = "") -> NoReturn:
+def run_command(main: Callable[[], int | None], help_text: str = "", *, needs_reader: bool = False) -> NoReturn:
     """Run a script's `main` and exit the process with the documented exit code.
 
     0 success; 1 a bug in segdeconv, with its traceback; 2 error in usage, config or data; 3 training diverged;
-    4 checkpoint; 5 disk; 130 interrupted; 143 terminated.
+    4 checkpoint; 5 disk; 130 interrupted; 141 the reader of stdout has ended; 143 terminated.
 
     Args:
         main: The script's function; it may return an exit code.
         help_text: Text that -h and --help print, for a script without an `ArgumentParser`.
+        needs_reader: Exit with 141 instead of 0 if the reader of stdout has ended. Such a command stops early by
+            itself, see `output.reader_ended`; all others complete their work.
     """
-    print_everything()
+    output.protect()
     Image.MAX_IMAGE_PIXELS = None  # dataset.max_pixels is checked from the header
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # silent: segdeconv reports errors of videos itself
     os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")
     os.environ.setdefault(KEEP_FREED, "1")
-    for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
-        number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP
-            signal.signal(number, _terminate)
+    interruption.install()
+    try:
+        code = _run(main, help_text)
+    except (KeyboardInterrupt, Terminated):  # while another error was reported
+        code = interruption.EXIT_CODES[interruption.INTERRUPTION.received]
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        code = code or _report_disk(error)
+    if code == 0 and (failed_write := output.write_error()) is not None:  # argparse hides it
+        code = _report_disk(failed_write)
+    if code == 0 and needs_reader and output.reader_ended() and not HELP & set(sys.argv[1:]):
+        code = SIGPIPE
+    interruption.INTERRUPTION.finished = code  # a signal from now on ends the process at once
+    sys.exit(code)
+
+
+def _run(main: Callable[[], int | None], help_text: str) -> int:
     script = Path(sys.argv[0])
     try:
-        if help_text and {"-h", "--help"} & set(sys.argv[1:]):
+        if help_text and HELP & set(sys.argv[1:]):
             print(help_text.replace(f"python scripts/{script.name}", command(script.stem)), flush=True)
-            sys.exit()
-        code = main() or 0
+            return 0
+        return main() or 0
+    except SystemExit as ended:  # by argparse, after --help
+        if ended.code not in (None, 0):
+            raise
+        return 0
     except SegdeconvError as error:
-        code = _report(str(error), error.exit_code)
+        return _report(str(error), error.exit_code)
     except KeyboardInterrupt:
-        code = _report("interrupted - run the same command again", 130)
+        return _report("interrupted - run the same command again", 130)
     except Terminated as error:
-        code = _report(f"stopped by {error} - run the same command again", 143)
-    except BrokenPipeError:
-        # The reader of the output (`| head`) closed the pipe; redirect stdout so that the interpreter's last flush
-        # does not raise again.
+        return _report(f"stopped by {error} - run the same command again", 143)
+    except BrokenPipeError:  # of Windows, or of another stream than stdout
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
+        return 0
     except MemoryError:
-        code = _report("memory ran out - close other programs, or use smaller images or batches", 2)
+        return _report("memory ran out - close other programs, or use smaller images or batches", 2)
     except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
         problem = f"{error.filename}: {(error.strerror or str(error)).lower()}"
-        code = _report(f"{problem}, so it cannot be written - choose another name or folder", 2)
+        return _report(f"{problem}, so it cannot be written - choose another name or folder", 2)
     except UnicodeEncodeError as error:
         if error.encoding.replace("-", "").lower() == "utf8" or error.encoding != sys.getfilesystemencoding():
             raise
         problem = f"the file name {error.object} has characters that this system's encoding {error.encoding} lacks"
-        code = _report(f"{problem} - set PYTHONUTF8=1, or rename the file or class", 2)
+        return _report(f"{problem} - set PYTHONUTF8=1, or rename the file or class", 2)
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
-        problem = f"cannot read or write {error.filename or 'a file'}: {error.strerror}"
-        code = _report(f"{problem} - free some space, change the permissions or choose another folder", 5)
-    sys.stdout.flush()
-    sys.exit(code)
+        return _report_disk(error)
 
 
-@contextlib.contextmanager
-def only_first_signal() -> Iterator[None]:
-    """Let the first SIGINT, SIGTERM or SIGHUP raise in the body, and ignore others until the process has ended."""
-    numbers = [number for name in ("SIGINT", "SIGTERM", "SIGHUP") if (number := getattr(signal, name, None))]
-    handled = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
-    stopping = False
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        nonlocal stopping
-        if stopping:
-            return
-        stopping = True
-        if number == signal.SIGINT:
-            raise KeyboardInterrupt
-        _terminate(number, frame)
-
-    try:
-        for number in handled:
-            signal.signal(number, stop)
-        yield
-    finally:
-        for number in handled:
-            signal.signal(number, signal.SIG_IGN)  # Python's own exit would restore SIG_DFL, which kills
-
-
-def _terminate(number: int, frame: FrameType | None) -> NoReturn:
-    raise Terminated(signal.Signals(number).name)
+def _report_disk(error: OSError) -> int:
+    problem = f"cannot read or write {error.filename or 'a file'}: {error.strerror}"
+    return _report(f"{problem} - free some space, change the permissions or choose another folder", 5)
 
 
 def _report(message: str, code: int) -> int:
-    sys.stdout.flush()
+    with suppress(OSError):
+        sys.stdout.flush()
     print(f"segdeconv: error: {' '.join(message.split())}", file=sys.stderr)
     return code

@@ -18,7 +18,7 @@ from segdeconv.cli.options import (
     split_overrides,
 )
 from segdeconv.cli.own_code import read_checkpoint
-from segdeconv.errors import UsageError
+from segdeconv.errors import Interrupted, UsageError
 
 if TYPE_CHECKING:
     from segdeconv.checkpoints.checkpoint import Checkpoint
@@ -80,6 +80,7 @@ def run(description: str) -> None:
     from segdeconv.inference.inputs import find_images
     from segdeconv.inference.progress_log import ProgressLog, has_progress_log
     from segdeconv.inference.segmenter import Segmenter
+    from segdeconv.system.output import reader_ended
     from segdeconv.system.own_files import OwnFiles
 
     def report(message: str) -> None:
@@ -128,13 +129,21 @@ def run(description: str) -> None:
         with tqdm(total=len(images), initial=done, unit="image", disable=None) as bar:
             for _ in batch.run(images):
                 bar.update()
-        tables = write_tables(progress_log, outputs)
-    print(f"{len(images) - batch.failed} masks in {arguments.out}, with {' and '.join(path.name for path in tables)}")
+                if reader_ended():
+                    break
+        if not reader_ended():
+            tables = write_tables(progress_log, outputs)
+            names = " and ".join(path.name for path in tables)
+            print(f"{len(images) - batch.failed} masks in {arguments.out}, with {names}")
+    stopped = "stopped because the reader of the output has ended" if reader_ended() else ""
     if failed := batch.failed + len(missing):
         total = len(images) + len(missing)
         raise UsageError(
-            f"{failed} of {total} files could not be read, see the messages above - repair them or leave them out"
+            f"{stopped}{stopped and ', and '}{failed} of {total} files could not be read, see the messages above - "
+            "repair them or leave them out"
         )
+    if stopped:
+        raise Interrupted(f"{stopped} - run the same command again", 141)
 
 
 def provenance(arguments: argparse.Namespace, checkpoint: Checkpoint, second: Checkpoint | None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Machine-level services: devices and precision, memory, atomic file writes, and seeds of random numbers.
+"""Machine-level services: devices, memory, atomic file writes, signals, standard streams, random seeds.
 
 May import only `errors`.
 """

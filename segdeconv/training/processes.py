@@ -10,15 +10,13 @@ import torch
 from torch import Tensor
 
 from segdeconv.errors import Interrupted
+from segdeconv.system.interruption import EXIT_CODES
 
 if TYPE_CHECKING:
     from pytorch_lightning import Trainer
 
-STOP_SIGNALS: dict[int, int] = {
-    getattr(signal, name): code
-    for name, code in (("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 143))
-    if hasattr(signal, name)  # Windows has no SIGHUP
-}
+STOP_SIGNALS = EXIT_CODES
+READER_ENDED = 13  # SIGPIPE, which Windows does not have
 RESUME_HINT = "resume with the same command and resume=auto"
 
 
@@ -26,9 +24,11 @@ def interrupted(number: int, saved: str = "") -> Interrupted:
     """Return the exception for a run that a signal stopped.
 
     Args:
-        number: The signal.
+        number: The signal, or READER_ENDED.
         saved: Step and path of the saved checkpoint, to append to the message; empty if nothing was saved.
     """
+    if number == READER_ENDED:
+        return Interrupted(f"stopped because the reader of the output has ended{saved} - {RESUME_HINT}", 141)
     return Interrupted(f"stopped by {signal.Signals(number).name}{saved} - {RESUME_HINT}", STOP_SIGNALS[number])
 
 

@@ -1,7 +1,6 @@
 """Early end of a run: signals and max_time set a flag; at the next step boundary the run saves and exits."""
 
 import multiprocessing
-import os
 import signal
 import threading
 import time
@@ -11,8 +10,10 @@ from typing import Any
 from pytorch_lightning import Callback, Trainer
 
 from segdeconv.errors import TimeUp
+from segdeconv.system.interruption import INTERRUPTION, exit_at_once
+from segdeconv.system.output import reader_ended
 from segdeconv.training.checkpointing import Checkpoints
-from segdeconv.training.processes import RESUME_HINT, STOP_SIGNALS, agreed, interrupted
+from segdeconv.training.processes import READER_ENDED, RESUME_HINT, STOP_SIGNALS, agreed, interrupted
 
 TIME_IS_UP = 1000  # not the number of any signal
 
@@ -26,7 +27,9 @@ def _kill_workers() -> None:
 
 
 class Stopping(Callback):
-    """Saves and ends the run at a step boundary after a signal or the deadline; a second SIGINT exits at once.
+    """Saves and ends the run at a step boundary after a signal, the deadline or the end of the reader of stdout.
+
+    A second SIGINT more than a second later, and a third signal, exit at once.
 
     Between an epoch's last batch and the end of its validation nothing can be saved, so the run ends after that epoch.
 
@@ -66,11 +69,10 @@ class Stopping(Callback):
         self.listen()  # again, since Lightning has installed its own handlers
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.received == signal.SIGINT:
+        if INTERRUPTION.again(number):
             _kill_workers()
-            os.write(2, b"segdeconv: error: interrupted twice, nothing more was saved - resume with resume=auto\n")
-            os._exit(130)
-        self.received = number
+            exit_at_once(number, "interrupted twice, nothing more was saved - resume with resume=auto")
+        self.received = self.received or number
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         # After an epoch's last batch comes its validation, and then `at_epoch_end`. Between the micro-batches of a step
@@ -99,7 +101,8 @@ class Stopping(Callback):
 
     def _reason(self, trainer: Trainer) -> int:
         late = self.deadline is not None and time.time() > self.deadline
-        return agreed(trainer, self.received or (TIME_IS_UP if late else 0))
+        unread = READER_ENDED if reader_ended() else 0
+        return agreed(trainer, self.received or unread or (TIME_IS_UP if late else 0))
 
     def _leave(self, reason: int, step: int) -> None:
         saved = f" at step {step}, saved in {self.checkpoints.last_path}"

@@ -1,7 +1,6 @@
 """Lightning's Trainer with the settings of a run, and fitting in one or several processes."""
 
 import math
-import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from segdeconv.checkpoints.checkpoint import Checkpoint
 from segdeconv.data.module import DataPipeline
 from segdeconv.errors import Interrupted, UsageError, error_from_traceback
 from segdeconv.system.devices import fast_precision
+from segdeconv.system.interruption import INTERRUPTION, exit_at_once
 from segdeconv.training.checkpointing import Checkpoints, VerifiedCheckpoints
 from segdeconv.training.lightning_internals import Processes, quieten, spawning_launcher
 from segdeconv.training.processes import STOP_SIGNALS, interrupted
@@ -158,8 +158,8 @@ def _forward_signals(kill: Callable[[int], None]) -> Iterator[list[int]]:
 
     def forward(number: int, frame: FrameType | None) -> None:
         received.append(number)
-        if received.count(signal.SIGINT) == 2:
-            os._exit(130)
+        if INTERRUPTION.again(number):
+            exit_at_once(number, "interrupted twice, nothing more was saved - resume with resume=auto")
         # Never SIGINT: a terminal sends it to the processes too, and a second one makes them exit without saving.
         kill(signal.SIGTERM)
 

@@ -1,0 +1,278 @@
+"""Commands whose standard streams fail, and commands that are interrupted more than once."""
+
+import importlib
+import json
+import os
+import pkgutil
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import fakes
+import numpy as np
+import pytest
+from fresh_commands import child_environment
+from PIL import Image
+
+import segdeconv
+
+ROOT = Path(__file__).parents[2]
+SLIM = (
+    "dataset=folder", "dataset.root=mine", "model.stages=[[4],[8]]", "dataset.batch_size=2", "dataset.num_workers=0",
+    "trainer.precision=32-true", "logger=none", "dataset.size=[32,32]", "hydra.run.dir=run",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _imports():
+    """Import what is slow to import before the processes of this module are forked."""
+    import albumentations  # noqa: F401
+    import hydra.core.override_parser.overrides_parser  # noqa: F401
+
+    for module in pkgutil.walk_packages(segdeconv.__path__, "segdeconv."):
+        if not module.name.endswith("__main__") and "triton" not in module.name:
+            importlib.import_module(module.name)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, commands):
+    place = tmp_path_factory.mktemp("streams")
+    fakes.folder(place / "mine", layout="lists")
+    done = commands("train", *SLIM, "trainer.max_epochs=1", cwd=place)
+    assert done.code == 0, done.err
+    return place
+
+
+@pytest.fixture
+def place(trained, tmp_path):
+    shutil.copytree(trained / "mine", tmp_path / "mine")
+    shutil.copyfile(trained / "run" / "best.ckpt", tmp_path / "best.ckpt")
+    shutil.copyfile(trained / "run" / "best.ckpt.sha256", tmp_path / "best.ckpt.sha256")
+    (tmp_path / "photos").mkdir()
+    random = np.random.default_rng(0)
+    for number in range(60):
+        image = random.integers(0, 256, (96, 96, 3), dtype=np.uint8)
+        Image.fromarray(image).save(tmp_path / "photos" / f"{number:02d}.png")
+    return tmp_path
+
+
+class Started:
+    """A command in a process forked from this one, which has imported what is slow to import."""
+
+    def __init__(self, words, cwd, *, stdout=None, close=(), before=lambda: None):
+        self.err = cwd / "stderr"
+        self.pid = os.fork()
+        if self.pid == 0:
+            self._run(words, cwd, stdout, close, before)
+
+    def _run(self, words, cwd, stdout, close, before):
+        code = 1
+        try:
+            os.setsid()
+            os.chdir(cwd)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+            out = os.open(os.devnull, os.O_WRONLY) if stdout is None else stdout
+            os.dup2(out, 1)
+            os.dup2(os.open(self.err, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+            sys.stdin, sys.stdout, sys.stderr = open(os.devnull), os.fdopen(1, "w"), os.fdopen(2, "w")  # noqa: SIM115
+            for number in close:
+                os.close(number)
+                setattr(sys, {1: "stdout", 2: "stderr"}[number], None)
+            path = ROOT / "scripts" / f"{words[0]}.py"
+            sys.argv = [str(path), *map(str, words[1:])]
+            before()
+            import runpy
+
+            runpy.run_path(str(path), run_name="__main__")
+        except SystemExit as ended:
+            code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        except BaseException:
+            import traceback
+
+            self.err.write_text(traceback.format_exc())
+        finally:
+            for stream in (sys.stdout, sys.stderr):
+                try:
+                    stream.flush()
+                except Exception as error:
+                    self.err.write_text(f"Traceback of the interpreter's last flush: {error!r}")
+                    code = 120
+            os._exit(code)
+
+    def end(self, seconds=60):
+        deadline = time.monotonic() + seconds
+        while True:
+            done, status = os.waitpid(self.pid, os.WNOHANG)
+            if done:
+                break
+            if time.monotonic() > deadline:
+                os.killpg(self.pid, signal.SIGKILL)
+                raise TimeoutError(self.err.read_text())
+            time.sleep(0.005)
+        err = self.err.read_text() if self.err.exists() else ""
+        assert "Traceback" not in err, err
+        assert "Exception" not in err, err
+        return os.waitstatus_to_exitcode(status), err
+
+
+def closed_pipe():
+    """Return the writing end of a pipe whose reader has ended."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
+
+
+def full_device():
+    if not os.path.exists("/dev/full"):
+        pytest.skip("needs /dev/full")
+    return os.open("/dev/full", os.O_WRONLY)
+
+
+PRINTING = {
+    "describe": ("describe", "model=segnet_basic", "classes=3"),
+    "help": ("predict", "--help"),
+    "script's help": ("train", "--help"),
+    "inspect_data": ("inspect_data", "dataset=folder", "dataset.root=mine"),
+    "evaluate": ("evaluate", "best.ckpt", "--no-boundary", "--out", "scores"),
+}
+
+
+@pytest.mark.parametrize("name", PRINTING)
+@pytest.mark.parametrize("stdout", ["pipe", "full", "closed"])
+def test_a_command_that_prints_completes_without_its_reader(place, name, stdout):
+    target = {"pipe": closed_pipe, "full": full_device, "closed": lambda: None}[stdout]()
+    code, err = Started(PRINTING[name], place, stdout=target, close=(1,) if stdout == "closed" else ()).end()
+    expected = {"pipe": (0,), "full": (5,), "closed": (0,)}[stdout]
+    assert code in expected, err
+    errors = [line for line in err.splitlines() if "error:" in line]
+    assert len(errors) == (stdout == "full"), err
+    if stdout == "full":
+        assert "cannot read or write standard output: No space left on device" in err
+    elif name == "inspect_data":
+        assert (place / "inspection" / "inspect.html").is_file()
+    elif name == "evaluate":
+        assert (place / "scores" / "report.json").is_file()
+
+
+def test_predict_stops_without_its_reader_and_resumes(place):
+    words = ("predict", "best.ckpt", "photos", "--no-overlay", "--out", "out")
+    assert Started(words, place).end()[0] == 0
+    (place / "out" / "05.png").unlink()
+    code, err = Started(words, place, stdout=closed_pipe()).end()
+    assert code == 141, err
+    assert err == "segdeconv: error: stopped because the reader of the output has ended - run the same command again\n"
+    assert Started(words, place).end() == (0, "")
+    assert len(list((place / "out").glob("*.png"))) == 60
+
+
+def test_predict_reports_files_that_were_passed_over_without_its_reader(place):
+    (place / "photos" / "00.png").write_text("no image")
+    words = ("predict", "best.ckpt", "photos", "--no-overlay", "--out", "out")
+    code, err = Started(words, place, stdout=closed_pipe()).end()
+    assert code == 2
+    assert "stopped because the reader of the output has ended, and 1 of 60 files could not be read" in err
+
+
+@pytest.mark.parametrize("stdout", ["pipe", "full", "closed", "stderr closed"])
+def test_train_saves_without_its_reader_and_resumes(place, stdout):
+    words = ("train", *SLIM, "trainer.max_epochs=3", "resume=auto")
+    target = {"pipe": closed_pipe, "full": full_device}.get(stdout, lambda: None)()
+    close = {"closed": (1,), "stderr closed": (2,)}.get(stdout, ())
+    code, err = Started(words, place, stdout=target, close=close).end()
+    if stdout == "pipe":
+        assert code == 141, err
+        (line,) = error_lines(err)
+        assert "stopped because the reader of the output has ended at step 1, saved in run/last.ckpt - resume" in line
+    elif stdout == "full":
+        assert code == 5, err
+        assert len(error_lines(err)) == 1
+    else:
+        assert code == 0, err
+    code, err = Started(words, place).end()
+    assert code == 0, err
+    assert json.loads((place / "run" / "report.json").read_text())["complete"]
+
+
+def error_lines(err):
+    return [line for line in err.splitlines() if not line.startswith("segdeconv: warning: ")]
+
+
+def wait_for(condition, seconds=30):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+INTERRUPTED = {
+    "predict": (("predict", "best.ckpt", "photos", "--out", "out"), "out/03.png"),
+    "predict at the start": (("predict", "best.ckpt", "photos", "--out", "out"), ""),
+    "evaluate": (("evaluate", "best.ckpt", "--scales", "1,2,3,4", "--flip", "--masks", "out"), "out"),
+    "inspect_data": (("inspect_data", "dataset=folder", "dataset.root=mine"), ""),
+    "train": (("train", *SLIM, "trainer.max_epochs=500"), "run/last.ckpt"),
+    "train before": (("train", *SLIM, "trainer.max_epochs=500"), "run"),
+    "train before anything": (("train", *SLIM, "trainer.max_epochs=500"), ""),
+}
+
+
+@pytest.mark.parametrize("name", INTERRUPTED)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("gap", [0.02, *(pytest.param(gap, marks=pytest.mark.slow) for gap in (0.0005, 0.004, 0.1))])
+def test_a_second_signal_changes_nothing(place, name, number, code, gap):
+    words, file = INTERRUPTED[name]
+    marker = place / "begun"
+
+    def mark():
+        from segdeconv.cli import command
+
+        install = command.interruption.install
+
+        def installed():
+            install()
+            marker.touch()
+
+        command.interruption.install = installed
+
+    started = Started(words, place, before=mark)
+    wait_for(marker.exists)
+    if file:
+        wait_for((place / file).exists)
+    else:
+        time.sleep(0.05)
+    for _ in range(2):
+        try:
+            os.kill(started.pid, number)
+        except ProcessLookupError:
+            break
+        time.sleep(gap)
+    ended, err = started.end()
+    lines = error_lines(err)
+    assert (ended, len(lines)) == (code, 1), err
+    assert lines[0].startswith("segdeconv: error: ")
+    if name == "train":
+        assert "saved in run/last.ckpt" in lines[0]
+
+
+@pytest.mark.slow
+def test_a_real_pipeline_ends_with_the_documented_codes(place):
+    def shell(line):
+        script = f"set -o pipefail; {line}"
+        done = subprocess.run(
+            ["bash", "-c", script], cwd=place, capture_output=True, text=True, env=child_environment(ROOT), check=False
+        )
+        assert "Traceback" not in done.stderr, done.stderr
+        return done.returncode
+
+    scripts = f"{sys.executable} {ROOT}/scripts"
+    assert shell(f"{scripts}/describe.py model=segnet | head -1") == 0
+    assert shell(f"{scripts}/describe.py --help | true") == 0
+    assert shell(f"{scripts}/describe.py model=segnet > /dev/full") == 5
+    assert shell(f"{scripts}/describe.py model=segnet >&-") == 0
+    assert shell(f"{scripts}/predict.py best.ckpt photos --out out | true") == 141
+    assert shell(f"{scripts}/predict.py best.ckpt photos --out out >&- 2>&-") == 0
+    assert shell(f"{scripts}/train.py {' '.join(SLIM)} trainer.max_epochs=3 | head -1") == 141
+    assert shell(f"{scripts}/train.py {' '.join(SLIM)} trainer.max_epochs=3 resume=auto 2>&-") == 0
