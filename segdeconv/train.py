@@ -117,7 +117,11 @@ def train(config: Mapping[str, Any], run: str | Path, *, runs: Path | None = Non
         complete = True
         stopping.listen()
         try:
-            with explain_loader_errors(), explain_out_of_memory(config["dataset"]["batch_size"]):
+            with (
+                run_folder.explain_removed_folder(run),
+                explain_loader_errors(),
+                explain_out_of_memory(config["dataset"]["batch_size"]),
+            ):
                 fit(trainer, task, DataModule(prepared.data), resumed=resumed_path)
             stopping.raise_if_requested()
         except TimeUp as message:
@@ -130,6 +134,7 @@ def train(config: Mapping[str, Any], run: str | Path, *, runs: Path | None = Non
             stopping.stop_listening()
     if not trainer.is_global_zero:
         return
+    run_folder.require_run_folder(run)
     path = checkpoints.best_path if checkpoints.best_path.is_file() else checkpoints.last_path
     best = checkpoint.read(path, trust=resume.AnyName())
     calibration = Calibration(prepared.classes.ignore_index)

@@ -1,6 +1,7 @@
 """The run folder: its lock, and the disk space for its checkpoints."""
 
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
@@ -58,6 +59,29 @@ def require_run_folder(run: Path) -> None:
     """Raise DiskError if the folder of a running run was removed; recreating it would hide the loss."""
     if not run.is_dir():
         raise DiskError(f"{run} was removed during the run - restore the folder, or start the run again")
+
+
+@contextmanager
+def explain_removed_folder(run: Path) -> Iterator[None]:
+    """Raise DiskError instead of any error that is due to the removal of the run folder.
+
+    TensorBoard writes in a thread. Its error is raised again by the next call of the logger, so that the thread need
+    not print it.
+    """
+    before = threading.excepthook
+
+    def print_unless_raised_again(thread_error: threading.ExceptHookArgs) -> None:
+        if not issubclass(thread_error.exc_type, OSError):
+            before(thread_error)
+
+    threading.excepthook = print_unless_raised_again
+    try:
+        yield
+    except OSError:
+        require_run_folder(run)
+        raise
+    finally:
+        threading.excepthook = before
 
 
 def require_space(run: Path, task: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Commands whose standard streams fail, and commands that are interrupted more than once."""
+"""Commands whose standard streams fail, that are interrupted more than once, or that lose their folder."""
 
 import importlib
 import json
@@ -255,6 +255,18 @@ def test_a_second_signal_changes_nothing(place, name, number, code, gap):
     assert lines[0].startswith("segdeconv: error: ")
     if name == "train":
         assert "saved in run/last.ckpt" in lines[0]
+
+
+@pytest.mark.parametrize("logger", ["tensorboard", "none"])
+def test_a_run_folder_that_is_removed_is_one_line(place, logger):
+    words = [word for word in SLIM if not word.startswith("logger=")]
+    started = Started(("train", *words, "trainer.max_epochs=500", f"logger={logger}"), place)
+    wait_for((place / "run" / "last.ckpt").exists)
+    while (place / "run").exists():
+        shutil.rmtree(place / "run", ignore_errors=True)
+    code, err = started.end()
+    assert (code, len(error_lines(err))) == (5, 1), err
+    assert "run was removed during the run" in err or "its folder was removed" in err
 
 
 @pytest.mark.slow
