@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from PIL import Image
 
-from segdeconv.errors import SegdeconvError, Terminated, UsageError, command
+from segdeconv.errors import Interrupted, SegdeconvError, Terminated, UsageError, command
 from segdeconv.system import KEEP_FREED, interruption, output
 
 # Errors of a disk that is full, read-only, broken or owned by another user; any other OSError is a bug in segdeconv.
@@ -111,7 +111,13 @@ def _run(main: Callable[[], int | None], help_text: str) -> int:
         if help_text and HELP & set(sys.argv[1:]):
             print(help_text.replace(f"python scripts/{script.name}", command(script.stem)), flush=True)
             return 0
-        return main() or 0
+        try:
+            return main() or 0
+        except Exception as error:
+            # A library may replace the exception of a signal by its own.
+            if interruption.INTERRUPTION.raised and not isinstance(error, Interrupted):
+                raise interruption.exception(interruption.INTERRUPTION.received) from error
+            raise
     except SystemExit as ended:  # by argparse, after --help
         if ended.code not in (None, 0):
             raise

@@ -19,9 +19,10 @@ DOUBLE = 1.0  # seconds within which a second signal counts as the first: a wrap
 
 
 class Interruption:
-    """The signal that ends this process, and how often it was received."""
+    """The signal that ends this process, how often it was received, and whether its exception was raised."""
 
     def __init__(self) -> None:
+        self.raised = False
         self.received = 0
         self.count = 0
         self.time = 0.0
@@ -52,9 +53,13 @@ def handle(number: int, frame: FrameType | None) -> None:
         exit_at_once(number, "interrupted again, before the end was clean - run the same command again")
     if not first:
         return
-    if number == signal.SIGINT:
-        raise KeyboardInterrupt
-    raise Terminated(signal.Signals(number).name)
+    INTERRUPTION.raised = True
+    raise exception(number)
+
+
+def exception(number: int) -> BaseException:
+    """Return the exception of a signal: KeyboardInterrupt or Terminated."""
+    return KeyboardInterrupt() if number == signal.SIGINT else Terminated(signal.Signals(number).name)
 
 
 def exit_at_once(number: int, message: str) -> None:

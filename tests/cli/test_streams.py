@@ -257,6 +257,31 @@ def test_a_second_signal_changes_nothing(place, name, number, code, gap):
         assert "saved in run/last.ckpt" in lines[0]
 
 
+REPLACING = """
+import os, signal, sys
+from segdeconv.cli.command import run_command
+from segdeconv.errors import UsageError
+def main():
+    try:
+        os.kill(os.getpid(), signal.{name})
+        signal.pause()
+    except BaseException:
+        raise {error}("replaced")
+run_command(main)
+"""
+
+
+@pytest.mark.parametrize("error", ["UsageError", "ValueError"])
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_library_that_replaces_the_exception_of_a_signal_changes_nothing(name, code, error):
+    script = REPLACING.format(name=name, error=error)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=child_environment(ROOT), check=False
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (code, 1), done.stderr
+    assert "run the same command again" in done.stderr
+
+
 @pytest.mark.parametrize("logger", ["tensorboard", "none"])
 def test_a_run_folder_that_is_removed_is_one_line(place, logger):
     words = [word for word in SLIM if not word.startswith("logger=")]
