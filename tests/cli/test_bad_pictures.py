@@ -129,7 +129,7 @@ def test_prediction_continues_after_bad_files_and_exits_with_2(trained, skipped)
     count = len(picture_files.BAD)
     assert f"{count} of {count + 1} files could not be read, see the messages above" in skipped.error_message
     assert (trained / "some" / "z good.png").is_file()
-    written = ["predictions.jsonl", "statistics.csv", "z good.png", "z good_overlay.png"]
+    written = [".segdeconv-files", "predictions.jsonl", "statistics.csv", "z good.png", "z good_overlay.png"]
     assert sorted(path.name for path in (trained / "some").iterdir()) == written
 
 
