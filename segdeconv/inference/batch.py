@@ -35,8 +35,8 @@ from segdeconv.inference.segmenter import Prediction, Segmenter
 from segdeconv.inference.tiling import Part
 from segdeconv.inference.video import VideoWriter, open_video
 from segdeconv.system.files import allocate, encode, hash_text, replacing, replacing_path
-from segdeconv.system.plain_data import Limits, read_json, require_mapping
 from segdeconv.system.own_files import FRAME
+from segdeconv.system.plain_data import Limits, read_json, require_mapping
 
 MAX_READ_AHEAD = 4  # images read before the network has processed the current one
 MAX_PENDING_WRITES = 8  # images being written while the network processes the next
