@@ -112,12 +112,13 @@ def _run(main: Callable[[], int | None], help_text: str) -> int:
             print(help_text.replace(f"python scripts/{script.name}", command(script.stem)), flush=True)
             return 0
         try:
-            return main() or 0
+            code = main() or 0
         except Exception as error:
-            # A library may replace the exception of a signal by its own.
-            if interruption.INTERRUPTION.raised and not isinstance(error, Interrupted):
-                raise interruption.exception(interruption.INTERRUPTION.received) from error
+            if not isinstance(error, Interrupted):
+                interruption.raise_again()  # a library may replace the exception of a signal by its own
             raise
+        interruption.raise_again()
+        return code
     except SystemExit as ended:  # by argparse, after --help
         if ended.code not in (None, 0):
             raise

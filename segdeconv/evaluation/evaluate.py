@@ -30,6 +30,7 @@ from segdeconv.inference.predictors import whole_image
 from segdeconv.inference.scorers import ClassScores, entropy, labels_and_confidence
 from segdeconv.inference.segmenter import Segmenter
 from segdeconv.system.devices import machine
+from segdeconv.system.interruption import raise_again
 
 LIBRARIES = ("numpy", "opencv-python-headless", "pillow", "albumentations")  # versions that affect pixels
 
@@ -176,6 +177,7 @@ def _scores(segmenter: Segmenter, dataset: SegmentationDataset) -> Iterator[tupl
         timeout=settings["timeout"],
     )
     for batch in loader:
+        raise_again()
         on_device = {**batch, "image": batch["image"].to(segmenter.network.device)}
         scores = segmenter.network(for_network(on_device, preprocessing)["image"])
         for position, mask in enumerate(batch["mask"]):

@@ -35,6 +35,7 @@ from segdeconv.inference.segmenter import Prediction, Segmenter
 from segdeconv.inference.tiling import Part
 from segdeconv.inference.video import VideoWriter, open_video
 from segdeconv.system.files import allocate, encode, hash_text, replacing, replacing_path
+from segdeconv.system.interruption import raise_again
 from segdeconv.system.own_files import FRAME
 from segdeconv.system.plain_data import Limits, read_json, require_mapping
 
@@ -278,6 +279,7 @@ class BatchPrediction:
                         break
                 if not reads:
                     break
+                raise_again()
                 name, path, future = reads.popleft()
                 try:
                     if path.suffix.lower() in VIDEOS:

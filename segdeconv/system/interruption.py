@@ -57,6 +57,12 @@ def handle(number: int, frame: FrameType | None) -> None:
     raise exception(number)
 
 
+def raise_again() -> None:
+    """Raise the exception of the first signal once more, if a library has swallowed it; called between images."""
+    if INTERRUPTION.raised:
+        raise exception(INTERRUPTION.received)
+
+
 def exception(number: int) -> BaseException:
     """Return the exception of a signal: KeyboardInterrupt or Terminated."""
     return KeyboardInterrupt() if number == signal.SIGINT else Terminated(signal.Signals(number).name)

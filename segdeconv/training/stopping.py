@@ -10,7 +10,7 @@ from typing import Any
 from pytorch_lightning import Callback, Trainer
 
 from segdeconv.errors import TimeUp
-from segdeconv.system.interruption import INTERRUPTION, exit_at_once
+from segdeconv.system.interruption import INTERRUPTION, exit_at_once, raise_again
 from segdeconv.system.output import reader_ended
 from segdeconv.training.checkpointing import Checkpoints
 from segdeconv.training.processes import READER_ENDED, RESUME_HINT, STOP_SIGNALS, agreed, interrupted
@@ -48,6 +48,7 @@ class Stopping(Callback):
 
     def listen(self) -> None:
         """Install signal handlers that request an end at the next step boundary."""
+        raise_again()
         # Python allows signal handlers in the main thread only; elsewhere the application keeps its own.
         if threading.current_thread() is not threading.main_thread():
             return
