@@ -205,6 +205,7 @@ def test_a_sweep_gives_every_job_its_own_folder(tmp_path, commands):
     assert all((path.parent / "report.json").is_file() for path in configs)
 
 
+@pytest.mark.slow
 def test_a_run_stopped_by_a_signal_resumes_with_resume_auto(tmp_path):
     words = [sys.executable, str(ROOT / "scripts" / "train.py"), "dataset.num_train=200", "dataset.num_val=2", *SLIM]
     with subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:

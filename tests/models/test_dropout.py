@@ -399,7 +399,7 @@ def test_evaluate_with_samples_scores_their_mean(trained, run_script, capsys):
 
 def test_predict_draws_the_uncertainty_of_the_samples_and_writes_probabilities_on_request(run_script):
     assert run_script("predict", "run/best.ckpt", "mine/images/val_0.png", "--out", "plain") == 0
-    tables = {"predictions.jsonl", "statistics.csv"}
+    tables = {"predictions.jsonl", "statistics.csv", ".segdeconv-files"}
     assert {path.name for path in Path("plain").iterdir()} == {"val_0.png", "val_0_overlay.png"} | tables
     options = ("--samples", "4", "--probabilities", "--out", "drawn")
     assert run_script("predict", "run/best.ckpt", "mine/images/val_0.png", *options) == 0
