@@ -1,6 +1,7 @@
 """Lightning's Trainer with the settings of a run, and fitting in one or several processes."""
 
 import math
+import re
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,9 +22,12 @@ from segdeconv.errors import Interrupted, UsageError, error_from_traceback
 from segdeconv.system.devices import fast_precision
 from segdeconv.system.interruption import INTERRUPTION, exit_at_once
 from segdeconv.training.checkpointing import Checkpoints, VerifiedCheckpoints
-from segdeconv.training.lightning_internals import Processes, quieten, spawning_launcher
-from segdeconv.training.processes import STOP_SIGNALS, interrupted
+from segdeconv.training.lightning_internals import TIMEOUT, Processes, quieten, spawning_launcher
+from segdeconv.training.processes import RESUME_HINT, STOP_SIGNALS, interrupted
 from segdeconv.training.settings import TrainerSettings
+
+# The errors of torch.distributed's backends where a process waits for another.
+TIMED_OUT = re.compile(r"Timed out waiting|timed out after|Watchdog caught collective operation timeout", re.IGNORECASE)
 
 
 def make_trainer(
@@ -135,6 +139,11 @@ def fit(trainer: Trainer, task: LightningModule, data: LightningDataModule, *, r
             cause.exit_code = STOP_SIGNALS[received[0]]
         if cause is None and received:  # the signal arrived before the process could handle it
             raise interrupted(received[0]) from None
+        if cause is None and TIMED_OUT.search(str(error)):
+            raise UsageError(
+                f"a training process has not answered for {TIMEOUT.seconds} s: it is stopped, or waits for a disk or a "
+                f"GPU - {RESUME_HINT}"
+            ) from None
         if cause is None:
             raise
         raise cause from None

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fakes import Uneven
+from torch.multiprocessing.spawn import ProcessRaisedException
 
 from segdeconv.checkpoints import checkpoint
 from segdeconv.data.module import IMAGENET_MEAN, IMAGENET_STD
@@ -25,6 +27,7 @@ from segdeconv.inference.predictors import PredictionSettings
 from segdeconv.inference.segmenter import Segmenter
 from segdeconv.models import SegNet
 from segdeconv.train import train
+from segdeconv.training import trainer as training
 from segdeconv.training.resume import AnyName
 from segdeconv.training.trainer import count_processes
 
@@ -276,3 +279,26 @@ def test_the_gradient_of_the_averaged_loss_is_clipped(tmp_path, accumulate):
     start, after = SegNet(3, stages=((4,), (8,))).state_dict(), weights(tmp_path)
     change = sum(float((after[name] - value).double().square().sum()) for name, value in start.items()) ** 0.5
     assert change == pytest.approx(LR * 0.01, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        ("RuntimeError: [gloo/transport/tcp/unbound_buffer.cc:83] Timed out waiting 120000ms for recv", "120 s"),
+        (
+            "torch.distributed.DistBackendError: [Rank 0] Watchdog caught collective operation timeout: WorkNCCL",
+            "120 s",
+        ),
+        ("ZeroDivisionError: division by zero", None),
+    ],
+)
+def test_a_process_that_does_not_answer_is_one_line(monkeypatch, tmp_path, error, message):
+    """The text of a gloo error is from a run of which one process received SIGSTOP."""
+
+    class Trainer:
+        def fit(self, *arguments, **settings):
+            raise ProcessRaisedException(f"\n\n-- Process 1 terminated with the following error:\n{error}", 1, 2)
+
+    monkeypatch.setattr(training, "spawning_launcher", lambda trainer: types.SimpleNamespace(kill=None))
+    with pytest.raises(UsageError if message else ProcessRaisedException, match=message or "ZeroDivisionError"):
+        training.fit(Trainer(), None, None, resumed=None)
