@@ -123,6 +123,8 @@ class Ended(NamedTuple):
         """A failure message, or "" if standard error is a single error line, after any warnings about the data."""
         lines = self.stderr.replace("\0", "").splitlines()
         lines = [line for line in lines if not line.startswith("segdeconv: warning: ")]
+        if "resource_sharer.py" in self.stderr:  # Python's thread that passes tensors to a worker that was just killed
+            lines = [line for line in lines if line.startswith("segdeconv: ")]
         as_required = len(lines) == 1 and lines[0].startswith("segdeconv: error: ")
         return "" if as_required else f"not one error line: {self.stderr[-2000:]}"
 
