@@ -5,12 +5,10 @@
 Open the printed address in a browser and drop an image on the page. Ctrl-C stops the server.
 """
 
-import sys
-
 from segdeconv.cli.command import ArgumentParser, run_command
 from segdeconv.cli.options import add_network_options
 from segdeconv.cli.own_code import read_checkpoint
-from segdeconv.errors import UsageError
+from segdeconv.errors import UsageError, warn
 
 
 def main() -> None:
@@ -40,10 +38,9 @@ def main() -> None:
     predictor = ImagePredictor(Segmenter(checkpoint, settings))
     server = Server(predictor, arguments.host, arguments.port)
     if not server.loopback:
-        print(
-            f"segdeconv: warning: --host {arguments.host} lets everyone on your network send images and see the "
-            "results, without encryption or authentication",
-            file=sys.stderr,
+        warn(
+            f"--host {arguments.host} lets everyone on your network send images and see the results, without "
+            "encryption or authentication"
         )
     print(f"{predictor.name}, {len(predictor.classes)} classes: {server.url}", flush=True)
     print("Press Ctrl-C to stop.", flush=True)

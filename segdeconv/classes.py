@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -238,6 +238,24 @@ def match_classes(classes: Classes, others: Classes, *, owners: tuple[str, str],
         )
         raise UsageError(f"{' and '.join(described)}; '{different[0]}' is in only one of them - {way_out}")
     return [others.names.index(name) for name in classes.names]
+
+
+def hex_colour(colour: Iterable[int]) -> str:
+    """Format an RGB colour as in CSS.
+
+    >>> hex_colour((255, 0, 16))
+    '#ff0010'
+    """
+    return "#{:02x}{:02x}{:02x}".format(*colour)
+
+
+def count_values(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the values of an integer array in ascending order, and the number of each."""
+    if values.dtype != np.uint8:
+        return np.unique(values, return_counts=True)
+    counts = np.bincount(values.ravel(), minlength=256)  # np.unique sorts, which takes three times as long
+    present = np.flatnonzero(counts)
+    return present, counts[present]
 
 
 def is_grey(colours: np.ndarray) -> bool:

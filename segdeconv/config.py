@@ -11,7 +11,6 @@ import importlib.util
 import inspect
 import os
 import re
-import sys
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 
 from pydantic import ConfigDict, PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
-from segdeconv.errors import UsageError, did_you_mean
+from segdeconv.errors import UsageError, did_you_mean, warn
 from segdeconv.system.plain_data import PlainDataError, parse_yaml
 
 TARGET = "_target_"
@@ -91,7 +90,7 @@ def _warn_of_former(keys: Sequence[str], source: str | Path) -> None:
     _warned_keys.update(new)
     if new:
         names = ", ".join(f"{key} is now {RENAMED_KEYS[key]}" for key in new)
-        print(f"segdeconv: warning: {source} uses former key names, which are deprecated: {names}", file=sys.stderr)
+        warn(f"{source} uses former key names, which are deprecated: {names}")
 
 
 def targets(config: Any) -> Iterator[str]:

@@ -9,7 +9,6 @@ alone, in an empty directory, is enough to evaluate and predict. Weights alone a
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from segdeconv.checkpoints.pickle_check import PickleError, check_archive
 from segdeconv.checkpoints.schema import check_config, check_metadata
 from segdeconv.classes import Classes
 from segdeconv.config import TARGET, override, rename_keys, targets
-from segdeconv.errors import CheckpointError, UsageError
+from segdeconv.errors import CheckpointError, UsageError, warn
 from segdeconv.models import SegmentationModel, build_model, check_model
 from segdeconv.models.base import WithoutMemory
 from segdeconv.system.files import hash_file, replace_text, replacing_path
@@ -241,7 +240,7 @@ def verify(path: Path) -> None:
     """
     sidecar = sidecar_of(path)
     if not sidecar.is_file():
-        print(f"segdeconv: warning: {sidecar.name} is missing, so {path} cannot be verified", file=sys.stderr)
+        warn(f"{sidecar.name} is missing, so {path} cannot be verified")
         return
     if hash_file(path) not in _read_hashes(path):
         raise CheckpointError(

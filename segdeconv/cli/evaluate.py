@@ -91,7 +91,6 @@ def run(description: str) -> None:
     if arguments.ablate:
         ablation.require_unpooling(segmenter.network.model)
 
-    write_mask = draw.save_labels if arguments.labels == "dataset" else draw.save_mask
     if arguments.labels == "dataset":
         draw.label_table(checkpoint.classes)  # raises an error before the first image rather than after it
     pictured = {int(index) for index in np.linspace(0, len(dataset) - 1, 12)}
@@ -115,9 +114,8 @@ def run(description: str) -> None:
 
     def save(predicted: Predicted) -> None:
         if arguments.masks:
-            write_mask(
-                predicted.prediction, checkpoint.classes, arguments.masks / f"{dataset.names[predicted.place]}.png"
-            )
+            path = arguments.masks / f"{dataset.names[predicted.place]}.png"
+            draw.save_mask(predicted.prediction, checkpoint.classes, path, labels=arguments.labels)
         if arguments.pictures and predicted.place in pictured:
             image, mask, name = dataset[predicted.place]
             figure = draw.enlarged(draw.comparison(image, mask, predicted.prediction, checkpoint.classes), 128)

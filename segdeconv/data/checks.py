@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import NamedTuple
 
-from segdeconv.classes import Classes
+from segdeconv.classes import Classes, hex_colour
 from segdeconv.data.dataset import SegmentationDataset
 from segdeconv.data.inspection import Inspection
 from segdeconv.errors import UsageError, command
@@ -142,7 +142,7 @@ def meaning(classes: Classes, value: int | str) -> str:
     """Return the name of the class of a label or colour ('#rrggbb') in a mask file, or IGNORED."""
     if isinstance(value, int):
         return classes.names[classes.labels.index(value)] if value in classes.labels else IGNORED
-    colours = [f"#{red:02x}{green:02x}{blue:02x}" for red, green, blue in classes.colours]
+    colours = [hex_colour(colour) for colour in classes.colours]
     return classes.names[colours.index(value)] if value in colours else IGNORED
 
 

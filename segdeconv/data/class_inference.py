@@ -1,8 +1,6 @@
 """Inference of the classes of a person's own masks from their content, where no table names them."""
 
-import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
@@ -10,11 +8,11 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from tqdm import tqdm
 
-from segdeconv.classes import Classes, Colour, is_grey, pack_colours, voc_colours
+from segdeconv.classes import Classes, Colour, count_values, hex_colour, is_grey, pack_colours, voc_colours
 from segdeconv.data.class_file import IGNORE, MAX_CLASSES
 from segdeconv.data.files.reading import read_stored_mask, require_opaque
+from segdeconv.data.inspection import map_with_progress
 from segdeconv.errors import UsageError
 
 MAX_VALUES = 64  # a mask with more different values is probably a photograph or a resized mask
@@ -108,26 +106,20 @@ def _infer(stamps: tuple[tuple[Path, int, int], ...]) -> tuple[Classes, tuple[st
 def _survey(masks: Sequence[Path]) -> Survey:
     stored: Survey = Survey()
     greys: list[tuple[Path, dict[int, tuple[int, int]]]] = []
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        contents = pool.map(_content, masks)
-        for path, content in zip(
-            masks, tqdm(contents, total=len(masks), desc="reading masks", leave=False, disable=None), strict=True
-        ):
-            if len(content.values) > MAX_VALUES:
-                _refuse_many(path, len(content.values), "labels" if content.kind != "colours" else "colours")
-            if content.kind == "grey":  # whether these are labels is known at the end
-                greys.append((path, content.values))
-                continue
-            target = stored.colours if content.kind == "colours" else stored.labels
-            _add(target, path, content.values)
-            if content.kind == "palette":
-                for label, colour in content.palette.items():
-                    stored.palette.setdefault(label, {}).setdefault(colour, path)
-            elif content.kind == "labels":
-                stored.plain = stored.plain or path
-                stored.extremes |= content.extremes
-            if len(target) > MAX_CLASSES:
-                _refuse_many(path, len(target), "labels" if content.kind != "colours" else "colours")
+    contents = map_with_progress(len(masks), lambda index: _content(masks[index]), "reading masks")
+    for path, content in zip(masks, contents, strict=True):
+        if content.kind == "grey":  # whether these are labels is known at the end
+            greys.append((path, content.values))
+            continue
+        target = stored.colours if content.kind == "colours" else stored.labels
+        _add(target, path, content.values)
+        if content.kind == "palette":
+            for label, colour in content.palette.items():
+                stored.palette.setdefault(label, {}).setdefault(colour, path)
+        elif content.kind == "labels":
+            stored.plain = stored.plain or path
+            stored.extremes |= content.extremes
+        _require_few(path, len(target), content.kind, MAX_CLASSES)
     for path, values in greys:
         if stored.colours:
             _add(stored.colours, path, {value * 0x010101: count for value, count in values.items()})
@@ -143,11 +135,13 @@ def _add(target: dict[int, Occurrence], path: Path, values: dict[int, tuple[int,
         target.setdefault(value, Occurrence()).add(path, pixels, between)
 
 
-def _refuse_many(path: Path, count: int, kind: str) -> None:
-    raise UsageError(
-        f"mask {path} has {count} different {kind}, too many to be classes - it seems to be a photograph "
-        "or a mask that was resized with interpolation; name the classes in classes.yaml or save labels"
-    )
+def _require_few(path: Path, count: int, kind: str, most: int) -> None:
+    if count > most:
+        raise UsageError(
+            f"mask {path} has {count} different {'colours' if kind == 'colours' else 'labels'}, too many to be classes "
+            "- it seems to be a photograph or a mask that was resized with interpolation; name the classes in "
+            "classes.yaml or save labels"
+        )
 
 
 @dataclass(frozen=True)
@@ -161,6 +155,12 @@ class _Content:
 
 
 def _content(path: Path) -> _Content:
+    content = _read_content(path)
+    _require_few(path, len(content.values), content.kind, MAX_VALUES)
+    return content
+
+
+def _read_content(path: Path) -> _Content:
     stored = read_stored_mask(path)
     require_opaque(path, stored)
     values = stored.values
@@ -185,7 +185,7 @@ def _counts(values: np.ndarray) -> dict[int, tuple[int, int]]:
         values: (H, W) labels, or (H, W, 3) colours.
     """
     numbers = values if values.ndim == 2 else pack_colours(values)
-    present, counts = np.unique(numbers, return_counts=True)
+    present, counts = count_values(numbers)
     between = [0] * len(present)
     if 3 <= len(present) <= MAX_VALUES:
         # Ranks instead of labels, since OpenCV's filters do not take every integer type.
@@ -257,8 +257,10 @@ def _classes_of_labels(survey: Survey) -> tuple[Classes, tuple[str, ...]]:
             f"class, name it in classes.yaml"
         )
     class_names = tuple(f"class_{label}" for label in labels)
-    found = [next(iter(survey.palette[label])) for label in labels if label in survey.palette]
-    shown = tuple(_unpack(colour) for colour in found) if len(set(found)) == len(labels) else voc_colours(len(labels))
+    packed = {next(iter(survey.palette[label])) for label in labels if label in survey.palette}
+    shown = voc_colours(len(labels))
+    if len(packed) == len(labels):  # the palette tells all labels apart
+        shown = tuple(_unpack(next(iter(survey.palette[label]))) for label in labels)
     return Classes(class_names, shown, labels=tuple(labels), by_colour=False), tuple(lines)
 
 
@@ -316,7 +318,7 @@ def _classes_of_colours(survey: Survey) -> tuple[Classes, tuple[str, ...]]:
     colours_ = tuple(_unpack(packed) for packed in sorted(occurrences))
     if set(colours_) == {(0, 0, 0), (255, 255, 255)}:
         return Classes(("background", "foreground"), colours_, by_colour=True), tuple(lines)
-    names = tuple(f"colour_{red:02x}{green:02x}{blue:02x}" for red, green, blue in colours_)
+    names = tuple(f"colour_{hex_colour(colour)[1:]}" for colour in colours_)
     return Classes(names, colours_, by_colour=True), tuple(lines)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import TypeAdapter
 from tqdm import tqdm
 
-from segdeconv.classes import Classes, is_grey, pack_colours
+from segdeconv.classes import Classes, count_values, hex_colour, is_grey, pack_colours
 from segdeconv.data.dataset import FileDataset, SegmentationDataset
 from segdeconv.data.files.reading import StoredMask, read_stored_mask, stored_format
 from segdeconv.errors import UsageError, command
@@ -270,15 +270,6 @@ def _stored(dataset: SegmentationDataset, index: int) -> tuple[tuple[int, int, b
     return (stored.bits, stored.channels, stored.alpha), counted
 
 
-def count_values(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the values of an integer array in ascending order, and the number of each."""
-    if values.dtype != np.uint8:
-        return np.unique(values, return_counts=True)
-    counts = np.bincount(values.ravel(), minlength=256)  # np.unique sorts, which takes twenty times as long
-    present = np.flatnonzero(counts)
-    return present, counts[present]
-
-
 def stored_values(mask: StoredMask, classes: Classes) -> tuple[np.ndarray, bool]:
     """Return what determines the class of each pixel of a mask file: labels, or packed colours.
 
@@ -370,7 +361,7 @@ def class_table(inspection: Inspection, classes: Classes, weights: list[float] |
     colours = [*classes.colours, classes.ignore_colour]
     for index, name in enumerate((*classes.names, "(ignored)")):
         rgb = colours[index]
-        colour = f"#{rgb[0]:02x}{rgb[1]:02x}{rgb[2]:02x}" if rgb else "-"
+        colour = hex_colour(rgb) if rgb else "-"
         weight = f"{weights[index]:7.4f}" if weights is not None and index < len(weights) else "      -"
         absent = "   <- no pixel in this split" if index < len(classes) and not inspection.pixels[index] else ""
         lines.append(

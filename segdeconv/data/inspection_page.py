@@ -120,18 +120,18 @@ def build_failure_page(error: str, root: str | None, *, command: str, config: Ma
         The page as HTML.
     """
     folder = Path(root).expanduser() if root else None
-    found = None
+    listing = None
     if folder is not None and folder.is_dir():
         with suppress(UsageError):  # it says which folder cannot be read, as the error of the page probably does
-            found = find_files(folder)
-    files = [] if found is None else found.files
+            listing = find_files(folder)
+    files = [] if listing is None else listing.files
     counts = Counter(path.relative_to(folder).parent.as_posix() for path in files) if folder else Counter[str]()
     return html.render(
         "inspect_failed.html",
         error=error,
         folder=folder,
         counts=sorted(counts.items()),
-        skipped=describe_skipped(found, folder) if found is not None and folder is not None else [],
+        skipped=describe_skipped(listing, folder) if listing is not None and folder is not None else [],
         suspects=[Entry(path.name, "", [*_decoded_file(path)]) for path in sorted(files) if _names_file(error, path)][
             :MAX_SUSPECTS
         ],

@@ -89,9 +89,9 @@ def _files(folder: Path) -> tuple[Files, list[str]]:
             f"{folder} is not a folder; dataset.root should hold images/ and masks/, and {parent} holds "
             f"{', '.join(beside[:10]) or 'no folder'}{', ...' if beside[10:] else ''} - rename or move them"
         )
-    found = find_files(folder)
+    listing = find_files(folder)
     files: Files = {}
-    for path in found.files:
+    for path in listing.files:
         name = path.relative_to(folder).with_suffix("").as_posix()
         if name in files:
             raise UsageError(f"{path} and {files[name]} have the same name; a name identifies one image - rename one")
@@ -103,7 +103,7 @@ def _files(folder: Path) -> tuple[Files, list[str]]:
                 f"{path} and {other} differ only in upper and lower case, so other systems treat them as one file - "
                 "rename one"
             )
-    skipped = describe_skipped(found, folder)
+    skipped = describe_skipped(listing, folder)
     if not files:
         left_out = f"; {skipped[0].partition(' - ')[0]}" if skipped else ""
         raise UsageError(

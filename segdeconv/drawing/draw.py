@@ -3,6 +3,7 @@
 import colorsys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import cv2
 import numpy as np
@@ -19,14 +20,21 @@ BAND = 1024  # rows of a large figure that are drawn at once
 GAP = 4  # pixels between the tiles of a grid
 
 
-def save_mask(mask: np.ndarray, classes: Classes, path: Path) -> None:
+Labels = Literal["index", "dataset"]  # values of mask files: class indices, or as the data set's own masks have them
+
+
+def save_mask(mask: np.ndarray, classes: Classes, path: Path, *, labels: Labels = "index") -> None:
     """Write a mask as a palette PNG, whose pixels are the class indices and whose palette is the class colours.
 
     Args:
         mask: (H, W) uint8 class indices.
         classes: The classes and their colours.
         path: The PNG file.
+        labels: Write class indices, or the labels or colours of the data set's own masks; see `save_labels`.
     """
+    if labels == "dataset":
+        save_labels(mask, classes, path)
+        return
     with replacing(path) as file:
         png = Png(file, (mask.shape[0], mask.shape[1]), palette=classes.palette)
         png.write(mask)

@@ -3,7 +3,6 @@
 import base64
 import hashlib
 import io
-from collections.abc import Iterable
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -14,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
+from segdeconv.classes import hex_colour
 from segdeconv.system.files import replace_text
 
 MAX_BYTES = 40_000  # of one picture
@@ -84,7 +84,7 @@ def _pages() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    pages.filters.update(percent=percent, points=points, count=count, number=number, colour=colour)
+    pages.filters.update(percent=percent, points=points, count=count, number=number, colour=hex_colour)
     return pages
 
 
@@ -132,12 +132,3 @@ def number(value: float | None, digits: int = 3) -> str:
     ('0.0123', '2', '–')
     """
     return MISSING if value is None else f"{value:.{digits}g}"
-
-
-def colour(value: Iterable[int]) -> str:
-    """Format an RGB colour for CSS.
-
-    >>> colour((255, 0, 16))
-    '#ff0010'
-    """
-    return "#{:02x}{:02x}{:02x}".format(*value)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
-from segdeconv.classes import Classes
+from segdeconv.classes import Classes, hex_colour
 from segdeconv.config import TARGET
 from segdeconv.data.dataset import PublishedScores, SegmentationDataset
 from segdeconv.drawing import draw, html, thumbnails
@@ -89,7 +89,7 @@ def build_page(first: Evaluated, dataset: SegmentationDataset, *, second: Evalua
         histogram=np.histogram([iou for iou in ious if iou is not None], BINS, (0, 1))[0].tolist(),
         shown=_shown_images(first, dataset, classes),
         differing=_differing_images(first, second, dataset, classes) if second else [],
-        heat=[html.colour(rgb) for rgb in draw.heat(np.linspace(0, 1, 9)[None], 1)[0]],
+        heat=[hex_colour(rgb) for rgb in draw.heat(np.linspace(0, 1, 9)[None], 1)[0]],
     )
 
 

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from pydantic import TypeAdapter
@@ -47,9 +47,6 @@ REGION_LIMITS = Limits(size=1 << 28, nodes=20_000_000)
 MAX_PIXELS_IN_MEMORY = 1 << 26  # of all images together, unless a single one has more
 
 
-Labels = Literal["index", "dataset"]
-
-
 @dataclass(frozen=True)
 class Outputs:
     """The files written for each image NAME, in addition to its mask NAME.png.
@@ -75,7 +72,7 @@ class Outputs:
     polygons: bool = False
     min_area: int = 1
     frames: bool = False
-    labels: Labels = "index"
+    labels: draw.Labels = "index"
 
     def endings(self) -> list[str]:
         """Return the file name endings of all outputs of an image or a video.
@@ -133,10 +130,6 @@ class Outputs:
         """Return the path of one output file."""
         return output_path(self.out, name, ending)
 
-    def save_mask(self, mask: np.ndarray, path: Path) -> None:
-        """Write a mask with the values of `labels`."""
-        (draw.save_labels if self.labels == "dataset" else draw.save_mask)(mask, self.classes, path)
-
     def write(self, name: str, prediction: Prediction, bounded: bool) -> list[Path]:
         """Write the mask, figures and polygons of an image, and return the files written.
 
@@ -145,7 +138,7 @@ class Outputs:
         """
         mask = turn_back(prediction.mask, prediction.orientation)  # as the image is stored in its file
         files = [self.path(name, ".png")]
-        self.save_mask(mask, files[0])
+        draw.save_mask(mask, self.classes, files[0], labels=self.labels)
         if self.overlay:
             files.append(self.path(name, "_overlay.png"))
             draw.save_overlay(prediction.image, prediction.mask, self.classes, files[-1])
@@ -358,7 +351,7 @@ class BatchPrediction:
                     )
                 if self.outputs.frames:
                     files.append(self.outputs.path(f"{name}/{count:06d}", ".png"))
-                    self.outputs.save_mask(prediction.mask, files[-1])
+                    draw.save_mask(prediction.mask, self.outputs.classes, files[-1], labels=self.outputs.labels)
         if self.outputs.overlay:
             files.append(self.outputs.path(name, "_overlay.mp4"))
         if count < video.frame_count:

@@ -127,16 +127,17 @@ def _images_in(folder: Path, out_folder: Path) -> list[Path]:
         real = Path(os.path.realpath(parent))
         return out_folder == real or out_folder in real.parents
 
-    found = find_files(folder)
+    listing = find_files(folder)
     files, hidden, others = (
-        [path for path in paths if not is_output(path.parent)] for paths in (found.files, found.hidden, found.others)
+        [path for path in paths if not is_output(path.parent)]
+        for paths in (listing.files, listing.hidden, listing.others)
     )
     videos = [path for path in others if path.suffix.lower() in VIDEOS]
     if videos:
         count = f"{len(videos)} video{'s are' if len(videos) > 1 else ' is'}"
         warn(f"{folder}: {count} left out ({count_endings(videos)}) - name each video to predict it")
     others = [path for path in others if path.suffix.lower() not in VIDEOS]
-    for line in describe_skipped(found._replace(files=files, hidden=hidden, others=others), folder):
+    for line in describe_skipped(listing._replace(files=files, hidden=hidden, others=others), folder):
         warn(line)
     if not files:
         raise UsageError(f"{folder} contains no images - supported suffixes: {', '.join(sorted(SUFFIXES))}")

@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -70,15 +70,14 @@ class Prediction:
         """Draw the mask over the image, with a legend below: (H', W', 3) uint8. Small images are enlarged."""
         return draw.overlay_with_legend(self.image, self.mask, self.classes)
 
-    def save(self, path: str | Path, *, labels: Literal["index", "dataset"] = "index") -> None:
+    def save(self, path: str | Path, *, labels: draw.Labels = "index") -> None:
         """Write the mask as a PNG, in the orientation of the image's file.
 
         Args:
             path: The file.
-            labels: Write class indices, or the labels or colours of the data set's own masks; see `draw.save_labels`.
+            labels: See `draw.save_mask`.
         """
-        write = draw.save_labels if labels == "dataset" else draw.save_mask
-        write(turn_back(self.mask, self.orientation), self.classes, Path(path))
+        draw.save_mask(turn_back(self.mask, self.orientation), self.classes, Path(path), labels=labels)
 
 
 class Segmenter:

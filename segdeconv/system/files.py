@@ -7,7 +7,6 @@ import os
 import platform
 import re
 import secrets
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -16,7 +15,7 @@ from typing import BinaryIO
 
 from filelock import FileLock, Timeout
 
-from segdeconv.errors import DiskError, UsageError
+from segdeconv.errors import DiskError, UsageError, warn
 
 PARTIAL = ".tmp-"  # prefix of the names of files that are being written
 PARTIAL_NAME = re.compile(rf"{re.escape(PARTIAL)}(\d+)-[0-9a-f]{{8}}-.")  # process id, random number, end of the name
@@ -174,10 +173,9 @@ def cache_root() -> Path:
 
 @functools.cache
 def _temporary_cache() -> tempfile.TemporaryDirectory[str]:
-    print(
-        "segdeconv: warning: HOME: not set, and the user has no account, so nothing is cached between runs - set HOME "
-        "or XDG_CACHE_HOME to a folder",
-        file=sys.stderr,
+    warn(
+        "HOME: not set, and the user has no account, so nothing is cached between runs - set HOME or XDG_CACHE_HOME to "
+        "a folder"
     )
     return tempfile.TemporaryDirectory(prefix="segdeconv-", ignore_cleanup_errors=True)
 

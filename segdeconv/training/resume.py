@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import sys
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ from segdeconv.checkpoints import checkpoint
 from segdeconv.checkpoints.checkpoint import Checkpoint
 from segdeconv.classes import Classes
 from segdeconv.config import current_name, rename_keys
-from segdeconv.errors import CheckpointError, UsageError
+from segdeconv.errors import CheckpointError, UsageError, warn
 from segdeconv.evaluation.report import read_report
 from segdeconv.system.devices import machine
 from segdeconv.system.files import replace_text
@@ -30,7 +29,7 @@ CHANGEABLE_KEYS = (
     "trainer.activation_checkpointing", "dataset.cache", "dataset.cache_size", "dataset.checksums",
 )  # fmt: skip
 
-LENGTH_KEYS = ("trainer.max_epochs", "trainer.max_steps")  # they may change too: a run goes on to its new end
+LENGTH_KEYS = ("trainer.max_epochs", "trainer.max_steps")  # they may change too: a run continues to its new end
 
 
 class Opened(NamedTuple):
@@ -201,11 +200,10 @@ def warn_of_schedule(
     last = max(0, steps - 1)
     before, after = schedule(last, old_total), schedule(last, new_total)
     if not math.isclose(before, after, rel_tol=1e-6):
-        print(
-            f"segdeconv: warning: trainer.max_epochs: the run ends at step {new_total} instead of {old_total}, and the "
+        warn(
+            f"trainer.max_epochs: the run ends at step {new_total} instead of {old_total}, and the "
             f"schedule now covers all {new_total} steps, so the learning rate at the restart jumps from "
-            f"{lr * before:.3g} to {lr * schedule(steps, new_total):.3g} - start a new run for an unbroken schedule",
-            file=sys.stderr,
+            f"{lr * before:.3g} to {lr * schedule(steps, new_total):.3g} - start a new run for an unbroken schedule"
         )
 
 

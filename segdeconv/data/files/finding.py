@@ -22,7 +22,7 @@ ENDINGS = tuple(SUFFIXES)
 MAX_KINDS = 8  # of folders or endings that one message names
 
 
-class Found(NamedTuple):
+class Listing(NamedTuple):
     """The files of a folder and its sub-folders, each list in the order of the paths relative to the folder.
 
     Attributes:
@@ -57,7 +57,7 @@ class _Folder(NamedTuple):
         return False
 
 
-def find_files(folder: Path) -> Found:
+def find_files(folder: Path) -> Listing:
     """Find the image files of a folder and its sub-folders, following links to files and folders.
 
     The ending of a name decides, in upper or lower case. A dangling link with the ending of an image counts as a file,
@@ -66,18 +66,18 @@ def find_files(folder: Path) -> Found:
     Raises:
         UsageError: The folder, or a visible folder inside it, cannot be read; the message names it.
     """
-    found = Found([], [], [], [])
+    listing = Listing([], [], [], [])
     root = _Folder(str(folder), os.path.realpath(folder), None, hidden=False)
     stack = [(root, _entries(root))]  # not recursive, since a folder may be nested more deeply than Python's calls
     while stack:
         parent, entries = stack[-1]
         if not entries:
             stack.pop()
-        elif inner := _sort_in(entries.pop(), parent, found):
+        elif inner := _sort_in(entries.pop(), parent, listing):
             stack.append((inner, _entries(inner)))
             if not stack[-1][1] and not inner.hidden and inner.path.lower().endswith(ENDINGS):
-                found.files.append(Path(inner.path))  # reading it says that it is a folder
-    return found
+                listing.files.append(Path(inner.path))  # reading it says that it is a folder
+    return listing
 
 
 def _entries(folder: _Folder) -> list[os.DirEntry[str]]:
@@ -91,7 +91,7 @@ def _entries(folder: _Folder) -> list[os.DirEntry[str]]:
         raise _unreadable(folder.path, error) from None
 
 
-def _sort_in(entry: os.DirEntry[str], parent: _Folder, found: Found) -> _Folder | None:
+def _sort_in(entry: os.DirEntry[str], parent: _Folder, listing: Listing) -> _Folder | None:
     """Add a file to the list where it belongs; return a folder that is to be searched."""
     name = entry.name
     lower = name.lower()
@@ -104,13 +104,13 @@ def _sort_in(entry: os.DirEntry[str], parent: _Folder, found: Found) -> _Folder 
             return None
         real = os.path.realpath(entry.path) if linked else os.path.join(parent.real, name)
         if linked and parent.is_inside(real):
-            found.loops.append(Path(entry.path))
+            listing.loops.append(Path(entry.path))
             return None
         return _Folder(entry.path, real, parent, hidden)
     if ending in SUFFIXES:
-        (found.hidden if hidden else found.files).append(Path(entry.path))
+        (listing.hidden if hidden else listing.files).append(Path(entry.path))
     elif not hidden and lower not in SYSTEM_FILES:
-        found.others.append(Path(entry.path))
+        listing.others.append(Path(entry.path))
     return None
 
 
@@ -129,21 +129,21 @@ def _unreadable(path: str, error: OSError) -> UsageError:
     return UsageError(f"{path} cannot be read: {reason} - make the folder readable, or move it elsewhere")
 
 
-def describe_skipped(found: Found, folder: Path) -> list[str]:
+def describe_skipped(listing: Listing, folder: Path) -> list[str]:
     """Return one line, with counts and a way out, for each kind of file that `find_files` passed over in `folder`."""
     lines = []
-    if found.hidden:
-        counts = Counter(_hidden_part(path.relative_to(folder)) for path in found.hidden)
+    if listing.hidden:
+        counts = Counter(_hidden_part(path.relative_to(folder)) for path in listing.hidden)
         lines.append(
-            f"{folder}: {_files(found.hidden)} with hidden names or in hidden or system folders {_are(found.hidden)} "
-            f"left out ({_listed(counts)}) - rename or move them to use them"
+            f"{folder}: {_files(listing.hidden)} with hidden names or in hidden or system folders "
+            f"{_are(listing.hidden)} left out ({_listed(counts)}) - rename or move them to use them"
         )
-    if found.others:
+    if listing.others:
         lines.append(
-            f"{folder}: {_files(found.others)} with other endings {_are(found.others)} left out "
-            f"({count_endings(found.others)}) - the supported endings are {', '.join(sorted(SUFFIXES))}"
+            f"{folder}: {_files(listing.others)} with other endings {_are(listing.others)} left out "
+            f"({count_endings(listing.others)}) - the supported endings are {', '.join(sorted(SUFFIXES))}"
         )
-    lines += [f"{link}: a link to a folder that contains it is left out - remove the link" for link in found.loops]
+    lines += [f"{link}: a link to a folder that contains it is left out - remove the link" for link in listing.loops]
     return lines
 
 
