@@ -13,7 +13,7 @@ The default is speed. Writes DIR/benchmark.md, benchmark.json and, if matplotlib
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -50,7 +50,7 @@ def main() -> None:
     from segdeconv.system.devices import best_device
 
     task = contestants.Task(arguments.batch, (height, width), arguments.classes, best_device())
-    measures: dict[str, Callable[[], list[parts.Table]]] = {
+    measures: dict[str, Callable[[], Iterator[parts.Table]]] = {
         "speed": lambda: parts.speed(task, arguments.repeats),
         "memory": lambda: parts.memory(task),
         "growth": lambda: parts.growth(task, arguments.repeats),

@@ -1,7 +1,7 @@
-"""Parts of scripts/benchmark.py; each returns tables, whose first column names the row."""
+"""Parts of scripts/benchmark.py; each yields tables as they are measured, whose first column names the row."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -53,10 +53,9 @@ def _format_cell(value: Any) -> str:
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def speed(task: Task, repeats: int) -> list[Table]:
+def speed(task: Task, repeats: int) -> Iterator[Table]:
     """Time training steps and inference passes in turn, and the machine's matrix products before and after them."""
     types = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    tables = []
     for training in (True, False):
         before = {name: peak.matrix_peak(task.device, dtype) for name, dtype in types.items()}
         timings = harness.race(contestants.implementations(task, training=training), repeats=repeats)
@@ -69,8 +68,7 @@ def speed(task: Task, repeats: int) -> list[Table]:
             f"Medians of {repeats}, in turn; `best` is the shortest. {flop / 1e9:.0f} GFLOP per batch; matrix "
             f"products reach {' and '.join(f'{speed / 1e9:.0f} GFLOP/s in {name}' for name, speed in peaks.items())}."
         )
-        tables.append(Table(title, rows, bar="images a second", note=note))
-    return tables
+        yield Table(title, rows, bar="images a second", note=note)
 
 
 def _speed_row(
@@ -94,9 +92,8 @@ def _speed_row(
     return row
 
 
-def memory(task: Task) -> list[Table]:
+def memory(task: Task) -> Iterator[Table]:
     """Measure the peak memory of training and inference, also of the networks in the SegNet paper's table 6."""
-    tables = []
     for training in (True, False):
         for title, builds in (
             ("compared with the usual SegNet", contestants.implementations(task, training=training)),
@@ -110,11 +107,10 @@ def memory(task: Task) -> list[Table]:
             ]
             what = "Training" if training else "Inference"
             where = f"{task.batch} images of {task.size[0]}x{task.size[1]}"
-            tables.append(Table(f"{what} memory, {title}, {where}", rows, bar="peak memory, MiB"))
-    return tables
+            yield Table(f"{what} memory, {title}, {where}", rows, bar="peak memory, MiB")
 
 
-def growth(task: Task, repeats: int) -> list[Table]:
+def growth(task: Task, repeats: int) -> Iterator[Table]:
     """Measure time and memory of a training step by image area, batch size and classes, one factor at a time."""
     height, width = task.size
     factors: Mapping[str, list[tuple[float, Task]]] = {
@@ -125,7 +121,6 @@ def growth(task: Task, repeats: int) -> list[Table]:
         "images": [(float(batch), task._replace(batch=batch)) for batch in (1, 2, 4)],
         "classes": [(float(classes), task._replace(classes=classes)) for classes in (2, 11, 40, 150)],
     }
-    tables = []
     for factor, points in factors.items():
         builds = {
             f"{value:.0f}": partial(contestants.segdeconv_step, point, fast_precision(), True)
@@ -137,23 +132,22 @@ def growth(task: Task, repeats: int) -> list[Table]:
              "peak memory, MiB": round(timing.memory / MIB)}
             for name, timing in timings.items()
         ]  # fmt: skip
-        tables.append(Table(f"Growth with {factor}", rows, lines=(factor, "seconds")))
-    return tables
+        yield Table(f"Growth with {factor}", rows, lines=(factor, "seconds"))
 
 
-def kernels(device: torch.device) -> list[Table]:
+def kernels(device: torch.device) -> Iterator[Table]:
     """Time pooling and unpooling, and compare them with torch's and with a copy."""
     batch = 32 if device.type == "cuda" else 2  # the time of 8 on a GPU is about that of launching a kernel
     rows = [{"": row.pop("what"), **row} for row in kernels_.measure(device=device, shape=(batch, 64, 360, 480))]
-    return [Table(f"Pooling and unpooling, {batch} images with 64 channels of 360x480", rows, bar="share_of_copy")]
+    yield Table(f"Pooling and unpooling, {batch} images with 64 channels of 360x480", rows, bar="share_of_copy")
 
 
-def images(root: Path | None, size: tuple[int, int]) -> list[Table]:
+def images(root: Path | None, size: tuple[int, int]) -> Iterator[Table]:
     """Measure decoding, augmentation and loading in images per second."""
     rows = input_.measure(None if root is None else str(root), size=size)
     rows = [{"": row["what"], "images a second": row["images_per_s"], "of a core": row["per_core"]} for row in rows]
     source = "CamVid" if root else "built-in images"
-    return [Table(f"Input, {source}, {size[0]}x{size[1]}", rows, bar="images a second")]
+    yield Table(f"Input, {source}, {size[0]}x{size[1]}", rows, bar="images a second")
 
 
 def machine(device: torch.device) -> dict[str, Any]:
