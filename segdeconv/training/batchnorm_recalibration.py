@@ -1,8 +1,10 @@
 """Recomputation of batch norm's statistics over the training images, as the original authors do before testing."""
 
 import dataclasses
+from collections.abc import Callable, Collection, Iterable
 
 import torch
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
@@ -41,19 +43,15 @@ def recalibrated(checkpoint: Checkpoint, *, device: torch.device) -> Checkpoint:
         num_workers=settings["num_workers"],
         timeout=settings["timeout"],
     )
-    for norm in norms.values():
-        norm.train()  # only the norms: dropout stays off
-        norm.reset_running_stats()
     score = with_padding(model, model.minimum_size)
-    count = 0
     with tqdm(total=len(dataset), desc="recalibrating", unit="image", disable=None) as bar:
-        for batch in loader:
-            images = len(batch["image"])
-            count += images
-            for norm in norms.values():
-                norm.momentum = images / count
-            score(preprocessing.normalised(batch["image"].to(device)))
-            bar.update(images)
+
+        def normalised() -> Iterable[Tensor]:
+            for batch in loader:
+                yield preprocessing.normalised(batch["image"].to(device))
+                bar.update(len(batch["image"]))
+
+        recompute_statistics(norms.values(), score, normalised())
     state = dict(checkpoint.content["state_dict"])
     prefix = AVERAGED if any(name.startswith(AVERAGED) for name in state) else "model."
     for name, norm in norms.items():
@@ -61,3 +59,31 @@ def recalibrated(checkpoint: Checkpoint, *, device: torch.device) -> Checkpoint:
             state[f"{prefix}{name}.{buffer}"] = value.cpu()
     kept = {key: checkpoint.content[key] for key in ("hyper_parameters", "segdeconv")}
     return dataclasses.replace(checkpoint, content={**kept, "state_dict": state})
+
+
+@torch.no_grad()
+def recompute_statistics(
+    norms: Collection[_BatchNorm], network: Callable[[Tensor], object], batches: Iterable[Tensor]
+) -> None:
+    """Replace the running means and variances of norms by their means over batches, weighted by numbers of images.
+
+    Args:
+        norms: The norms; their modes and momenta are left as they were.
+        network: The network they belong to, which is called with every batch.
+        batches: Normalised images, (N, C, H, W).
+    """
+    before = [(norm, norm.training, norm.momentum) for norm in norms]
+    for norm in norms:
+        norm.train()  # only the norms: dropout stays off
+        norm.reset_running_stats()
+    count = 0
+    try:
+        for images in batches:
+            count += len(images)
+            for norm in norms:
+                norm.momentum = len(images) / count
+            network(images)
+    finally:
+        for norm, training, momentum in before:
+            norm.train(training)
+            norm.momentum = momentum

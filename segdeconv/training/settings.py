@@ -28,6 +28,8 @@ class TrainerSettings:
             parts (`optimizer.part_lr`) are frozen too.
 
     Taken by `SegmentationTask`:
+        recalibration_batches: Batches of training samples over which the statistics of batch norm are computed anew
+            before each validation; 0 keeps the running averages, which lag behind the weights in short trainings.
         ema: Decay of an exponential moving average of the weights, such as 0.999. Validation and later commands use
             the average. Running statistics of batch norm are averaged too. During the first steps the decay is
             smaller, (1 + step) / (10 + step).
@@ -51,6 +53,7 @@ class TrainerSettings:
     gradient_clip_val: Annotated[float, Field(gt=0)] | None = None
     check_val_every_n_epoch: Count = 1
     deterministic: bool = False
+    recalibration_batches: Annotated[int, Field(ge=0)] = 0
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     compile: Literal["auto", True, False] = "auto"
     activation_checkpointing: bool = False

@@ -1,7 +1,8 @@
 """The Lightning module: loss, scores, learning rate, and the content of checkpoints."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
@@ -15,6 +16,9 @@ from torch.optim import Optimizer
 from segdeconv import __version__
 from segdeconv.checkpoints.checkpoint import FORMAT
 from segdeconv.classes import Classes
+from segdeconv.data.loading import collate_training
+from segdeconv.data.module import DataPipeline
+from segdeconv.data.sampler import StatelessBatches
 from segdeconv.errors import DivergedError, UsageError
 from segdeconv.evaluation.metrics import ConfusionMatrix, Scores, scores
 from segdeconv.inference.network import Network
@@ -24,9 +28,10 @@ from segdeconv.models import SegmentationModel
 from segdeconv.models.activation_checkpointing import checkpoint_activations
 from segdeconv.optimization import Schedule, average
 from segdeconv.switches.ops import load_triton_kernels
-from segdeconv.system.devices import machine
+from segdeconv.system.devices import autocast, machine
 from segdeconv.system.memory import keep_freed
 from segdeconv.system.seeding import key
+from segdeconv.training.batchnorm_recalibration import recompute_statistics
 from segdeconv.training.processes import summed
 from segdeconv.training.settings import TrainerSettings
 from segdeconv.training.step_loss import LOWER, StepLoss
@@ -91,7 +96,7 @@ class SegmentationTask(LightningModule):
         self.loss = loss
         self.optimizer, self.schedule = optimizer, schedule
         self.classes, self.seed, self.total_steps, self.metadata = classes, seed, total_steps, dict(metadata)
-        self.norm, self.ema = settings.norm, settings.ema
+        self.norm, self.ema, self.recalibration_batches = settings.norm, settings.ema, settings.recalibration_batches
         self.compilation, self.activation_checkpointing = settings.compile, settings.activation_checkpointing
         if self.activation_checkpointing:
             checkpoint_activations(self.model)
@@ -189,12 +194,43 @@ class SegmentationTask(LightningModule):
     def on_validation_start(self) -> None:
         self.step_loss.sync_loss()
         self._validated = True
+        self._recompute_statistics()
         # Running statistics differ between processes; those of the first process are saved.
         if self.trainer.world_size > 1:
             for buffer in self.network.buffers():
                 torch.distributed.broadcast(buffer, 0)
         # The same preparation as in evaluate, so that both give the same scores.
         self.validation_network = Network(self.network, self.device, str(self.trainer.precision))
+
+    def _recompute_statistics(self) -> None:
+        """Compute the statistics of batch norm over the first batches of the epoch, if the settings ask for it.
+
+        They depend on the weights, the seed and the epoch alone, and training does not use them, so that a resumed run
+        repeats them.
+        """
+        pipeline: DataPipeline = self.trainer.datamodule.pipeline  # type: ignore[attr-defined]
+        trained = {
+            name
+            for name, module in self.model.named_modules()
+            if isinstance(module, _BatchNorm) and any(p.requires_grad for p in module.parameters(recurse=False))
+        }
+        if not self.recalibration_batches or self.norm == "frozen" or not trained:
+            return
+        order = StatelessBatches(
+            len(pipeline.samples), pipeline.batch_size, seed=self.seed, position=lambda: (self.current_epoch, 0)
+        )
+
+        def batches() -> Iterator[Tensor]:
+            for samples in islice(order, self.recalibration_batches):
+                batch = collate_training([pipeline.samples[sample] for sample in samples])
+                yield pipeline.preprocessing.normalised(batch["image"].to(self.device))
+
+        def forward(images: Tensor) -> None:
+            with autocast(str(self.trainer.precision), self.device):
+                self.network(images)
+
+        norms = {name: module for name, module in self.network.named_modules() if isinstance(module, _BatchNorm)}
+        recompute_statistics([norms[name] for name in sorted(trained)], forward, batches())
 
     def on_validation_end(self) -> None:
         self.validation_network = None

@@ -32,6 +32,7 @@ ARGUMENTS = (
     "dataset.num_workers=0",
     f"trainer.max_epochs={EPOCHS}",
     "trainer.precision=32-true",
+    "trainer.recalibration_batches=2",
     "schedule.warmup_steps=2",
 )
 

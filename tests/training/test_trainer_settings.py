@@ -94,6 +94,41 @@ def test_a_resumed_run_with_averaging_equals_an_uninterrupted_one(tmp_path, monk
     assert all(torch.equal(expected[name], resumed[name]) for name in expected)
 
 
+# Batch norm's statistics
+
+
+@pytest.mark.parametrize("averaged", [None, 0.9])
+def test_recalibrated_statistics_are_those_of_the_weights_that_are_validated(tmp_path, averaged):
+    changes = {"optimizer": {"_target_": "segdeconv.optimization.adamw", "lr": 0.1}, "augment": {}}
+    settings = {"trainer__recalibration_batches": 6, "trainer__ema": averaged, "trainer__max_epochs": 2}
+    train(config(**changes, **settings), tmp_path)
+    source = checkpoint.read(tmp_path / "last.ckpt", trust=TRUST)
+    model, preprocessing = source.model(), source.preprocessing
+    first = model.encoder.stages[0][0]
+    images = [torch.from_numpy(Uneven("train")[index].image).permute(2, 0, 1)[None] for index in range(24)]
+    with torch.no_grad():  # six batches of four are all 24 images, so the mean over batches is that over images
+        maps = torch.cat([first.conv(preprocessing.normalised(image)) for image in images])
+    torch.testing.assert_close(first.norm.running_mean, maps.mean(dim=(0, 2, 3)), rtol=1e-4, atol=1e-5)
+    assert first.norm.momentum == 0.1
+
+
+def test_recalibration_changes_no_trained_weight_and_no_frozen_statistic(tmp_path):
+    train(config(trainer__max_epochs=2), tmp_path / "without")
+    train(config(trainer__max_epochs=2, trainer__recalibration_batches=3), tmp_path / "with")
+    before, after = state(tmp_path / "without"), state(tmp_path / "with")
+    running = {name for name in before if "running_" in name or name.endswith("num_batches_tracked")}
+    assert all(torch.equal(before[name], after[name]) for name in before.keys() - running)
+    assert not all(torch.equal(before[name], after[name]) for name in running)
+    train(
+        config(
+            trainer__norm="frozen", trainer__recalibration_batches=3, init_from=str(tmp_path / "with" / "last.ckpt")
+        ),
+        tmp_path / "frozen",
+    )
+    frozen = state(tmp_path / "frozen")
+    assert all(torch.equal(after[name], frozen[name]) for name in running)
+
+
 # Parts of a network
 
 
