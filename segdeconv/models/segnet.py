@@ -38,6 +38,9 @@ class SegNet(SegmentationModel):
         stages: See `vgg_encoder`.
         dropout: Dropout probability.
         dropout_at: Places of dropout, see `dropout_places`; `central` gives Bayesian SegNet.
+        encoder_addition: Add each pooled map of the encoder to the decoder's map of its size, as in the paper's
+            SegNet-Basic-EncoderAddition (section 3.1 and figure 3): for thin structures and few images, at the price
+            of keeping these maps in inference.
         packed_switches: See `Encoder`.
 
     >>> import torch
@@ -58,6 +61,7 @@ class SegNet(SegmentationModel):
         stages: tuple[tuple[PositiveInt, ...], ...] | None = None,
         dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5,
         dropout_at: DropoutAt = "none",
+        encoder_addition: bool = False,
         packed_switches: bool = False,
     ) -> None:
         super().__init__(num_classes, in_channels=in_channels)
@@ -65,7 +69,7 @@ class SegNet(SegmentationModel):
             depth, in_channels=in_channels, norm=norm, width=width, pretrained=pretrained, stages=stages,
             switch_source=switch_source, packed_switches=packed_switches,
         )  # fmt: skip
-        self.decoder = SegNetDecoder(self.encoder.channels, num_classes, norm=norm)
+        self.decoder = SegNetDecoder(self.encoder.channels, num_classes, norm=norm, encoder_addition=encoder_addition)
         dropouts = Dropouts(dropout_places(dropout_at, len(self.encoder.channels)), dropout)
         self.encoder.dropouts = self.decoder.dropouts = dropouts
 
@@ -84,10 +88,12 @@ class SegNetDecoder(nn.Module):
         stages: Output channels of the encoder's convolutions, stage by stage.
         num_classes: Number of output channels.
         norm: Use batch norm.
+        encoder_addition: See `SegNet`.
     """
 
-    def __init__(self, stages: Stages, num_classes: int, *, norm: bool = True) -> None:
+    def __init__(self, stages: Stages, num_classes: int, *, norm: bool = True, encoder_addition: bool = False) -> None:
         super().__init__()
+        self.encoder_addition = encoder_addition
         self.dropouts = Dropouts()
         self.stages = nn.ModuleList()
         for position in reversed(range(len(stages))):
@@ -103,5 +109,7 @@ class SegNetDecoder(nn.Module):
         x = encoding.features
         for index, (stage, pooling) in enumerate(zip(self.stages, reversed(encoding.pooled), strict=True)):
             x = stage(x, pooling.switches, pooling.size)
+            if self.encoder_addition and index + 1 < len(self.stages):
+                x = x + encoding.pooled[-index - 2].features
             x = self.dropouts.at(f"decoder{len(self.stages) - index}", x)
         return self.classifier(x)

@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from segdeconv.models import FCN, FPN, DeepLabLargeFOV, SegNet, SegNetBasic, UNet
@@ -216,6 +217,24 @@ def test_decoder_mirrors_an_encoder_of_any_depth(depth, norm):
     assert len(of_type(calls, nn.Conv2d)) == 2 * (depth - 3)
     assert len(of_type(calls, nn.BatchNorm2d)) == (2 * (depth - 3) - 1 if norm else 0)
     assert calls[-1][2] == (1, 3, 33, 47)
+
+
+def test_segnet_with_encoder_addition_equals_torchs_layers_and_sums():
+    model = SegNet(3, stages=((4,), (6, 6), (8,)), encoder_addition=True, switch_source="post_relu").eval()
+    image = x = torch.rand(2, 3, 37, 50)
+    pooled = []
+    for stage in model.encoder.stages:
+        before = stage(x)
+        x, indices = F.max_pool2d(before, 2, ceil_mode=True, return_indices=True)
+        pooled.append((x, indices, before.shape[-2:]))
+    for number, stage in enumerate(model.decoder.stages):
+        _, indices, size = pooled[2 - number]
+        x = F.max_unpool2d(x, indices, 2, output_size=size)
+        for block in list(stage)[:-1]:
+            x = block(x)
+        if number < 2:
+            x = x + pooled[1 - number][0]
+    torch.testing.assert_close(model(image), model.decoder.classifier(x))
 
 
 @pytest.mark.parametrize("name", NETWORKS)
