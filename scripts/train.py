@@ -23,7 +23,7 @@ def main() -> None:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from segdeconv.config import hydra_overrides, to_plain
+    from segdeconv.config import hydra_overrides, keys_set, to_plain
 
     typed = command("train", sys.argv[1:])
     sys.argv[1:] = hydra_overrides(sys.argv[1:], CONFIGS)
@@ -33,6 +33,7 @@ def main() -> None:
         from hydra.core.hydra_config import HydraConfig
 
         from segdeconv.train import train
+        from segdeconv.training.autoconfig import unset_keys
         from segdeconv.training.processes import launched_from_outside, rank_from_outside
 
         hydra_config = HydraConfig.get()
@@ -48,6 +49,8 @@ def main() -> None:
             if launched_from_outside() and rank_from_outside() > 0:
                 sys.stdout = open(os.devnull, "w", encoding="utf-8", errors="replace")  # noqa: SIM115 - only rank 0 prints; open until exit
             config = declared(to_plain(composed, sys.argv[1:]), hydra_config.overrides.task)
+            if hydra_config.runtime.choices["dataset"] == "folder" and "auto" not in config:
+                config["auto"] = unset_keys(keys_set([*sys.argv[1:], *hydra_config.overrides.task], CONFIGS))
             train(config, run, runs=None if named else runs, typed=typed)
         except Exception as error:
             raise _Failed(error) from error

@@ -19,7 +19,7 @@ from typing import Any
 from pydantic import ConfigDict, PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
 from segdeconv.errors import UsageError, did_you_mean, warn
-from segdeconv.system.plain_data import PlainDataError, parse_yaml
+from segdeconv.system.plain_data import PlainDataError, parse_yaml, read_yaml, require_mapping
 
 TARGET = "_target_"
 Node = dict[str, Any]
@@ -515,6 +515,41 @@ def compose(arguments: Sequence[str], folder: Path) -> tuple[dict[str, Any], dic
             return to_plain(composed, arguments), choices
     except (HydraException, OmegaConfBaseException) as error:
         raise UsageError(f"the config cannot be composed: {error} - correct the override") from error
+
+
+def keys_set(arguments: Sequence[str], folder: Path) -> set[str]:
+    """Return the keys and groups that a command line sets, also through its experiment.
+
+    Args:
+        arguments: The arguments, in the form of `hydra_overrides`.
+        folder: The shipped configs.
+    """
+    words = [argument for argument in arguments if not argument.startswith("-")]
+    keys = {word.partition("=")[0].lstrip("+~") for word in words}
+    folders = [folder, *([user] if (user := user_config_dir(arguments)) else [])]
+    names = [word.partition("=")[2] for word in words if word.startswith("experiment=")]
+    while names:
+        name = names.pop()
+        for path in (folder / "experiment" / f"{name}.yaml" for folder in folders):
+            if not path.is_file():
+                continue
+            content = dict(require_mapping(read_yaml(path)))
+            for entry in content.pop("defaults", []):
+                if isinstance(entry, str):
+                    names.append(entry)  # another experiment, or _self_
+                else:
+                    keys |= {group.removeprefix("override ").lstrip("/") for group in entry}
+            keys |= set(_leaves(content))
+    return keys
+
+
+def _leaves(node: Mapping[str, Any], where: str = "") -> Iterator[str]:
+    """Yield the dotted keys of all values of nested mappings."""
+    for name, value in node.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{where}{name}.")
+        else:
+            yield f"{where}{name}"
 
 
 def user_config_dir(arguments: Iterable[str]) -> Path | None:

@@ -50,7 +50,7 @@ def train(config: Mapping[str, Any], run: str | Path, *, runs: Path | None = Non
     started = time.time()
     config = config_check.check_config(config)
     run = resume.find_run(config, Path(run), runs)
-    resumed, finished, new_length = resume.open_run(run, config)
+    config, resumed, finished, new_length = resume.open_run(run, config)
     resumed_path = None if resumed is None else resumed.path
     if finished:
         longer = ", after no fewer epochs and steps than these, and left as it is" if new_length else ""
@@ -72,6 +72,9 @@ def train(config: Mapping[str, Any], run: str | Path, *, runs: Path | None = Non
 
         logger = loggers.build_logger(config["logger"], run)
         prepared = prepare(config, fresh=resumed is not None)
+        if resumed is None and config["auto"]:
+            config = prepared.config
+            resume.write_config(run, config)
         if resumed is not None:
             resume.compare(resumed, prepared.classes, prepared.metadata["fingerprints"])
         settings = TrainerSettings(**split_arguments(config["trainer"], [TrainerSettings])[0])

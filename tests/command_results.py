@@ -2,7 +2,7 @@
 
 SLIM = (
     "model.stages=[[4],[8]]", "dataset.batch_size=2", "dataset.num_workers=0", "trainer.max_epochs=1",
-    "trainer.precision=32-true", "logger=none", "dataset.size=[32,32]",
+    "trainer.precision=32-true", "logger=none", "dataset.size=[32,32]", "auto=[]",
 )  # fmt: skip
 
 

@@ -34,6 +34,7 @@ LOGGERS = ("logger=wandb", "logger=mlflow")  # training/test_loggers.py covers t
 SLIM = {
     "trainer.max_steps": "2", "trainer.check_val_every_n_epoch": "1", "trainer.precision": "32-true", "logger": "none",
     "dataset.size": "[32,32]", "dataset.batch_size": "2", "dataset.num_workers": "0", "dataset.cache": "none",
+    "auto": "[]",
 }  # fmt: skip
 
 # Checkpoints that a page uses but does not train: the beginning of their path, and the arguments that train them.

@@ -1,5 +1,6 @@
 """Validation of a whole config. Only a `logger` node imports Lightning, so it is checked last."""
 
+import inspect
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -12,6 +13,7 @@ from segdeconv.data.module import check_augment, check_dataset
 from segdeconv.errors import UsageError, did_you_mean
 from segdeconv.losses import check_loss
 from segdeconv.models import check_model
+from segdeconv.training.autoconfig import check_keys
 from segdeconv.training.settings import TrainerSettings
 
 # The default of each group, as in configs/train.yaml, for configs from Python.
@@ -40,7 +42,7 @@ def check_config(config: Mapping[str, Any]) -> dict[str, Any]:
         UsageError: A key is unknown or its value invalid; the message names the key.
     """
     config = {**DEFAULTS, **rename_keys(config, "the config")}
-    known = {*DEFAULTS, "seed", "resume", "resume_force", "init_from", "max_time"}
+    known = {*DEFAULTS, *inspect.signature(_scalars).parameters}
     for name in config:
         if name not in known:
             raise UsageError(f"unknown key {name} - {did_you_mean(str(name), known | {'experiment'})}")
@@ -59,8 +61,10 @@ def check_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "trainer": check(config["trainer"], "trainer", [TrainerSettings]),
     }
     others = check({name: config[name] for name in known - set(DEFAULTS) if name in config}, "", [_scalars])
-    if others["max_time"] is not None:
-        seconds(others["max_time"])
+    for key in ("max_time", "time_budget"):
+        if others[key] is not None:
+            seconds(others[key], key)
+    check_keys(others["auto"])
     return {**checked, "logger": check_logger(config["logger"]), **others}
 
 
@@ -80,6 +84,8 @@ def _scalars(
     resume_force: bool = False,
     init_from: str | None = None,
     max_time: str | int | None = None,
+    auto: list[str] = [],  # noqa: B006 - a schema, which is never called
+    time_budget: str | int = "8m",
 ) -> None:
     """Schema of the keys that belong to no group."""
 
@@ -90,8 +96,8 @@ SCHEMAS = {"": (_scalars,), "dataset": DATASET_SCHEMAS, "trainer": (TrainerSetti
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
-def seconds(max_time: str | int) -> float:
-    """Return the seconds that a `max_time` value stands for.
+def seconds(max_time: str | int, key: str = "max_time") -> float:
+    """Return the seconds that a duration, such as the value of `max_time`, stands for.
 
     >>> seconds("1:30:00"), seconds("90m"), seconds(5400)
     (5400.0, 5400.0, 5400.0)
@@ -103,6 +109,4 @@ def seconds(max_time: str | int) -> float:
         return float(
             sum(int(part) * unit for part, unit in zip(reversed(text.split(":")), UNITS.values(), strict=False))
         )
-    raise UsageError(
-        f"max_time={max_time} is not a duration - write hours:minutes:seconds, or a number with s, m, h or d"
-    )
+    raise UsageError(f"{key}={max_time} is not a duration - write hours:minutes:seconds, or a number with s, m, h or d")

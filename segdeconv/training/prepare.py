@@ -18,13 +18,15 @@ from segdeconv.errors import warn
 from segdeconv.losses import build_loss, compute_class_weights
 from segdeconv.models import SegmentationModel, build_model
 from segdeconv.system.files import hash_text
-from segdeconv.training import resume
+from segdeconv.training import autoconfig, resume
+from segdeconv.training.config_check import check_config, seconds
 
 
 class Prepared(NamedTuple):
     """The objects that a config describes.
 
     Attributes:
+        config: The config, with the keys of `auto` chosen.
         data: The data pipeline.
         classes: The classes of the data set.
         model: The network.
@@ -34,6 +36,7 @@ class Prepared(NamedTuple):
         metadata: Classes, preprocessing, class weights and fingerprints of the data, as plain data.
     """
 
+    config: dict[str, Any]
     data: DataPipeline
     classes: Classes
     model: SegmentationModel
@@ -64,10 +67,18 @@ def prepare(config: Mapping[str, Any], *, fresh: bool = False) -> Prepared:
     checks.refuse(findings)
     for finding in findings:
         warn(finding.message)
+    if config["auto"] and not fresh:
+        config, choices = autoconfig.choose(
+            config, (train_split, val_split), inspections, check=check_config, seconds=seconds(config["time_budget"])
+        )
+    else:
+        choices = []
     weights = compute_class_weights(config["loss"], statistics.pixels[:-1], statistics.image_pixels[:-1])
     for note in train_split.notes:
         print(note)
     print(class_table(statistics, classes, weights), end="\n\n")
+    if choices:
+        print(autoconfig.table(choices), end="\n\n")
     dataset = normalisation(config["dataset"], train_split, statistics)
     data = build_pipeline(dataset, config["augment"], train_split, val_split, seed=config["seed"])
 
@@ -80,6 +91,7 @@ def prepare(config: Mapping[str, Any], *, fresh: bool = False) -> Prepared:
         dataset = {**dataset, "classes": train_split.stored_classes.to_dict()}
     fingerprints = {split.split: hash_text(split.fingerprint) for split in (train_split, val_split)}
     return Prepared(
+        dict(config),
         data,
         classes,
         model,

@@ -1,5 +1,6 @@
 """Resuming: finding the run folder and its checkpoint, and comparing config, data and machine."""
 
+import inspect
 import json
 import math
 import os
@@ -13,12 +14,13 @@ import yaml
 from segdeconv.checkpoints import checkpoint
 from segdeconv.checkpoints.checkpoint import Checkpoint
 from segdeconv.classes import Classes
-from segdeconv.config import current_name, rename_keys
+from segdeconv.config import TARGET, current_name, locate, rename_keys
 from segdeconv.errors import CheckpointError, UsageError, warn
 from segdeconv.evaluation.report import read_report
 from segdeconv.system.devices import machine
 from segdeconv.system.files import replace_text
 from segdeconv.system.plain_data import PlainDataError, read_yaml, require_mapping
+from segdeconv.training.config_check import SCHEMAS
 from segdeconv.training.processes import rank_from_outside
 from segdeconv.training.run_folder import lock_run
 from segdeconv.training.settings import TrainerSettings
@@ -26,7 +28,8 @@ from segdeconv.training.settings import TrainerSettings
 # Keys that may change when a run resumes, since they do not affect the result of training.
 CHANGEABLE_KEYS = (
     "resume", "resume_force", "max_time", "logger", "dataset.num_workers", "dataset.timeout", "dataset.root",
-    "trainer.activation_checkpointing", "dataset.cache", "dataset.cache_size", "dataset.checksums",
+    "trainer.activation_checkpointing", "dataset.cache", "dataset.cache_size", "dataset.checksums", "auto",
+    "time_budget",
 )  # fmt: skip
 
 LENGTH_KEYS = ("trainer.max_epochs", "trainer.max_steps")  # they may change too: a run continues to its new end
@@ -36,11 +39,13 @@ class Opened(NamedTuple):
     """A run folder that is locked for this process.
 
     Attributes:
+        config: The config; that of a run which has begun has the values that were chosen then.
         checkpoint: The checkpoint to resume from, or None for a new run.
         finished: The run is complete, and the config asks for no more.
         new_length: The config gives the run another length; `record_length` has to record it.
     """
 
+    config: dict[str, Any]
     checkpoint: Checkpoint | None
     finished: bool
     new_length: bool = False
@@ -82,10 +87,10 @@ def finished(run: Path) -> bool:
 
 def _continues(run: Path, config: Mapping[str, Any]) -> bool:
     try:
-        before = read_config(run)
+        before = with_new_keys(read_config(run), config)
     except UsageError:  # not a run; it was not named by the user, so skip it
         return False
-    differing = differing_keys(before, config)
+    differing = differing_keys(before, adopt(before, config))
     if differing:
         return set(differing) <= set(LENGTH_KEYS) and is_longer(before, config)
     return not finished(run)
@@ -131,9 +136,10 @@ def open_run(run: Path, config: Mapping[str, Any]) -> Opened:
     if not started:
         complete = finished(run)
         if not complete:
-            _write_config(run, config)
-        return Opened(None, complete)
-    before, complete = read_config(run), finished(run)
+            write_config(run, config)
+        return Opened(dict(config), None, complete)
+    before, complete = with_new_keys(read_config(run), config), finished(run)
+    config = adopt(before, config)
     differing = differing_keys(before, config)
     new_length = any(key in LENGTH_KEYS for key in differing)
     others = [key for key in differing if key not in LENGTH_KEYS]
@@ -146,11 +152,47 @@ def open_run(run: Path, config: Mapping[str, Any]) -> Opened:
     resumed = usable_checkpoint(run)
     complete = complete and not (new_length and is_longer(before, config))
     if not complete and not new_length:
-        _write_config(run, config)
-    return Opened(resumed, complete, new_length)
+        write_config(run, config)
+    return Opened(config, resumed, complete, new_length)
 
 
-def _write_config(run: Path, config: Mapping[str, Any]) -> None:
+def adopt(before: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config in which the keys that were to be chosen have the values of a run that has begun.
+
+    Args:
+        before: The config of the run.
+        config: The config now.
+    """
+    adopted = {**config, "auto": before.get("auto", [])}
+    for key in config.get("auto", []):
+        group, _, name = key.partition(".")
+        if not name:
+            adopted[group] = before.get(group, config[group])
+        elif name in before.get(group, {}):
+            adopted[group] = {**adopted[group], name: before[group][name]}
+    return adopted
+
+
+def with_new_keys(before: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config of an earlier version's run with the defaults of keys that it did not have.
+
+    Args:
+        before: The config of the run.
+        config: The checked config now, whose classes declare the keys.
+    """
+    completed = dict(before)
+    for group, node in config.items():
+        old = before.get(group)
+        if isinstance(node, Mapping) and isinstance(old, Mapping) and old.get(TARGET) == node.get(TARGET):
+            schemas = [*SCHEMAS.get(group, ()), *([locate(node, group)] if TARGET in node else [])]
+            declared = {name: key for schema in schemas for name, key in inspect.signature(schema).parameters.items()}
+            missing = {name: declared[name].default for name in node if name not in old and name in declared}
+            completed[group] = {**old, **missing}
+    return completed
+
+
+def write_config(run: Path, config: Mapping[str, Any]) -> None:
+    """Write config.yaml into a run folder, from the first process."""
     if rank_from_outside() == 0:  # torchrun runs this in every process
         replace_text(run / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
 
@@ -163,7 +205,7 @@ def record_length(run: Path, config: Mapping[str, Any]) -> None:
     if finished(run) and rank_from_outside() == 0:
         report = read_report(run / "report.json")
         replace_text(run / "report.json", json.dumps({**report, "complete": False}, indent=1) + "\n")
-    _write_config(run, config)
+    write_config(run, config)
 
 
 def require_more_steps(run: Path, steps: int, total_steps: int, complete: bool) -> None:

@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from segdeconv.data.loading import collate_training, for_network, training_loader
+from segdeconv.data.loading import collate_training, training_loader
 from segdeconv.errors import UsageError
-from segdeconv.losses import loss_sums
-from segdeconv.system.devices import autocast
 from segdeconv.system.memory import available
+from segdeconv.training.autoconfig import run_step
 from segdeconv.training.memory import estimate
 from segdeconv.training.prepare import Prepared
 
@@ -166,12 +165,6 @@ def _start_of(epoch: int) -> tuple[int, int]:
 
 def _step(prepared: Prepared, batch: dict[str, Any], device: torch.device, precision: str) -> float:
     """Run one training step and return the loss."""
-    on_device = {name: batch[name].to(device) for name in ("image", "mask")}
-    normalised = for_network(on_device, prepared.data.preprocessing)
-    with autocast(precision, device):
-        total, normaliser = loss_sums(prepared.loss, prepared.model.supervised(normalised["image"]), normalised["mask"])
-    loss = total / normaliser.clamp(min=1.0)
-    prepared.optimizer.zero_grad()
-    loss.backward()  # type: ignore[no-untyped-call]
-    prepared.optimizer.step()
-    return float(loss.detach())
+    return run_step(
+        prepared.model, prepared.loss, prepared.optimizer, batch, prepared.data.preprocessing, device, precision
+    )

@@ -12,7 +12,7 @@ from PIL import Image
 
 SLIM = (
     "model.stages=[[4],[8]]", "dataset.batch_size=2", "dataset.num_workers=0", "trainer.max_epochs=1",
-    "trainer.precision=32-true", "logger=none",
+    "trainer.precision=32-true", "logger=none", "auto=[]",
 )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from segdeconv.system.own_files import RECORD
 
 SLIM = (
     "dataset=folder", "dataset.size=[16,16]", "model=segnet_basic", "model.width=4", "trainer.max_epochs=1",
-    "trainer.precision=32-true", "dataset.batch_size=2",
+    "trainer.precision=32-true", "dataset.batch_size=2", "auto=[]",
 )  # fmt: skip
 ODD = "it's [a] {x}, 100% #1; café 李明 (final)=\\"
 

@@ -13,7 +13,7 @@ from fresh_commands import child_environment
 ROOT = Path(__file__).parents[2]
 SLIM = (
     "dataset=folder", "dataset.root=mine", "dataset.size=[32,32]", "dataset.batch_size=2", "model.stages=[[4],[8]]",
-    "trainer.max_epochs=1", "trainer.precision=32-true",
+    "trainer.max_epochs=1", "trainer.precision=32-true", "auto=[]",
 )  # fmt: skip
 WORKFLOW = (
     ("train", *SLIM, "dataset.num_workers=1", "hydra.run.dir=run"),

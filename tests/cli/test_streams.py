@@ -22,7 +22,7 @@ import segdeconv
 ROOT = Path(__file__).parents[2]
 SLIM = (
     "dataset=folder", "dataset.root=mine", "model.stages=[[4],[8]]", "dataset.batch_size=2", "dataset.num_workers=0",
-    "trainer.precision=32-true", "logger=none", "dataset.size=[32,32]", "hydra.run.dir=run",
+    "trainer.precision=32-true", "logger=none", "dataset.size=[32,32]", "hydra.run.dir=run", "auto=[]",
 )  # fmt: skip
 
 

@@ -258,8 +258,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     settings = ("size=[48,64]", "crop=[48,48]", "channels=2", "batch_size=4", "num_workers=0", "group='^(site.)_'")
     done = command(
         "train", "dataset=folder", "dataset.root=tif", *(f"dataset.{setting}" for setting in settings),
-        "model.stages=[[16],[16]]", "trainer.max_epochs=12", "optimizer.lr=0.01", "augment=turns", "hydra.run.dir=run",
-        cwd=folder,
+        "model.stages=[[16],[16]]", "trainer.max_epochs=12", "optimizer.lr=0.01", "augment=turns", "auto=[]",
+        "hydra.run.dir=run", cwd=folder,
     )  # fmt: skip
     return folder, done.stdout
 

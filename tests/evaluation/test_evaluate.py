@@ -10,7 +10,7 @@ from segdeconv.data.datasets.folder import Folder
 
 SLIM = (
     "dataset=folder", "dataset.root=mine", "dataset.size=[32,40]", "model.stages=[[4],[8]]", "trainer.max_epochs=2",
-    "trainer.precision=32-true", "dataset.batch_size=2", "dataset.num_workers=0", "logger=none",
+    "trainer.precision=32-true", "dataset.batch_size=2", "dataset.num_workers=0", "logger=none", "auto=[]",
 )  # fmt: skip
 
 

@@ -1,0 +1,157 @@
+"""Choice of settings from the data: what is measured, what is left alone, and that choices are an ordinary config."""
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import yaml
+from tiny_runs import state
+
+from segdeconv.cli.own_code import CONFIGS, compose
+from segdeconv.config import hydra_overrides, keys_set
+from segdeconv.data.datasets.folder import Folder
+from segdeconv.data.inspection import inspect
+from segdeconv.errors import UsageError
+from segdeconv.train import train
+from segdeconv.training import autoconfig
+from segdeconv.training.autoconfig import KEYS, Measured, measure, unset_keys
+from segdeconv.training.config_check import check_config
+from segdeconv.training.prepare import prepare
+from segdeconv.training.resume import read_config
+
+
+def write_folder(folder, masks):
+    for number, mask in enumerate(masks):
+        image = np.random.default_rng(number).integers(0, 100, mask.shape) + 100 * (mask > 0)
+        for kind, pixels in (("images", image), ("masks", mask)):
+            (folder / kind).mkdir(parents=True, exist_ok=True)
+            cv2.imwrite(str(folder / kind / f"{number}.png"), pixels.astype(np.uint8))
+    return folder
+
+
+def line(width, side=96, row=40):
+    mask = np.zeros((side, side), np.uint8)
+    mask[row : row + width] = 255
+    return mask
+
+
+def disc(radius, side=96):
+    rows, columns = np.mgrid[:side, :side] - side // 2
+    return np.where(rows**2 + columns**2 <= radius**2, 255, 0).astype(np.uint8)
+
+
+def measured(folder, masks):
+    dataset = Folder("train", root=str(write_folder(folder, masks)))
+    return measure(dataset, inspect(dataset, use_cache=False))
+
+
+@pytest.mark.parametrize("width", [1, 3, 10])
+def test_the_thickness_of_a_line_is_its_width(tmp_path, width):
+    found = measured(tmp_path, [line(width)] * 10)
+    assert found.thickness[1] == pytest.approx(width, rel=0.01)
+    assert found.shares[1] == pytest.approx(width / 96)
+
+
+def test_the_thickness_of_a_disc_is_about_its_radius(tmp_path):
+    # The boundary is counted along rows and columns, so that of a disc is 8 r instead of 2 pi r.
+    assert measured(tmp_path, [disc(30)] * 10).thickness[1] == pytest.approx(30 * 2 * np.pi / 8, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("mask", "upright"),
+    [(line(30, row=60), True), (line(30, row=0), True), (line(30, row=60).T, False), (disc(20), False)],
+    ids=["ground", "sky", "left and right", "centre"],
+)
+def test_images_are_upright_if_a_class_lies_high_or_low(tmp_path, mask, upright):
+    assert measured(tmp_path, [mask] * 10).upright is upright
+
+
+@pytest.mark.parametrize(
+    ("words", "left"),
+    [
+        ([], set()),
+        (["model.width=0.5", "augment=flip"], {"model.width", "augment"}),
+        (["augment.flip.p=0.2"], {"augment"}),
+        (["~augment.flip"], {"augment"}),
+        (["optimizer.lr=0.1"], {"optimizer"}),
+        (["model=unet", "loss=dice"], set()),
+        (["model.stages=[[4],[8]]"], {"model.width"}),
+        (["trainer.max_steps=10"], {"trainer.max_epochs"}),
+        (
+            ["experiment=segnet_camvid_small"],
+            {"dataset.size", "dataset.crop", "dataset.batch_size", "augment", "loss.class_weighting", "optimizer"}
+            | {"loss.class_weighting_power", "model.width", "schedule", "trainer.gradient_clip_val"}
+            | {"trainer.max_epochs", "trainer.check_val_every_n_epoch"},
+        ),
+    ],
+)
+def test_what_the_command_line_or_an_experiment_sets_is_not_chosen(words, left):
+    typed = hydra_overrides(["dataset=folder", "dataset.root=x", *words], CONFIGS)
+    assert set(KEYS) - set(unset_keys(keys_set(typed, CONFIGS))) == left
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A folder of twelve images, and a config whose settings are all to be chosen in a moment of time."""
+    monkeypatch.setattr(autoconfig, "MIN_STEPS", 6)
+    monkeypatch.setattr(autoconfig, "WIDTHS", (0.0625,))
+    write_folder(tmp_path / "mine", [line(4, side=40, row=3 * row) for row in range(12)])
+    words = ["dataset=folder", f"dataset.root={tmp_path / 'mine'}", "dataset.num_workers=0", "logger=none"]
+    words += ["trainer.precision=32-true", "time_budget=1s"]
+    return words, check_config({**compose(words)[0], "auto": list(KEYS)})
+
+
+def test_the_printed_words_give_the_same_config(own, capsys):
+    words, config = own
+    chosen = prepare(config).config
+    printed = capsys.readouterr().out.partition("chosen for")[2].partition("\n\n")[0].splitlines()[1:]
+    typed = [word for row in printed for word in row.split("  ")[1].split()]
+    assert {word.partition("=")[0].partition(".")[0] for word in typed} >= {"dataset", "model", "optimizer", "trainer"}
+    again = check_config(compose([*words, *typed])[0])
+    assert {key: value for key, value in again.items() if key != "auto"} == {
+        key: value for key, value in chosen.items() if key != "auto"
+    }
+
+
+def test_a_resumed_run_has_the_choices_of_its_beginning(tmp_path, own, monkeypatch, capsys):
+    _, config = own
+    train({**config, "max_time": "0s"}, tmp_path / "cut")
+    begun = read_config(tmp_path / "cut")
+    assert begun["trainer"]["max_epochs"] > 1
+    assert "trainer.max_epochs" in begun["auto"]
+    train({**begun, "auto": [], "max_time": None}, tmp_path / "once")  # the chosen values as keys
+    monkeypatch.setattr(autoconfig, "choose", None)  # a resumed run measures nothing
+    train({**config, "resume": "auto"}, tmp_path / "cut")
+    once, resumed = state(tmp_path / "once"), state(tmp_path / "cut")
+    assert all((once[name] == resumed[name]).all() for name in once)
+    assert yaml.safe_load((tmp_path / "cut" / "config.yaml").read_text())["model"]["width"] == 0.0625
+    typed = {"auto": [key for key in KEYS if key != "model.width"], "model": {**config["model"], "width": 0.5}}
+    (tmp_path / "cut" / "report.json").unlink()
+    with pytest.raises(UsageError, match=r"was started with other values of model\.width"):
+        train({**config, **typed, "resume": "auto"}, tmp_path / "cut")
+
+
+def test_processes_that_start_together_measure_no_times(own, monkeypatch):
+    monkeypatch.setattr(autoconfig, "launched_from_outside", lambda: True)
+    monkeypatch.setattr(autoconfig, "step_seconds", None)
+    _, config = own
+    assert prepare(config).config["trainer"]["max_epochs"] == autoconfig.UNMEASURED_STEPS // 2
+
+
+@pytest.mark.parametrize(
+    ("thickness", "equal_sizes", "size"),
+    [((90.0, 60.0), True, [500, 1000]), ((90.0, 3.0), True, None), ((90.0, 60.0), False, None)],
+    ids=["thick", "thin", "of several sizes"],
+)
+def test_only_large_images_of_thick_structures_are_reduced_and_in_proportion(thickness, equal_sizes, size):
+    keys = ["dataset.size", "dataset.crop", "dataset.batch_size", "augment"]
+    draft = autoconfig._Draft({"auto": keys, "dataset": {"size": [256, 256]}}, [])
+    large = Measured(10, (1500, 3000), equal_sizes, (0.5, 0.5), thickness, upright=False)
+    autoconfig._choose_input(draft, large, torch.device("cpu"))
+    assert draft.config["dataset"]["size"] == size
+
+
+def test_an_unknown_key_is_refused(own):
+    _, config = own
+    with pytest.raises(UsageError, match=r"auto: model.widht cannot be chosen from the data - did you mean"):
+        check_config({**config, "auto": ["model.widht"]})
