@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from segdeconv.cli.command import ArgumentParser, run_command
+from segdeconv.cli.options import add_checkpoint
 from segdeconv.cli.own_code import read_checkpoint
 from segdeconv.errors import UsageError
 from segdeconv.system.plain_data import PlainDataError, read_yaml
@@ -20,7 +21,7 @@ from segdeconv.system.plain_data import PlainDataError, read_yaml
 def main() -> None:
     """Parse the command line, read the checkpoint and export it."""
     parser = ArgumentParser("export.py", description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", help="a .ckpt that train.py wrote, a .safetensors, or a shipped network")
+    add_checkpoint(parser)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example dataset.size=[360,480]")
     parser.add_argument("--out", type=Path, required=True, help="a file that ends in .onnx, .pt2 or .safetensors")
     parser.add_argument("--preprocess", action="store_true", help="include preprocessing: input is stored images")

@@ -10,6 +10,7 @@ batch size (default: that of training).
 from pathlib import Path
 
 from segdeconv.cli.command import ArgumentParser, run_command
+from segdeconv.cli.options import add_checkpoint
 from segdeconv.cli.own_code import read_checkpoint
 from segdeconv.errors import UsageError, command
 
@@ -17,7 +18,7 @@ from segdeconv.errors import UsageError, command
 def main() -> None:
     """Parse the command line, recalibrate the checkpoint and write it."""
     parser = ArgumentParser("recalibrate.py", description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", help="a .ckpt that train.py wrote")
+    add_checkpoint(parser)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example dataset.root=DIR")
     parser.add_argument("--out", type=Path, help="file to write (default: <name>_recalibrated.ckpt next to it)")
     parser.add_argument("--trust", action="append", default=[], help="allow a class of your own that the config names")

@@ -6,7 +6,7 @@ Open the printed address in a browser and drop an image on the page. Ctrl-C stop
 """
 
 from segdeconv.cli.command import ArgumentParser, run_command
-from segdeconv.cli.options import add_network_options
+from segdeconv.cli.options import add_checkpoint, add_network_options
 from segdeconv.cli.own_code import read_checkpoint
 from segdeconv.errors import UsageError, warn
 
@@ -14,7 +14,7 @@ from segdeconv.errors import UsageError, warn
 def main() -> None:
     """Parse the command line, read the checkpoint and serve the page."""
     parser = ArgumentParser("serve.py", description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", help="a .ckpt that train.py wrote, a .safetensors, or a shipped network")
+    add_checkpoint(parser)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example dataset.max_pixels=50000000")
     parser.add_argument("--port", type=int, default=8000, help="0 for any free port (default 8000)")
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen on (default: this machine only)")

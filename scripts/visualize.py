@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from segdeconv.cli.command import ArgumentParser, run_command
-from segdeconv.cli.options import add_network_options, is_override
+from segdeconv.cli.options import add_checkpoint, add_network_options, is_override
 from segdeconv.cli.own_code import read_checkpoint
 from segdeconv.errors import UsageError, did_you_mean
 
@@ -24,7 +24,7 @@ KINDS = "switches,flow,stages,stability,units"
 def main() -> int:
     """Parse the command line, read the checkpoint and draw the figures of images and layers."""
     parser = ArgumentParser("visualize.py", description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", help="a .ckpt that train.py wrote")
+    add_checkpoint(parser)
     parser.add_argument("paths", nargs="*", metavar="PATH", help="images, folders, patterns, lists; then key=value")
     parser.add_argument("--out", type=Path, default=Path("visualized"), help="folder (default: visualized)")
     parser.add_argument(

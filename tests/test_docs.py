@@ -145,6 +145,9 @@ def test_every_command_of_a_page_runs(page: Path, site: Path, tmp_path: Path, co
 def resolve_path(word: str, place: Path, commands: Callable) -> str:
     """Expand the pattern of a checkpoint as a shell does, and train the checkpoint first if it does not exist."""
     key, _, path = word.rpartition("=")
+    if path.endswith("/latest"):
+        resolve_path(path.replace("latest", "*/best.ckpt"), place, commands)
+        return word
     if not path.endswith(".ckpt"):
         return word
     if not list(place.glob(path)):

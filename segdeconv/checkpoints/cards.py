@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from segdeconv.errors import CheckpointError, UsageError, did_you_mean
+from segdeconv.errors import CheckpointError, UsageError
 from segdeconv.system.files import replace_text, replacing
 from segdeconv.system.plain_data import PlainDataError, read_json, require_mapping
 
@@ -106,21 +106,3 @@ def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def shipped() -> list[str]:
     """Return the names of the networks shipped with the package."""
     return sorted(path.stem for path in SHIPPED.glob(f"*{SUFFIX}"))
-
-
-def resolve_path(path: Path) -> Path:
-    """Return the file that a CHECKPOINT argument refers to: this path if it is a file, else the shipped network.
-
-    Raises:
-        UsageError: It is neither.
-    """
-    if path.is_file():
-        return path
-    names = shipped()
-    if str(path) in names:
-        return SHIPPED / f"{path}{SUFFIX}"
-    if names and path.parent == Path() and not path.suffix:
-        raise UsageError(
-            f"checkpoint {path} not found, and no shipped network has this name - {did_you_mean(str(path), names)}"
-        )
-    raise UsageError(f"checkpoint {path} not found - give a file such as runs/<dataset>-<model>/<time>/best.ckpt")

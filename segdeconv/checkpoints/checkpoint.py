@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from segdeconv.checkpoints import cards
+from segdeconv.checkpoints import cards, locate
 from segdeconv.checkpoints.pickle_check import PickleError, check_archive
 from segdeconv.checkpoints.schema import check_config, check_metadata
 from segdeconv.classes import Classes
@@ -299,7 +299,8 @@ def read(path: str | Path, *, trust: Collection[str] = (), overrides: Iterable[s
     """Read a checkpoint, after checking that it is undamaged and names no foreign classes.
 
     Args:
-        path: A .ckpt file, a .safetensors file with its card, or the name of a shipped network.
+        path: A .ckpt file, a run folder, `latest`, a .safetensors file with its card, or the name of a shipped
+            network; see `locate.resolve_path`.
         trust: Names of further classes that its config may use beside ADMITTED (`--trust package.module.Class`).
         overrides: `key=value` arguments of a command line, applied to the config after it was checked.
 
@@ -310,7 +311,7 @@ def read(path: str | Path, *, trust: Collection[str] = (), overrides: Iterable[s
     """
     if "://" in str(path):
         raise UsageError(f"{path} is a URL - download the file and check it first")
-    path = cards.resolve_path(Path(path))
+    path = locate.resolve_path(path)
     content = load_plain(path)
     if not _has_parts(*(content.get(part) for part in PARTS)):
         raise CheckpointError(f"{path} is not a segdeconv checkpoint - give a file that training wrote")

@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from segdeconv.cli.command import ArgumentParser
-from segdeconv.cli.options import add_labels_option, add_prediction_options, prediction_settings, split_overrides
+from segdeconv.cli.options import (
+    add_checkpoint,
+    add_labels_option,
+    add_prediction_options,
+    prediction_settings,
+    split_overrides,
+)
 from segdeconv.cli.own_code import read_checkpoint
 from segdeconv.errors import UsageError, command, warn
 
@@ -21,8 +27,8 @@ if TYPE_CHECKING:
 def parse(description: str) -> argparse.Namespace:
     """Parse the command line."""
     parser = ArgumentParser("evaluate.py", description=description)
+    add_checkpoint(parser)
     add = parser.add_argument
-    add("checkpoint", help="a .ckpt that train.py wrote")
     add("overrides", nargs="*", metavar="key=value", help="for example dataset.root=DIR")
     add("--split", default="val", help="train, val (default) or test")
     text = "folder for the report (default: evaluation/ next to the checkpoint; for a shipped network, in this folder)"

@@ -20,6 +20,12 @@ REGION_DEFAULTS = {  # options that need --regions
 }  # fmt: skip
 
 
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """Add the argument CHECKPOINT, which `checkpoints.locate` resolves."""
+    text = "a run folder, latest (the newest run), a .ckpt, a .safetensors with its card, or a shipped network"
+    parser.add_argument("checkpoint", help=text)
+
+
 def add_network_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of every command that runs a checkpoint's network."""
     add = parser.add_argument

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from segdeconv.cli.command import ArgumentParser
 from segdeconv.cli.options import (
+    add_checkpoint,
     add_labels_option,
     add_prediction_options,
     is_override,
@@ -32,9 +33,8 @@ NOT_RECORDED = {"checkpoint", "paths", "out", "overwrite", "memory", "tile", "ve
 def parse(description: str) -> argparse.Namespace:
     """Parse the command line."""
     parser = ArgumentParser("predict.py", description=description)
+    add_checkpoint(parser)
     add = parser.add_argument
-    text = "a .ckpt that train.py wrote, a .safetensors with its card, or the name of a shipped network"
-    add("checkpoint", help=text)
     add("paths", nargs="+", metavar="PATH", help="images, folders, patterns, lists, videos, -; then key=value")
     add("--out", type=Path, default=Path("predictions"), help="folder (default: predictions)")
     add("--overwrite", action="store_true", help="replace predictions in DIR that were made in another way")

@@ -199,7 +199,8 @@ def load(path: str | Path, *, trust: Collection[str] = (), overrides: Iterable[s
     """Load a trained network for prediction; available as `segdeconv.load`.
 
     Args:
-        path: A .ckpt, a .safetensors with its card, or the name of a shipped network.
+        path: A .ckpt, a run folder, `latest` for the newest run below ./runs, a .safetensors with its card, or the
+            name of a shipped network.
         trust: See `checkpoint.read`.
         overrides: See `checkpoint.read`; `["dataset.size=null"]` keeps every image at its own size.
         **settings: See `PredictionSettings`, for example `precision="32-true"`, `flip=True` or `tile=(512, 512)`.

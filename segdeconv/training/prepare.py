@@ -1,6 +1,5 @@
 """Construction of the data pipeline, network, loss and optimizer from a checked config."""
 
-import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -58,7 +57,7 @@ def prepare(config: Mapping[str, Any], *, fresh: bool = False) -> Prepared:
     """
     start = None
     if config["init_from"] is not None and not fresh:
-        start = checkpoint.read(os.path.expanduser(config["init_from"]), trust=resume.AnyName())
+        start = checkpoint.read(config["init_from"], trust=resume.AnyName())
     train_split, val_split = (build_split(config["dataset"], split) for split in ("train", "val"))
     classes = train_split.classes
     inspections = inspect_all([train_split, val_split])

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 
-from segdeconv.checkpoints import checkpoint
+from segdeconv.checkpoints import checkpoint, locate
 from segdeconv.checkpoints.checkpoint import Checkpoint
 from segdeconv.classes import Classes
 from segdeconv.config import TARGET, current_name, locate, rename_keys
@@ -61,13 +61,15 @@ def find_run(config: Mapping[str, Any], run: Path, runs: Path | None) -> Path:
             shorter; None to use `run`.
 
     Raises:
-        UsageError: `resume` names a path that is not a run.
+        UsageError: `resume` names a path that is not a run, or a folder of several.
     """
     resume = config["resume"]
     if resume not in (None, "auto"):
         path = Path(os.path.expanduser(resume))
-        folder = path if path.is_dir() else path.parent
-        if not path.exists() or not (folder / "config.yaml").is_file():
+        folder = path.parent if path.is_file() else path
+        if not (folder / "config.yaml").is_file() and (path.is_dir() or path.name == locate.LATEST):
+            folder = locate.find_run(path)
+        if not (folder / "config.yaml").is_file():
             raise UsageError(f"resume={resume} is not a run folder - give resume=auto or a folder that train.py wrote")
         return folder
     for folder in sorted(runs.glob("*/"), reverse=True) if resume and runs else ():

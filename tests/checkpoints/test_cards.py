@@ -149,7 +149,7 @@ def test_a_shipped_network_is_read_by_name_unless_a_local_file_has_that_name(tmp
         r"'segnet_camvid'\? Available: segnet_camvid, segnet_voc",
     ):
         checkpoint.read("segnet_camvit")
-    with pytest.raises(UsageError, match=r"checkpoint runs/best.ckpt not found - give a file such as"):
+    with pytest.raises(UsageError, match=r"checkpoint runs/best.ckpt not found - give a run folder such as"):
         checkpoint.read("runs/best.ckpt")
     (tmp_path / "best.ckpt").rename("segnet_camvid")
     assert str(checkpoint.read("segnet_camvid").path) == "segnet_camvid"

@@ -2,6 +2,7 @@
 
 import gc
 import hashlib
+import os
 import signal
 from pathlib import Path
 
@@ -387,6 +388,11 @@ def test_resume_auto_finds_the_newest_unfinished_run_of_the_same_config(tmp_path
     assert find_run({**config, "resume": None}, new, tmp_path) == new
     assert find_run({**config, "seed": 9}, new, tmp_path) == new
     assert find_run({**config, "resume": str(tmp_path / "1" / "last.ckpt")}, new, tmp_path) == tmp_path / "1"
+    assert find_run({**config, "resume": str(tmp_path / "2")}, new, tmp_path) == tmp_path / "2"
+    os.utime(tmp_path / "3" / "last.ckpt", (9e9, 9e9))
+    assert find_run({**config, "resume": str(tmp_path / "latest")}, new, tmp_path) == tmp_path / "3"
+    with pytest.raises(UsageError, match=f"{tmp_path} contains 4 runs, newest first: {tmp_path / '3'}, "):
+        find_run({**config, "resume": str(tmp_path)}, new, tmp_path)
     with pytest.raises(UsageError, match="is not a run folder - give resume=auto or a folder"):
         find_run({**config, "resume": str(tmp_path / "9")}, new, tmp_path)
 
