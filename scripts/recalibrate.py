@@ -32,7 +32,10 @@ def main() -> None:
     out = arguments.out or source.path.with_name(f"{source.path.stem}_recalibrated.ckpt")
     if out.resolve() == source.path.resolve():
         raise UsageError(f"--out {out} is the checkpoint itself - give it another name")
-    checkpoint.write(recalibrated(source, device=best_device()).content, out)
+    content = recalibrated(source, device=best_device()).content
+    if source.folder is not None:
+        content[checkpoint.FOLDER] = checkpoint.relative_folder(source.folder, out.parent)
+    checkpoint.write(content, out)
     print(f"written: {out}\nuse it:  {command('evaluate', [str(out)])}")
 
 

@@ -8,8 +8,9 @@ alone, in an empty directory, is enough to evaluate and predict. Weights alone a
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,6 +84,7 @@ ADMITTED = frozenset(
 
 HASH_LINE = re.compile(r"[0-9a-f]{64}")
 PARTS = ("hyper_parameters", "segdeconv", "state_dict")
+FOLDER = "working_folder"  # the current folder of training relative to that of the checkpoint, for a relative root
 SIDECAR_LINES = 4  # the hash of the current file, and those of files that interrupted writes may have left
 SIDECAR_BYTES = 4096  # more than that many lines need; the rest of a longer file is not read
 REQUIRED_TO_RESUME = frozenset({"global_step", "loops", "optimizer_states"})
@@ -104,12 +106,15 @@ class Checkpoint:
         config: The config that the network was trained with.
         facts: The metadata of the data: classes, preprocessing, precision and others.
         content: The whole content of the file, as plain data.
+        folder: The folder in which training was started, to which a relative `dataset.root` of the config refers; None
+            if that is unknown, or `dataset.root` was overridden.
     """
 
     path: Path
     config: dict[str, Any]
     facts: dict[str, Any]
     content: dict[str, Any]
+    folder: Path | None = None
 
     @property
     def classes(self) -> Classes:
@@ -122,6 +127,31 @@ class Checkpoint:
         from segdeconv.data.preprocessing import Preprocessing  # imported late: albumentations takes a second
 
         return Preprocessing.from_dict({**self.facts["preprocessing"], "size": self.config["dataset"]["size"]})
+
+    def dataset_node(self) -> dict[str, Any]:
+        """Return the config's `dataset` node, with a `root` that exists from the current folder.
+
+        A relative root is searched in the folder in which training was started, then in the current one.
+
+        Raises:
+            UsageError: The root exists in none of them.
+        """
+        node: dict[str, Any] = self.config["dataset"]
+        root = node.get("root")
+        if self.folder is None or not isinstance(root, str) or "://" in root:
+            return node
+        here, relative = Path.cwd(), Path(os.path.expanduser(root))
+        paths = list(dict.fromkeys(folder / relative for folder in (self.folder, here)))
+        for path in paths:
+            if path == here / relative and os.path.exists(path):
+                return node
+            if os.path.exists(path):
+                print(f"data set:   {path}, the dataset.root={root} of the training")
+                return {**node, "root": str(path)}
+        raise UsageError(
+            f"the data set of {self.path} was not found: tried {' and '.join(map(str, paths))} - give its folder as "
+            "dataset.root=DIR"
+        )
 
     @property
     def sha256(self) -> str:
@@ -218,8 +248,24 @@ def write_weights(
     Raises:
         UsageError: See `cards.write`.
     """
-    own_entries = {"format": FORMAT, "config": checkpoint.config, "facts": checkpoint.facts}
+    own_entries = {"format": FORMAT, "config": _shareable(checkpoint.config), "facts": checkpoint.facts}
     cards.write(path, checkpoint.weights, {**(about or {}), **own_entries}, half=half)
+
+
+def _shareable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config in which an absolute `dataset.root` is reduced to its last part, for privacy."""
+    node = config.get("dataset")
+    root = node.get("root") if isinstance(node, Mapping) else None
+    if isinstance(node, Mapping) and isinstance(root, str) and os.path.isabs(os.path.expanduser(root)):
+        node = {**node, "root": os.path.basename(os.path.normpath(root))}
+        return {**config, "dataset": node}
+    return dict(config)
+
+
+def relative_folder(folder: Path, start: Path) -> str:
+    """Return the working folder of training relative to that of its checkpoint, so that both can be moved together."""
+    folder, start = (Path(os.path.realpath(path)) for path in (folder, start))
+    return os.path.relpath(folder, start) if folder.anchor == start.anchor else str(folder)  # two drives of Windows
 
 
 def sidecar_of(path: Path) -> Path:
@@ -341,11 +387,16 @@ def read(path: str | Path, *, trust: Collection[str] = (), overrides: Iterable[s
     except UsageError as error:
         raise CheckpointError(str(error)) from error
     _require_usable_weights(path, weights)
-    return Checkpoint(path, _override(config, overrides), facts, content)
-
-
-def _override(config: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     overrides = list(overrides)
+    typed = any(override.partition("=")[0] == "dataset.root" for override in overrides)
+    recorded = content.get(FOLDER)
+    folder = None
+    if isinstance(recorded, str) and not typed:
+        folder = Path(os.path.normpath(os.path.join(os.path.realpath(path.parent), recorded)))
+    return Checkpoint(path, _override(config, overrides), facts, content, folder)
+
+
+def _override(config: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     if not overrides:
         return config
     from segdeconv.data.module import SCHEMAS  # imported late: albumentations takes a second

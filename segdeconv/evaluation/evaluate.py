@@ -47,7 +47,7 @@ def restore_dataset(checkpoint: Checkpoint, split_name: str) -> SegmentationData
     """
     from segdeconv.data.module import build_split, check_dataset  # imported late: albumentations takes a second
 
-    node = check_dataset(checkpoint.config["dataset"])
+    node = check_dataset(checkpoint.dataset_node())
     dataset = build_split(node, split_name)
     for line in dataset.warnings:
         warn(line)

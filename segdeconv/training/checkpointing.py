@@ -1,6 +1,7 @@
 """The checkpoints of a run, written through Lightning: last.ckpt, previous.ckpt and best.ckpt."""
 
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,9 @@ class Checkpoints(Callback):
         self.best, self.waited = state_dict["best"], state_dict.get("waited", 0)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, content: dict[str, Any]) -> None:
+        root = pl_module.metadata["config"]["dataset"].get("root")
+        if isinstance(root, str) and not os.path.isabs(os.path.expanduser(root)):
+            content[checkpoint.FOLDER] = checkpoint.relative_folder(Path.cwd(), self.run)
         batches = trainer.num_training_batches
         content["epoch"], content["loops"] = canonical_loops(
             content["loops"], trainer.global_step, int(batches), trainer.accumulate_grad_batches
