@@ -49,7 +49,7 @@ def parse(description: str) -> argparse.Namespace:
     add("--min-area", type=int, default=1, metavar="PIXELS", help="leave out smaller regions (default: 1)")
     add("--frames", action="store_true", help="DIR/<name>/000001.png ...: the mask of each frame of a video")
     add = parser.add_argument_group("large images").add_argument
-    add("--memory", metavar="SIZE", help="limit for feature maps, such as 500M (default: 1G to 4G)")
+    add("--memory", metavar="SIZE", help="limit for feature maps, such as 500M (default: up to 4G)")
     add("--tile", default="auto", metavar="N|HxW", help="the largest tile, overlap included, instead of --memory")
     add("--verify-tiling", action="store_true", help="compare tiles with the whole image, and write nothing")
     add_prediction_options(parser)

@@ -11,17 +11,19 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 
 from segdeconv.data.dataset import DatasetView, Sample, SegmentationDataset
 from segdeconv.data.inspection import cache_folder
 from segdeconv.data.preprocessing import Size, resize_image, resize_mask
 from segdeconv.data.store import IN_MEMORY, ON_DISK, STAMP, Store
 from segdeconv.errors import UsageError
+from segdeconv.system.memory import available
 
 Kind = Literal["auto", "none", "memory", "disk"]
 
 VERSION = 1  # of the files on disk and of the decoding; a new number invalidates them
-SHARE = 0.25  # fraction of the free memory or disk that is the default limit
+SHARE = 0.25  # fraction of the available memory or free disk that is the default limit
 _HEAD = struct.Struct("<6I")  # image: height, width, channels, bytes of each; mask: height, width
 
 
@@ -105,8 +107,8 @@ def plan_cache(
     Args:
         kind: `auto` is memory for images in files, if the system can share memory (Linux). It is never the disk, which
             should not be filled unasked.
-        gibibytes: Limit of the cache; None for SHARE of the free memory or disk. Memory is divided among the processes
-            that torchrun or SLURM starts on this machine.
+        gibibytes: Limit of the cache; None for SHARE of the available memory or free disk. Memory is divided among the
+            processes that torchrun or SLURM starts on this machine.
         splits: The splits.
         sizes: (H, W) of the cached images of each split, or None for their own size.
 
@@ -129,7 +131,7 @@ def plan_cache(
         cached = sum(size for _, size, _ in _cache_files(folder))
         capacity = int(SHARE * (shutil.disk_usage(existing).free + cached))
     else:
-        capacity = int(SHARE * free_memory() / _local_processes())
+        capacity = int(SHARE * (available(torch.device("cpu")) or 0) / _local_processes())
     return CachePlan("memory" if folder is None else "disk", needed, capacity, folder)
 
 
@@ -186,22 +188,6 @@ def _cache_files(folder: Path) -> list[tuple[Path, int, int]]:
     """Return (path, bytes on disk, time of the last use) of each file."""
     files = [(path, path.stat()) for path in folder.glob("*.images")]
     return [(path, status.st_blocks * 512, status.st_mtime_ns) for path, status in files]
-
-
-def free_memory() -> int:
-    """Return the free memory of the machine, or of the container if that is less, in bytes."""
-    with open("/proc/meminfo", encoding="ascii") as file:
-        rows = dict(line.split(":", 1) for line in file)
-    free = int(rows["MemAvailable"].split()[0]) * 1024
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        if os.path.exists(limit) and os.path.exists(used):
-            maximum, current = Path(limit).read_text().strip(), Path(used).read_text().strip()
-            if maximum.isdecimal():
-                free = min(free, max(0, int(maximum) - int(current)))
-    return free
 
 
 def _local_processes() -> int:

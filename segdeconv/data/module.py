@@ -42,7 +42,7 @@ class DataPipeline:
         num_workers: Number of worker processes, limited by the number of cores; None chooses it for the machine.
         timeout: Seconds to wait for a batch before the run is stopped.
         cache: Where decoded images are cached, see `cache.plan_cache`.
-        cache_size: Limit of the cache in GiB; None for a quarter of the free memory or disk.
+        cache_size: Limit of the cache in GiB; None for a quarter of the available memory or free disk.
         mean: Mean of each channel, in the units of the stored numbers. None is ImageNet's for 8-bit RGB, and measured
             on the train split for other images. The original SegNet is fed raw pixels: mean=[0,0,0], std=[1,1,1].
         std: Standard deviation of each channel, like `mean`.

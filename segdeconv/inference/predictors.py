@@ -27,9 +27,9 @@ from segdeconv.system.files import replacing
 from segdeconv.system.memory import available
 
 UNLIMITED = 1 << 30  # pixels of a side
-MIN_MEMORY = 1 << 30  # a lower bound, since the system does not count its cache as free memory
+MIN_MEMORY = 1 << 28  # a lower bound, since smaller tiles consist mostly of overlap
 MAX_MEMORY = 4 << 30  # bytes of feature maps, unless `memory` asks for more
-FREE_MEMORY_DIVISOR = 4  # feature maps may take a quarter of the free memory
+AVAILABLE_MEMORY_DIVISOR = 4  # feature maps may take a quarter of the available memory
 BYTES_PER_SCORE = 16  # of the result, for each class and pixel: scores, their softmax, and copies
 
 EnsembleMode = Literal["paper", "released"]
@@ -65,8 +65,8 @@ class PredictionSettings:
         flip: Average the probabilities of the image and its mirror image.
         scales: Average the probabilities over the image at these multiples of the input size, each in (0, 16].
         samples: Average this many forward passes with dropout; 0 for one without.
-        memory: Bytes of the network's feature maps; None for a quarter of the free memory, between 1 and 4 GiB. An
-            image that needs more is predicted in tiles, with the same result.
+        memory: Bytes of the network's feature maps; None for a quarter of the available memory, but 256 MiB to 4
+            GiB. An image that needs more is predicted in tiles, with the same result.
         tile: (H, W) of the largest tile, overlap included, in place of `memory`.
         regions: Predict by object proposals, as DeconvNet does.
         second: A second network of the same classes, whose probabilities are averaged with those of the first.
@@ -198,7 +198,8 @@ class TiledPredictor:
     ) -> None:
         self.network, self.preprocessing, self.scales = network, preprocessing, scales
         free = available(network.device)
-        self.memory = memory or max(MIN_MEMORY, min(MAX_MEMORY, free // FREE_MEMORY_DIVISOR if free else MAX_MEMORY))
+        part = MAX_MEMORY if free is None else free // AVAILABLE_MEMORY_DIVISOR
+        self.memory = memory or max(MIN_MEMORY, min(MAX_MEMORY, part))
         self.tiler = Tiler(network.source, memory=self.memory, tile=tile, report=report)
         if tile is not None:
             self.tiler.geometry.steps(tile, (UNLIMITED, UNLIMITED))  # raises UsageError now if the tile is too small

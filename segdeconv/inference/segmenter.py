@@ -85,7 +85,7 @@ class Segmenter:
 
     Args:
         checkpoint: The checkpoint, from `checkpoint.read`.
-        settings: Prediction settings; by default one forward pass, in tiles if an image needs more memory than is free.
+        settings: Prediction settings; by default one forward pass, in tiles if an image exceeds the available memory.
         device: The device; None for the best one available.
         report: Called with a message when prediction deviates from the settings, for example with smaller tiles.
 

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -16,13 +17,66 @@ def ran_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or cpu_allocation_failed
 
 
-def available(device: torch.device) -> int | None:
-    """Return the bytes that are free on a device, or None where the system does not report them."""
+def available(device: torch.device, *, root: Path = Path("/")) -> int | None:
+    """Return the bytes of memory that are available on a device, or None where the system does not report them.
+
+    For the CPU, this is what the kernel can provide without swapping (MemAvailable): the free memory and the file cache
+    that it would drop. In a container or a job of a scheduler it is at most what the limits of its control groups (v1
+    or v2) leave, where the file cache does not count as used either. Without /proc/meminfo, as on macOS, it is half of
+    the physical memory.
+
+    Args:
+        device: The device.
+        root: The folder that contains proc/ and sys/.
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    if device.type == "cpu" and hasattr(os, "sysconf"):
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if device.type != "cpu":
+        return None
+    free = _numbers(root / "proc" / "meminfo").get("MemAvailable:")
+    if free is not None:
+        return min(1024 * free, *_left_by_limits(root), sys.maxsize)
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     return None
+
+
+def _left_by_limits(root: Path) -> Iterator[int]:
+    """Yield the bytes that the memory limit of each control group of this process leaves."""
+    groups = root / "sys" / "fs" / "cgroup"
+    folders = {groups: "", groups / "memory": "total_"}  # of v2 and v1, with the prefix of their sums in memory.stat
+    for line in _lines(root / "proc" / "self" / "cgroup"):
+        number, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        parts = Path(path.lstrip("/")).parts
+        if ".." in parts:  # outside the part of the tree that this process sees
+            continue
+        for depth in range(1, len(parts) + 1):
+            if number == "0" and not controllers:
+                folders[groups.joinpath(*parts[:depth])] = ""
+            elif "memory" in controllers.split(","):
+                folders[groups.joinpath("memory", *parts[:depth])] = "total_"
+    for folder, prefix in folders.items():
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if prefix else ("memory.max", "memory.current")
+        limit, used = (next(iter(_lines(folder / name)), "") for name in names)
+        if limit.isdecimal() and used.isdecimal():  # without a limit, v2 has the word max
+            numbers = _numbers(folder / "memory.stat")
+            dropped = sum(numbers.get(f"{prefix}{kind}_file", 0) for kind in ("active", "inactive"))
+            yield max(0, int(limit) - max(0, int(used) - dropped))
+
+
+def _numbers(path: Path) -> dict[str, int]:
+    """Return the number after the name in each line of a file of the kernel."""
+    rows = [line.split() for line in _lines(path)]
+    return {row[0]: int(row[1]) for row in rows if len(row) > 1 and row[1].isdecimal()}
+
+
+def _lines(path: Path) -> list[str]:
+    """Return the lines of a file; none if it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
 
 
 def peak(*, reset: bool = False) -> int:

@@ -61,7 +61,7 @@ def header(
         + (", activation checkpointing" if task.activation_checkpointing else ""),
         "memory": f"about {readable(memory.total(data.batch_size))} per process: {readable(memory.weights)} for "
         f"weights, gradients and optimizer, {readable(memory.image)} per image"
-        + (f"; {readable(free)} are free" if free else "")
+        + (f"; {readable(free)} are available" if free else "")
         if memory
         else "",
         "loading": _loading(data, trainer.world_size),

@@ -301,7 +301,7 @@ def test_auto_caches_files_in_memory_and_never_on_disk(tmp_path):
 
 def test_processes_of_a_launcher_share_the_limit(tmp_path, monkeypatch):
     plain = CamVid("train", str(fakes.camvid(tmp_path)))
-    monkeypatch.setattr("segdeconv.data.cache.free_memory", lambda: 8 << 30)
+    monkeypatch.setattr("segdeconv.data.cache.available", lambda device: 8 << 30)
     assert plan_cache("memory", None, [plain], [None]).capacity == 2 << 30
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert plan_cache("memory", None, [plain], [None]).capacity == 1 << 29

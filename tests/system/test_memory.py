@@ -1,4 +1,4 @@
-"""Commands keep freed memory where networks run on the CPU."""
+"""Available memory, and the freed memory that commands keep where networks run on the CPU."""
 
 import os
 import platform
@@ -6,8 +6,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from segdeconv.system import KEEP_FREED
+from segdeconv.system.memory import available
 
 PROBE = """
 import resource, sys, torch
@@ -68,3 +70,53 @@ def test_kept_memory_can_be_released_before_memory_is_measured():
     kept, left = map(int, done.stdout.split())
     assert kept > 250 << 20  # of the 256 MiB that were freed
     assert left < 32 << 20
+
+
+GIB = 1 << 30
+MEMINFO = {"proc/meminfo": f"MemTotal:  {64 << 20} kB\nMemFree:  {1 << 20} kB\nMemAvailable:  {40 << 20} kB\n"}
+V2, V1 = "sys/fs/cgroup", "sys/fs/cgroup/memory"
+
+
+def limits(folder, limit, used, dropped, *, v1=False):
+    names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if v1 else ("memory.max", "memory.current")
+    prefix = "total_" if v1 else ""
+    stat = f"anon 7\nactive_file 5\n{prefix}active_file {dropped // 2}\n{prefix}inactive_file {dropped // 2}\nname\n"
+    return {f"{folder}/{names[0]}": f"{limit}\n", f"{folder}/{names[1]}": f"{used}\n", f"{folder}/memory.stat": stat}
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    {
+        "no limit": (MEMINFO, 40),
+        "v2 in a container": (MEMINFO | limits(V2, 16 * GIB, 12 * GIB, 8 * GIB), 12),
+        "v2 without a limit": (MEMINFO | limits(V2, "max", 12 * GIB, 0), 40),
+        "v2, looser than the machine": (MEMINFO | limits(V2, 60 * GIB, GIB, 0), 40),
+        "v2, of an outer group": (
+            MEMINFO | {"proc/self/cgroup": "0::/job/step\n"} | limits(f"{V2}/job", 8 * GIB, 2 * GIB, 0)
+            | limits(f"{V2}/job/step", "max", GIB, 0) | limits(f"{V2}/other", GIB, 0, 0), 6,
+        ),
+        "v1 in a container": (
+            MEMINFO | {"proc/self/cgroup": "3:cpu,memory:/docker/1\n"}
+            | limits(V1, 4 * GIB, 3 * GIB, 2 * GIB, v1=True), 3,
+        ),
+        "v1 on a cluster": (
+            MEMINFO | {"proc/self/cgroup": "3:memory:/slurm/1\n0::/\n"} | limits(V1, (1 << 63) - 4096, GIB, 0, v1=True)
+            | limits(f"{V1}/slurm/1", 8 * GIB, GIB, 0, v1=True), 7,
+        ),
+        "over the limit": (MEMINFO | limits(V2, GIB, 2 * GIB, 0), 0),
+        "no statistics": (MEMINFO | {f"{V2}/memory.max": str(2 * GIB), f"{V2}/memory.current": str(GIB)}, 1),
+        "no usage": (MEMINFO | {f"{V2}/memory.max": str(2 * GIB)}, 40),
+        "outside of what is seen": (MEMINFO | {"proc/self/cgroup": "0::/../../x\n"} | limits("sys/x", GIB, 0, 0), 40),
+        "another system": ({}, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 / GIB),
+    }.values(),
+)  # fmt: skip
+def test_available_memory_includes_the_file_cache_and_respects_limits(tmp_path, files, expected):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert available(torch.device("cpu"), root=tmp_path) == expected * GIB
+
+
+def test_available_memory_of_this_machine():
+    assert 0 < available(torch.device("cpu")) <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert available(torch.device("meta")) is None
