@@ -60,10 +60,21 @@ def main() -> None:
     print(f"{out}: {out.stat().st_size / 1e6:.1f} MB; usage is described in {cards.card_of(out)}")
     for side in ("input", "output"):
         print(f"{side}: {card[side]['name']}, {card[side]['dtype']}, ({', '.join(map(str, card[side]['shape']))})")
+    print(f"scale: {describe_scale(source.preprocessing.size, in_graph=arguments.preprocess)}")
     largest = f", scores within {agreement['largest']:.1e} standard deviations" if agreement["largest"] else ""
     print(f"compared on {shapes}: {100 * agreement['same_class']:.2f} % of the pixels have the same class{largest}")
     if agreement["same_class_as_full"] is not None:
         print(f"16-bit weights: {100 * agreement['same_class_as_full']:.2f} % have the same class as with 32 bits")
+
+
+def describe_scale(size: tuple[int, int] | None, *, in_graph: bool) -> str:
+    """Return what the input size of the network means for the images given to an exported file."""
+    if size is None:
+        return "images of any size, at their own scale, as in training"
+    target = f"{size[0]}x{size[1]} (height x width), the network's input size"
+    if in_graph:
+        return f"images of any size, which the graph resizes to {target}"
+    return f"resize images to {target}, before you give them to the file"
 
 
 def read_about(path: Path) -> dict[str, Any]:

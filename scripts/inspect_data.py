@@ -90,7 +90,7 @@ def _inspect(
         print(note)
     inspections = [inspect(dataset) for dataset in splits]
     problems = [*overlaps(splits), *(problem for inspection in inspections for problem in inspection.problems)]
-    findings = checks.review(splits, inspections)
+    findings = checks.review(splits, inspections, node["size"])
     weights = class_weights.median_frequency(inspections[0].pixels[:-1], inspections[0].image_pixels[:-1])
     for inspection in inspections:
         print(class_table(inspection, classes, weights if inspection.split == "train" else None), end="\n\n")

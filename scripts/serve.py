@@ -35,7 +35,7 @@ def main() -> None:
 
     checkpoint = read_checkpoint(arguments.checkpoint, arguments.trust, arguments.overrides)
     settings = PredictionSettings(precision=arguments.precision, samples=arguments.samples)
-    predictor = ImagePredictor(Segmenter(checkpoint, settings))
+    predictor = ImagePredictor(Segmenter(checkpoint, settings, at_once=True))
     server = Server(predictor, arguments.host, arguments.port)
     if not server.loopback:
         warn(

@@ -130,6 +130,7 @@ def run(description: str) -> None:
 
     outlines = not arguments.no_boundary
     evaluation = Evaluation.of(segmenter, dataset, outlines=outlines, on_prediction=save)
+    segmenter.resized.warn()
     if not evaluation.confusion.any():
         warn(f"{arguments.split}: every pixel of its masks is ignored, so there are no scores - correct the masks")
     metadata: dict[str, Any] = {"command": command("evaluate", sys.argv[1:])}

@@ -132,6 +132,7 @@ def run(description: str) -> None:
                 if reader_ended():
                     break
         if not reader_ended():
+            segmenter.resized.warn()
             tables = write_tables(progress_log, outputs)
             names = " and ".join(path.name for path in tables)
             print(f"{len(images) - batch.failed} masks in {arguments.out}, with {names}")

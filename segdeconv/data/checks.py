@@ -7,6 +7,8 @@ from typing import NamedTuple
 from segdeconv.classes import Classes, hex_colour
 from segdeconv.data.dataset import SegmentationDataset
 from segdeconv.data.inspection import Inspection
+from segdeconv.data.preprocessing import Size
+from segdeconv.data.resizing import changes_scale, describe_resizing
 from segdeconv.errors import UsageError, command
 
 MANY_IGNORED = 0.25  # share of the pixels
@@ -28,12 +30,15 @@ class Finding(NamedTuple):
     refused: bool = False
 
 
-def review(splits: Sequence[SegmentationDataset], inspections: Sequence[Inspection]) -> list[Finding]:
+def review(
+    splits: Sequence[SegmentationDataset], inspections: Sequence[Inspection], size: Sequence[int] | None = None
+) -> list[Finding]:
     """Return the findings about the splits of a data set, those that prevent training first.
 
     Args:
         splits: The splits, train first.
         inspections: The inspection of each.
+        size: (H, W) that images are resized to; None if they keep their size.
     """
     findings = [Finding(line) for line in dict.fromkeys(line for split in splits for line in split.warnings)]
     if not any(inspection.problems for inspection in inspections):  # otherwise pixels are missing for another reason
@@ -41,6 +46,8 @@ def review(splits: Sequence[SegmentationDataset], inspections: Sequence[Inspecti
             findings += _ignored(split, inspection)
         findings += _classes(splits[0], inspections)
     findings += _images(splits, inspections)
+    if size is not None and splits[0].whole is splits[0]:  # crops of objects are meant to be resized
+        findings += _scale(splits, inspections, (size[0], size[1]))
     findings += _copies(splits, inspections)
     return sorted(findings, key=lambda finding: not finding.refused)
 
@@ -196,6 +203,23 @@ def _images(splits: Sequence[SegmentationDataset], inspections: Sequence[Inspect
             "without it"
         )
     return [Finding(line) for line in lines]
+
+
+def _scale(splits: Sequence[SegmentationDataset], inspections: Sequence[Inspection], target: Size) -> list[Finding]:
+    """Return a finding about the images whose scale or proportions the input size changes a lot."""
+    changed = [
+        (count, split.names[first], (height, width))
+        for split, inspection in zip(splits, inspections, strict=True)
+        for (height, width, count), first in zip(inspection.sizes, inspection.first_of_size, strict=True)
+        if changes_scale((height, width), target)
+    ]
+    if not changed:
+        return []
+    total = sum(inspection.num_images for inspection in inspections)
+    count = sum(count for count, _, _ in changed)
+    _, name, size = max(changed, key=lambda entry: entry[0])
+    images = f"{count} of {total} images {'is' if count == 1 else 'are'}"
+    return [Finding(describe_resizing(images, name, size, target, training=True))]
 
 
 def _has_channels(number: int, bits: int, channels: int, alpha: bool) -> bool:

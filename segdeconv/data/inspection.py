@@ -23,7 +23,7 @@ from segdeconv.errors import UsageError, command
 from segdeconv.system.files import cache_root, hash_text, replace_text
 from segdeconv.system.plain_data import Limits, read_json
 
-VERSION = 4  # of the fields of an inspection; a new number invalidates cached ones
+VERSION = 5  # of the fields of an inspection; a new number invalidates cached ones
 CACHE_LIMITS = Limits(size=1 << 28, nodes=10_000_000)
 MAX_SHOWN = 20
 NUM_LARGEST = 3  # images listed for each class
@@ -70,6 +70,7 @@ class Inspection:
         flat: Indices of images with (nearly) no contrast.
         empty: Indices of images in which every pixel is ignored.
         digests: A hash of the pixels of every image, by which identical images are recognised; "" for unusable files.
+        first_of_size: The index of the first image of each size of `sizes`.
     """
 
     split: str
@@ -88,6 +89,7 @@ class Inspection:
     flat: list[int] = field(default_factory=list)
     empty: list[int] = field(default_factory=list)
     digests: list[str] = field(default_factory=list)
+    first_of_size: list[int] = field(default_factory=list)
 
 
 def inspect(dataset: SegmentationDataset, *, use_cache: bool = True) -> Inspection:
@@ -125,9 +127,10 @@ def _fits(inspection: Inspection, dataset: SegmentationDataset) -> bool:
         and len(inspection.mean) == len(inspection.std) == dataset.channels
         and inspection.num_images == len(dataset)
         and len(inspection.digests) <= len(dataset)
+        and len(inspection.first_of_size) == len(inspection.sizes)
         and all(
             0 <= index < len(dataset)
-            for group in (*inspection.largest, inspection.flat, inspection.empty)
+            for group in (*inspection.largest, inspection.flat, inspection.empty, inspection.first_of_size)
             for index in group
         )
         and all(0 <= value.largest < len(dataset) for value in inspection.values)
@@ -194,6 +197,7 @@ def _inspect(dataset: SegmentationDataset) -> Inspection:
     image_pixels, images = pixels.copy(), pixels.copy()
     sums = np.zeros((2, dataset.channels))
     sizes: Counter[tuple[int, int]] = Counter()
+    first_of_size: dict[tuple[int, int], int] = {}
     names_by_bits: dict[int, list[str]] = {}
     problems = []
     formats: Counter[tuple[int, int, bool]] = Counter()
@@ -225,6 +229,7 @@ def _inspect(dataset: SegmentationDataset) -> Inspection:
             empty.append(index)
         digests.append(result.digest)
         sizes[result.size] += 1
+        first_of_size.setdefault(result.size, index)
         names_by_bits.setdefault(result.bits, []).append(name)
         sums += result.sums
     if len(names_by_bits) > 1:
@@ -251,6 +256,7 @@ def _inspect(dataset: SegmentationDataset) -> Inspection:
         flat,
         empty,
         digests,
+        [first_of_size[size] for size, _ in sizes.most_common()],
     )
 
 

@@ -144,6 +144,8 @@ def evaluate(
     with explain_loader_errors(), bar:
         for index, (scores, stored) in enumerate(_scores(segmenter, dataset)):
             mask = stored.to(device)
+            if dataset.whole is dataset:  # crops of objects are meant to be resized
+                segmenter.resized.add(dataset.names[index], (mask.shape[0], mask.shape[1]))
             if order != sorted(order):
                 scores = scores._replace(values=scores.values[:, order])
             (prediction,), (confidence,) = labels_and_confidence(scores)

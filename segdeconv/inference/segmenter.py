@@ -16,6 +16,7 @@ from segdeconv.checkpoints.checkpoint import Checkpoint
 from segdeconv.classes import Classes
 from segdeconv.data.files.decoding import header_pixels
 from segdeconv.data.files.reading import MAX_PIXELS, read_upright, turn_back
+from segdeconv.data.resizing import ResizedImages
 from segdeconv.drawing import draw
 from segdeconv.errors import UsageError
 from segdeconv.inference.network import Network
@@ -88,6 +89,10 @@ class Segmenter:
         settings: Prediction settings; by default one forward pass, in tiles if an image exceeds the available memory.
         device: The device; None for the best one available.
         report: Called with a message when prediction deviates from the settings, for example with smaller tiles.
+        at_once: See `ResizedImages`.
+
+    Attributes:
+        resized: A count of the images whose scale the network's input size changes a lot.
 
     Raises:
         UsageError: The checkpoint does not support the settings.
@@ -100,6 +105,7 @@ class Segmenter:
         *,
         device: torch.device | None = None,
         report: Callable[[str], None] = print,
+        at_once: bool = False,
     ) -> None:
         self.checkpoint, self.settings = checkpoint, settings or PredictionSettings()
         self.classes, self.preprocessing = checkpoint.classes, checkpoint.preprocessing
@@ -112,6 +118,8 @@ class Segmenter:
             samples=self.settings.samples,
         )
         self.predictor = build_predictor(checkpoint, self.network, self.settings, report=report)
+        # Regions are meant to be resized.
+        self.resized = ResizedImages(None if self.settings.regions else self.preprocessing.size, at_once=at_once)
         self._lock = threading.Lock()
 
     def open(self, path: Path) -> tuple[np.ndarray, int]:
@@ -162,6 +170,7 @@ class Segmenter:
             raise UsageError(f"{name} has shape {array.shape} - give (H, W, {self.preprocessing.channels})")
         size = (array.shape[0], array.shape[1])
         self.preprocessing.checked(array, name)
+        self.resized.add(name, size)
         if size[0] * size[1] < LARGE_IMAGE:
             keep_freed(self.network.device)
         else:
@@ -209,4 +218,5 @@ def load(path: str | Path, *, trust: Collection[str] = (), overrides: Iterable[s
         CheckpointError: The checkpoint cannot be read.
         UsageError: A setting is invalid.
     """
-    return Segmenter(checkpoint.read(path, trust=trust, overrides=overrides), PredictionSettings(**settings))
+    loaded = checkpoint.read(path, trust=trust, overrides=overrides)
+    return Segmenter(loaded, PredictionSettings(**settings), at_once=True)

@@ -86,6 +86,7 @@ class ImagePredictor:
             image = resize_image(image, (max(1, int(scale * original[0])), max(1, int(scale * original[1]))))
         size = (image.shape[0], image.shape[1])
         network, normalised = self.segmenter.network, self.segmenter.preprocessing(image, "this file")
+        self.segmenter.resized.add("this file", original)
         with switch_paths.recorded(network.model) as pooled:
             probabilities = network(normalised[None]).of_image(0, size).probabilities()
         index, confidence = labels_and_confidence(ClassScores(probabilities, True))

@@ -62,7 +62,7 @@ def prepare(config: Mapping[str, Any], *, fresh: bool = False) -> Prepared:
     classes = train_split.classes
     inspections = inspect_all([train_split, val_split])
     statistics = inspections[0]
-    findings = checks.review([train_split, val_split], inspections)
+    findings = checks.review([train_split, val_split], inspections, config["dataset"]["size"])
     checks.refuse(findings)
     for finding in findings:
         warn(finding.message)

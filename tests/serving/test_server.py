@@ -28,9 +28,10 @@ from segdeconv.analysis import switch_paths
 from segdeconv.checkpoints import checkpoint
 from segdeconv.data.preprocessing import Preprocessing
 from segdeconv.errors import UsageError
+from segdeconv.evaluation.evaluate import evaluate
 from segdeconv.inference.predictors import PredictionSettings
 from segdeconv.inference.scorers import resized
-from segdeconv.inference.segmenter import Segmenter
+from segdeconv.inference.segmenter import Segmenter, load
 from segdeconv.serving import connection, predictor, server
 from segdeconv.serving.predictor import ImagePredictor, pixel
 
@@ -52,6 +53,28 @@ def address(trained):
     """The address of a server in this process."""
     with serving(ImagePredictor(Segmenter(trained))) as local:
         yield f"127.0.0.1:{local.port}"
+
+
+@pytest.mark.parametrize("size", [None, [32, 32]])
+def test_a_network_without_an_input_size_sees_images_at_their_own_scale_everywhere(path, size, capsys, monkeypatch):
+    monkeypatch.setattr("segdeconv.errors._warned", set())
+    keys = (f"size={'null' if size is None else '[32,32]'}", "crop=[8,8]", "batch_size=1", "num_workers=0", "timeout=0")
+    overrides = [f"dataset.{key}" for key in keys]
+    segmenter = load(path, overrides=overrides, precision="32-true")
+    seen = []
+    segmenter.network.model.register_forward_pre_hook(lambda module, inputs: seen.append(tuple(inputs[0].shape[-2:])))
+    image = image_file(size=(51, 38))  # of two odd sides
+    array = np.array(Image.open(io.BytesIO(image)))
+    own = array.shape[:2] if size is None else (32, 32)
+    assert segmenter.predict(array).mask.shape == array.shape[:2]
+    ImagePredictor(segmenter).predict(image)
+    dataset = fakes.Uneven("val", num_val=1, side=48)
+    dataset.classes = segmenter.classes
+    evaluate(segmenter, dataset)
+    assert seen == [own, own, (48, 48) if size is None else (32, 32)]
+    assert capsys.readouterr().err.count("dataset.size: images are resized") == (size is not None)
+    changed = 0 if size is None else 2  # of 51x38; 48x48 keeps its proportions, and shrinks by less than a factor of 2
+    assert (segmenter.resized.count, segmenter.resized.changed) == (3, changed)
 
 
 def unpacked(body):
