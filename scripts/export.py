@@ -52,6 +52,7 @@ def main() -> None:
 
     from segdeconv.export.export import export
     from segdeconv.export.module import Layout
+    from segdeconv.system.devices import resolve_precision
 
     pixels: Layout | None = (arguments.layout or "nhwc") if arguments.preprocess else None
     card = export(source, out, pixels=pixels, argmax=arguments.argmax, half=arguments.half)
@@ -61,6 +62,12 @@ def main() -> None:
     for side in ("input", "output"):
         print(f"{side}: {card[side]['name']}, {card[side]['dtype']}, ({', '.join(map(str, card[side]['shape']))})")
     print(f"scale: {describe_scale(source.preprocessing.size, in_graph=arguments.preprocess)}")
+    precision = resolve_precision("auto", source.facts["precision"])
+    if precision != "32-true":
+        print(
+            f"precision: the file computes in float32 and predict, on this machine, in {precision}, so some pixels get "
+            "other classes; predict --precision 32-true gives those of the file"
+        )
     largest = f", scores within {agreement['largest']:.1e} standard deviations" if agreement["largest"] else ""
     print(f"compared on {shapes}: {100 * agreement['same_class']:.2f} % of the pixels have the same class{largest}")
     if agreement["same_class_as_full"] is not None:

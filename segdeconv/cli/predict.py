@@ -116,6 +116,11 @@ def run(description: str) -> None:
     if arguments.verify_tiling:
         verify(segmenter, images, missing)
         return
+    if segmenter.network.precision != "32-true" and settings.precision == "auto":
+        print(
+            f"precision: {segmenter.network.precision}, as in training and fast here; exported files compute in "
+            "float32, as --precision 32-true does"
+        )
     recorded = provenance(arguments, checkpoint, settings.second)
     with closing(ProgressLog(arguments.out, recorded, overwrite=arguments.overwrite)) as progress_log:
         for each in own_files:

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from checkpoint_files import content
 from PIL import Image
 
 from segdeconv.checkpoints import checkpoint
+from segdeconv.cli import predict
 from segdeconv.data.files.reading import read_upright
 from segdeconv.data.preprocessing import Preprocessing, resize_image
 from segdeconv.errors import UsageError
@@ -343,3 +345,22 @@ def test_constants_beyond_the_range_of_half_precision_stay_float32():
     assert {entry.name: entry.data_type for entry in model.graph.initializer} == {
         "mean": onnx.TensorProto.FLOAT, "weight.half": onnx.TensorProto.FLOAT16,
     }  # fmt: skip
+
+
+def test_predict_and_export_print_that_their_precisions_differ(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    node = {"_target_": "segdeconv.models.SegNet", "stages": [[4], [8]]}
+    path = write_checkpoint(tmp_path, node, size=[32, 32]).path
+    trained = checkpoint.load_plain(path)
+    trained["hyper_parameters"]["facts"]["precision"] = "bf16-mixed"
+    checkpoint.write(trained, path)
+    Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save("image.png")
+    export_command = runpy.run_path(str(ROOT / "scripts" / "export.py"))["main"]
+    commands = {"predict": lambda: predict.run(""), "export": export_command}
+    words = {"predict": ("image.png", "--overwrite"), "export": ("--out", "small.pt2")}
+    for fast, name, said in (("bf16-mixed", "export", 1), ("bf16-mixed", "predict", 1), ("32-true", "predict", 0)):
+        monkeypatch.setattr("segdeconv.system.devices.fast_precision", lambda fast=fast: fast)
+        monkeypatch.setattr("sys.argv", [name, str(path), *words[name]])
+        commands[name]()
+        out = capsys.readouterr().out
+        assert (out.count("precision: "), out.count("bf16-mixed")) == (said, said)
