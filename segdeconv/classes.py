@@ -13,6 +13,19 @@ from segdeconv.errors import UsageError
 
 Colour = tuple[int, int, int]
 
+BLACK: Colour = (0, 0, 0)
+BACKGROUND = "background"
+FOUND_BACKGROUNDS = ("class_0", "colour_000000")  # the names that label 0 and black get where no table names classes
+# Each is as far as possible from those before it and from black, by CIEDE2000, for eyes of any colour vision: the least
+# distance between any two of the first 3, 5, 8, 12, 16 and 24 is 38, 15.8, 15.3, 14.5, 10.3 and 8.4, for normal vision
+# or simulated protanopia, deuteranopia or tritanopia (Machado et al. 2009), whichever is least.
+DISTINCT: tuple[Colour, ...] = (
+    (255, 96, 0), (64, 208, 255), (0, 16, 224), (0, 80, 0), (128, 128, 255), (240, 144, 176),
+    (176, 48, 80), (224, 224, 0), (176, 96, 160), (96, 48, 112), (192, 255, 176), (112, 176, 112),
+    (48, 128, 112), (128, 64, 255), (160, 208, 112), (144, 96, 16), (112, 48, 80), (144, 128, 80),
+    (112, 80, 160), (160, 144, 208), (192, 80, 112), (255, 192, 224), (208, 112, 144), (160, 16, 32),
+)  # fmt: skip
+
 
 def voc_colours(count: int) -> tuple[Colour, ...]:
     """Return the first `count` colours of PASCAL VOC's palette, which are bit-interleaved, far apart and all different.
@@ -28,6 +41,47 @@ def voc_colours(count: int) -> tuple[Colour, ...]:
                 channels[channel] |= ((index >> (3 * bit + channel)) & 1) << (7 - bit)
         colours.append((channels[0], channels[1], channels[2]))
     return tuple(colours)
+
+
+def distinct_colours(count: int) -> tuple[Colour, ...]:
+    """Return `count` colours that can be told apart, also by colour-blind people: `DISTINCT`, then colours of VOC's.
+
+    >>> distinct_colours(2)
+    ((255, 96, 0), (64, 208, 255))
+    """
+    further = [
+        colour
+        for colour in voc_colours(count + 128)
+        if all(max(abs(a - b) for a, b in zip(colour, other, strict=True)) >= 32 for other in (BLACK, *DISTINCT))
+    ]
+    return (*DISTINCT, *further)[:count]
+
+
+def default_colours(names: Sequence[str], labels: Sequence[int]) -> tuple[Colour, ...]:
+    """Return the colours of classes for which nobody gave any: black for the background, then `distinct_colours`.
+
+    Args:
+        names: Name of each class.
+        labels: Label of each class in the mask files.
+
+    >>> default_colours(("background", "cell"), (0, 255))
+    ((0, 0, 0), (255, 96, 0))
+    """
+    candidates = [index for index, name in enumerate(names) if len(names) == 2 or name in FOUND_BACKGROUNDS]
+    return _coloured(len(names), _background(names, candidates, labels))
+
+
+def _coloured(count: int, background: int | None) -> tuple[Colour, ...]:
+    colours = list(distinct_colours(count))
+    if background is not None:
+        colours.insert(background, BLACK)
+    return tuple(colours[:count])
+
+
+def _background(names: Sequence[str], candidates: Iterable[int], order: Sequence[int]) -> int | None:
+    """Return the class named background, otherwise the candidate that is first by `order`, or None."""
+    named = [index for index, name in enumerate(names) if name.casefold() == BACKGROUND]
+    return min(named or candidates, key=order.__getitem__, default=None)
 
 
 @dataclass(frozen=True)
@@ -91,6 +145,38 @@ class Classes:
         if self.ignore_colour is not None:
             colours[self.ignore_index] = self.ignore_colour
         colours[: len(self)] = self.colours
+        return colours
+
+    @cached_property
+    def background(self) -> int | None:
+        """Index of the class that overlays leave clear, None if every class is drawn.
+
+        It is the class named `background`. Otherwise, where nobody named the classes, it is the one of label 0 or of
+        black pixels, if it is black. Otherwise, of two classes, it is the grey one; if both are, that of the lower
+        label, or the darker one of classes given by colour. Black and white are grey.
+        """
+        greys = [index for index, colour in enumerate(self.colours) if len(set(colour)) == 1]
+        if len(self) > 2:
+            greys = [i for i in greys if self.colours[i] == BLACK and self.names[i] in FOUND_BACKGROUNDS]
+        order = [sum(colour) for colour in self.colours] if self.by_colour else self.labels
+        return _background(self.names, greys, order)
+
+    @cached_property
+    def display_colours(self) -> tuple[Colour, ...]:
+        """RGB of each class in pictures, legends and pages.
+
+        These are `colours`, unless all of them are greys, such as black and white. Greys tell how mask files are
+        stored, and over an image they cannot be seen.
+        """
+        if any(len(set(colour)) > 1 for colour in self.colours):
+            return self.colours
+        return _coloured(len(self), self.background)
+
+    @cached_property
+    def display_palette(self) -> np.ndarray:
+        """Colour of every mask value in pictures, (256, 3) uint8; see `display_colours` and `palette`."""
+        colours = self.palette.copy()
+        colours[: len(self)] = self.display_colours
         return colours
 
     @cached_property

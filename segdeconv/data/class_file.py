@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from segdeconv.classes import Classes, Colour, voc_colours
+from segdeconv.classes import Classes, Colour, default_colours
 from segdeconv.data.files.reading import read_list
 from segdeconv.errors import UsageError
 from segdeconv.system.plain_data import PlainDataError, read_yaml
@@ -86,7 +86,7 @@ def parse_classes(content: Any, source: str) -> Classes:
     void = tuple(entry for entry in ignored if isinstance(entry, int))
     # Class indices are 0..C-1, so any other ignored label of 8 bits can also serve as ignore_index.
     index = next((label for label in void if len(names) <= label <= 255), IGNORE)
-    return Classes(names, voc_colours(len(names)), index, labels, ignored_labels=void, by_colour=False)
+    return Classes(names, default_colours(names, labels), index, labels, ignored_labels=void, by_colour=False)
 
 
 def _ignored(value: Any, source: str) -> tuple[int | Colour, ...]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from segdeconv.classes import Classes, Colour, count_values, hex_colour, is_grey, pack_colours, voc_colours
+from segdeconv.classes import Classes, Colour, count_values, default_colours, hex_colour, is_grey, pack_colours
 from segdeconv.data.class_file import IGNORE, MAX_CLASSES
 from segdeconv.data.files.reading import read_stored_mask, require_opaque
 from segdeconv.data.inspection import map_with_progress
@@ -258,7 +258,7 @@ def _classes_of_labels(survey: Survey) -> tuple[Classes, tuple[str, ...]]:
         )
     class_names = tuple(f"class_{label}" for label in labels)
     packed = {next(iter(survey.palette[label])) for label in labels if label in survey.palette}
-    shown = voc_colours(len(labels))
+    shown = default_colours(class_names, labels)
     if len(packed) == len(labels):  # the palette tells all labels apart
         shown = tuple(_unpack(next(iter(survey.palette[label]))) for label in labels)
     return Classes(class_names, shown, labels=tuple(labels), by_colour=False), tuple(lines)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
-from segdeconv.classes import Classes, voc_colours
+from segdeconv.classes import BLACK, Classes, distinct_colours
 from segdeconv.data import checks
 from segdeconv.data.checks import Finding
 from segdeconv.data.dataset import FileDataset, Pair, SegmentationDataset
@@ -286,7 +286,7 @@ def _mask_colours(path: Path) -> np.ndarray:
         return read_image(path, exif="ignore")
     if mask.values.ndim == 3:
         return mask.values
-    colours = mask.palette if mask.palette is not None else np.array(voc_colours(256), dtype=np.uint8)
+    colours = mask.palette if mask.palette is not None else np.array((BLACK, *distinct_colours(255)), dtype=np.uint8)
     return colours[(mask.values & 255).astype(np.uint8)]
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field
 
-from segdeconv.classes import Classes, voc_colours
+from segdeconv.classes import Classes, default_colours, voc_colours
 from segdeconv.data.dataset import FileDataset, Pair, require_root, require_split
 from segdeconv.data.files.archives import unpack_tar
 from segdeconv.data.files.published import Archive, obtain, unpacked
@@ -54,7 +54,9 @@ BREEDS = (
 Detail = Literal["pet", "species", "breed"]
 ANIMALS: dict[Detail, tuple[str, ...]] = {"pet": ("pet",), "species": SPECIES, "breed": BREEDS}
 # Labels of the trimaps, from the README of annotations.tar.gz: 1 the animal, 2 the background, 3 the border.
-TRIMAP = Classes(("background", "pet", "border"), voc_colours(3), labels=(2, 1, 3))
+TRIMAP = Classes(
+    ("background", "pet", "border"), default_colours(("background", "pet", "border"), (2, 1, 3)), labels=(2, 1, 3)
+)
 
 
 class OxfordPets(FileDataset):
@@ -113,7 +115,7 @@ class OxfordPets(FileDataset):
         names = ("background", *ANIMALS[detail], *(("border",) if border == "class" else ()))
         classes = Classes(
             names,
-            voc_colours(len(names)),
+            default_colours(names, range(len(names))),
             ignore_colour=voc_colours(256)[255] if border == "ignore" else None,
             labels=TRIMAP.labels[: len(names)] if detail == "pet" else (),
             ignored_labels=TRIMAP.labels[2:] if border == "ignore" else (),

@@ -16,7 +16,7 @@ import yaml
 from PIL import Image
 from real_data import PIXEL_COUNTS, REAL_CAMVID, needs_camvid
 
-from segdeconv.classes import voc_colours
+from segdeconv.classes import distinct_colours, voc_colours
 from segdeconv.data import CamVid, Folder, Shapes
 from segdeconv.data.datasets.camvid import CLASSES, hashes
 from segdeconv.data.inspection import inspect
@@ -224,7 +224,7 @@ def test_every_kind_of_mask_is_read_in_every_layout(tmp_path: Path, kind: str, l
 @pytest.mark.parametrize(
     ("kind", "names", "colours"),
     [
-        ("labels", ("class_0", "class_1", "class_2"), voc_colours(3)),
+        ("labels", ("class_0", "class_1", "class_2"), ((0, 0, 0), *distinct_colours(2))),
         ("palette", ("class_0", "class_1", "class_2"), voc_colours(3)),
         ("binary", ("background", "foreground"), ((0, 0, 0), (255, 255, 255))),
         ("colours", ("colour_000000", "colour_0080ff", "colour_ff0000"), ((0, 0, 0), (0, 128, 255), (255, 0, 0))),
@@ -313,8 +313,8 @@ def test_a_larger_val_share_keeps_the_val_images_of_a_smaller_one(tmp_path: Path
 @pytest.mark.parametrize(
     ("kind", "content", "names", "labels", "colours"),
     [
-        ("labels", ["sky", "road", "car"], ("sky", "road", "car"), (0, 1, 2), voc_colours(3)),
-        ("labels", {"car": 2, "sky": 0, "road": 1}, ("car", "sky", "road"), (2, 0, 1), voc_colours(3)),
+        ("labels", ["sky", "road", "car"], ("sky", "road", "car"), (0, 1, 2), distinct_colours(3)),
+        ("labels", {"car": 2, "sky": 0, "road": 1}, ("car", "sky", "road"), (2, 0, 1), distinct_colours(3)),
         (
             "colours",
             {"sky": [0, 0, 0], "car": "#FF0000", "road": "#0080ff"},
