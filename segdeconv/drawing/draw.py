@@ -55,7 +55,7 @@ def save_labels(mask: np.ndarray, classes: Classes, path: Path) -> None:
         UsageError: A label cannot be stored in a PNG.
     """
     if classes.by_colour:
-        save_image(colourise(mask, classes), path)
+        save_image(classes.palette[mask], path)
         return
     table = label_table(classes)
     with replacing(path) as file:
@@ -101,7 +101,7 @@ def save_image(image: np.ndarray, path: Path) -> None:
         png.close()
 
 
-def save_overlay(image: np.ndarray, mask: np.ndarray, classes: Classes, path: Path) -> None:
+def save_overlay(image: np.ndarray, mask: np.ndarray, classes: Classes, path: Path, *, outlines: bool = False) -> None:
     """Write `overlay_with_legend` as a PNG; a large one is drawn in bands to save memory.
 
     Args:
@@ -109,19 +109,22 @@ def save_overlay(image: np.ndarray, mask: np.ndarray, classes: Classes, path: Pa
         mask: (H, W) uint8 class indices.
         classes: The classes and their colours.
         path: The PNG file.
+        outlines: As in `overlay`.
     """
     height, width = mask.shape
     if height <= BAND or width < MIN_LEGEND_WIDTH or image.dtype != np.uint8:
-        save_image(overlay_with_legend(image, mask, classes), path)
+        save_image(overlay_with_legend(image, mask, classes, outlines=outlines), path)
         return
+    thickness = outline_thickness(mask.shape)
     present = [index for index, count in enumerate(pixel_counts(mask)[: len(classes)]) if count]
     strip = legend(classes, present, width)
     with replacing(path) as file:
         png = Png(file, (height + len(strip), width), channels=3)
         for top in range(0, height, BAND):
-            above = max(0, top - 1)  # the outline of a row depends on the row above it
-            rows = slice(above, top + BAND)
-            png.write(overlay(image[rows], mask[rows], classes)[top - above :])
+            above = max(0, top - thickness)  # the outlines of a row depend on the rows around it
+            rows = slice(above, top + BAND + thickness)
+            drawn = overlay(image[rows], mask[rows], classes, outlines=outlines, thickness=thickness)
+            png.write(drawn[top - above :][:BAND])
         png.write(strip)
         png.close()
 
@@ -148,32 +151,62 @@ def to_rgb(image: np.ndarray) -> np.ndarray:
 
 
 def colourise(mask: np.ndarray, classes: Classes) -> np.ndarray:
-    """Convert (H, W) class indices to (H, W, 3) uint8 class colours."""
-    return classes.palette[mask]
+    """Convert (H, W) class indices to (H, W, 3) uint8 colours; see `Classes.display_colours`."""
+    return classes.display_palette[mask]
 
 
-def overlay(image: np.ndarray, mask: np.ndarray, classes: Classes, *, strength: float = 0.55) -> np.ndarray:
-    """Blend the class colours into an image and outline the classes; ignored pixels show the image.
+def overlay(
+    image: np.ndarray,
+    mask: np.ndarray,
+    classes: Classes,
+    *,
+    outlines: bool = False,
+    strength: float = 0.55,
+    thickness: int | None = None,
+) -> np.ndarray:
+    """Draw the classes over an image; the background (`Classes.background`) and ignored pixels show the image.
 
     Args:
         image: (H, W, C) image, as in `to_rgb`.
         mask: (H, W) uint8 class indices.
         classes: The classes and their colours.
-        strength: Weight of the class colours, 0..1.
+        outlines: Draw only the outlines of the regions, each inside its region and in the colour of its class.
+            Otherwise the regions are filled, with a pale line between them and a line of full colour towards pixels
+            that show the image.
+        strength: Weight of the colours of filled regions, 0..1.
+        thickness: Thickness of `outlines` in pixels; None for `outline_thickness`.
 
     Returns:
         (H, W, 3) uint8.
     """
-    image = to_rgb(image)
-    result = cv2.addWeighted(np.ascontiguousarray(image), 1 - strength, colourise(mask, classes), strength, 0)
-    ignored = mask == classes.ignore_index
-    if ignored.any():
-        result[ignored] = image[ignored]
-    edge = np.zeros(mask.shape, dtype=bool)
-    edge[:, 1:] |= mask[:, 1:] != mask[:, :-1]
-    edge[1:] |= mask[1:] != mask[:-1]
-    result[edge] = result[edge] // 2 + 127
+    image, colours = np.ascontiguousarray(to_rgb(image)), colourise(mask, classes)
+    shown = np.zeros(256, dtype=bool)  # values whose pixels show the image
+    shown[[classes.ignore_index] if classes.background is None else [classes.ignore_index, classes.background]] = True
+    clear = shown[mask]
+    if outlines:
+        thickness = thickness or outline_thickness(mask.shape)
+        square = np.ones((2 * thickness + 1, 2 * thickness + 1), dtype=np.uint8)
+        line = (cv2.dilate(mask, square) != cv2.erode(mask, square)) & ~clear
+        return np.where(line[:, :, None], colours, image)
+    result = cv2.addWeighted(image, 1 - strength, colours, strength, 0)
+    pale, full = np.zeros(mask.shape, dtype=bool), np.zeros(mask.shape, dtype=bool)
+    for before, after in ((np.s_[:, :-1], np.s_[:, 1:]), (np.s_[:-1], np.s_[1:])):
+        pale[after] |= mask[after] != mask[before]
+        full[after] |= clear[before]
+        full[before] |= clear[after]
+    result[pale] = result[pale] // 2 + 127
+    np.copyto(result, colours, where=full[:, :, None])
+    np.copyto(result, image, where=clear[:, :, None])
     return result
+
+
+def outline_thickness(size: tuple[int, ...]) -> int:
+    """Return the thickness in pixels of the outlines in an (H, W) image.
+
+    >>> outline_thickness((360, 480)), outline_thickness((1024, 2048))
+    (1, 4)
+    """
+    return max(1, (max(size[:2]) + 250) // 500)
 
 
 def error(mask: np.ndarray, prediction: np.ndarray, ignore_index: int) -> np.ndarray:
@@ -199,7 +232,9 @@ def heat(values: np.ndarray, top: float) -> np.ndarray:
 
 
 def legend(classes: Classes, present: Sequence[int], width: int) -> np.ndarray:
-    """Draw a legend: a strip with a colour patch and a name for each class, in as many rows as needed.
+    """Draw the legend of overlays: a strip with a colour patch and a name for each class, in as many rows as needed.
+
+    The patch of the background, which overlays leave clear, is crossed out.
 
     Args:
         classes: The classes and their colours.
@@ -221,13 +256,17 @@ def legend(classes: Classes, present: Sequence[int], width: int) -> np.ndarray:
     for row, entries in enumerate(rows):
         for x, index in entries:
             y = 20 * row + 4
-            draw.rectangle((x, y, x + 14, y + 14), fill=classes.colours[index], outline=(90, 90, 90))
+            clear = index == classes.background
+            fill = (255, 255, 255) if clear else classes.display_colours[index]
+            draw.rectangle((x, y, x + 14, y + 14), fill=fill, outline=(90, 90, 90))
+            if clear:
+                draw.line((x, y + 14, x + 14, y), fill=(90, 90, 90))
             draw.text((x + 20, y), classes.names[index], fill=(20, 20, 20), font=letters)
     return np.asarray(strip)
 
 
 def overlay_with_legend(
-    image: np.ndarray, mask: np.ndarray, classes: Classes, *, everything: bool = False
+    image: np.ndarray, mask: np.ndarray, classes: Classes, *, everything: bool = False, outlines: bool = False
 ) -> np.ndarray:
     """Draw the overlay with a legend below it; a narrow image is enlarged by a whole factor for a legible legend.
 
@@ -236,9 +275,10 @@ def overlay_with_legend(
         mask: (H, W) uint8 class indices.
         classes: The classes and their colours.
         everything: Include all classes in the legend, also those that the mask does not contain.
+        outlines: As in `overlay`.
     """
     factor = max(1, -(-MIN_LEGEND_WIDTH // image.shape[1]))
-    picture = enlarged(overlay(image, mask, classes), factor * image.shape[0])
+    picture = enlarged(overlay(image, mask, classes, outlines=outlines), factor * image.shape[0])
     present = range(len(classes)) if everything else [int(value) for value in np.unique(mask) if value < len(classes)]
     return np.concatenate([picture, legend(classes, present, picture.shape[1])])
 
@@ -252,7 +292,9 @@ def row(tiles: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate(parts[:-1], axis=1)
 
 
-def comparison(image: np.ndarray, mask: np.ndarray, prediction: np.ndarray, classes: Classes) -> np.ndarray:
+def comparison(
+    image: np.ndarray, mask: np.ndarray, prediction: np.ndarray, classes: Classes, *, outlines: bool = False
+) -> np.ndarray:
     """Draw image, truth, prediction and error side by side.
 
     Args:
@@ -260,9 +302,10 @@ def comparison(image: np.ndarray, mask: np.ndarray, prediction: np.ndarray, clas
         mask: (H, W) uint8 class indices.
         prediction: (H, W) uint8 class indices.
         classes: The classes and their colours.
+        outlines: As in `overlay`.
     """
     image = to_rgb(image)
-    truth, predicted = overlay(image, mask, classes), overlay(image, prediction, classes)
+    truth, predicted = (overlay(image, labels, classes, outlines=outlines) for labels in (mask, prediction))
     return row([image, truth, predicted, error(mask, prediction, classes.ignore_index)])
 
 

@@ -106,14 +106,74 @@ def test_overlay_blends_the_classes_and_shows_the_image_where_ignored(image, mas
     assert np.abs(result[6, 9] - expected).max() <= 1
 
 
-def test_overlay_outlines_the_borders_between_classes(image, mask):
-    outlined = np.zeros_like(mask)
-    outlined[:, 10:] = 1
-    two = Classes(names=("a", "b"), colours=((9, 9, 9), (200, 9, 9)))
-    blend = image * (1 - 0.55) + 0.55 * np.array(two.colours)[outlined]
-    changed = (np.abs(draw.overlay(image, outlined, two) - blend) > 1).any(axis=2)
-    assert changed[:, 10].all()
-    assert not np.delete(changed, 10, axis=1).any()
+PAIR = Classes(("background", "foreground"), ((0, 0, 0), (255, 255, 255)), labels=(0, 255), by_colour=False)
+FOUND = Classes(("class_0", "class_1", "class_2"), ((0, 0, 0), (255, 96, 0), (64, 208, 255)))
+
+
+def around(mask, y, x, reach):
+    """Return the labels in the square around a pixel."""
+    return mask[max(0, y - reach) : y + reach + 1, max(0, x - reach) : x + reach + 1]
+
+
+@pytest.mark.parametrize("classes", [CLASSES, PAIR, FOUND], ids=["no background", "pair", "found"])
+def test_overlay_fills_regions_and_leaves_the_background_clear(image, mask, classes):
+    mask = np.where((mask < 255) & (mask >= len(classes)), np.uint8(1), mask)
+    clear = {255} if classes.background is None else {255, classes.background}
+    result = draw.overlay(image, mask, classes)
+    for y, x in np.ndindex(mask.shape):
+        label, (left, top) = mask[y, x], (mask[y, max(0, x - 1)], mask[max(0, y - 1), x])
+        beside = {left, top, mask[y, min(19, x + 1)], mask[min(11, y + 1), x]}
+        colour = np.array(classes.display_colours[label]) if label < 255 else None
+        blend = image[y, x] * 0.45 + 0.55 * colour if label not in clear else None
+        if label in clear:
+            assert np.array_equal(result[y, x], image[y, x])
+        elif beside & clear:
+            assert np.array_equal(result[y, x], colour)
+        else:
+            expected = blend / 2 + 127 if {left, top} != {label} else blend
+            assert np.abs(result[y, x] - expected).max() <= 1
+
+
+@pytest.mark.parametrize("thickness", [1, 3])
+@pytest.mark.parametrize("classes", [CLASSES, PAIR, FOUND], ids=["no background", "pair", "found"])
+def test_outlines_are_inside_their_regions_and_the_rest_is_the_image(image, mask, classes, thickness):
+    mask = np.where((mask < 255) & (mask >= len(classes)), np.uint8(1), mask)
+    result = draw.overlay(image, mask, classes, outlines=True, thickness=thickness)
+    for y, x in np.ndindex(mask.shape):
+        drawn = mask[y, x] not in (255, classes.background) and len(np.unique(around(mask, y, x, thickness))) > 1
+        expected = classes.display_colours[mask[y, x]] if drawn else image[y, x]
+        assert np.array_equal(result[y, x], expected)
+
+
+@pytest.mark.parametrize("outlines", [False, True])
+def test_a_large_overlay_drawn_in_bands_is_the_whole_overlay(outlines, tmp_path, monkeypatch):
+    random = np.random.default_rng(1)
+    image = random.integers(0, 256, (1000, 300, 3), dtype=np.uint8)
+    mask = np.kron(random.integers(0, 3, (100, 30)), np.ones((10, 10))).astype(np.uint8)
+    whole = draw.overlay_with_legend(image, mask, FOUND, outlines=outlines)
+    monkeypatch.setattr(draw, "BAND", 170)
+    draw.save_overlay(image, mask, FOUND, tmp_path / "overlay.png", outlines=outlines)
+    with Image.open(tmp_path / "overlay.png") as stored:
+        assert np.array_equal(np.asarray(stored), whole)
+
+
+def test_the_legend_of_the_background_has_no_colour():
+    def patch(picture, place):
+        return picture[6, place + 4]  # above the line that crosses it out
+
+    picture = draw.legend(PAIR, [0, 1], 400)
+    assert patch(picture, 6).tolist() == [255, 255, 255]
+    assert (picture == (255, 96, 0)).all(axis=2).any()
+    assert not (picture == (0, 0, 0)).all(axis=2).any()
+
+
+def test_the_mask_of_a_black_and_white_pair_keeps_its_values_and_colours(tmp_path):
+    mask = np.eye(8, dtype=np.uint8)
+    for labels, values in (("index", mask), ("dataset", 255 * mask)):
+        draw.save_mask(mask, PAIR, tmp_path / "mask.png", labels=labels)
+        with Image.open(tmp_path / "mask.png") as stored:
+            assert np.array_equal(np.asarray(stored), values)
+            assert np.array_equal(np.asarray(stored.convert("L")), 255 * mask)
 
 
 def test_overlay_does_not_change_its_arguments(image, mask):
