@@ -13,6 +13,7 @@ from segdeconv.cli.command import ArgumentParser
 from segdeconv.cli.options import (
     add_checkpoint,
     add_labels_option,
+    add_outlines_option,
     add_prediction_options,
     prediction_settings,
     split_overrides,
@@ -37,6 +38,7 @@ def parse(description: str) -> argparse.Namespace:
     add("--masks", type=Path, help="folder for the predicted masks, exactly as scored")
     add("--pictures", type=Path, help="folder for figures of image, truth, prediction and error of 12 images")
     add_labels_option(parser, "these masks")
+    add_outlines_option(parser)
     add("--no-boundary", action="store_true", help="skip boundary scores (20 ms per image of 360x480)")
     add("--ablate", action="store_true", help="also score the network with its switches replaced")
     add("--uncertainty", action="store_true", help="report how well measures of uncertainty detect errors")
@@ -74,6 +76,8 @@ def run(description: str) -> None:
         overrides.append("dataset.examples=images")  # a network trained on crops is scored on whole images
     if arguments.labels != "index" and not arguments.masks:
         raise UsageError(f"--labels={arguments.labels} has no effect without --masks DIR - add it")
+    if arguments.outlines and not arguments.pictures:
+        raise UsageError("--outlines has no effect without --pictures DIR - add it")
     settings = prediction_settings(arguments, crf_keys)
 
     import numpy as np
@@ -124,12 +128,13 @@ def run(description: str) -> None:
             draw.save_mask(predicted.prediction, checkpoint.classes, path, labels=arguments.labels)
         if arguments.pictures and predicted.place in pictured:
             image, mask, name = dataset[predicted.place]
-            figure = draw.enlarged(draw.comparison(image, mask, predicted.prediction, checkpoint.classes), 128)
+            figure = draw.comparison(image, mask, predicted.prediction, checkpoint.classes, outlines=arguments.outlines)
+            figure = draw.enlarged(figure, 128)
             strip = draw.legend(checkpoint.classes, range(len(checkpoint.classes)), figure.shape[1])
             draw.save_image(np.concatenate([figure, strip]), arguments.pictures / f"{name}.png")
 
-    outlines = not arguments.no_boundary
-    evaluation = Evaluation.of(segmenter, dataset, outlines=outlines, on_prediction=save)
+    boundary = not arguments.no_boundary
+    evaluation = Evaluation.of(segmenter, dataset, outlines=boundary, on_prediction=save)
     segmenter.resized.warn()
     if not evaluation.confusion.any():
         warn(f"{arguments.split}: every pixel of its masks is ignored, so there are no scores - correct the masks")
@@ -141,7 +146,7 @@ def run(description: str) -> None:
     content = evaluation.report(**metadata)
     second = None
     if other:
-        compared = Evaluation.of(Segmenter(other, settings), dataset, outlines=outlines)
+        compared = Evaluation.of(Segmenter(other, settings), dataset, outlines=boundary)
         content["compared"] = compared.report()
         second = report_page.Evaluated(content["compared"], compared.gallery)
     folder = Path() if cards.SHIPPED in checkpoint.path.parents else checkpoint.path.parent

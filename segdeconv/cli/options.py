@@ -44,6 +44,12 @@ def add_labels_option(parser: Any, files: str) -> None:
     )
 
 
+def add_outlines_option(parser: Any) -> None:
+    """Add --outlines, the way in which overlays are drawn."""
+    text = "overlays show the outlines of the regions instead of filling them"
+    parser.add_argument("--outlines", action="store_true", help=text)
+
+
 def add_prediction_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of prediction, from which `prediction_settings` builds the settings."""
     add_network_options(parser)

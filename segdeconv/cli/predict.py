@@ -13,6 +13,7 @@ from segdeconv.cli.command import ArgumentParser
 from segdeconv.cli.options import (
     add_checkpoint,
     add_labels_option,
+    add_outlines_option,
     add_prediction_options,
     is_override,
     prediction_settings,
@@ -41,6 +42,7 @@ def parse(description: str) -> argparse.Namespace:
     group = parser.add_argument_group("outputs besides masks and overlays")
     add = group.add_argument
     add("--no-overlay", action="store_true", help="write no overlays")
+    add_outlines_option(group)
     add("--probabilities", action="store_true", help="DIR/<name>.npy: (classes, H, W) float16")
     add("--uncertainty", action="store_true", help="DIR/<name>_uncertainty.png: entropy, or variance with --samples")
     add("--class-masks", action="store_true", help="DIR/<name>_<class>.png: 255 where the class is")
@@ -65,6 +67,8 @@ def run(description: str) -> None:
         raise UsageError("--min-area has no effect without --polygons - add it")
     if arguments.verify_tiling and (arguments.regions or arguments.ensemble or arguments.crf):
         raise UsageError("--verify-tiling checks the tiles of one network - leave out --regions, --ensemble and --crf")
+    if arguments.outlines and arguments.no_overlay:
+        raise UsageError("--outlines has no effect with --no-overlay - leave out one of them")
     settings = prediction_settings(
         arguments,
         crf_keys,
@@ -91,6 +95,7 @@ def run(description: str) -> None:
         arguments.out,
         checkpoint.classes,
         overlay=not arguments.no_overlay,
+        outlines=arguments.outlines,
         probabilities=arguments.probabilities,
         uncertainty=arguments.uncertainty or arguments.samples > 0,
         class_masks=arguments.class_masks,
@@ -155,8 +160,9 @@ def run(description: str) -> None:
 def provenance(arguments: argparse.Namespace, checkpoint: Checkpoint, second: Checkpoint | None) -> dict[str, Any]:
     """Return the checkpoint and settings that determine the outputs, as recorded in the progress log."""
     settings = {key: value for key, value in vars(arguments).items() if key not in NOT_RECORDED}
-    if settings["labels"] == "index":
-        del settings["labels"]  # not recorded by earlier versions, which had no other values
+    for name, default in (("labels", "index"), ("outlines", False)):
+        if settings[name] == default:
+            del settings[name]  # not recorded by earlier versions, which had no other values
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in settings.items()}
     if second is not None:
         settings["ensemble"] = second.sha256

@@ -54,6 +54,7 @@ class Outputs:
     Attributes:
         out: Output folder.
         overlay: Write NAME_overlay.png; for a video, NAME_overlay.mp4.
+        outlines: Overlays show only the outlines of the regions.
         probabilities: Write NAME.npy, (classes, H, W) float16.
         uncertainty: Write NAME_uncertainty.png.
         class_masks: Write NAME_CLASS.png for each class: 255 where the class is, 0 elsewhere.
@@ -66,6 +67,7 @@ class Outputs:
     out: Path
     classes: Classes
     overlay: bool = True
+    outlines: bool = False
     probabilities: bool = False
     uncertainty: bool = False
     class_masks: bool = False
@@ -141,7 +143,7 @@ class Outputs:
         draw.save_mask(mask, self.classes, files[0], labels=self.labels)
         if self.overlay:
             files.append(self.path(name, "_overlay.png"))
-            draw.save_overlay(prediction.image, prediction.mask, self.classes, files[-1])
+            draw.save_overlay(prediction.image, prediction.mask, self.classes, files[-1], outlines=self.outlines)
         if prediction.uncertainty is not None:
             files.append(self.path(name, "_uncertainty.png"))
             top = 1.0 if bounded else float(prediction.uncertainty.max())
@@ -347,7 +349,13 @@ class BatchPrediction:
                 totals += np.array(list(prediction.pixels().values()))
                 if self.outputs.overlay:
                     writer.write(
-                        draw.overlay_with_legend(frame, prediction.mask, self.outputs.classes, everything=True)
+                        draw.overlay_with_legend(
+                            frame,
+                            prediction.mask,
+                            self.outputs.classes,
+                            everything=True,
+                            outlines=self.outputs.outlines,
+                        )
                     )
                 if self.outputs.frames:
                     files.append(self.outputs.path(f"{name}/{count:06d}", ".png"))

@@ -67,9 +67,13 @@ class Prediction:
         """Return the number of pixels of each class."""
         return dict(zip(self.classes.names, draw.pixel_counts(self.mask), strict=False))
 
-    def overlay(self) -> np.ndarray:
-        """Draw the mask over the image, with a legend below: (H', W', 3) uint8. Small images are enlarged."""
-        return draw.overlay_with_legend(self.image, self.mask, self.classes)
+    def overlay(self, *, outlines: bool = False) -> np.ndarray:
+        """Draw the mask over the image, with a legend below: (H', W', 3) uint8. Small images are enlarged.
+
+        Args:
+            outlines: Draw only the outlines of the regions.
+        """
+        return draw.overlay_with_legend(self.image, self.mask, self.classes, outlines=outlines)
 
     def save(self, path: str | Path, *, labels: draw.Labels = "index") -> None:
         """Write the mask as a PNG, in the orientation of the image's file.

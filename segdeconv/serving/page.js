@@ -20,8 +20,9 @@ const element = (name, className, text) => {
 const percent = (share, digits = 1) =>
   share > 0 && 100 * share < 0.5 * 10 ** -digits ? `< ${10 ** -digits} %` : `${(100 * share).toFixed(digits)} %`;
 const swatch = (index) => {
-  const created = element("span", "swatch");
-  created.style.background = `rgb(${network.classes[index].colour.join(",")})`;
+  const clear = index === network.background; // of the overlay, which shows the image there
+  const created = element("span", clear ? "swatch clear" : "swatch");
+  if (!clear) created.style.background = `rgb(${network.classes[index].colour.join(",")})`;
   return created;
 };
 
@@ -111,7 +112,40 @@ function paint(id, colour) {
 function paintClasses() {
   const table = network.classes.map(({ colour: [r, g, b] }) => ((255 << 24) | (b << 16) | (g << 8) | r) >>> 0);
   const { labels } = prediction;
-  paint("classes", (pixel) => (onlyClass === null || labels[pixel] === onlyClass ? table[labels[pixel]] : 0));
+  const drawn = network.classes.map((_, index) =>
+    onlyClass === null ? index !== network.background : index === onlyClass,
+  );
+  const onOutline = $("outlines").checked ? outlines() : null;
+  paint("classes", (pixel) => (drawn[labels[pixel]] && (!onOutline || onOutline[pixel]) ? table[labels[pixel]] : 0));
+}
+
+// The pixels with another class in the square around them, as predict --outlines draws them.
+function outlines() {
+  const { labels, height, width } = prediction;
+  const thickness = Math.max(1, Math.floor((Math.max(height, width) + 250) / 500));
+  const least = new Uint8Array(labels.length), most = new Uint8Array(labels.length);
+  const found = new Uint8Array(labels.length);
+  for (let y = 0, at = 0; y < height; y++) {
+    for (let x = 0; x < width; x++, at++) {
+      let low = 255, high = 0;
+      const last = at + Math.min(thickness, width - 1 - x);
+      for (let other = at - Math.min(thickness, x); other <= last; other++) {
+        if (labels[other] < low) low = labels[other];
+        if (labels[other] > high) high = labels[other];
+      }
+      least[at] = low;
+      most[at] = high;
+    }
+  }
+  for (let y = 0, at = 0; y < height; y++) {
+    for (let x = 0; x < width; x++, at++) {
+      const last = at + width * Math.min(thickness, height - 1 - y);
+      for (let other = at - width * Math.min(thickness, y); other <= last; other += width) {
+        if (least[other] < labels[at] || most[other] > labels[at]) found[at] = 1;
+      }
+    }
+  }
+  return found;
 }
 
 function paintUncertainty() {
@@ -130,6 +164,7 @@ function showLayer() {
     $(name).hidden = name !== selected;
     $(name).style.opacity = $("opacity").value / 100;
   }
+  $("outlines").disabled = selected !== "classes";
 }
 
 function fit() {
@@ -310,6 +345,7 @@ $("stage").addEventListener("keydown", (event) => {
 });
 for (const radio of document.querySelectorAll("input[name=layer]")) radio.addEventListener("change", showLayer);
 $("opacity").addEventListener("input", showLayer);
+$("outlines").addEventListener("change", () => prediction && paintClasses());
 $("file").addEventListener("change", (event) => {
   predict(event.target.files[0]);
   event.target.value = ""; // allows choosing the same file again

@@ -301,10 +301,11 @@ async def _internal_error(request: Request, error: Exception) -> Response:
 
 def about(predictor: ImagePredictor) -> dict[str, Any]:
     """Return the description of the network that the page loads first."""
-    classes = zip(predictor.classes.names, predictor.classes.colours, strict=True)
+    classes = zip(predictor.classes.names, predictor.classes.display_colours, strict=True)
     return {
         "network": predictor.name,
         "classes": [{"name": name, "colour": list(colour)} for name, colour in classes],
+        "background": predictor.classes.background,
         "max_bytes": MAX_BYTES,
         "largest": MAX_PIXELS,
         "size": predictor.segmenter.preprocessing.size,

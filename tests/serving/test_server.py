@@ -36,6 +36,12 @@ from segdeconv.serving import connection, predictor, server
 from segdeconv.serving.predictor import ImagePredictor, pixel
 
 ROOT = Path(__file__).parents[2]
+# The pixels of the classes, by a copy: Chromium warns of a second reading of a canvas.
+DRAWN = """() => {
+    const copy = new OffscreenCanvas(121, 83).getContext("2d");
+    copy.drawImage(document.getElementById("classes"), 0, 0);
+    return [...copy.getImageData(0, 0, 121, 83).data];
+}"""
 
 
 @pytest.fixture(scope="module")
@@ -445,14 +451,21 @@ def test_the_page(address, trained, tmp_path):
         assert page.locator("#pixel").is_hidden()
         # Only the largest class, in its colour.
         page.locator("#legend button").first.click()
-        canvas = page.evaluate(
-            "[...document.getElementById('classes').getContext('2d').getImageData(0, 0, 121, 83).data]"
-        )
+        canvas = page.evaluate(DRAWN)
         expected = np.zeros((83, 121, 4), np.uint8)
         expected[labels == order[0]] = [*trained.classes.colours[order[0]], 255]
         assert (np.reshape(canvas, (83, 121, 4)) == expected).all()
+        # Only its outlines: its pixels with another class in the square around them.
+        page.check("#outlines")
+        canvas = page.evaluate(DRAWN)
+        padded = np.pad(labels.numpy(), 1, mode="edge")
+        windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3))
+        expected[(windows == labels.numpy()[:, :, None, None]).all(axis=(2, 3))] = 0
+        assert expected.any()
+        assert (np.reshape(canvas, (83, 121, 4)) == expected).all()
         page.check("input[value=uncertainty]", force=True)
         assert page.locator("#classes").is_hidden()
+        assert page.locator("#outlines").is_disabled()
 
 
 @needs_chromium
