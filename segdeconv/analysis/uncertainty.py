@@ -121,10 +121,10 @@ def require_plain(settings: PredictionSettings) -> None:
     Raises:
         UsageError: The settings combine several forward passes or post-process them.
     """
-    if not settings.single_pass:
+    if not settings.single_pass or settings.min_area > 1:
         raise UsageError(
-            "--uncertainty needs a single forward pass of one network - leave out --scales, --regions, --ensemble and "
-            "--crf"
+            "--uncertainty needs a single forward pass of one network - leave out --scales, --regions, --ensemble, "
+            "--crf and --min-area"
         )
 
 

@@ -56,6 +56,8 @@ def add_prediction_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--flip", action="store_true", help="average over each image and its mirror image")
     text = "average over these multiples of the input size, such as 0.75,1,1.25"
     parser.add_argument("--scales", default="1", metavar="S,S", help=text)
+    text = "merge smaller regions of the mask into those around them (default: 1, which keeps all)"
+    parser.add_argument("--min-area", type=int, default=1, metavar="PIXELS", help=text)
     add = parser.add_argument_group("regions, ensemble and CRF").add_argument
     add("--regions", type=int, default=0, metavar="N", help="predict each image from its N best object proposals")
     add("--proposals", default="windows", help="windows (default), selective_search, edge_boxes, or a file of boxes")
@@ -130,6 +132,7 @@ def prediction_settings(
         second=read_checkpoint(arguments.ensemble, arguments.trust) if arguments.ensemble else None,
         ensemble_mode=arguments.ensemble_mode,
         crf=crf_settings(crf_keys) if arguments.crf else None,
+        min_area=arguments.min_area,
     )
 
 

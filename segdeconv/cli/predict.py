@@ -48,7 +48,6 @@ def parse(description: str) -> argparse.Namespace:
     add("--class-masks", action="store_true", help="DIR/<name>_<class>.png: 255 where the class is")
     add("--polygons", action="store_true", help="DIR/regions.json: regions as polygons, in COCO's format")
     add_labels_option(group, "DIR/<name>.png")
-    add("--min-area", type=int, default=1, metavar="PIXELS", help="leave out smaller regions (default: 1)")
     add("--frames", action="store_true", help="DIR/<name>/000001.png ...: the mask of each frame of a video")
     add = parser.add_argument_group("large images").add_argument
     add("--memory", metavar="SIZE", help="limit for feature maps, such as 500M (default: up to 4G)")
@@ -63,8 +62,6 @@ def run(description: str) -> None:
     arguments = parse(description)
     overrides, crf_keys = split_overrides(path for path in arguments.paths if is_override(path))
     paths = [path for path in arguments.paths if not is_override(path)]
-    if arguments.min_area != 1 and not arguments.polygons:
-        raise UsageError("--min-area has no effect without --polygons - add it")
     if arguments.verify_tiling and (arguments.regions or arguments.ensemble or arguments.crf):
         raise UsageError("--verify-tiling checks the tiles of one network - leave out --regions, --ensemble and --crf")
     if arguments.outlines and arguments.no_overlay:
@@ -100,7 +97,6 @@ def run(description: str) -> None:
         uncertainty=arguments.uncertainty or arguments.samples > 0,
         class_masks=arguments.class_masks,
         polygons=arguments.polygons,
-        min_area=arguments.min_area,
         frames=arguments.frames,
         labels=arguments.labels,
     )
@@ -163,6 +159,8 @@ def provenance(arguments: argparse.Namespace, checkpoint: Checkpoint, second: Ch
     for name, default in (("labels", "index"), ("outlines", False)):
         if settings[name] == default:
             del settings[name]  # not recorded by earlier versions, which had no other values
+    if settings["min_area"] > 1:
+        settings["min_area_of"] = "masks"  # earlier versions only left regions out of the polygons
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in settings.items()}
     if second is not None:
         settings["ensemble"] = second.sha256

@@ -29,6 +29,7 @@ from segdeconv.evaluation.metrics import ConfusionMatrix
 from segdeconv.inference.predictors import whole_image
 from segdeconv.inference.scorers import ClassScores, entropy, labels_and_confidence
 from segdeconv.inference.segmenter import Segmenter
+from segdeconv.inference.small_regions import merge_small_regions
 from segdeconv.system.devices import machine
 from segdeconv.system.interruption import raise_again
 
@@ -126,7 +127,8 @@ def evaluate(
     Args:
         segmenter: The network with its prediction settings.
         dataset: A split with the classes of the network, in any order.
-        calibration: Updated with all pixels, if given.
+        calibration: Updated with all pixels, if given; with the most probable class of each, since small regions that
+            were merged into others have no probability of their own.
         boundaries: Updated with all images, if given.
         on_prediction: Called with the prediction of each image.
 
@@ -149,11 +151,11 @@ def evaluate(
             if order != sorted(order):
                 scores = scores._replace(values=scores.values[:, order])
             (prediction,), (confidence,) = labels_and_confidence(scores)
-            matrix.update(prediction, mask)
             if calibration is not None:
                 uncertainty = None if scores.uncertainty is None else scores.uncertainty[0]
                 calibration.update(prediction, confidence, mask, uncertainty)
-            predicted = prediction.cpu().numpy()
+            predicted = merge_small_regions(prediction.cpu().numpy(), segmenter.settings.min_area)
+            matrix.update(torch.as_tensor(predicted, device=device), mask)
             if boundaries is not None:
                 boundaries.update(predicted, stored.numpy())
             if on_prediction is not None:
@@ -259,6 +261,7 @@ class Evaluation:
             versions=_versions(self.segmenter.network.device),
             split=self.dataset.split,
             samples=self.segmenter.settings.samples,
+            min_area=self.segmenter.settings.min_area,
             calibration=self.calibration.report(),
             uncertainty_of_pixels=(
                 f"variance of {self.segmenter.settings.samples} samples, averaged over the classes"

@@ -58,8 +58,7 @@ class Outputs:
         probabilities: Write NAME.npy, (classes, H, W) float16.
         uncertainty: Write NAME_uncertainty.png.
         class_masks: Write NAME_CLASS.png for each class: 255 where the class is, 0 elsewhere.
-        polygons: Write NAME_regions.json, with the regions of `min_area` pixels or more.
-        min_area: Minimum area of a region in pixels.
+        polygons: Write NAME_regions.json.
         frames: Write the mask of each frame of a video, NAME/000001.png and so on.
         labels: Values of the masks: class indices, or the labels or colours of the data set's own masks.
     """
@@ -72,7 +71,6 @@ class Outputs:
     uncertainty: bool = False
     class_masks: bool = False
     polygons: bool = False
-    min_area: int = 1
     frames: bool = False
     labels: draw.Labels = "index"
 
@@ -157,7 +155,7 @@ class Outputs:
             confidence = prediction.confidence
             if confidence is not None:
                 confidence = turn_back(confidence, prediction.orientation)
-            numbered_regions = enumerate(regions(mask, min_area=self.min_area, confidence=confidence), start=1)
+            numbered_regions = enumerate(regions(mask, confidence=confidence), start=1)
             content = {
                 "image": {"file_name": name, "height": mask.shape[0], "width": mask.shape[1]},
                 "annotations": [region.annotation(number, 1) for number, region in numbered_regions],

@@ -56,38 +56,32 @@ class Region:
         }
 
 
-def regions(mask: np.ndarray, *, min_area: int = 1, confidence: np.ndarray | None = None) -> Iterator[Region]:
+def regions(mask: np.ndarray, *, confidence: np.ndarray | None = None) -> Iterator[Region]:
     """Find the regions of a mask, ordered by class index, then from top to bottom.
 
     Memory is 4 bytes for each pixel, and more for each pixel on a boundary.
 
     Args:
         mask: (H, W) uint8 class indices.
-        min_area: Minimum area of a region in pixels.
-        confidence: (H, W), the confidence of each pixel's class.
+        confidence: (H, W), the confidence of each pixel.
     """
-    for index in (value for value, count in enumerate(pixel_counts(mask)) if count >= min_area):
+    for index in (value for value, count in enumerate(pixel_counts(mask)) if count):
         count, numbered, stats, _ = cv2.connectedComponentsWithStats((mask == index).view(np.uint8), connectivity=4)
-        stats[0, cv2.CC_STAT_AREA] = 0  # component 0 holds the pixels of all other classes
-        large_enough = stats[:, cv2.CC_STAT_AREA] >= min_area
-        large_enough[0] = False
-        if not large_enough.any():
-            continue
         sums = np.zeros(count)
         if confidence is not None:
             for top in range(0, len(mask), ROWS):
                 place = slice(top, top + ROWS)
                 sums += np.bincount(numbered[place].ravel(), confidence[place].ravel(), minlength=count)
-        loops = _loops(numbered, large_enough)
-        for number in np.flatnonzero(large_enough).tolist():
+        loops = _loops(numbered, count)
+        for number in range(1, count):  # component 0 holds the pixels of all other classes
             x, y, width, height, area = (int(value) for value in stats[number])
             score = sums[number] / area if confidence is not None else 1.0
             yield Region(index, area, (x, y, width, height), _joined(loops[number]), float(score))
 
 
-def _loops(numbered: np.ndarray, selected: np.ndarray) -> dict[int, list[np.ndarray]]:
-    """Trace the boundaries of the selected components: by number, (n, 2) corners (x, y), the outermost loop first."""
-    inside = np.pad(selected[numbered], 1)  # two neighbours of one class are in the same component, so both or neither
+def _loops(numbered: np.ndarray, count: int) -> dict[int, list[np.ndarray]]:
+    """Trace the boundaries of components 1 to `count` - 1: (n, 2) corners (x, y), the outermost loop first."""
+    inside = np.pad(numbered > 0, 1)  # two neighbours of one class are in the same component
     width = numbered.shape[1]
     corners_wide = width + 1
     middle = inside[1:-1, 1:-1]
@@ -119,7 +113,7 @@ def _loops(numbered: np.ndarray, selected: np.ndarray) -> dict[int, list[np.ndar
         following = np.where(exists, place, following)
     corner_y, corner_x = np.divmod(start, corners_wide)
     turns = heading != heading[np.argsort(following)]  # a straight continuation adds no corner
-    loops: dict[int, list[np.ndarray]] = {int(number): [] for number in np.flatnonzero(selected)}
+    loops: dict[int, list[np.ndarray]] = {number: [] for number in range(1, count)}
     successors, straight, visited = following.tolist(), (~turns).tolist(), bytearray(len(key))
     for first in range(len(successors)):
         if visited[first]:

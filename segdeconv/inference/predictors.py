@@ -73,6 +73,7 @@ class PredictionSettings:
         ensemble_mode: `paper` is the mean of both softmaxes; `released` is the softmax of the product of both scores,
             each clamped at 0 from below.
         crf: Refine the result by a CRF.
+        min_area: Merge regions of fewer pixels into those around them; see `small_regions.merge_small_regions`.
 
     Raises:
         UsageError: A setting is out of range, or settings exclude each other_scores.
@@ -88,6 +89,7 @@ class PredictionSettings:
     second: Checkpoint | None = None
     ensemble_mode: EnsembleMode = "paper"
     crf: CRF | None = None
+    min_area: int = 1
 
     def __post_init__(self) -> None:
         several = self.regions is not None or self.second is not None
@@ -110,6 +112,8 @@ class PredictionSettings:
             )
         if self.regions and self.regions.num < 1:
             raise UsageError(f"--regions={self.regions.num} is not a valid number of regions - give 1 or more")
+        if self.min_area < 1:
+            raise UsageError(f"--min-area={self.min_area} is not a valid number of pixels - give 1 or more")
 
     @property
     def single_pass(self) -> bool:

@@ -22,6 +22,7 @@ from segdeconv.errors import UsageError
 from segdeconv.inference.network import Network
 from segdeconv.inference.predictors import PredictionSettings, build_predictor
 from segdeconv.inference.scorers import entropy_of, labels, labels_and_confidence
+from segdeconv.inference.small_regions import merge_small_regions
 from segdeconv.inference.tiling import Part
 from segdeconv.system.memory import keep_freed, release_memory
 
@@ -37,10 +38,10 @@ class Prediction:
 
     Attributes:
         image: (H, W, channels) as read.
-        mask: (H, W) uint8 class indices.
+        mask: (H, W) uint8 class indices, after small regions were merged (`PredictionSettings.min_area`).
         uncertainty: (H, W) float16 if requested: with samples, the variance averaged over the classes; otherwise the
             entropy of the probabilities divided by its maximum, in 0..1.
-        confidence: (H, W) float16 if requested: the probability of the class in `mask`.
+        confidence: (H, W) float16 if requested: the probability of the most probable class.
         orientation: EXIF orientation of the image's file.
         repeat: Repeats the prediction and passes the probabilities to a sink.
     """
@@ -201,6 +202,7 @@ class Segmenter:
                     uncertainties[area] = entropy[0].cpu().numpy()
                 if sink is not None:
                     sink(part, probabilities[0].cpu().numpy())
+        mask = merge_small_regions(mask, self.settings.min_area)
         repeat = partial(self._predict_to_sink, array, name)
         return Prediction(array, mask, self.classes, uncertainties, confidences, orientation, repeat)
 

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from segdeconv.data.datasets.folder import Folder
+from segdeconv.drawing import draw
+from segdeconv.inference.small_regions import merge_small_regions
 
 SLIM = (
     "dataset=folder", "dataset.root=mine", "dataset.size=[32,40]", "model.stages=[[4],[8]]", "trainer.max_epochs=2",
@@ -52,6 +54,29 @@ def test_the_scores_equal_a_count_of_every_pixel_of_the_written_masks(scored):
         ious = [counts[c, c] / (counts[c].sum() + counts[:, c].sum() - counts[c, c]) for c in range(3)]
         assert report["miou"] == pytest.approx(float(np.mean(ious)), abs=1e-12)
         assert report["pixel_accuracy"] == pytest.approx(float(np.trace(counts) / counts.sum()), abs=1e-12)
+
+
+def test_small_regions_are_merged_before_anything_is_counted(scored, commands):
+    place, reports = scored
+    words = ("evaluate", "run/best.ckpt", "--out", "merged", "--masks", "merged/masks")
+    done = commands(*words, "--min-area", "30", "--pictures", "merged/pictures", "--outlines", cwd=place)
+    assert done.code == 0, done.err
+    report = json.loads((place / "merged" / "report.json").read_text())
+    val, counts, changed = Folder("val", str(place / "mine")), np.zeros((3, 3), dtype=int), False
+    for index, name in enumerate(val.names):
+        raw, predicted = (np.array(fakes.opened(place / out / "masks" / f"{name}.png")) for out in ("2-0", "merged"))
+        assert np.array_equal(predicted, merge_small_regions(raw, 30))
+        changed |= (predicted != raw).any()
+        truth = val[index].mask
+        np.add.at(counts, (truth[truth < 255], predicted[truth < 255]), 1)
+        picture = np.asarray(fakes.opened(place / "merged" / "pictures" / f"{name}.png"))
+        panels = draw.comparison(val[index].image, truth, predicted, val.classes, outlines=True)
+        figure = draw.enlarged(panels, 128)
+        assert np.array_equal(picture[: len(figure)], figure)
+    assert changed
+    assert (report["confusion"], report["min_area"]) == (counts.tolist(), 30)
+    # Calibration is about the probabilities of the network, which do not change.
+    assert report["calibration"] == reports[2, 0]["calibration"]
 
 
 def test_the_scores_after_training_equal_those_of_the_checkpoint(scored):

@@ -26,6 +26,7 @@ from PIL import Image
 import segdeconv
 from segdeconv.checkpoints import checkpoint
 from segdeconv.classes import Classes, voc_colours
+from segdeconv.drawing import draw
 from segdeconv.drawing.png import Png
 from segdeconv.errors import UsageError
 from segdeconv.inference.batch import Outputs
@@ -34,6 +35,7 @@ from segdeconv.inference.polygons import regions
 from segdeconv.inference.predictors import PredictionSettings
 from segdeconv.inference.progress_log import ProgressLog
 from segdeconv.inference.segmenter import Segmenter
+from segdeconv.inference.small_regions import merge_small_regions
 from segdeconv.inference.tiling_check import compare_tiling
 from segdeconv.inference.video import VideoWriter, open_video
 from segdeconv.inference.views import Tiler
@@ -268,8 +270,35 @@ def test_verify_tiling_reports_the_agreement_and_detects_wrong_tiles(place, comm
 # The command.
 
 
+def test_small_regions_are_merged_in_every_output(place, commands):
+    words = ("predict", "best.ckpt", "photos/a.png", "--polygons", "--class-masks", "--out", "merged")
+    done = commands(*words, "--min-area", "6", cwd=place)
+    assert done.code == 0, done.err
+    out = place / "merged"
+    raw = segdeconv.load(place / "best.ckpt").predict(place / "photos" / "a.png").mask
+    expected = merge_small_regions(raw, 6)
+    assert (expected != raw).any()
+    mask = np.asarray(fakes.opened(out / "a.png"))
+    assert np.array_equal(mask, expected)
+    assert np.array_equal(np.asarray(fakes.opened(out / "a_thing.png")), (mask == 1) * 255)
+    rows = csv.DictReader(io.StringIO((out / "statistics.csv").read_text()))
+    assert [int(row["pixels"]) for row in rows] == np.bincount(mask.ravel(), minlength=3).tolist()
+    areas = [entry["area"] for entry in json.loads((out / "regions.json").read_text())["annotations"]]
+    assert min(areas) >= 6
+    assert sum(areas) == mask.size
+    expected = draw.overlay_with_legend(np.asarray(fakes.opened(place / "photos" / "a.png")), mask, CLASSES)
+    assert np.array_equal(np.asarray(fakes.opened(out / "a_overlay.png")), expected)
+    refused = commands(*words, cwd=place)
+    assert (refused.code, "made with min_area=6, not 1" in refused.error_message) == (2, True)
+    # A folder of an earlier version, where the option left regions out of the polygons only.
+    log = out / "predictions.jsonl"
+    log.write_text(log.read_text().replace(', "min_area_of": "masks"', ""))
+    refused = commands(*words, "--min-area", "6", cwd=place)
+    assert (refused.code, "made with min_area_of=" in refused.error_message) == (2, True)
+
+
 def test_all_outputs_are_written_and_agree(place, commands):
-    words = ("--probabilities", "--uncertainty", "--class-masks", "--polygons", "--min-area", "4", "--scales", "1,1.5")
+    words = ("--probabilities", "--uncertainty", "--class-masks", "--polygons", "--scales", "1,1.5")
     done = commands("predict", "best.ckpt", "photos", "--out", "full", *words, cwd=place)
     assert done.code == 0, done.err
     out = place / "full"
@@ -295,7 +324,7 @@ def test_all_outputs_are_written_and_agree(place, commands):
         back = np.full(mask.shape, 255)
         for annotation in (entry for entry in coco["annotations"] if entry["image_id"] == number):
             inside = rasterised(np.array(annotation["segmentation"][0]).reshape(-1, 2), mask.shape)
-            assert inside.sum() == annotation["area"] >= 4
+            assert inside.sum() == annotation["area"]
             assert annotation["score"] == pytest.approx(best[inside].mean(), abs=2e-3)
             back[inside] = annotation["category_id"] - 1
         drawn = back != 255
@@ -610,7 +639,8 @@ def test_file_names_that_are_not_utf8_reach_every_output(place, commands, tmp_pa
         (("--memory", "much"), "--memory=much is not an amount of memory - write for example 500M or 2G"),
         (("--scales", "1,b"), "--scales=1,b: expected numbers - write for example 0.75,1,1.25"),
         (("--scales", "0"), "scales=[0.0] are not valid scales"),
-        (("--min-area", "9"), "--min-area has no effect without --polygons - add it"),
+        (("--min-area", "0"), "--min-area=0 is not a valid number of pixels - give 1 or more"),
+        (("--outlines", "--no-overlay"), "--outlines has no effect with --no-overlay - leave out one of them"),
         (("--crf", "--tile", "64"), "--regions, --ensemble and --crf cannot be combined with --scales or --tile"),
         (("--samples", "2", "--scales", "1,2"), "--samples and --scales cannot be combined"),
         (("dataset.max_pixels=100",), "files could not be read"),
