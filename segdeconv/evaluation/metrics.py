@@ -15,20 +15,24 @@ class Scores:
 
     Attributes:
         miou: Mean over classes of intersection / union, without classes absent from ground truth and prediction.
+        mean_dice: Mean of the Dice coefficients of the same classes.
         pixel_accuracy: Correct pixels / all pixels (the papers' G).
         mean_accuracy: Mean over the classes in the ground truth of correct pixels / their pixels (the papers' C).
         frequency_weighted: Mean of the IoUs, each weighted with the fraction of the pixels that its class has.
         iou: (C,), intersection / union of each class.
+        dice: (C,), 2 * intersection / (pixels in the ground truth + predicted pixels), which is 2 * iou / (1 + iou).
         accuracy: (C,), correct pixels / pixels in the ground truth.
         precision: (C,), correct pixels / predicted pixels.
         pixels: (C,) int64, pixels in the ground truth.
     """
 
     miou: float
+    mean_dice: float
     pixel_accuracy: float
     mean_accuracy: float
     frequency_weighted: float
     iou: np.ndarray
+    dice: np.ndarray
     accuracy: np.ndarray
     precision: np.ndarray
     pixels: np.ndarray
@@ -62,15 +66,18 @@ def scores_of(correct: np.ndarray, truth: np.ndarray, predicted: np.ndarray) -> 
     correct = correct.astype(np.float64)
     with np.errstate(invalid="ignore"):  # 0 / 0 is NaN: nothing to score
         iou = correct / (truth + predicted - correct)
+        dice = 2 * correct / (truth + predicted)
         accuracy, precision = correct / truth, correct / predicted
     total = truth.sum()
     in_truth = truth > 0
     return Scores(
         miou=_mean(iou[~np.isnan(iou)]),
+        mean_dice=_mean(dice[~np.isnan(dice)]),
         pixel_accuracy=float(correct.sum() / total) if total else float("nan"),
         mean_accuracy=_mean(accuracy[in_truth]),
         frequency_weighted=float((truth[in_truth] * iou[in_truth]).sum() / total) if total else float("nan"),
         iou=iou,
+        dice=dice,
         accuracy=accuracy,
         precision=precision,
         pixels=truth,

@@ -57,6 +57,7 @@ def report(
     images = breakdown.images_by_class if breakdown is not None else [None] * len(classes)
     return {
         "miou": number(result.miou),
+        "mean_dice": number(result.mean_dice),
         "pixel_accuracy": number(result.pixel_accuracy),
         "mean_accuracy": number(result.mean_accuracy),
         "frequency_weighted_iou": number(result.frequency_weighted),
@@ -69,6 +70,7 @@ def report(
             {
                 "name": name,
                 "iou": number(result.iou[index]),
+                "dice": number(result.dice[index]),
                 "accuracy": number(result.accuracy[index]),
                 "precision": number(result.precision[index]),
                 "pixels": int(result.pixels[index]),
@@ -125,15 +127,17 @@ def score_table(
     result = scores(confusion)
     boundary = boundaries.compute() if boundaries is not None else None
     width = max(len(name) for name in (*classes.names, "frequency-weighted IoU"))
-    lines = [f"{'class':<{width}}     IoU  accuracy  precision      pixels" + ("  boundary F1" if boundary else "")]
+    head = f"{'class':<{width}}     IoU    Dice  accuracy  precision      pixels"
+    lines = [head + ("  boundary F1" if boundary else "")]
     for index, name in enumerate(classes.names):
         lines.append(
-            f"{name:<{width}}  {_percent(result.iou[index])}   {_percent(result.accuracy[index])}    "
-            f"{_percent(result.precision[index])}  {int(result.pixels[index]):>10}"
-            + (f"       {_percent(boundary.f1_by_class[index])}" if boundary else "")
+            f"{name:<{width}}  {_percent(result.iou[index])}  {_percent(result.dice[index])}   "
+            f"{_percent(result.accuracy[index])}    {_percent(result.precision[index])}  "
+            f"{int(result.pixels[index]):>10}" + (f"       {_percent(boundary.f1_by_class[index])}" if boundary else "")
         )
     means = {
         "mean IoU": result.miou,
+        "mean Dice": result.mean_dice,
         "pixel accuracy": result.pixel_accuracy,
         "mean accuracy": result.mean_accuracy,
         "frequency-weighted IoU": result.frequency_weighted,

@@ -18,6 +18,7 @@ MAX_CONFUSIONS = 16
 BINS = 20  # of the histogram of the mean IoUs of images
 SCORES = {
     "miou": "mean IoU",
+    "mean_dice": "mean Dice",
     "pixel_accuracy": "pixel accuracy",
     "mean_accuracy": "mean accuracy",
     "frequency_weighted_iou": "frequency-weighted IoU",

@@ -288,6 +288,7 @@ def test_the_report_and_the_table_contain_the_boundary_scores():
     content = report(confusion, 1, classes, boundaries=boundaries)
     assert (content["boundary_f1"], content["boundary_f1_dilated"], content["boundary_iou"]) == (1.0, 1.0, 1.0)
     assert [entry["boundary_f1"] for entry in content["classes"]] == [1.0, 1.0, None]
+    assert [entry["dice"] for entry in content["classes"]] == [1.0, 1.0, None]
     assert report(confusion, 1, classes)["boundary_f1"] is None
     table = score_table(confusion, classes, boundaries=boundaries).splitlines()
     assert table[0].endswith("boundary F1")

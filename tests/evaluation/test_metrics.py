@@ -8,6 +8,7 @@ import torch
 from torchmetrics.classification import (
     MulticlassAccuracy,
     MulticlassConfusionMatrix,
+    MulticlassF1Score,
     MulticlassJaccardIndex,
     MulticlassPrecision,
 )
@@ -58,6 +59,8 @@ def test_scores_equal_torchmetrics(batch):
     tolerance = {"rtol": 0, "atol": 1e-6}
     np.testing.assert_allclose(result.iou, reference(MulticlassJaccardIndex, "none"), **tolerance)
     np.testing.assert_allclose(result.miou, reference(MulticlassJaccardIndex, "macro"), **tolerance)
+    np.testing.assert_allclose(result.dice, reference(MulticlassF1Score, "none"), **tolerance)
+    np.testing.assert_allclose(result.mean_dice, reference(MulticlassF1Score, "macro"), **tolerance)
     np.testing.assert_allclose(result.frequency_weighted, reference(MulticlassJaccardIndex, "weighted"), **tolerance)
     np.testing.assert_allclose(result.pixel_accuracy, reference(MulticlassAccuracy, "micro"), **tolerance)
     np.testing.assert_allclose(result.mean_accuracy, reference(MulticlassAccuracy, "macro"), **tolerance)
@@ -100,6 +103,9 @@ def test_unequal_classes_equal_hand_computed_values():
     result = scores(np.array([[3, 3], [0, 2]]))
     assert result.iou == pytest.approx([3 / 6, 2 / 5])
     assert result.miou == pytest.approx((1 / 2 + 2 / 5) / 2)
+    assert result.dice == pytest.approx([2 * 3 / (6 + 3), 2 * 2 / (2 + 5)])  # 2 correct / (truth + predicted)
+    assert result.dice == pytest.approx(2 * result.iou / (1 + result.iou))
+    assert result.mean_dice == pytest.approx((2 / 3 + 4 / 7) / 2)
     assert result.pixel_accuracy == pytest.approx(5 / 8)
     assert result.mean_accuracy == pytest.approx((1 / 2 + 1) / 2)
     assert result.frequency_weighted == pytest.approx(6 / 8 * 1 / 2 + 2 / 8 * 2 / 5)
@@ -110,6 +116,8 @@ def test_class_absent_from_truth_and_prediction_is_left_out():
     result = scores(np.array([[4, 0, 0], [0, 0, 0], [0, 0, 4]]))
     assert result.miou == result.mean_accuracy == 1
     assert math.isnan(result.iou[1])
+    assert math.isnan(result.dice[1])
+    assert result.mean_dice == 1
     assert result.absent == [1]
 
 

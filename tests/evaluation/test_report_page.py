@@ -104,17 +104,20 @@ def test_the_page_agrees_with_the_masks_and_is_usable(folder):
             zip(*[browser.locator(f".scores {tag}").all_inner_texts() for tag in ("dt", "dd")], strict=True)
         )
         assert headline["mean IoU"] == shown(np.nanmean(ious(confusion)))
+        dices = 2 * confusion.diagonal() / (truths + predicted)
+        assert headline["mean Dice"] == shown(np.mean(dices))
         assert headline["pixel accuracy"] == shown(confusion.trace() / total)
         assert headline["mean accuracy"] == shown(np.mean(confusion.diagonal() / truths))
         assert headline["frequency-weighted IoU"] == shown(sum(truths * ious(confusion)) / total)
         for label, row in enumerate(rows(browser, "classes")):
             correct = confusion[label, label]
             accuracy = correct / truths[label]
+            dice = 2 * correct / (truths[label] + predicted[label])
             precision = correct / predicted[label] if predicted[label] else float("nan")
             num_images = sum(bool((truth == label).any()) for _, truth, _ in images)
             boundary = shown(outlines.compute().f1_by_class[label])
             assert row == [
-                NAMES[label], shown(ious(confusion)[label]), shown(accuracy), shown(precision), boundary,
+                NAMES[label], shown(ious(confusion)[label]), shown(dice), shown(accuracy), shown(precision), boundary,
                 shown(truths[label] / total, 2), f"{truths[label]:,}", str(num_images),
             ]  # fmt: skip
         for label, row in enumerate(rows(browser, "confusion")):
