@@ -3,7 +3,8 @@
     python scripts/train.py [dataset=NAME] [model=NAME] [experiment=NAME] [key=value ...]
 
 NAME is a file in configs/; a key is an argument of the class that such a file names. A run writes to
-runs/<dataset>-<model>/<time>/: best.ckpt, last.ckpt, config.yaml, metrics.csv, report.json and TensorBoard events.
+runs/<dataset>-<model>/<time>/: best.ckpt, last.ckpt, config.yaml, metrics.csv, report.html, report.json and TensorBoard
+events.
 resume=auto resumes the newest run of the same config that is unfinished or has fewer epochs.
 """
 

@@ -23,11 +23,11 @@ import torch
 from segdeconv.checkpoints import checkpoint
 from segdeconv.config import build, split_arguments
 from segdeconv.data.loading import explain_loader_errors
+from segdeconv.drawing import html
 from segdeconv.errors import TimeUp, UsageError, command
-from segdeconv.evaluation import report
-from segdeconv.evaluation.boundary import Boundaries
-from segdeconv.evaluation.calibration import Calibration
-from segdeconv.evaluation.evaluate import evaluate, restore_dataset
+from segdeconv.evaluation import report, report_page
+from segdeconv.evaluation.evaluate import Evaluation, restore_dataset
+from segdeconv.evaluation.report_page import Evaluated
 from segdeconv.inference.segmenter import Segmenter
 from segdeconv.training import config_check, resume, run_folder
 from segdeconv.training.memory import explain_out_of_memory
@@ -140,19 +140,16 @@ def train(config: Mapping[str, Any], run: str | Path, *, runs: Path | None = Non
     run_folder.require_run_folder(run)
     path = checkpoints.best_path if checkpoints.best_path.is_file() else checkpoints.last_path
     best = checkpoint.read(path, trust=resume.AnyName())
-    calibration = Calibration(prepared.classes.ignore_index)
-    boundaries = Boundaries(len(prepared.classes), prepared.classes.ignore_index)
-    device = torch.device(trainer.strategy.root_device)
     dataset = restore_dataset(best, "val")
-    confusion = evaluate(Segmenter(best, device=device), dataset, calibration=calibration, boundaries=boundaries)
-    details: dict[str, Any] = {"command": typed, "checkpoint": str(best.path), "split": "val", "complete": complete}
-    details["calibration"] = calibration.report()
-    report.write_json(
-        report.report(confusion, len(dataset), prepared.classes, boundaries=boundaries, **details), run / "report.json"
-    )
+    evaluation = Evaluation.of(Segmenter(best, device=torch.device(trainer.strategy.root_device)), dataset)
+    content = evaluation.report(command=typed, complete=complete)
+    shown = Evaluated(content, evaluation.gallery)
+    html.write(report_page.build_page(shown, dataset), run / "report.html")
+    report.write_json(content, run / "report.json")  # last, since it marks the run as finished
     curves = loggers.close(logger)
-    print("\n" + report.score_table(confusion, prepared.classes, calibration, boundaries))
-    print(f"\nbest checkpoint: {best.path}\nscores:          {run / 'report.json'}, {run / 'metrics.csv'}")
+    print(f"\n{evaluation.verdict()}\n\n{evaluation.score_table()}")
+    print(f"\nbest checkpoint: {best.path}")
+    print(f"report:          {run / 'report.html'}, {run / 'report.json'}, {run / 'metrics.csv'}")
     if curves:
         print(f"curves:          {curves}")
     trust = [f"--trust={name}" for name in checkpoint.foreign(best.config)]

@@ -96,7 +96,8 @@ def result_hash(run: Path) -> str:
             del content["hyper_parameters"]["config"]["dataset"][key]
         add(content)
     scores = json.loads((run / "report.json").read_text())
-    add({name: value for name, value in scores.items() if name not in ("checkpoint", "command")})
+    differing = ("checkpoint", "checkpoint_sha256", "command", "config")  # the config names the workers and the cache
+    add({name: value for name, value in scores.items() if name not in differing})
     return sha256.hexdigest()
 
 
@@ -247,7 +248,7 @@ def _mark_phases(marker: mmap.mmap) -> None:
     marked(task.SegmentationTask, "on_validation_end", "training", restore=False)
     marked(callbacks.MetricsFile, "append", "metrics")
     marked(checkpointing.Checkpoints, "keep", "checkpoint")
-    marked(train, "evaluate", "evaluation")
+    marked(train.Evaluation, "of", "evaluation")
     marked(report, "write_json", "end", restore=False)
 
 

@@ -154,15 +154,14 @@ def run(description: str) -> None:
     report.write_json(content, out / "report.json")
     first = report_page.Evaluated(content, evaluation.gallery)
     html.write(report_page.build_page(first, dataset, second=second), out / "report.html")
-    print(f"{len(dataset)} images of {arguments.split}\n")
-    print(evaluation.score_table())
+    print(f"{evaluation.verdict()}\n\n{evaluation.score_table()}")
     if other:
-        print(f"\n{other.path}:\n\n{compared.score_table()}")
+        print(f"\n{other.path}:\n{compared.verdict()}\n\n{compared.score_table()}")
     if arguments.ablate:
         print(f"\n{ablation.ablation_table(metadata['ablation'])}")
     if arguments.uncertainty:
         print(f"\n{uncertainty.uncertainty_table(metadata['uncertainty'])}")
-    print(f"\nreport:   {out / 'report.json'}, {out / 'report.html'}")
+    print(f"\nreport:   {out / 'report.html'}, {out / 'report.json'}")
     for output in ("masks", "pictures"):
         if getattr(arguments, output):
             print(f"{output + ':':<10}{getattr(arguments, output)}")

@@ -26,6 +26,7 @@ from segdeconv.evaluation.boundary import Boundaries
 from segdeconv.evaluation.breakdown import Breakdown
 from segdeconv.evaluation.calibration import Calibration
 from segdeconv.evaluation.metrics import ConfusionMatrix
+from segdeconv.evaluation.verdict import Verdict, verdict
 from segdeconv.inference.predictors import whole_image
 from segdeconv.inference.scorers import ClassScores, entropy, labels_and_confidence
 from segdeconv.inference.segmenter import Segmenter
@@ -270,6 +271,11 @@ class Evaluation:
             ),
             **facts,
         )
+
+    def verdict(self) -> Verdict:
+        """Return the scores beside those of a constant prediction, in sentences."""
+        images = len(self.dataset)
+        return verdict(self.confusion, self.dataset.classes, num_images=images, split=self.dataset.split)
 
     def score_table(self) -> str:
         """Return the scores as a text table."""

@@ -12,7 +12,8 @@ from segdeconv.classes import Classes
 from segdeconv.evaluation.boundary import Boundaries
 from segdeconv.evaluation.breakdown import Breakdown
 from segdeconv.evaluation.calibration import Calibration
-from segdeconv.evaluation.metrics import number, scores
+from segdeconv.evaluation.metrics import Scores, number, scores
+from segdeconv.evaluation.verdict import constant_prediction, verdict
 from segdeconv.system.files import replace_text
 from segdeconv.system.plain_data import Limits, PlainDataError, read_json
 
@@ -40,6 +41,7 @@ def report(
     *,
     boundaries: Boundaries | None = None,
     breakdown: Breakdown | None = None,
+    split: str | None = None,
     **facts: Any,
 ) -> dict[str, Any]:
     """Return the content of report.json: fractions in 0..1, null where there is nothing to score.
@@ -50,20 +52,22 @@ def report(
         classes: The classes of the confusion matrix.
         boundaries: The boundary counts, None to leave out boundary scores.
         breakdown: The counts by image and distance, None to leave them out.
+        split: The name of the split.
         facts: Further entries: the command, the checkpoint, versions.
     """
     result = scores(confusion)
     boundary = boundaries.compute() if boundaries is not None else None
+    better, sentence, details = verdict(confusion, classes, num_images=num_images, split=split)
+    commonest, baseline = constant_prediction(confusion)
     images = breakdown.images_by_class if breakdown is not None else [None] * len(classes)
     return {
-        "miou": number(result.miou),
-        "mean_dice": number(result.mean_dice),
-        "pixel_accuracy": number(result.pixel_accuracy),
-        "mean_accuracy": number(result.mean_accuracy),
-        "frequency_weighted_iou": number(result.frequency_weighted),
+        "verdict": {"better_than_baseline": better, "sentence": sentence, "details": list(details)},
+        "baseline": {"class": classes.names[commonest], **_means(baseline)} if confusion.any() else None,
+        **_means(result),
         "boundary_f1": number(boundary.f1) if boundary else None,
         "boundary_f1_dilated": number(boundary.f1_dilated) if boundary else None,
         "boundary_iou": number(boundary.iou) if boundary else None,
+        "split": split,
         "num_images": num_images,
         "num_pixels": int(confusion.sum()),
         "classes": [
@@ -86,6 +90,16 @@ def report(
         "confusion": confusion.tolist(),
         **(breakdown.report() if breakdown is not None else {}),
         **facts,
+    }
+
+
+def _means(result: Scores) -> dict[str, float | None]:
+    return {
+        "miou": number(result.miou),
+        "mean_dice": number(result.mean_dice),
+        "pixel_accuracy": number(result.pixel_accuracy),
+        "mean_accuracy": number(result.mean_accuracy),
+        "frequency_weighted_iou": number(result.frequency_weighted),
     }
 
 

@@ -12,6 +12,7 @@ from segdeconv.config import TARGET
 from segdeconv.data.dataset import PublishedScores, SegmentationDataset
 from segdeconv.drawing import draw, html, thumbnails
 from segdeconv.drawing.thumbnails import Gallery
+from segdeconv.evaluation.verdict import foreground
 
 MAX_CELL_CLASSES = 40  # a confusion matrix of more classes is shown as a map
 MAX_CONFUSIONS = 16
@@ -79,6 +80,7 @@ def build_page(first: Evaluated, dataset: SegmentationDataset, *, second: Evalua
         data=_class_name(first.report, "dataset"),
         configs=[yaml.safe_dump(dict(report["config"]), sort_keys=False, width=1000) for report in reports],
         classes=classes,
+        foreground=foreground(classes),
         percentiles=_percentiles(first.report),
         published=dataset.published,
         published_by_class=_published_by_class(dataset.published, classes),

@@ -103,6 +103,15 @@ def test_the_page_agrees_with_the_masks_and_is_usable(folder):
         headline = dict(
             zip(*[browser.locator(f".scores {tag}").all_inner_texts() for tag in ("dt", "dd")], strict=True)
         )
+        baseline = {name: text.split()[-1] for name, text in headline.items() if "baseline" in text}
+        assert baseline == {
+            "mean IoU": shown(truths.max() / total / 3),  # the IoU of the most frequent class, and zero twice
+            "mean Dice": shown(2 * truths.max() / (total + truths.max()) / 3),
+            "pixel accuracy": shown(truths.max() / total),
+            "mean accuracy": shown(1 / 3),
+            "frequency-weighted IoU": shown((truths.max() / total) ** 2),
+        }
+        headline = {name: text.split()[0] for name, text in headline.items()}
         assert headline["mean IoU"] == shown(np.nanmean(ious(confusion)))
         dices = 2 * confusion.diagonal() / (truths + predicted)
         assert headline["mean Dice"] == shown(np.mean(dices))

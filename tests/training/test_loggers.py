@@ -129,6 +129,7 @@ def test_a_checkpoint_does_not_contain_the_logger(recorded):
 def test_a_run_can_be_resumed_with_another_logger(recorded, capsys):
     report = recorded.run / "report.json"
     before = json.loads(report.read_text())
+    assert ">None<" not in (recorded.run / "report.html").read_text()  # there is no command line
     report.unlink()  # as if the run had been interrupted
     train({**CONFIG, "logger": {}, "resume": "auto", "trainer": {**CONFIG["trainer"]}}, recorded.run)
     assert "resumed from last.ckpt" in capsys.readouterr().out
