@@ -27,6 +27,7 @@ from segdeconv.drawing import html
 from segdeconv.errors import TimeUp, UsageError, command
 from segdeconv.evaluation import report, report_page
 from segdeconv.evaluation.evaluate import Evaluation, restore_dataset
+from segdeconv.evaluation.learning_curve import curve_beside
 from segdeconv.evaluation.report_page import Evaluated
 from segdeconv.inference.segmenter import Segmenter
 from segdeconv.training import config_check, resume, run_folder
@@ -143,7 +144,7 @@ def train(config: Mapping[str, Any], run: str | Path, *, runs: Path | None = Non
     dataset = restore_dataset(best, "val")
     evaluation = Evaluation.of(Segmenter(best, device=torch.device(trainer.strategy.root_device)), dataset)
     content = evaluation.report(command=typed, complete=complete)
-    shown = Evaluated(content, evaluation.gallery)
+    shown = Evaluated(content, evaluation.gallery, curve_beside(best.path))
     html.write(report_page.build_page(shown, dataset), run / "report.html")
     report.write_json(content, run / "report.json")  # last, since it marks the run as finished
     curves = loggers.close(logger)

@@ -87,6 +87,7 @@ def run(description: str) -> None:
     from segdeconv.drawing import draw, html
     from segdeconv.evaluation import report, report_page
     from segdeconv.evaluation.evaluate import Evaluation, Predicted, class_order, restore_dataset
+    from segdeconv.evaluation.learning_curve import curve_beside
     from segdeconv.inference.segmenter import Segmenter
     from segdeconv.system.own_files import OwnFiles
 
@@ -148,11 +149,11 @@ def run(description: str) -> None:
     if other:
         compared = Evaluation.of(Segmenter(other, settings), dataset, outlines=boundary)
         content["compared"] = compared.report()
-        second = report_page.Evaluated(content["compared"], compared.gallery)
+        second = report_page.Evaluated(content["compared"], compared.gallery, curve_beside(other.path))
     folder = Path() if cards.SHIPPED in checkpoint.path.parents else checkpoint.path.parent
     out = arguments.out or folder / "evaluation"
     report.write_json(content, out / "report.json")
-    first = report_page.Evaluated(content, evaluation.gallery)
+    first = report_page.Evaluated(content, evaluation.gallery, curve_beside(checkpoint.path))
     html.write(report_page.build_page(first, dataset, second=second), out / "report.html")
     print(f"{evaluation.verdict()}\n\n{evaluation.score_table()}")
     if other:

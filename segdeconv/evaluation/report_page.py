@@ -12,6 +12,7 @@ from segdeconv.config import TARGET
 from segdeconv.data.dataset import PublishedScores, SegmentationDataset
 from segdeconv.drawing import draw, html, thumbnails
 from segdeconv.drawing.thumbnails import Gallery
+from segdeconv.evaluation.learning_curve import HEIGHT, WIDTH, LearningCurve, charts
 from segdeconv.evaluation.verdict import foreground
 
 MAX_CELL_CLASSES = 40  # a confusion matrix of more classes is shown as a map
@@ -33,10 +34,12 @@ class Evaluated(NamedTuple):
     Attributes:
         report: The content of report.json.
         gallery: The pictures.
+        curve: The learning curve of its run, if there is one.
     """
 
     report: Mapping[str, Any]
     gallery: Gallery
+    curve: LearningCurve | None = None
 
 
 class ImageEntry(NamedTuple):
@@ -81,6 +84,8 @@ def build_page(first: Evaluated, dataset: SegmentationDataset, *, second: Evalua
         configs=[yaml.safe_dump(dict(report["config"]), sort_keys=False, width=1000) for report in reports],
         classes=classes,
         foreground=foreground(classes),
+        curves=[(evaluation.curve, charts(evaluation.curve) if evaluation.curve else []) for evaluation in evaluated],
+        chart_size=(WIDTH, HEIGHT),
         percentiles=_percentiles(first.report),
         published=dataset.published,
         published_by_class=_published_by_class(dataset.published, classes),

@@ -17,17 +17,16 @@ from tqdm import tqdm
 
 from segdeconv.data.dataset import SegmentationDataset
 from segdeconv.drawing import draw
+from segdeconv.evaluation.learning_curve import METRICS_LIMITS
 from segdeconv.evaluation.metrics import scores
 from segdeconv.system.files import replace_text
-from segdeconv.system.plain_data import Limits, read_bytes
+from segdeconv.system.plain_data import read_bytes
 from segdeconv.training.checkpointing import Checkpoints
 from segdeconv.training.diagnostics import LoaderWait
 from segdeconv.training.loggers import log_image
 from segdeconv.training.run_folder import require_run_folder
 from segdeconv.training.stopping import Stopping
 from segdeconv.training.task import Results, SegmentationTask
-
-METRICS_LIMITS = Limits(size=1 << 26)  # a run of a hundred thousand epochs
 
 
 class MetricsFile:

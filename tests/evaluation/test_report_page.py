@@ -47,6 +47,8 @@ def folder(commands, tmp_path_factory) -> Path:
     run = folder / '<b>run</b> & "co"'
     first = fakes.untrained(run / "first.ckpt", node(root, 0, 1, 2))
     second = fakes.untrained(run / "second.ckpt", node(root, 2, 0, 1), seed=1)
+    epochs = "4,0,2,1,0.2", "8,1,1,0.9,0.6", "12,2,0.5,1.2,0.4"
+    (run / "metrics.csv").write_text("\n".join(["step,epoch,train/loss,val/loss,val/miou", *epochs, ""]))
     for words in (
         (first, "--out", "one", "--masks", "masks"),
         (second, "--out", "other", "--masks", "other_masks"),
@@ -165,6 +167,13 @@ def test_the_page_agrees_with_the_masks_and_is_usable(folder):
         )
         assert len(widths) == 5 * len(images)
         assert min(widths) > 0
+
+        # The learning curve: the second of three epochs is the best, in the middle of both charts.
+        marks = browser.locator("#curve .ideal")
+        assert [mark.get_attribute("x1") for mark in marks.all()] == ["200.00", "200.00"]
+        lines = browser.locator("#curve polyline").all()
+        assert [len(line.get_attribute("points").split()) for line in lines] == [3, 3, 3]
+        assert "Best epoch: 2 of 3 (step 8), mean IoU of val 60.0" in browser.inner_text("#curve")
 
         # Sorting with mouse and keyboard.
         head = browser.locator("#classes th button", has_text="IoU")
