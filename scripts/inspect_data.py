@@ -12,6 +12,8 @@ masks. Training also checks every file before its first step.
 
 from __future__ import annotations
 
+import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,16 +44,16 @@ def main() -> None:
         "config": {"dataset": node, "augment": augment},
     }
     try:
-        splits = _splits(node)
+        splits, missing = _splits(node)
     except UsageError as error:
         html.write(inspection_page.build_failure_page(str(error), node.get("root"), **shown), page)
         print(f"page:   {page}")
         raise
-    _inspect(splits, node, augment, config["seed"], page, choices["dataset"], shown)
+    _inspect(splits, missing, node, augment, config["seed"], page, choices["dataset"], shown)
 
 
-def _splits(node: dict[str, Any]) -> list[SegmentationDataset]:
-    """Return train, val, and test if the data set has it."""
+def _splits(node: dict[str, Any]) -> tuple[list[SegmentationDataset], str]:
+    """Return train, val, and test if the data set has it; otherwise also a line that says why not."""
     from segdeconv.data.module import build_split
 
     splits = [build_split(node, split) for split in ("train", "val")]
@@ -59,14 +61,14 @@ def _splits(node: dict[str, Any]) -> list[SegmentationDataset]:
         try:
             splits.append(build_split({**node, "checksums": None}, "test"))
         except UsageError as error:
-            print(f"no test split: {error}\n")
-        else:
-            splits[-1] = build_split(node, "test")  # this time with its checksums, if the config has any
-    return splits
+            return splits, f"test:    not inspected, since {error}"
+        splits[-1] = build_split(node, "test")  # this time with its checksums, if the config has any
+    return splits, ""
 
 
 def _inspect(
     splits: list[SegmentationDataset],
+    missing: str,
     node: dict[str, Any],
     augment: dict[str, Any],
     seed: int,
@@ -105,13 +107,16 @@ def _inspect(
             findings.insert(0, checks.Finding(str(error), refused=True))
     text = inspection_page.build_page(splits, inspections, problems, findings, weights, training, seed=seed, **shown)
     html.write(text, page)
-    print(f"page:   {page}")
+    if missing:
+        print(missing)
+    print(f"page:    {page}")
     if splits[0].unwrapped.inferred_classes:
         table = page.with_name("classes.yaml")
         replace_text(
             table, class_file.class_file(splits[0].stored_classes, checks.describe_classes(inspections, splits))
         )
-        print(f"classes: {table} has the inferred classes - name them and move it to {node['root']}")
+        move = shlex.join(["mv", str(table), os.path.join(os.path.expanduser(node["root"]), "")])
+        print(f"classes: {table} lists the classes that the masks have - name them there, then: {move}")
     for finding in findings:
         warn(f"{'prevents training: ' if finding.refused else ''}{finding.message}")
     for problem in problems[:MAX_SHOWN]:

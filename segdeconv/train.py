@@ -150,7 +150,7 @@ def train(config: Mapping[str, Any], run: str | Path, *, runs: Path | None = Non
     curves = loggers.close(logger)
     print(f"\n{evaluation.verdict()}\n\n{evaluation.score_table()}")
     print(f"\nbest checkpoint: {best.path}")
-    print(f"report:          {run / 'report.html'}, {run / 'report.json'}, {run / 'metrics.csv'}")
+    print(f"report:          {run / 'report.html'} (and report.json, metrics.csv)")
     if curves:
         print(f"curves:          {curves}")
     trust = [f"--trust={name}" for name in checkpoint.foreign(best.config)]

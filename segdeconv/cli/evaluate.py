@@ -162,7 +162,7 @@ def run(description: str) -> None:
         print(f"\n{ablation.ablation_table(metadata['ablation'])}")
     if arguments.uncertainty:
         print(f"\n{uncertainty.uncertainty_table(metadata['uncertainty'])}")
-    print(f"\nreport:   {out / 'report.html'}, {out / 'report.json'}")
+    print(f"\nreport:   {out / 'report.html'} (and report.json)")
     for output in ("masks", "pictures"):
         if getattr(arguments, output):
             print(f"{output + ':':<10}{getattr(arguments, output)}")

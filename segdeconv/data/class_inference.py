@@ -20,6 +20,7 @@ LEVEL_GAP = (
     16  # labels at least so far apart, such as 0, 128 and 255, are levels of grey rather than numbers of classes
 )
 BORDER_SHARE = 0.9  # a level with this share of its pixels between two other levels comes from interpolation
+BINARY = ("background", "foreground")  # of masks of two labels or colours, black and white
 FEW = 1e-3  # share of all pixels
 
 
@@ -236,7 +237,7 @@ def _classes_of_labels(survey: Survey) -> tuple[Classes, tuple[str, ...]]:
     if survey.grey:
         lines.append(f"{survey.grey}: masks stored as RGB have three equal channels, which are read as labels")
     if labels == [0, IGNORE]:
-        names, colours = ("background", "foreground"), ((0, 0, 0), (255, 255, 255))
+        names, colours = BINARY, ((0, 0, 0), (255, 255, 255))
         return Classes(names, colours, labels=(0, IGNORE), by_colour=False), tuple(lines)
     if _are_levels(labels):
         lines.append(
@@ -317,7 +318,7 @@ def _classes_of_colours(survey: Survey) -> tuple[Classes, tuple[str, ...]]:
         )
     colours_ = tuple(_unpack(packed) for packed in sorted(occurrences))
     if set(colours_) == {(0, 0, 0), (255, 255, 255)}:
-        return Classes(("background", "foreground"), colours_, by_colour=True), tuple(lines)
+        return Classes(BINARY, colours_, by_colour=True), tuple(lines)
     names = tuple(f"colour_{hex_colour(colour)[1:]}" for colour in colours_)
     return Classes(names, colours_, by_colour=True), tuple(lines)
 

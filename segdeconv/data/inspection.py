@@ -345,7 +345,7 @@ def class_table(inspection: Inspection, classes: Classes, weights: list[float] |
     Args:
         inspection: The inspection of the split.
         classes: Its classes.
-        weights: Weight of each class, for the last column.
+        weights: Weight of each class, for the last column; None for no such column.
     """
     total = max(1, sum(inspection.pixels))
     width = max(len(name) for name in (*classes.names, "(ignored)"))
@@ -353,7 +353,7 @@ def class_table(inspection: Inspection, classes: Classes, weights: list[float] |
     more = f" and {len(inspection.sizes) - 3} other sizes" if len(inspection.sizes) > 3 else ""
     lines = [
         f"{inspection.split}: {inspection.num_images} images ({sizes}{more})",
-        f"  {'class':<{width}} label  colour       images  {'pixels':>12}   share  weight",
+        f"  {'class':<{width}} label  colour       images  {'pixels':>12}   share" + ("  weight" if weights else ""),
     ]
     if len(inspection.mean) != 3 or inspection.bits != 8:
         lines.insert(1, f"  {len(inspection.mean)} channel(s) of {inspection.bits} bit")
@@ -368,10 +368,10 @@ def class_table(inspection: Inspection, classes: Classes, weights: list[float] |
     for index, name in enumerate((*classes.names, "(ignored)")):
         rgb = colours[index]
         colour = hex_colour(rgb) if rgb else "-"
-        weight = f"{weights[index]:7.4f}" if weights is not None and index < len(weights) else "      -"
+        weight = "" if not weights else f" {weights[index]:7.4f}" if index < len(classes) else "       -"
         absent = "   <- no pixel in this split" if index < len(classes) and not inspection.pixels[index] else ""
         lines.append(
             f"  {name:<{width}} {labels[index]!s:>5}  {colour:<11} {inspection.images[index]:>7}  "
-            f"{inspection.pixels[index]:>12}  {100 * inspection.pixels[index] / total:5.2f}% {weight}{absent}"
+            f"{inspection.pixels[index]:>12}  {100 * inspection.pixels[index] / total:5.2f}%{weight}{absent}"
         )
     return "\n".join(lines)

@@ -11,9 +11,10 @@ from segdeconv.checkpoints import checkpoint, transfer
 from segdeconv.classes import Classes
 from segdeconv.config import build
 from segdeconv.data import checks
+from segdeconv.data.class_inference import BINARY
 from segdeconv.data.inspection import class_table, inspect_all
 from segdeconv.data.module import DataPipeline, build_pipeline, build_split, normalisation
-from segdeconv.errors import warn
+from segdeconv.errors import command, warn
 from segdeconv.losses import build_loss, compute_class_weights
 from segdeconv.models import SegmentationModel, build_model
 from segdeconv.system.files import hash_text
@@ -75,7 +76,12 @@ def prepare(config: Mapping[str, Any], *, fresh: bool = False) -> Prepared:
     weights = compute_class_weights(config["loss"], statistics.pixels[:-1], statistics.image_pixels[:-1])
     for note in train_split.notes:
         print(note)
-    print(class_table(statistics, classes, weights), end="\n\n")
+    print(class_table(statistics, classes, weights))
+    if train_split.unwrapped.inferred_classes and train_split.stored_classes.names != BINARY:
+        folder = f"dataset.root={config['dataset']['root']}"
+        inspect_data = command("inspect_data", ["dataset=folder", folder])
+        print(f"  no file names these classes - to get one to edit: {inspect_data}")
+    print()
     if choices:
         print(autoconfig.table(choices), end="\n\n")
     dataset = normalisation(config["dataset"], train_split, statistics)

@@ -37,7 +37,7 @@ def trained(tmp_path_factory):
 def test_training_shows_the_colour_table_before_it_starts(trained):
     _, shown = trained
     header = shown.index("network:")
-    for line in ("#ff0000", "colour_", "weight"):
+    for line in ("#ff0000", "colour_", "share"):
         assert 0 <= shown.index(line) < header
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ from segdeconv.data.splits import choose_val, group
 from segdeconv.errors import UsageError
 from segdeconv.evaluation.evaluate import restore_dataset
 from segdeconv.train import train
+from segdeconv.training.config_check import check_config
+from segdeconv.training.prepare import prepare
 
 
 def raises(message: str) -> Any:
@@ -244,6 +248,34 @@ def test_a_checkpoint_stores_the_label_map_and_the_inferred_classes(tmp_path: Pa
     restored = build_split(check_dataset(trained.config["dataset"]), "val")
     assert restored.classes == trained.classes
     assert set(np.unique(restored[0].mask)) <= {0, 1, 255}
+
+
+HINT = "no file names these classes - to get one to edit: "
+
+
+@pytest.mark.parametrize("kind", ["labels", "colours", "binary"])
+def test_classes_without_names_come_with_the_commands_that_name_them(
+    tmp_path: Path, commands: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    root = fakes.folder(tmp_path / "my data", kind)
+    dataset = {"_target_": "segdeconv.data.Folder", "root": "my data", "size": [32, 32], "num_workers": 0}
+    config = check_config({"dataset": dataset, "model": {"_target_": "segdeconv.models.SegNet", "stages": [[4]]}})
+    prepare(config)
+    output = capsys.readouterr().out
+    if kind == "binary":  # background and foreground are names
+        assert HINT not in output
+        return
+    _, _, typed = output.partition(HINT)
+    _, script, *words = shlex.split(typed.splitlines()[0])
+    done = commands(Path(script).stem, *words, cwd=tmp_path)
+    assert done.code == 0, done.err
+    table = tmp_path / "inspection" / "classes.yaml"
+    table.write_text(table.read_text().replace("class_1:", "tree:").replace("colour_", "shade "))
+    subprocess.run(shlex.split(done.out.partition("name them there, then: ")[2].splitlines()[0]), check=True)
+    assert Folder("train", str(root)).classes.names == prepare(config).classes.names
+    assert {"tree", "shade 000000"} & set(Folder("train", str(root)).classes.names)
+    assert HINT not in capsys.readouterr().out
 
 
 # Channels, from file to mask
