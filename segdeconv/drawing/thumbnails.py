@@ -47,11 +47,10 @@ class Gallery:
             prediction: (H, W) uint8 class indices.
             uncertainty: (H, W) float32, 0..top.
         """
-        size = thumbnail_size(prediction.shape)
-        labels = cv2.resize(prediction, size[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
+        labels = smaller_labels(prediction)
         # Square roots, because most uncertainties are far below the maximum.
         roots = np.sqrt((uncertainty / self.top).clip(0, 1))
-        grey = (255 * cv2.resize(roots, size[::-1], interpolation=cv2.INTER_AREA)).round().astype(np.uint8)
+        grey = (255 * cv2.resize(roots, labels.shape[::-1], interpolation=cv2.INTER_AREA)).round().astype(np.uint8)
         self.images.append(Encoded(cv2.imencode(".png", labels)[1], cv2.imencode(".jpg", grey)[1]))
 
     def prediction(self, index: int) -> np.ndarray:
@@ -70,29 +69,36 @@ def _decoded(content: np.ndarray) -> np.ndarray:
     return decoded
 
 
-def thumbnail_size(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Return the size (h, w) of the thumbnail of an (H, W) image, with the same proportions and at most `SIDE`.
+def thumbnail_size(shape: tuple[int, ...], side: int = SIDE) -> tuple[int, int]:
+    """Return the size (h, w) of the thumbnail of an (H, W) image, with the same proportions and at most `side`.
 
     >>> thumbnail_size((720, 960)), thumbnail_size((1, 1)), thumbnail_size((1, 2000))
     ((360, 480), (1, 1), (1, 480))
     """
-    factor = min(1.0, SIDE / max(shape[:2]))
+    factor = min(1.0, side / max(shape[:2]))
     return max(1, round(factor * shape[0])), max(1, round(factor * shape[1]))
 
 
-def smaller(image: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def smaller(image: np.ndarray, mask: np.ndarray, side: int = SIDE) -> tuple[np.ndarray, np.ndarray]:
     """Reduce an image and its mask to thumbnails.
 
     Args:
         image: (H, W, C) image, as in `draw.to_rgb`.
         mask: (H, W) uint8.
+        side: Maximum length of the longer side.
 
     Returns:
         The image, (h, w, 3) uint8, and the mask, (h, w) uint8.
     """
-    size = thumbnail_size(mask.shape)
+    size = thumbnail_size(mask.shape, side)
     picture = cv2.resize(draw.to_rgb(image), size[::-1], interpolation=cv2.INTER_AREA)
-    return picture, cv2.resize(mask, size[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
+    return picture, smaller_labels(mask, side)
+
+
+def smaller_labels(labels: np.ndarray, side: int = SIDE) -> np.ndarray:
+    """Reduce (H, W) uint8 labels to a thumbnail by taking the nearest pixels."""
+    size = thumbnail_size(labels.shape, side)
+    return cv2.resize(labels, size[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
 
 
 class Choice(NamedTuple):

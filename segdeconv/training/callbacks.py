@@ -17,16 +17,19 @@ from tqdm import tqdm
 
 from segdeconv.data.dataset import SegmentationDataset
 from segdeconv.drawing import draw
+from segdeconv.drawing.thumbnails import smaller, smaller_labels
 from segdeconv.evaluation.learning_curve import METRICS_LIMITS
 from segdeconv.evaluation.metrics import scores
 from segdeconv.system.files import replace_text
 from segdeconv.system.plain_data import read_bytes
 from segdeconv.training.checkpointing import Checkpoints
 from segdeconv.training.diagnostics import LoaderWait
-from segdeconv.training.loggers import log_image
+from segdeconv.training.loggers import images_are_due, log_image
 from segdeconv.training.run_folder import require_run_folder
 from segdeconv.training.stopping import Stopping
 from segdeconv.training.task import Results, SegmentationTask
+
+MAX_SIDE = 256  # of logged images, in pixels
 
 
 class MetricsFile:
@@ -114,7 +117,7 @@ class Recorder(Checkpoint):  # Lightning calls callbacks of this base class last
             for logger in trainer.loggers:
                 numbers = {name: value for name, value in row.items() if name != "step" and value == value}
                 logger.log_metrics(numbers, step=trainer.global_step)
-                if val:
+                if val and images_are_due(trainer):
                     image = draw.confusion_picture(val.confusion, task.classes)
                     log_image(logger, "confusion", image, trainer.global_step)
         done = trainer.should_stop or trainer.global_step >= task.total_steps
@@ -138,7 +141,7 @@ def _scalars(split: str, results: Results | None, task: SegmentationTask) -> dic
 
 
 class ImageLogging(Callback):
-    """Logs image, truth, prediction and error of a few validation images at every validation.
+    """Logs image, truth, prediction and error of a few validation images, reduced to `MAX_SIDE`, when images are due.
 
     Args:
         dataset: The validation split.
@@ -152,6 +155,9 @@ class ImageLogging(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
         self._index = 0
+        self.selected = set()
+        if not images_are_due(trainer):
+            return
         # Process r of n predicts images r, r + n, ...; only the first process logs, so only its images are selected.
         last = (len(self.dataset) - 1) // trainer.world_size
         self.selected = {int(step) * trainer.world_size for step in np.linspace(0, last, self.count)}
@@ -164,7 +170,9 @@ class ImageLogging(Callback):
         for prediction in outputs["predictions"]:
             if self._index in self.selected:
                 image, mask, name = self.dataset[self._index]
-                figure = draw.comparison(image, mask, prediction, self.dataset.classes)
+                small, truth = smaller(image, mask, MAX_SIDE)
+                predicted = smaller_labels(prediction, MAX_SIDE)
+                figure = draw.comparison(small, truth, predicted, self.dataset.classes)
                 for logger in trainer.loggers:
                     log_image(logger, f"image, truth, prediction, error/{name}", figure, trainer.global_step)
             self._index += trainer.world_size

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 import yaml
+from pytorch_lightning import Trainer
 from pytorch_lightning.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
 from segdeconv.config import TARGET, build, locate
@@ -97,6 +98,17 @@ def log_config(
         raise UsageError(
             f"logger={type(logger).__name__} cannot start: {reason} - fix this or choose logger=tensorboard"
         ) from error
+
+
+def images_are_due(trainer: Trainer) -> bool:
+    """Return whether images are logged at this validation.
+
+    That is so at the validations 1, 2, 3, 4, 6, 8, 12, 16, 24, ..., two per doubling, and at the last one, so a long
+    run has hardly more images than a short one. The rule needs no state: a resumed run logs at the same validations.
+    """
+    validation = (trainer.current_epoch + 1) // (trainer.check_val_every_n_epoch or 1)
+    power = validation // 3 if validation % 3 == 0 else validation
+    return power & (power - 1) == 0 or trainer.current_epoch + 1 == trainer.max_epochs or trainer.should_stop
 
 
 def log_image(logger: Logger, name: str, image: np.ndarray, step: int) -> None:

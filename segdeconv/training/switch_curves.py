@@ -9,7 +9,7 @@ from segdeconv.analysis.switch_statistics import flip_rate, ties_counted
 from segdeconv.data.dataset import SegmentationDataset
 from segdeconv.data.preprocessing import Preprocessing, resize_image
 from segdeconv.switches.ops import Pooling
-from segdeconv.training.loggers import log_image
+from segdeconv.training.loggers import images_are_due, log_image
 from segdeconv.training.task import SegmentationTask
 
 
@@ -18,8 +18,8 @@ class SwitchCurves(Callback):
 
     For each level, `switches/flip_rate/level K` (1 is the finest) is the fraction of windows whose winner has changed
     since the last validation, and `switches/tie_rate/level K` the fraction with more than one maximum. The switches of
-    the first image are logged as a figure. Nothing random is run and nothing is saved in checkpoints or metrics.csv, so
-    resumed runs stay bit-identical; the first flip rate after resuming is missing.
+    the first image are logged as a figure when images are due. Nothing random is run and nothing is saved in
+    checkpoints or metrics.csv, so resumed runs stay bit-identical; the first flip rate after resuming is missing.
 
     Args:
         dataset: The validation split.
@@ -46,7 +46,7 @@ class SwitchCurves(Callback):
                 network.logits(self.preprocessing.normalise(image, name)[None])
             if not pooled:
                 return  # the network has no switches
-            if figure is None and pooled[0].size == image.shape[:2]:
+            if figure is None and images_are_due(trainer) and pooled[0].size == image.shape[:2]:
                 figure = switches_figure(name, image, pooled, rates)
             now.append([pooling._replace(features=pooling.features[:, :, :0]) for pooling in pooled])
             ties.append(list(rates))

@@ -7,18 +7,24 @@ import sqlite3
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
 import pytest
 from pytorch_lightning.loggers import Logger
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from segdeconv.checkpoints import checkpoint
 from segdeconv.config import compose
+from segdeconv.data import Shapes
+from segdeconv.data.dataset import Sample, SegmentationDataset
+from segdeconv.drawing import draw
 from segdeconv.errors import UsageError
 from segdeconv.train import train
+from segdeconv.training.callbacks import ImageLogging
 from segdeconv.training.config_check import check_config, check_logger
-from segdeconv.training.loggers import TensorBoard, build_logger, log_config
+from segdeconv.training.loggers import TensorBoard, build_logger, images_are_due, log_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 CONFIG = {
@@ -143,6 +149,56 @@ def test_a_run_contains_event_files_only_if_tensorboard_is_chosen(tmp_path, choi
     assert len(list((tmp_path / "run").glob("events.*"))) == events
     assert not list((tmp_path / "run").glob("hparams.yaml"))
     assert ("tensorboard --logdir" in capsys.readouterr().out) == bool(events)
+
+
+class Noise(SegmentationDataset):
+    """Noise, which PNG cannot compress."""
+
+    split, names, classes, fingerprint = "val", ["a", "b", "c", "d", "e"], Shapes.classes, "noise"
+
+    def __getitem__(self, index):
+        generator = np.random.default_rng(index)
+        noise = generator.integers(0, 256, (800, 1000, 3), dtype=np.uint8)
+        return Sample(noise, generator.integers(0, 7, (800, 1000), dtype=np.uint8), self.names[index])
+
+
+def trainer_of(loggers, epochs, every):
+    return SimpleNamespace(
+        is_global_zero=True, world_size=1, loggers=loggers, should_stop=False, current_epoch=0,
+        max_epochs=epochs, check_val_every_n_epoch=every,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("epochs", "every", "logged"), [(11, 1, [1, 2, 3, 4, 6, 8, 11]), (30, 5, [5, 10, 15, 20, 30])])
+def test_tensorboard_files_stay_small_in_a_run_of_many_validations(tmp_path, epochs, every, logged):
+    logger = TensorBoard(str(tmp_path))
+    dataset = Noise()
+    callback = ImageLogging(dataset, count=2)
+    trainer = trainer_of([logger], epochs, every)
+    predictions = [dataset[index].mask for index in range(len(dataset))]
+    for epoch in range(every, epochs + 1, every):
+        trainer.current_epoch = epoch - 1
+        trainer.global_step = epoch
+        callback.on_validation_start(trainer, None)
+        for prediction in predictions:
+            callback.on_validation_batch_end(trainer, None, {"predictions": [prediction]}, None, 0)
+    logger.experiment.close()
+    (file,) = tmp_path.glob("events.*")
+    images = [
+        (event.step, value.tensor.string_val)
+        for event in EventFileLoader(str(file)).Load()
+        for value in event.summary.value
+    ]
+    assert sorted(step for step, _ in images) == sorted(2 * logged)
+    assert {(int(width), int(height)) for _, (width, height, *_) in images} == {(4 * 256 + 3 * draw.GAP, 205)}
+    assert file.stat().st_size < len(images) * 700_000
+
+
+def test_a_run_of_a_thousand_validations_logs_images_at_twenty():
+    trainer, due = trainer_of([], 1000, 1), 0
+    for trainer.current_epoch in range(1000):
+        due += images_are_due(trainer)
+    assert due == 20  # 1 to 512: ten powers of two; 3 to 768: nine; and the last
 
 
 @pytest.mark.parametrize(
