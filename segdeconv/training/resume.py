@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 
+from segdeconv import config as configs
 from segdeconv.checkpoints import checkpoint, locate
 from segdeconv.checkpoints.checkpoint import Checkpoint
 from segdeconv.classes import Classes
-from segdeconv.config import TARGET, current_name, locate, rename_keys
 from segdeconv.errors import CheckpointError, UsageError, warn
 from segdeconv.evaluation.report import read_report
 from segdeconv.system.devices import machine
@@ -115,7 +115,7 @@ def read_config(run: Path) -> dict[str, Any]:
     """Return the config that a run was started with: plain data, from which nothing is built."""
     path = run / "config.yaml"
     try:
-        return rename_keys(require_mapping(read_yaml(path)), path)
+        return configs.rename_keys(require_mapping(read_yaml(path)), path)
     except PlainDataError as error:
         raise UsageError(f"{path} is not the config of a run: it {error} - choose another hydra.run.dir") from error
 
@@ -185,8 +185,12 @@ def with_new_keys(before: Mapping[str, Any], config: Mapping[str, Any]) -> dict[
     completed = dict(before)
     for group, node in config.items():
         old = before.get(group)
-        if isinstance(node, Mapping) and isinstance(old, Mapping) and old.get(TARGET) == node.get(TARGET):
-            schemas = [*SCHEMAS.get(group, ()), *([locate(node, group)] if TARGET in node else [])]
+        if (
+            isinstance(node, Mapping)
+            and isinstance(old, Mapping)
+            and old.get(configs.TARGET) == node.get(configs.TARGET)
+        ):
+            schemas = [*SCHEMAS.get(group, ()), *([configs.locate(node, group)] if configs.TARGET in node else [])]
             declared = {name: key for schema in schemas for name, key in inspect.signature(schema).parameters.items()}
             missing = {name: declared[name].default for name in node if name not in old and name in declared}
             completed[group] = {**old, **missing}
@@ -355,4 +359,4 @@ def differing_keys(before: Any, now: Any, where: str = "") -> list[str]:
             for name in keys
             for key in differing_keys(before.get(name), now.get(name), f"{where}.{name}" if where else str(name))
         ]
-    return [] if current_name(before) == current_name(now) else [where]
+    return [] if configs.current_name(before) == configs.current_name(now) else [where]

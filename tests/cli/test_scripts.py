@@ -167,7 +167,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, commands):
     done = command("train", "model.widht=3", cwd=tmp_path, code=2)
     assert done.stderr.splitlines() == [
         "segdeconv: error: unknown key model.widht - did you mean 'width'? Available: depth, dropout, "
-        "dropout_at, norm, packed_switches, pretrained, stages, switch_source, width"
+        "dropout_at, encoder_addition, norm, packed_switches, pretrained, stages, switch_source, width"
     ]
     assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").rglob("config.yaml"))
     done = commands("train", "dataset=camvid", "dataset.root=/nope", cwd=tmp_path)

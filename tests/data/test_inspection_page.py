@@ -31,7 +31,7 @@ def folder(commands, tmp_path_factory) -> Path:
     arguments = ("dataset=folder", f"dataset.root={root}", "dataset.size=[32,40]", "augment=flip")
     done = commands("inspect_data", *arguments, "--out", "good", cwd=folder)
     assert done.code == 0, done.err
-    assert f"page:   {Path('good') / 'inspect.html'}" in done.out
+    assert f"page:    {Path('good') / 'inspect.html'}" in done.out
     damage(fakes.camvid(folder / "camvid"))
     done = commands("inspect_data", "dataset=camvid", f"dataset.root={folder / 'camvid'}", "--out=bad", cwd=folder)
     assert done.code == 2
