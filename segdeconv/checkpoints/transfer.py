@@ -1,11 +1,16 @@
 """Transfer of weights from another network's checkpoint, with the head matched class by class."""
 
+import inspect
+import json
+from collections.abc import Mapping
 from itertools import product
+from typing import Any
 
 import torch
 
 from segdeconv.checkpoints.checkpoint import Checkpoint
 from segdeconv.classes import Classes
+from segdeconv.config import TARGET, locate
 from segdeconv.errors import UsageError
 from segdeconv.models import SegmentationModel
 from segdeconv.models.vgg import adapt_channels
@@ -71,10 +76,26 @@ def transfer_weights(model: SegmentationModel, classes: Classes, source: Checkpo
     ]
     if fresh:
         lines.append(f"  new classes: {', '.join(fresh)}")
-    if not_copied:
+    if len(not_copied) > head + body:
+        lines.append(f"  the other {len(not_copied)} have other shapes or names{_way_out(source.config['model'])}")
+    elif not_copied:
         more = f" and {len(not_copied) - MAX_SHOWN} more" if len(not_copied) > MAX_SHOWN else ""
         lines.append(f"  not copied: {', '.join(not_copied[:MAX_SHOWN])}{more}")
     return "\n".join(lines)
+
+
+def _way_out(node: Mapping[str, Any]) -> str:
+    """Return the arguments of train.py that give the network of a `model` node, if it is one of segdeconv's."""
+    if not str(node[TARGET]).startswith("segdeconv.models."):  # a class of somebody else is not imported
+        return ""
+    defaults = inspect.signature(locate(node, "model")).parameters
+    words = [f"model.{TARGET}={node[TARGET]}"]
+    for name, value in node.items():
+        if name in defaults and defaults[name].default != value:
+            words.append(
+                f"model.{name}={value if isinstance(value, str) else json.dumps(value, separators=(',', ':'))}"
+            )
+    return f"; its network is {' '.join(words)}"
 
 
 def _shape(tensor: torch.Tensor) -> str:

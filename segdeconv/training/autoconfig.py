@@ -319,7 +319,7 @@ def _choose_optimizer(draft: _Draft) -> None:
 def _choose_width(draft: _Draft, timed: Callable[[Mapping[str, Any]], float | None], seconds: float) -> float | None:
     """Choose the width of a VGG network, and return the seconds of a step, None if they are not known."""
     model = draft.config["model"]
-    if "stages" not in inspect.signature(locate(model, "model")).parameters:
+    if "stages" not in inspect.signature(locate(model, "model")).parameters or model.get("stages"):
         return timed(draft.config)
     step = None
     for width in WIDTHS if draft.is_open("model.width") else (model["width"],):

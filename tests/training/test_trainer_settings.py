@@ -14,9 +14,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from segdeconv.checkpoints import checkpoint
 from segdeconv.checkpoints.transfer import transfer_weights
 from segdeconv.classes import Classes
+from segdeconv.cli.own_code import compose
 from segdeconv.errors import UsageError
 from segdeconv.losses import CrossEntropy
-from segdeconv.models import SegNet
+from segdeconv.models import SegNet, build_model
 from segdeconv.optimization import Restarts, adamw, average, sgd
 from segdeconv.train import train
 from segdeconv.training.config_check import seconds
@@ -264,11 +265,31 @@ def test_the_same_classes_in_another_order_are_reordered():
 
 
 def test_tensors_that_are_not_transferred_are_reported():
-    report = transfer_weights(
-        SegNet(3, stages=((4,), (8,), (8,))), OLD, as_checkpoint(SegNet(3, stages=((4,), (6,))), OLD)
+    old = SegNet(3, stages=((4,), (8,), (6,)))
+    report = transfer_weights(SegNet(3, stages=((4,), (8,), (8,))), OLD, as_checkpoint(old, OLD))
+    assert "not copied: encoder.stages.2.0.conv.weight (6x8x3x3 in the checkpoint, 8x8x3x3 here)" in report
+    assert " and 1 more" in report
+
+
+def test_where_most_shapes_differ_the_network_that_fits_is_named_in_one_line():
+    start, small = checkpoint.read("camvid-small"), SegNet(3, width=0.25)
+    report = transfer_weights(small, OLD, start)
+    stages = "[[32,32],[64,64],[128,128],[192,192],[192,192,192]]"
+    assert report.splitlines()[-1].endswith(
+        f"have other shapes or names; its network is model._target_=segdeconv.models.SegNet model.stages={stages}"
     )
-    assert "not copied: encoder.stages.1.0.conv.weight (6x4x3x3 in the checkpoint, 8x4x3x3 here)" in report
-    assert "encoder.stages.2.0.conv.weight (not in the checkpoint)" in report or "more" in report
+    assert len(report) < 500
+
+
+def test_the_model_segnet_small_takes_over_everything_but_the_classifier():
+    others = Classes(("water", "oil"), ((0, 0, 0), (1, 1, 1)))
+    model = build_model(compose(["model=segnet_small"])[0]["model"], len(others), 3)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    report = transfer_weights(model, others, checkpoint.read("camvid-small"))
+    after, source = model.state_dict(), checkpoint.read("camvid-small").weights
+    assert "149 of 149 tensors copied" in report
+    for name, value in after.items():
+        assert torch.equal(value, before[name] if name.startswith("decoder.classifier") else source[name]), name
 
 
 def test_a_first_convolution_with_other_channels_is_adapted():
