@@ -45,6 +45,7 @@ NUM_MASKS = 40  # masks that are measured, evenly spaced in the train split
 LONG_SIDE = 1024  # pixels; longer images are reduced if their structures are thick enough
 THICK = 12  # pixels that the thinnest class keeps when images are reduced
 CROP_AREA = 160 * 160  # pixels of a crop on a CPU; a GPU takes four times as many
+LEAST_AREA = 64 * 64  # where memory is short
 WIDTHS = (0.25, 0.5, 1.0)
 MIN_STEPS, MAX_STEPS = 600, 20_000
 WIDER_STEPS = 4000  # a wider network is chosen if so many of its steps fit into the time
@@ -132,23 +133,35 @@ def choose(
         The checked config with the choices, and the choices.
     """
     measured = measure(splits[0], inspections[0])
-    draft = _Draft(copy.deepcopy(dict(config)), [])
+    draft = _Draft(copy.deepcopy(dict(config)), {})
     accelerator = config["trainer"]["accelerator"]
     device = best_device() if accelerator == "auto" else torch.device({"gpu": "cuda"}.get(accelerator, accelerator))
-    _choose_input(draft, measured, device)
+    _choose_augmentation(draft, measured, coloured=splits[0].channels == 3 and not splits[0].as_stored)
     _choose_loss(draft, measured)
     if "encoder_addition" in inspect.signature(locate(config["model"], "model")).parameters:
         draft.set("model.encoder_addition", True, "thin structures are lost where all passes through the deepest map")
     _choose_optimizer(draft)
-    draft.config = check(draft.config)
+    with torch.device("meta"):
+        least = build_model(config["model"], len(splits[0].classes), splits[0].channels, fresh=True).minimum_size
 
     def timed(config: Mapping[str, Any]) -> float | None:
-        # Several processes would each measure another time and choose other values.
-        return None if launched_from_outside() else step_seconds(config, splits, inspections, device)
+        return step_seconds(config, splits, inspections, device)
 
-    step = _choose_width(draft, timed, seconds)
+    area = CROP_AREA * (4 if device.type == "cuda" else 1)
+    _choose_input(draft, measured, area, least)
+    draft.config = check(draft.config)
+    if launched_from_outside():  # several processes would each measure another time and choose other values
+        draft.set("model.width", WIDTHS[0], "times are not measured in several processes")
+        step = None
+    else:
+        step = _choose_width(draft, timed, seconds)
+        while step is None and draft.is_open("dataset.crop") and area > LEAST_AREA:
+            area //= 2  # a step did not fit into memory
+            _choose_input(draft, measured, area, least)
+            step = _choose_width(draft, timed, seconds)
     _choose_length(draft, measured, inspections[1], step, seconds)
-    return check(draft.config), draft.choices
+    choices = [draft.choices[key] for key in KEYS if key in draft.choices]
+    return check(draft.config), choices
 
 
 @dataclass
@@ -156,7 +169,7 @@ class _Draft:
     """A config in the course of the choices."""
 
     config: dict[str, Any]
-    choices: list[Choice]
+    choices: dict[str, Choice]
 
     def is_open(self, key: str) -> bool:
         return key in self.config["auto"]
@@ -170,7 +183,7 @@ class _Draft:
             self.config[group] = {**self.config[group], name: value}
         else:
             self.config[group] = value
-        self.choices.append(Choice(words or f"{key}={_word(value)}", reason))
+        self.choices[key] = Choice(words or f"{key}={_word(value)}", reason)
 
 
 def _word(value: Any) -> str:
@@ -226,7 +239,15 @@ def _measure_mask(mask: np.ndarray, num_classes: int) -> tuple[np.ndarray, np.nd
     return areas, borders, ((np.arange(len(mask)) + 0.5) / len(mask)) @ by_row
 
 
-def _choose_input(draft: _Draft, measured: Measured, device: torch.device) -> None:
+def _choose_input(draft: _Draft, measured: Measured, area: int, least: int) -> None:
+    """Choose scale, crop and batch size.
+
+    Args:
+        draft: The config.
+        measured: The measurements.
+        area: Pixels of a crop.
+        least: Least side of the network's input.
+    """
     (height, width), dataset = measured.size, draft.config["dataset"]
     factor, thin = 1, min(measured.thickness, default=1.0)
     while measured.equal_sizes and max(height, width) / factor > LONG_SIDE and thin / (factor + 1) >= THICK:
@@ -238,24 +259,25 @@ def _choose_input(draft: _Draft, measured: Measured, device: torch.device) -> No
         known = f"{height}x{width}" if measured.equal_sizes else f"about {height}x{width}"
         draft.set("dataset.size", None, f"images keep their own scale, {known}")
     scaled = draft.config["dataset"]["size"] or (height, width)
-    area = CROP_AREA * (4 if device.type == "cuda" else 1)
-    crop = _crop(scaled, area)
+    crop = _crop(scaled, area, least)
     covered = crop[0] * crop[1] / (scaled[0] * scaled[1])
     if draft.is_open("dataset.size") or dataset["size"] is None:  # a typed size alone is trained on whole
         draft.set("dataset.crop", crop, f"{min(1.0, covered):.0%} of an image")
     batch = _batch_size(measured.num_images)
     left = measured.num_images % batch
-    draft.set(
-        "dataset.batch_size",
-        batch,
-        f"leaves {left} of {measured.num_images} images out of an epoch, others each time"
-        if left
-        else f"divides {measured.num_images} images",
-    )
-    if measured.upright:
-        draft.set("augment", STREET, "the classes show that images have an up direction", "augment=street")
-    else:
+    reason = f"leaves {left} of {measured.num_images} images out of an epoch, others each time"
+    draft.set("dataset.batch_size", batch, reason if left else f"divides {measured.num_images} images")
+
+
+def _choose_augmentation(draft: _Draft, measured: Measured, *, coloured: bool) -> None:
+    if not measured.upright:
         draft.set("augment", TURNS, "the classes show no up direction", "augment=turns")
+    elif coloured:
+        draft.set("augment", STREET, "classes lie high or low in the images", "augment=street")
+    else:  # colour transforms take 8-bit RGB only
+        moving = {name: node for name, node in STREET.items() if name != "light"}
+        words = "augment=street augment.light=null"
+        draft.set("augment", moving, "classes lie high or low in the images, which are not RGB", words)
 
 
 STREET: dict[str, Any] = {
@@ -272,15 +294,16 @@ TURNS: dict[str, Any] = {
 }
 
 
-def _crop(size: Sequence[int], area: int) -> list[int]:
+def _crop(size: Sequence[int], area: int, least: int = 32) -> list[int]:
     """Return the crop of about this area and the aspect of the images, in multiples of 32, not beyond the image.
 
-    >>> _crop((360, 480), 160 * 160), _crop((100, 100), 160 * 160)
-    ([128, 192], [128, 128])
+    >>> _crop((360, 480), 160 * 160), _crop((100, 100), 160 * 160), _crop((360, 480), 160 * 160, 193)
+    ([128, 192], [128, 128], [224, 224])
     """
     height, width = size
     shrink = min(1.0, math.sqrt(area / (height * width)))
-    return [max(32, 32 * round(side * shrink / 32)) if shrink < 1 else 32 * math.ceil(side / 32) for side in size]
+    sides = [round(side * shrink / 32) if shrink < 1 else math.ceil(side / 32) for side in size]
+    return [32 * max(side, math.ceil(least / 32)) for side in sides]
 
 
 def _batch_size(num_images: int) -> int:
@@ -329,7 +352,7 @@ def _choose_width(draft: _Draft, timed: Callable[[Mapping[str, Any]], float | No
         chosen, step = width, now
         if now is None:
             break
-    draft.set("model.width", chosen, "the widest that trains long enough in the time" if step else "not measured")
+    draft.set("model.width", chosen, f"{WIDER_STEPS} steps of a wider network do not fit into time_budget")
     return step
 
 

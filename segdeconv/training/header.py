@@ -58,7 +58,8 @@ def header(
         "training": f"{trainer.max_epochs} epochs, {task.total_steps} steps of {_batch(data, trainer)} on "
         f"{trainer.strategy.root_device}, precision {trainer.precision}, channels last"
         + (", compiled" if task.compiles(trainer.strategy.root_device) else ", not compiled")
-        + (", activation checkpointing" if task.activation_checkpointing else ""),
+        + (", activation checkpointing" if task.activation_checkpointing else "")
+        + _left_out(len(data.train), data.batch_size * trainer.world_size),
         "memory": f"about {readable(memory.total(data.batch_size))} per process: {readable(memory.weights)} for "
         f"weights, gradients and optimizer, {readable(memory.image)} per image"
         + (f"; {readable(free)} are available" if free else "")
@@ -68,6 +69,12 @@ def header(
         "run": f"{run}" + (f", resumed from {resumed.name}" if resumed else ""),
     }
     return "\n".join(f"{name + ':':<11}{text}" for name, text in rows.items() if text)
+
+
+def _left_out(num_images: int, batch: int) -> str:
+    """Say how many images the last, incomplete batch of an epoch leaves out."""
+    left = num_images % batch
+    return f"; {left} of {num_images} images are left out of each epoch, others each time" if left else ""
 
 
 def _loading(data: DataPipeline, world_size: int) -> str:

@@ -3,7 +3,6 @@
 import cv2
 import numpy as np
 import pytest
-import torch
 import yaml
 from tiny_runs import state
 
@@ -16,6 +15,7 @@ from segdeconv.train import train
 from segdeconv.training import autoconfig
 from segdeconv.training.autoconfig import KEYS, Measured, measure, unset_keys
 from segdeconv.training.config_check import check_config
+from segdeconv.training.memory import Memory
 from segdeconv.training.prepare import prepare
 from segdeconv.training.resume import read_config
 
@@ -80,7 +80,7 @@ def test_images_are_upright_if_a_class_lies_high_or_low(tmp_path, mask, upright)
         (
             ["experiment=segnet_camvid_small"],
             {"dataset.size", "dataset.crop", "dataset.batch_size", "augment", "loss.class_weighting", "optimizer"}
-            | {"loss.class_weighting_power", "model.width", "schedule", "trainer.gradient_clip_val"}
+            | {"loss.class_weighting_power", "schedule", "trainer.gradient_clip_val"}
             | {"trainer.max_epochs", "trainer.check_val_every_n_epoch"},
         ),
     ],
@@ -144,11 +144,44 @@ def test_processes_that_start_together_measure_no_times(own, monkeypatch):
     ids=["thick", "thin", "of several sizes"],
 )
 def test_only_large_images_of_thick_structures_are_reduced_and_in_proportion(thickness, equal_sizes, size):
-    keys = ["dataset.size", "dataset.crop", "dataset.batch_size", "augment"]
-    draft = autoconfig._Draft({"auto": keys, "dataset": {"size": [256, 256]}}, [])
+    draft = autoconfig._Draft({"auto": list(KEYS), "dataset": {"size": [256, 256]}}, {})
     large = Measured(10, (1500, 3000), equal_sizes, (0.5, 0.5), thickness, upright=False)
-    autoconfig._choose_input(draft, large, torch.device("cpu"))
+    autoconfig._choose_input(draft, large, 160 * 160, 32)
     assert draft.config["dataset"]["size"] == size
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["model=deconvnet", "model.width=0.0625", "model.fc_width=8", "model.depth=11"], {"crop": (224, 224)}),
+        (["dataset.channels=1"], {"augment": {"flip", "turn"}}),
+        (["dataset.size=[40,40]"], {"crop": None}),
+    ],
+    ids=["least input", "grey as stored", "a typed size"],
+)
+def test_choices_fit_the_network_and_the_images(own, words, expected):
+    base, _ = own
+    typed = hydra_overrides([*base, *words], CONFIGS)
+    config = check_config({**compose([*base, *words])[0], "auto": unset_keys(keys_set(typed, CONFIGS))})
+    chosen = prepare(config).config
+    crop = chosen["dataset"]["crop"]
+    assert {"crop": crop and tuple(crop), "augment": set(chosen["augment"])}.items() >= expected.items()
+
+
+def test_where_memory_is_short_crops_are_smaller(own, monkeypatch):
+    _, config = own
+    sizes = []
+
+    def estimate(model, loss, optimizer, size, **_):
+        sizes.append(tuple(size))
+        return Memory(weights=0, image=size[0] * size[1])
+
+    monkeypatch.setattr(autoconfig, "estimate", estimate)
+    monkeypatch.setattr(autoconfig, "available", lambda device: 5 * 40 * 40 / 0.7)  # five images of the batch
+    monkeypatch.setattr(autoconfig, "LEAST_AREA", 32 * 32)
+    chosen = prepare(config).config
+    assert tuple(chosen["dataset"]["crop"]) == (32, 32)
+    assert sizes[0] == (64, 64)
 
 
 def test_an_unknown_key_is_refused(own):
