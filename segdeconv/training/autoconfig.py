@@ -352,7 +352,8 @@ def _choose_width(draft: _Draft, timed: Callable[[Mapping[str, Any]], float | No
         chosen, step = width, now
         if now is None:
             break
-    draft.set("model.width", chosen, f"{WIDER_STEPS} steps of a wider network do not fit into time_budget")
+    wider = f"{WIDER_STEPS} steps of a wider network do not fit into time_budget"
+    draft.set("model.width", chosen, wider if chosen < WIDTHS[-1] else "the published width fits into time_budget")
     return step
 
 
@@ -427,10 +428,11 @@ def _choose_length(draft: _Draft, measured: Measured, val: Inspection, step: flo
         epochs = max(1, round(UNMEASURED_STEPS / per_epoch))
         reason = f"{epochs * per_epoch} steps; times were not measured"
     else:
-        height, width = dataset["crop"] or dataset["size"] or measured.size
-        pixels = sum(height * width * count for height, width, count in val.sizes)
+        trained = math.prod(dataset["crop"] or dataset["size"] or measured.size)
+        sizes = [(dataset["size"] or (height, width), count) for height, width, count in val.sizes]
+        batches = sum(math.prod(size) * count for size, count in sizes) / (trained * dataset["batch_size"])
         # A pass without gradients takes about a third of a training step of as many pixels, and the figures a second.
-        validation = step / 3 * pixels / (dataset["batch_size"] * height * width) + 1.0
+        validation = step / 3 * (batches + draft.config["trainer"]["recalibration_batches"]) + 1.0
         validations = int(max(4, min(VALIDATIONS, VALIDATION_SHARE * seconds / validation)))
         steps = (seconds - validations * validation) / step
         epochs = max(1, round(min(MAX_STEPS, max(MIN_STEPS, steps)) / per_epoch))
