@@ -25,7 +25,7 @@ RESERVED_KEYS = {"seed": "--seeds", "hydra.run.dir": "--out"}
 def main() -> None:
     """Check every config, train the missing runs and write the table after each."""
     parser = ArgumentParser("results.py", description=__doc__.splitlines()[0])
-    parser.add_argument("table", help="camvid, camvid_slim, camvid_small, camvid_steps, or a YAML file of that form")
+    parser.add_argument("table", help="a file in segdeconv/experiments/study/tables, or any YAML file of that form")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example dataset.root=DIR")
     parser.add_argument("--seeds", default="0", help="comma-separated (default 0)")
     parser.add_argument("--rows", help="comma-separated, by their folder names (default: all)")

@@ -52,7 +52,7 @@ WIDER_STEPS = 4000  # a wider network is chosen if so many of its steps fit into
 UNMEASURED_STEPS = 3000  # where several processes would measure different times
 VALIDATIONS = 20
 VALIDATION_SHARE = 0.15  # of the time
-RARE = 0.1  # share of pixels below which a class is weighted
+RARE = 0.03  # share of pixels below which a class is weighted
 UPRIGHT = 0.08  # distance of a class's mean row from the centre, relative to the height
 
 
@@ -436,6 +436,8 @@ def _choose_length(draft: _Draft, measured: Measured, val: Inspection, step: flo
         validations = int(max(4, min(VALIDATIONS, VALIDATION_SHARE * seconds / validation)))
         steps = (seconds - validations * validation) / step
         epochs = max(1, round(min(MAX_STEPS, max(MIN_STEPS, steps)) / per_epoch))
+        every = math.ceil(epochs / validations)
+        epochs = every * max(1, round(epochs / every))  # so that the last epoch is validated
         minutes = (epochs * per_epoch * step + validations * validation) / 60
         reason = f"{epochs * per_epoch} steps, about {minutes:.0f} min; time_budget={budget}"
         if 60 * minutes > 1.2 * seconds:
