@@ -63,16 +63,18 @@ def prepare(config: Mapping[str, Any], *, fresh: bool = False) -> Prepared:
     classes = train_split.classes
     inspections = inspect_all([train_split, val_split])
     statistics = inspections[0]
-    findings = checks.review([train_split, val_split], inspections, config["dataset"]["size"])
+    choosing = config["auto"] and not fresh
+    # A chosen size is printed with its reason; only a typed one can be a mistake.
+    size = None if choosing and "dataset.size" in config["auto"] else config["dataset"]["size"]
+    findings = checks.review([train_split, val_split], inspections, size)
     checks.refuse(findings)
     for finding in findings:
         warn(finding.message)
-    if config["auto"] and not fresh:
+    choices: list[autoconfig.Choice] = []
+    if choosing:
         config, choices = autoconfig.choose(
             config, (train_split, val_split), inspections, check=check_config, seconds=seconds(config["time_budget"])
         )
-    else:
-        choices = []
     weights = compute_class_weights(config["loss"], statistics.pixels[:-1], statistics.image_pixels[:-1])
     for note in train_split.notes:
         print(note)

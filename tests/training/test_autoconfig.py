@@ -103,8 +103,12 @@ def own(tmp_path, monkeypatch):
 
 def test_the_printed_words_give_the_same_config(own, capsys):
     words, config = own
+    assert tuple(config["dataset"]["size"]) == (256, 256)  # to which images of 40x40 would be enlarged
     chosen = prepare(config).config
-    printed = capsys.readouterr().out.partition("chosen for")[2].partition("\n\n")[0].splitlines()[1:]
+    assert chosen["dataset"]["size"] is None
+    output = capsys.readouterr()
+    assert "resized" not in output.err
+    printed = output.out.partition("chosen for")[2].partition("\n\n")[0].splitlines()[1:]
     typed = [word for row in printed for word in row.split("  ")[1].split()]
     assert {word.partition("=")[0].partition(".")[0] for word in typed} >= {"dataset", "model", "optimizer", "trainer"}
     again = check_config(compose([*words, *typed])[0])
