@@ -1,18 +1,25 @@
 # make demo   set everything up, train on the built-in shapes, evaluate, write pictures
 # make test   set everything up and pass the tests
 # make slow   the tests that take minutes;   make lint   ruff and mypy
+# make extras the tests of what needs heavy libraries, in an environment of its own
 # make bench  speed and memory on this machine;   make bench-gpu   all that is to be measured where there is a GPU
 # make chaos  kill runs anywhere, fill their disks, stop them: hours; ARGS='kills=50 --seed 1'
 PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= auto # processes that run tests side by side
 RUN = $(VENV)/bin/python
+RUN_EXTRAS = $(VENV)-extras/bin/python
 
-.PHONY: demo test slow lint bench bench-gpu chaos clean
+.PHONY: demo test slow extras lint bench bench-gpu chaos clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+$(VENV)-extras/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-extras
+	$(RUN_EXTRAS) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,hub,optuna]"
 	touch $@
 
 demo: $(VENV)/.installed
@@ -27,6 +34,9 @@ test: $(VENV)/.installed
 
 slow: $(VENV)/.installed
 	$(RUN) -m pytest -q -n $(JOBS) -m slow
+
+extras: $(VENV)-extras/.installed
+	$(RUN_EXTRAS) -m pytest -q -n $(JOBS) -m extras
 
 chaos: $(VENV)/.installed
 	$(RUN) tests/chaos.py $(ARGS)
@@ -44,4 +54,4 @@ bench-gpu: $(VENV)/.installed
 	$(RUN) scripts/benchmark.py speed memory growth kernels input --batch 8 --repeats 20 --out benchmark-gpu
 
 clean:
-	rm -rf $(VENV) demo build *.egg-info
+	rm -rf $(VENV) $(VENV)-extras demo build *.egg-info
