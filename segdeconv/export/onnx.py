@@ -73,24 +73,25 @@ def convert(program: ExportedProgram, *, axes: str, output: str, half: bool, pat
     size = sum(weight.nbytes for weight in program.state_dict.values())
     if size // (2 if half else 1) > MAX_BYTES:
         raise UsageError(f"{path} would be larger than 2 GB, the limit of ONNX files - write .pt2, or add --half")
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
     with _quiet():
-        graph: Any = torch.onnx.export(
+        exported: Any = torch.onnx.export(
             program,
             input_names=["image"],
             output_names=[output],
             opset_version=OPSET,
             dynamo=True,
             verbose=False,
-        ).model_proto  # type: ignore[union-attr]  # with dynamo=True it is a program
+        )
+    ClearMetadataAndDocStringPass()(exported.model)  # they name source files of this machine
+    graph = exported.model_proto
     (graph_input,), (graph_output,) = graph.graph.input, graph.graph.output
     for value, names in ((graph_input, axes), (graph_output, "NHW" if output == "labels" else "NCHW")):
         for dimension, name in zip(value.type.tensor_type.shape.dim, names, strict=True):
             if name != "C":
                 dimension.dim_param = name
     del graph.graph.value_info[:]  # intermediate shapes, named by the exporter
-    for node in graph.graph.node:  # they name source files of this machine
-        del node.metadata_props[:]
-        node.ClearField("doc_string")
     if unsupported := sorted(foreign_operators(graph)):
         raise UsageError(
             f"{path} was not written: its graph contains {', '.join(unsupported)}, which other programs do not support "
