@@ -6,13 +6,16 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, get_args
 
-import albumentations
 import cv2
 import numpy as np
 
 from segdeconv.data.preprocessing import OPENCV_CHANNELS, Size
 from segdeconv.errors import UsageError
+from segdeconv.system.installed import albumentations_version
 from segdeconv.system.seeding import key
+
+albumentations_version()  # of two that are mixed, the import below would fail with anything
+import albumentations  # noqa: E402
 
 NEAREST = (cv2.INTER_NEAREST, cv2.INTER_NEAREST_EXACT)
 

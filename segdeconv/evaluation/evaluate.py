@@ -32,9 +32,10 @@ from segdeconv.inference.scorers import ClassScores, entropy, labels_and_confide
 from segdeconv.inference.segmenter import Segmenter
 from segdeconv.inference.small_regions import merge_small_regions
 from segdeconv.system.devices import machine
+from segdeconv.system.installed import albumentations_version
 from segdeconv.system.interruption import raise_again
 
-LIBRARIES = ("numpy", "opencv-python-headless", "pillow", "albumentations")  # versions that affect pixels
+LIBRARIES = ("numpy", "opencv-python-headless", "pillow")  # versions that affect pixels
 
 
 def restore_dataset(checkpoint: Checkpoint, split_name: str) -> SegmentationDataset:
@@ -302,5 +303,6 @@ def _versions(device: torch.device) -> dict[str, str]:
         "segdeconv": __version__,
         "python": platform.python_version(),
         **{name: metadata.version(name) for name in LIBRARIES},
+        **dict([albumentations_version()]),
         **machine(device),
     }
