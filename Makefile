@@ -2,6 +2,7 @@
 # make test   set everything up and pass the tests
 # make slow   the tests that take minutes;   make lint   ruff and mypy
 # make extras the tests of what needs heavy libraries, in an environment of its own
+# make docs   the documentation as a site in site/
 # make bench  speed and memory on this machine;   make bench-gpu   all that is to be measured where there is a GPU
 # make chaos  kill runs anywhere, fill their disks, stop them: hours; ARGS='kills=50 --seed 1'
 PYTHON ?= python3
@@ -10,7 +11,7 @@ JOBS ?= auto # processes that run tests side by side
 RUN = $(VENV)/bin/python
 RUN_EXTRAS = $(VENV)-extras/bin/python
 
-.PHONY: demo test slow extras lint bench bench-gpu chaos clean
+.PHONY: demo test slow extras docs lint bench bench-gpu chaos clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -19,7 +20,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)-extras/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)-extras
-	$(RUN_EXTRAS) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,hub,optuna]"
+	$(RUN_EXTRAS) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,docs,hub,optuna]"
 	touch $@
 
 demo: $(VENV)/.installed
@@ -38,6 +39,9 @@ slow: $(VENV)/.installed
 extras: $(VENV)-extras/.installed
 	$(RUN_EXTRAS) -m pytest -q -n $(JOBS) -m extras
 
+docs: $(VENV)-extras/.installed
+	NO_MKDOCS_2_WARNING=1 $(RUN_EXTRAS) -m mkdocs build --quiet --strict
+
 chaos: $(VENV)/.installed
 	$(RUN) tests/chaos.py $(ARGS)
 
@@ -54,4 +58,4 @@ bench-gpu: $(VENV)/.installed
 	$(RUN) scripts/benchmark.py speed memory growth kernels input --batch 8 --repeats 20 --out benchmark-gpu
 
 clean:
-	rm -rf $(VENV) $(VENV)-extras demo build *.egg-info
+	rm -rf $(VENV) $(VENV)-extras demo build site *.egg-info
