@@ -360,10 +360,9 @@ def class_table(inspection: Inspection, classes: Classes, weights: list[float] |
         for statistic, values in (("mean", inspection.mean), ("std", inspection.std)):
             numbers = ", ".join(f"{value:g}" for value in values[:MAX_SHOWN])
             lines[1] += f", {statistic} {numbers}" + (", ..." if len(values) > MAX_SHOWN else "")
-    several = len(classes.ignored_labels) > 1
-    labels: list[object] = [*classes.labels, "other" if several else classes.ignored_labels[0]]
-    if classes.by_colour:
-        labels = ["-"] * len(labels)
+    ignored = classes.ignored_labels
+    void = "other" if len(ignored) > 1 else "-" if ignored[0] in classes.labels else ignored[0]
+    labels: list[object] = ["-"] * (len(classes) + 1) if classes.by_colour else [*classes.labels, void]
     colours = [*classes.colours, classes.ignore_colour]
     for index, name in enumerate((*classes.names, "(ignored)")):
         rgb = colours[index]

@@ -55,7 +55,7 @@ def header(
         + (f", {frozen:,} of them frozen" if frozen else ""),
         "optimizer": f"{config['optimizer'][TARGET].rpartition('.')[2]}, learning rate {config['optimizer']['lr']:g}, "
         f"{config['schedule'][TARGET].rpartition('.')[2].lower()}",
-        "training": f"{trainer.max_epochs} epochs, {task.total_steps} steps of {_batch(data, trainer)} on "
+        "training": f"{trainer.max_epochs} epoch{'s' * (trainer.max_epochs != 1)}, {task.total_steps} steps of {_batch(data, trainer)} on "
         f"{trainer.strategy.root_device}, precision {trainer.precision}, channels last"
         + (", compiled" if task.compiles(trainer.strategy.root_device) else ", not compiled")
         + (", activation checkpointing" if task.activation_checkpointing else "")

@@ -295,6 +295,8 @@ def test_the_table_shows_classes_labels_colours_counts_and_weights() -> None:
         "  pavement     40  #010203           0             0   0.00%  0.2500   <- no pixel in this split",
         "  (ignored)   255  -                 1            25  25.00%       -",
     ]
+    masks = Classes(("background", "foreground"), ((0, 0, 0), (255, 255, 255)), labels=(0, 255))
+    assert class_table(result, masks, None).splitlines()[-1].split()[:2] == ["(ignored)", "-"]  # 255 is a class
 
 
 def test_the_table_shows_channels_that_are_not_8_bit_rgb() -> None:
