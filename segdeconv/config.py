@@ -1,8 +1,9 @@
 """Configs: plain data that names classes and their arguments, with the constructors' signatures as schemas.
 
 A config node is a mapping with `_target_`, the dotted name of a class or function, and arguments for it. `check` checks
-them against the signature (names, types, ranges) and fills in the defaults; `build` calls it. This module imports none
-of segdeconv's classes by name; checkpoint.py decides which classes a checkpoint may name.
+them against the signature (names, types, ranges) and fills in the defaults; `build` calls it. In Python `_target_` may
+also be a function that returns an object, see `stand_in`. This module imports none of segdeconv's classes by name;
+checkpoint.py decides which classes a checkpoint may name.
 """
 
 import copy
@@ -11,18 +12,26 @@ import importlib.util
 import inspect
 import os
 import re
+import sys
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from pydantic import ConfigDict, PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
 from segdeconv.errors import UsageError, did_you_mean, warn
-from segdeconv.system.plain_data import PlainDataError, parse_yaml, read_yaml, require_mapping
+from segdeconv.system.plain_data import PlainDataError, check_plain, parse_yaml, read_yaml, require_mapping
 
 TARGET = "_target_"
+OBJECT = "object"  # the key of a node that names an object, see `stand_in`
+ABSENT = "segdeconv.config.absent"
 Node = dict[str, Any]
+
+_PACKAGE = Path(__file__).resolve().parent
+# The shipped config files, which an installed package contains; in a clone they are next to the package.
+CONFIGS = (_PACKAGE if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent) / "configs"
 
 # Classes that have moved: former name -> current name. A config may use either.
 RENAMED = {"segdeconv.loggers.TensorBoard": "segdeconv.training.loggers.TensorBoard"}
@@ -119,6 +128,8 @@ def locate(node: Mapping[str, Any], where: str) -> Callable[..., Any]:
         UsageError: The name is missing, cannot be imported, or is not callable.
     """
     name = current_name(node.get(TARGET))
+    if callable(name):
+        return typing.cast(Callable[..., Any], name)
     if not isinstance(name, str) or "." not in name:
         group = where.partition(".")[0]
         raise UsageError(f"{where}.{TARGET} is {name!r} - use the dotted name of a class, as in configs/{group}")
@@ -133,6 +144,91 @@ def locate(node: Mapping[str, Any], where: str) -> Callable[..., Any]:
     if not callable(target):
         raise UsageError(f"{where}.{TARGET}={name} is not a class or function - correct the name")
     return typing.cast(Callable[..., Any], target)
+
+
+def choice(group: str, name: str) -> Node:
+    """Return the node of a shipped config file.
+
+    Args:
+        group: The name of the folder below configs/, such as `model`.
+        name: The name of the file, without its ending.
+
+    Raises:
+        UsageError: The group has no such file.
+    """
+    names = list_groups(CONFIGS)[group]
+    if name not in names:
+        raise UsageError(f"unknown {group} '{name}' - {did_you_mean(name, names)}")
+    node = require_mapping(read_yaml(CONFIGS / group / f"{name}.yaml") or {})
+    return {key: value for key, value in node.items() if value != "???"}  # Hydra's mark of a value that has to be given
+
+
+# Objects in a config. A config is plain data, which a run folder and a checkpoint keep. An object of a Python program
+# stands in it as a function, which returns the object when the node is built; what is written has `absent` instead.
+
+
+def stand_in(function: Callable[..., Any], target: str | None = None) -> Callable[..., Any]:
+    """Mark a function that stands in a config as a `_target_`, in place of the name of a class.
+
+    Args:
+        function: Called in place of the class; its signature is the schema of the node.
+        target: The dotted name that is written in its place; `absent` if the config cannot describe the object.
+    """
+    function.written_as = target or ABSENT  # type: ignore[attr-defined]
+    return function
+
+
+def absent(*, object: str, **arguments: Any) -> Any:
+    """Stand in a written config for an object that it cannot describe.
+
+    Raises:
+        UsageError: Always.
+    """
+    raise UsageError(
+        f"{object} was an object of a Python program, which no config describes - give it there again: "
+        "segdeconv.load(CHECKPOINT, model=...) for a network, train(..., resume='auto') to resume"
+    )
+
+
+def objects_in(config: Mapping[str, Any]) -> dict[str, Callable[..., Any]]:
+    """Return the functions that stand in a config for objects, by group."""
+    nodes = {group: node for group, node in config.items() if isinstance(node, Mapping)}
+    return {group: node[TARGET] for group, node in nodes.items() if callable(node.get(TARGET))}
+
+
+def with_objects(config: Mapping[str, Any], objects: Mapping[str, Callable[..., Any]]) -> Node:
+    """Return a written config in which functions stand for objects again, by group."""
+    return {**config, **{group: {**config[group], TARGET: function} for group, function in objects.items()}}
+
+
+def written(config: Mapping[str, Any]) -> Node:
+    """Return a config as it is written: plain data, without objects."""
+    names = {group: getattr(function, "written_as", "") for group, function in objects_in(config).items()}
+    return {**config, **{group: {**config[group], TARGET: name} for group, name in names.items()}}
+
+
+def type_name(value: Any) -> str:
+    """Return the dotted name of the class of an object."""
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def public_name(target: Any) -> str | None:
+    """Return the dotted name under which a class or function can be imported, the shortest one.
+
+    >>> import torch
+    >>> public_name(torch.optim.SGD)
+    'torch.optim.SGD'
+
+    Returns:
+        The name; None if there is none, as for a class that is defined in a function.
+    """
+    module, name = getattr(target, "__module__", None), getattr(target, "__qualname__", "")
+    parts = str(module).split(".")
+    for length in range(1, len(parts) + 1):
+        owner = sys.modules.get(".".join(parts[:length]))
+        if owner is not None and vars(owner).get(name) is target:
+            return f"{owner.__name__}.{name}"
+    return None
 
 
 def check(
@@ -176,7 +272,8 @@ def check(
         if name in node:
             checked[name] = _typed(node[name], hints.get(name, Any), f"{prefix}{name}")
         elif parameter.default is not parameter.empty:
-            checked[name] = _jsonable(parameter.default)
+            with suppress(PlainDataError):  # such as a function, which the constructor fills in by itself
+                checked[name] = check_plain(_jsonable(parameter.default), finite=False)
         else:
             raise UsageError(f"{prefix}{name} has no value - give {prefix}{name}=VALUE")
     return checked
@@ -539,15 +636,15 @@ def keys_set(arguments: Sequence[str], folder: Path) -> set[str]:
                     names.append(entry)  # another experiment, or _self_
                 else:
                     keys |= {group.removeprefix("override ").lstrip("/") for group in entry}
-            keys |= set(_leaves(content))
+            keys |= set(leaves(content))
     return keys
 
 
-def _leaves(node: Mapping[str, Any], where: str = "") -> Iterator[str]:
+def leaves(node: Mapping[str, Any], where: str = "") -> Iterator[str]:
     """Yield the dotted keys of all values of nested mappings."""
     for name, value in node.items():
         if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{where}{name}.")
+            yield from leaves(value, f"{where}{name}.")
         else:
             yield f"{where}{name}"
 

@@ -70,6 +70,7 @@ class TimeUp(SegdeconvError):
 
 
 _warned: set[str] = set()
+_in_command = False  # whether a command runs, rather than a program of the user's
 
 
 def warn(message: str) -> None:
@@ -103,6 +104,26 @@ def did_you_mean(name: str, options: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
     hint = f"did you mean '{close[0]}'? " if close else ""
     return f"{hint}Available: {', '.join(choices)}"
+
+
+def for_caller(python: str, typed: str) -> str:
+    """Return the part of a message that names an argument: of a function in Python, or of a command line.
+
+    >>> for_caller("trust=['mine.Net']", "--trust mine.Net")
+    "trust=['mine.Net']"
+    """
+    return typed if _in_command else python
+
+
+def run_folder_argument() -> str:
+    """Return what names the run folder: an argument of `segdeconv.train.train`, or a key of the command line."""
+    return for_caller("run folder", "hydra.run.dir")
+
+
+def enter_command() -> None:
+    """Let messages name the arguments of a command line from now on."""
+    global _in_command
+    _in_command = True
 
 
 def command(name: str, arguments: Sequence[str] = ()) -> str:

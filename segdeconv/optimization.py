@@ -1,5 +1,6 @@
 """Optimizers, parameter groups and learning rate schedules."""
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
+from segdeconv.config import OBJECT, TARGET, stand_in, type_name
 from segdeconv.errors import UsageError, did_you_mean
 from segdeconv.system.devices import fast_precision
 
@@ -248,6 +250,39 @@ def parameter_groups(
         for (factor, decays), parameters in groups.items()
         if parameters
     ]
+
+
+def optimizer_node(optimizer: Optimizer, network: nn.Module | None) -> dict[str, Any]:
+    """Return the `optimizer` node of an optimizer object, of which a copy updates the copy of the network.
+
+    Args:
+        optimizer: The optimizer.
+        network: The network whose parameters it updates.
+
+    Raises:
+        UsageError: It updates other parameters.
+    """
+    name = type(optimizer).__name__
+    own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    parameters = list(network.parameters()) if network is not None else []
+    if not {id(parameter) for parameter in own} <= {id(parameter) for parameter in parameters}:
+        raise UsageError(
+            f"optimizer ({name}) updates parameters of another network - give the network that it was made for as "
+            "model, or the name of an optimizer, such as adamw"
+        )
+
+    def optimizer_given(*, model: nn.Module, lr: float, object: str = "") -> Optimizer:
+        copies = {id(old): new for old, new in zip(parameters, model.parameters(), strict=True)}
+        copied = copy.deepcopy(optimizer, dict(copies))
+        for group in copied.param_groups:
+            group.setdefault("base_lr", group["lr"])
+        return copied
+
+    return {
+        TARGET: stand_in(optimizer_given),
+        OBJECT: type_name(optimizer),
+        "lr": float(optimizer.param_groups[0]["lr"]),
+    }
 
 
 @torch.no_grad()

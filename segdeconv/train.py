@@ -1,16 +1,12 @@
 """One run, from a config to the scores of its best checkpoint. Read it top to bottom.
 
-From Python, without Hydra, the config is a dictionary, in which missing keys have their defaults:
+From Python, without Hydra, with names of the files in configs/, or with classes and objects:
 
     from segdeconv.train import train
 
-    train(
-        {
-            "dataset": {"_target_": "segdeconv.data.Folder", "root": "mine", "size": [256, 320]},
-            "model": {"_target_": "segdeconv.models.SegNet", "width": 0.5},
-        },
-        "runs/mine",
-    )
+    result = train(dataset="folder", dataset__root="mine", model="unet")
+    result = train(dataset=(train_set, val_set), model=network, trainer__max_epochs=5)
+    result.segmenter.predict("photo.jpg").save("mask.png")
 """
 
 import time
@@ -20,43 +16,76 @@ from typing import Any
 
 import torch
 
+from segdeconv import config as configs
 from segdeconv.checkpoints import checkpoint
 from segdeconv.config import build, split_arguments
 from segdeconv.data.loading import explain_loader_errors
 from segdeconv.drawing import html
-from segdeconv.errors import TimeUp, UsageError, command
+from segdeconv.errors import TimeUp, UsageError, command, for_caller
 from segdeconv.evaluation import report, report_page
 from segdeconv.evaluation.evaluate import Evaluation, restore_dataset
 from segdeconv.evaluation.learning_curve import curve_beside
 from segdeconv.evaluation.report_page import Evaluated
 from segdeconv.inference.segmenter import Segmenter
 from segdeconv.training import config_check, resume, run_folder
+from segdeconv.training.arguments import read_arguments
 from segdeconv.training.memory import explain_out_of_memory
 from segdeconv.training.prepare import prepare
+from segdeconv.training.result import TrainingResult
 from segdeconv.training.settings import TrainerSettings
 
 
-def train(config: Mapping[str, Any], run: str | Path, *, runs: Path | None = None, typed: str | None = None) -> None:
+def train(
+    config: Mapping[str, Any] | None = None,
+    run: str | Path | None = None,
+    *,
+    runs: Path | None = None,
+    typed: str | None = None,
+    **keywords: Any,
+) -> TrainingResult:
     """Inspect the data, train, and evaluate the best checkpoint; all files are written to the folder `run`.
 
+    A keyword is a group or a key of the config, with `__` for the dot: `trainer__max_epochs=5`. What is not given has
+    the default of configs/train.yaml. A group is one of
+
+    - the name of a file in configs/GROUP, as on the command line: `dataset="camvid"`, `model="unet"`;
+    - a class or `functools.partial` of one: `model=MyNetwork`, with `model__width=8` for its arguments;
+    - a mapping with `_target_` and arguments;
+    - an object: `dataset=(train_set, val_set)`, data sets of pairs (image, mask), or one of which a fifth becomes val;
+      `model=network`, any torch.nn.Module; `loss=function`, of logits (N, C, H, W) and masks (N, H, W);
+      `optimizer=optimizer`, of the parameters of `model`. Network, loss and optimizer are copied, so that the same call
+      trains the same network again.
+
     Args:
-        config: Nodes `dataset`, `model` and so on as in configs/, each with `_target_` and arguments.
-        run: The run folder.
+        config: Groups and keys as a dictionary.
+        run: The run folder; by default runs/DATASET-MODEL/TIME.
         runs: The folder in which resume=auto searches for the run to resume; None to resume `run` itself.
         typed: The command line, for the report.
+        **keywords: Further groups and keys.
+
+    Returns:
+        The run folder, the scores, and the best network.
 
     Raises:
         SegdeconvError: The config, data, disk or checkpoint is invalid, training diverged or was interrupted.
     """
     started = time.time()
-    config = config_check.check_config(config)
+    arguments = read_arguments(config or {}, keywords)
+    if run is None:
+        runs = Path("runs") / arguments.name
+        run = run_folder.new_folder(runs)
+    checked = config_check.check_config(arguments.config)
+    objects, config = configs.objects_in(checked), configs.written(checked)
     run = resume.find_run(config, Path(run), runs)
+    result = TrainingResult(run, objects)
     config, resumed, finished, new_length = resume.open_run(run, config)
     resumed_path = None if resumed is None else resumed.path
     if finished:
         longer = ", after no fewer epochs and steps than these, and left as it is" if new_length else ""
         print(f"{run} is finished{longer}; its scores are in {run / 'report.json'}")
-        return
+        return result
+    if arguments.note:
+        print(arguments.note, end="\n\n")
 
     with run_folder.discard_if_unused(run):
         # Imported late, so that config errors are reported at once: Lightning takes 2 s to import.
@@ -72,7 +101,7 @@ def train(config: Mapping[str, Any], run: str | Path, *, runs: Path | None = Non
         from segdeconv.training.trainer import count_steps, fit, make_trainer
 
         logger = loggers.build_logger(config["logger"], run)
-        prepared = prepare(config, fresh=resumed is not None)
+        prepared = prepare(config, objects, fresh=resumed is not None)
         if resumed is None and config["auto"]:
             config = prepared.config
             resume.write_config(run, config)
@@ -137,10 +166,9 @@ def train(config: Mapping[str, Any], run: str | Path, *, runs: Path | None = Non
         finally:
             stopping.stop_listening()
     if not trainer.is_global_zero:
-        return
+        return result
     run_folder.require_run_folder(run)
-    path = checkpoints.best_path if checkpoints.best_path.is_file() else checkpoints.last_path
-    best = checkpoint.read(path, trust=resume.AnyName())
+    best = result.checkpoint
     dataset = restore_dataset(best, "val")
     evaluation = Evaluation.of(Segmenter(best, device=torch.device(trainer.strategy.root_device)), dataset)
     content = evaluation.report(command=typed, complete=complete)
@@ -153,5 +181,15 @@ def train(config: Mapping[str, Any], run: str | Path, *, runs: Path | None = Non
     print(f"report:          {run / 'report.html'} (and report.json, metrics.csv)")
     if curves:
         print(f"curves:          {curves}")
-    trust = [f"--trust={name}" for name in checkpoint.foreign(best.config)]
-    print(f"use it:          {command('predict', [str(best.path), *trust])} IMAGE ...")
+    print(f"use it:          {_use(result)}")
+    return result
+
+
+def _use(result: TrainingResult) -> str:
+    """Return how the best checkpoint predicts an image."""
+    path, foreign = str(result.best_checkpoint), checkpoint.foreign(result.checkpoint.config)
+    arguments = f"{path!r}" + (f", trust={foreign}" if foreign else "")
+    if configs.OBJECT in result.checkpoint.config["model"]:
+        arguments += ", model=NETWORK"
+    typed = f"{command('predict', [path, *(f'--trust={name}' for name in foreign)])} IMAGE ..."
+    return for_caller(f"segdeconv.load({arguments}).predict(IMAGE)", typed)

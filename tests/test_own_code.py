@@ -173,8 +173,8 @@ def test_training_from_python_needs_no_hydra(own):
     (own / "script.py").write_text(snippet + '\nimport sys\n\nassert "hydra" not in sys.modules\n')
     output = run("script.py", cwd=own).stdout
     assert "mine.TinyNet" in (own / "runs" / "mine" / "config.yaml").read_text()
-    trust = "--trust=mine.Stripes --trust=mine.TinyNet"
-    assert f"use it:          python scripts/predict.py runs/mine/best.ckpt {trust} IMAGE ..." in output
+    trust = "trust=['mine.Stripes', 'mine.TinyNet']"
+    assert f"use it:          segdeconv.load('runs/mine/best.ckpt', {trust}).predict(IMAGE)" in output
 
 
 @pytest.mark.slow

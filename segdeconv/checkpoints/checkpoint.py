@@ -10,20 +10,22 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from segdeconv.checkpoints import cards, locate
 from segdeconv.checkpoints.pickle_check import PickleError, check_archive
 from segdeconv.checkpoints.schema import check_config, check_metadata
 from segdeconv.classes import Classes
-from segdeconv.config import TARGET, override, rename_keys, targets
-from segdeconv.errors import CheckpointError, UsageError, warn
+from segdeconv.config import ABSENT, OBJECT, TARGET, override, rename_keys, targets, with_objects
+from segdeconv.errors import CheckpointError, UsageError, for_caller, warn
 from segdeconv.models import SegmentationModel, build_model, check_model
+from segdeconv.models.adapter import network_stand_in
 from segdeconv.models.base import WithoutMemory
 from segdeconv.system.files import hash_file, replace_text, replacing_path
 from segdeconv.system.plain_data import Limits, PlainDataError, check_plain
@@ -37,6 +39,7 @@ AVERAGED = "averaged."  # prefix of the names of averaged weights
 # The targets that a config in a checkpoint may name. Exact names: a prefix such as `torch.` would admit torch.load.
 ADMITTED = frozenset(
     {
+        "segdeconv.config.absent",  # in place of objects of a program, which are not in the checkpoint
         "segdeconv.data.ADE20K",
         "segdeconv.data.CamVid",
         "segdeconv.data.Cityscapes",
@@ -108,6 +111,7 @@ class Checkpoint:
         content: The whole content of the file, as plain data.
         folder: The folder in which training was started, to which a relative `dataset.root` of the config refers; None
             if that is unknown, or `dataset.root` was overridden.
+        objects: The functions that stand in the config for objects of a program, by group; see `config.stand_in`.
     """
 
     path: Path
@@ -115,6 +119,7 @@ class Checkpoint:
     facts: dict[str, Any]
     content: dict[str, Any]
     folder: Path | None = None
+    objects: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
 
     @property
     def classes(self) -> Classes:
@@ -136,7 +141,7 @@ class Checkpoint:
         Raises:
             UsageError: The root exists in none of them.
         """
-        node: dict[str, Any] = self.config["dataset"]
+        node: dict[str, Any] = with_objects(self.config, self.objects)["dataset"]
         root = node.get("root")
         if self.folder is None or not isinstance(root, str) or "://" in root:
             return node
@@ -172,9 +177,15 @@ class Checkpoint:
             CheckpointError: The weights do not fit the network of the config, or it describes no network.
             UsageError: An override changed the network to one that does not exist.
         """
+        node = with_objects(self.config, self.objects)["model"]
+        if node[TARGET] == ABSENT:
+            raise CheckpointError(
+                f"{self.path} was trained from a network object ({node.get(OBJECT)}), which it does not describe - "
+                "load it in Python with segdeconv.load(CHECKPOINT, model=NETWORK), given such a network"
+            )
         trained_node = self.content.get("hyper_parameters", {}).get("config", {}).get("model")
         try:
-            node = check_model(self.config["model"])
+            node = check_model(node)
             self._require_fitting_weights(node)
             model = self._build(node)
             model.load_state_dict(self.weights)
@@ -341,7 +352,13 @@ def foreign(config: Any) -> list[str]:
     return sorted(set(targets(config)) - ADMITTED)
 
 
-def read(path: str | Path, *, trust: Collection[str] = (), overrides: Iterable[str] = ()) -> Checkpoint:
+def read(
+    path: str | Path,
+    *,
+    trust: Collection[str] = (),
+    overrides: Iterable[str] = (),
+    model: nn.Module | None = None,
+) -> Checkpoint:
     """Read a checkpoint, after checking that it is undamaged and names no foreign classes.
 
     Args:
@@ -349,6 +366,7 @@ def read(path: str | Path, *, trust: Collection[str] = (), overrides: Iterable[s
             network; see `locate.resolve_path`.
         trust: Names of further classes that its config may use beside ADMITTED (`--trust package.module.Class`).
         overrides: `key=value` arguments of a command line, applied to the config after it was checked.
+        model: A network to load the weights into, in place of the one that the config names; it is copied.
 
     Raises:
         UsageError: The path is a URL or does not exist, or an override is invalid.
@@ -370,11 +388,13 @@ def read(path: str | Path, *, trust: Collection[str] = (), overrides: Iterable[s
     try:
         config, facts = check_plain([hyper_parameters["config"], hyper_parameters["facts"]], CONFIG_LIMITS)
         config = rename_keys(config, path)
-        unknown = [name for name in foreign([config, facts]) if name not in trust]
+        built = [node for group, node in config.items() if model is None or group != "model"]
+        unknown = [name for name in foreign([built, facts]) if name not in trust]
         if unknown:
             raise CheckpointError(
                 f"{path} names {', '.join(unknown)}, which {'is' if len(unknown) == 1 else 'are'} not part of "
-                f"segdeconv - if you trust the author, add {' '.join(f'--trust {name}' for name in unknown)}"
+                f"segdeconv - if you trust the author, add "
+                + for_caller(f"trust={unknown}", " ".join(f"--trust {name}" for name in unknown))
             )
         check_config(config)
         check_metadata(facts)
@@ -393,7 +413,8 @@ def read(path: str | Path, *, trust: Collection[str] = (), overrides: Iterable[s
     folder = None
     if isinstance(recorded, str) and not typed:
         folder = Path(os.path.normpath(os.path.join(os.path.realpath(path.parent), recorded)))
-    return Checkpoint(path, _override(config, overrides), facts, content, folder)
+    objects = {} if model is None else {"model": network_stand_in(model)}
+    return Checkpoint(path, _override(config, overrides), facts, content, folder, objects)
 
 
 def _override(config: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from PIL import Image
 
-from segdeconv.errors import Interrupted, SegdeconvError, Terminated, UsageError, command
+from segdeconv.errors import Interrupted, SegdeconvError, Terminated, UsageError, command, enter_command
 from segdeconv.system import KEEP_FREED, interruption, output
 
 # Errors of a disk that is full, read-only, broken or owned by another user; any other OSError is a bug in segdeconv.
@@ -28,6 +28,7 @@ HOME = PACKAGE if (PACKAGE / "scripts").is_dir() else PACKAGE.parent
 
 
 if os.environ.get(KEEP_FREED):  # a process spawned by a command, which imports the command's script again
+    enter_command()
     Image.MAX_IMAGE_PIXELS = None
     output.protect()
 
@@ -83,6 +84,7 @@ def run_command(main: Callable[[], int | None], help_text: str = "", *, needs_re
         needs_reader: Exit with 141 instead of 0 if the reader of stdout has ended. Such a command stops early by
             itself, see `output.reader_ended`; all others complete their work.
     """
+    enter_command()
     output.protect()
     Image.MAX_IMAGE_PIXELS = None  # dataset.max_pixels is checked from the header
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # silent: segdeconv reports errors of videos itself

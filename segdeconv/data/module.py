@@ -1,6 +1,6 @@
 """Training and validation samples from the `dataset` and `augment` nodes of a config."""
 
-import typing
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -150,7 +150,17 @@ def check_dataset(node: dict[str, Any]) -> dict[str, Any]:
     Raises:
         UsageError: A key is unknown, or a value is invalid.
     """
-    return check(node, "dataset", [locate(node, "dataset"), *SCHEMAS], supplied=SUPPLIED)
+    schema = locate(node, "dataset")
+    _require_dataset(node, not inspect.isclass(schema) or issubclass(schema, SegmentationDataset))
+    return check(node, "dataset", [schema, *SCHEMAS], supplied=SUPPLIED)
+
+
+def _require_dataset(node: Mapping[str, Any], fits: bool) -> None:
+    if not fits:
+        raise UsageError(
+            f"dataset ({node[TARGET]}) is not a segdeconv.data.SegmentationDataset - derive it from that, or in Python "
+            "give two objects of it: train(dataset=(train_set, val_set))"
+        )
 
 
 def build_split(node: Mapping[str, Any], split_name: str) -> SegmentationDataset:
@@ -160,7 +170,8 @@ def build_split(node: Mapping[str, Any], split_name: str) -> SegmentationDataset
         UsageError: The data set cannot be read, or its files do not match `dataset.checksums`.
     """
     checksums, view, crops, _, source = split_arguments(node, SCHEMAS)
-    dataset = typing.cast(SegmentationDataset, build(source, "dataset", split=split_name))
+    dataset = build(source, "dataset", split=split_name)
+    _require_dataset(node, isinstance(dataset, SegmentationDataset))
     verify(dataset, **checksums)
     if view.get("label_map"):
         dataset = Relabelled(dataset, **view)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 
 from segdeconv.checkpoints import checkpoint
 from segdeconv.checkpoints.checkpoint import Checkpoint
@@ -210,7 +211,14 @@ class Segmenter:
         self.predict(image, name=name, sink=sink)
 
 
-def load(path: str | Path, *, trust: Collection[str] = (), overrides: Iterable[str] = (), **settings: Any) -> Segmenter:
+def load(
+    path: str | Path,
+    *,
+    trust: Collection[str] = (),
+    overrides: Iterable[str] = (),
+    model: nn.Module | None = None,
+    **settings: Any,
+) -> Segmenter:
     """Load a trained network for prediction; available as `segdeconv.load`.
 
     Args:
@@ -218,11 +226,12 @@ def load(path: str | Path, *, trust: Collection[str] = (), overrides: Iterable[s
             name of a shipped network.
         trust: See `checkpoint.read`.
         overrides: See `checkpoint.read`; `["dataset.size=null"]` keeps every image at its own size.
+        model: A network to load the weights into, for a checkpoint of a network that was given to `train` as an object.
         **settings: See `PredictionSettings`, for example `precision="32-true"`, `flip=True` or `tile=(512, 512)`.
 
     Raises:
         CheckpointError: The checkpoint cannot be read.
         UsageError: A setting is invalid.
     """
-    loaded = checkpoint.read(path, trust=trust, overrides=overrides)
+    loaded = checkpoint.read(path, trust=trust, overrides=overrides, model=model)
     return Segmenter(loaded, PredictionSettings(**settings), at_once=True)

@@ -1,17 +1,20 @@
 """Base class of segmentation networks, and the `model` node of a config."""
 
+import functools
 import inspect
 import typing
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from segdeconv.config import TARGET, build, check, locate
+from segdeconv.config import TARGET, build, check, locate, public_name
 from segdeconv.errors import UsageError
+from segdeconv.system.plain_data import PlainDataError, check_plain
 
 
 class SegmentationModel(nn.Module, ABC):
@@ -27,13 +30,32 @@ class SegmentationModel(nn.Module, ABC):
         minimum_size: Smallest side in pixels that the network accepts; inference pads smaller images to it.
     """
 
+    _arguments: dict[str, Any] | None = None  # of the constructor, if they are plain data
     heads: tuple[str, ...] = ("classifier",)
     square_heads: tuple[str, ...] = ()
     minimum_size: int = 32
 
+    def __init_subclass__(cls, **named: Any) -> None:
+        super().__init_subclass__(**named)
+        if "__init__" in vars(cls):
+            cls.__init__ = _recorded(cls.__init__)  # type: ignore[method-assign]
+
     def __init__(self, num_classes: int, *, in_channels: int = 3) -> None:
         super().__init__()
         self.num_classes, self.in_channels = num_classes, in_channels
+
+    @property
+    def node(self) -> dict[str, Any] | None:
+        """The `model` node of a config that describes the network: its class and the arguments of its constructor.
+
+        The numbers of classes and channels, which are those of the data, are left out. None if an argument is not plain
+        data, or the class cannot be imported.
+        """
+        target = public_name(type(self))
+        if target is None or self._arguments is None:
+            return None
+        own = {name: value for name, value in self._arguments.items() if name not in ("num_classes", "in_channels")}
+        return check_model({TARGET: target, **own})
 
     def class_dimensions(self, name: str) -> int:
         """Return the number of leading dimensions of the named parameter that are classes, 0 outside the heads."""
@@ -57,6 +79,21 @@ class SegmentationModel(nn.Module, ABC):
         mean over them. This is a separate method so that `forward` does the same in training and inference.
         """
         return (self(image),)
+
+
+def _recorded(constructor: Callable[..., None]) -> Callable[..., None]:
+    """Return a constructor that keeps its arguments; of the constructors of base classes, those of the first count."""
+
+    @functools.wraps(constructor)
+    def construct(self: Any, *arguments: Any, **named: Any) -> None:
+        if "_arguments" not in vars(self):
+            with suppress(TypeError, PlainDataError):  # a wrong call, of which the constructor tells
+                bound = inspect.signature(constructor).bind(self, *arguments, **named).arguments
+                plain = check_plain({name: value for name, value in bound.items() if value is not self})
+                object.__setattr__(self, "_arguments", plain)
+        constructor(self, *arguments, **named)
+
+    return construct
 
 
 def check_model(node: Mapping[str, Any]) -> dict[str, Any]:

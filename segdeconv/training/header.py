@@ -7,7 +7,7 @@ from typing import Any
 
 from pytorch_lightning import Trainer
 
-from segdeconv.config import TARGET
+from segdeconv.config import OBJECT, TARGET
 from segdeconv.data.loading import worker_settings
 from segdeconv.data.module import DataPipeline
 from segdeconv.system.memory import available, readable
@@ -47,13 +47,16 @@ def header(
         averaged=task.ema is not None,
     )
     free = available(trainer.strategy.root_device)
+    network, optimizer = (
+        config[group].get(OBJECT, name).rpartition(".")[2]
+        for group, name in (("model", type(task.model).__name__), ("optimizer", config["optimizer"][TARGET]))
+    )
     rows = {
         "data": f"{data.train.kind}: {len(data.train)} train, {len(data.val)} val images, {input_size}"
         + (f", crops of {crop[0]}x{crop[1]}" if crop else ""),
         "classes": f"{len(task.classes)}: {', '.join(task.classes.names)}",
-        "network": f"{type(task.model).__name__}, {parameters:,} parameters"
-        + (f", {frozen:,} of them frozen" if frozen else ""),
-        "optimizer": f"{config['optimizer'][TARGET].rpartition('.')[2]}, learning rate {config['optimizer']['lr']:g}, "
+        "network": f"{network}, {parameters:,} parameters" + (f", {frozen:,} of them frozen" if frozen else ""),
+        "optimizer": f"{optimizer}, learning rate {config['optimizer']['lr']:g}, "
         f"{config['schedule'][TARGET].rpartition('.')[2].lower()}",
         "training": f"{trainer.max_epochs} epoch{'s' * (trainer.max_epochs != 1)}, {task.total_steps} steps of {_batch(data, trainer)} on "
         f"{trainer.strategy.root_device}, precision {trainer.precision}, channels last"

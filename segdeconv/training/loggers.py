@@ -60,8 +60,8 @@ def build_logger(node: Mapping[str, Any], run: Path) -> Logger | Literal[False]:
         raise UsageError(f"logger ({node[TARGET]}) needs the package {package} - pip install {package}") from error
     if isinstance(logger, TensorBoardLogger) and not is_utf8(str(run)):
         raise UsageError(
-            f"hydra.run.dir={run}: TensorBoard cannot write to a folder whose name is not UTF-8 - choose another "
-            "folder, or logger=none"
+            f"{run}: TensorBoard cannot write to a run folder whose name is not UTF-8 - choose another folder, or "
+            "logger=none"
         )
     if isinstance(logger, WandbLogger):
         os.environ["WANDB_DIR"] = str(run.absolute())  # spawned training processes read only this variable

@@ -1,6 +1,6 @@
 """Construction of the data pipeline, network, loss and optimizer from a checked config."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from segdeconv.checkpoints import checkpoint, transfer
 from segdeconv.classes import Classes
-from segdeconv.config import build
+from segdeconv.config import build, with_objects
 from segdeconv.data import checks
 from segdeconv.data.class_inference import BINARY
 from segdeconv.data.inspection import class_table, inspect_all
@@ -46,11 +46,14 @@ class Prepared(NamedTuple):
     metadata: dict[str, Any]
 
 
-def prepare(config: Mapping[str, Any], *, fresh: bool = False) -> Prepared:
+def prepare(
+    config: Mapping[str, Any], objects: Mapping[str, Callable[..., Any]] | None = None, *, fresh: bool = False
+) -> Prepared:
     """Inspect the data, print its classes, and build the objects of a checked config.
 
     Args:
-        config: The checked config.
+        config: The checked config, as it is written.
+        objects: The functions that stand in it for objects of the program, by group; see `config.stand_in`.
         fresh: Build without pretrained weights, because the checkpoint of a resumed run will be loaded.
 
     Raises:
@@ -59,7 +62,8 @@ def prepare(config: Mapping[str, Any], *, fresh: bool = False) -> Prepared:
     start = None
     if config["init_from"] is not None and not fresh:
         start = checkpoint.read(config["init_from"], trust=resume.AnyName())
-    train_split, val_split = (build_split(config["dataset"], split) for split in ("train", "val"))
+    source = with_objects(config, objects or {})["dataset"]
+    train_split, val_split = (build_split(source, split) for split in ("train", "val"))
     classes = train_split.classes
     inspections = inspect_all([train_split, val_split])
     statistics = inspections[0]
@@ -91,7 +95,8 @@ def prepare(config: Mapping[str, Any], *, fresh: bool = False) -> Prepared:
 
     torch.manual_seed(config["seed"])
     channels = data.preprocessing.channels
-    model = build_model(config["model"], len(classes), channels, fresh=fresh or start is not None)
+    nodes = with_objects(config, objects or {})
+    model = build_model(nodes["model"], len(classes), channels, fresh=fresh or start is not None)
     if start is not None:
         print(transfer.transfer_weights(model, classes, start), end="\n\n")
     if "classes" in dataset:  # inferred from the masks; saved, so that new masks cannot change them
@@ -102,8 +107,8 @@ def prepare(config: Mapping[str, Any], *, fresh: bool = False) -> Prepared:
         data,
         classes,
         model,
-        build_loss(config["loss"], class_weights=weights, ignore_index=classes.ignore_index),
-        build(config["optimizer"], "optimizer", model=model),
+        build_loss(nodes["loss"], class_weights=weights, ignore_index=classes.ignore_index),
+        build(nodes["optimizer"], "optimizer", model=model),
         dataset,
         {
             "classes": classes.to_dict(),

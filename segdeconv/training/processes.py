@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 STOP_SIGNALS = EXIT_CODES
 READER_ENDED = 13  # SIGPIPE, which Windows does not have
-RESUME_HINT = "resume with the same command and resume=auto"
+RESUME_HINT = "run it again with resume=auto to resume"
 
 
 def interrupted(number: int, saved: str = "") -> Interrupted:

@@ -15,7 +15,7 @@ from segdeconv import config as configs
 from segdeconv.checkpoints import checkpoint, locate
 from segdeconv.checkpoints.checkpoint import Checkpoint
 from segdeconv.classes import Classes
-from segdeconv.errors import CheckpointError, UsageError, warn
+from segdeconv.errors import CheckpointError, UsageError, run_folder_argument, warn
 from segdeconv.evaluation.report import read_report
 from segdeconv.system.devices import machine
 from segdeconv.system.files import replace_text
@@ -117,7 +117,9 @@ def read_config(run: Path) -> dict[str, Any]:
     try:
         return configs.rename_keys(require_mapping(read_yaml(path)), path)
     except PlainDataError as error:
-        raise UsageError(f"{path} is not the config of a run: it {error} - choose another hydra.run.dir") from error
+        raise UsageError(
+            f"{path} is not the config of a run: it {error} - choose another {run_folder_argument()}"
+        ) from error
 
 
 def open_run(run: Path, config: Mapping[str, Any]) -> Opened:
@@ -134,7 +136,9 @@ def open_run(run: Path, config: Mapping[str, Any]) -> Opened:
     config_file = run / "config.yaml"
     started = config_file.is_file() and any(run.glob("*.ckpt"))  # without a checkpoint there is nothing to resume
     if started and config["resume"] is None:
-        raise UsageError(f"{run} already contains a run - resume it with resume=auto or choose another hydra.run.dir")
+        raise UsageError(
+            f"{run} already contains a run - resume it with resume=auto or choose another {run_folder_argument()}"
+        )
     if not started:
         complete = finished(run)
         if not complete:
@@ -149,7 +153,11 @@ def open_run(run: Path, config: Mapping[str, Any]) -> Opened:
         force = "to train further with these, set resume_force=true and more trainer.max_epochs"
         raise UsageError(
             f"{run} was started with other values of {', '.join(others)} - use those, or "
-            + (f"choose another hydra.run.dir; {force}" if complete and not new_length else "set resume_force=true")
+            + (
+                f"choose another {run_folder_argument()}; {force}"
+                if complete and not new_length
+                else "set resume_force=true"
+            )
         )
     resumed = usable_checkpoint(run)
     complete = complete and not (new_length and is_longer(before, config))
@@ -229,7 +237,7 @@ def require_more_steps(run: Path, steps: int, total_steps: int, complete: bool) 
     if total_steps < steps or (complete and total_steps == steps):
         raise UsageError(
             f"{run} has already trained {steps} steps, and trainer.max_epochs and trainer.max_steps now end it at "
-            f"{total_steps}; nothing was changed - give more, or choose another hydra.run.dir"
+            f"{total_steps}; nothing was changed - give more, or choose another {run_folder_argument()}"
         )
 
 

@@ -1,7 +1,9 @@
 """The run folder: its lock, and the disk space for its checkpoints."""
 
+import itertools
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
@@ -9,7 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
-from segdeconv.errors import DiskError, UsageError
+from segdeconv.errors import DiskError, UsageError, run_folder_argument
 from segdeconv.system.files import lock_folder, remove_partial_files
 from segdeconv.system.memory import readable
 from segdeconv.training.processes import rank_from_outside
@@ -18,6 +20,13 @@ BEFORE_TRAINING = (".lock", "config.yaml", "events.out.tfevents.*")  # files tha
 COPIES = 4  # of the weights on disk at most; optimizer state comes on top
 
 _locks: dict[Path, object] = {}  # held by this process until it ends
+
+
+def new_folder(runs: Path) -> Path:
+    """Return the path of a new run in a folder of runs, named by the time."""
+    name = time.strftime("%Y-%m-%d_%H-%M-%S")
+    paths = (runs / (f"{name}-{number}" if number else name) for number in itertools.count())
+    return next(path for path in paths if not path.exists())
 
 
 def lock_run(run: Path) -> None:
@@ -29,10 +38,10 @@ def lock_run(run: Path) -> None:
         UsageError: The path is a file, or another process uses the folder.
     """
     if run.exists() and not run.is_dir():
-        raise UsageError(f"{run} is a file, not a run folder - choose another hydra.run.dir")
+        raise UsageError(f"{run} is a file, not a run folder - choose another {run_folder_argument()}")
     if rank_from_outside() > 0 or run.resolve() in _locks:
         return
-    lock = lock_folder(run, "hydra.run.dir")
+    lock = lock_folder(run, run_folder_argument())
     if lock is not None:
         _locks[run.resolve()] = lock
         remove_partial_files(run)
@@ -91,5 +100,5 @@ def require_space(run: Path, task: nn.Module) -> None:
     if needed > free:
         raise DiskError(
             f"the checkpoints in {run} need at least {readable(needed)} and {readable(free)} are free - free some "
-            "space or choose another hydra.run.dir"
+            f"space or choose another {run_folder_argument()}"
         )

@@ -152,7 +152,7 @@ def fit(trainer: Trainer, task: LightningModule, data: LightningDataModule, *, r
             raise interrupted(received[0]) from None
         raise UsageError(
             f"a training process was killed ({error}) - if the machine ran out of memory, lower dataset.batch_size; "
-            "resume with the same command and resume=auto"
+            f"{RESUME_HINT}"
         ) from None
 
 

@@ -263,7 +263,7 @@ def test_fewer_epochs_than_a_run_has_trained_change_nothing(tmp_path, capsys):
     capsys.readouterr()
     run(tmp_path, "trainer.max_epochs=1", resume="auto")
     assert "is finished, after no fewer epochs and steps than these, and left as it is; its" in capsys.readouterr().out
-    with pytest.raises(UsageError, match=r"choose another hydra\.run\.dir; to train further with these, set"):
+    with pytest.raises(UsageError, match=r"choose another run folder; to train further with these, set"):
         run(tmp_path, "trainer.max_epochs=2", "optimizer.lr=0.5", resume="auto")
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
     (tmp_path / "report.json").unlink()

@@ -89,7 +89,7 @@ def _read(path: Path, channels: int | None, max_pixels: int) -> tuple[np.ndarray
         return _from_tiff(tiff[0]), tiff[1]
     image, orientation = open_image(path, max_pixels)
     with explain_damage(path):  # a palette image without a palette, for one, is decoded but not converted
-        return _rgb(image, path), orientation
+        return rgb(image, path), orientation
 
 
 def _from_tiff(image: np.ndarray) -> np.ndarray:
@@ -99,7 +99,16 @@ def _from_tiff(image: np.ndarray) -> np.ndarray:
     return np.repeat(image, 3, axis=2) if image.shape[2] == 1 else np.ascontiguousarray(image)
 
 
-def _rgb(image: Image.Image, path: Path) -> np.ndarray:
+def rgb(image: Image.Image, path: Path | str) -> np.ndarray:
+    """Convert a decoded image to (H, W, 3) uint8; transparent pixels are blended with black.
+
+    Args:
+        image: The image.
+        path: Its file or name, for messages.
+
+    Raises:
+        UsageError: Its pixels are floats.
+    """
     if image.mode == "F":
         raise UsageError(f"{path} is a float image - convert it to 8 or 16 bit")
     if image.mode in ("I;16", "I;16B", "I;16L", "I"):

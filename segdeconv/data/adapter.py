@@ -1,0 +1,198 @@
+"""Data sets of Python programs, such as torch's, as splits of a `SegmentationDataset`."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from segdeconv.classes import Classes, default_colours
+from segdeconv.config import OBJECT, TARGET, stand_in, type_name
+from segdeconv.data.dataset import Sample, SegmentationDataset
+from segdeconv.data.pixels import as_image
+from segdeconv.data.splits import choose_val
+from segdeconv.errors import UsageError, warn
+
+SPLITS = ("train", "val")
+VAL_SHARE = 0.2
+IGNORED = 255
+
+ClassNames = Sequence[str] | dict[str, Any] | None
+
+
+class Adapter(SegmentationDataset):
+    """A split of a data set that gives pairs of an image and a mask, such as a torch Dataset.
+
+    Args:
+        dataset: Has a length. An item is a pair (image, mask), or a mapping with `image` and `mask`: an image as
+            `as_image` takes it, not normalised, and a mask of (H, W) integers: class indices, and 255 or a negative
+            number for ignored pixels.
+        split: The name of the split.
+        indices: The indices of the items that belong to the split; None for all.
+
+    Raises:
+        UsageError: An item has another form.
+    """
+
+    def __init__(self, dataset: Any, split: str, indices: Sequence[int] | None = None) -> None:
+        self.dataset, self.split = dataset, split
+        count = length_of(dataset, split)
+        self.indices = range(count) if indices is None else indices
+        self.names = [f"{split}_{index}" for index in self.indices]
+        if not self.names:
+            raise UsageError(f"dataset: the {split} data set has no items - give at least one")
+        digest = hashlib.sha256()
+        self.labels: set[int] = set()
+        first = self._read(0)
+        if any(not np.array_equal(a, b) for a, b in zip(first, self._read(0), strict=True)):
+            warn(
+                f"dataset: the {split} data set gives other pixels each time it is read, so no run can be reproduced "
+                "- give it without random transforms, and choose them with augment"
+            )
+        for position in range(len(self)):
+            image, mask = self._read(position)
+            digest.update(f"{image.shape} {image.dtype}".encode() + image.tobytes() + mask.tobytes())
+            self.labels |= {int(label) for label in np.unique(mask)} - {IGNORED}
+        self.channels = first[0].shape[2]
+        self.as_stored = self.channels != 3 or first[0].dtype != np.uint8
+        self.digest = digest.hexdigest()
+
+    def name_classes(self, names: ClassNames, labels: set[int]) -> None:
+        """Set the classes.
+
+        Args:
+            names: The names, or the classes as `Classes.to_dict` writes them; None for those of the data set's own
+                `classes`, or numbers.
+            labels: The labels of the masks.
+
+        Raises:
+            UsageError: A mask has a label without a name.
+        """
+        own = getattr(self.dataset, "classes", None) if names is None else names
+        if isinstance(own, Classes):
+            self.classes = own
+        elif isinstance(own, Mapping):
+            self.classes = Classes.from_dict(own)
+        else:
+            named = [f"class_{label}" for label in range(max(labels, default=0) + 1)] if own is None else map(str, own)
+            texts = tuple(named)
+            self.classes = Classes(texts, default_colours(texts, range(len(texts))))
+            if own is None:
+                self.notes = (f"classes: labels 0..{len(texts) - 1} of the masks - name them with dataset.classes",)
+        if labels and max(labels) >= len(self.classes):
+            raise UsageError(
+                f"dataset: a mask has label {max(labels)}, but there are {len(self.classes)} classes, "
+                f"0..{len(self.classes) - 1} - name all with dataset.classes, or write 255 for pixels to ignore"
+            )
+
+    def __getitem__(self, index: int) -> Sample:
+        return Sample(*self._read(index), self.names[index])
+
+    def _read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        name = self.names[index]
+        item = self.dataset[self.indices[index]]
+        if isinstance(item, Mapping) and {"image", "mask"} <= set(item):
+            item = item["image"], item["mask"]
+        if not isinstance(item, tuple | list) or len(item) < 2:
+            raise UsageError(
+                f"dataset: {name} is a {type(item).__name__}, not a pair (image, mask) - give pairs, or mappings with "
+                "image and mask"
+            )
+        image, mask = as_image(item[0], name), _mask(item[1], name)
+        if image.shape[:2] != mask.shape:
+            raise UsageError(
+                f"dataset: the mask of {name} has shape {mask.shape} and its image {image.shape[:2]} (H, W) - give one "
+                "label for each pixel"
+            )
+        return image, mask
+
+    @property
+    def kind(self) -> str:
+        return type(self.dataset).__name__
+
+    @property
+    def fingerprint(self) -> str:
+        return f"{self.digest} {self.classes}"
+
+
+def length_of(dataset: Any, name: str) -> int:
+    """Return the number of items of a data set.
+
+    Raises:
+        UsageError: It has no items that can be counted and indexed.
+    """
+    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+        raise UsageError(
+            f"dataset: {name} is a {type_name(dataset)}, which has no length or no items - give a data set with "
+            "__len__ and __getitem__, or the name of one"
+        )
+    try:
+        return len(dataset)
+    except TypeError as error:
+        raise UsageError(f"dataset: {name} ({type_name(dataset)}) has no length - give one with a length") from error
+
+
+def _mask(value: Any, name: str) -> np.ndarray:
+    """Return a mask as (H, W) uint8 class indices or IGNORED."""
+    array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+    if isinstance(value, Image.Image) and value.mode not in ("L", "P", "1", "I", "I;16"):
+        raise UsageError(f"dataset: the mask of {name} is a {value.mode} image - give class indices, (H, W)")
+    if array.ndim == 3 and 1 in (array.shape[0], array.shape[2]):
+        array = array[0] if array.shape[0] == 1 else array[:, :, 0]
+    if array.ndim != 2 or array.dtype.kind not in "iub":
+        raise UsageError(
+            f"dataset: the mask of {name} has shape {array.shape} and {array.dtype} values - give class indices, "
+            "(H, W) integers"
+        )
+    if array.size and int(array.max()) > IGNORED:
+        raise UsageError(f"dataset: the mask of {name} has label {array.max()} - give class indices 0..254, or 255")
+    return np.where(array < 0, IGNORED, array).astype(np.uint8) if array.dtype.kind == "i" else array.astype(np.uint8)
+
+
+def dataset_node(given: Any) -> dict[str, Any]:
+    """Return the `dataset` node of data sets of a program.
+
+    Args:
+        given: The train and the val data set; or one, of which a fifth becomes val.
+
+    Raises:
+        UsageError: It is not a data set.
+    """
+    pair = tuple(given) if isinstance(given, tuple | list) else (given, given)
+    if len(pair) != 2:
+        raise UsageError(f"dataset has {len(pair)} data sets - give (train, val), or one to split")
+    for name, dataset in zip(SPLITS, pair, strict=True):
+        if isinstance(dataset, type):
+            raise UsageError(f"dataset: {name} is the class {dataset.__name__} - give an instance of it")
+        length_of(dataset, name)
+    splits: dict[str, SegmentationDataset] = {}
+
+    def dataset_given(*, split: str, classes: ClassNames = None, object: str = "") -> SegmentationDataset:
+        if not splits:
+            splits.update(_build_splits(pair, classes))
+        if split not in splits:
+            raise UsageError(f"split {split} was not given to train() - it has the splits {', '.join(SPLITS)}")
+        return splits[split]
+
+    return {TARGET: stand_in(dataset_given), OBJECT: type_name(pair[0])}
+
+
+def _build_splits(pair: tuple[Any, ...], classes: ClassNames) -> dict[str, SegmentationDataset]:
+    if all(isinstance(dataset, SegmentationDataset) for dataset in pair) and pair[0] is not pair[1]:
+        return dict(zip(SPLITS, pair, strict=True))
+    train, val = pair
+    parts: list[Sequence[int] | None] = [None, None]
+    note: tuple[str, ...] = ()
+    if train is val:
+        names = [str(index) for index in range(length_of(train, SPLITS[0]))]
+        drawn, _ = choose_val(names, VAL_SHARE, None, 0, pattern=None, seed=0)
+        parts = [[index for index in range(len(names)) if (str(index) in drawn) == is_val] for is_val in (False, True)]
+        note = (f"val: {len(parts[1] or [])} of the {len(names)} items, drawn at random - give (train, val) to choose",)
+    adapters = [Adapter(dataset, split, part) for dataset, split, part in zip(pair, SPLITS, parts, strict=True)]
+    labels = adapters[0].labels | adapters[1].labels
+    for adapter in adapters:
+        adapter.name_classes(classes, labels)
+    adapters[0].notes = (*adapters[0].notes, *note)
+    return dict(zip(SPLITS, adapters, strict=True))

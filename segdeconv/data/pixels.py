@@ -1,0 +1,74 @@
+"""Images of Python programs, in any common form, as the arrays that data sets and predictors use."""
+
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from segdeconv.data.files.reading import rgb
+from segdeconv.errors import UsageError
+
+GREY, FEW = 1, (1, 2, 3, 4)  # channels
+
+
+def as_image(value: Any, name: str, *, channels: int | None = None, bits: int = 8) -> np.ndarray:
+    """Return an image as an array of pixels.
+
+    An array is (H, W) or (H, W, C). A tensor may also be (C, H, W), which is taken if its first side is the number of
+    channels. Pixels are uint8, or uint16 for 16 bits; floats are fractions of the largest pixel, in 0..1.
+
+    Args:
+        value: A PIL image, an array or a tensor.
+        name: The name of the image, for messages.
+        channels: The number of channels to return, to which a grey image is repeated; None to keep those that it has.
+        bits: Bits of the channels that floats become, 8 or 16.
+
+    Returns:
+        (H, W, C) uint8 or uint16; C is not checked.
+
+    Raises:
+        UsageError: The value is not an image.
+    """
+    if isinstance(value, Image.Image):
+        pixels = rgb(value, name) if channels in (None, 3) or value.mode == "P" else np.asarray(value)
+    elif isinstance(value, Tensor):
+        pixels = _channels_last(value.detach().cpu(), channels).numpy()
+    elif isinstance(value, np.ndarray):
+        pixels = value
+    else:
+        raise UsageError(
+            f"{name} is a {type(value).__name__}, not an image - give a path, a PIL image, an array (H, W, C) or a "
+            "tensor (C, H, W)"
+        )
+    if pixels.ndim == 4:
+        raise UsageError(f"{name} has shape {pixels.shape}, a batch - give a list of its images")
+    if pixels.ndim not in (2, 3) or 0 in pixels.shape:
+        raise UsageError(f"{name} has shape {pixels.shape} - give (H, W), (H, W, C) or a tensor (C, H, W)")
+    if pixels.dtype.kind == "f":
+        pixels = _from_fractions(pixels, name, bits)
+    if pixels.dtype not in (np.uint8, np.uint16):
+        raise UsageError(
+            f"{name} has {pixels.dtype} values - give pixels as uint8, or as uint16 to a network of 16 bit, or floats "
+            "in 0..1"
+        )
+    if pixels.ndim == 2:
+        pixels = pixels[:, :, None]
+    if channels == 3 and pixels.shape[2] == GREY:
+        pixels = np.repeat(pixels, 3, axis=2)
+    return pixels
+
+
+def _channels_last(image: Tensor, channels: int | None) -> Tensor:
+    counts = FEW if channels is None else (channels, GREY)
+    return image.permute(1, 2, 0) if image.ndim == 3 and image.shape[0] in counts else image
+
+
+def _from_fractions(values: np.ndarray, name: str, bits: int) -> np.ndarray:
+    low, high = float(values.min()), float(values.max())
+    if not (low >= 0 and high <= 1):  # not finite ones either
+        raise UsageError(
+            f"{name} has float values in {low:.3g}..{high:.3g}, but floats must be in 0..1 - give pixels that are not "
+            "normalised, since segdeconv does that, or 0..255 as uint8"
+        )
+    return np.rint(values * (2**bits - 1)).astype(np.uint8 if bits == 8 else np.uint16)

@@ -1,0 +1,160 @@
+"""The arguments of `train` as one config: names of config files, classes, objects, and keys."""
+
+import copy
+import inspect
+import os
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import nn
+from torch.optim import Optimizer
+
+from segdeconv.config import OBJECT, TARGET, choice, leaves, public_name
+from segdeconv.data.adapter import dataset_node
+from segdeconv.errors import UsageError
+from segdeconv.losses.adapter import loss_node
+from segdeconv.models.adapter import network_node
+from segdeconv.optimization import optimizer_node
+from segdeconv.training.autoconfig import unset_keys
+from segdeconv.training.config_check import DEFAULTS
+
+SEPARATOR = "__"  # stands for the dot of a key
+NAMES = {"dataset": "shapes", "model": "segnet"}  # the files that configs/train.yaml chooses
+
+
+class Arguments(NamedTuple):
+    """The config that the arguments of `train` describe.
+
+    Attributes:
+        config: The config, which has not been checked; objects stand in it, see `config.stand_in`.
+        name: The beginning of the run's folder: the names of the data set and of the network.
+        note: A line about the objects that the run's checkpoint will not contain; empty if there are none.
+    """
+
+    config: dict[str, Any]
+    name: str
+    note: str
+
+
+def read_arguments(config: Mapping[str, Any], keywords: Mapping[str, Any]) -> Arguments:
+    """Return the config that a dictionary and keyword arguments describe together.
+
+    Args:
+        config: Values by group or key: a node, or anything that a keyword may be.
+        keywords: By group, the name of a file in configs/, a class or an object; by key, such as `dataset__root` for
+            `dataset.root`, a value.
+
+    Raises:
+        UsageError: A group or key is given twice, or an object is of a kind that the group does not take.
+    """
+    values = dict(config)
+    keys: dict[str, Any] = {}
+    for name, value in keywords.items():
+        (keys if SEPARATOR in name else values)[name.replace(SEPARATOR, ".")] = value
+        if name in config:
+            raise UsageError(f"{name} is given twice, in the config and as a keyword - give it once")
+    network = values.get("model")
+    composed: dict[str, Any] = {}
+    for group, value in values.items():
+        if group not in DEFAULTS:
+            composed[group] = _plain(value)
+            continue
+        composed[group] = _node(group, value, network if isinstance(network, nn.Module) else None)
+    for key, value in keys.items():
+        group, *inner = key.split(".")
+        composed[group] = _with_key(composed.get(group, DEFAULTS.get(group, {})), inner, _plain(value), key)
+    if values.get("dataset") == "folder" and "auto" not in composed:
+        given = {*(group for group, value in values.items() if isinstance(value, str)), *keys}
+        composed["auto"] = unset_keys(
+            {*given, *leaves({name: node for name, node in config.items() if name not in given})}
+        )
+    dataset, model = (_name(group, values, composed, default) for group, default in NAMES.items())
+    return Arguments(composed, f"{dataset}-{model}", _note(composed))
+
+
+def _name(group: str, values: Mapping[str, Any], composed: Mapping[str, Any], default: str) -> str:
+    """Return the name of the chosen file of a group or, without a file, of the class."""
+    value = values.get(group, default)
+    if isinstance(value, str):
+        return value
+    if isinstance(value, nn.Module):
+        return type(value).__name__.lower()
+    node = composed[group]
+    return str(node.get(OBJECT, node.get(TARGET))).rpartition(".")[2].lower()
+
+
+def _node(group: str, value: Any, network: nn.Module | None) -> dict[str, Any]:
+    """Return the node of a group for a name, a mapping, a class, or an object."""
+    if isinstance(value, str):
+        return choice(group, value)
+    if isinstance(value, Mapping):
+        return {name: _plain(inner) for name, inner in value.items()}
+    if value is None and group == "logger":
+        return {}
+    if isinstance(value, partial):
+        return {TARGET: _target(group, value.func), **{name: _plain(inner) for name, inner in value.keywords.items()}}
+    if inspect.isclass(value):
+        return {TARGET: _target(group, value)}
+    if group == "dataset" and value is not None:
+        return dataset_node(value)
+    if group == "model" and isinstance(value, nn.Module):
+        return network_node(value)
+    if group == "loss" and callable(value):
+        return loss_node(value)
+    if group == "optimizer" and isinstance(value, Optimizer):
+        return optimizer_node(value, network)
+    kinds = {
+        "model": ", a class or a torch.nn.Module",
+        "loss": ", a class, a torch.nn.Module or a function of logits and mask",
+        "optimizer": ", a class or a torch.optim.Optimizer",
+    }
+    given = f"the module {value.__name__}" if inspect.ismodule(value) else f"a {type(value).__name__}"
+    further = kinds.get(group, " or a mapping with its keys")
+    raise UsageError(f"{group} is {given} - give the name of a file in configs/{group}{further}")
+
+
+def _target(group: str, value: Callable[..., Any]) -> str:
+    name = public_name(value)
+    if name is None:
+        raise UsageError(
+            f"{group} is {value.__qualname__}, which is defined in a function, so that no checkpoint could name it - "
+            "define it in a module, or give an instance"
+        )
+    return name
+
+
+def _with_key(node: Mapping[str, Any], keys: list[str], value: Any, where: str) -> dict[str, Any]:
+    changed = copy.copy(dict(node))
+    name, *inner = keys
+    if inner:
+        nested = changed.get(name, {})
+        if not isinstance(nested, Mapping):
+            raise UsageError(f"{where}: {name} is a value, so it has no key {inner[0]} - correct the name")
+        value = _with_key(nested, inner, value, where)
+    changed[name] = value
+    return changed
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as plain data, where it is a path or a number of NumPy."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _note(config: Mapping[str, Any]) -> str:
+    """Return the line about the objects of a config that no checkpoint describes."""
+    objects = {group: node[OBJECT] for group, node in config.items() if isinstance(node, Mapping) and OBJECT in node}
+    if not objects:
+        return ""
+    listed = ", ".join(f"{group} ({name})" for group, name in objects.items())
+    several = len(objects) > 1
+    ways = [f"to resume the run, give {'them' if several else 'it'} again"]
+    if "model" in objects:
+        ways.append("to load the checkpoint, segdeconv.load(CHECKPOINT, model=NETWORK)")
+    return (
+        f"{listed} {'are' if several else 'is'} not in the checkpoint, since no config describes an object - "
+        + "; ".join(ways)
+    )

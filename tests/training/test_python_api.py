@@ -1,0 +1,285 @@
+"""`train` as a Python program calls it: with names, keys, classes and objects, and what it returns."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from torch import nn
+
+import segdeconv
+from segdeconv.checkpoints import checkpoint
+from segdeconv.cli.own_code import compose
+from segdeconv.config import choice
+from segdeconv.data.adapter import Adapter
+from segdeconv.errors import CheckpointError, SegdeconvError, UsageError
+from segdeconv.evaluation.evaluate import restore_dataset
+from segdeconv.losses.adapter import loss_node
+from segdeconv.models import SegNet
+from segdeconv.train import train
+from segdeconv.training.arguments import read_arguments
+from segdeconv.training.autoconfig import KEYS
+from segdeconv.training.config_check import check_config
+
+QUICK = {"trainer__max_epochs": 1, "trainer__precision": "32-true", "logger": None, "dataset__num_workers": 0}
+
+
+class Squares(torch.utils.data.Dataset):
+    """A bright square on noise, as (3, H, W) floats in 0..1 and (H, W) labels of which -100 is ignored."""
+
+    def __init__(self, count=8, *, seed=0, change=lambda item: item):
+        self.count, self.seed, self.change = count, seed, change
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        random = np.random.default_rng([self.seed, index])
+        row, column = random.integers(4, 16, 2)
+        mask = np.zeros((32, 32), np.int64)
+        mask[row : row + 12, column : column + 12], mask[0] = 1, -100
+        image = torch.from_numpy(0.3 * random.random((3, 32, 32)) + 0.5 * (mask == 1)).float()
+        return self.change((image, torch.from_numpy(mask)))
+
+
+class Endless(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        yield torch.zeros(3, 8, 8), torch.zeros(8, 8)
+
+
+class Net(nn.Module):
+    """Scores of half the resolution in a mapping, as torchvision's networks return them."""
+
+    def __init__(self, outputs=2, channels=3, key="out"):
+        super().__init__()
+        self.key, self.first = key, nn.Conv2d(channels, 4, 3, stride=2, padding=1)
+        self.last = nn.Conv2d(4, outputs, 1)
+
+    def forward(self, image):
+        return {self.key: self.last(self.first(image).relu())}
+
+
+def objects():
+    torch.manual_seed(0)
+    network = Net()
+    return {
+        "dataset": (Squares(), Squares(4, seed=1)),
+        "model": network,
+        "loss": nn.CrossEntropyLoss(),  # which ignores -100, and not 255
+        "optimizer": torch.optim.SGD([{"params": network.parameters(), "lr": 0.5}], lr=0.1),
+        "dataset__classes": ["noise", "square"],
+        "dataset__batch_size": 4,
+    }
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Return the result of a run with objects, the objects, and the network before training."""
+    given = objects()
+    before = {name: value.clone() for name, value in given["model"].state_dict().items()}
+    return train(run=tmp_path_factory.mktemp("objects") / "run", **given, **QUICK), given, before
+
+
+def test_the_result_has_the_scores_and_files_of_the_run(trained):
+    result, _, _ = trained
+    report = json.loads((result.folder / "report.json").read_text())
+    with (result.folder / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert result.scores["miou"] == report["miou"]
+    assert [row["val/miou"] for row in result.history] == [float(row["val/miou"]) for row in rows]
+    assert result.best_checkpoint == result.folder / "best.ckpt"
+    shown = repr(result)
+    assert f"mIoU {100 * report['miou']:.1f} %" in shown
+    assert str(result.best_checkpoint) in shown
+
+
+def test_objects_are_copied_and_the_same_call_gives_the_same_bits(trained, tmp_path, capsys):
+    result, given, before = trained
+    after = given["model"].state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    again = train(run=tmp_path / "again", **given, **QUICK)
+    first, second = result.model.state_dict(), again.model.state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(result.model.network.last.weight, before["last.weight"])
+    first_line = capsys.readouterr().out.splitlines()[0]
+    assert first_line.startswith("dataset (test_python_api.Squares), model (test_python_api.Net), loss (torch.nn.")
+    assert first_line.endswith("to load the checkpoint, segdeconv.load(CHECKPOINT, model=NETWORK)")
+    assert "hydra" not in first_line
+
+
+def test_the_optimizer_object_updates_the_copy_with_its_own_learning_rate(tmp_path):
+    """One step of SGD, computed by torch alone."""
+    given = objects()
+    squares = [Squares()[index] for index in range(8)]
+    images = torch.stack([(255 * image).round() for image, _ in squares])
+    mean, std = (torch.tensor(values)[:, None, None] for values in ([123.675, 116.28, 103.53], [58.395, 57.12, 57.375]))
+    masks = torch.stack([mask for _, mask in squares])
+    network = given["model"]
+    expected = Net()
+    expected.load_state_dict(network.state_dict())
+    scores = nn.functional.interpolate(expected((images - mean) / std)["out"], (32, 32), mode="bilinear")
+    nn.functional.cross_entropy(scores, masks, ignore_index=-100).backward()
+    given |= {"dataset__batch_size": 8, "augment": {}, "schedule": "constant"}
+    result = train(run=tmp_path / "run", **given, **QUICK)
+    for (name, old), new in zip(expected.named_parameters(), result.model.network.parameters(), strict=True):
+        assert torch.allclose(new, old - 0.5 * old.grad, atol=1e-5), name
+
+
+def test_a_checkpoint_of_a_network_object_needs_such_a_network(trained):
+    result, _, _ = trained
+    image = np.random.default_rng(0).integers(0, 255, (37, 41, 3), np.uint8)
+    expected = result.segmenter.predict(image).mask
+    assert np.array_equal(segdeconv.load(result.folder, model=Net()).predict(image).mask, expected)
+    with pytest.raises(CheckpointError, match=r"network object \(test_python_api.Net\).*load\(CHECKPOINT, model="):
+        segdeconv.load(result.folder)
+    with pytest.raises(CheckpointError, match="does not contain the weights"):
+        segdeconv.load(result.folder, model=Net(outputs=3))
+    read = checkpoint.read(result.best_checkpoint)
+    with pytest.raises(UsageError, match="Squares was an object of a Python program"):
+        restore_dataset(read, "val")
+
+
+def test_a_network_of_segdeconv_is_described_by_the_config(tmp_path, capsys):
+    network = SegNet(2, stages=[[4], [8]])
+    result = train(dataset=Squares(), model=network, run=tmp_path / "run", dataset__batch_size=2, **QUICK)
+    node = checkpoint.read(result.best_checkpoint).config["model"]
+    assert (node["_target_"], node["stages"]) == ("segdeconv.models.SegNet", [[4], [8]])
+    assert segdeconv.load(result.folder).classes.names == ("class_0", "class_1")
+    out = capsys.readouterr().out
+    assert "model" not in out.splitlines()[0]
+    assert "val: 1 of the 8 items, drawn at random - give (train, val) to choose" in out or "val: 2 of" in out
+
+
+def test_names_and_keys_give_the_config_of_the_command_line():
+    words = [
+        "model=unet",
+        "loss=ce_dice",
+        "loss.parts.dice.factor=0.5",
+        "dataset=camvid",
+        "dataset.root=d",
+        "seed=3",
+    ]
+    expected = check_config(compose(words)[0])
+    arguments = read_arguments(
+        {"model": "unet", "dataset": {**choice("dataset", "camvid"), "root": Path("d")}},
+        {"loss": "ce_dice", "loss__parts__dice__factor": np.float64(0.5), "seed": 3},
+    )
+    assert check_config(arguments.config) == expected
+    assert arguments.name == "camvid-unet"
+
+
+def test_the_folder_data_set_is_configured_automatically_as_on_the_command_line():
+    keys = {"dataset__root": "mine", "dataset__size": [64, 64], "trainer__max_steps": 5}
+    auto = read_arguments({"model": {"_target_": "segdeconv.models.UNet", "width": 0.5}}, {"dataset": "folder", **keys})
+    left_out = {key for key in KEYS if key not in auto.config["auto"]}
+    assert {"dataset.size", "trainer.max_epochs", "model.width"} <= left_out
+    assert "augment" in auto.config["auto"]
+
+
+def pair(change=lambda item: item):
+    return {"dataset": (Squares(change=change), Squares(2, change=change)), "dataset__batch_size": 2}
+
+
+NARROW = {"model": SegNet, "model__stages": [[4], [8]]}
+MISTAKES = {
+    "module": ({"model": torchvision.models}, "model is the module torchvision.models - give the name of a file in"),
+    "name of a module": ({"model": {"_target_": "torchvision.models"}}, "is not a class or function"),
+    "unknown name": ({"model": "segnt"}, "unknown model 'segnt' - did you mean 'segnet'?"),
+    "unknown key": ({"model__widht": 1}, "unknown key model.widht - did you mean 'width'?"),
+    "unknown group": ({"modle": "unet"}, "unknown key modle - did you mean 'model'?"),
+    "twice": ({"config": {"model": "unet"}, "model": "fcn"}, "model is given twice"),
+    "number": ({"model": 5}, "model is a int - give the name of a file in configs/model, a class or a torch.nn.Module"),
+    "trainer object": ({"trainer": object()}, "trainer is a object - give the name"),
+    "local class": ({"model": type("Local", (nn.Module,), {"__qualname__": "f.Local"})}, "defined in a function"),
+    "optimizer without its network": ({"optimizer": torch.optim.SGD(Net().parameters(), 0.1)}, "of another network"),
+    "class of a torch data set": ({"dataset": Squares}, "is not a segdeconv.data.SegmentationDataset"),
+    "class of a torch data set in a pair": ({"dataset": (Squares, Squares)}, "train is the class Squares"),
+    "endless data set": ({"dataset": Endless()}, "train is a test_python_api.Endless, which has no length"),
+    "three data sets": ({"dataset": (Squares(), Squares(), Squares())}, "dataset has 3 data sets"),
+    "text": ({"dataset": ("train", "val")}, "a str, not a pair (image, mask)"),
+    "empty": ({"dataset": (Squares(0), Squares())}, "the train data set has no items"),
+    "no pairs": (pair(lambda item: item[0]), "train_0 is a Tensor, not a pair (image, mask)"),
+    "normalised": (pair(lambda item: (item[0] - 0.5, item[1])), "but floats must be in 0..1"),
+    "one-hot masks": (pair(lambda item: (item[0], torch.zeros(2, 32, 32))), "has shape (2, 32, 32) and float32 values"),
+    "other size": (pair(lambda item: (item[0], item[1][:9])), "the mask of train_0 has shape (9, 32)"),
+    "label too large": (
+        {**pair(lambda item: (item[0], item[1] + 3)), "dataset__classes": ["a", "b"]},
+        "a mask has label 4, but there are 2 classes",
+    ),
+    "one class": (pair(lambda item: (item[0], item[1] * 0)), "a network needs at least two classes"),
+    "network for other classes": ({**pair(), "model": Net(outputs=5)}, "scores for 5 classes"),
+    "own network for other classes": ({**pair(), "model": SegNet(5, stages=[[4]])}, "is for 5 classes"),
+    "network for other channels": ({**pair(), "model": Net(channels=4)}, "model (Net) fails: "),
+    "network without scores": ({**pair(), "model": Net(key="masks")}, "returns no (N, classes, H, W)"),
+    "loss of another form": ({**pair(), **NARROW, "loss": nn.BCEWithLogitsLoss()}, "loss (BCEWithLogits"),
+    "loss of each pixel": (
+        {**pair(), **NARROW, "loss": nn.CrossEntropyLoss(reduction="none")},
+        "loss (CrossEntropyLoss) returns (2, 32, 32), not a scalar",
+    ),
+    "weights of a loss object": (
+        {**pair(), **NARROW, "loss": nn.CrossEntropyLoss(), "loss__class_weighting": "median_frequency"},
+        "leave out loss.class_weighting",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_gets_one_line(mistake, tmp_path):
+    arguments, message = MISTAKES[mistake]
+    with pytest.raises(SegdeconvError) as caught:
+        train(run=tmp_path / "run", **arguments, **QUICK)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert "hydra" not in str(caught.value)
+
+
+def test_messages_of_a_run_folder_name_no_key_of_the_command_line(trained):
+    result, given, _ = trained
+    with pytest.raises(UsageError, match="resume it with resume=auto or choose another run folder"):
+        train(run=result.folder, **given, **QUICK)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda image, mask: (image, mask),
+        lambda image, mask: {"image": image, "mask": mask, "other": 1},
+        lambda image, mask: (Image.fromarray(np.asarray(image)), Image.fromarray(np.asarray(mask).astype(np.uint8))),
+        lambda image, mask: (torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(mask)[None]),
+        lambda image, mask: ((image / 255).astype(np.float32), mask.astype(np.uint8)),
+    ],
+    ids=["arrays", "mapping", "Pillow", "tensors", "fractions"],
+)
+def test_the_forms_of_items_are_the_same_sample(change):
+    random = np.random.default_rng(0)
+    image, mask = random.integers(0, 256, (9, 12, 3), np.uint8), random.integers(0, 3, (9, 12))
+    sample = Adapter([change(image, mask)], "train")[0]
+    assert np.array_equal(sample.image, image)
+    assert np.array_equal(sample.mask, mask)
+    assert sample.mask.dtype == np.uint8
+
+
+def test_a_data_set_that_gives_other_pixels_each_time_is_reported(capsys):
+    class Random:
+        classes = ("a", "b")
+
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, index):
+            return np.random.default_rng().integers(0, 255, (9, 9, 3), np.uint8), np.eye(9, dtype=np.uint8)
+
+    Adapter(Random(), "train")
+    assert "gives other pixels each time it is read, so no run can be reproduced" in capsys.readouterr().err
+
+
+def test_ignored_pixels_get_the_index_that_a_loss_ignores():
+    logits, mask = torch.randn(2, 3, 4, 4), torch.randint(3, (2, 4, 4))
+    mask[:, 0] = 255
+    loss = loss_node(nn.CrossEntropyLoss())["_target_"](ignore_index=255)
+    expected = nn.functional.cross_entropy(logits, mask, ignore_index=255)
+    assert torch.equal(loss(logits, mask), expected)
