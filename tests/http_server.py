@@ -38,10 +38,13 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = True
         self.server.answers[self.path](self)
 
+    do_HEAD = do_POST = do_GET
+
     def head(self, status: int, **headers: object) -> None:
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), str(value))
+        self.send_header("Connection", "close")
         self.end_headers()
 
     def log_message(self, *_: object) -> None: ...

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from segdeconv.checkpoints import cards, locate
+from segdeconv.checkpoints import cards, hub, locate
 from segdeconv.checkpoints.pickle_check import PickleError, check_archive
 from segdeconv.checkpoints.schema import check_config, check_metadata
 from segdeconv.classes import Classes
@@ -159,6 +159,11 @@ class Checkpoint:
         )
 
     @property
+    def card(self) -> dict[str, Any]:
+        """What weights need to be read as a checkpoint: the config and the metadata, plain data."""
+        return {"format": FORMAT, "config": _shareable(self.config), "facts": self.facts}
+
+    @property
     def sha256(self) -> str:
         """The sha256 of the file, in hex."""
         return hash_file(self.path)
@@ -197,6 +202,7 @@ class Checkpoint:
                 f"{self.path} does not contain the weights that its config describes ({first}) - it was changed after "
                 "training; use another copy"
             ) from error
+        model.card = self.card
         return model.eval()
 
     def _build(self, node: Mapping[str, Any]) -> SegmentationModel:
@@ -259,8 +265,7 @@ def write_weights(
     Raises:
         UsageError: See `cards.write`.
     """
-    own_entries = {"format": FORMAT, "config": _shareable(checkpoint.config), "facts": checkpoint.facts}
-    cards.write(path, checkpoint.weights, {**(about or {}), **own_entries}, half=half)
+    cards.write(path, checkpoint.weights, {**(about or {}), **checkpoint.card}, half=half)
 
 
 def _shareable(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -362,8 +367,8 @@ def read(
     """Read a checkpoint, after checking that it is undamaged and names no foreign classes.
 
     Args:
-        path: A .ckpt file, a run folder, `latest`, a .safetensors file with its card, or the name of a shipped
-            network; see `locate.resolve_path`.
+        path: A .ckpt file, a run folder, `latest`, a .safetensors file with its card, the name of a shipped network, or
+            an address of the Hugging Face Hub; see `locate.resolve_path`.
         trust: Names of further classes that its config may use beside ADMITTED (`--trust package.module.Class`).
         overrides: `key=value` arguments of a command line, applied to the config after it was checked.
         model: A network to load the weights into, in place of the one that the config names; it is copied.
@@ -373,7 +378,7 @@ def read(
         CheckpointError: The file is damaged, is not a segdeconv checkpoint, was written by a newer version, contains
             weights that are not finite, or names a class that is not trusted.
     """
-    if "://" in str(path):
+    if "://" in str(path) and not hub.is_address(path):
         raise UsageError(f"{path} is a URL - download the file and check it first")
     path = locate.resolve_path(path)
     content = load_plain(path)
@@ -430,9 +435,8 @@ def _has_parts(hyper_parameters: Any, versions: Any, weights: Any) -> bool:
     return (
         isinstance(hyper_parameters, dict)
         and set(hyper_parameters) == {"config", "facts"}  # Lightning would act on `_instantiator` and similar keys
-        and all(
-            isinstance(node, dict) for node in (*hyper_parameters.values(), hyper_parameters["config"].get("model"))
-        )
+        and all(isinstance(node, dict) for node in hyper_parameters.values())
+        and isinstance(hyper_parameters["config"].get("model"), dict)
         and isinstance(versions, dict)
         and isinstance(weights, dict)
         and all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in weights.items())

@@ -1,10 +1,10 @@
-"""The file that a CHECKPOINT argument refers to: a file, a run folder, `latest`, or the name of a shipped network."""
+"""The file that a CHECKPOINT argument refers to: a file, a run folder, `latest`, or a network shipped or on the Hub."""
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from segdeconv.checkpoints import cards
+from segdeconv.checkpoints import cards, hub
 from segdeconv.errors import UsageError, did_you_mean
 
 BEST, LAST = "best.ckpt", "last.ckpt"  # of a run folder, in the order of preference
@@ -21,14 +21,20 @@ def resolve_path(path: str | Path) -> Path:
     below ./runs, and DIR/latest for the newest below DIR. A line is printed where the file is not the obvious one.
 
     Args:
-        path: A file, a folder, `latest`, or the name of a shipped network. `~` is the home folder.
+        path: A file, a run folder, `latest`, the name of a shipped network, a folder that `save_pretrained` wrote, or
+            hf://OWNER/NAME[@REVISION], which is downloaded. `~` is the home folder.
 
     Raises:
+        CheckpointError: A repository of the Hub has no network of segdeconv.
         UsageError: It is none of these, a folder contains several runs, or a run has no checkpoint.
     """
+    if hub.is_address(path):
+        return hub.fetch(path)
     path = Path(os.path.expanduser(path))
     if path.is_file():
         return path
+    if (path / hub.WEIGHTS).is_file():
+        return path / hub.WEIGHTS
     names = cards.shipped()
     if str(path) in names and not _has_checkpoint(path):
         return cards.SHIPPED / f"{path}{cards.SUFFIX}"

@@ -22,7 +22,7 @@ REGION_DEFAULTS = {  # options that need --regions
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     """Add the argument CHECKPOINT, which `checkpoints.locate` resolves."""
-    text = "a run folder, latest (the newest run), a .ckpt, a .safetensors with its card, or a shipped network"
+    text = "a run folder, latest (the newest run), a .ckpt, a .safetensors with its card, a shipped network, or hf://OWNER/NAME"
     parser.add_argument("checkpoint", help=text)
 
 

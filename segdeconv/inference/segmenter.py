@@ -222,8 +222,8 @@ def load(
     """Load a trained network for prediction; available as `segdeconv.load`.
 
     Args:
-        path: A .ckpt, a run folder, `latest` for the newest run below ./runs, a .safetensors with its card, or the
-            name of a shipped network.
+        path: A .ckpt, a run folder, `latest` for the newest run below ./runs, a .safetensors with its card, the name
+            of a shipped network, or hf://OWNER/NAME[@REVISION] on the Hugging Face Hub, which is downloaded.
         trust: See `checkpoint.read`.
         overrides: See `checkpoint.read`; `["dataset.size=null"]` keeps every image at its own size.
         model: A network to load the weights into, for a checkpoint of a network that was given to `train` as an object.

@@ -3,7 +3,7 @@
 May import `errors`, `system`, `switches`, `config` and `classes`.
 """
 
-from segdeconv.models.base import SegmentationModel, build_model, check_model
+from segdeconv.models.base import SegmentationModel, build_model, check_model, create_model, list_models
 from segdeconv.models.basic import BilinearBasic, FCNBasic, SegNetBasic
 from segdeconv.models.deconvnet import DeconvNet
 from segdeconv.models.deeplab_largefov import DeepLabLargeFOV
@@ -25,4 +25,6 @@ __all__ = [
     "UNet",
     "build_model",
     "check_model",
+    "create_model",
+    "list_models",
 ]

@@ -4,15 +4,17 @@ import functools
 import inspect
 import typing
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from segdeconv.config import TARGET, build, check, locate, public_name
+from segdeconv.classes import Classes
+from segdeconv.config import CONFIGS, TARGET, build, check, choice, list_groups, locate, public_name
 from segdeconv.errors import UsageError
 from segdeconv.system.plain_data import PlainDataError, check_plain
 
@@ -31,6 +33,7 @@ class SegmentationModel(nn.Module, ABC):
     """
 
     _arguments: dict[str, Any] | None = None  # of the constructor, if they are plain data
+    card: dict[str, Any] | None = None  # config and metadata of the checkpoint that the network was read from
     heads: tuple[str, ...] = ("classifier",)
     square_heads: tuple[str, ...] = ()
     minimum_size: int = 32
@@ -56,6 +59,101 @@ class SegmentationModel(nn.Module, ABC):
             return None
         own = {name: value for name, value in self._arguments.items() if name not in ("num_classes", "in_channels")}
         return check_model({TARGET: target, **own})
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, *, trust: Collection[str] = ()) -> Self:
+        """Load a trained network, in evaluation mode.
+
+        Its input are normalised images; `segdeconv.load` loads the preprocessing too and predicts images as they are.
+
+        Args:
+            name: A shipped network such as `camvid-small`, a run folder, a file, a folder that `save_pretrained` wrote,
+                or hf://OWNER/NAME[@REVISION] on the Hugging Face Hub, which is downloaded
+                (`pip install "segdeconv[hub]"`).
+            trust: Names of classes of your own that the checkpoint may use.
+
+        Raises:
+            CheckpointError: The file is damaged, of another program, or names classes that are not trusted.
+            UsageError: There is no such network, or it is of another class.
+        """
+        from segdeconv.checkpoints.pretrained import load_network
+
+        network = load_network(name, trust)
+        if not isinstance(network, cls):
+            own = type(network).__name__
+            raise UsageError(f"{name} is a {own}, not a {cls.__name__} - use {own}.from_pretrained")
+        return network
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        *,
+        classes: Sequence[str] | Classes | None = None,
+        half: bool = False,
+        about: Mapping[str, Any] | None = None,
+    ) -> Path:
+        """Write model.safetensors and its card, model.json, from which `from_pretrained` and every command load it.
+
+        Args:
+            folder: The folder, which is created.
+            classes: The names of the classes, for a network that was neither loaded nor trained by segdeconv. It is
+                then taken to be fed images that are normalised as `train` does, with ImageNet's mean and deviation.
+            half: Store filters in 16 bits, for half the size.
+            about: Further entries of the card, such as scores and licence; plain data.
+
+        Returns:
+            The .safetensors file.
+
+        Raises:
+            UsageError: The classes are unknown.
+        """
+        from segdeconv.checkpoints.pretrained import save_network
+
+        return save_network(self, Path(folder), classes=classes, half=half, about=about)
+
+    def push_to_hub(
+        self,
+        name: str,
+        *,
+        classes: Sequence[str] | Classes | None = None,
+        half: bool = False,
+        about: Mapping[str, Any] | None = None,
+        private: bool | None = None,
+        revision: str | None = None,
+        message: str = "Upload network with segdeconv",
+        token: str | bool | None = None,
+    ) -> str:
+        """Upload the files of `save_pretrained` to a repository of the Hugging Face Hub, as one commit.
+
+        Args:
+            name: OWNER/NAME; the repository is created if it does not exist.
+            classes: See `save_pretrained`.
+            half: See `save_pretrained`.
+            about: See `save_pretrained`.
+            private: Whether a new repository is private; None for the default of the owner.
+            revision: The branch; None for main.
+            message: The message of the commit.
+            token: An access token; None for that of `hf auth login`.
+
+        Returns:
+            The address of the commit, hf://OWNER/NAME@COMMIT.
+
+        Raises:
+            UsageError: The classes are unknown, or the Hub refuses the upload.
+        """
+        from segdeconv.checkpoints.pretrained import push_network
+
+        return push_network(
+            self,
+            name,
+            classes=classes,
+            half=half,
+            about=about,
+            private=private,
+            revision=revision,
+            message=message,
+            token=token,
+        )
 
     def class_dimensions(self, name: str) -> int:
         """Return the number of leading dimensions of the named parameter that are classes, 0 outside the heads."""
@@ -94,6 +192,36 @@ def _recorded(constructor: Callable[..., None]) -> Callable[..., None]:
         constructor(self, *arguments, **named)
 
     return construct
+
+
+def list_models() -> list[str]:
+    """Return the names of the networks, those of the files in configs/model.
+
+    >>> list_models()[:3]
+    ['bayesian_segnet', 'bayesian_segnet_basic', 'bilinear_interpolation']
+    """
+    return list_groups(CONFIGS)["model"]
+
+
+def create_model(name: str, num_classes: int, *, in_channels: int = 3, **arguments: Any) -> SegmentationModel:
+    """Create a network by its name, as `model=NAME` does on the command line.
+
+    >>> create_model("unet", num_classes=5, width=0.25).num_classes
+    5
+
+    Args:
+        name: One of `list_models`.
+        num_classes: Number of output channels.
+        in_channels: Number of channels of the images, 3 for RGB.
+        **arguments: Further arguments of the network's constructor.
+
+    Returns:
+        The network with new weights, unless `pretrained` asks for others.
+
+    Raises:
+        UsageError: The name or an argument is unknown, or an argument is invalid.
+    """
+    return build_model(check_model({**choice("model", name), **arguments}), num_classes, in_channels)
 
 
 def check_model(node: Mapping[str, Any]) -> dict[str, Any]:

@@ -126,6 +126,15 @@ def test_config_and_metadata_of_other_structures_are_refused(name, place):
     )
 
 
+@pytest.mark.parametrize("value", [None, "none", 1, []])
+@pytest.mark.parametrize("place", ["config", "facts", "model"])
+def test_parts_that_are_not_mappings_are_refused(place, value):
+    data = content()
+    parts = data["hyper_parameters"]
+    (parts["config"] if place == "model" else parts)[place] = value
+    require_refused(written(data), "is not a segdeconv checkpoint")
+
+
 def test_a_key_that_takes_forever_to_hash_is_refused():
     key = (1,)
     for _ in range(60):
