@@ -12,17 +12,21 @@ from segdeconv.errors import UsageError
 GREY, FEW = 1, (1, 2, 3, 4)  # channels
 
 
-def as_image(value: Any, name: str, *, channels: int | None = None, bits: int = 8) -> np.ndarray:
+def as_image(
+    value: Any, name: str, *, channels: int | None = None, bits: int = 8, grey_as_rgb: bool = False
+) -> np.ndarray:
     """Return an image as an array of pixels.
 
-    An array is (H, W) or (H, W, C). A tensor may also be (C, H, W), which is taken if its first side is the number of
-    channels. Pixels are uint8, or uint16 for 16 bits; floats are fractions of the largest pixel, in 0..1.
+    An array is (H, W) or (H, W, C). A tensor may also be (C, H, W): it is taken so if its first side is `channels` or
+    1, or without `channels` 1 to 4. Pixels are uint8, or uint16 for 16 bits; floats are fractions of the largest pixel,
+    in 0..1, and rounded.
 
     Args:
         value: A PIL image, an array or a tensor.
         name: The name of the image, for messages.
-        channels: The number of channels to return, to which a grey image is repeated; None to keep those that it has.
+        channels: The number of channels that are needed; None for those that the image has.
         bits: Bits of the channels that floats become, 8 or 16.
+        grey_as_rgb: Repeat the channel of a grey image three times.
 
     Returns:
         (H, W, C) uint8 or uint16; C is not checked.
@@ -54,7 +58,7 @@ def as_image(value: Any, name: str, *, channels: int | None = None, bits: int = 
         )
     if pixels.ndim == 2:
         pixels = pixels[:, :, None]
-    if channels == 3 and pixels.shape[2] == GREY:
+    if grey_as_rgb and pixels.shape[2] == GREY:
         pixels = np.repeat(pixels, 3, axis=2)
     return pixels
 

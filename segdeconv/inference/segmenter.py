@@ -5,20 +5,21 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from segdeconv.checkpoints import checkpoint
 from segdeconv.checkpoints.checkpoint import Checkpoint
 from segdeconv.classes import Classes
 from segdeconv.data.files.decoding import header_pixels
 from segdeconv.data.files.reading import MAX_PIXELS, read_upright, turn_back
+from segdeconv.data.pixels import as_image
 from segdeconv.data.resizing import ResizedImages
-from segdeconv.drawing import draw
+from segdeconv.drawing import draw, notebook
 from segdeconv.errors import UsageError
 from segdeconv.inference.network import Network
 from segdeconv.inference.predictors import PredictionSettings, build_predictor
@@ -28,6 +29,8 @@ from segdeconv.inference.tiling import Part
 from segdeconv.system.memory import keep_freed, release_memory
 
 LARGE_IMAGE = 1 << 24  # pixels; for larger images, freed memory is returned to the system at once
+
+ImageLike = str | Path | Image.Image | np.ndarray | Tensor
 
 # Called with a part of the image and its (C, h, w) float32 probabilities.
 Sink = Callable[[Part, np.ndarray], None]
@@ -54,6 +57,19 @@ class Prediction:
     confidence: np.ndarray | None
     orientation: int
     repeat: Callable[[Sink], None]
+
+    def __repr__(self) -> str:
+        total, counts = self.mask.size, sorted(self.pixels().items(), key=lambda item: -item[1])
+        shares = ", ".join(f"{name} {100 * count / total:.1f} %" for name, count in counts if count)
+        return f"Prediction({self.mask.shape[0]}x{self.mask.shape[1]} (HxW): {shares})"
+
+    def _repr_html_(self) -> str:
+        """Return the overlay and the classes, as a notebook shows them."""
+        return notebook.html(self.image, self.mask, self.classes)
+
+    def _repr_png_(self) -> bytes:
+        """Return the overlay with its legend, for a notebook that shows no HTML."""
+        return notebook.png(self.image, self.mask, self.classes)
 
     def probabilities(self) -> np.ndarray:
         """Compute the probabilities, (C, H, W) float32, with another forward pass."""
@@ -128,6 +144,12 @@ class Segmenter:
         self.resized = ResizedImages(None if self.settings.regions else self.preprocessing.size, at_once=at_once)
         self._lock = threading.Lock()
 
+    def __repr__(self) -> str:
+        network = type(self.network.source).__name__
+        return (
+            f"Segmenter({str(self.checkpoint.path)!r}: {network}, {len(self.classes)} classes, {self.network.device})"
+        )
+
     def open(self, path: Path) -> tuple[np.ndarray, int]:
         """Read an image file.
 
@@ -143,21 +165,47 @@ class Segmenter:
         image, orientation = read_upright(path, channels=channels, max_pixels=self.max_pixels)
         return self.preprocessing.checked(image, path), orientation
 
+    @overload
     def predict(
         self,
-        image: str | Path | Image.Image | np.ndarray,
+        image: ImageLike,
+        *,
+        name: str = ...,
+        orientation: int = ...,
+        uncertainty: bool = ...,
+        confidence: bool = ...,
+        sink: Sink | None = ...,
+    ) -> Prediction: ...
+
+    @overload
+    def predict(
+        self,
+        image: list[Any] | tuple[Any, ...],
+        *,
+        name: str = ...,
+        orientation: int = ...,
+        uncertainty: bool = ...,
+        confidence: bool = ...,
+        sink: Sink | None = ...,
+    ) -> list[Prediction]: ...
+
+    def predict(
+        self,
+        image: ImageLike | list[Any] | tuple[Any, ...],
         *,
         name: str = "the image",
         orientation: int = 1,
         uncertainty: bool = False,
         confidence: bool = False,
         sink: Sink | None = None,
-    ) -> Prediction:
-        """Predict the mask of one image.
+    ) -> Prediction | list[Prediction]:
+        """Predict the mask of one image, or of each image of a list.
 
         Args:
-            image: A file, a PIL image (its EXIF orientation is ignored), or an (H, W, 3) uint8 RGB array (or the kind
-                of image that the network was trained on).
+            image: A file; a PIL image, whose EXIF orientation is ignored; an array, (H, W, 3), (H, W, 1) or (H, W); or
+                a tensor, which may also be (3, H, W) or (1, H, W): it is taken so if its first side is 3 or 1. Values
+                are uint8, or floats in 0..1; RGB, not normalised. A grey image is predicted as the RGB image with three
+                equal channels. A network that was trained on other channels or 16 bits takes those.
             name: Name of the image, for messages and for files that belong to it.
             orientation: EXIF orientation of the file, 1 to 8, which `Prediction.save` restores.
             uncertainty: Compute the uncertainty of each pixel.
@@ -167,13 +215,28 @@ class Segmenter:
         Raises:
             UsageError: The image cannot be read, or is of another kind than the network expects.
         """
+        if isinstance(image, list | tuple):
+            return [
+                self.predict(
+                    one,
+                    name=f"{name} {index}",
+                    orientation=orientation,
+                    uncertainty=uncertainty,
+                    confidence=confidence,
+                    sink=sink,
+                )
+                for index, one in enumerate(image)
+            ]
         if isinstance(image, str | Path):
+            if "://" in str(image):
+                raise UsageError(f"{image} is a URL - download it first: urllib.request.urlretrieve(URL, 'image.jpg')")
             image, name = Path(image), str(image)
             array, orientation = self.open(image)
         else:
-            array = np.asarray(image.convert("RGB")) if isinstance(image, Image.Image) else np.asarray(image)
-        if array.ndim != 3 or 0 in array.shape:
-            raise UsageError(f"{name} has shape {array.shape} - give (H, W, {self.preprocessing.channels})")
+            expected = self.preprocessing
+            array = as_image(
+                image, name, channels=expected.channels, bits=expected.bits, grey_as_rgb=not expected.as_stored
+            )
         size = (array.shape[0], array.shape[1])
         self.preprocessing.checked(array, name)
         self.resized.add(name, size)

@@ -1,5 +1,6 @@
 """Batch prediction: tiles, resuming, videos, polygons and tables, by the command predict and from Python."""
 
+import base64
 import csv
 import io
 import json
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -139,19 +141,111 @@ def test_prediction_from_python_gives_the_networks_result(place):
     assert np.array_equal(np.asarray(fakes.opened(place / "mask.png")), mask)
 
 
-@pytest.mark.parametrize("convert", [Image.fromarray, np.asarray, lambda image: np.asfortranarray(image)])
-def test_arrays_and_pil_images_are_predicted_as_they_are(place, convert):
+FORMS = {
+    "Pillow": Image.fromarray,
+    "array": np.asarray,
+    "Fortran order": np.asfortranarray,
+    "read only": lambda image: np.frombuffer(image.tobytes(), np.uint8).reshape(image.shape),
+    "fractions": lambda image: image / 255,
+    "tensor, channels first": lambda image: torch.tensor(image).permute(2, 0, 1),
+    "tensor, channels last": torch.tensor,
+    "tensor of fractions": lambda image: (torch.tensor(image).permute(2, 0, 1) / 255).half().float(),
+    "tensor with a gradient": lambda image: (torch.tensor(image) / 255).requires_grad_(),
+}
+GREY_FORMS = {
+    "Pillow": Image.fromarray,
+    "(H, W)": np.asarray,
+    "(H, W, 1)": lambda image: image[:, :, None],
+    "tensor (H, W)": torch.tensor,
+    "tensor (1, H, W)": lambda image: torch.tensor(image)[None],
+    "16 bit Pillow": lambda image: Image.fromarray(image.astype(np.uint16) * 257),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_forms_of_an_image_give_the_same_prediction(place, form):
     segmenter = segdeconv.load(place / "best.ckpt")
     image = np.asarray(fakes.opened(place / "photos" / "a.png"))
-    assert np.array_equal(segmenter.predict(convert(image)).mask, segmenter.predict(place / "photos" / "a.png").mask)
+    predicted = segmenter.predict(FORMS[form](image))
+    if form != "tensor of fractions":  # half precision rounds them
+        assert np.array_equal(predicted.image, image)
+        assert np.array_equal(predicted.mask, segmenter.predict(place / "photos" / "a.png").mask)
+    assert np.abs(predicted.image.astype(int) - image).max() <= 1
 
 
-def test_input_that_is_not_an_image_is_an_error_message(place):
+@pytest.mark.parametrize("form", GREY_FORMS)
+def test_a_grey_image_is_predicted_as_the_rgb_image_with_equal_channels(place, form):
     segmenter = segdeconv.load(place / "best.ckpt")
-    with pytest.raises(UsageError, match=r"the image has shape \(4, 4\) - give \(H, W, 3\)"):
-        segmenter.predict(np.zeros((4, 4), np.uint8))
-    with pytest.raises(UsageError, match="the image has 3 channel"):
-        segmenter.predict(np.zeros((4, 4, 3), np.float32))
+    grey = np.asarray(fakes.opened(place / "photos" / "a.png"))[:, :, 1]
+    expected = segmenter.predict(np.dstack([grey] * 3)).mask
+    assert np.array_equal(segmenter.predict(GREY_FORMS[form](grey)).mask, expected)
+
+
+def test_a_list_of_images_gives_a_list_of_predictions(place):
+    segmenter = segdeconv.load(place / "best.ckpt")
+    path = place / "photos" / "a.png"
+    array = np.asarray(fakes.opened(path))
+    first, second, third = segmenter.predict([path, array[:30], str(path)], confidence=True)
+    assert np.array_equal(first.mask, third.mask)
+    assert second.mask.shape == (30, array.shape[1])
+    assert second.confidence is not None
+    assert segmenter.predict([]) == []
+    with pytest.raises(UsageError, match="the image 1 has shape"):
+        segmenter.predict([array, array[0, 0]])
+
+
+def test_a_notebook_shows_the_overlay_with_the_share_of_each_class(place):
+    prediction = segdeconv.load(place / "best.ckpt").predict(place / "photos" / "a.png")
+    shown = np.asarray(Image.open(io.BytesIO(prediction._repr_png_())))
+    assert np.array_equal(shown, prediction.overlay())
+    page = prediction._repr_html_()
+    for name, count in prediction.pixels().items():
+        assert (f"{name} {100 * count / prediction.mask.size:.1f}&nbsp;%" in page) == (count > 0)
+    picture = base64.b64decode(re.search('base64,([^"]+)', page)[1])
+    assert Image.open(io.BytesIO(picture)).size == prediction.mask.shape[::-1]
+    assert len(repr(prediction)) < 200
+
+
+def test_a_notebook_shows_a_large_image_reduced_and_names_escaped(place):
+    prediction = segdeconv.load(place / "best.ckpt").predict(place / "photos" / "a.png")
+    names = tuple(f"<b>{name}" for name in CLASSES.names)
+    large = replace(
+        prediction, classes=Classes(names, CLASSES.colours), image=np.zeros((700, 3000, 3), np.uint8),
+        mask=np.ones((700, 3000), np.uint8),
+    )  # fmt: skip
+    page = large._repr_html_()
+    assert Image.open(io.BytesIO(large._repr_png_())).width == 1024
+    assert "&lt;b&gt;" in page
+    assert "<b>" not in page
+
+
+WRONG_IMAGES = {
+    "normalised": (np.full((4, 4, 3), -1.5, np.float32), "float values in -1.5..-1.5, but floats must be in 0..1"),
+    "0..255 as float": (np.full((4, 4, 3), 200.0), "or 0..255 as uint8"),
+    "not finite": (np.full((4, 4, 3), np.nan), "floats must be in 0..1"),
+    "integers": (np.zeros((4, 4, 3), np.int64), "has int64 values - give pixels as uint8"),
+    "batch": (torch.zeros(2, 3, 8, 8), "has shape (2, 3, 8, 8), a batch - give a list of its images"),
+    "row": (np.zeros(9, np.uint8), "has shape (9,) - give (H, W), (H, W, C) or a tensor (C, H, W)"),
+    "empty": (np.zeros((0, 4, 3), np.uint8), "has shape (0, 4, 3)"),
+    "channels first": (np.zeros((3, 8, 9), np.uint8), "has 9 channel(s) of 8 bit, but the network needs 3"),
+    "four channels": (np.zeros((8, 9, 4), np.uint8), "has 4 channel(s) of 8 bit"),
+    "16 bit": (np.zeros((8, 9, 3), np.uint16), "has 3 channel(s) of 16 bit"),
+    "URL": ("https://host/photo.jpg", "https://host/photo.jpg is a URL - download it first: urllib.request.urlretr"),
+    "number": (5, "the image is a int, not an image - give a path, a PIL image, an array"),
+    "none": (None, "the image is a NoneType, not an image"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_IMAGES)
+def test_what_is_not_an_image_gets_one_line(place, wrong):
+    image, message = WRONG_IMAGES[wrong]
+    with pytest.raises(UsageError) as caught:
+        segdeconv.load(place / "best.ckpt").predict(image)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_wrong_settings_are_error_messages(place):
     with pytest.raises(UsageError, match=r"leave one out"):
         segdeconv.load(place / "best.ckpt", samples=2, scales=(1, 2))
     with pytest.raises(AttributeError, match="module 'segdeconv' has no attribute 'laod'"):
