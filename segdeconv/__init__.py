@@ -5,7 +5,10 @@
 """
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from segdeconv.inference.segmenter import load as load
 
 # albumentations asks the package index for a newer version when it is imported. No command opens a connection without
 # being asked to, so this is set before albumentations is imported.

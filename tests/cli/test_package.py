@@ -87,6 +87,7 @@ def shipped():
     files |= {f"segdeconv/configs/{path.relative_to(ROOT / 'configs').as_posix()}" for path in
               (ROOT / "configs").rglob("*.yaml")}  # fmt: skip
     patterns = (
+        "py.typed",
         "checkpoints/weights/*.[sj]*",
         "data/datasets/*.sha256",
         "drawing/pages/*",
