@@ -169,7 +169,7 @@ def test_missing_keys_of_a_config_have_the_defaults_of_train_yaml():
 
 def test_training_from_python_needs_no_hydra(own):
     (snippet,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    snippet = snippet.replace('"size": [48, 48]', '"size": [48, 48], "count": 16, "num_workers": 0')
+    snippet = snippet.replace("size=[48, 48]", "size=[48, 48], dataset__count=16, dataset__num_workers=0")
     (own / "script.py").write_text(snippet + '\nimport sys\n\nassert "hydra" not in sys.modules\n')
     output = run("script.py", cwd=own).stdout
     assert "mine.TinyNet" in (own / "runs" / "mine" / "config.yaml").read_text()
