@@ -186,7 +186,8 @@ def absent(*, object: str, **arguments: Any) -> Any:
     """
     raise UsageError(
         f"{object} was an object of a Python program, which no config describes - give it there again: "
-        "segdeconv.load(CHECKPOINT, model=...) for a network, train(..., resume='auto') to resume"
+        "segdeconv.load(CHECKPOINT, model=...) for a network, train(..., resume='auto') to resume; the "
+        "scores of a run are in its report.json"
     )
 
 

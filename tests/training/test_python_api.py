@@ -111,6 +111,19 @@ def test_objects_are_copied_and_the_same_call_gives_the_same_bits(trained, tmp_p
     assert "hydra" not in first_line
 
 
+def test_a_run_of_objects_resumes_to_the_bit(trained, tmp_path):
+    result, given, _ = trained
+    run = tmp_path / "run"
+    stopped = train(run=run, **given, **QUICK, trainer__max_steps=1)
+    assert [row["step"] for row in stopped.history] == [1.0]
+    resumed = train(run=run, **given, **QUICK, resume="auto", trainer__max_steps=2)
+    first, second = (one.checkpoint.weights for one in (result, resumed))
+    assert result.history[0]["step"] == resumed.history[-1]["step"] == 2.0
+    last = [checkpoint.load_plain(one.folder / "last.ckpt")["state_dict"] for one in (result, resumed)]
+    assert first.keys() == second.keys()
+    assert all(torch.equal(last[0][name], last[1][name]) for name in last[0])
+
+
 def test_the_optimizer_object_updates_the_copy_with_its_own_learning_rate(tmp_path):
     """One step of SGD, computed by torch alone."""
     given = objects()
