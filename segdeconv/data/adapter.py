@@ -97,8 +97,8 @@ class Adapter(SegmentationDataset):
             item = item["image"], item["mask"]
         if not isinstance(item, tuple | list) or len(item) < 2:
             raise UsageError(
-                f"dataset: {name} is a {type(item).__name__}, not a pair (image, mask) - give pairs, or mappings with "
-                "image and mask"
+                f"dataset: {name} is of type {type(item).__name__}, not a pair (image, mask) - give pairs, or "
+                "mappings with image and mask"
             )
         image, mask = as_image(item[0], name), _mask(item[1], name)
         if image.shape[:2] != mask.shape:
@@ -125,7 +125,7 @@ def length_of(dataset: Any, name: str) -> int:
     """
     if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
         raise UsageError(
-            f"dataset: {name} is a {type_name(dataset)}, which has no length or no items - give a data set with "
+            f"dataset: {name} is of type {type_name(dataset)}, which has no length or no items - give a data set with "
             "__len__ and __getitem__, or the name of one"
         )
     try:
@@ -151,16 +151,16 @@ def _mask(value: Any, name: str) -> np.ndarray:
     return np.where(array < 0, IGNORED, array).astype(np.uint8) if array.dtype.kind == "i" else array.astype(np.uint8)
 
 
-def dataset_node(given: Any) -> dict[str, Any]:
+def dataset_node(data: Any) -> dict[str, Any]:
     """Return the `dataset` node of data sets of a program.
 
     Args:
-        given: The train and the val data set; or one, of which a fifth becomes val.
+        data: The train and the val data set; or one, of which a fifth becomes val.
 
     Raises:
         UsageError: It is not a data set.
     """
-    pair = tuple(given) if isinstance(given, tuple | list) else (given, given)
+    pair = tuple(data) if isinstance(data, tuple | list) else (data, data)
     if len(pair) != 2:
         raise UsageError(f"dataset has {len(pair)} data sets - give (train, val), or one to split")
     for name, dataset in zip(SPLITS, pair, strict=True):

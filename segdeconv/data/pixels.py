@@ -42,8 +42,8 @@ def as_image(
         pixels = value
     else:
         raise UsageError(
-            f"{name} is a {type(value).__name__}, not an image - give a path, a PIL image, an array (H, W, C) or a "
-            "tensor (C, H, W)"
+            f"{name} is of type {type(value).__name__}, not an image - give a path, a PIL image, an array (H, W, C) "
+            "or a tensor (C, H, W)"
         )
     if pixels.ndim == 4:
         raise UsageError(f"{name} has shape {pixels.shape}, a batch - give a list of its images")

@@ -218,14 +218,14 @@ class Segmenter:
         if isinstance(image, list | tuple):
             return [
                 self.predict(
-                    one,
+                    item,
                     name=f"{name} {index}",
                     orientation=orientation,
                     uncertainty=uncertainty,
                     confidence=confidence,
                     sink=sink,
                 )
-                for index, one in enumerate(image)
+                for index, item in enumerate(image)
             ]
         if isinstance(image, str | Path):
             if "://" in str(image):

@@ -66,9 +66,9 @@ def read_arguments(config: Mapping[str, Any], keywords: Mapping[str, Any]) -> Ar
         group, *inner = key.split(".")
         composed[group] = _with_key(composed.get(group, DEFAULTS.get(group, {})), inner, _plain(value), key)
     if values.get("dataset") == "folder" and "auto" not in composed:
-        given = {*(group for group, value in values.items() if isinstance(value, str)), *keys}
+        chosen = {*(group for group, value in values.items() if isinstance(value, str)), *keys}
         composed["auto"] = unset_keys(
-            {*given, *leaves({name: node for name, node in config.items() if name not in given})}
+            {*chosen, *leaves({name: node for name, node in config.items() if name not in chosen})}
         )
     dataset, model = (_name(group, values, composed, default) for group, default in NAMES.items())
     return Arguments(composed, f"{dataset}-{model}", _note(composed))
@@ -110,9 +110,9 @@ def _node(group: str, value: Any, network: nn.Module | None) -> dict[str, Any]:
         "loss": ", a class, a torch.nn.Module or a function of logits and mask",
         "optimizer": ", a class or a torch.optim.Optimizer",
     }
-    given = f"the module {value.__name__}" if inspect.ismodule(value) else f"a {type(value).__name__}"
+    kind = f"the module {value.__name__}" if inspect.ismodule(value) else f"of type {type(value).__name__}"
     further = kinds.get(group, " or a mapping with its keys")
-    raise UsageError(f"{group} is {given} - give the name of a file in configs/{group}{further}")
+    raise UsageError(f"{group} is {kind} - give the name of a file in configs/{group}{further}")
 
 
 def _target(group: str, value: Callable[..., Any]) -> str:

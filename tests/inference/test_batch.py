@@ -231,8 +231,8 @@ WRONG_IMAGES = {
     "four channels": (np.zeros((8, 9, 4), np.uint8), "has 4 channel(s) of 8 bit"),
     "16 bit": (np.zeros((8, 9, 3), np.uint16), "has 3 channel(s) of 16 bit"),
     "URL": ("https://host/photo.jpg", "https://host/photo.jpg is a URL - download it first: urllib.request.urlretr"),
-    "number": (5, "the image is a int, not an image - give a path, a PIL image, an array"),
-    "none": (None, "the image is a NoneType, not an image"),
+    "number": (5, "the image is of type int, not an image - give a path, a PIL image, an array"),
+    "none": (None, "the image is of type NoneType, not an image"),
 }
 
 
