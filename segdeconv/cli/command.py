@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import multiprocessing
 import os
 import sys
 from collections.abc import Callable
@@ -90,6 +91,10 @@ def run_command(main: Callable[[], int | None], help_text: str = "", *, needs_re
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # silent: segdeconv reports errors of videos itself
     os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")
     os.environ.setdefault(KEEP_FREED, "1")
+    if sys.platform == "linux":
+        # Python 3.14 starts processes from a server instead. It notices the end of a worker only after dataset.timeout,
+        # and the workers do not share the memory of the data set.
+        multiprocessing.set_start_method("fork", force=True)
     interruption.install()
     try:
         code = _run(main, help_text)
