@@ -58,8 +58,9 @@ def header(
         "network": f"{network}, {parameters:,} parameters" + (f", {frozen:,} of them frozen" if frozen else ""),
         "optimizer": f"{optimizer}, learning rate {config['optimizer']['lr']:g}, "
         f"{config['schedule'][TARGET].rpartition('.')[2].lower()}",
-        "training": f"{trainer.max_epochs} epoch{'s' * (trainer.max_epochs != 1)}, {task.total_steps} steps of "
-        f"{_batch(data, trainer)} on {trainer.strategy.root_device}, precision {trainer.precision}, channels last"
+        "training": f"{trainer.max_epochs} epoch{'s' * (trainer.max_epochs != 1)}, "
+        f"{task.total_steps} step{'s' * (task.total_steps != 1)} of {_batch(data, trainer)} on "
+        f"{trainer.strategy.root_device}, precision {trainer.precision}, channels last"
         + (", compiled" if task.compiles(trainer.strategy.root_device) else ", not compiled")
         + (", activation checkpointing" if task.activation_checkpointing else "")
         + _left_out(len(data.train), data.batch_size * trainer.world_size),

@@ -215,7 +215,7 @@ def test_lists_can_have_blank_lines_crlf_and_a_byte_order_mark_and_a_last_batch_
     done = train_on_folder(commands, tmp_path)
     assert done.code == 0, done.err
     assert "3 train, 1 val images" in done.out
-    assert "1 epochs, 1 steps" in done.out  # the incomplete last batch of one image is dropped
+    assert "1 epoch, 1 step of" in done.out  # the incomplete last batch of one image is dropped
 
 
 ROOTS = {
