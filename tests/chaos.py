@@ -163,7 +163,11 @@ class Run:
             sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
             _mark_phases(self.marker)
             before()
-            command.run_command(lambda: train.train(run_config, folder))
+
+            def run() -> None:
+                train.train(run_config, folder)
+
+            command.run_command(run)
         except SystemExit as ended:
             code = int(ended.code or 0)
         except BaseException:

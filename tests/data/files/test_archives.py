@@ -231,9 +231,15 @@ TAR_ATTACKS = {
     "long path": (entry("x/" * 1000, b"1"), "too long for a file system"),
     "twice": (entry("good", b"2"), "not a complete tar file"),
     "file as a folder": (entry("good/x", b"2"), "not a complete tar file"),
-    "negative size": (entry("x", size=-1024), "not a complete tar file .*-1024 bytes"),
-    "header too large": (entry("x", kind=tarfile.XHDTYPE, size=8 << 30), "not a complete tar file .*header of"),
-    "name too large": (entry("x", kind=tarfile.GNUTYPE_LONGNAME, size=8 << 30), "not a complete tar file .*header of"),
+    "negative size": (entry("x", size=-1024), "not a complete tar file .*(-1024 bytes|no entry)"),
+    "header too large": (
+        entry("x", kind=tarfile.XHDTYPE, size=8 << 30),
+        "not a complete tar file .*(header of|empty header)",
+    ),
+    "name too large": (
+        entry("x", kind=tarfile.GNUTYPE_LONGNAME, size=8 << 30),
+        "not a complete tar file .*(header of|empty header)",
+    ),
     "false size": (entry("x", b"1", size=8 << 30), "unpacks to more than|not a complete tar file"),
     "too big": (entry("x", b"1", size=60 << 30), "unpacks to more than 100000 files or"),
 }
