@@ -131,6 +131,7 @@ def train(
                 "facts": {**prepared.metadata, "precision": str(trainer.precision)},
             },
             settings=settings,
+            log_to_loggers=False,  # the Recorder does
         )
         if resumed is not None and new_length:
             steps = resumed.content["global_step"]

@@ -73,6 +73,11 @@ def quieten() -> None:
         warnings.filterwarnings("ignore", message)
 
 
+def expect_equal_values() -> None:
+    """Silence Lightning's advice to average logged values over processes, for values that all of them share."""
+    warnings.filterwarnings("ignore", ".*It is recommended to use `self.log.*sync_dist=True.*")
+
+
 def resume_at_epoch_start(trainer: Trainer) -> None:
     """Let a resumed run begin an epoch; Lightning treats every restart as being in the middle of one."""
     trainer.fit_loop.epoch_loop.restarting = False

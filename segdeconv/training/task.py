@@ -32,6 +32,7 @@ from segdeconv.system.devices import autocast, machine
 from segdeconv.system.memory import keep_freed
 from segdeconv.system.seeding import key
 from segdeconv.training.batchnorm_recalibration import recompute_statistics
+from segdeconv.training.lightning_internals import expect_equal_values
 from segdeconv.training.processes import summed
 from segdeconv.training.settings import TrainerSettings
 from segdeconv.training.step_loss import LOWER, StepLoss
@@ -55,6 +56,26 @@ class Results(NamedTuple):
     confusion: np.ndarray
 
 
+def scalars(split: str, results: Results | None, classes: Classes) -> dict[str, float]:
+    """Return the loss and scores of a split by their names in metrics.csv, such as `val/miou`.
+
+    Args:
+        split: The first part of the names.
+        results: The results; None gives the same names with NaN, so that metrics.csv has the same columns in every
+            epoch.
+        classes: The classes.
+    """
+    loss = results.loss if results else float("nan")
+    values = results.scores if results else scores(np.zeros((len(classes), len(classes)), dtype=np.int64))
+    return {
+        f"{split}/loss": loss,
+        f"{split}/miou": values.miou,
+        f"{split}/pixel_accuracy": values.pixel_accuracy,
+        f"{split}/mean_accuracy": values.mean_accuracy,
+        f"{split}/frequency_weighted_iou": values.frequency_weighted,
+    } | {f"{split}/iou/{name}": float(values.iou[index]) for index, name in enumerate(classes.names)}
+
+
 class SegmentationTask(LightningModule):
     """Trains a network with a loss and an optimizer.
 
@@ -68,6 +89,10 @@ class SegmentationTask(LightningModule):
         total_steps: Optimizer steps of the whole run, for the schedule.
         metadata: Config and metadata of the data, as plain data for checkpoints.
         settings: The settings of the trainer.
+        log_to_loggers: Whether `self.log` passes the scores to the trainer's loggers too, not only to callbacks.
+
+    Attributes:
+        lr: Learning rate of the first parameter group in the last step.
     """
 
     averaged: SegmentationModel | None
@@ -85,6 +110,7 @@ class SegmentationTask(LightningModule):
         total_steps: int,
         metadata: Mapping[str, Any],
         settings: TrainerSettings,
+        log_to_loggers: bool = True,
     ) -> None:
         super().__init__()
         if settings.compile is True and settings.activation_checkpointing:
@@ -96,6 +122,8 @@ class SegmentationTask(LightningModule):
         self.loss = loss
         self.optimizer, self.schedule = optimizer, schedule
         self.classes, self.seed, self.total_steps, self.metadata = classes, seed, total_steps, dict(metadata)
+        self.log_to_loggers = log_to_loggers
+        self.lr: float = optimizer.param_groups[0]["lr"]
         self.norm, self.ema, self.recalibration_batches = settings.norm, settings.ema, settings.recalibration_batches
         self.compilation, self.activation_checkpointing = settings.compile, settings.activation_checkpointing
         if self.activation_checkpointing:
@@ -145,13 +173,22 @@ class SegmentationTask(LightningModule):
         self.train_matrix.to(self.device)
         self.val_matrix.to(self.device)
 
+    def on_train_start(self) -> None:
+        self._set_learning_rate(self.global_step)
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # Random numbers and schedule depend on the step alone, so that a resumed run repeats them.
         micro_batch = batch_idx % self.trainer.accumulate_grad_batches
         torch.manual_seed(key(self.seed, "step", self.global_step, micro_batch, self.global_rank))
-        factor = self.schedule(self.global_step, self.total_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["base_lr"] * factor
+        self._set_learning_rate(self.global_step)
+        self.lr = self.optimizer.param_groups[0]["lr"]
+
+    def _set_learning_rate(self, step: int) -> None:
+        """Set the learning rates of a step; those of the last step stay when there is no further one."""
+        if step < self.total_steps:
+            factor = self.schedule(step, self.total_steps)
+            for group in self.optimizer.param_groups:
+                group["lr"] = group["base_lr"] * factor
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         maps = self._forward(batch["image"])
@@ -175,7 +212,7 @@ class SegmentationTask(LightningModule):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Scale the gradient of the summed loss to that of its mean over all micro-batches and processes."""
-        sums = self.step_loss.reduce(self.trainer, self.optimizer.param_groups[0]["lr"])
+        sums = self.step_loss.reduce(self.trainer, self.lr)
         # Gradients are averaged over processes, so their sum is world_size times as large.
         scale = torch.where(sums[1] > 0, UNIT * self.trainer.world_size / sums[1], 0.0)
         torch._foreach_mul_([parameter.grad for parameter in self.parameters() if parameter.grad is not None], scale)
@@ -188,6 +225,8 @@ class SegmentationTask(LightningModule):
         optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        # Callbacks, such as LearningRateMonitor, read the rates before `on_train_batch_start` of this module is called.
+        self._set_learning_rate(self.global_step + 1)
         if self.averaged is not None and self.ema is not None:
             average(self.averaged, self.model, decay=min(self.ema, (1 + self.global_step) / (10 + self.global_step)))
 
@@ -231,6 +270,24 @@ class SegmentationTask(LightningModule):
 
         norms = {name: module for name, module in self.network.named_modules() if isinstance(module, _BatchNorm)}
         recompute_statistics([norms[name] for name in sorted(trained)], forward, batches())
+
+    def on_validation_epoch_end(self) -> None:
+        self._log("val")
+
+    def on_train_epoch_end(self) -> None:
+        self._log("train")
+
+    def _log(self, split: Literal["train", "val"]) -> None:
+        """Pass the results of a split to callbacks, as `trainer.callback_metrics`, under the names of metrics.csv.
+
+        They are computed once per epoch from sums over all processes, so that every process logs the same value, and no
+        process waits for another.
+        """
+        expect_equal_values()
+        for name, value in scalars(split, self.results(split), self.classes).items():
+            # In float64, to the last bit; on the host, since logging would otherwise copy each to the device.
+            number = torch.tensor(value, dtype=torch.float64)
+            self.log(name, number, logger=self.log_to_loggers, prog_bar=name in ("train/loss", "val/loss", "val/miou"))
 
     def on_validation_end(self) -> None:
         self.validation_network = None
@@ -284,7 +341,7 @@ class SegmentationTask(LightningModule):
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise DivergedError(
                     f"{name} is not finite after step {self.global_step} with learning rate "
-                    f"{self.optimizer.param_groups[0]['lr']:.3g} on {', '.join(self.step_loss.names[:4])} - {LOWER}"
+                    f"{self.lr:.3g} on {', '.join(self.step_loss.names[:4])} - {LOWER}"
                 )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
