@@ -722,7 +722,9 @@ def hydra_overrides(arguments: Sequence[str], folder: Path) -> list[str]:
         set_keys.add(key)
         if key in groups:
             sweep = override.is_sweep_override()
-            for choice in override.sweep_string_iterator() if sweep else [str(override.value())]:
+            chosen = override.value()
+            several = chosen if isinstance(chosen, list) and key in SEVERAL else [chosen]
+            for choice in override.sweep_string_iterator() if sweep else map(str, several):
                 if choice not in groups[key] and choice != "None":
                     raise UsageError(f"unknown {key} '{choice}' - {did_you_mean(choice, groups[key])}")
             overrides.append(argument)
@@ -734,6 +736,7 @@ def hydra_overrides(arguments: Sequence[str], folder: Path) -> list[str]:
     return sorted(overrides, key=lambda argument: not argument.startswith("-"))
 
 
+SEVERAL = ("callbacks",)  # groups of which several files can be chosen at once: callbacks=[a,b]
 HYDRA_PATHS = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir")
 
 

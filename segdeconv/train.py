@@ -87,7 +87,8 @@ def train(
     if arguments.note:
         print(arguments.note, end="\n\n")
 
-    with run_folder.discard_if_unused(run):
+    trial = config["trainer"]["fast_dev_run"]
+    with run_folder.discard_if_unused(run, trial=bool(trial)):
         # Imported late, so that config errors are reported at once: Lightning takes 2 s to import.
         from segdeconv.training import loggers
         from segdeconv.training.callbacks import ImageLogging, Progress, Recorder
@@ -95,12 +96,13 @@ def train(
         from segdeconv.training.data_module import DataModule
         from segdeconv.training.diagnostics import LoaderWait, TrainingDiagnostics
         from segdeconv.training.header import header
+        from segdeconv.training.own_callbacks import build_callbacks
         from segdeconv.training.stopping import Stopping
         from segdeconv.training.switch_curves import SwitchCurves
-        from segdeconv.training.task import SegmentationTask
-        from segdeconv.training.trainer import count_steps, fit, make_trainer
+        from segdeconv.training.task import SegmentationTask, scalars
+        from segdeconv.training.trainer import count_steps, fit, has_progress_bar, make_trainer
 
-        logger = loggers.build_logger(config["logger"], run)
+        logger = loggers.build_logger({} if trial else config["logger"], run)
         prepared = prepare(config, objects, fresh=resumed is not None)
         if resumed is None and config["auto"]:
             config = prepared.config
@@ -108,16 +110,20 @@ def train(
         if resumed is not None:
             resume.compare(resumed, prepared.classes, prepared.metadata["fingerprints"])
         settings = TrainerSettings(**split_arguments(config["trainer"], [TrainerSettings])[0])
-        checkpoints = Checkpoints(run, resumed=resumed_path, patience=settings.patience)
+        metrics = [name for split in ("train", "val") for name in scalars(split, None, prepared.classes)]
+        own_callbacks = build_callbacks(config["callbacks"], run, metrics)
+        checkpoints = Checkpoints(run, resumed=resumed_path, patience=settings.patience, forced=config["resume_force"])
         deadline = started + config_check.seconds(config["max_time"]) if config["max_time"] is not None else None
         stopping = Stopping(checkpoints, deadline=deadline)
         recorder = Recorder(run, checkpoints, stopping)
         wait = LoaderWait()
         switch_curves = SwitchCurves(prepared.data.val, prepared.data.preprocessing)
-        logging = [ImageLogging(prepared.data.val), switch_curves, Progress(recorder, wait), TrainingDiagnostics(wait)]
-        callbacks = [wait, *logging, stopping, checkpoints, recorder]
+        logging = [ImageLogging(prepared.data.val), switch_curves, TrainingDiagnostics(wait)]
+        if settings.enable_progress_bar and not has_progress_bar(own_callbacks):
+            logging.append(Progress(recorder, wait))
+        callbacks = [wait, *own_callbacks, *logging, stopping, checkpoints, recorder]
         trainer = make_trainer(run, callbacks, logger, settings, resumed)
-        saved = {name: node for name, node in config.items() if name not in resume.CHANGEABLE_KEYS}
+        saved = resume.without_keys(config, resume.NOT_IN_CHECKPOINTS)
         task = SegmentationTask(
             prepared.model,
             prepared.loss,
@@ -156,7 +162,8 @@ def train(
                 explain_loader_errors(),
                 explain_out_of_memory(config["dataset"]["batch_size"]),
             ):
-                fit(trainer, task, DataModule(prepared.data), resumed=resumed_path)
+                data = DataModule(prepared.data, same_batches=bool(settings.overfit_batches))
+                fit(trainer, task, data, resumed=resumed_path)
             stopping.raise_if_requested()
         except TimeUp as message:
             print(message)
@@ -167,6 +174,9 @@ def train(
         finally:
             stopping.stop_listening()
     if not trainer.is_global_zero:
+        return result
+    if trial:
+        print(f"fast_dev_run: training ({task.total_steps} steps) and validation succeeded; no checkpoint was written")
         return result
     run_folder.require_run_folder(run)
     best = result.checkpoint

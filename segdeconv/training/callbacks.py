@@ -112,7 +112,8 @@ class Recorder(Checkpoint):  # Lightning calls callbacks of this base class last
         task.reset("val")
         if trainer.is_global_zero:
             require_run_folder(self.checkpoints.run)
-            self.metrics.append(row)
+            if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+                self.metrics.append(row)
             for logger in trainer.loggers:
                 numbers = {name: value for name, value in row.items() if name != "step" and value == value}
                 logger.log_metrics(numbers, step=trainer.global_step)

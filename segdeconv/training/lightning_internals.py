@@ -67,6 +67,7 @@ def quieten() -> None:
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*smaller than the logging interval.*",
         ".*in eval mode at the start of training.*",  # frozen norms and averaged weights are in eval mode
+        ".*callbacks used to create the checkpoint need to be provided.*",  # resume_force asks for others
         ".*`weights_only` was not set.*",  # our reader sets it
         ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",  # pytorch#160843; Lightning 2.6.6 still does so
     ):

@@ -33,6 +33,7 @@ from segdeconv.system.memory import keep_freed
 from segdeconv.system.seeding import key
 from segdeconv.training.batchnorm_recalibration import recompute_statistics
 from segdeconv.training.lightning_internals import expect_equal_values
+from segdeconv.training.own_callbacks import require_suitable
 from segdeconv.training.processes import summed
 from segdeconv.training.settings import TrainerSettings
 from segdeconv.training.step_loss import LOWER, StepLoss
@@ -166,6 +167,7 @@ class SegmentationTask(LightningModule):
         return self.compilation
 
     def on_fit_start(self) -> None:
+        require_suitable(self.trainer.callbacks)  # type: ignore[attr-defined]
         keep_freed(self.device)
         if self.compiles(self.device):
             # The method, not the module: compiling the module would rename the parameters in checkpoints.
