@@ -1,16 +1,20 @@
 """The `callbacks` group: Lightning's callbacks and the user's own, and those that do not fit a SegmentationTask."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from pytorch_lightning import Callback, callbacks
+from pytorch_lightning.utilities.exceptions import MisconfigurationException  # type: ignore[attr-defined]
 
 from segdeconv.checkpoints.checkpoint import CONTENT_LIMITS
 from segdeconv.config import TARGET, build
 from segdeconv.errors import UsageError, did_you_mean, warn
 from segdeconv.system.plain_data import PlainDataError, check_plain
+from segdeconv.training.loggers import missing_package
 
 AVERAGE = (
     "validation, best.ckpt and the other commands would use the weights without the average: set trainer.ema=0.999, "
@@ -41,7 +45,10 @@ def build_callbacks(nodes: Mapping[str, Mapping[str, Any]], run: Path, metrics: 
     Raises:
         UsageError: A node builds no callback, or one that does not fit a run.
     """
-    built = {name: build(node, f"callbacks.{name}") for name, node in nodes.items()}
+    built = {}
+    for name, node in nodes.items():
+        with explain_errors(f"callbacks.{name} ({node[TARGET]})"):
+            built[name] = build(node, f"callbacks.{name}")
     for name, callback in built.items():
         if not isinstance(callback, Callback):
             raise UsageError(
@@ -61,6 +68,35 @@ def build_callbacks(nodes: Mapping[str, Mapping[str, Any]], run: Path, metrics: 
         if library and monitor is not None and monitor not in metrics:  # a callback of the user may log more
             raise UsageError(f"callbacks.{name}.monitor={monitor} is not logged - {did_you_mean(monitor, metrics)}")
     return list(built.values())
+
+
+@contextmanager
+def explain_errors(where: str = "callbacks") -> Iterator[None]:
+    """Turn the errors of Lightning's callbacks about their arguments, a missing package or metric into a UsageError.
+
+    Args:
+        where: The key of the callback, for the message.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = missing_package(error)
+        raise UsageError(f"{where} needs the package {package} - pip install {package}") from error
+    except (MisconfigurationException, RuntimeError) as error:
+        reason = callback_error(f"{type(error).__name__}: {error}")
+        if reason is None:
+            raise
+        raise UsageError(f"{where}: {reason} - change or remove the callback") from error
+
+
+def callback_error(text: str) -> str | None:
+    """Return the first sentence of the error of a callback in the text of an error or traceback; None for others."""
+    match = re.search(
+        r"^(?:[\w.]*MisconfigurationException: |RuntimeError: (?=Early stopping conditioned on))(.*?)(?:\. |\.?$)",
+        text,
+        re.MULTILINE,
+    )
+    return match and match[1]
 
 
 def require_suitable(given: Iterable[Callback]) -> None:

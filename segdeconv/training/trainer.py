@@ -28,15 +28,11 @@ from segdeconv.system.devices import fast_precision
 from segdeconv.system.interruption import INTERRUPTION, exit_at_once
 from segdeconv.training.checkpointing import Checkpoints, VerifiedCheckpoints
 from segdeconv.training.lightning_internals import TIMEOUT, Processes, quieten, spawning_launcher
+from segdeconv.training.own_callbacks import callback_error, explain_errors
 from segdeconv.training.processes import RESUME_HINT, STOP_SIGNALS, interrupted
 from segdeconv.training.settings import TrainerSettings
 
 PROFILERS = {"simple": "SimpleProfiler", "advanced": "AdvancedProfiler", "pytorch": "PyTorchProfiler"}
-
-# The errors of Lightning's callbacks that need a logger or a metric that is not there, with their first sentence.
-CALLBACK_ERROR = re.compile(
-    r"(?:MisconfigurationException: |RuntimeError: (?=Early stopping conditioned on))(.*?)(?:\. |\.?$)", re.MULTILINE
-)
 
 # The errors of torch.distributed's backends where a process waits for another.
 TIMED_OUT = re.compile(r"Timed out waiting|timed out after|Watchdog caught collective operation timeout", re.IGNORECASE)
@@ -212,12 +208,8 @@ def fit(trainer: Trainer, task: LightningModule, data: LightningDataModule, *, r
     """
     launcher = spawning_launcher(trainer)
     if launcher is None:
-        try:
+        with explain_errors():
             trainer.fit(task, datamodule=data, ckpt_path=resumed, weights_only=True)
-        except (MisconfigurationException, RuntimeError) as error:
-            if not CALLBACK_ERROR.match(f"{type(error).__name__}: {error}"):
-                raise
-            raise UsageError(f"callbacks: {first_sentence(error)} - change or remove the callback") from error
         return
     try:
         with _forward_signals(launcher.kill) as received:
@@ -226,8 +218,8 @@ def fit(trainer: Trainer, task: LightningModule, data: LightningDataModule, *, r
             raise interrupted(received[0])
     except ProcessRaisedException as error:
         cause = error_from_traceback(str(error))
-        if cause is None and (misconfigured := CALLBACK_ERROR.search(str(error))):
-            cause = UsageError(f"callbacks: {misconfigured[1]} - change or remove the callback")
+        if cause is None and (reason := callback_error(str(error))):
+            cause = UsageError(f"callbacks: {reason} - change or remove the callback")
         if isinstance(cause, Interrupted) and received:
             cause.exit_code = STOP_SIGNALS[received[0]]
         if cause is None and received:  # the signal arrived before the process could handle it

@@ -49,29 +49,17 @@ class Rates(Logger):
         pass
 
 
-class Probe(callbacks.Checkpoint):  # called after the epoch's metrics are logged
-    """Writes the metrics that callbacks see, and counts epochs in a state."""
-
-    def __init__(self, file: str):
-        self.file, self.epochs = file, []
-
-    def on_train_epoch_end(self, trainer, pl_module):
-        self.epochs.append({name: float(value) for name, value in trainer.callback_metrics.items()})
-        Path(f"{self.file}{trainer.global_rank}").write_text(json.dumps(self.epochs))
-
-    def state_dict(self):
-        return {"epochs": self.epochs}
-
-    def load_state_dict(self, state_dict):
-        self.epochs = state_dict["epochs"]
-
-
 class Unsafe(pl.Callback):
     def __init__(self, value: str):
         self.value = value
 
     def state_dict(self):
         return {"seen": {"set": {1}, "array": np.zeros(2), "number": np.float64(1)}[self.value]}
+
+
+class NotInstalled(pl.Callback):
+    def setup(self, trainer, pl_module, stage):
+        raise ModuleNotFoundError("`NotInstalled` requires `gauge`. Install it by running `pip install -U gauge`.")
 
 
 class Adding(pl.Callback):
@@ -92,7 +80,7 @@ def observed(tmp_path_factory):
         "early": {**EARLY, "patience": 99},
         "best": {**BEST, "save_top_k": 2},
         "rates": RATES,
-        "probe": {"_target_": "test_callbacks.Probe", "file": str(folder / "seen")},
+        "probe": {"_target_": "tiny_runs.Probe", "file": str(folder / "seen")},
     }
     logger = {"_target_": "test_callbacks.Rates", "file": str(folder / "rates")}
     settings = {"max_epochs": EPOCHS, "precision": "32-true", "log_every_n_steps": 1}
@@ -170,7 +158,7 @@ def test_callbacks_change_no_bit_of_a_run(observed, tmp_path):
 
 GROUP = {
     "early": {**EARLY, "patience": 1, "min_delta": 1.0},  # ends training after the second epoch
-    "probe": {"_target_": "test_callbacks.Probe"},
+    "probe": {"_target_": "tiny_runs.Probe"},
 }
 
 
@@ -228,6 +216,9 @@ def test_a_run_that_a_callback_has_ended_stays_ended_when_it_resumes(tmp_path, c
         (RATES, "callbacks: Cannot use `LearningRateMonitor` callback with `Trainer` that has no logger - change"),
         ({**EARLY, "monitor": "val/mIoU"}, r"callbacks.EarlyStopping.monitor=val/mIoU is not logged - did you mean"),
         ({**BEST, "dirpath": "RUN"}, "is the run folder, whose checkpoints it could replace - leave it out"),
+        ({**EARLY, "mode": "most"}, "(pytorch_lightning.callbacks.EarlyStopping): `mode` can be "),
+        ({**EARLY, "patiense": 3}, "unknown key callbacks.EarlyStopping.patiense - did you mean 'patience'?"),
+        ({"_target_": "test_callbacks.NotInstalled"}, "callbacks needs the package gauge - pip install gauge"),
         ({"_target_": "fakes.Uneven", "split": "val"}, "is not a pytorch_lightning.Callback - inherit from it"),
     ],
 )  # fmt: skip
