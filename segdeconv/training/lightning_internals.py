@@ -60,6 +60,7 @@ def quieten() -> None:
     """Silence Lightning's messages and tips, which repeat or contradict ours."""
     for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("pytorch_lightning.callbacks").setLevel(logging.INFO)  # what a callback of the user reports
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
     for message in (
         ".*does not have many workers.*",

@@ -20,7 +20,7 @@ from segdeconv.evaluation.report import read_report
 from segdeconv.system.devices import machine
 from segdeconv.system.files import replace_text
 from segdeconv.system.plain_data import PlainDataError, read_yaml, require_mapping
-from segdeconv.training.config_check import SCHEMAS
+from segdeconv.training.config_check import DEFAULTS, SCHEMAS
 from segdeconv.training.processes import rank_from_outside
 from segdeconv.training.run_folder import lock_run
 from segdeconv.training.settings import TrainerSettings
@@ -195,7 +195,7 @@ def with_new_keys(before: Mapping[str, Any], config: Mapping[str, Any]) -> dict[
         before: The config of the run.
         config: The checked config now, whose classes declare the keys.
     """
-    completed = {"callbacks": {}, **before}
+    completed = {**{group: DEFAULTS[group] for group in DEFAULTS.keys() & config.keys()}, **before}
     for group, node in config.items():
         old = before.get(group)
         if (

@@ -73,9 +73,9 @@ def make_trainer(
             "trainer.limit_test_batches changes nothing: a run has no test loop, and evaluates its best checkpoint on "
             "all validation images"
         )
-    several = count_processes(accelerator, devices, num_nodes) > 1
     plugins = build_plugins(settings)
     try:
+        several = count_processes(accelerator, devices, num_nodes) > 1
         return Trainer(
             default_root_dir=run,
             accelerator=accelerator,
@@ -107,6 +107,8 @@ def make_trainer(
         )
     except MisconfigurationException as error:
         raise UsageError(f"trainer: {error} - change trainer.accelerator or trainer.devices") from error
+    except UsageError:
+        raise
     except (RuntimeError, TypeError, ValueError) as error:  # two callbacks with the same state, a misplaced plugin
         raise UsageError(f"callbacks and trainer.plugins do not fit together: {first_sentence(error)}") from error
 

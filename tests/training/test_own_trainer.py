@@ -23,6 +23,7 @@ from segdeconv.errors import CheckpointError, UsageError
 from segdeconv.models import SegNet
 from segdeconv.optimization import Constant
 from segdeconv.train import train
+from segdeconv.training.checkpointing import VerifiedCheckpoints
 from segdeconv.training.config_check import check_config
 from segdeconv.training.data_module import DataModule
 from segdeconv.training.prepare import prepare
@@ -145,11 +146,13 @@ def test_the_shipped_network_is_a_task():
 def test_checkpoints_of_an_own_trainer_are_those_of_segdeconv(tmp_path):
     best = ModelCheckpoint(tmp_path / "kept", monitor="val/miou", mode="max")
     stop = EarlyStopping("val/miou", mode="max")
-    own = trainer(tmp_path, callbacks=[best, stop], enable_checkpointing=True, logger=CSVLogger(tmp_path))
+    writing = {"enable_checkpointing": True, "logger": CSVLogger(tmp_path), "plugins": [VerifiedCheckpoints()]}
+    own = trainer(tmp_path, callbacks=[best, stop], **writing)
     own.fit(task(trainer={"ema": 0.5}), loader(), loader("val", 7))
     assert float(best.best_model_score) == float(own.callback_metrics["val/miou"])
     own.logger.save()
     assert "val/iou/dark" in Path(own.logger.log_dir, "metrics.csv").read_text()
+    assert Path(f"{best.best_model_path}.sha256").is_file()
     loaded = SegmentationTask.load_from_checkpoint(best.best_model_path)
     (scores,) = trainer(tmp_path).validate(loaded, loader("val", 7))
     assert scores["val/miou"] == pytest.approx(float(best.best_model_score), abs=1e-9)
