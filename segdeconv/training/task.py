@@ -367,7 +367,8 @@ class SegmentationTask(LightningModule):
     @property
     def _pipeline(self) -> DataPipeline | None:
         """The pipeline of segdeconv's data module; None for data of the user."""
-        return getattr(self.trainer.datamodule, "pipeline", None)  # type: ignore[attr-defined]
+        pipeline = getattr(self.trainer.datamodule, "pipeline", None)  # type: ignore[attr-defined]
+        return pipeline if isinstance(pipeline, DataPipeline) else None
 
     def _for_network(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         """Return a batch as the network needs it, on the device of the batch, after checks of data of the user."""

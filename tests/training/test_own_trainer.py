@@ -21,7 +21,7 @@ import segdeconv
 from segdeconv.checkpoints import checkpoint
 from segdeconv.errors import CheckpointError, UsageError
 from segdeconv.models import SegNet
-from segdeconv.optimization import Constant
+from segdeconv.optimization import Constant, Poly
 from segdeconv.train import train
 from segdeconv.training.checkpointing import VerifiedCheckpoints
 from segdeconv.training.config_check import check_config
@@ -181,6 +181,25 @@ def test_an_own_trainer_resumes_from_its_checkpoint(tmp_path, objects):
     assert all(torch.equal(value, whole.state_dict()[name]) for name, value in second.state_dict().items())
 
 
+@pytest.mark.parametrize("schedule", [{"every_n_train_steps": 8}, {"every_n_epochs": 1}])
+def test_our_data_module_resumes_in_an_own_trainer_to_the_same_bits(tmp_path, schedule):
+    def fit(epochs, **settings):
+        prepared = prepare(check_config(config()))
+        fitted = SegmentationTask(
+            prepared.model, prepared.loss, prepared.optimizer, Poly(), prepared.classes, total_steps=18
+        )
+        own = trainer(tmp_path, max_epochs=epochs, num_sanity_val_steps=0, callbacks=settings.pop("callbacks", []),
+                      enable_checkpointing="ckpt_path" not in settings)  # fmt: skip
+        own.fit(fitted, datamodule=DataModule(prepared.data), **settings)
+        return fitted.state_dict(), {name: float(value) for name, value in own.callback_metrics.items()}
+
+    expected, metrics = fit(3, callbacks=[ModelCheckpoint(tmp_path / "kept", save_top_k=-1, **schedule)])
+    path = min((tmp_path / "kept").glob("*.ckpt"))  # in the middle or at the end of an epoch
+    resumed, resumed_metrics = fit(3, ckpt_path=path)
+    assert all(torch.equal(value, expected[name]) for name, value in resumed.items())
+    assert resumed_metrics == metrics
+
+
 # Messages
 
 
@@ -325,7 +344,7 @@ def test_the_script_of_the_page_runs_as_written(tmp_path, monkeypatch, capsys):
     torch.manual_seed(0)
     exec(compile(script, "script.py", "exec"), space)
     (score,) = re.findall(r"^0\.\d+$", capsys.readouterr().out, re.MULTILINE)
-    assert float(score) > 0.7
+    assert float(score) > 0.6
     assert [batch.shape for batch in space["masks"]] == 4 * [(8, 48, 48)]
     (file,) = tmp_path.rglob("*.ckpt")
     assert checkpoint.read(file).classes.names == ("background", "disc")  # without trust
