@@ -204,8 +204,13 @@ def with_objects(config: Mapping[str, Any], objects: Mapping[str, Callable[..., 
 
 def written(config: Mapping[str, Any]) -> Node:
     """Return a config as it is written: plain data, without objects."""
-    names = {group: getattr(function, "written_as", "") for group, function in objects_in(config).items()}
-    return {**config, **{group: {**config[group], TARGET: name} for group, name in names.items()}}
+    plain: Node = {}
+    for name, value in config.items():
+        if name == TARGET and callable(value):
+            plain[name] = getattr(value, "written_as", "")
+        else:
+            plain[name] = written(value) if isinstance(value, Mapping) else value
+    return plain
 
 
 def type_name(value: Any) -> str:

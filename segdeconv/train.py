@@ -51,6 +51,7 @@ def train(
     - the name of a file in configs/GROUP, as on the command line: `dataset="camvid"`, `model="unet"`;
     - a class or `functools.partial` of one: `model=MyNetwork`, with `model__width=8` for its arguments;
     - a mapping with `_target_` and arguments;
+    - for `callbacks`, one or a list of these, or of objects;
     - an object: `dataset=(train_set, val_set)`, data sets of pairs (image, mask), or one of which a fifth becomes val;
       `model=network`, any torch.nn.Module; `loss=function`, of logits (N, C, H, W) and masks (N, H, W);
       `optimizer=optimizer`, of the parameters of `model`. Network, loss and optimizer are copied, so that the same call
@@ -111,7 +112,7 @@ def train(
             resume.compare(resumed, prepared.classes, prepared.metadata["fingerprints"])
         settings = TrainerSettings(**split_arguments(config["trainer"], [TrainerSettings])[0])
         metrics = [name for split in ("train", "val") for name in scalars(split, None, prepared.classes)]
-        own_callbacks = build_callbacks(config["callbacks"], run, metrics)
+        own_callbacks = build_callbacks(checked["callbacks"], run, metrics)
         checkpoints = Checkpoints(run, resumed=resumed_path, patience=settings.patience, forced=config["resume_force"])
         deadline = started + config_check.seconds(config["max_time"]) if config["max_time"] is not None else None
         stopping = Stopping(checkpoints, deadline=deadline)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from segdeconv.config import TARGET, check, locate, rename_keys
+from segdeconv.config import OBJECT, TARGET, check, locate, rename_keys, written
 from segdeconv.data.module import SCHEMAS as DATASET_SCHEMAS
 from segdeconv.data.module import check_augment, check_dataset
 from segdeconv.errors import UsageError, did_you_mean
@@ -95,11 +95,7 @@ def check_callbacks(group: Any) -> dict[str, Any]:
     if isinstance(group, Mapping) and TARGET in group:
         group = [group]
     if isinstance(group, list):
-        named: dict[str, Any] = {}
-        for index, node in enumerate(group):
-            name = str(node.get(TARGET)).rpartition(".")[2] if isinstance(node, Mapping) else str(index)
-            named[f"{name}_{index}" if name in named else name] = node
-        group = named
+        group = callbacks_by_name(group)
     if not isinstance(group, Mapping):
         raise UsageError(f"callbacks={group} - give the name of a file in configs/callbacks, or several in brackets")
     for name, node in group.items():
@@ -112,6 +108,16 @@ def check_callbacks(group: Any) -> dict[str, Any]:
     return {name: check_lightning(node, f"callbacks.{name}") for name, node in group.items() if node is not None}
 
 
+def callbacks_by_name(nodes: Sequence[Any]) -> dict[str, Any]:
+    """Return nodes by the names of their classes; a second one of a class has its index in the list too."""
+    named: dict[str, Any] = {}
+    for index, node in enumerate(nodes):
+        known = isinstance(node, Mapping)
+        name = str(node.get(OBJECT, node.get(TARGET))).rpartition(".")[2] if known else str(index)
+        named[f"{name}_{index}" if name in named else name] = node
+    return named
+
+
 def check_lightning(node: Mapping[str, Any], where: str, *, supplied: Sequence[str] = ()) -> dict[str, Any]:
     """Check a node against the constructor of a class of Lightning or of the user.
 
@@ -120,9 +126,10 @@ def check_lightning(node: Mapping[str, Any], where: str, *, supplied: Sequence[s
     checked = check(node, where, [locate(node, where)], supplied=supplied)
     given = {key: checked[key] for key in (TARGET, *node) if key in checked}
     try:
-        return dict(check_plain(given))
+        check_plain(written(given))
     except PlainDataError as error:
         raise UsageError(f"{where} {error}, which config.yaml cannot hold - give plain data only") from error
+    return given
 
 
 def check_logger(node: Mapping[str, Any]) -> dict[str, Any]:

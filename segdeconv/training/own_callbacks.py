@@ -11,7 +11,7 @@ from pytorch_lightning import Callback, callbacks
 from pytorch_lightning.utilities.exceptions import MisconfigurationException  # type: ignore[attr-defined]
 
 from segdeconv.checkpoints.checkpoint import CONTENT_LIMITS
-from segdeconv.config import TARGET, build
+from segdeconv.config import OBJECT, TARGET, build
 from segdeconv.errors import UsageError, did_you_mean, warn
 from segdeconv.system.plain_data import PlainDataError, check_plain
 from segdeconv.training.loggers import missing_package
@@ -38,7 +38,7 @@ def build_callbacks(nodes: Mapping[str, Mapping[str, Any]], run: Path, metrics: 
     """Build the callbacks of a checked `callbacks` group.
 
     Args:
-        nodes: The nodes by name.
+        nodes: The nodes by name, in which functions stand for objects of a program.
         run: The run folder.
         metrics: The names that the run logs.
 
@@ -47,12 +47,12 @@ def build_callbacks(nodes: Mapping[str, Mapping[str, Any]], run: Path, metrics: 
     """
     built = {}
     for name, node in nodes.items():
-        with explain_errors(f"callbacks.{name} ({node[TARGET]})"):
+        with explain_errors(f"callbacks.{name} ({_class(node)})"):
             built[name] = build(node, f"callbacks.{name}")
     for name, callback in built.items():
         if not isinstance(callback, Callback):
             raise UsageError(
-                f"callbacks.{name} ({nodes[name][TARGET]}) is not a pytorch_lightning.Callback - inherit from it; the "
+                f"callbacks.{name} ({_class(nodes[name])}) is not a pytorch_lightning.Callback - inherit from it; the "
                 "package lightning has another class of this name"
             )
         folder = getattr(callback, "dirpath", None)
@@ -68,6 +68,10 @@ def build_callbacks(nodes: Mapping[str, Mapping[str, Any]], run: Path, metrics: 
         if library and monitor is not None and monitor not in metrics:  # a callback of the user may log more
             raise UsageError(f"callbacks.{name}.monitor={monitor} is not logged - {did_you_mean(monitor, metrics)}")
     return list(built.values())
+
+
+def _class(node: Mapping[str, Any]) -> str:
+    return str(node.get(OBJECT, node[TARGET]))
 
 
 @contextmanager

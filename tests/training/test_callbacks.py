@@ -1,6 +1,7 @@
 """Lightning's callbacks and the user's own in a run: what they see, which work, and exact resumption with them."""
 
 import csv
+import functools
 import json
 import re
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+import yaml
 from fakes import Uneven
 from pytorch_lightning import callbacks
 from pytorch_lightning.loggers import Logger
@@ -20,6 +22,7 @@ from segdeconv.checkpoints import checkpoint
 from segdeconv.cli.own_code import compose
 from segdeconv.errors import UsageError
 from segdeconv.train import train
+from segdeconv.training.arguments import read_arguments
 from segdeconv.training.config_check import check_callbacks, check_config
 from segdeconv.training.own_callbacks import REFUSED, require_suitable
 from segdeconv.training.resume import AnyName
@@ -254,6 +257,32 @@ def test_callbacks_that_change_what_a_step_is_are_refused_with_the_way_out(callb
 def test_all_refused_callbacks_are_in_the_table_of_the_page():
     page = (Path(__file__).parents[2] / "docs" / "lightning.md").read_text()
     assert [kind.__name__ for kind in REFUSED if f"`{kind.__name__}" not in page] == []
+
+
+# Python
+
+
+def test_a_program_gives_objects_classes_and_names_and_reads_the_objects_afterwards(tmp_path, capsys):
+    early, best = callbacks.EarlyStopping("val/miou", mode="max"), callbacks.ModelCheckpoint(monitor="val/loss")
+    given = [early, best, functools.partial(callbacks.Timer, duration="01:00:00:00"), "learning_rate_monitor"]
+    nodes = config(trainer__max_epochs=1)
+    del nodes["logger"]
+    result = train(nodes, tmp_path / "run", callbacks=given)
+    assert float(early.best_score) == result.history[0]["val/miou"]
+    assert Path(best.best_model_path).is_file()
+    assert "not in the checkpoint" not in capsys.readouterr().out  # which needs none of them
+    group = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["callbacks"]
+    assert list(group) == ["learning_rate_monitor", "EarlyStopping", "ModelCheckpoint", "Timer"]
+    assert group["EarlyStopping"]["object"] == "pytorch_lightning.callbacks.early_stopping.EarlyStopping"
+    (tmp_path / "run" / "report.json").unlink()
+    train({**nodes, "resume": "auto"}, tmp_path / "run", callbacks=given)
+    with pytest.raises(UsageError, match=r"callbacks.object \(builtins.object\) is not a pytorch_lightning.Callback"):
+        train(nodes, tmp_path / "other", callbacks=object())
+
+
+def test_a_key_of_a_file_can_be_a_keyword(tmp_path):
+    read = read_arguments({}, {"callbacks": "early_stopping", "callbacks__early_stopping__patience": 3})
+    assert check_config(read.config)["callbacks"] == {"early_stopping": {**EARLY, "patience": 3}}
 
 
 # The config
