@@ -19,12 +19,12 @@ from segdeconv import __version__
 from segdeconv.checkpoints import checkpoint as checkpoints
 from segdeconv.checkpoints.checkpoint import FORMAT
 from segdeconv.classes import Classes, default_colours
-from segdeconv.config import build
+from segdeconv.config import ABSENT, TARGET, build, written
 from segdeconv.data.loading import collate_training
 from segdeconv.data.module import IMAGENET_MEAN, IMAGENET_STD, DataPipeline
 from segdeconv.data.preprocessing import Preprocessing
 from segdeconv.data.sampler import StatelessBatches
-from segdeconv.errors import CheckpointError, DivergedError, UsageError, did_you_mean
+from segdeconv.errors import CheckpointError, DivergedError, UsageError, did_you_mean, warn
 from segdeconv.evaluation.metrics import ConfusionMatrix, Scores, scores
 from segdeconv.inference.network import Network
 from segdeconv.inference.scorers import labels, resized
@@ -36,6 +36,7 @@ from segdeconv.switches.ops import load_triton_kernels
 from segdeconv.system.devices import autocast, machine
 from segdeconv.system.memory import keep_freed
 from segdeconv.system.seeding import key
+from segdeconv.training.arguments import read_arguments
 from segdeconv.training.batches import as_batch, check_batch
 from segdeconv.training.batchnorm_recalibration import recompute_statistics
 from segdeconv.training.config_check import check_config
@@ -140,8 +141,8 @@ class SegmentationTask(LightningModule):
         settings = settings or TrainerSettings()
         if not isinstance(model, SegmentationModel):
             raise UsageError(
-                f"model is a {type(model).__name__}, not a segdeconv.models.SegmentationModel - inherit from it and "
-                "return logits of the image's size from forward(image)"
+                f"model is a {type(model).__name__}, not a segdeconv.models.SegmentationModel - give it to "
+                "SegmentationTask.from_config({'model': model}, classes), or inherit from that class"
             )
         if not isinstance(optimizer, Optimizer):
             raise UsageError(f"optimizer is a {type(optimizer).__name__} - give an optimizer of model.parameters()")
@@ -186,13 +187,14 @@ class SegmentationTask(LightningModule):
         preprocessing: Preprocessing | None = None,
         total_steps: int | None = None,
     ) -> Self:
-        """Build a task from nodes of a config, for a Trainer and data loaders of the user.
+        """Build a task from groups of a config, for a Trainer and data loaders of the user.
 
         Its checkpoints are read by `load_from_checkpoint`, `segdeconv.load` and the commands.
 
         Args:
             config: Any of the groups model, loss, optimizer, schedule and trainer (of which `TrainerSettings` names
-                those that a task takes), and `seed`; see `segdeconv.train`.
+                the keys that a task takes), and `seed`. A group is the name of a file in configs/, a class, a mapping
+                or an object, as in `segdeconv.train.train`.
             classes: The classes of the data set, or their names.
             preprocessing: How images of the data set are normalised; by default as 8-bit RGB with the mean and standard
                 deviation of ImageNet.
@@ -205,7 +207,7 @@ class SegmentationTask(LightningModule):
             if name not in TASK_KEYS:
                 raise UsageError(f"unknown key {name} of a task - {did_you_mean(str(name), TASK_KEYS)}")
         named = _as_classes(classes)
-        checked = check_config(config)
+        checked = check_config(read_arguments(config, {}).config)
         preprocessing = preprocessing or Preprocessing(None, IMAGENET_MEAN, IMAGENET_STD)
         kept = {name: checked[name] for name in TASK_KEYS}
         torch.manual_seed(checked["seed"])
@@ -213,7 +215,7 @@ class SegmentationTask(LightningModule):
         return cls._built(
             model,
             kept,
-            {"dataset": {"size": preprocessing.size}, **kept},
+            {"dataset": {"size": preprocessing.size}, **written(kept)},
             {
                 "classes": named.to_dict(),
                 "preprocessing": preprocessing.to_dict(),
@@ -254,6 +256,10 @@ class SegmentationTask(LightningModule):
         source = checkpoints.read(checkpoint_path, trust=trust)
         model = source.model()
         nodes: dict[str, Any] = {name: source.config[name] for name in TASK_KEYS if name in source.config}
+        for group in ("loss", "optimizer"):  # not needed to predict
+            if isinstance(nodes.get(group), Mapping) and nodes[group].get(TARGET) == ABSENT:
+                warn(f"{source.path} has no {group}, which was an object of a program; the task has the default one")
+                del nodes[group]
         settings = nodes.get("trainer")
         if isinstance(settings, Mapping):  # versions to come may have more
             nodes["trainer"] = {name: value for name, value in settings.items() if name in vars(TrainerSettings())}

@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import segdeconv
 from segdeconv.checkpoints import checkpoint
-from segdeconv.errors import CheckpointError, UsageError
+from segdeconv.errors import CheckpointError, SegdeconvError, UsageError
+from segdeconv.losses import Dice
 from segdeconv.models import SegNet
 from segdeconv.optimization import Constant, Poly
 from segdeconv.train import train
@@ -161,6 +162,38 @@ def test_checkpoints_of_an_own_trainer_are_those_of_segdeconv(tmp_path):
     assert prediction.shape == (32, 32)
 
 
+@pytest.mark.parametrize("own_checkpoint", [True, False])
+def test_a_task_takes_names_classes_and_networks_of_other_libraries(tmp_path, own_checkpoint):
+    model = "segnet_basic" if own_checkpoint else nn.Sequential(nn.Conv2d(3, 3, 3, padding=1))
+    fitted = SegmentationTask.from_config({"model": model, "loss": Dice, "optimizer": "sgd"}, NAMES)
+    own = trainer(tmp_path)
+    own.fit(fitted, loader())
+    own.save_checkpoint(tmp_path / "own.ckpt")
+    if own_checkpoint:
+        loaded = SegmentationTask.load_from_checkpoint(tmp_path / "own.ckpt")
+        assert all(torch.equal(value, fitted.state_dict()[name]) for name, value in loaded.state_dict().items())
+    else:
+        with pytest.raises(SegdeconvError, match=r"was trained from a network object \(torch.*\), which it does"):
+            SegmentationTask.load_from_checkpoint(tmp_path / "own.ckpt")
+
+
+def test_a_loss_and_an_optimizer_that_were_objects_are_replaced_with_a_warning(tmp_path, capsys):
+    model = SegNet(3, stages=((4,), (8,)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    fitted = SegmentationTask.from_config(
+        {"model": model, "loss": nn.CrossEntropyLoss(), "optimizer": optimizer}, NAMES
+    )
+    own = trainer(tmp_path)
+    own.fit(fitted, loader())
+    assert not torch.equal(fitted.model.decoder.classifier.weight, model.decoder.classifier.weight)  # a copy is trained
+    own.save_checkpoint(tmp_path / "own.ckpt")
+    loaded = SegmentationTask.load_from_checkpoint(tmp_path / "own.ckpt")
+    assert all(torch.equal(value, fitted.state_dict()[name]) for name, value in loaded.state_dict().items())
+    text = capsys.readouterr().err
+    for group in ("loss", "optimizer"):
+        assert f"own.ckpt has no {group}, which was an object of a program; the task has the default one" in text
+
+
 @pytest.mark.parametrize("objects", [False, True])
 def test_an_own_trainer_resumes_from_its_checkpoint(tmp_path, objects):
     def fresh():
@@ -258,7 +291,7 @@ def build(**changes):
     [
         (
             {"model": WithoutDimension()},
-            "model is a WithoutDimension, not a segdeconv.models.SegmentationModel - inherit",
+            "model is a WithoutDimension, not a segdeconv.models.SegmentationModel - give",
         ),
         ({"optimizer": torch.optim.SGD}, "optimizer is a type - give an optimizer of model.parameters()"),
         ({"classes": ["one", "two"]}, "2 classes are given, but the network has 3"),
