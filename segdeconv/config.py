@@ -204,8 +204,13 @@ def with_objects(config: Mapping[str, Any], objects: Mapping[str, Callable[..., 
 
 def written(config: Mapping[str, Any]) -> Node:
     """Return a config as it is written: plain data, without objects."""
-    names = {group: getattr(function, "written_as", "") for group, function in objects_in(config).items()}
-    return {**config, **{group: {**config[group], TARGET: name} for group, name in names.items()}}
+    plain: Node = {}
+    for name, value in config.items():
+        if name == TARGET and callable(value):
+            plain[name] = getattr(value, "written_as", "")
+        else:
+            plain[name] = written(value) if isinstance(value, Mapping) else value
+    return plain
 
 
 def type_name(value: Any) -> str:
@@ -722,7 +727,9 @@ def hydra_overrides(arguments: Sequence[str], folder: Path) -> list[str]:
         set_keys.add(key)
         if key in groups:
             sweep = override.is_sweep_override()
-            for choice in override.sweep_string_iterator() if sweep else [str(override.value())]:
+            chosen = override.value()
+            several = chosen if isinstance(chosen, list) and key in SEVERAL else [chosen]
+            for choice in override.sweep_string_iterator() if sweep else map(str, several):
                 if choice not in groups[key] and choice != "None":
                     raise UsageError(f"unknown {key} '{choice}' - {did_you_mean(choice, groups[key])}")
             overrides.append(argument)
@@ -734,6 +741,7 @@ def hydra_overrides(arguments: Sequence[str], folder: Path) -> list[str]:
     return sorted(overrides, key=lambda argument: not argument.startswith("-"))
 
 
+SEVERAL = ("callbacks",)  # groups of which several files can be chosen at once: callbacks=[a,b]
 HYDRA_PATHS = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir")
 
 

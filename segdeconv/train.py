@@ -51,6 +51,7 @@ def train(
     - the name of a file in configs/GROUP, as on the command line: `dataset="camvid"`, `model="unet"`;
     - a class or `functools.partial` of one: `model=MyNetwork`, with `model__width=8` for its arguments;
     - a mapping with `_target_` and arguments;
+    - for `callbacks`, one or a list of these, or of objects;
     - an object: `dataset=(train_set, val_set)`, data sets of pairs (image, mask), or one of which a fifth becomes val;
       `model=network`, any torch.nn.Module; `loss=function`, of logits (N, C, H, W) and masks (N, H, W);
       `optimizer=optimizer`, of the parameters of `model`. Network, loss and optimizer are copied, so that the same call
@@ -87,7 +88,8 @@ def train(
     if arguments.note:
         print(arguments.note, end="\n\n")
 
-    with run_folder.discard_if_unused(run):
+    trial = config["trainer"]["fast_dev_run"]
+    with run_folder.discard_if_unused(run, trial=bool(trial)):
         # Imported late, so that config errors are reported at once: Lightning takes 2 s to import.
         from segdeconv.training import loggers
         from segdeconv.training.callbacks import ImageLogging, Progress, Recorder
@@ -95,12 +97,13 @@ def train(
         from segdeconv.training.data_module import DataModule
         from segdeconv.training.diagnostics import LoaderWait, TrainingDiagnostics
         from segdeconv.training.header import header
+        from segdeconv.training.own_callbacks import build_callbacks
         from segdeconv.training.stopping import Stopping
         from segdeconv.training.switch_curves import SwitchCurves
-        from segdeconv.training.task import SegmentationTask
-        from segdeconv.training.trainer import count_steps, fit, make_trainer
+        from segdeconv.training.task import SegmentationTask, scalars
+        from segdeconv.training.trainer import count_steps, fit, has_progress_bar, make_trainer
 
-        logger = loggers.build_logger(config["logger"], run)
+        logger = loggers.build_logger({} if trial else config["logger"], run)
         prepared = prepare(config, objects, fresh=resumed is not None)
         if resumed is None and config["auto"]:
             config = prepared.config
@@ -108,16 +111,20 @@ def train(
         if resumed is not None:
             resume.compare(resumed, prepared.classes, prepared.metadata["fingerprints"])
         settings = TrainerSettings(**split_arguments(config["trainer"], [TrainerSettings])[0])
-        checkpoints = Checkpoints(run, resumed=resumed_path, patience=settings.patience)
+        metrics = [name for split in ("train", "val") for name in scalars(split, None, prepared.classes)]
+        own_callbacks = build_callbacks(checked["callbacks"], run, metrics)
+        checkpoints = Checkpoints(run, resumed=resumed_path, patience=settings.patience, forced=config["resume_force"])
         deadline = started + config_check.seconds(config["max_time"]) if config["max_time"] is not None else None
         stopping = Stopping(checkpoints, deadline=deadline)
         recorder = Recorder(run, checkpoints, stopping)
         wait = LoaderWait()
         switch_curves = SwitchCurves(prepared.data.val, prepared.data.preprocessing)
-        logging = [ImageLogging(prepared.data.val), switch_curves, Progress(recorder, wait), TrainingDiagnostics(wait)]
-        callbacks = [wait, *logging, stopping, checkpoints, recorder]
+        logging = [ImageLogging(prepared.data.val), switch_curves, TrainingDiagnostics(wait)]
+        if settings.enable_progress_bar and not has_progress_bar(own_callbacks):
+            logging.append(Progress(recorder, wait))
+        callbacks = [wait, *own_callbacks, *logging, stopping, checkpoints, recorder]
         trainer = make_trainer(run, callbacks, logger, settings, resumed)
-        saved = {name: node for name, node in config.items() if name not in resume.CHANGEABLE_KEYS}
+        saved = resume.without_keys(config, resume.NOT_IN_CHECKPOINTS)
         task = SegmentationTask(
             prepared.model,
             prepared.loss,
@@ -131,6 +138,7 @@ def train(
                 "facts": {**prepared.metadata, "precision": str(trainer.precision)},
             },
             settings=settings,
+            log_to_loggers=False,  # the Recorder does
         )
         if resumed is not None and new_length:
             steps = resumed.content["global_step"]
@@ -155,7 +163,8 @@ def train(
                 explain_loader_errors(),
                 explain_out_of_memory(config["dataset"]["batch_size"]),
             ):
-                fit(trainer, task, DataModule(prepared.data), resumed=resumed_path)
+                data = DataModule(prepared.data, same_batches=bool(settings.overfit_batches))
+                fit(trainer, task, data, resumed=resumed_path)
             stopping.raise_if_requested()
         except TimeUp as message:
             print(message)
@@ -166,6 +175,9 @@ def train(
         finally:
             stopping.stop_listening()
     if not trainer.is_global_zero:
+        return result
+    if trial:
+        print(f"fast_dev_run: training ({task.total_steps} steps) and validation succeeded; no checkpoint was written")
         return result
     run_folder.require_run_folder(run)
     best = result.checkpoint

@@ -1,4 +1,9 @@
-"""Configs of training runs that take seconds, and their weights."""
+"""Configs of training runs that take seconds, their weights, and what their callbacks see."""
+
+import json
+from pathlib import Path
+
+from pytorch_lightning.callbacks import Checkpoint
 
 from segdeconv.checkpoints import checkpoint
 
@@ -20,3 +25,20 @@ def config(**changes):
 
 def state(run, name="last"):
     return checkpoint.load_plain(run / f"{name}.ckpt")["state_dict"]
+
+
+class Probe(Checkpoint):  # called after the epoch's metrics are logged
+    """Writes the metrics that callbacks see, and counts epochs in a state."""
+
+    def __init__(self, file: str):
+        self.file, self.epochs = file, []
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.epochs.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+        Path(f"{self.file}{trainer.global_rank}").write_text(json.dumps(self.epochs))
+
+    def state_dict(self):
+        return {"epochs": self.epochs}
+
+    def load_state_dict(self, state_dict):
+        self.epochs = state_dict["epochs"]

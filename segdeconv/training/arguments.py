@@ -11,14 +11,14 @@ import numpy as np
 from torch import nn
 from torch.optim import Optimizer
 
-from segdeconv.config import OBJECT, TARGET, choice, leaves, public_name
+from segdeconv.config import OBJECT, TARGET, choice, leaves, public_name, stand_in, type_name
 from segdeconv.data.adapter import dataset_node
 from segdeconv.errors import UsageError
 from segdeconv.losses.adapter import loss_node
 from segdeconv.models.adapter import network_node
 from segdeconv.optimization import optimizer_node
 from segdeconv.training.autoconfig import unset_keys
-from segdeconv.training.config_check import DEFAULTS
+from segdeconv.training.config_check import DEFAULTS, callbacks_by_name
 
 SEPARATOR = "__"  # stands for the dot of a key
 NAMES = {"dataset": "shapes", "model": "segnet"}  # the files that configs/train.yaml chooses
@@ -87,6 +87,8 @@ def _name(group: str, values: Mapping[str, Any], composed: Mapping[str, Any], de
 
 def _node(group: str, value: Any, network: nn.Module | None) -> dict[str, Any]:
     """Return the node of a group for a name, a mapping, a class, or an object."""
+    if group == "callbacks":
+        return _callbacks(value)
     if isinstance(value, str):
         return choice(group, value)
     if isinstance(value, Mapping):
@@ -113,6 +115,32 @@ def _node(group: str, value: Any, network: nn.Module | None) -> dict[str, Any]:
     kind = f"the module {value.__name__}" if inspect.ismodule(value) else f"of type {type(value).__name__}"
     further = kinds.get(group, " or a mapping with its keys")
     raise UsageError(f"{group} is {kind} - give the name of a file in configs/{group}{further}")
+
+
+def _callbacks(value: Any) -> dict[str, Any]:
+    """Return the nodes of callbacks by name, for one or several names, nodes, classes or objects."""
+    if value is None:
+        return {}
+    if isinstance(value, Mapping) and TARGET not in value:
+        return {name: _callback(item) if item is not None else None for name, item in value.items()}
+    nodes: dict[str, Any] = {}
+    given = []
+    for item in value if isinstance(value, list | tuple) else [value]:
+        if isinstance(item, str):
+            nodes |= choice("callbacks", item)
+        else:
+            given.append(_callback(item))
+    return {**nodes, **callbacks_by_name(given)}
+
+
+def _callback(value: Any) -> dict[str, Any]:
+    if isinstance(value, Mapping | partial) or inspect.isclass(value):
+        return _node("callback", value, None)
+
+    def callback_given(*, object: str = "") -> Any:
+        return value  # the object itself, whose attributes a program reads after training
+
+    return {TARGET: stand_in(callback_given), OBJECT: type_name(value)}
 
 
 def _target(group: str, value: Callable[..., Any]) -> str:

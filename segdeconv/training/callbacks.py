@@ -19,7 +19,6 @@ from segdeconv.data.dataset import SegmentationDataset
 from segdeconv.drawing import draw
 from segdeconv.drawing.thumbnails import smaller, smaller_labels
 from segdeconv.evaluation.learning_curve import METRICS_LIMITS
-from segdeconv.evaluation.metrics import scores
 from segdeconv.system.files import replace_text
 from segdeconv.system.plain_data import read_bytes
 from segdeconv.training.checkpointing import Checkpoints
@@ -27,7 +26,7 @@ from segdeconv.training.diagnostics import LoaderWait
 from segdeconv.training.loggers import images_are_due, log_image
 from segdeconv.training.run_folder import require_run_folder
 from segdeconv.training.stopping import Stopping
-from segdeconv.training.task import Results, SegmentationTask
+from segdeconv.training.task import SegmentationTask, scalars
 
 MAX_SIDE = 256  # of logged images, in pixels
 
@@ -104,16 +103,17 @@ class Recorder(Checkpoint):  # Lightning calls callbacks of this base class last
         row: dict[str, float | int] = {
             "step": trainer.global_step,
             "epoch": trainer.current_epoch,
-            "lr": task.optimizer.param_groups[0]["lr"],
+            "lr": task.lr,
         }
         train, val = task.results("train"), task.results("val")
-        row |= _scalars("train", train, task) | _scalars("val", val, task)
+        row |= scalars("train", train, task.classes) | scalars("val", val, task.classes)
         self.miou = val.scores.miou if val else None
         task.reset("train")
         task.reset("val")
         if trainer.is_global_zero:
             require_run_folder(self.checkpoints.run)
-            self.metrics.append(row)
+            if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+                self.metrics.append(row)
             for logger in trainer.loggers:
                 numbers = {name: value for name, value in row.items() if name != "step" and value == value}
                 logger.log_metrics(numbers, step=trainer.global_step)
@@ -125,19 +125,6 @@ class Recorder(Checkpoint):  # Lightning calls callbacks of this base class last
         if saved:
             self.checkpoints.keep(trainer, self.miou)
         self.stopping.at_epoch_end(trainer, task.total_steps, saved=saved)
-
-
-def _scalars(split: str, results: Results | None, task: SegmentationTask) -> dict[str, float]:
-    """Return the columns of a split; NaN without results, so that metrics.csv has the same columns in every epoch."""
-    loss = results.loss if results else float("nan")
-    values = results.scores if results else scores(np.zeros((len(task.classes), len(task.classes)), dtype=np.int64))
-    return {
-        f"{split}/loss": loss,
-        f"{split}/miou": values.miou,
-        f"{split}/pixel_accuracy": values.pixel_accuracy,
-        f"{split}/mean_accuracy": values.mean_accuracy,
-        f"{split}/frequency_weighted_iou": values.frequency_weighted,
-    } | {f"{split}/iou/{name}": float(values.iou[index]) for index, name in enumerate(task.classes.names)}
 
 
 class ImageLogging(Callback):

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from segdeconv.checkpoints import checkpoint
 from segdeconv.system.files import replace_link
 from segdeconv.training.lightning_internals import canonical_loops, resume_at_epoch_start
+from segdeconv.training.own_callbacks import require_plain_state
 from segdeconv.training.processes import agreed
 from segdeconv.training.run_folder import require_run_folder
 
@@ -31,6 +32,8 @@ class VerifiedCheckpoints(CheckpointIO):
         self._resumed = resumed
 
     def save_checkpoint(self, checkpoint_: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        require_plain_state(checkpoint_)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)  # that of ModelCheckpoint
         checkpoint.write(checkpoint_, Path(path))
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: Any = None) -> dict[str, Any]:
@@ -39,6 +42,7 @@ class VerifiedCheckpoints(CheckpointIO):
 
     def remove_checkpoint(self, path: Any) -> None:
         Path(path).unlink(missing_ok=True)
+        checkpoint.sidecar_of(Path(path)).unlink(missing_ok=True)
 
 
 class Checkpoints(Callback):
@@ -52,14 +56,18 @@ class Checkpoints(Callback):
         run: The run folder.
         resumed: The checkpoint that training resumes from.
         patience: See `TrainerSettings`.
+        forced: Whether the run resumes with another config, so that a callback that ended it may do so no more.
     """
 
-    def __init__(self, run: Path, *, resumed: Path | None = None, patience: int | None = None) -> None:
-        self.run, self.patience = run, patience
+    def __init__(
+        self, run: Path, *, resumed: Path | None = None, patience: int | None = None, forced: bool = False
+    ) -> None:
+        self.run, self.patience, self.forced = run, patience, forced
         # A damaged last.ckpt, which was skipped, must not replace the intact previous.ckpt.
         self._last_is_intact = resumed == self.last_path
         self.best = -1.0
         self.waited = 0
+        self.ended = False  # by a callback, which may keep no record of it
         self._written = -math.inf  # time.monotonic() of the last write of last.ckpt, and its duration in seconds
         self._seconds = 0.0
 
@@ -80,7 +88,14 @@ class Checkpoints(Callback):
             trainer: The trainer at this step.
             miou: Mean IoU of the validation, 0..1 or NaN; None without validation.
         """
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
         require_run_folder(self.run)
+        self.ended = trainer.should_stop and not 0 < trainer.max_steps <= trainer.global_step
+        if self.ended and trainer.is_global_zero:
+            reasons = (getattr(callback, "stopping_reason_message", None) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+            reason = next((f" ({reason})" for reason in reasons if reason), "")
+            tqdm.write(f"training ends: a callback stopped it at step {trainer.global_step}{reason}")
         if miou is not None:
             better = miou > self.best
             self.best, self.waited = (miou, 0) if better else (self.best, self.waited + 1)
@@ -111,10 +126,11 @@ class Checkpoints(Callback):
                 tqdm.write(f"training ends: no mIoU above {self.best:.4f} in {self.waited} validations")
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "waited": self.waited}
+        return {"best": self.best, "waited": self.waited, "ended": self.ended}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best, self.waited = state_dict["best"], state_dict.get("waited", 0)
+        self.ended = state_dict.get("ended", False) and not self.forced
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, content: dict[str, Any]) -> None:
         root = pl_module.metadata["config"]["dataset"].get("root")
@@ -129,6 +145,12 @@ class Checkpoints(Callback):
         batches = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
         if trainer.global_step % batches == 0:
             resume_at_epoch_start(trainer)
+        states = {callback.state_key: callback.state_dict() for callback in trainer.callbacks}  # type: ignore[attr-defined]
+        require_plain_state({"callbacks": states})
+        if self.ended:
+            trainer.should_stop = True
+            if trainer.is_global_zero:
+                tqdm.write("training ends: a callback stopped it here; to train on, change it with resume_force=true")
         self._end_early(trainer)
 
 

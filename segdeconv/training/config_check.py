@@ -1,20 +1,21 @@
-"""Validation of a whole config. Only a `logger` node imports Lightning, so it is checked last."""
+"""Validation of a whole config. Only nodes of Lightning's classes import it, so they are checked last."""
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from pydantic import Field
 
-from segdeconv.config import TARGET, check, locate, rename_keys
+from segdeconv.config import OBJECT, TARGET, check, locate, rename_keys, written
 from segdeconv.data.module import SCHEMAS as DATASET_SCHEMAS
 from segdeconv.data.module import check_augment, check_dataset
 from segdeconv.errors import UsageError, did_you_mean
 from segdeconv.losses import check_loss
 from segdeconv.models import check_model
+from segdeconv.system.plain_data import PlainDataError, check_plain
 from segdeconv.training.autoconfig import check_keys
-from segdeconv.training.settings import TrainerSettings
+from segdeconv.training.settings import INSTEAD, TrainerSettings
 
 # The default of each group, as in configs/train.yaml, for configs from Python.
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -26,6 +27,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "schedule": {TARGET: "segdeconv.optimization.Poly"},
     "trainer": {},
     "logger": {TARGET: "segdeconv.training.loggers.TensorBoard"},
+    "callbacks": {},
 }
 
 
@@ -47,8 +49,11 @@ def check_config(config: Mapping[str, Any]) -> dict[str, Any]:
         if name not in known:
             raise UsageError(f"unknown key {name} - {did_you_mean(str(name), known | {'experiment'})}")
     for group in DEFAULTS:
-        if not isinstance(config[group], Mapping):
+        if group != "callbacks" and not isinstance(config[group], Mapping):
             raise UsageError(f"{group}={config[group]} - give the name of a file in configs/{group}")
+    for name in INSTEAD:
+        if name in config["trainer"]:
+            raise UsageError(f"trainer.{name} is an argument of Lightning's Trainer, not of a run - {INSTEAD[name]}")
     checked = {
         "dataset": check_dataset(config["dataset"]),
         "augment": check_augment(config["augment"]),
@@ -65,16 +70,73 @@ def check_config(config: Mapping[str, Any]) -> dict[str, Any]:
         if others[key] is not None:
             seconds(others[key], key)
     check_keys(others["auto"])
-    return {**checked, "logger": check_logger(config["logger"]), **others}
+    for where, node in lightning_nodes(checked["trainer"]):
+        check_lightning(node, where)
+    groups = {"logger": check_logger(config["logger"]), "callbacks": check_callbacks(config["callbacks"])}
+    return {**checked, **groups, **others}
+
+
+def lightning_nodes(trainer: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """Return the nodes of a `trainer` node that name classes of Lightning, with their keys."""
+    profiler, plugins = trainer["profiler"], trainer["plugins"] or []
+    nodes = [("trainer.profiler", profiler)] if isinstance(profiler, Mapping) else []
+    return nodes + [(f"trainer.plugins.{index}", node) for index, node in enumerate(plugins)]
+
+
+def check_callbacks(group: Any) -> dict[str, Any]:
+    """Check the `callbacks` group and return it as nodes by name.
+
+    Args:
+        group: Nodes by name, a list of nodes, or one node. A name set to null is left out.
+
+    Raises:
+        UsageError: An entry is not a node, or a node does not fit the constructor that it names.
+    """
+    if isinstance(group, Mapping) and TARGET in group:
+        group = [group]
+    if isinstance(group, list):
+        group = callbacks_by_name(group)
+    if not isinstance(group, Mapping):
+        raise UsageError(f"callbacks={group} - give the name of a file in configs/callbacks, or several in brackets")
+    for name, node in group.items():
+        if node is not None and not isinstance(node, Mapping):
+            nodes = [key for key, other in group.items() if isinstance(other, Mapping)]
+            raise UsageError(
+                f"callbacks.{name}={node} is not a callback, which has a {TARGET} - "
+                + (f"write callbacks.{nodes[0]}.{name}={node}" if nodes else "choose one in configs/callbacks")
+            )
+    return {name: check_lightning(node, f"callbacks.{name}") for name, node in group.items() if node is not None}
+
+
+def callbacks_by_name(nodes: Sequence[Any]) -> dict[str, Any]:
+    """Return nodes by the names of their classes; a second one of a class has its index in the list too."""
+    named: dict[str, Any] = {}
+    for index, node in enumerate(nodes):
+        known = isinstance(node, Mapping)
+        name = str(node.get(OBJECT, node.get(TARGET))).rpartition(".")[2] if known else str(index)
+        named[f"{name}_{index}" if name in named else name] = node
+    return named
+
+
+def check_lightning(node: Mapping[str, Any], where: str, *, supplied: Sequence[str] = ()) -> dict[str, Any]:
+    """Check a node against the constructor of a class of Lightning or of the user.
+
+    Defaults are not filled in: they change with the library's version, and some come from the environment.
+    """
+    checked = check(node, where, [locate(node, where)], supplied=supplied)
+    given = {key: checked[key] for key in (TARGET, *node) if key in checked}
+    try:
+        check_plain(written(given))
+    except PlainDataError as error:
+        raise UsageError(f"{where} {error}, which config.yaml cannot hold - give plain data only") from error
+    return given
 
 
 def check_logger(node: Mapping[str, Any]) -> dict[str, Any]:
     """Check a `logger` node against the logger's constructor; an empty node means no logger."""
     if not node:
         return {}
-    # Defaults are not filled in: they change with the logger's version, and some come from the environment.
-    checked = check(node, "logger", [locate(node, "logger")], supplied=["save_dir"])
-    return {key: checked[key] for key in (TARGET, *node) if key in checked}
+    return check_lightning(node, "logger", supplied=["save_dir"])
 
 
 def _scalars(

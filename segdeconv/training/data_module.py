@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader
 
 from segdeconv.data.loading import evaluation_loader, for_network, training_loader
 from segdeconv.data.module import DataPipeline
+from segdeconv.training.trainer import batches_per_epoch
 
 
 class DataModule(LightningDataModule):
@@ -15,11 +16,12 @@ class DataModule(LightningDataModule):
 
     Args:
         pipeline: The samples of both splits.
+        same_batches: Whether every epoch repeats the batches of the first one, as with `trainer.overfit_batches`.
     """
 
-    def __init__(self, pipeline: DataPipeline) -> None:
+    def __init__(self, pipeline: DataPipeline, *, same_batches: bool = False) -> None:
         super().__init__()
-        self.pipeline = pipeline
+        self.pipeline, self.same_batches = pipeline, same_batches
 
     @property
     def _run(self) -> Trainer:
@@ -29,9 +31,10 @@ class DataModule(LightningDataModule):
     def _position(self) -> tuple[int, int]:
         """Return (epoch, batches of it that are done), computed from global_step alone."""
         accumulate = self._run.accumulate_grad_batches
-        batches = self.pipeline.batches_per_epoch(self._run.world_size)
+        whole = self.pipeline.batches_per_epoch(self._run.world_size)
+        batches = batches_per_epoch(whole, self._run.limit_train_batches)
         epoch, steps = divmod(self._run.global_step, math.ceil(batches / accumulate))
-        return epoch, steps * accumulate
+        return 0 if self.same_batches else epoch, steps * accumulate
 
     @property
     def _settings(self) -> dict[str, Any]:

@@ -94,13 +94,12 @@ class TrainingDiagnostics(Callback):
         if val is not None:
             collapsed = collapse(val.confusion, pl_module.classes)
             if collapsed != self._collapsed and collapsed is not None:
-                lr = pl_module.optimizer.param_groups[0]["lr"]
                 _warn(
                     trainer,
                     f"the network predicts '{collapsed}' for every pixel, with a mIoU of {val.scores.miou:.4f}; "
-                    f"if this persists, the usual causes are the learning rate (now {lr:.2g}), rare classes with too "
-                    "little weight in the loss (set loss.class_weighting=median_frequency) and wrong masks (see "
-                    "inspect_data)",
+                    f"if this persists, the usual causes are the learning rate (now {pl_module.lr:.2g}), rare classes "
+                    "with too little weight in the loss (set loss.class_weighting=median_frequency) and wrong masks "
+                    "(see inspect_data)",
                 )
             self._collapsed = collapsed
 

@@ -60,6 +60,7 @@ def quieten() -> None:
     """Silence Lightning's messages and tips, which repeat or contradict ours."""
     for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("pytorch_lightning.callbacks").setLevel(logging.INFO)  # what a callback of the user reports
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
     for message in (
         ".*does not have many workers.*",
@@ -67,10 +68,16 @@ def quieten() -> None:
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*smaller than the logging interval.*",
         ".*in eval mode at the start of training.*",  # frozen norms and averaged weights are in eval mode
+        ".*callbacks used to create the checkpoint need to be provided.*",  # resume_force asks for others
         ".*`weights_only` was not set.*",  # our reader sets it
         ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",  # pytorch#160843; Lightning 2.6.6 still does so
     ):
         warnings.filterwarnings("ignore", message)
+
+
+def expect_equal_values() -> None:
+    """Silence Lightning's advice to average logged values over processes, for values that all of them share."""
+    warnings.filterwarnings("ignore", ".*It is recommended to use `self.log.*sync_dist=True.*")
 
 
 def resume_at_epoch_start(trainer: Trainer) -> None:

@@ -33,6 +33,12 @@ class TensorBoard(TensorBoardLogger):
         self.experiment.flush()
 
 
+def missing_package(error: ModuleNotFoundError) -> str:
+    """Return the name of the package that a class of Lightning needs."""
+    match = re.search(r"(?:'|pip install -U )([\w-]+)", str(error))
+    return match[1] if match else "that it imports"
+
+
 def build_logger(node: Mapping[str, Any], run: Path) -> Logger | Literal[False]:
     """Build the logger of a checked `logger` node.
 
@@ -55,8 +61,7 @@ def build_logger(node: Mapping[str, Any], run: Path) -> Logger | Literal[False]:
     try:
         logger: Logger = build(node, "logger", **supplied)
     except ModuleNotFoundError as error:
-        match = re.search(r"'([\w-]+)", str(error))
-        package = match[1] if match else "that it imports"
+        package = missing_package(error)
         raise UsageError(f"logger ({node[TARGET]}) needs the package {package} - pip install {package}") from error
     if isinstance(logger, TensorBoardLogger) and not is_utf8(str(run)):
         raise UsageError(

@@ -20,7 +20,7 @@ from segdeconv.evaluation.report import read_report
 from segdeconv.system.devices import machine
 from segdeconv.system.files import replace_text
 from segdeconv.system.plain_data import PlainDataError, read_yaml, require_mapping
-from segdeconv.training.config_check import SCHEMAS
+from segdeconv.training.config_check import DEFAULTS, SCHEMAS
 from segdeconv.training.processes import rank_from_outside
 from segdeconv.training.run_folder import lock_run
 from segdeconv.training.settings import TrainerSettings
@@ -29,7 +29,12 @@ from segdeconv.training.settings import TrainerSettings
 CHANGEABLE_KEYS = (
     "resume", "resume_force", "max_time", "logger", "dataset.num_workers", "dataset.timeout", "dataset.root",
     "trainer.activation_checkpointing", "dataset.cache", "dataset.cache_size", "dataset.checksums", "auto",
-    "time_budget",
+    "time_budget", "trainer.enable_progress_bar", "trainer.log_every_n_steps", "trainer.profiler", "trainer.plugins",
+)  # fmt: skip
+
+# Keys that checkpoints do not contain: they concern only their run, and could name classes that predicting needs not.
+NOT_IN_CHECKPOINTS = (
+    *(key for key in CHANGEABLE_KEYS if "." not in key), "callbacks", "trainer.profiler", "trainer.plugins",
 )  # fmt: skip
 
 LENGTH_KEYS = ("trainer.max_epochs", "trainer.max_steps")  # they may change too: a run continues to its new end
@@ -190,7 +195,7 @@ def with_new_keys(before: Mapping[str, Any], config: Mapping[str, Any]) -> dict[
         before: The config of the run.
         config: The checked config now, whose classes declare the keys.
     """
-    completed = dict(before)
+    completed = {**{group: DEFAULTS[group] for group in DEFAULTS.keys() & config.keys()}, **before}
     for group, node in config.items():
         old = before.get(group)
         if (

@@ -48,20 +48,31 @@ def lock_run(run: Path) -> None:
 
 
 @contextmanager
-def discard_if_unused(run: Path) -> Iterator[None]:
-    """Remove the run folder if an exception ends a run that has written nothing but its config and its log."""
+def discard_if_unused(run: Path, *, trial: bool = False) -> Iterator[None]:
+    """Remove the run folder if an exception ends a run that has written nothing but its config and its log.
+
+    Args:
+        run: The run folder.
+        trial: Whether to remove it also after a run that succeeds.
+    """
     try:
         yield
     except BaseException:
-        files = list(run.iterdir()) if run.is_dir() else []
-        if (
-            rank_from_outside() == 0
-            and files
-            and all(any(fnmatch(path.name, pattern) for pattern in BEFORE_TRAINING) for path in files)
-        ):
-            _locks.pop(run.resolve(), None)
-            shutil.rmtree(run, ignore_errors=True)
+        _discard(run)
         raise
+    if trial:
+        _discard(run)
+
+
+def _discard(run: Path) -> None:
+    files = list(run.iterdir()) if run.is_dir() else []
+    if (
+        rank_from_outside() == 0
+        and files
+        and all(any(fnmatch(path.name, pattern) for pattern in BEFORE_TRAINING) for path in files)
+    ):
+        _locks.pop(run.resolve(), None)
+        shutil.rmtree(run, ignore_errors=True)
 
 
 def require_run_folder(run: Path) -> None:

@@ -3,28 +3,36 @@
 import math
 import re
 import signal
-from collections.abc import Callable, Iterator
+import typing
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.accelerators import CUDAAccelerator
+from pytorch_lightning.callbacks import ProgressBar
 from pytorch_lightning.loggers import Logger
+from pytorch_lightning.plugins import CheckpointIO, Precision
+from pytorch_lightning.profilers import Profiler
 from pytorch_lightning.utilities.exceptions import MisconfigurationException  # type: ignore[attr-defined]
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 from segdeconv.checkpoints.checkpoint import Checkpoint
+from segdeconv.config import TARGET, build
 from segdeconv.data.module import DataPipeline
-from segdeconv.errors import Interrupted, UsageError, error_from_traceback
+from segdeconv.errors import Interrupted, UsageError, error_from_traceback, warn
 from segdeconv.system.devices import fast_precision
 from segdeconv.system.interruption import INTERRUPTION, exit_at_once
 from segdeconv.training.checkpointing import Checkpoints, VerifiedCheckpoints
 from segdeconv.training.lightning_internals import TIMEOUT, Processes, quieten, spawning_launcher
+from segdeconv.training.own_callbacks import callback_error, explain_errors
 from segdeconv.training.processes import RESUME_HINT, STOP_SIGNALS, interrupted
 from segdeconv.training.settings import TrainerSettings
+
+PROFILERS = {"simple": "SimpleProfiler", "advanced": "AdvancedProfiler", "pytorch": "PyTorchProfiler"}
 
 # The errors of torch.distributed's backends where a process waits for another.
 TIMED_OUT = re.compile(r"Timed out waiting|timed out after|Watchdog caught collective operation timeout", re.IGNORECASE)
@@ -60,6 +68,12 @@ def make_trainer(
             "trainer.norm=sync works on accelerators only - on a CPU use trainer.norm=batch (statistics of each "
             "process) or trainer.norm=frozen"
         )
+    if settings.limit_test_batches != 1.0:
+        warn(
+            "trainer.limit_test_batches changes nothing: a run has no test loop, and evaluates its best checkpoint on "
+            "all validation images"
+        )
+    plugins = build_plugins(settings)
     try:
         several = count_processes(accelerator, devices, num_nodes) > 1
         return Trainer(
@@ -78,20 +92,90 @@ def make_trainer(
             deterministic=settings.deterministic,
             callbacks=callbacks,
             logger=logger,
-            plugins=[VerifiedCheckpoints(None if several else resumed)],
+            plugins=[VerifiedCheckpoints(None if several else resumed), *plugins],
             num_sanity_val_steps=0,
+            limit_train_batches=settings.train_batches,
+            limit_val_batches=settings.val_batches,
+            limit_test_batches=settings.limit_test_batches,
+            fast_dev_run=settings.fast_dev_run,
+            log_every_n_steps=settings.log_every_n_steps,
+            profiler=build_profiler(settings, run),
             use_distributed_sampler=False,  # our sampler distributes the samples
             enable_checkpointing=any(isinstance(callback, Checkpoints) for callback in callbacks),
-            enable_progress_bar=False,
+            enable_progress_bar=has_progress_bar(callbacks),
             enable_model_summary=False,
         )
     except MisconfigurationException as error:
         raise UsageError(f"trainer: {error} - change trainer.accelerator or trainer.devices") from error
+    except UsageError:
+        raise
+    except (RuntimeError, TypeError, ValueError) as error:  # two callbacks with the same state, a misplaced plugin
+        raise UsageError(f"callbacks and trainer.plugins do not fit together: {first_sentence(error)}") from error
+
+
+def has_progress_bar(callbacks: Iterable[Callback]) -> bool:
+    """Return whether one of the callbacks is a progress bar of Lightning, which replaces that of a run."""
+    return any(isinstance(callback, ProgressBar) for callback in callbacks)
+
+
+def build_plugins(settings: TrainerSettings) -> list[Any]:
+    """Build the plugins of `trainer.plugins`.
+
+    Raises:
+        UsageError: A plugin would replace the checkpoints or the precision of a run.
+    """
+    plugins = []
+    for index, node in enumerate(settings.plugins or []):
+        plugin = build(node, f"trainer.plugins.{index}")
+        for kind, reason in {
+            CheckpointIO: "checkpoints of a run are always written and read with verification; leave it out",
+            Precision: "set trainer.precision",
+        }.items():
+            if isinstance(plugin, kind):
+                raise UsageError(f"trainer.plugins.{index} ({node[TARGET]}) cannot be used in a run - {reason}")
+        plugins.append(plugin)
+    return plugins
+
+
+def build_profiler(settings: TrainerSettings, run: Path) -> Profiler | None:
+    """Build the profiler, which writes to the run folder: Lightning's messages, to which it would print, are silent."""
+    profiler = settings.profiler
+    if isinstance(profiler, str):
+        profiler = {TARGET: f"pytorch_lightning.profilers.{PROFILERS[profiler]}"}
+    if profiler is None:
+        return None
+    return typing.cast(Profiler, build({"dirpath": str(run), "filename": "profile", **profiler}, "trainer.profiler"))
+
+
+def first_sentence(error: BaseException) -> str:
+    """Return the first sentence of an error's message, without the line breaks of a long one."""
+    return re.split(r"(?<=[.!?]) ", " ".join(str(error).split()), maxsplit=1)[0].rstrip(".") or type(error).__name__
+
+
+def batches_per_epoch(batches: int, limit: int | float) -> int:
+    """Return the number of batches of an epoch after a limit, as Lightning does.
+
+    Args:
+        batches: Batches of the whole epoch in this process.
+        limit: A number of batches (int) or a fraction of them (float), such as `trainer.limit_train_batches`.
+
+    Raises:
+        UsageError: The fraction is less than one batch.
+    """
+    limited = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    if batches and not limited:
+        raise UsageError(
+            f"trainer.limit_train_batches={limit} of {batches} batches is less than one - give a larger fraction, or "
+            "a number of batches"
+        )
+    return int(limited)
 
 
 def count_steps(data: DataPipeline, world_size: int, settings: TrainerSettings) -> int:
     """Return the number of optimizer steps of the whole run."""
-    steps = math.ceil(data.batches_per_epoch(world_size) / settings.accumulate_grad_batches) * settings.max_epochs
+    batches = batches_per_epoch(data.batches_per_epoch(world_size), settings.train_batches)
+    epochs = 1 if settings.fast_dev_run else settings.max_epochs
+    steps = math.ceil(batches / settings.accumulate_grad_batches) * epochs
     return min(steps, settings.max_steps) if settings.max_steps > 0 else steps
 
 
@@ -126,7 +210,8 @@ def fit(trainer: Trainer, task: LightningModule, data: LightningDataModule, *, r
     """
     launcher = spawning_launcher(trainer)
     if launcher is None:
-        trainer.fit(task, datamodule=data, ckpt_path=resumed, weights_only=True)
+        with explain_errors():
+            trainer.fit(task, datamodule=data, ckpt_path=resumed, weights_only=True)
         return
     try:
         with _forward_signals(launcher.kill) as received:
@@ -135,6 +220,8 @@ def fit(trainer: Trainer, task: LightningModule, data: LightningDataModule, *, r
             raise interrupted(received[0])
     except ProcessRaisedException as error:
         cause = error_from_traceback(str(error))
+        if cause is None and (reason := callback_error(str(error))):
+            cause = UsageError(f"callbacks: {reason} - change or remove the callback")
         if isinstance(cause, Interrupted) and received:
             cause.exit_code = STOP_SIGNALS[received[0]]
         if cause is None and received:  # the signal arrived before the process could handle it

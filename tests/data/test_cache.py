@@ -382,7 +382,9 @@ def test_a_resumed_run_does_not_decode_the_batches_it_skips(tmp_path, monkeypatc
     ]
     config, _ = compose([*arguments, "dataset.num_workers=0"], ROOT / "configs")
     data = DataModule(prepare(check_config(config)).data)
-    data.trainer = SimpleNamespace(global_step=3, accumulate_grad_batches=1, global_rank=0, world_size=1)
+    data.trainer = SimpleNamespace(
+        global_step=3, accumulate_grad_batches=1, limit_train_batches=1.0, global_rank=0, world_size=1
+    )
     decoded = record_decoding(data.pipeline.train, monkeypatch)
     assert len(list(data.train_dataloader())) == 1
     assert len(decoded) == 2

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from fakes import Uneven
 from torch.multiprocessing.spawn import ProcessRaisedException
 
@@ -84,7 +85,8 @@ def expected_weights():
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
     run = tmp_path_factory.mktemp("two") / "run"
-    train(config(dataset__batch_size=BATCH // 2, trainer__devices=2), run)
+    probe = {"_target_": "tiny_runs.Probe", "file": str(tmp_path_factory.mktemp("seen") / "rank")}
+    train({**config(dataset__batch_size=BATCH // 2, trainer__devices=2), "callbacks": [probe]}, run)
     return run
 
 
@@ -140,6 +142,18 @@ def test_two_processes_report_the_training_metrics_of_one_process(two_processes,
         for row, expected in zip(csv.DictReader(two), csv.DictReader(one), strict=True):
             for name in ("train/loss", "train/miou", "train/pixel_accuracy", "val/loss", "val/miou"):
                 assert float(row[name]) == pytest.approx(float(expected[name]), abs=2e-4), name
+
+
+def test_callbacks_of_all_processes_see_the_numbers_of_metrics_csv(two_processes):
+    probe = yaml.safe_load((two_processes / "config.yaml").read_text())["callbacks"]["Probe"]
+    first, second = (json.loads(Path(f"{probe['file']}{rank}").read_text()) for rank in (0, 1))
+    assert first == second
+    with (two_processes / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    names = [name for name in rows[0] if "/" in name]
+    assert [{name: epoch[name] for name in names} for epoch in first] == [
+        {name: float(row[name]) for name in names} for row in rows
+    ]
 
 
 def test_two_processes_write_one_run_folder(two_processes):

@@ -315,7 +315,14 @@ def test_a_damaged_last_checkpoint_is_reported_and_the_previous_one_used(tmp_pat
 GOLDEN = Path(__file__).parents[1] / "golden" / "config-before-packages.yaml"
 
 
-NEW_KEYS = {"auto", "time_budget", "trainer.recalibration_batches", "model.encoder_addition"}  # since that version
+# Since that version.
+NEW_KEYS = {"auto", "time_budget", "callbacks", "trainer.recalibration_batches", "model.encoder_addition"} | {
+    f"trainer.{name}"
+    for name in (
+        "limit_train_batches", "limit_val_batches", "limit_test_batches", "overfit_batches", "fast_dev_run",
+        "log_every_n_steps", "enable_progress_bar", "profiler", "plugins",
+    )
+}  # fmt: skip
 
 
 def test_a_run_of_the_previous_version_is_found_and_resumed(tmp_path, uninterrupted):
