@@ -20,7 +20,7 @@ from segdeconv.data.dataset import SegmentationDataset
 from segdeconv.data.loading import EvaluationSamples, evaluation_loader, explain_loader_errors, for_network
 from segdeconv.data.relabelled import in_order_of
 from segdeconv.drawing.thumbnails import Gallery
-from segdeconv.errors import UsageError, warn
+from segdeconv.errors import DivergedError, UsageError, warn
 from segdeconv.evaluation import report
 from segdeconv.evaluation.boundary import Boundaries
 from segdeconv.evaluation.breakdown import Breakdown
@@ -139,6 +139,7 @@ def evaluate(
 
     Raises:
         UsageError: The data set has other classes.
+        DivergedError: The network's scores are not finite.
     """
     order, device = class_order(segmenter.checkpoint, dataset), segmenter.network.device
     if calibration is not None:
@@ -153,6 +154,11 @@ def evaluate(
             if order != sorted(order):
                 scores = scores._replace(values=scores.values[:, order])
             (prediction,), (confidence,) = labels_and_confidence(scores)
+            if not bool(torch.isfinite(confidence).all()):
+                raise DivergedError(
+                    f"the network's scores of {dataset.names[index]} are not finite, since its weights are too large - "
+                    "use an earlier checkpoint, or train again with a lower optimizer.lr"
+                )
             if calibration is not None:
                 uncertainty = None if scores.uncertainty is None else scores.uncertainty[0]
                 calibration.update(prediction, confidence, mask, uncertainty)

@@ -660,6 +660,16 @@ def test_a_deleted_run_folder_hides_no_error(tmp_path, commands):
     assert (done.code, done.error_message) == (2, "the reason")
 
 
+def test_scores_that_are_not_finite_are_exit_code_3(place, commands):
+    state = dict(checkpoint.load_plain(place / "run" / "best.ckpt")["state_dict"])
+    huge = {name: torch.full_like(value, 3e38) for name, value in state.items() if name.endswith("classifier.weight")}
+    assert huge
+    changed(place / "run" / "best.ckpt", state_dict={**state, **huge})
+    done = commands("evaluate", "run/best.ckpt", "--precision", "32-true", cwd=place)
+    assert done.code == 3, done.err
+    assert "are not finite, since its weights are too large - use an earlier checkpoint" in done.error_message
+
+
 def test_every_job_of_a_multirun_is_checked_before_the_first_trains(tmp_path, commands):
     words = ("train", "-m", "model=segnet,unet,deconvnet", "model.stages=[[4],[8]]", "hydra.sweep.dir=sweep")
     done = commands(*words, cwd=tmp_path)
