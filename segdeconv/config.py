@@ -7,6 +7,7 @@ checkpoint.py decides which classes a checkpoint may name.
 """
 
 import copy
+import difflib
 import importlib
 import importlib.util
 import inspect
@@ -21,7 +22,7 @@ from typing import Any
 
 from pydantic import ConfigDict, PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
-from segdeconv.errors import UsageError, did_you_mean, warn
+from segdeconv.errors import UsageError, command, did_you_mean, warn
 from segdeconv.system.plain_data import PlainDataError, check_plain, parse_yaml, read_yaml, require_mapping
 
 TARGET = "_target_"
@@ -49,6 +50,68 @@ RENAMED_KEYS = {
     "trainer.validate_every": "trainer.check_val_every_n_epoch",
 }
 _warned_keys: set[str] = set()  # one warning per process and key
+
+# Names that other tools give to a key, for error messages only: name -> key.
+OTHER_NAMES = {
+    name: key
+    for key, names in {
+        "augment": "aug augmentation augmentations transform transforms",
+        "dataset.batch_size": "batch batch_size batchsize bs train_batch_size",
+        "dataset.crop": "crop crop_size",
+        "dataset.num_workers": "jobs n_workers num_workers workers",
+        "dataset.root": "data data_dir data_path data_root root",
+        "dataset.size": "image_size img_size imgsz input_size resize size",
+        "hydra.run.dir": "log_dir out out_dir output output_dir run_dir save_dir",
+        "init_from": "checkpoint ckpt finetune load_from weights",
+        "loss": "criterion loss_fn loss_function",
+        "loss.class_weighting": "class_weight class_weighting class_weights",
+        "loss.label_smoothing": "label_smoothing smoothing",
+        "model": "arch architecture backbone net network",
+        "model.pretrained": "pretrained",
+        "optimizer": "optim opt",
+        "optimizer.lr": "base_lr learning_rate lr lr0",
+        "optimizer.momentum": "momentum",
+        "optimizer.weight_decay": "wd weight_decay",
+        "schedule": "lr_schedule lr_scheduler sched scheduler",
+        "schedule.warmup_steps": "warmup warmup_steps",
+        "seed": "random_seed",
+        "trainer.accelerator": "accelerator device",
+        "trainer.accumulate_grad_batches": "accumulate accumulate_grad_batches grad_accum gradient_accumulation_steps",
+        "trainer.check_val_every_n_epoch": "check_val_every_n_epoch eval_every val_every val_interval",
+        "trainer.devices": "devices gpu gpus n_gpus ngpus num_gpus",
+        "trainer.ema": "ema",
+        "trainer.gradient_clip_val": "clip clip_grad clip_grad_norm grad_clip gradient_clip_val max_grad_norm",
+        "trainer.max_epochs": "epoch epochs max_epoch max_epochs n_epochs num_epochs",
+        "trainer.max_steps": "iterations iters max_iter max_iters max_steps num_steps steps",
+        "trainer.num_nodes": "nodes num_nodes",
+        "trainer.patience": "early_stopping patience",
+        "trainer.precision": "amp fp16 mixed_precision precision",
+    }.items()
+    for name in names.split()
+}
+
+
+def suggest_key(name: str, options: Iterable[str], group: str = "") -> str:
+    """Return the part of an error message that suggests a key for an unknown one.
+
+    Args:
+        name: The unknown key, without its group.
+        options: The keys of the group.
+        group: The group; empty for a key outside of all groups.
+
+    >>> suggest_key("learning-rate", ["dataset", "optimizer"])
+    "did you mean 'optimizer.lr'? All keys: python scripts/train.py --keys"
+    >>> suggest_key("epochs", ["max_epochs", "max_steps"], "trainer")
+    "did you mean 'max_epochs'? Available: max_epochs, max_steps"
+    """
+    names = list(options)
+    key = OTHER_NAMES.get(name.lower().replace("-", "_"))
+    if key is None or (group and difflib.get_close_matches(name, names, n=1, cutoff=0.8)):
+        return did_you_mean(name, names)
+    inner = key.removeprefix(f"{group}.")
+    if inner in names:
+        return f"did you mean '{inner}'? Available: {', '.join(sorted(names))}"
+    return f"did you mean '{key}'? All keys: {command('train', ['--keys'])}"
 
 
 def current_name(value: Any) -> Any:
@@ -255,21 +318,10 @@ def check(
     """
     reserved = set(supplied)
     prefix = f"{where}." if where else ""
-    parameters: dict[str, inspect.Parameter] = {}
-    hints: dict[str, Any] = {}
-    takes_any = False
-    for schema in schemas:
-        signature = inspect.signature(schema)
-        takes_any |= any(parameter.kind == parameter.VAR_KEYWORD for parameter in signature.parameters.values())
-        parameters |= {
-            name: parameter
-            for name, parameter in signature.parameters.items()
-            if name not in reserved and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-        }
-        hints |= _hints(schema)
+    parameters, hints, takes_any = parameters_of(schemas, where, supplied=reserved)
     for name in node:
         if name in reserved or (name != TARGET and name not in parameters and not takes_any):
-            way_out = did_you_mean(str(name), parameters)
+            way_out = suggest_key(str(name), parameters, where)
             if not str(node.get(TARGET, "segdeconv.")).startswith("segdeconv."):
                 way_out += f". {node[TARGET]} takes no {name}: if a YAML file sets it, remove it with ~{prefix}{name}"
             raise UsageError(f"unknown key {prefix}{name} - {way_out}")
@@ -285,11 +337,47 @@ def check(
     return checked
 
 
+def parameters_of(
+    schemas: Sequence[Callable[..., Any]], where: str, *, supplied: Iterable[str] = ()
+) -> tuple[dict[str, inspect.Parameter], dict[str, Any], bool]:
+    """Return the keys that several callables declare.
+
+    Args:
+        schemas: Callables that share the keys of a node.
+        where: The key of the node, for messages.
+        supplied: Arguments that the program supplies and a config may not set.
+
+    Returns:
+        The parameters by name, their annotations by name, and whether one of the callables takes any keyword.
+
+    Raises:
+        UsageError: A callable does not declare its arguments.
+    """
+    reserved = set(supplied)
+    parameters: dict[str, inspect.Parameter] = {}
+    hints: dict[str, Any] = {}
+    takes_any = False
+    for schema in schemas:
+        try:
+            signature = inspect.signature(schema)
+        except (ValueError, TypeError) as error:  # of some classes and functions that are not written in Python
+            name = getattr(schema, "__name__", schema)
+            raise UsageError(f"{where}.{TARGET}: {name} does not declare its arguments - choose another one") from error
+        takes_any |= any(parameter.kind == parameter.VAR_KEYWORD for parameter in signature.parameters.values())
+        parameters |= {
+            name: parameter
+            for name, parameter in signature.parameters.items()
+            if name not in reserved and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        }
+        hints |= _hints(schema)
+    return parameters, hints, takes_any
+
+
 def _hints(schema: Callable[..., Any]) -> dict[str, Any]:
     """Return the annotations of a constructor or function, or none if they cannot be evaluated."""
     try:
         return typing.get_type_hints(schema.__init__ if inspect.isclass(schema) else schema, include_extras=True)
-    except NameError:  # another library's annotations, imported for type checkers only
+    except (NameError, TypeError, AttributeError):  # annotations of another library, which only type checkers evaluate
         return {}
 
 
@@ -540,12 +628,13 @@ def _require_one_line(argument: str) -> None:
 # Composing with Hydra, for train.py. Hydra's errors of several lines are replaced by UsageErrors of one line.
 
 
-def to_plain(composed: Any, arguments: Sequence[str]) -> dict[str, Any]:
+def to_plain(composed: Any, arguments: Sequence[str], *, incomplete: bool = False) -> dict[str, Any]:
     """Convert a composed config to plain data, with interpolations resolved and keys under their current names.
 
     Args:
         composed: A DictConfig.
         arguments: The command line that it was composed from.
+        incomplete: Keep `???` for a value that has to be given.
 
     Raises:
         UsageError: A value is missing or cannot be resolved, or a user's files set a key under both names.
@@ -554,7 +643,9 @@ def to_plain(composed: Any, arguments: Sequence[str]) -> dict[str, Any]:
     from omegaconf.errors import GrammarParseError, InterpolationResolutionError, OmegaConfBaseException
 
     try:
-        config = typing.cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True, throw_on_missing=True))
+        config = typing.cast(
+            dict[str, Any], OmegaConf.to_container(composed, resolve=True, throw_on_missing=not incomplete)
+        )
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "the config"
         reason = str(error).splitlines()[0].lower()
@@ -586,12 +677,16 @@ def _resolve_former(config: Node, arguments: Sequence[str], user_dir: Path) -> N
     return resolved
 
 
-def compose(arguments: Sequence[str], folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
+def compose(
+    arguments: Sequence[str], folder: Path, *, incomplete: bool = False
+) -> tuple[dict[str, Any], dict[str, str]]:
     """Compose a config from a command line and a folder of YAML files.
 
     Args:
-        arguments: The command line. `--config-dir=DIR` adds a folder of the user.
+        arguments: The command line. `--config-dir DIR` adds a folder of the user, `--config-name NAME` starts from
+            another file than train.yaml.
         folder: The shipped configs.
+        incomplete: Keep `???` for a value that has to be given.
 
     Returns:
         The config, and the choice of each group.
@@ -605,41 +700,50 @@ def compose(arguments: Sequence[str], folder: Path) -> tuple[dict[str, Any], dic
     from omegaconf import open_dict
     from omegaconf.errors import OmegaConfBaseException
 
-    overrides = hydra_overrides(arguments, folder)
-    overrides = [argument for argument in overrides if not argument.startswith(("hydra.", "--config-dir=", "-cd="))]
-    if user_dir := user_config_dir(arguments):
-        overrides.append(f"hydra.searchpath=[{quote(f'file://{os.path.abspath(user_dir)}')}]")
+    flags = parse_flags(arguments)
+    for word in _flag_words(flags):
+        if not word.startswith(("--config-dir=", "--config-name=")):
+            raise UsageError(f"{word.partition('=')[0]} is an option of {command('train')} - leave it out")
+    words = [word for word in hydra_overrides(arguments, folder) if not word.startswith(("hydra.", "hydra/", "-"))]
+    main, name = os.path.abspath(folder), (flags.config_name or "train").removesuffix(".yaml")
+    if flags.config_dir is not None:
+        other = os.path.abspath(flags.config_dir)
+        if os.path.isfile(os.path.join(other, f"{name}.yaml")):  # Hydra finds the main file only in the first folder
+            main, other = other, main
+        words.append(f"hydra.searchpath=[{quote(f'file://{other}')}]")
     try:
-        with initialize_config_dir(str(folder), version_base="1.3"):
-            composed = hydra_compose("train", overrides, return_hydra_config=True)
+        with initialize_config_dir(main, version_base="1.3"):
+            composed = hydra_compose(name, words, return_hydra_config=True)
             choices = dict(composed.hydra.runtime.choices)
             with open_dict(composed):
                 del composed["hydra"]
-            return to_plain(composed, arguments), choices
+            return to_plain(composed, arguments, incomplete=incomplete), choices
     except (HydraException, OmegaConfBaseException) as error:
         raise UsageError(f"the config cannot be composed: {error} - correct the override") from error
 
 
 def keys_set(arguments: Sequence[str], folder: Path) -> set[str]:
-    """Return the keys and groups that a command line sets, also through its experiment.
+    """Return the keys and groups that a command line sets, also through its experiment and its own main file.
 
     Args:
         arguments: The arguments, in the form of `hydra_overrides`.
         folder: The shipped configs.
     """
-    words = [argument for argument in arguments if not argument.startswith("-")]
-    keys = {word.partition("=")[0].lstrip("+~") for word in words}
-    folders = [folder, *([user] if (user := user_config_dir(arguments)) else [])]
-    names = [word.partition("=")[2] for word in words if word.startswith("experiment=")]
+    flags = parse_flags(arguments)
+    keys = {word.partition("=")[0].lstrip("+~") for word in flags.overrides}
+    folders = [folder, *([Path(flags.config_dir)] if flags.config_dir is not None else [])]
+    names = [f"experiment/{word.partition('=')[2]}" for word in flags.overrides if word.startswith("experiment=")]
+    if flags.config_name is not None:
+        names.append(flags.config_name.removesuffix(".yaml"))
     while names:
         name = names.pop()
-        for path in (folder / "experiment" / f"{name}.yaml" for folder in folders):
-            if not path.is_file():
+        for path in (folder / f"{name}.yaml" for folder in folders):
+            if not path.is_file() or name == "train":
                 continue
             content = dict(require_mapping(read_yaml(path)))
             for entry in content.pop("defaults", []):
                 if isinstance(entry, str):
-                    names.append(entry)  # another experiment, or _self_
+                    names.append(f"{name.rpartition('/')[0]}/{entry}".lstrip("/"))  # another file, or _self_
                 else:
                     keys |= {group.removeprefix("override ").lstrip("/") for group in entry}
             keys |= set(leaves(content))
@@ -655,28 +759,92 @@ def leaves(node: Mapping[str, Any], where: str = "") -> Iterator[str]:
             yield f"{where}{name}"
 
 
-def user_config_dir(arguments: Iterable[str]) -> Path | None:
-    """Return the folder of `--config-dir=DIR`, which has the user's configs in the layout of the shipped ones, or None.
+# Flags of Hydra that the commands do not support, and what to do instead.
+UNSUPPORTED_FLAGS = {
+    "config_path": "it would replace segdeconv's config files - add a folder of your own with --config-dir DIR",
+    "experimental_rerun": "it would unpickle a file - run the same command again, or resume a run with resume=RUN",
+}
+
+
+def parse_flags(arguments: Sequence[str]) -> Any:
+    """Parse the flags of a command line with Hydra's own parser.
+
+    Args:
+        arguments: The command line, with flags and overrides in any order.
+
+    Returns:
+        A namespace with an attribute for each flag of Hydra, such as `config_dir`; `keys`, the group of `--keys`
+        (empty for all groups, None without the flag); and the list `overrides`.
 
     Raises:
-        UsageError: The folder does not exist, or the option is given twice or without `=`.
+        UsageError: A flag is unknown, not supported, given twice, or contradicts another one.
     """
-    user_dir = None
-    for argument in arguments:
-        flag, _, path = argument.partition("=")
-        if flag in ("--config-dir", "-cd"):
-            if user_dir or not Path(path).is_dir() or not path:
-                raise UsageError(f"{argument} does not name a folder - write --config-dir=DIR once, as one word")
-            user_dir = Path(path)
-    return user_dir
+    from hydra._internal.utils import get_args_parser
+
+    def refuse(message: str) -> None:
+        raise UsageError(f"{message} - see {command('train', ['--help'])}")
+
+    parser = get_args_parser()
+    parser.add_argument("--keys", nargs="?", const="")
+    parser.allow_abbrev = False
+    parser.error = refuse  # type: ignore[method-assign, assignment]
+    words = list(arguments)
+    for position, word in enumerate(words):  # the optional value of a flag is never an override
+        if word in ("--keys", "--info", "-i") and "=" in "".join(words[position + 1 : position + 2]):
+            words[position] = "--keys=" if word == "--keys" else "--info=all"
+    flags, unknown = parser.parse_known_intermixed_args(words)
+    if unknown:
+        raise UsageError(_unknown_flag(unknown[0], words))
+    for name, reason in UNSUPPORTED_FLAGS.items():
+        if getattr(flags, name) is not None:
+            raise UsageError(f"--{name.replace('_', '-')} is not supported: {reason}")
+    modes = [name for name in ("run", "multirun", "cfg", "info", "shell_completion") if getattr(flags, name)]
+    if len(modes) > 1:
+        raise UsageError(f"{_flag(modes[0])} and {_flag(modes[1])} exclude each other - give one of them")
+    if (flags.resolve or flags.package is not None) and not flags.cfg:
+        raise UsageError(f"{'--resolve' if flags.resolve else '--package'} belongs to --cfg - add --cfg job")
+    if flags.config_dir is not None and not Path(flags.config_dir or "-").is_dir():
+        raise UsageError(f"--config-dir={flags.config_dir} does not name a folder - write --config-dir DIR")
+    if sum(word.partition("=")[0] in ("--config-dir", "-cd") for word in words) > 1:
+        raise UsageError("--config-dir is given twice - give it once")
+    return flags
+
+
+def _unknown_flag(flag: str, words: Sequence[str]) -> str:
+    """Return the error message for an unknown flag, with the override to write instead if there is one."""
+    name, equals, value = flag.partition("=")
+    following = words[words.index(flag) + 1 :] if flag in words else []
+    if not equals and following and not following[0].startswith("-") and "=" not in following[0]:
+        value = following[0]
+    name = name.lstrip("-").replace("-", "_")
+    key = OTHER_NAMES.get(name.lower(), name)
+    return f"unknown option {flag.partition('=')[0]} - write {key}={value or 'VALUE'}, without dashes, or see --keys"
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def user_config_dir(arguments: Sequence[str]) -> Path | None:
+    """Return the folder of `--config-dir DIR`, which has the user's configs in the layout of the shipped ones, or None.
+
+    Raises:
+        UsageError: See `parse_flags`.
+    """
+    path = parse_flags(arguments).config_dir
+    return None if path is None else Path(path)
 
 
 def list_groups(folder: Path) -> dict[str, list[str]]:
     """Return the choices of each group in a folder of YAML files."""
-    return {path.name: sorted(file.stem for file in path.glob("*.yaml")) for path in folder.iterdir() if path.is_dir()}
+    return {
+        path.name: sorted(file.stem for file in path.glob("*.yaml"))
+        for path in folder.iterdir()
+        if path.is_dir() and path.name != "hydra"  # groups of Hydra's own, such as hydra/sweeper
+    }
 
 
-def available_choices(arguments: Iterable[str], folder: Path) -> dict[str, list[str]]:
+def available_choices(arguments: Sequence[str], folder: Path) -> dict[str, list[str]]:
     """Return the choices of each group on this command line, both shipped ones and those of the user's folder.
 
     Raises:
@@ -702,19 +870,19 @@ def hydra_overrides(arguments: Sequence[str], folder: Path) -> list[str]:
         arguments: The command line.
         folder: The shipped configs.
 
+    Returns:
+        The flags, each as one word, and then the overrides: Hydra accepts no flags between overrides.
+
     Raises:
-        UsageError: An argument has the wrong form, is given twice, names an unknown choice of a group, or reads
-            environment variables.
+        UsageError: A flag is wrong (see `parse_flags`), or an argument has the wrong form, is given twice, names an
+            unknown choice of a group, or reads environment variables.
     """
+    flags = parse_flags(arguments)
     groups = available_choices(arguments, folder)
-    multirun = any(argument in ("-m", "--multirun") for argument in arguments)
     overrides, set_keys = [], set()
-    for argument in arguments:
-        if argument.startswith("-"):
-            overrides.append(argument)
-            continue
+    for argument in flags.overrides:
         _require_one_line(argument)
-        typed, (argument, override) = argument, _parse_as_typed(argument, sweeps=multirun, groups=groups)
+        typed, (argument, override) = argument, _parse_as_typed(argument, sweeps=flags.multirun, groups=groups)
         if "${" in argument and "oc.env" in argument:
             raise UsageError(
                 f"'{typed}' would write an environment variable into config.yaml and the checkpoints - give the "
@@ -732,13 +900,49 @@ def hydra_overrides(arguments: Sequence[str], folder: Path) -> list[str]:
             for choice in override.sweep_string_iterator() if sweep else map(str, several):
                 if choice not in groups[key] and choice != "None":
                     raise UsageError(f"unknown {key} '{choice}' - {did_you_mean(choice, groups[key])}")
-            overrides.append(argument)
+            # Every group has a default, experiment=null among them, so +experiment=NAME replaces one too.
+            overrides.append(argument.lstrip("+"))
         elif key.startswith("hydra") or argument[0] == "~":
             overrides.append(argument)
         else:
             overrides.append("++" + argument.lstrip("+"))
-    # Hydra accepts its flags before or after the overrides, but not between them.
-    return sorted(overrides, key=lambda argument: not argument.startswith("-"))
+    return [*_flag_words(flags), *overrides]
+
+
+def _flag_words(flags: Any) -> list[str]:
+    """Return the flags of `parse_flags` as words of a command line, without the overrides."""
+    return [
+        _flag(name) if value is True else f"{_flag(name)}={value}"
+        for name, value in vars(flags).items()
+        if name != "overrides" and value is not None and value is not False
+    ]
+
+
+def fixed_overrides(arguments: Sequence[str]) -> list[str]:
+    """Return the overrides of a command line that are no sweeps, in the form in which Hydra gives them to each job."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    parsed = OverridesParser.create().parse_overrides([word for word in arguments if not word.startswith("-")])
+    return [
+        f"{word.get_key_element()}={word.get_value_element_as_str()}" for word in parsed if not word.is_sweep_override()
+    ]
+
+
+def first_values(arguments: Sequence[str]) -> list[str]:
+    """Return the overrides of a command line with the first value of each sweep."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    words = []
+    for word in OverridesParser.create().parse_overrides(list(arguments)):
+        parsed: Any = word.value()
+        if word.is_interval_sweep():
+            value = str(parsed.start)
+        elif word.is_sweep_override():
+            value = next(word.sweep_string_iterator(), "")
+        else:
+            value = word.get_value_element_as_str()
+        words.append(f"{word.get_key_element()}={value}")
+    return words
 
 
 SEVERAL = ("callbacks",)  # groups of which several files can be chosen at once: callbacks=[a,b]

@@ -23,6 +23,7 @@ Count = Annotated[int, Field(ge=0)]
 Decay = Annotated[float, Field(ge=0)]
 NormDecay = Literal["none", "scale", "all"]
 Parts = dict[str, Annotated[float, Field(ge=0)]]
+SUPPLIED = ("model", "params")  # arguments of an optimizer that a config may not set
 
 
 def sgd(

@@ -24,8 +24,9 @@ MAX_ENTRIES = 24  # in the package folder, so that its listing shows the structu
 ALLOWED_IMPORTERS = {
     "argparse": {"cli"},
     "filelock": {"system.files"},
-    "hydra": {"config"},
+    "hydra": {"config", "cli.completion", "experiments.sweeps", "experiments.optuna_sweeper"},
     "omegaconf": {"config"},
+    "optuna": {"experiments.optuna_sweeper"},
     "pytorch_lightning": {"training"},
     "lightning_fabric": set(),
     "albumentations": {"data.augmentation"},

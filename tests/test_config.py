@@ -63,6 +63,13 @@ def test_an_argument_that_no_yaml_file_has_can_be_set():
     ("arguments", "message"),
     [
         (["datset=camvid"], "unknown key datset - did you mean 'dataset'?"),
+        (["lr=0.1"], "unknown key lr - did you mean 'optimizer.lr'?"),
+        (["epochs=5"], "unknown key epochs - did you mean 'trainer.max_epochs'?"),
+        (["trainer.epochs=5"], "unknown key trainer.epochs - did you mean 'max_epochs'?"),
+        (["batch_size=4"], "unknown key batch_size - did you mean 'dataset.batch_size'?"),
+        (["trainer.batch_size=4"], "unknown key trainer.batch_size - did you mean 'dataset.batch_size'?"),
+        (["model.lr=1"], "unknown key model.lr - did you mean 'optimizer.lr'?"),
+        (["gpus=2"], "unknown key gpus - did you mean 'trainer.devices'?"),
         (["dataset=canvid"], "unknown dataset 'canvid' - did you mean 'camvid'? Available: ade20k, camvid, city"),
         (["model=segnt"], "unknown model 'segnt' - did you mean 'segnet'?"),
         (["model.widht=0.5"], "unknown key model.widht - did you mean 'width'?"),
@@ -93,7 +100,8 @@ def test_an_error_on_the_command_line_is_reported_with_the_way_out(arguments, me
 
 def test_a_sweep_checks_each_of_its_choices():
     words = ["-m", "dataset=shapes,camvid", "seed=1,2", "dataset.root=a,b"]
-    assert hydra_overrides(words, CONFIGS) == ["-m", "dataset=shapes,camvid", "++seed=1,2", "++dataset.root=a,b"]
+    expected = ["--multirun", "dataset=shapes,camvid", "++seed=1,2", "++dataset.root=a,b"]
+    assert hydra_overrides(words, CONFIGS) == expected
     with pytest.raises(UsageError, match="unknown dataset 'canvid'"):
         hydra_overrides(["dataset=shapes,canvid"], CONFIGS)
 

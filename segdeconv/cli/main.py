@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from segdeconv import __version__, errors
-from segdeconv.cli import command
+from segdeconv.cli import command, completion, own_code
 
 
 def commands() -> dict[str, Path]:
@@ -44,6 +44,10 @@ def run() -> None:
         print(f"segdeconv {__version__}")
         return
     scripts = commands()
+    if name in completion.FLAGS:
+        errors.COMMAND_FORMAT = "segdeconv {}"
+        completion.run(sys.argv[1:], list(scripts), own_code.CONFIGS)
+        return
     if name not in scripts:
         raise errors.UsageError(f"unknown command '{name}' - {errors.did_you_mean(name, scripts)}")
     errors.COMMAND_FORMAT = "segdeconv {}"

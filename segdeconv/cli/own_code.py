@@ -59,6 +59,22 @@ def declared(config: Mapping[str, Any], arguments: Sequence[str]) -> dict[str, A
     return read_as_declared(config, arguments, SCHEMAS)
 
 
+def print_keys(group: str, arguments: Sequence[str]) -> None:
+    """Print the keys of a config group, or of all groups for an empty name, for the classes that a config names."""
+    from segdeconv.config import compose, list_groups, targets
+
+    config, choices = compose(arguments, CONFIGS, incomplete=True)
+    find_own_code(targets(config))
+
+    from segdeconv.training.config_check import require_known
+    from segdeconv.training.keys import keys, table
+
+    require_known(config)
+    print(table(keys(config, group), config))
+    if group in choices:
+        print(f"\n{group}=NAME chooses another file: {', '.join(list_groups(CONFIGS)[group])}")
+
+
 def read_checkpoint(path: str, trust: Sequence[str], overrides: Sequence[str] = ()) -> Checkpoint:
     """Read a checkpoint with `checkpoint.read` and make the user's own modules that `trust` names importable."""
     from segdeconv.checkpoints import checkpoint  # a late import, since torch takes seconds

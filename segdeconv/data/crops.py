@@ -53,7 +53,7 @@ class Crops(DatasetView):
             extended to a square, with all classes; the part of a square outside the image is black and ignored. Ignored
             pixels stay ignored in both.
         context: Side of a crop relative to its box.
-        proposals: See `proposals.source`: windows, selective_search, edge_boxes, or a file of boxes.
+        proposals: `windows`, `selective_search`, `edge_boxes`, or a file of boxes; see `proposals.source`.
         overlap: Smallest intersection over union of a proposal and an object.
         most: Maximum number of proposals per object, by score; None for all. Splits other than train use one, the
             proposal with the largest overlap.

@@ -55,6 +55,8 @@ class Sum(PixelLoss):
 
 # Schemas that share the keys of a `loss` node with the loss itself.
 SCHEMAS = (compute_weights, LogitAdjusted)
+OWN_SUPPLIED = ("class_weights", "ignore_index")  # arguments of a loss that a config may not set
+SUPPLIED = (*OWN_SUPPLIED, "pixels", "image_pixels", "loss")
 
 
 def check_loss(node: Mapping[str, Any]) -> Node:
@@ -65,7 +67,7 @@ def check_loss(node: Mapping[str, Any]) -> Node:
     Raises:
         UsageError: A key is unknown or a value is invalid.
     """
-    return _check(node, "loss", *SCHEMAS, supplied=["pixels", "image_pixels", "loss"])
+    return _check(node, "loss", *SCHEMAS, supplied=SUPPLIED)
 
 
 def compute_class_weights(
@@ -85,7 +87,7 @@ def build_loss(node: Mapping[str, Any], *, class_weights: Sequence[float] | None
 def _check(node: Mapping[str, Any], where: str, *other_schemas: Any, supplied: Sequence[str] = ()) -> Node:
     """Check the node of one loss, alone or in a sum; other_schemas share its keys."""
     schema = locate(node, where)
-    checked = check(node, where, [schema, *other_schemas], supplied=["class_weights", "ignore_index", *supplied])
+    checked = check(node, where, [schema, *other_schemas], supplied=[*OWN_SUPPLIED, *supplied])
     if schema is Sum:
         if not checked["parts"]:
             raise UsageError(f"{where}.parts is empty - give at least one loss, as in configs/loss/ce_dice.yaml")

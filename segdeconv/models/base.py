@@ -18,6 +18,8 @@ from segdeconv.config import CONFIGS, TARGET, build, check, choice, list_groups,
 from segdeconv.errors import UsageError
 from segdeconv.system.plain_data import PlainDataError, check_plain
 
+SUPPLIED = ("num_classes", "in_channels")  # arguments of a network that the data set determines
+
 
 class SegmentationModel(nn.Module, ABC):
     """Network that maps images to logits of the same height and width.
@@ -230,7 +232,7 @@ def check_model(node: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UsageError: A key is unknown or a value is invalid.
     """
-    return check(node, "model", [locate(node, "model")], supplied=["num_classes", "in_channels"])
+    return check(node, "model", [locate(node, "model")], supplied=SUPPLIED)
 
 
 def build_model(

@@ -39,14 +39,14 @@ class DeconvNet(SegmentationModel):
         fc_width: Channels of fc6 and fc7; the SegNet paper compares with 1024. Pretrained weights of fc6 and fc7 are
             used, as in the original, if the file has them in this width.
         pretrained: See `vgg_encoder`.
-        switch_source: See `Encoder`.
+        switch_source: See `vgg_encoder`.
         tied: Use the transposed filters of the encoder in the decoder, as Zeiler & Fergus 2014 projected activations
             back to pixels (section 2.1, https://arxiv.org/abs/1311.2901). Biases and norms remain separate. fc6_deconv
             mirrors fc6, and the k-th deconvolution of a stage mirrors the k-th convolution from the end of the
             encoder's stage. The last deconvolution keeps its own filters: mirroring the first convolution would give
             it as many maps as the image has channels, where the published network has 64. fc7 and the classifier have
             no counterpart. Freezing a part of the encoder freezes its filters in the decoder too.
-        packed_switches: See `Encoder`.
+        packed_switches: See `vgg_encoder`.
 
     >>> import torch
     >>> DeconvNet(num_classes=21, width=0.125, fc_width=32).eval()(torch.zeros(1, 3, 193, 210)).shape

@@ -40,8 +40,9 @@ class FCN(SegmentationModel):
     Args:
         num_classes: Number of output channels.
         in_channels: Number of channels of the images.
-        stride: 32, 16 or 8. The paper trains them in this order, each from the one before: `init_from=` loads all
-            weights that they have in common, and a new skip starts at zero, so that only the last upsampling differs.
+        stride: Stride of the finest scores: 32, 16 or 8. The paper trains them in this order, each from the one before:
+            `init_from=` loads all weights that they have in common, and a new skip starts at zero, so that only the
+            last upsampling differs.
         depth: See `vgg_encoder`.
         norm: Use batch norm; the original has none.
         width: See `vgg_encoder`.

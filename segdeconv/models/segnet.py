@@ -34,14 +34,14 @@ class SegNet(SegmentationModel):
         norm: See `vgg_encoder`.
         width: See `vgg_encoder`.
         pretrained: See `vgg_encoder`.
-        switch_source: See `Encoder`.
+        switch_source: See `vgg_encoder`.
         stages: See `vgg_encoder`.
         dropout: Dropout probability.
         dropout_at: Places of dropout, see `dropout_places`; `central` gives Bayesian SegNet.
         encoder_addition: Add each pooled map of the encoder to the decoder's map of its size, as in the paper's
             SegNet-Basic-EncoderAddition (section 3.1 and figure 3): for thin structures and few images, at the price
             of keeping these maps in inference.
-        packed_switches: See `Encoder`.
+        packed_switches: See `vgg_encoder`.
 
     >>> import torch
     >>> SegNet(num_classes=11, width=0.25)(torch.zeros(1, 3, 37, 50)).shape

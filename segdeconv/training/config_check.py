@@ -2,17 +2,22 @@
 
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Annotated, Any
 
 from pydantic import Field
 
-from segdeconv.config import OBJECT, TARGET, check, locate, rename_keys, written
+from segdeconv.config import OBJECT, TARGET, check, locate, rename_keys, suggest_key, written
 from segdeconv.data.module import SCHEMAS as DATASET_SCHEMAS
+from segdeconv.data.module import SUPPLIED as DATASET_SUPPLIED
 from segdeconv.data.module import check_augment, check_dataset
-from segdeconv.errors import UsageError, did_you_mean
+from segdeconv.errors import UsageError
 from segdeconv.losses import check_loss
+from segdeconv.losses.combined import SCHEMAS as LOSS_SCHEMAS
+from segdeconv.losses.combined import SUPPLIED as LOSS_SUPPLIED
 from segdeconv.models import check_model
+from segdeconv.models.base import SUPPLIED as MODEL_SUPPLIED
+from segdeconv.optimization import SUPPLIED as OPTIMIZER_SUPPLIED
 from segdeconv.system.plain_data import PlainDataError, check_plain
 from segdeconv.training.autoconfig import check_keys
 from segdeconv.training.settings import INSTEAD, TrainerSettings
@@ -44,10 +49,8 @@ def check_config(config: Mapping[str, Any]) -> dict[str, Any]:
         UsageError: A key is unknown or its value invalid; the message names the key.
     """
     config = {**DEFAULTS, **rename_keys(config, "the config")}
+    require_known(config)
     known = {*DEFAULTS, *inspect.signature(_scalars).parameters}
-    for name in config:
-        if name not in known:
-            raise UsageError(f"unknown key {name} - {did_you_mean(str(name), known | {'experiment'})}")
     for group in DEFAULTS:
         if group != "callbacks" and not isinstance(config[group], Mapping):
             raise UsageError(f"{group}={config[group]} - give the name of a file in configs/{group}")
@@ -60,7 +63,7 @@ def check_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "model": check_model(config["model"]),
         "loss": check_loss(config["loss"]),
         "optimizer": check(
-            config["optimizer"], "optimizer", [locate(config["optimizer"], "optimizer")], supplied=["model"]
+            config["optimizer"], "optimizer", [locate(config["optimizer"], "optimizer")], supplied=OPTIMIZER_SUPPLIED
         ),
         "schedule": check(config["schedule"], "schedule", [locate(config["schedule"], "schedule")]),
         "trainer": check(config["trainer"], "trainer", [TrainerSettings]),
@@ -118,7 +121,7 @@ def callbacks_by_name(nodes: Sequence[Any]) -> dict[str, Any]:
     return named
 
 
-def check_lightning(node: Mapping[str, Any], where: str, *, supplied: Sequence[str] = ()) -> dict[str, Any]:
+def check_lightning(node: Mapping[str, Any], where: str, *, supplied: Collection[str] = ()) -> dict[str, Any]:
     """Check a node against the constructor of a class of Lightning or of the user.
 
     Defaults are not filled in: they change with the library's version, and some come from the environment.
@@ -132,11 +135,35 @@ def check_lightning(node: Mapping[str, Any], where: str, *, supplied: Sequence[s
     return given
 
 
+def require_known(names: Iterable[str]) -> None:
+    """Raise UsageError if a name is neither a group nor a key without a group."""
+    known = {*DEFAULTS, *inspect.signature(_scalars).parameters}
+    for name in names:
+        if name not in known:
+            raise UsageError(f"unknown key {name} - {suggest_key(str(name), known | {'experiment'})}")
+
+
+def schemas_of(config: Mapping[str, Any]) -> dict[str, tuple[list[Callable[..., Any]], Collection[str]]]:
+    """Return for each node of a config the callables that take its keys, and the arguments that a config may not set.
+
+    Args:
+        config: A config with all groups, whose classes are imported. The nodes are those of its groups and of the
+            transforms in `augment`; keys without a group have the empty name.
+    """
+    nodes = {group: config[group] for group in DEFAULTS if group not in ("augment", "trainer")}
+    nodes |= {f"augment.{name}": node for name, node in config["augment"].items() if node}
+    schemas = {where: [locate(node, where)] for where, node in nodes.items() if node}
+    return {
+        where: ([*schemas.get(where, ()), *SCHEMAS.get(where, ())], SUPPLIED.get(where, ()))
+        for where in (*schemas, "trainer", "")
+    }
+
+
 def check_logger(node: Mapping[str, Any]) -> dict[str, Any]:
     """Check a `logger` node against the logger's constructor; an empty node means no logger."""
     if not node:
         return {}
-    return check_lightning(node, "logger", supplied=["save_dir"])
+    return check_lightning(node, "logger", supplied=SUPPLIED["logger"])
 
 
 def _scalars(
@@ -149,11 +176,34 @@ def _scalars(
     auto: list[str] = [],  # noqa: B006 - a schema, which is never called
     time_budget: str | int = "8m",
 ) -> None:
-    """Schema of the keys that belong to no group."""
+    """Schema of the keys that belong to no group.
+
+    Args:
+        seed: Seed of all random numbers.
+        resume: `auto`, `latest` or a run folder: the run to resume.
+        resume_force: Resume although the config differs.
+        init_from: A checkpoint, a run folder or `latest`, whose weights training starts from.
+        max_time: Time after which training ends and is evaluated, such as 8h.
+        auto: Keys whose values are chosen from the images and the machine.
+        time_budget: Time of training from which `auto` chooses the number of steps.
+    """
 
 
 # The callables that take keys of a group besides its `_target_`; those without a group have the empty name.
-SCHEMAS = {"": (_scalars,), "dataset": DATASET_SCHEMAS, "trainer": (TrainerSettings,)}
+SCHEMAS: dict[str, tuple[Callable[..., Any], ...]] = {
+    "": (_scalars,),
+    "dataset": DATASET_SCHEMAS,
+    "loss": LOSS_SCHEMAS,
+    "trainer": (TrainerSettings,),
+}
+# Arguments of a group's callables that the program supplies.
+SUPPLIED: dict[str, Collection[str]] = {
+    "dataset": DATASET_SUPPLIED,
+    "logger": ("save_dir",),
+    "loss": LOSS_SUPPLIED,
+    "model": MODEL_SUPPLIED,
+    "optimizer": OPTIMIZER_SUPPLIED,
+}
 
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 

@@ -199,10 +199,17 @@ def test_a_class_table_is_restored_from_a_checkpoint():
 
 def test_a_sweep_gives_every_job_its_own_folder(tmp_path, commands):
     words = ("--multirun", "seed=1,2", "dataset.num_train=4", "dataset.num_val=2", *SLIM)
-    assert commands("train", *words, cwd=tmp_path).code == 0
+    done = commands("train", *words, cwd=tmp_path)
+    assert done.code == 0, done.err
     configs = sorted(tmp_path.glob("runs/multirun/*/*/config.yaml"))
     assert [yaml.safe_load(path.read_text())["seed"] for path in configs] == [1, 2]
-    assert all((path.parent / "report.json").is_file() for path in configs)
+    scores = [json.loads((path.parent / "report.json").read_text())["miou"] for path in configs]
+    for number, score in enumerate(scores):
+        folder = configs[number].parent.relative_to(tmp_path)
+        assert f"job {number}: seed={number + 1} - val/miou {score:.4f}  {folder}\n" in done.out
+    (summary,) = tmp_path.glob("runs/multirun/*/summary.csv")
+    *_, mean, deviation = summary.read_text().splitlines()[1].split(",")
+    assert [float(mean), float(deviation)] == pytest.approx([np.mean(scores), np.std(scores, ddof=1)], abs=1e-6)
 
 
 @pytest.mark.slow
