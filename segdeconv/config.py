@@ -8,6 +8,7 @@ checkpoint.py decides which classes a checkpoint may name.
 
 import copy
 import difflib
+import enum
 import importlib
 import importlib.util
 import inspect
@@ -22,7 +23,7 @@ from typing import Any
 
 from pydantic import ConfigDict, PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
-from segdeconv.errors import UsageError, command, did_you_mean, warn
+from segdeconv.errors import SegdeconvError, UsageError, command, did_you_mean, warn
 from segdeconv.system.plain_data import PlainDataError, check_plain, parse_yaml, read_yaml, require_mapping
 
 TARGET = "_target_"
@@ -396,10 +397,18 @@ def _typed(value: Any, annotation: Any, where: str) -> Any:
     try:
         return _jsonable(adapter.validate_python(value))
     except ValidationError as error:
+        members = [member for kind in (annotation, *typing.get_args(annotation)) for member in _members(kind)]
+        if value in members:  # of an enumeration of another library, which accepts the names
+            return value
         # A union reports an error for each member; the last one is the simplest.
         message = error.errors()[-1]["msg"]
         quotes = " or put it in quotes" if isinstance(value, int | float) and _accepts(annotation, str(value)) else ""
         raise UsageError(f"{where}={value}: {message[0].lower() + message[1:]} - correct the value{quotes}") from None
+
+
+def _members(annotation: Any) -> list[str]:
+    """Return the names in an enumeration."""
+    return list(annotation.__members__) if isinstance(annotation, enum.EnumMeta) else []
 
 
 def _accepts(annotation: Any, value: Any) -> bool:
@@ -436,10 +445,41 @@ def build(node: Mapping[str, Any], where: str, **supplied: Any) -> Any:
     arguments = {name: value for name, value in node.items() if name != TARGET}
     try:
         return target(**arguments, **supplied)
-    except UsageError:
+    except SegdeconvError:
         raise
     except (TypeError, ValueError) as error:
         raise UsageError(f"{where} ({node[TARGET]}) rejects its arguments: {error} - correct them") from error
+    except ModuleNotFoundError as error:
+        package = missing_package(error)
+        raise UsageError(f"{where} ({node[TARGET]}) needs the package {package} - pip install {package}") from error
+    except Exception as error:
+        if not is_foreign(target) or isinstance(error, MemoryError):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UsageError(f"{where} ({node[TARGET]}) fails: {reason} - correct its arguments") from error
+
+
+def missing_package(error: ModuleNotFoundError) -> str:
+    """Return the name of the package that a class of another library needs."""
+    match = re.search(r"(?:'|pip install -U )([\w-]+)", str(error))
+    return match[1] if match else "that it imports"
+
+
+def is_foreign(target: Any) -> bool:
+    """Return whether a class or function is not part of segdeconv."""
+    return str(getattr(target, "__module__", "")).partition(".")[0] != "segdeconv"
+
+
+def without_defaults(checked: Mapping[str, Any], node: Mapping[str, Any], target: Callable[..., Any]) -> Node:
+    """Return a checked node without the defaults of another library's callable, which change between its versions.
+
+    Args:
+        checked: The node as `check` returns it.
+        node: The node before.
+        target: The callable.
+    """
+    own = inspect.signature(target).parameters
+    return {name: value for name, value in checked.items() if name in node or name not in own}
 
 
 def split_arguments(node: Mapping[str, Any], schemas: Sequence[Callable[..., Any]]) -> tuple[Node, ...]:

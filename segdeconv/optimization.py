@@ -1,6 +1,7 @@
 """Optimizers, parameter groups and learning rate schedules."""
 
 import copy
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
-from segdeconv.config import OBJECT, TARGET, stand_in, type_name
+from segdeconv.config import OBJECT, TARGET, build, check, is_foreign, locate, stand_in, type_name, without_defaults
 from segdeconv.errors import UsageError, did_you_mean
 from segdeconv.system.devices import fast_precision
 
@@ -24,6 +25,12 @@ Decay = Annotated[float, Field(ge=0)]
 NormDecay = Literal["none", "scale", "all"]
 Parts = dict[str, Annotated[float, Field(ge=0)]]
 SUPPLIED = ("model", "params")  # arguments of an optimizer that a config may not set
+# Optimizers of torch.optim that update any parameters, once for each gradient. The others need sparse gradients, a
+# function that computes the loss again, or matrices only.
+TORCH_OPTIMIZERS = (
+    "ASGD", "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD",
+)  # fmt: skip
+SCHEDULES = ("Constant", "Cosine", "Poly", "Restarts", "Step")
 
 
 def sgd(
@@ -284,6 +291,63 @@ def optimizer_node(optimizer: Optimizer, network: nn.Module | None) -> dict[str,
         OBJECT: type_name(optimizer),
         "lr": float(optimizer.param_groups[0]["lr"]),
     }
+
+
+def check_optimizer(node: Mapping[str, Any]) -> dict[str, Any]:
+    """Check the `optimizer` node of a config and return it with its learning rate, and the defaults of segdeconv's own.
+
+    Args:
+        node: Names a function of the network (`model`), or a class of torch.optim or the same form (`params`).
+
+    Raises:
+        UsageError: It is not an optimizer that can be used, a key is unknown, or a value is invalid.
+    """
+    target = locate(node, "optimizer")
+    own_torch = str(getattr(target, "__module__", "")).startswith("torch.")
+    if (inspect.isclass(target) and not issubclass(target, Optimizer)) or (
+        own_torch and getattr(target, "__name__", "") not in TORCH_OPTIMIZERS
+    ):
+        raise UsageError(
+            f"optimizer._target_={node[TARGET]} cannot be used as an optimizer - use adamw, muon or sgd, or of "
+            f"torch.optim {', '.join(TORCH_OPTIMIZERS)}"
+        )
+    checked = check(node, "optimizer", [target], supplied=SUPPLIED)
+    if not is_foreign(target):
+        return checked
+    return {**without_defaults(checked, node, target), **{name: checked[name] for name in ("lr",) if name in checked}}
+
+
+def build_optimizer(node: Mapping[str, Any], model: nn.Module) -> Optimizer:
+    """Build the optimizer of a checked `optimizer` node for the parameters of a network.
+
+    Raises:
+        UsageError: It rejects its arguments, or does not return an optimizer.
+    """
+    takes = inspect.signature(locate(node, "optimizer")).parameters
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    supplied = {"params": parameters} if "params" in takes and "model" not in takes else {"model": model}
+    optimizer = build(node, "optimizer", **supplied)
+    if not isinstance(optimizer, Optimizer):
+        returned = type(optimizer).__name__
+        raise UsageError(f"optimizer ({node[TARGET]}) returns a {returned}, not a torch.optim.Optimizer")
+    for group in optimizer.param_groups:
+        group.setdefault("base_lr", group["lr"])  # which the schedule scales
+    return optimizer
+
+
+def check_schedule(node: Mapping[str, Any]) -> dict[str, Any]:
+    """Check the `schedule` node of a config and return it with defaults filled in.
+
+    Raises:
+        UsageError: It is not a `Schedule`, a key is unknown, or a value is invalid.
+    """
+    target = locate(node, "schedule")
+    if not inspect.isclass(target) or not issubclass(target, Schedule):
+        raise UsageError(
+            f"schedule._target_={node[TARGET]} is not a segdeconv.optimization.Schedule - derive it from that, or use "
+            f"{', '.join(SCHEDULES)}"
+        )
+    return check(node, "schedule", [target])
 
 
 @torch.no_grad()

@@ -24,9 +24,11 @@ from segdeconv.checkpoints.schema import check_config, check_metadata
 from segdeconv.classes import Classes
 from segdeconv.config import ABSENT, OBJECT, TARGET, override, rename_keys, targets, with_objects
 from segdeconv.errors import CheckpointError, UsageError, for_caller, warn
+from segdeconv.losses.adapter import TORCH_LOSSES
 from segdeconv.models import SegmentationModel, build_model, check_model
 from segdeconv.models.adapter import network_stand_in
 from segdeconv.models.base import WithoutMemory
+from segdeconv.optimization import TORCH_OPTIMIZERS
 from segdeconv.system.files import hash_file, replace_text, replacing_path
 from segdeconv.system.plain_data import Limits, PlainDataError, check_plain
 
@@ -72,6 +74,8 @@ ADMITTED = frozenset(
         "segdeconv.optimization.muon",
         "segdeconv.optimization.sgd",
     }
+    | {f"torch.nn.{name}" for name in TORCH_LOSSES}
+    | {f"torch.optim.{name}" for name in TORCH_OPTIMIZERS}
     | {
         f"albumentations.{name}"
         for name in (

@@ -26,6 +26,11 @@ class Transform(Protocol):
     def __call__(self, *, image: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]: ...
 
 
+def is_transform(value: object) -> bool:
+    """Return whether an object is an albumentations transform."""
+    return isinstance(value, albumentations.BasicTransform | albumentations.BaseCompose)
+
+
 class Augmentation:
     """Random augmentation of an image and its mask, which depends only on (seed, epoch, index).
 

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import cv2
 import numpy as np
@@ -173,14 +173,33 @@ class _ImageCounts(NamedTuple):
     values: dict[int | str, int]
 
 
+def _is_sample(value: Any) -> bool:
+    """Return whether a data set of the user's own returns what it should."""
+    if not isinstance(value, tuple) or len(value) != 3:
+        return False
+    image, mask, _ = value
+    return (
+        isinstance(image, np.ndarray)
+        and isinstance(mask, np.ndarray)
+        and (image.ndim, mask.ndim, mask.dtype) == (3, 2, np.uint8)
+        and image.dtype in (np.uint8, np.uint16)
+    )
+
+
 def _inspect(dataset: SegmentationDataset) -> Inspection:
     num_classes, ignored = len(dataset.classes), dataset.classes.ignore_index
 
     def count_image(index: int) -> _ImageCounts | str:
         try:
-            image, mask, name = dataset[index]
+            sample = dataset[index]
         except UsageError as error:
             return str(error)
+        if not _is_sample(sample):
+            return (
+                f"sample {index} of {dataset.kind} is not a Sample(image, mask, name) of arrays (H, W, C) uint8 or "
+                "uint16 and (H, W) uint8 - correct its __getitem__"
+            )
+        image, mask, name = sample
         if image.shape[2] != dataset.channels:
             return f"{name} has {image.shape[2]} channels, but its data set has {dataset.channels} - make them equal"
         counts = np.bincount(mask.ravel(), minlength=256)

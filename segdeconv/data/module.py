@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from segdeconv.config import TARGET, build, check, locate, split_arguments
-from segdeconv.data.augmentation import Augmentation, Transform, mask_arguments
+from segdeconv.config import TARGET, build, check, locate, split_arguments, without_defaults
+from segdeconv.data.augmentation import Augmentation, Transform, is_transform, mask_arguments
 from segdeconv.data.cache import Cached, Kind, open_store, plan_cache
 from segdeconv.data.checksums import verify
 from segdeconv.data.crops import Crops
@@ -172,6 +172,9 @@ def build_split(node: Mapping[str, Any], split_name: str) -> SegmentationDataset
     checksums, view, crops, _, source = split_arguments(node, SCHEMAS)
     dataset = build(source, "dataset", split=split_name)
     _require_dataset(node, isinstance(dataset, SegmentationDataset))
+    for name in ("classes", "names"):
+        if not hasattr(dataset, name):
+            raise UsageError(f"dataset ({node[TARGET]}) has no attribute {name} - set it in the constructor")
     verify(dataset, **checksums)
     if view.get("label_map"):
         dataset = Relabelled(dataset, **view)
@@ -188,10 +191,9 @@ def check_augment(nodes: dict[str, Any]) -> dict[str, Any]:
     for name, node in nodes.items():
         if node is not None:
             where = f"augment.{name}"
-            # Checked against the signature, since albumentations only warns about unknown arguments. Its defaults are
-            # not filled in, because they change between versions.
-            defaults = check(node, where, [locate(node, where)])
-            checked[name] = {key: defaults[key] for key in (TARGET, *node) if key in defaults}
+            # Checked against the signature, since albumentations only warns about unknown arguments.
+            target = locate(node, where)
+            checked[name] = without_defaults(check(node, where, [target]), node, target)
     return checked
 
 
@@ -230,4 +232,6 @@ def build_transforms(nodes: dict[str, Any], *, ignore_index: int, mean: Sequence
         where = f"augment.{name}"
         extra = mask_arguments(locate(node, where), node, ignore_index=ignore_index, fill=mean)
         transforms[name] = build({key: node[key] for key in node if key not in extra}, where, **extra)
+        if not is_transform(transforms[name]):
+            raise UsageError(f"{where} ({node[TARGET]}) is not an albumentations transform - leave it out, or name one")
     return transforms

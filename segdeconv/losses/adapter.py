@@ -1,15 +1,99 @@
-"""Losses of Python programs, such as torch's, as losses of a run."""
+"""Losses of other libraries, such as torch's: objects of a program, and classes that a config names."""
 
 import copy
-from collections.abc import Callable, Sequence
-from typing import Any
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from segdeconv.config import OBJECT, TARGET, stand_in, type_name
+from segdeconv.config import OBJECT, TARGET, build, is_foreign, locate, stand_in, type_name
 from segdeconv.errors import UsageError
-from segdeconv.losses.base import PixelLoss
+from segdeconv.losses.base import PixelLoss, weights_buffer
+
+
+class _Form(NamedTuple):
+    """The form in which a loss of torch.nn compares N pixels.
+
+    Attributes:
+        values: What it gets of the logits, (N, C).
+        one_hot: True if it compares with (N, C) one-hot vectors, False for (N,) class indices.
+        weighted: True if its mean is divided by the sum of the pixels' class weights.
+    """
+
+    values: Callable[[Tensor], Tensor]
+    one_hot: bool
+    weighted: bool = False
+
+
+def _logits(values: Tensor) -> Tensor:
+    return values
+
+
+def _log_softmax(values: Tensor) -> Tensor:
+    return values.log_softmax(dim=1)
+
+
+def _softmax(values: Tensor) -> Tensor:
+    return values.softmax(dim=1)
+
+
+TORCH_LOSSES = {
+    "CrossEntropyLoss": _Form(_logits, one_hot=False, weighted=True),
+    "NLLLoss": _Form(_log_softmax, one_hot=False, weighted=True),
+    "MultiMarginLoss": _Form(_logits, one_hot=False),
+    "BCEWithLogitsLoss": _Form(_logits, one_hot=True),
+    "MultiLabelSoftMarginLoss": _Form(_logits, one_hot=True),
+    "MSELoss": _Form(_softmax, one_hot=True),
+    "L1Loss": _Form(_softmax, one_hot=True),
+    "SmoothL1Loss": _Form(_softmax, one_hot=True),
+    "HuberLoss": _Form(_softmax, one_hot=True),
+}
+# Their arguments that the program decides: the mean over pixels that are not ignored, with the run's class weights.
+TORCH_SUPPLIED = ("weight", "ignore_index", "reduction", "size_average", "reduce", "pos_weight")
+
+
+class TorchLoss(PixelLoss):
+    """A loss of torch.nn, over the pixels that are not ignored.
+
+    Cross-entropy, NLLLoss and MultiMarginLoss compare scores with class indices, the others each class with a one-hot
+    vector: BCEWithLogitsLoss and MultiLabelSoftMarginLoss logits, MSELoss and those like it probabilities.
+
+    Args:
+        loss: One of TORCH_LOSSES that returns the mean.
+        class_weights: One per class; None for equal weights.
+        ignore_index: The value of ignored pixels in masks.
+
+    Raises:
+        UsageError: The loss has no class weights.
+    """
+
+    class_weights: Tensor | None
+
+    def __init__(self, loss: nn.Module, *, class_weights: Sequence[float] | None, ignore_index: int) -> None:
+        super().__init__()
+        name = type(loss).__name__
+        self.loss, self.form, self.ignore_index = loss, TORCH_LOSSES[name], ignore_index
+        if class_weights is not None and not hasattr(loss, "weight"):
+            raise UsageError(f"loss (torch.nn.{name}) has no class weights - set loss.class_weighting=none")
+        self.register_buffer("class_weights", weights_buffer(class_weights), persistent=False)
+        if class_weights is not None:
+            loss.register_buffer("weight", weights_buffer(class_weights), persistent=False)
+
+    def sums(self, logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        counted = mask != self.ignore_index
+        labels = mask[counted]
+        values = self.form.values(logits.movedim(1, -1)[counted].float())
+        if not len(labels):
+            return values.sum(), values.sum().detach()
+        target = F.one_hot(labels, values.shape[1]).float() if self.form.one_hot else labels
+        normaliser = torch.tensor(float(len(labels)), device=logits.device)
+        if self.form.weighted and self.class_weights is not None:
+            normaliser = self.class_weights[labels].sum()
+        mean = self.loss(values, target)
+        return torch.where(normaliser > 0, mean, 0.0) * normaliser, normaliser
 
 
 class Adapter(nn.Module):
@@ -42,6 +126,60 @@ class Adapter(nn.Module):
             shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise UsageError(f"loss ({type(self.loss).__name__}) returns {shape}, not a scalar - let it average")
         return value
+
+
+def check_target(target: Callable[..., Any], name: str, where: str) -> bool:
+    """Check that a class or function can be a loss, and return whether it is one of TORCH_LOSSES.
+
+    Args:
+        target: What `_target_` names.
+        name: Its dotted name.
+        where: The key of the node.
+
+    Raises:
+        UsageError: It is not a module, or a loss of torch that cannot compare scores with class indices.
+    """
+    usable = not inspect.isclass(target) or issubclass(target, nn.Module)
+    if usable and not str(getattr(target, "__module__", "")).startswith("torch."):
+        return False
+    own = getattr(nn, target.__name__, None) if target.__name__ in TORCH_LOSSES else None
+    if own is not target:
+        raise UsageError(
+            f"{where}._target_={name} cannot be used as a loss - use a module of (logits, mask), a file of "
+            f"configs/loss, or of torch.nn {', '.join(TORCH_LOSSES)}"
+        )
+    return True
+
+
+def build_target(
+    node: Mapping[str, Any], where: str, *, class_weights: Sequence[float] | None, ignore_index: int
+) -> nn.Module:
+    """Build the loss that a node names, segdeconv's own, a user's, or one of another library.
+
+    A constructor gets the class weights and the ignore_index if it takes them.
+
+    Args:
+        node: The node with arguments of the loss only.
+        where: Its key, for messages.
+        class_weights: One per class; None for equal weights.
+        ignore_index: The value of ignored pixels in masks.
+
+    Raises:
+        UsageError: The loss takes no class weights, rejects its arguments, or is not a module.
+    """
+    target = locate(node, where)
+    if check_target(target, str(node[TARGET]), where):
+        return TorchLoss(build(node, where), class_weights=class_weights, ignore_index=ignore_index)
+    parameters = inspect.signature(target).parameters
+    takes_any = any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values())
+    supplied = {"class_weights": class_weights, "ignore_index": ignore_index}
+    supplied = {name: value for name, value in supplied.items() if name in parameters or takes_any}
+    if class_weights is not None and "class_weights" not in supplied:
+        raise UsageError(f"{where} ({node[TARGET]}) takes no class_weights - set loss.class_weighting=none")
+    loss = build(node, where, **supplied)
+    if not isinstance(loss, nn.Module):
+        raise UsageError(f"{where} ({node[TARGET]}) is a {type(loss).__name__}, not a torch.nn.Module")
+    return Adapter(loss, ignore_index) if is_foreign(loss) and not isinstance(loss, PixelLoss) else loss
 
 
 def loss_node(loss: Callable[..., Tensor]) -> dict[str, Any]:

@@ -7,8 +7,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from segdeconv.config import Node, build, check, locate, split_arguments
+from segdeconv.config import TARGET, Node, check, locate, split_arguments, without_defaults
 from segdeconv.errors import UsageError
+from segdeconv.losses.adapter import TORCH_SUPPLIED, build_target, check_target
 from segdeconv.losses.base import LogitAdjusted, PixelLoss
 from segdeconv.losses.class_weights import class_weights as compute_weights
 
@@ -43,7 +44,7 @@ class Sum(PixelLoss):
         self.parts = nn.ModuleDict()
         for name, node in parts.items():
             arguments = {key: value for key, value in node.items() if key != "factor"}
-            self.parts[name] = build(
+            self.parts[name] = build_target(
                 arguments, f"loss.parts.{name}", class_weights=class_weights, ignore_index=ignore_index
             )
 
@@ -80,14 +81,17 @@ def compute_class_weights(
 def build_loss(node: Mapping[str, Any], *, class_weights: Sequence[float] | None, ignore_index: int) -> nn.Module:
     """Build the loss of a checked `loss` node, with the class weights of `compute_class_weights`."""
     _, settings, own = split_arguments(node, SCHEMAS)
-    loss: nn.Module = build(own, "loss", class_weights=class_weights, ignore_index=ignore_index)
+    loss = build_target(own, "loss", class_weights=class_weights, ignore_index=ignore_index)
     return LogitAdjusted(loss, class_weights=class_weights, **settings) if settings["logit_adjustment"] else loss
 
 
 def _check(node: Mapping[str, Any], where: str, *other_schemas: Any, supplied: Sequence[str] = ()) -> Node:
     """Check the node of one loss, alone or in a sum; other_schemas share its keys."""
     schema = locate(node, where)
-    checked = check(node, where, [schema, *other_schemas], supplied=[*OWN_SUPPLIED, *supplied])
+    of_torch = TORCH_SUPPLIED if check_target(schema, str(node[TARGET]), where) else ()
+    checked = check(node, where, [schema, *other_schemas], supplied=[*OWN_SUPPLIED, *supplied, *of_torch])
+    if of_torch:
+        checked = without_defaults(checked, node, schema)
     if schema is Sum:
         if not checked["parts"]:
             raise UsageError(f"{where}.parts is empty - give at least one loss, as in configs/loss/ce_dice.yaml")

@@ -3,8 +3,9 @@
 May import `errors`, `system`, `switches`, `config` and `classes`.
 """
 
-from segdeconv.models.base import SegmentationModel, build_model, check_model, create_model, list_models
+from segdeconv.models.base import SegmentationModel, check_model
 from segdeconv.models.basic import BilinearBasic, FCNBasic, SegNetBasic
+from segdeconv.models.build import build_model, create_model, list_models
 from segdeconv.models.deconvnet import DeconvNet
 from segdeconv.models.deeplab_largefov import DeepLabLargeFOV
 from segdeconv.models.fcn import FCN

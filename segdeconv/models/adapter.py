@@ -1,7 +1,7 @@
 """Networks of other libraries as a `SegmentationModel`."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from segdeconv.errors import UsageError
 from segdeconv.models.base import SegmentationModel
 
 MULTIPLE = 32  # encoders of other libraries halve the image up to five times, and some refuse other sizes
+AUXILIARY = "aux"
 OUTPUTS = ("out", "logits")  # names of the scores in torchvision's and transformers' outputs
 
 
@@ -21,7 +22,8 @@ class Adapter(SegmentationModel):
 
     Images are extended on the right and at the bottom to multiples of 32 pixels, which many encoders require, and
     scores of a lower resolution are resized to the image. Of a network that returns several outputs, as those of
-    torchvision and transformers, the scores `out` or `logits` are used.
+    torchvision and transformers, the scores `out` or `logits` are used, of a list the first map with a channel per
+    class. Training compares the auxiliary scores `aux` of torchvision too.
 
     Args:
         network: Maps normalised images, (N, in_channels, H, W), to scores, (N, num_classes, h, w).
@@ -57,24 +59,69 @@ class Adapter(SegmentationModel):
         self._works = True
 
     def forward(self, image: Tensor) -> Tensor:
+        return self._resized(_scores(self._output(image), self.num_classes), image)
+
+    def supervised(self, image: Tensor) -> tuple[Tensor, ...]:
+        """Return the scores, and the auxiliary ones if there are any."""
+        output = self._output(image)
+        maps = [_scores(output, self.num_classes)]
+        if isinstance(output, Mapping) and isinstance(output.get(AUXILIARY), Tensor):
+            maps.append(output[AUXILIARY])
+        return tuple(self._resized(scores, image) for scores in maps)
+
+    def _output(self, image: Tensor) -> Any:
         height, width = image.shape[-2:]
         bottom, right = -height % MULTIPLE, -width % MULTIPLE
-        padded = F.pad(image, (0, right, 0, bottom), mode="replicate") if bottom or right else image
-        scores = _scores(self.network(padded))
+        return self.network(F.pad(image, (0, right, 0, bottom), mode="replicate") if bottom or right else image)
+
+    def _resized(self, scores: Tensor | None, image: Tensor) -> Tensor:
+        """Check scores and resize them to the image that was extended; the extension is removed."""
+        height, width = image.shape[-2:]
+        size = (height + -height % MULTIPLE, width + -width % MULTIPLE)
         name = type(self.network).__name__
         if scores is None or scores.ndim != 4:
-            raise UsageError(f"model ({name}) returns no (N, classes, H, W) scores - wrap it in a module that does")
+            timm = "set model.features_only=true, or " if hasattr(self.network, "feature_info") else ""
+            raise UsageError(
+                f"model ({name}) returns no (N, classes, H, W) scores - {timm}wrap it in a module that does"
+            )
         if scores.shape[1] != self.num_classes:
             raise UsageError(
                 f"model ({name}) has scores for {scores.shape[1]} classes, but the data set has "
                 f"{self.num_classes} - build it for {self.num_classes}"
             )
-        if scores.shape[-2:] != padded.shape[-2:]:
-            scores = F.interpolate(scores, padded.shape[-2:], mode="bilinear", align_corners=False)
+        if scores.shape[-2:] != size:
+            scores = F.interpolate(scores, size, mode="bilinear", align_corners=False)
         return scores[..., :height, :width]
 
 
-def _scores(output: Any) -> Tensor | None:
+class FeatureScores(nn.Module):
+    """Scores of a network that returns feature maps, as those of timm with `features_only=True`.
+
+    As in FCN, a 1x1 convolution scores each map, and the scores are added, here at the resolution of the finest map.
+    Long et al. 2015, section 4.2, https://arxiv.org/abs/1411.4038.
+
+    Args:
+        network: Maps images to a list of feature maps, the finest first.
+        channels: The number of channels of each map.
+        num_classes: The number of classes.
+    """
+
+    def __init__(self, network: nn.Module, channels: Sequence[int], num_classes: int) -> None:
+        super().__init__()
+        self.network = network
+        self.classifier = nn.ModuleList(nn.Conv2d(count, num_classes, 1) for count in channels)
+
+    def forward(self, image: Tensor) -> Tensor:
+        maps = [score(features) for score, features in zip(self.classifier, self.network(image), strict=True)]
+        size = maps[0].shape[-2:]
+        resized = [F.interpolate(scores, size, mode="bilinear", align_corners=False) for scores in maps[1:]]
+        return torch.stack([maps[0], *resized]).sum(dim=0)
+
+
+def _scores(output: Any, num_classes: int) -> Tensor | None:
+    if isinstance(output, list | tuple) and not hasattr(output, OUTPUTS[-1]):
+        maps = [scores for scores in output if isinstance(scores, Tensor) and scores.ndim == 4]
+        return next((scores for scores in maps if scores.shape[1] == num_classes), None)
     for name in OUTPUTS:
         if isinstance(output, Mapping) and name in output:
             output = output[name]
@@ -90,6 +137,9 @@ def adapted(network: nn.Module, num_classes: int, in_channels: int) -> Segmentat
         UsageError: The network is for another number of classes or channels.
     """
     if not isinstance(network, SegmentationModel):
+        channels = getattr(getattr(network, "feature_info", None), "channels", None)  # timm's, of feature maps
+        if callable(channels):
+            network = FeatureScores(network, channels(), num_classes)
         return Adapter(network, num_classes, in_channels=in_channels)
     for what, own, needed in (
         ("classes", network.num_classes, num_classes),

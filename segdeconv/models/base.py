@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import typing
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
@@ -14,11 +13,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from segdeconv.classes import Classes
-from segdeconv.config import CONFIGS, TARGET, build, check, choice, list_groups, locate, public_name
+from segdeconv.config import TARGET, check, is_foreign, locate, parameters_of, public_name, without_defaults
 from segdeconv.errors import UsageError
 from segdeconv.system.plain_data import PlainDataError, check_plain
 
-SUPPLIED = ("num_classes", "in_channels")  # arguments of a network that the data set determines
+# Arguments of a network that the data set determines, under the names that libraries give them.
+CLASSES, CHANNELS = ("num_classes", "classes", "num_labels"), ("in_channels", "in_chans")
+SUPPLIED = (*CLASSES, *CHANNELS)
 
 
 class SegmentationModel(nn.Module, ABC):
@@ -196,69 +197,27 @@ def _recorded(constructor: Callable[..., None]) -> Callable[..., None]:
     return construct
 
 
-def list_models() -> list[str]:
-    """Return the names of the networks, those of the files in configs/model.
-
-    >>> list_models()[:3]
-    ['bayesian_segnet', 'bayesian_segnet_basic', 'bilinear_interpolation']
-    """
-    return list_groups(CONFIGS)["model"]
-
-
-def create_model(name: str, num_classes: int, *, in_channels: int = 3, **arguments: Any) -> SegmentationModel:
-    """Create a network by its name, as `model=NAME` does on the command line.
-
-    >>> create_model("unet", num_classes=5, width=0.25).num_classes
-    5
-
-    Args:
-        name: One of `list_models`.
-        num_classes: Number of output channels.
-        in_channels: Number of channels of the images, 3 for RGB.
-        **arguments: Further arguments of the network's constructor.
-
-    Returns:
-        The network with new weights, unless `pretrained` asks for others.
-
-    Raises:
-        UsageError: The name or an argument is unknown, or an argument is invalid.
-    """
-    return build_model(check_model({**choice("model", name), **arguments}), num_classes, in_channels)
-
-
 def check_model(node: Mapping[str, Any]) -> dict[str, Any]:
     """Check the `model` node of a config against the network's constructor and return it with defaults filled in.
 
     Raises:
         UsageError: A key is unknown or a value is invalid.
     """
-    return check(node, "model", [locate(node, "model")], supplied=SUPPLIED)
-
-
-def build_model(
-    node: Mapping[str, Any], num_classes: int, in_channels: int, *, fresh: bool = False
-) -> SegmentationModel:
-    """Build the network of a checked `model` node.
-
-    Args:
-        node: Checked by `check_model`.
-        num_classes: Number of classes of the data set.
-        in_channels: Number of channels of the images.
-        fresh: Skip the pretrained weights that the node asks for, because others are loaded afterwards.
-
-    Raises:
-        UsageError: The network does not support the number of channels, or refuses its arguments.
-    """
-    arguments = {**node, "pretrained": "none"} if fresh and "pretrained" in node else node
-    supplied = {"num_classes": num_classes}
-    if "in_channels" in inspect.signature(locate(node, "model")).parameters:
-        supplied["in_channels"] = in_channels
-    elif in_channels != 3:
+    target = locate(node, "model")
+    if inspect.isclass(target) and not issubclass(target, nn.Module):
         raise UsageError(
-            f"{node[TARGET]} takes images with 3 channels, but the images have {in_channels} - add an argument "
-            "in_channels to its constructor, or choose another model"
+            f"model._target_={node[TARGET]} is not a network - name a torch.nn.Module, or a file of configs/"
         )
-    return typing.cast(SegmentationModel, build(arguments, "model", **supplied))
+    parameters, _, takes_any = parameters_of([target], "model")
+    if not takes_any and not set(CLASSES) & set(parameters):
+        raise UsageError(f"model ({node[TARGET]}) takes no num_classes, so it cannot be built for the data set")
+    checked = check(node, "model", [target], supplied=SUPPLIED)
+    return checked if is_own(target) else without_defaults(checked, node, target)
+
+
+def is_own(target: Any) -> bool:
+    """Return whether a callable returns a `SegmentationModel`, as far as one can tell without calling it."""
+    return not is_foreign(target) or (inspect.isclass(target) and issubclass(target, SegmentationModel))
 
 
 class WithoutMemory(TorchFunctionMode):

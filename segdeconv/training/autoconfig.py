@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from segdeconv.config import TARGET, build, locate
+from segdeconv.config import TARGET, locate
 from segdeconv.data.dataset import SegmentationDataset
 from segdeconv.data.inspection import Inspection, map_with_progress
 from segdeconv.data.loading import collate_training, for_network
@@ -29,6 +29,7 @@ from segdeconv.data.preprocessing import Preprocessing
 from segdeconv.errors import UsageError, did_you_mean
 from segdeconv.losses import build_loss, loss_sums
 from segdeconv.models import SegmentationModel, build_model
+from segdeconv.optimization import build_optimizer
 from segdeconv.system.devices import autocast, best_device, resolve_precision
 from segdeconv.system.memory import available, ran_out_of_memory
 from segdeconv.training.memory import estimate
@@ -377,7 +378,7 @@ def step_seconds(
     precision = resolve_precision(config["trainer"]["precision"])
     model = build_model(config["model"], len(train.classes), pipeline.preprocessing.channels, fresh=True)
     loss = build_loss(config["loss"], class_weights=[1.0] * len(train.classes), ignore_index=train.classes.ignore_index)
-    optimizer = build(config["optimizer"], "optimizer", model=model)
+    optimizer = build_optimizer(config["optimizer"], model)
     size = pipeline.samples[0, 0]["mask"].shape
     free = available(device)
     if free and estimate(model, loss, optimizer, size, precision=precision).total(pipeline.batch_size) > 0.7 * free:

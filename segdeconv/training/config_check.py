@@ -7,17 +7,19 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from segdeconv.config import OBJECT, TARGET, check, locate, rename_keys, suggest_key, written
+from segdeconv.config import OBJECT, TARGET, check, locate, rename_keys, suggest_key, without_defaults, written
 from segdeconv.data.module import SCHEMAS as DATASET_SCHEMAS
 from segdeconv.data.module import SUPPLIED as DATASET_SUPPLIED
 from segdeconv.data.module import check_augment, check_dataset
 from segdeconv.errors import UsageError
 from segdeconv.losses import check_loss
+from segdeconv.losses.adapter import TORCH_SUPPLIED
 from segdeconv.losses.combined import SCHEMAS as LOSS_SCHEMAS
 from segdeconv.losses.combined import SUPPLIED as LOSS_SUPPLIED
 from segdeconv.models import check_model
 from segdeconv.models.base import SUPPLIED as MODEL_SUPPLIED
 from segdeconv.optimization import SUPPLIED as OPTIMIZER_SUPPLIED
+from segdeconv.optimization import check_optimizer, check_schedule
 from segdeconv.system.plain_data import PlainDataError, check_plain
 from segdeconv.training.autoconfig import check_keys
 from segdeconv.training.settings import INSTEAD, TrainerSettings
@@ -62,10 +64,8 @@ def check_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "augment": check_augment(config["augment"]),
         "model": check_model(config["model"]),
         "loss": check_loss(config["loss"]),
-        "optimizer": check(
-            config["optimizer"], "optimizer", [locate(config["optimizer"], "optimizer")], supplied=OPTIMIZER_SUPPLIED
-        ),
-        "schedule": check(config["schedule"], "schedule", [locate(config["schedule"], "schedule")]),
+        "optimizer": check_optimizer(config["optimizer"]),
+        "schedule": check_schedule(config["schedule"]),
         "trainer": check(config["trainer"], "trainer", [TrainerSettings]),
     }
     others = check({name: config[name] for name in known - set(DEFAULTS) if name in config}, "", [_scalars])
@@ -126,8 +126,8 @@ def check_lightning(node: Mapping[str, Any], where: str, *, supplied: Collection
 
     Defaults are not filled in: they change with the library's version, and some come from the environment.
     """
-    checked = check(node, where, [locate(node, where)], supplied=supplied)
-    given = {key: checked[key] for key in (TARGET, *node) if key in checked}
+    target = locate(node, where)
+    given = without_defaults(check(node, where, [target], supplied=supplied), node, target)
     try:
         check_plain(written(given))
     except PlainDataError as error:
@@ -147,14 +147,22 @@ def schemas_of(config: Mapping[str, Any]) -> dict[str, tuple[list[Callable[..., 
     """Return for each node of a config the callables that take its keys, and the arguments that a config may not set.
 
     Args:
-        config: A config with all groups, whose classes are imported. The nodes are those of its groups and of the
-            transforms in `augment`; keys without a group have the empty name.
+        config: A config with all groups, whose classes are imported. The nodes are those of its groups, or of the
+            names in a group such as `augment`; keys without a group have the empty name.
     """
-    nodes = {group: config[group] for group in DEFAULTS if group not in ("augment", "trainer")}
-    nodes |= {f"augment.{name}": node for name, node in config["augment"].items() if node}
-    schemas = {where: [locate(node, where)] for where, node in nodes.items() if node}
+    nodes: dict[str, Mapping[str, Any]] = {}
+    for group in DEFAULTS:
+        if TARGET in config[group]:
+            nodes[group] = config[group]
+        elif group != "trainer" and isinstance(config[group], Mapping):  # nodes by name, as in `augment`
+            nodes |= {f"{group}.{name}": node for name, node in config[group].items() if node}
+    schemas = {where: [locate(node, where)] for where, node in nodes.items()}
+    of_torch = TORCH_SUPPLIED if str(config["loss"].get(TARGET)).startswith("torch.nn.") else ()
     return {
-        where: ([*schemas.get(where, ()), *SCHEMAS.get(where, ())], SUPPLIED.get(where, ()))
+        where: (
+            [*schemas.get(where, ()), *SCHEMAS.get(where, ())],
+            [*SUPPLIED.get(where, ()), *(of_torch if where == "loss" else ())],
+        )
         for where in (*schemas, "trainer", "")
     }
 

@@ -49,7 +49,7 @@ def header(
     free = available(trainer.strategy.root_device)
     network, optimizer = (
         config[group].get(OBJECT, name).rpartition(".")[2]
-        for group, name in (("model", type(task.model).__name__), ("optimizer", config["optimizer"][TARGET]))
+        for group, name in ((group, config[group][TARGET]) for group in ("model", "optimizer"))
     )
     rows = {
         "data": f"{data.train.kind}: {len(data.train)} train, {len(data.val)} val images, {input_size}"

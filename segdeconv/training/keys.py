@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 from segdeconv.config import TARGET, parameters_of
 from segdeconv.errors import UsageError, did_you_mean
-from segdeconv.training.config_check import schemas_of
+from segdeconv.models.build import PRETRAINED
+from segdeconv.training.config_check import DEFAULTS, schemas_of
 
 REQUIRED = "???"  # in a config file, a value that has to be given
 MAX_WIDTH = 44  # of a column; a longer text only moves the rest of its line
@@ -43,9 +44,8 @@ def keys(config: Mapping[str, Any], group: str = "") -> dict[str, list[Key]]:
         UsageError: There is no such group.
     """
     schemas = schemas_of(config)
-    groups = {where.partition(".")[0] for where in schemas} - {""} | {"augment"}
-    if group and group not in groups:
-        raise UsageError(f"unknown group '{group}' - {did_you_mean(group, groups)}")
+    if group and group not in DEFAULTS:
+        raise UsageError(f"unknown group '{group}' - {did_you_mean(group, DEFAULTS)}")
     found = {}
     for where, (callables, supplied) in schemas.items():
         if group not in ("", where.partition(".")[0]):
@@ -60,7 +60,7 @@ def keys(config: Mapping[str, Any], group: str = "") -> dict[str, list[Key]]:
         found[where] = [
             Key(
                 f"{where}.{name}" if where else name,
-                _value(node.get(name, parameter.default)),
+                _value(node.get(name, None if where == "model" and name in PRETRAINED else parameter.default)),
                 type_name(hints.get(name, Any)),
                 texts.get(name, ""),
             )
@@ -71,6 +71,8 @@ def keys(config: Mapping[str, Any], group: str = "") -> dict[str, list[Key]]:
 
 def table(found: Mapping[str, Sequence[Key]], config: Mapping[str, Any]) -> str:
     """Return the printed form of keys, one line for each."""
+    if not found:
+        return "nothing is chosen in this group, so it has no keys"
     everything = [(f"{key.name}={key.default}", key.type) for listed in found.values() for key in listed]
     widths = [min(MAX_WIDTH, max(map(len, column))) for column in zip(*everything, strict=True)]
     lines = []
@@ -129,7 +131,10 @@ def _value(value: Any) -> str:
         return f"[{','.join(_value(item) for item in value)}]"
     if isinstance(value, Mapping):
         return "{...}" if value else "{}"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        text = f"{value:g}"
+        return text if set(text) & set(".en") else f"{text}.0"  # 1.0 may mean another thing than 1
+    return str(value)
 
 
 def type_name(annotation: Any) -> str:

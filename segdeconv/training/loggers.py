@@ -33,12 +33,6 @@ class TensorBoard(TensorBoardLogger):
         self.experiment.flush()
 
 
-def missing_package(error: ModuleNotFoundError) -> str:
-    """Return the name of the package that a class of Lightning needs."""
-    match = re.search(r"(?:'|pip install -U )([\w-]+)", str(error))
-    return match[1] if match else "that it imports"
-
-
 def build_logger(node: Mapping[str, Any], run: Path) -> Logger | Literal[False]:
     """Build the logger of a checked `logger` node.
 
@@ -58,11 +52,9 @@ def build_logger(node: Mapping[str, Any], run: Path) -> Logger | Literal[False]:
     # Choosing a logger is consent to log a run, not to send telemetry to its vendor.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-    try:
-        logger: Logger = build(node, "logger", **supplied)
-    except ModuleNotFoundError as error:
-        package = missing_package(error)
-        raise UsageError(f"logger ({node[TARGET]}) needs the package {package} - pip install {package}") from error
+    logger = build(node, "logger", **supplied)
+    if not isinstance(logger, Logger):
+        raise UsageError(f"logger ({node[TARGET]}) is not a Lightning logger - choose one, or logger=none")
     if isinstance(logger, TensorBoardLogger) and not is_utf8(str(run)):
         raise UsageError(
             f"{run}: TensorBoard cannot write to a run folder whose name is not UTF-8 - choose another folder, or "

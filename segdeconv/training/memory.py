@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.optim import AdamW, Optimizer
+from torch.optim import SGD, Optimizer
 
 from segdeconv.errors import UsageError, command
 from segdeconv.losses import loss_sums
@@ -77,7 +77,9 @@ def estimate(
     parameters = sum(parameter.nbytes for parameter in model.parameters())
     trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     momentum = int(optimizer.param_groups[0].get("momentum", 0) > 0)
-    slots = 2 if isinstance(optimizer, AdamW) and not momentum else momentum  # Muon has AdamW state for vectors only
+    adaptive = "betas" in optimizer.param_groups[0]
+    slots = 2 if adaptive and not momentum else momentum  # Muon has AdamW state for vectors only
+    slots += not (adaptive or isinstance(optimizer, SGD))  # such as the mean square of RMSprop
     side = max(64, model.minimum_size)
     one_image, two_images = (_saved_bytes(model, loss, images, side, precision) for images in (1, 2))
     return Memory(

@@ -11,10 +11,9 @@ from pytorch_lightning import Callback, callbacks
 from pytorch_lightning.utilities.exceptions import MisconfigurationException  # type: ignore[attr-defined]
 
 from segdeconv.checkpoints.checkpoint import CONTENT_LIMITS
-from segdeconv.config import OBJECT, TARGET, build
+from segdeconv.config import OBJECT, TARGET, build, missing_package
 from segdeconv.errors import UsageError, did_you_mean, warn
 from segdeconv.system.plain_data import PlainDataError, check_plain
-from segdeconv.training.loggers import missing_package
 
 AVERAGE = (
     "validation, best.ckpt and the other commands would use the weights without the average: set trainer.ema=0.999, "

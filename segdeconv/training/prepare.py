@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from segdeconv.checkpoints import checkpoint, transfer
 from segdeconv.classes import Classes
-from segdeconv.config import build, with_objects
+from segdeconv.config import with_objects
 from segdeconv.data import checks
 from segdeconv.data.class_inference import BINARY
 from segdeconv.data.inspection import class_table, inspect_all
@@ -17,6 +17,7 @@ from segdeconv.data.module import DataPipeline, build_pipeline, build_split, nor
 from segdeconv.errors import command, warn
 from segdeconv.losses import build_loss, compute_class_weights
 from segdeconv.models import SegmentationModel, build_model
+from segdeconv.optimization import build_optimizer
 from segdeconv.system.files import hash_text
 from segdeconv.training import autoconfig, resume
 from segdeconv.training.config_check import check_config, seconds
@@ -108,7 +109,7 @@ def prepare(
         classes,
         model,
         build_loss(nodes["loss"], class_weights=weights, ignore_index=classes.ignore_index),
-        build(nodes["optimizer"], "optimizer", model=model),
+        build_optimizer(nodes["optimizer"], model),
         dataset,
         {
             "classes": classes.to_dict(),

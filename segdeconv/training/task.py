@@ -31,7 +31,7 @@ from segdeconv.inference.scorers import labels, resized
 from segdeconv.losses import build_loss, loss_sums
 from segdeconv.models import SegmentationModel, build_model
 from segdeconv.models.activation_checkpointing import checkpoint_activations
-from segdeconv.optimization import Schedule, average
+from segdeconv.optimization import Schedule, average, build_optimizer
 from segdeconv.switches.ops import load_triton_kernels
 from segdeconv.system.devices import autocast, machine
 from segdeconv.system.memory import keep_freed
@@ -290,7 +290,7 @@ class SegmentationTask(LightningModule):
         return cls(
             model,
             build_loss(checked["loss"], class_weights=facts.get("class_weights"), ignore_index=classes.ignore_index),
-            build(checked["optimizer"], "optimizer", model=model),
+            build_optimizer(checked["optimizer"], model),
             build(checked["schedule"], "schedule"),
             classes,
             seed=checked["seed"],

@@ -97,7 +97,7 @@ def test_an_own_main_file_starts_from_the_shipped_one(tmp_path, commands):
         (("--cfg", "job", "epochs=3"), 2, "unknown key epochs - did you mean 'trainer.max_epochs'?"),
         (("--cfg", "job", "-cn", "nothing"), 2, "Cannot find primary config 'nothing'"),
         (("--cfg", "job", "seed=1,2", "model=unet,fpn"), 2, "the config cannot be composed"),
-        (("--keys", "nothing"), 2, "unknown group 'nothing' - Available: augment, dataset"),
+        (("--keys", "nothing"), 2, "unknown group 'nothing' - Available: augment, callbacks"),
         (("-m", "optimizer.lr=interval(0.1,1)"), 2, "add hydra/sweeper=optuna"),
         (("-m", "seed=1,2", "hydra/sweeper=nothing"), 2, "Could not find 'hydra/sweeper/nothing'"),
         (("-sc", "install=tcsh"), 2, "write -sc and install=bash or install=zsh or install=fish"),
@@ -200,7 +200,7 @@ def test_the_keys_are_those_of_the_schemas_with_their_ranges():
     assert found["trainer.norm"][1:3] == ("batch", "batch | sync | frozen")
     assert found["optimizer.betas"][1:3] == ("[0.9,0.999]", "[float >= 0 < 1, float >= 0 < 1]")
     assert found["dataset.batch_size"][1:] == ("16", "int >= 1", "Images per process and step.")
-    assert found["augment.flip.p"].default == "0.5"
+    assert (found["augment.flip.p"].default, found["model.width"].default) == ("0.5", "1.0")
     assert {"seed", "resume", "loss.logit_adjustment", "schedule.power"} <= set(found)
     assert not {"model.num_classes", "dataset.split", "optimizer.model", "loss.class_weights"} & set(found)
 

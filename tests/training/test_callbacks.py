@@ -219,7 +219,7 @@ def test_a_run_that_a_callback_has_ended_stays_ended_when_it_resumes(tmp_path, c
         (RATES, "callbacks: Cannot use `LearningRateMonitor` callback with `Trainer` that has no logger - change"),
         ({**EARLY, "monitor": "val/mIoU"}, r"callbacks.EarlyStopping.monitor=val/mIoU is not logged - did you mean"),
         ({**BEST, "dirpath": "RUN"}, "is the run folder, whose checkpoints it could replace - leave it out"),
-        ({**EARLY, "mode": "most"}, "(pytorch_lightning.callbacks.EarlyStopping): `mode` can be "),
+        ({**EARLY, "mode": "most"}, "(pytorch_lightning.callbacks.EarlyStopping) fails: `mode` can be "),
         ({**EARLY, "patiense": 3}, "unknown key callbacks.EarlyStopping.patiense - did you mean 'patience'?"),
         ({"_target_": "test_callbacks.NotInstalled"}, "callbacks needs the package gauge - pip install gauge"),
         ({"_target_": "fakes.Uneven", "split": "val"}, "is not a pytorch_lightning.Callback - inherit from it"),
