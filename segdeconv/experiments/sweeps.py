@@ -35,7 +35,7 @@ class Job:
         job: Its number.
         overrides: The `key=value` arguments in which it may differ from other jobs.
         folder: The run folder.
-        score: Best validation mIoU, 0..1; None if the job failed.
+        score: Best validation mIoU, 0..1; None if the job failed or nothing could be scored.
         seconds: Its duration.
         error: The error message of a failed job.
     """
@@ -49,11 +49,8 @@ class Job:
 
     def line(self) -> str:
         """Return the line that is printed when the job ends."""
-        ended = (
-            f"failed: {self.error or 'nothing could be scored'}"
-            if self.score is None
-            else f"val/miou {self.score:.4f}  {self.folder}"
-        )
+        score = "no val/miou" if self.score is None else f"val/miou {self.score:.4f}"
+        ended = f"failed: {self.error}" if self.error else f"{score}  {self.folder}"
         return f"job {self.job}: {' '.join([*self.overrides, '-'])} {ended}"
 
 
@@ -128,8 +125,8 @@ class Row(NamedTuple):
 
     Attributes:
         overrides: What they share.
-        jobs: Their number, without failed ones.
-        failed: The number of failed ones.
+        jobs: The number of those with a score.
+        failed: The number of those without one.
         mean: Mean of their scores; nan if all failed.
         deviation: Standard deviation of their scores (n - 1); nan for fewer than two.
     """
