@@ -38,7 +38,14 @@ def main() -> None:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from segdeconv.config import fixed_overrides, hydra_overrides, keys_set, parse_flags, to_plain
+    from segdeconv.cli.overrides import (
+        fixed_overrides,
+        hydra_arguments,
+        hydra_overrides,
+        keys_set,
+        parse_flags,
+        to_plain,
+    )
     from segdeconv.experiments import optuna_sweeper, sweeps
 
     typed, flags = command("train", sys.argv[1:]), parse_flags(sys.argv[1:])
@@ -104,7 +111,8 @@ def main() -> None:
             _print_config(job, flags.overrides)
         else:
             optuna_sweeper.register()
-            job()
+            with hydra_arguments():
+                job()
     except _Failed as failed:
         raise failed.error from failed.error.__cause__
     except (HydraException, OmegaConfBaseException) as error:
@@ -117,13 +125,14 @@ def main() -> None:
 
 def _print_config(job: Callable[[], None], overrides: Sequence[str]) -> None:
     """Let Hydra print the config or what it knows about it; Hydra's own error message becomes a UsageError."""
+    from segdeconv.cli.overrides import hydra_arguments
     from segdeconv.training.config_check import require_known
 
     names = [word.lstrip("+~").partition("=")[0].partition(".")[0] for word in overrides]
     require_known(name for name in names if not name.startswith("hydra") and name != "experiment")
     message = io.StringIO()
     try:
-        with contextlib.redirect_stderr(message):
+        with contextlib.redirect_stderr(message), hydra_arguments():
             job()
     except SystemExit as ended:
         if ended.code:
@@ -142,7 +151,7 @@ def _check_jobs(arguments: list[str]) -> None:
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    from segdeconv.config import first_values
+    from segdeconv.cli.overrides import first_values
     from segdeconv.training.config_check import check_config
 
     flags = [word for word in arguments if word.startswith(("--config-dir=", "--config-name="))]

@@ -24,8 +24,8 @@ MAX_ENTRIES = 24  # in the package folder, so that its listing shows the structu
 ALLOWED_IMPORTERS = {
     "argparse": {"cli"},
     "filelock": {"system.files"},
-    "hydra": {"config", "cli.completion", "experiments.sweeps", "experiments.optuna_sweeper"},
-    "omegaconf": {"config"},
+    "hydra": {"config", "cli.overrides", "cli.completion", "experiments.sweeps", "experiments.optuna_sweeper"},
+    "omegaconf": {"cli.overrides"},
     "optuna": {"experiments.optuna_sweeper"},
     "pytorch_lightning": {"training"},
     "lightning_fabric": set(),

@@ -12,7 +12,8 @@ import segdeconv.config
 from segdeconv.checkpoints import checkpoint
 from segdeconv.cli import own_code
 from segdeconv.cli.command import RENAMED_OPTIONS, ArgumentParser
-from segdeconv.config import RENAMED_KEYS, build, compose, hydra_overrides, override, rename_keys, targets
+from segdeconv.cli.overrides import compose, hydra_overrides
+from segdeconv.config import RENAMED_KEYS, build, override, rename_keys, targets
 from segdeconv.errors import UsageError
 from segdeconv.training.config_check import SCHEMAS, check_config
 from segdeconv.training.resume import NOT_IN_CHECKPOINTS, differing_keys, without_keys

@@ -17,7 +17,8 @@ from PIL import Image
 
 from segdeconv.checkpoints.checkpoint import foreign
 from segdeconv.cli import own_code
-from segdeconv.config import check, compose, locate
+from segdeconv.cli.overrides import compose
+from segdeconv.config import check, locate
 from segdeconv.errors import UsageError
 from segdeconv.training.config_check import DEFAULTS, check_config
 

@@ -62,7 +62,7 @@ def run(words: Sequence[str], commands: Sequence[str], configs: Path) -> None:
 
 def _query(words: Sequence[str], shell: str, configs: Path) -> str:
     """Return the completions of the last word; the ones before it may set keys that no config file has."""
-    from segdeconv.config import hydra_overrides
+    from segdeconv.cli.overrides import hydra_overrides
 
     *complete, last = words
     complete = hydra_overrides([word for word in complete if word], configs)

@@ -37,7 +37,7 @@ def compose(arguments: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
     Returns:
         The config, and the chosen file of each config group.
     """
-    from segdeconv.config import compose, hydra_overrides  # a late import, since Hydra takes a while
+    from segdeconv.cli.overrides import compose, hydra_overrides  # a late import, since Hydra takes a while
 
     config, choices = compose(arguments, CONFIGS)
     return declared(config, hydra_overrides(arguments, CONFIGS)), choices
@@ -61,7 +61,8 @@ def declared(config: Mapping[str, Any], arguments: Sequence[str]) -> dict[str, A
 
 def print_keys(group: str, arguments: Sequence[str]) -> None:
     """Print the keys of a config group, or of all groups for an empty name, for the classes that a config names."""
-    from segdeconv.config import compose, list_groups, targets
+    from segdeconv.cli.overrides import compose
+    from segdeconv.config import list_groups, targets
 
     config, choices = compose(arguments, CONFIGS, incomplete=True)
     find_own_code(targets(config))

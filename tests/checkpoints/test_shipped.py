@@ -12,7 +12,7 @@ from PIL import Image
 import segdeconv
 from segdeconv.checkpoints import cards, checkpoint
 from segdeconv.classes import Classes
-from segdeconv.config import compose
+from segdeconv.cli.overrides import compose
 from segdeconv.data import CamVid
 from segdeconv.data.datasets.camvid import CLASSES
 from segdeconv.evaluation.evaluate import evaluate, restore_dataset

@@ -17,7 +17,7 @@ from fresh_commands import child_environment
 from PIL import Image
 
 from segdeconv.checkpoints import checkpoint
-from segdeconv.config import compose
+from segdeconv.cli.overrides import compose
 from segdeconv.data import CamVid, Folder
 from segdeconv.data.cache import Cached, open_store, plan_cache
 from segdeconv.data.inspection import cache_folder

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from segdeconv.checkpoints import checkpoint
-from segdeconv.config import compose
+from segdeconv.cli.overrides import compose
 from segdeconv.training.config_check import check_config
 from segdeconv.training.data_module import DataModule
 from segdeconv.training.prepare import prepare

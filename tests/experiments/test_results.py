@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from segdeconv.checkpoints import cards, checkpoint
-from segdeconv.config import compose
+from segdeconv.cli.overrides import compose
 from segdeconv.errors import DivergedError, Interrupted, UsageError
 from segdeconv.experiments.study import results, series
 from segdeconv.training.config_check import check_config

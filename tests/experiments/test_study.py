@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import segdeconv.train
-from segdeconv.config import compose
+from segdeconv.cli.overrides import compose
 from segdeconv.errors import DivergedError, UsageError
 from segdeconv.experiments.benchmarks import harness
 from segdeconv.experiments.study import costs, paper, series, table

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torchvision.ops import sigmoid_focal_loss
 
 from segdeconv.checkpoints.checkpoint import foreign
-from segdeconv.config import compose
+from segdeconv.cli.overrides import compose
 from segdeconv.errors import UsageError
 from segdeconv.losses import (
     OHEM,

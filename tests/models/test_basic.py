@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from segdeconv.config import compose
+from segdeconv.cli.overrides import compose
 from segdeconv.models import BilinearBasic, FCNBasic, SegNetBasic, build_model, check_model
 from segdeconv.models.layers import BilinearDeconv, bilinear_kernel
 

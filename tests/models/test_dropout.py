@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 from segdeconv.checkpoints import checkpoint
-from segdeconv.config import compose
+from segdeconv.cli.overrides import compose
 from segdeconv.data.datasets.folder import Folder
 from segdeconv.data.module import DataPipeline
 from segdeconv.data.preprocessing import Preprocessing

@@ -6,8 +6,8 @@ import pytest
 import yaml
 from tiny_runs import state
 
+from segdeconv.cli.overrides import hydra_overrides, keys_set
 from segdeconv.cli.own_code import CONFIGS, compose
-from segdeconv.config import hydra_overrides, keys_set
 from segdeconv.data.datasets.folder import Folder
 from segdeconv.data.inspection import inspect
 from segdeconv.errors import UsageError

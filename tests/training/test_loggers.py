@@ -16,7 +16,7 @@ from pytorch_lightning.loggers import Logger
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from segdeconv.checkpoints import checkpoint
-from segdeconv.config import compose
+from segdeconv.cli.overrides import compose
 from segdeconv.data import Shapes
 from segdeconv.data.dataset import Sample, SegmentationDataset
 from segdeconv.drawing import draw

@@ -12,7 +12,8 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from segdeconv.checkpoints import checkpoint
-from segdeconv.config import compose, rename_keys
+from segdeconv.cli.overrides import compose
+from segdeconv.config import rename_keys
 from segdeconv.errors import DivergedError, Interrupted, UsageError
 from segdeconv.train import train
 from segdeconv.training import checkpointing, config_check
