@@ -140,7 +140,7 @@ def choose(
     _choose_augmentation(draft, measured, coloured=splits[0].channels == 3 and not splits[0].as_stored)
     _choose_loss(draft, measured)
     if "encoder_addition" in inspect.signature(locate(config["model"], "model")).parameters:
-        draft.set("model.encoder_addition", True, "thin structures are lost where all passes through the deepest map")
+        draft.set("model.encoder_addition", True, "keeps thin structures; for two classes, model=unet may score higher")
     _choose_optimizer(draft)
     with torch.device("meta"):
         least = build_model(config["model"], len(splits[0].classes), splits[0].channels, fresh=True).minimum_size
@@ -298,8 +298,9 @@ TURNS: dict[str, Any] = {
 def _crop(size: Sequence[int], area: int, least: int = 32) -> list[int]:
     """Return the crop of about this area and the aspect of the images, in multiples of 32, not beyond the image.
 
-    >>> _crop((360, 480), 160 * 160), _crop((100, 100), 160 * 160), _crop((360, 480), 160 * 160, 193)
-    ([128, 192], [128, 128], [224, 224])
+    Examples:
+        >>> _crop((360, 480), 160 * 160), _crop((100, 100), 160 * 160), _crop((360, 480), 160 * 160, 193)
+        ([128, 192], [128, 128], [224, 224])
     """
     height, width = size
     shrink = min(1.0, math.sqrt(area / (height * width)))
@@ -310,8 +311,9 @@ def _crop(size: Sequence[int], area: int, least: int = 32) -> list[int]:
 def _batch_size(num_images: int) -> int:
     """Return the batch size, 3 to 6, that leaves the fewest images out of an epoch, if equal nearest to 4.
 
-    >>> _batch_size(24), _batch_size(30), _batch_size(29), _batch_size(2)
-    (4, 5, 4, 2)
+    Examples:
+        >>> _batch_size(24), _batch_size(30), _batch_size(29), _batch_size(2)
+        (4, 5, 4, 2)
     """
     if num_images < 3:
         return num_images

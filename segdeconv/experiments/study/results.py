@@ -64,8 +64,9 @@ class Plan:
 def slug(name: str) -> str:
     """Return the folder name for a name.
 
-    >>> slug("SegNet, balanced")
-    'segnet-balanced'
+    Examples:
+        >>> slug("SegNet, balanced")
+        'segnet-balanced'
     """
     return re.sub(r"(?:[^\w.]|_)+", "-", name.lower()).strip("-")
 
