@@ -1,7 +1,8 @@
 """segdeconv: train and use segmentation networks that unpool with recorded max-pooling switches.
 
->>> import segdeconv
->>> segdeconv.load("best.ckpt").predict("photo.jpg").save("mask.png")  # doctest: +SKIP
+Examples:
+    >>> import segdeconv
+    >>> segdeconv.load("best.ckpt").predict("photo.jpg").save("mask.png")  # doctest: +SKIP
 """
 
 import os

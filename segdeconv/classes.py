@@ -30,8 +30,9 @@ DISTINCT: tuple[Colour, ...] = (
 def voc_colours(count: int) -> tuple[Colour, ...]:
     """Return the first `count` colours of PASCAL VOC's palette, which are bit-interleaved, far apart and all different.
 
-    >>> voc_colours(3)
-    ((0, 0, 0), (128, 0, 0), (0, 128, 0))
+    Examples:
+        >>> voc_colours(3)
+        ((0, 0, 0), (128, 0, 0), (0, 128, 0))
     """
     colours = []
     for index in range(count):
@@ -46,8 +47,9 @@ def voc_colours(count: int) -> tuple[Colour, ...]:
 def distinct_colours(count: int) -> tuple[Colour, ...]:
     """Return `count` colours that can be told apart, also by colour-blind people: `DISTINCT`, then colours of VOC's.
 
-    >>> distinct_colours(2)
-    ((255, 96, 0), (64, 208, 255))
+    Examples:
+        >>> distinct_colours(2)
+        ((255, 96, 0), (64, 208, 255))
     """
     further = [
         colour
@@ -64,8 +66,9 @@ def default_colours(names: Sequence[str], labels: Sequence[int]) -> tuple[Colour
         names: Name of each class.
         labels: Label of each class in the mask files.
 
-    >>> default_colours(("background", "cell"), (0, 255))
-    ((0, 0, 0), (255, 96, 0))
+    Examples:
+        >>> default_colours(("background", "cell"), (0, 255))
+        ((0, 0, 0), (255, 96, 0))
     """
     candidates = [index for index, name in enumerate(names) if len(names) == 2 or name in FOUND_BACKGROUNDS]
     return _coloured(len(names), _background(names, candidates, labels))
@@ -329,8 +332,9 @@ def match_classes(classes: Classes, others: Classes, *, owners: tuple[str, str],
 def hex_colour(colour: Iterable[int]) -> str:
     """Format an RGB colour as in CSS.
 
-    >>> hex_colour((255, 0, 16))
-    '#ff0010'
+    Examples:
+        >>> hex_colour((255, 0, 16))
+        '#ff0010'
     """
     return "#{:02x}{:02x}{:02x}".format(*colour)
 
@@ -363,8 +367,9 @@ def _colour(values: Sequence[int]) -> Colour:
 def _format_ranges(labels: Sequence[int]) -> str:
     """Format sorted numbers, abbreviating consecutive ones.
 
-    >>> _format_ranges((0, 1, 2, 3, 7))
-    '0..3, 7'
+    Examples:
+        >>> _format_ranges((0, 1, 2, 3, 7))
+        '0..3, 7'
     """
     runs: list[list[int]] = []
     for label in labels:

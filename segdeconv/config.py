@@ -100,10 +100,11 @@ def suggest_key(name: str, options: Iterable[str], group: str = "") -> str:
         options: The keys of the group.
         group: The group; empty for a key outside of all groups.
 
-    >>> suggest_key("learning-rate", ["dataset", "optimizer"])
-    "did you mean 'optimizer.lr'? All keys: python scripts/train.py --keys"
-    >>> suggest_key("epochs", ["max_epochs", "max_steps"], "trainer")
-    "did you mean 'max_epochs'? Available: max_epochs, max_steps"
+    Examples:
+        >>> suggest_key("learning-rate", ["dataset", "optimizer"])
+        "did you mean 'optimizer.lr'? All keys: python scripts/train.py --keys"
+        >>> suggest_key("epochs", ["max_epochs", "max_steps"], "trainer")
+        "did you mean 'max_epochs'? Available: max_epochs, max_steps"
     """
     names = list(options)
     key = OTHER_NAMES.get(name.lower().replace("-", "_"))
@@ -285,9 +286,10 @@ def type_name(value: Any) -> str:
 def public_name(target: Any) -> str | None:
     """Return the dotted name under which a class or function can be imported, the shortest one.
 
-    >>> import torch
-    >>> public_name(torch.optim.SGD)
-    'torch.optim.SGD'
+    Examples:
+        >>> import torch
+        >>> public_name(torch.optim.SGD)
+        'torch.optim.SGD'
 
     Returns:
         The name; None if there is none, as for a class that is defined in a function.

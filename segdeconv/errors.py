@@ -97,8 +97,9 @@ def error_from_traceback(text: str) -> SegdeconvError | None:
 def did_you_mean(name: str, options: Iterable[str]) -> str:
     """Return the part of an error message that suggests existing names for a misspelt one.
 
-    >>> did_you_mean("vco", ["voc", "camvid"])
-    "did you mean 'voc'? Available: camvid, voc"
+    Examples:
+        >>> did_you_mean("vco", ["voc", "camvid"])
+        "did you mean 'voc'? Available: camvid, voc"
     """
     choices = sorted(options)
     close = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
@@ -109,8 +110,9 @@ def did_you_mean(name: str, options: Iterable[str]) -> str:
 def for_caller(python: str, typed: str) -> str:
     """Return the part of a message that names an argument: of a function in Python, or of a command line.
 
-    >>> for_caller("trust=['mine.Net']", "--trust mine.Net")
-    "trust=['mine.Net']"
+    Examples:
+        >>> for_caller("trust=['mine.Net']", "--trust mine.Net")
+        "trust=['mine.Net']"
     """
     return typed if _in_command else python
 
@@ -129,7 +131,8 @@ def enter_command() -> None:
 def command(name: str, arguments: Sequence[str] = ()) -> str:
     """Return a command line as the user types it.
 
-    >>> command("predict", ["best.ckpt", "my photos"])
-    "python scripts/predict.py best.ckpt 'my photos'"
+    Examples:
+        >>> command("predict", ["best.ckpt", "my photos"])
+        "python scripts/predict.py best.ckpt 'my photos'"
     """
     return shlex.join([*COMMAND_FORMAT.format(name).split(), *arguments])

@@ -402,8 +402,9 @@ class Constant(Schedule):
     Args:
         warmup_steps: See `Schedule`.
 
-    >>> Constant()(500, 1000)
-    1.0
+    Examples:
+        >>> Constant()(500, 1000)
+        1.0
     """
 
     def factor(self, progress: float, step: int) -> float:
@@ -419,8 +420,9 @@ class Poly(Schedule):
         power: Exponent.
         warmup_steps: See `Schedule`.
 
-    >>> Poly(power=2)(500, 1000)
-    0.25
+    Examples:
+        >>> Poly(power=2)(500, 1000)
+        0.25
     """
 
     def __init__(self, *, power: Rate = 0.9, warmup_steps: Count = 0) -> None:
@@ -440,8 +442,9 @@ class Cosine(Schedule):
         floor: Final factor.
         warmup_steps: See `Schedule`.
 
-    >>> Cosine()(500, 1000)
-    0.5
+    Examples:
+        >>> Cosine()(500, 1000)
+        0.5
     """
 
     def __init__(self, *, floor: Fraction = 0.0, warmup_steps: Count = 0) -> None:
@@ -463,8 +466,9 @@ class Restarts(Schedule):
         floor: Final factor of each cycle.
         warmup_steps: See `Schedule`.
 
-    >>> [Restarts(cycles=2, growth=3)(step, 400) for step in (0, 50, 100, 250)]
-    [1.0, 0.5, 1.0, 0.5]
+    Examples:
+        >>> [Restarts(cycles=2, growth=3)(step, 400) for step in (0, 50, 100, 250)]
+        [1.0, 0.5, 1.0, 0.5]
     """
 
     def __init__(
@@ -501,8 +505,9 @@ class Step(Schedule):
         gamma: Factor of each change.
         warmup_steps: See `Schedule`.
 
-    >>> round(Step(every=9000)(18000, 20000), 4)
-    0.01
+    Examples:
+        >>> round(Step(every=9000)(18000, 20000), 4)
+        0.01
     """
 
     def __init__(

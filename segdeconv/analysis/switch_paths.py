@@ -59,11 +59,12 @@ def path(pooled: Sequence[Pooling], pixel: tuple[int, int], *, rule: Rule = "maj
     Raises:
         ValueError: The pixel is not in the image.
 
-    >>> from segdeconv.switches import max_pool
-    >>> finest = max_pool(torch.tensor([[[[0., 0., 3., 0.], [0., 1., 0., 0.]]]]))
-    >>> deepest = max_pool(finest.features)  # its only window contains 1 and 3
-    >>> [(step.level, step.cell, step.place) for step in path([finest, deepest], (1, 0))]
-    [(2, 1, (0.5, 2.5)), (1, 0, (0.0, 2.0))]
+    Examples:
+        >>> from segdeconv.switches import max_pool
+        >>> finest = max_pool(torch.tensor([[[[0., 0., 3., 0.], [0., 1., 0., 0.]]]]))
+        >>> deepest = max_pool(finest.features)  # its only window contains 1 and 3
+        >>> [(step.level, step.cell, step.place) for step in path([finest, deepest], (1, 0))]
+        [(2, 1, (0.5, 2.5)), (1, 0, (0.0, 2.0))]
     """
     height, width = pooled[0].size
     y, x = pixel
@@ -164,12 +165,13 @@ def recorded(network: nn.Module) -> Iterator[list[Pooling]]:
     The list contains those of the last forward pass. It stays empty if the network has no encoder whose pools keep
     switches (U-Net, DeepLab-LargeFOV).
 
-    >>> from segdeconv.models import SegNet
-    >>> network = SegNet(2, stages=((4,), (8,))).eval()
-    >>> with torch.no_grad(), recorded(network) as pooled:
-    ...     logits = network(torch.zeros(1, 3, 9, 12))
-    >>> [tuple(pooling.switches.shape) for pooling in pooled]
-    [(1, 4, 5, 6), (1, 8, 3, 3)]
+    Examples:
+        >>> from segdeconv.models import SegNet
+        >>> network = SegNet(2, stages=((4,), (8,))).eval()
+        >>> with torch.no_grad(), recorded(network) as pooled:
+        ...     logits = network(torch.zeros(1, 3, 9, 12))
+        >>> [tuple(pooling.switches.shape) for pooling in pooled]
+        [(1, 4, 5, 6), (1, 8, 3, 3)]
     """
     pooled: list[Pooling] = []
 

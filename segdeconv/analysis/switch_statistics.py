@@ -32,8 +32,9 @@ def tie_rate(x: Tensor) -> float:
     Args:
         x: Maps (N, C, H, W) before a pool.
 
-    >>> tie_rate(torch.tensor([[[[0., 0., 1.], [0., 0., 2.]]]]))
-    0.5
+    Examples:
+        >>> tie_rate(torch.tensor([[[[0., 0., 1.], [0., 0., 2.]]]]))
+        0.5
     """
     highest = max_pool(x).features
     height, width = x.shape[-2:]

@@ -139,8 +139,9 @@ def prediction_settings(
 def crf_settings(keys: Iterable[str]) -> CRF:
     """Parse `crf.NAME=VALUE` arguments.
 
-    >>> crf_settings(["crf.iterations=5"]).iterations
-    5
+    Examples:
+        >>> crf_settings(["crf.iterations=5"]).iterations
+        5
     """
     from segdeconv.config import check, override
     from segdeconv.inference.crf import CRF
@@ -174,8 +175,9 @@ def is_override(argument: str) -> bool:
 def split_overrides(overrides: Iterable[str]) -> tuple[list[str], list[str]]:
     """Separate the `key=value` arguments for the config from those for the CRF.
 
-    >>> split_overrides(["dataset.root=here", "crf.iterations=5"])
-    (['dataset.root=here'], ['crf.iterations=5'])
+    Examples:
+        >>> split_overrides(["dataset.root=here", "crf.iterations=5"])
+        (['dataset.root=here'], ['crf.iterations=5'])
     """
     crf_keys: list[str] = []
     others: list[str] = []

@@ -388,8 +388,9 @@ def _parse_as_typed(argument: str, *, sweeps: bool, groups: Iterable[str]) -> tu
 def quote(text: str) -> str:
     """Quote a text so that Hydra and OmegaConf read it as it is.
 
-    >>> quote("it's ${x}")
-    "'it\\\\'s \\\\${x}'"
+    Examples:
+        >>> quote("it's ${x}")
+        "'it\\\\'s \\\\${x}'"
     """
     from hydra.core.override_parser.types import Quote, QuotedString
 

@@ -11,8 +11,9 @@ EMPTY = np.zeros((0, 4), dtype=np.int64)
 def bounding_box(inside: np.ndarray) -> np.ndarray:
     """Return the tight box (4,) around the true pixels of a (H, W) bool mask with at least one.
 
-    >>> bounding_box(np.eye(4, 6, k=2, dtype=bool)).tolist()
-    [2, 0, 6, 4]
+    Examples:
+        >>> bounding_box(np.eye(4, 6, k=2, dtype=bool)).tolist()
+        [2, 0, 6, 4]
     """
     columns, rows = np.flatnonzero(inside.any(axis=0)), np.flatnonzero(inside.any(axis=1))
     return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
@@ -21,8 +22,9 @@ def bounding_box(inside: np.ndarray) -> np.ndarray:
 def expanded(boxes: np.ndarray, factor: float) -> np.ndarray:
     """Return boxes with sides `factor` times as long and the same centres, rounded outwards to whole pixels.
 
-    >>> expanded(np.array([[10, 0, 20, 5]]), 1.2).tolist()
-    [[9, -1, 21, 6]]
+    Examples:
+        >>> expanded(np.array([[10, 0, 20, 5]]), 1.2).tolist()
+        [[9, -1, 21, 6]]
     """
     grown = (boxes[:, 2:] - boxes[:, :2]) * (factor - 1) / 2
     # 1.2 has no exact binary representation: without the margin, 10 pixels would become 13.
@@ -33,8 +35,9 @@ def expanded(boxes: np.ndarray, factor: float) -> np.ndarray:
 def squared(boxes: np.ndarray) -> np.ndarray:
     """Return square boxes: the shorter side is extended equally at both ends, or by one pixel more at the far end.
 
-    >>> squared(np.array([[0, 10, 20, 15]])).tolist()
-    [[0, 3, 20, 23]]
+    Examples:
+        >>> squared(np.array([[0, 10, 20, 15]])).tolist()
+        [[0, 3, 20, 23]]
     """
     sides = boxes[:, 2:] - boxes[:, :2]
     longest = sides.max(axis=1, keepdims=True)

@@ -268,8 +268,9 @@ def _classes_of_labels(survey: Survey) -> tuple[Classes, tuple[str, ...]]:
 def _are_levels(labels: Sequence[int]) -> bool:
     """Return whether labels are levels of grey, such as 0, 128, 255, rather than numbers of classes.
 
-    >>> _are_levels([0, 128, 255]), _are_levels([0, 1, 2, 255]), _are_levels([7, 11, 26, 255])
-    (True, False, False)
+    Examples:
+        >>> _are_levels([0, 128, 255]), _are_levels([0, 1, 2, 255]), _are_levels([7, 11, 26, 255])
+        (True, False, False)
     """
     return len(labels) > 2 and min(after - before for before, after in pairwise(labels)) >= LEVEL_GAP
 

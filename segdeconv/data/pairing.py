@@ -179,8 +179,9 @@ def _common_parts(names: Iterable[str]) -> tuple[str, str]:
 def common_start(texts: Sequence[str]) -> str:
     """Return the longest text with which all texts start.
 
-    >>> common_start(["img_01", "img_02"])
-    'img_0'
+    Examples:
+        >>> common_start(["img_01", "img_02"])
+        'img_0'
     """
     first, last = min(texts), max(texts)
     shared = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
@@ -272,8 +273,9 @@ def _image_name(entry: str, images: Mapping[str, Path]) -> str | None:
 def _below(folder: str, path: PurePosixPath) -> PurePosixPath:
     """Return the part of a path below the last folder of this name, or the empty path without one.
 
-    >>> _below("images", PurePosixPath("/SegNet/mine/images/a/x.png"))
-    PurePosixPath('a/x.png')
+    Examples:
+        >>> _below("images", PurePosixPath("/SegNet/mine/images/a/x.png"))
+        PurePosixPath('a/x.png')
     """
     places = [place for place, part in enumerate(path.parts) if part == folder]
     return PurePosixPath(*path.parts[places[-1] + 1 :]) if places else PurePosixPath()
@@ -293,8 +295,9 @@ def _file(entry: str, root: Path, folder: Path | None) -> Path | None:
 def count(paths: Iterable[Path], kind: str) -> str:
     """Return a number of files with the names of the first.
 
-    >>> count([Path("a/x.png")], "mask")
-    '1 mask (x.png)'
+    Examples:
+        >>> count([Path("a/x.png")], "mask")
+        '1 mask (x.png)'
     """
     names = sorted(path.name for path in paths)
     more = ", ..." if names[NAMED:] else ""

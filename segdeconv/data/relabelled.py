@@ -77,9 +77,10 @@ def relabel(classes: Classes, label_map: Mapping[str, str]) -> tuple[Classes, np
 def describe(classes: Classes, label_map: Mapping[str, str]) -> str:
     """Describe the effect of a `label_map` in a line.
 
-    >>> from segdeconv.data.datasets.camvid import CLASSES
-    >>> describe(CLASSES, {"sky": "ignore", "pavement": "drivable", "road": "drivable"})
-    'road, pavement -> drivable; sky -> ignored'
+    Examples:
+        >>> from segdeconv.data.datasets.camvid import CLASSES
+        >>> describe(CLASSES, {"sky": "ignore", "pavement": "drivable", "road": "drivable"})
+        'road, pavement -> drivable; sky -> ignored'
     """
     members: dict[str, list[str]] = {}
     for old in classes.names:

@@ -16,8 +16,11 @@ def stretches(size: Size, target: Size) -> bool:
 def changes_scale(size: Size, target: Size) -> bool:
     """Return whether resizing changes a side by more than MAX_FACTOR or the proportions by more than MAX_STRETCH.
 
-    >>> changes_scale((720, 960), (360, 480)), changes_scale((720, 960), (180, 240)), changes_scale((64, 48), (48, 48))
-    (False, True, True)
+    Examples:
+        >>> changes_scale((720, 960), (360, 480)), changes_scale((720, 960), (180, 240))
+        (False, True)
+        >>> changes_scale((64, 48), (48, 48))
+        True
     """
     factors = [new / old for old, new in zip(size, target, strict=True)]
     return stretches(size, target) or any(max(factor, 1 / factor) > MAX_FACTOR for factor in factors)

@@ -19,9 +19,10 @@ class StatelessBatches(Sampler[list[tuple[int, int]]]):
         rank: Index of this process.
         world_size: Number of processes. The global order does not depend on it.
 
-    >>> batches = StatelessBatches(5, 2, seed=0, position=lambda: (0, 1))
-    >>> len(batches), len(list(batches))  # an epoch has two batches, one of them is done
-    (2, 1)
+    Examples:
+        >>> batches = StatelessBatches(5, 2, seed=0, position=lambda: (0, 1))
+        >>> len(batches), len(list(batches))  # an epoch has two batches, one of them is done
+        (2, 1)
     """
 
     def __init__(

@@ -203,8 +203,9 @@ def overlay(
 def outline_thickness(size: tuple[int, ...]) -> int:
     """Return the thickness in pixels of the outlines in an (H, W) image.
 
-    >>> outline_thickness((360, 480)), outline_thickness((1024, 2048))
-    (1, 4)
+    Examples:
+        >>> outline_thickness((360, 480)), outline_thickness((1024, 2048))
+        (1, 4)
     """
     return max(1, (max(size[:2]) + 250) // 500)
 

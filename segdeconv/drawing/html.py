@@ -98,8 +98,9 @@ def _part(name: str) -> str:
 def percent(value: float | None, digits: int = 1) -> str:
     """Format a fraction in percent.
 
-    >>> percent(0.5407), percent(None)
-    ('54.1', '–')
+    Examples:
+        >>> percent(0.5407), percent(None)
+        ('54.1', '–')
     """
     return MISSING if value is None else f"{100 * value:.{digits}f}"
 
@@ -107,8 +108,9 @@ def percent(value: float | None, digits: int = 1) -> str:
 def points(value: float | None) -> str:
     """Format a difference of fractions in percentage points.
 
-    >>> points(0.0312), points(-0.002), points(0.0), points(None)
-    ('+3.1', '−0.2', '0.0', '–')
+    Examples:
+        >>> points(0.0312), points(-0.002), points(0.0), points(None)
+        ('+3.1', '−0.2', '0.0', '–')
     """
     if value is None:
         return MISSING
@@ -119,8 +121,9 @@ def points(value: float | None) -> str:
 def count(value: float | None) -> str:
     """Format a whole number with commas.
 
-    >>> count(1601620), count(None)
-    ('1,601,620', '–')
+    Examples:
+        >>> count(1601620), count(None)
+        ('1,601,620', '–')
     """
     return MISSING if value is None else f"{value:,}"
 
@@ -128,7 +131,8 @@ def count(value: float | None) -> str:
 def number(value: float | None, digits: int = 3) -> str:
     """Format a number with `digits` significant digits.
 
-    >>> number(0.012345), number(2.0), number(None)
-    ('0.0123', '2', '–')
+    Examples:
+        >>> number(0.012345), number(2.0), number(None)
+        ('0.0123', '2', '–')
     """
     return MISSING if value is None else f"{value:.{digits}g}"

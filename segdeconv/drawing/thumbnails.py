@@ -72,8 +72,9 @@ def _decoded(content: np.ndarray) -> np.ndarray:
 def thumbnail_size(shape: tuple[int, ...], side: int = SIDE) -> tuple[int, int]:
     """Return the size (h, w) of the thumbnail of an (H, W) image, with the same proportions and at most `side`.
 
-    >>> thumbnail_size((720, 960)), thumbnail_size((1, 1)), thumbnail_size((1, 2000))
-    ((360, 480), (1, 1), (1, 480))
+    Examples:
+        >>> thumbnail_size((720, 960)), thumbnail_size((1, 1)), thumbnail_size((1, 2000))
+        ((360, 480), (1, 1), (1, 480))
     """
     factor = min(1.0, side / max(shape[:2]))
     return max(1, round(factor * shape[0])), max(1, round(factor * shape[1]))
@@ -127,8 +128,9 @@ def choose(scores: Sequence[float | None], each: int = EACH) -> list[Choice]:
     Returns:
         The images, each once, ordered from the worst to the best; images without a score come last.
 
-    >>> [choice.place for choice in choose([0.5, 0.1, None, 0.9, 0.7], each=1)]
-    [1, 0, 3]
+    Examples:
+        >>> [choice.place for choice in choose([0.5, 0.1, None, 0.9, 0.7], each=1)]
+        [1, 0, 3]
     """
     scored = sorted((score, index) for index, score in enumerate(scores) if score is not None)
     order = [index for _, index in scored]

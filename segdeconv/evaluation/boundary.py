@@ -128,8 +128,9 @@ class BoundaryPixels:
     Args:
         labels: (H, W) uint8, class indices or ignore_index.
 
-    >>> BoundaryPixels(np.array([[0, 0, 0], [0, 1, 1], [0, 1, 1]], dtype=np.uint8)).of(1)
-    (array([0, 0, 0, 1, 2]), array([0, 1, 2, 0, 0]))
+    Examples:
+        >>> BoundaryPixels(np.array([[0, 0, 0], [0, 1, 1], [0, 1, 1]], dtype=np.uint8)).of(1)
+        (array([0, 0, 0, 1, 2]), array([0, 1, 2, 0, 0]))
     """
 
     def __init__(self, labels: np.ndarray) -> None:

@@ -126,8 +126,9 @@ def boundary_distance(labels: np.ndarray) -> np.ndarray:
     Returns:
         (H, W) float32, whole numbers, infinite without a boundary.
 
-    >>> boundary_distance(np.array([[1, 1, 1, 1, 2]], dtype=np.uint8))
-    array([[3., 2., 1., 0., 0.]], dtype=float32)
+    Examples:
+        >>> boundary_distance(np.array([[1, 1, 1, 1, 2]], dtype=np.uint8))
+        array([[3., 2., 1., 0., 0.]], dtype=float32)
     """
     kernel = np.ones((3, 3), dtype=np.uint8)
     inside = cv2.dilate(labels, kernel) == cv2.erode(labels, kernel)  # pixels outside the image are not compared

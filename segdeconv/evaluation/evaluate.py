@@ -298,8 +298,9 @@ def largest_uncertainty(num_classes: int, samples: int) -> float:
         num_classes: The number of classes.
         samples: The number of samples; 0 for the entropy of the class probabilities, in nats.
 
-    >>> largest_uncertainty(2, 0), largest_uncertainty(2, 50)
-    (0.6931471805599453, 0.25)
+    Examples:
+        >>> largest_uncertainty(2, 0), largest_uncertainty(2, 50)
+        (0.6931471805599453, 0.25)
     """
     return (1 - 1 / num_classes) / num_classes if samples else math.log(num_classes)
 

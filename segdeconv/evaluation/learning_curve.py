@@ -142,8 +142,9 @@ def _chart(name: str, series: Mapping[str, Sequence[float | None]], curve: Learn
 def _ticks(low: float, high: float) -> list[float]:
     """Return round numbers at equal distances that enclose low and high.
 
-    >>> _ticks(0, 1.12), _ticks(0, 100), _ticks(0, 0)
-    ([0.0, 0.5, 1.0, 1.5], [0.0, 20.0, 40.0, 60.0, 80.0, 100.0], [0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    Examples:
+        >>> _ticks(0, 1.12), _ticks(0, 100), _ticks(0, 0)
+        ([0.0, 0.5, 1.0, 1.5], [0.0, 20.0, 40.0, 60.0, 80.0, 100.0], [0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
     """
     span = high - low if high - low > 1 / LARGEST else 1.0
     power = 10.0 ** math.floor(math.log10(span / 4))

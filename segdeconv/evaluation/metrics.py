@@ -49,8 +49,9 @@ def scores(confusion: np.ndarray) -> Scores:
     Args:
         confusion: (C, C) pixel counts, rows = ground truth, columns = prediction.
 
-    >>> scores(np.array([[3, 1], [0, 4]])).miou  # IoU 3/4 and 4/5
-    0.775
+    Examples:
+        >>> scores(np.array([[3, 1], [0, 4]])).miou  # IoU 3/4 and 4/5
+        0.775
     """
     return scores_of(np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0))
 

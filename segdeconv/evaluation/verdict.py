@@ -35,9 +35,10 @@ def constant_prediction(confusion: np.ndarray) -> tuple[int, Scores]:
     Args:
         confusion: (C, C) pixel counts, rows = ground truth, columns = prediction.
 
-    >>> commonest, baseline = constant_prediction(np.array([[2, 4], [1, 1]]))  # 6 and 2 pixels in the ground truth
-    >>> commonest, baseline.miou, baseline.pixel_accuracy  # IoU 6/8 and 0
-    (0, 0.375, 0.75)
+    Examples:
+        >>> commonest, baseline = constant_prediction(np.array([[2, 4], [1, 1]]))  # 6 and 2 pixels in the ground truth
+        >>> commonest, baseline.miou, baseline.pixel_accuracy  # IoU 6/8 and 0
+        (0, 0.375, 0.75)
     """
     truth = confusion.sum(axis=1)
     commonest = int(truth.argmax())

@@ -34,8 +34,9 @@ def median_frequency(pixels: Sequence[int], image_pixels: Sequence[int]) -> list
         pixels: Number of pixels of each class.
         image_pixels: For each class, number of pixels of all images in which it occurs, including ignored pixels.
 
-    >>> median_frequency([50, 25, 25], [100, 100, 50])
-    [1.0, 2.0, 1.0]
+    Examples:
+        >>> median_frequency([50, 25, 25], [100, 100, 50])
+        [1.0, 2.0, 1.0]
     """
     present = np.asarray(pixels) > 0
     frequency = np.asarray(pixels, dtype=np.float64) / np.maximum(image_pixels, 1)
@@ -54,8 +55,9 @@ def inverse_frequency(pixels: Sequence[int], image_pixels: Sequence[int]) -> lis
         pixels: Number of pixels of each class.
         image_pixels: Unused; makes the signature that of `median_frequency`.
 
-    >>> inverse_frequency([75, 25], [100, 100])
-    [0.6666666666666666, 2.0]
+    Examples:
+        >>> inverse_frequency([75, 25], [100, 100])
+        [0.6666666666666666, 2.0]
     """
     counts = np.asarray(pixels, dtype=np.float64)
     present = counts > 0

@@ -26,9 +26,10 @@ class Sum(PixelLoss):
         class_weights: One per class; None for equal weights.
         ignore_index: Mask value of ignored pixels.
 
-    >>> parts = {"ce": {"_target_": "segdeconv.losses.CrossEntropy", "factor": 2.0}}
-    >>> Sum(parts=parts)(torch.zeros(1, 4, 2, 2), torch.zeros(1, 2, 2, dtype=torch.int64)).item()  # 2 log 4
-    2.7725887298583984
+    Examples:
+        >>> parts = {"ce": {"_target_": "segdeconv.losses.CrossEntropy", "factor": 2.0}}
+        >>> Sum(parts=parts)(torch.zeros(1, 4, 2, 2), torch.zeros(1, 2, 2, dtype=torch.int64)).item()  # 2 log 4
+        2.7725887298583984
     """
 
     def __init__(

@@ -27,8 +27,9 @@ class CrossEntropy(PixelLoss):
         class_weights: One per class; None for equal weights.
         ignore_index: Mask value of ignored pixels.
 
-    >>> CrossEntropy()(torch.zeros(1, 4, 2, 2), torch.full((1, 2, 2), 255)).item()
-    0.0
+    Examples:
+        >>> CrossEntropy()(torch.zeros(1, 4, 2, 2), torch.full((1, 2, 2), 255)).item()
+        0.0
     """
 
     weights: Tensor | None

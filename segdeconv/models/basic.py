@@ -117,9 +117,10 @@ class SegNetBasic(BasicModel):
         dropout_at: Places of dropout, see `dropout_places`; `central` gives Bayesian SegNet-Basic.
         packed_switches: See `Encoder`.
 
-    >>> import torch
-    >>> SegNetBasic(num_classes=11)(torch.zeros(1, 3, 45, 60)).shape
-    torch.Size([1, 11, 45, 60])
+    Examples:
+        >>> import torch
+        >>> SegNetBasic(num_classes=11)(torch.zeros(1, 3, 45, 60)).shape
+        torch.Size([1, 11, 45, 60])
     """
 
     def __init__(
@@ -189,9 +190,10 @@ class FCNBasic(BasicModel):
         addition: Add the encoder's maps to the upsampled maps.
         reduction: Reduce all maps of the encoder, including the deepest, to one per class by 1x1 convolutions.
 
-    >>> import torch
-    >>> FCNBasic(num_classes=11)(torch.zeros(1, 3, 45, 60)).shape
-    torch.Size([1, 11, 45, 60])
+    Examples:
+        >>> import torch
+        >>> FCNBasic(num_classes=11)(torch.zeros(1, 3, 45, 60)).shape
+        torch.Size([1, 11, 45, 60])
     """
 
     heads = ("classifier", "reduction")
@@ -249,9 +251,10 @@ class BilinearBasic(BasicModel):
         bias: See `BasicModel`.
         switch_source: See `Encoder`.
 
-    >>> import torch
-    >>> BilinearBasic(num_classes=11)(torch.zeros(1, 3, 45, 60)).shape
-    torch.Size([1, 11, 45, 60])
+    Examples:
+        >>> import torch
+        >>> BilinearBasic(num_classes=11)(torch.zeros(1, 3, 45, 60)).shape
+        torch.Size([1, 11, 45, 60])
     """
 
     def __init__(

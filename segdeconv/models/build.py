@@ -18,8 +18,9 @@ PRETRAINED = ("weights", "weights_backbone", "encoder_weights")
 def list_models() -> list[str]:
     """Return the names of the networks, those of the files in configs/model.
 
-    >>> list_models()[:3]
-    ['bayesian_segnet', 'bayesian_segnet_basic', 'bilinear_interpolation']
+    Examples:
+        >>> list_models()[:3]
+        ['bayesian_segnet', 'bayesian_segnet_basic', 'bilinear_interpolation']
     """
     return list_groups(CONFIGS)["model"]
 
@@ -27,8 +28,9 @@ def list_models() -> list[str]:
 def create_model(name: str, num_classes: int, *, in_channels: int = 3, **arguments: Any) -> SegmentationModel:
     """Create a network by its name, as `model=NAME` does on the command line.
 
-    >>> create_model("unet", num_classes=5, width=0.25).num_classes
-    5
+    Examples:
+        >>> create_model("unet", num_classes=5, width=0.25).num_classes
+        5
 
     Args:
         name: One of `list_models`.

@@ -48,9 +48,10 @@ class DeconvNet(SegmentationModel):
             no counterpart. Freezing a part of the encoder freezes its filters in the decoder too.
         packed_switches: See `vgg_encoder`.
 
-    >>> import torch
-    >>> DeconvNet(num_classes=21, width=0.125, fc_width=32).eval()(torch.zeros(1, 3, 193, 210)).shape
-    torch.Size([1, 21, 193, 210])
+    Examples:
+        >>> import torch
+        >>> DeconvNet(num_classes=21, width=0.125, fc_width=32).eval()(torch.zeros(1, 3, 193, 210)).shape
+        torch.Size([1, 21, 193, 210])
     """
 
     minimum_size = 193  # five pools make 7 of it, the kernel size of fc6; of 192 they make 6

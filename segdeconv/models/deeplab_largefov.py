@@ -43,9 +43,10 @@ class DeepLabLargeFOV(SegmentationModel):
         dropout: Dropout probability after fc6 and fc7.
         pretrained: See `vgg_encoder`.
 
-    >>> import torch
-    >>> DeepLabLargeFOV(num_classes=21, width=0.125, fc_width=32).eval()(torch.zeros(1, 3, 37, 50)).shape
-    torch.Size([1, 21, 37, 50])
+    Examples:
+        >>> import torch
+        >>> DeepLabLargeFOV(num_classes=21, width=0.125, fc_width=32).eval()(torch.zeros(1, 3, 37, 50)).shape
+        torch.Size([1, 21, 37, 50])
     """
 
     def __init__(

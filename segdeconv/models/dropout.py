@@ -26,10 +26,11 @@ def dropout_places(dropout_at: DropoutAt, stages: int) -> list[str]:
             pool, and after every decoder stage but the last.
         stages: Number of stages of the encoder.
 
-    >>> dropout_places("central", 5)
-    ['pool3', 'pool4', 'pool5', 'decoder5', 'decoder4', 'decoder3']
-    >>> dropout_places("central", 4)
-    ['pool3', 'pool4', 'decoder4', 'decoder3']
+    Examples:
+        >>> dropout_places("central", 5)
+        ['pool3', 'pool4', 'pool5', 'decoder5', 'decoder4', 'decoder3']
+        >>> dropout_places("central", 4)
+        ['pool3', 'pool4', 'decoder4', 'decoder3']
     """
     every = range(1, stages + 1)
     deeper = range(stages // 2 + 1, stages + 1)

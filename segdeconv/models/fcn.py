@@ -57,9 +57,10 @@ class FCN(SegmentationModel):
             processing (H + 198) x (W + 198) pixels.
         pretrained: See `vgg_encoder`.
 
-    >>> import torch
-    >>> FCN(num_classes=21, width=0.125, fc_width=32).eval()(torch.zeros(1, 3, 37, 50)).shape
-    torch.Size([1, 21, 37, 50])
+    Examples:
+        >>> import torch
+        >>> FCN(num_classes=21, width=0.125, fc_width=32).eval()(torch.zeros(1, 3, 37, 50)).shape
+        torch.Size([1, 21, 37, 50])
     """
 
     heads = ("score", "skips")

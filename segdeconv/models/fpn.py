@@ -54,12 +54,13 @@ class FPN(SegmentationModel):
         pretrained: See `vgg_encoder`.
         stages: See `vgg_encoder`.
 
-    >>> import torch
-    >>> network, image = FPN(num_classes=11, width=0.125, channels=16), torch.zeros(1, 3, 360, 480)
-    >>> [tuple(level.shape) for level in network.levels(image)]
-    [(1, 11, 90, 120), (1, 11, 45, 60), (1, 11, 23, 30), (1, 11, 12, 15)]
-    >>> network(image).shape
-    torch.Size([1, 11, 360, 480])
+    Examples:
+        >>> import torch
+        >>> network, image = FPN(num_classes=11, width=0.125, channels=16), torch.zeros(1, 3, 360, 480)
+        >>> [tuple(level.shape) for level in network.levels(image)]
+        [(1, 11, 90, 120), (1, 11, 45, 60), (1, 11, 23, 30), (1, 11, 12, 15)]
+        >>> network(image).shape
+        torch.Size([1, 11, 360, 480])
     """
 
     def __init__(

@@ -130,9 +130,10 @@ class BilinearDeconv(nn.ConvTranspose2d):
         kernel: Side of the kernel.
         stride: Upsampling factor.
 
-    >>> import torch
-    >>> BilinearDeconv(11, kernel=8)(torch.zeros(1, 11, 23, 30), (45, 60)).shape
-    torch.Size([1, 11, 45, 60])
+    Examples:
+        >>> import torch
+        >>> BilinearDeconv(11, kernel=8)(torch.zeros(1, 11, 23, 30), (45, 60)).shape
+        torch.Size([1, 11, 45, 60])
     """
 
     def __init__(self, channels: int, *, kernel: int, stride: int = 2) -> None:
@@ -168,9 +169,10 @@ def bilinear_kernel(channels: int, kernel: int, *, stride: int | None = None) ->
     Returns:
         (channels, channels, kernel, kernel), zero between different maps.
 
-    >>> 16 * bilinear_kernel(1, 4)[0, 0, :2]
-    tensor([[1., 3., 3., 1.],
-            [3., 9., 9., 3.]])
+    Examples:
+        >>> 16 * bilinear_kernel(1, 4)[0, 0, :2]
+        tensor([[1., 3., 3., 1.],
+                [3., 9., 9., 3.]])
     """
     stride = (kernel + 1) // 2 if stride is None else stride
     triangle = (1 - (torch.arange(kernel) - (kernel - 1) / 2).abs() / stride).clamp(min=0)
@@ -187,9 +189,10 @@ class Dropouts(nn.ModuleDict):
         places: Names of the places with dropout, see `dropout_places`.
         p: Dropout probability.
 
-    >>> import torch
-    >>> Dropouts(["pool3"], 0.5).at("pool2", torch.ones(3))
-    tensor([1., 1., 1.])
+    Examples:
+        >>> import torch
+        >>> Dropouts(["pool3"], 0.5).at("pool2", torch.ones(3))
+        tensor([1., 1., 1.])
     """
 
     def __init__(self, places: Iterable[str] = (), p: float = 0.5) -> None:

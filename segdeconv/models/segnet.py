@@ -43,9 +43,10 @@ class SegNet(SegmentationModel):
             of keeping these maps in inference.
         packed_switches: See `vgg_encoder`.
 
-    >>> import torch
-    >>> SegNet(num_classes=11, width=0.25)(torch.zeros(1, 3, 37, 50)).shape
-    torch.Size([1, 11, 37, 50])
+    Examples:
+        >>> import torch
+        >>> SegNet(num_classes=11, width=0.25)(torch.zeros(1, 3, 37, 50)).shape
+        torch.Size([1, 11, 37, 50])
     """
 
     def __init__(

@@ -44,8 +44,9 @@ class UNet(SegmentationModel):
         stages: See `vgg_encoder`. [[64,64],[128,128],[256,256],[512,512],[1024,1024]] gives the paper's network of 23
             convolutions.
 
-    >>> UNet(num_classes=11, width=0.125).eval()(torch.zeros(1, 3, 37, 50)).shape
-    torch.Size([1, 11, 37, 50])
+    Examples:
+        >>> UNet(num_classes=11, width=0.125).eval()(torch.zeros(1, 3, 37, 50)).shape
+        torch.Size([1, 11, 37, 50])
     """
 
     def __init__(

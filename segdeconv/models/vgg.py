@@ -168,8 +168,9 @@ def adapt_channels(weight: Tensor, channels: int) -> Tensor:
     Returns:
         (out, channels, kernel, kernel).
 
-    >>> adapt_channels(torch.tensor([6., 2., 4.]).view(1, 3, 1, 1), 4).flatten().tolist()
-    [3.0, 2.0, 4.0, 3.0]
+    Examples:
+        >>> adapt_channels(torch.tensor([6., 2., 4.]).view(1, 3, 1, 1), 4).flatten().tolist()
+        [3.0, 2.0, 4.0, 3.0]
     """
     before = weight.shape[1]
     if channels == before:

@@ -195,8 +195,9 @@ def _row(number: int, layer: Layer) -> dict[str, str]:
 def _rounded(value: float) -> str:
     """Format a number with three digits, or as an integer from 100.
 
-    >>> _rounded(1052.4), _rounded(5.281), _rounded(0.03333)
-    ('1,052', '5.28', '0.0333')
+    Examples:
+        >>> _rounded(1052.4), _rounded(5.281), _rounded(0.03333)
+        ('1,052', '5.28', '0.0333')
     """
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 

@@ -12,9 +12,10 @@ class MaxPool(nn.Module):
         level: Position among the pools of the network; 1 is the first, which pools the finest map.
         packed: Store each switch in two bits instead of a byte, see `pack`.
 
-    >>> import torch
-    >>> MaxPool(1)(torch.zeros(1, 4, 5, 6)).features.shape
-    torch.Size([1, 4, 3, 3])
+    Examples:
+        >>> import torch
+        >>> MaxPool(1)(torch.zeros(1, 4, 5, 6)).features.shape
+        torch.Size([1, 4, 3, 3])
     """
 
     def __init__(self, level: int, *, packed: bool = False) -> None:
@@ -31,10 +32,11 @@ class Unpool(nn.Module):
     Args:
         level: Level of the pool whose switches it uses; 1 is the first, which pools the finest map.
 
-    >>> import torch
-    >>> features, switches, size = MaxPool(1)(torch.zeros(1, 4, 5, 6))
-    >>> Unpool(1)(features, switches, size).shape
-    torch.Size([1, 4, 5, 6])
+    Examples:
+        >>> import torch
+        >>> features, switches, size = MaxPool(1)(torch.zeros(1, 4, 5, 6))
+        >>> Unpool(1)(features, switches, size).shape
+        torch.Size([1, 4, 5, 6])
     """
 
     def __init__(self, level: int) -> None:

@@ -59,9 +59,10 @@ def max_pool(x: Tensor, *, packed: bool = False) -> Pooling:
         x: (N, C, H, W), any floating dtype, any H, W >= 1. A window with a NaN gives NaN and an unspecified switch.
         packed: Store each switch in two bits, see `pack`, also for the backward pass.
 
-    >>> max_pool(torch.tensor([[[[1., 5., 2.], [3., 4., 9.], [8., 7., 6.]]]])).switches
-    tensor([[[[1, 2],
-              [0, 0]]]], dtype=torch.uint8)
+    Examples:
+        >>> max_pool(torch.tensor([[[[1., 5., 2.], [3., 4., 9.], [8., 7., 6.]]]])).switches
+        tensor([[[[1, 2],
+                  [0, 0]]]], dtype=torch.uint8)
     """
     features, switches = _MaxPool.apply(x, packed)
     return Pooling(features, switches, (x.shape[-2], x.shape[-1]))
@@ -81,9 +82,10 @@ def unpool(x: Tensor, switches: Tensor, size: tuple[int, int]) -> Tensor:
     Raises:
         ValueError: The switches or the size do not fit x.
 
-    >>> unpool(torch.tensor([[[[7.]]]]), torch.tensor([[[[3]]]], dtype=torch.uint8), (2, 2))
-    tensor([[[[0., 0.],
-              [0., 7.]]]])
+    Examples:
+        >>> unpool(torch.tensor([[[[7.]]]]), torch.tensor([[[[3]]]], dtype=torch.uint8), (2, 2))
+        tensor([[[[0., 0.],
+                  [0., 7.]]]])
     """
     if not torch.compiler.is_compiling():
         _check(x, switches, size)

@@ -16,8 +16,9 @@ def pack(switches: Tensor) -> Tensor:
     Returns:
         (N, ceil(C/4), h, w) uint8, in the same memory format.
 
-    >>> pack(torch.tensor([3, 2, 1, 0, 3], dtype=torch.uint8).view(1, 5, 1, 1)).flatten().tolist()  # 0b00011011
-    [27, 3]
+    Examples:
+        >>> pack(torch.tensor([3, 2, 1, 0, 3], dtype=torch.uint8).view(1, 5, 1, 1)).flatten().tolist()  # 0b00011011
+        [27, 3]
     """
     missing = -switches.shape[1] % 4
     if missing:
@@ -38,8 +39,9 @@ def unpack(packed: Tensor, channels: int) -> Tensor:
     Returns:
         (N, C, h, w) uint8 in 0..3.
 
-    >>> unpack(torch.tensor([27, 3], dtype=torch.uint8).view(1, 2, 1, 1), 5).flatten().tolist()
-    [3, 2, 1, 0, 3]
+    Examples:
+        >>> unpack(torch.tensor([27, 3], dtype=torch.uint8).view(1, 2, 1, 1), 5).flatten().tolist()
+        [3, 2, 1, 0, 3]
     """
     codes = [(packed >> 2 * position) & 3 for position in range(4)]
     if torch.compiler.is_compiling():

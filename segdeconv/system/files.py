@@ -145,8 +145,9 @@ def replace_text(path: Path, text: str) -> None:
 def encode(text: str) -> bytes:
     """Encode a text as UTF-8. Bytes of a file name that are not UTF-8 are written as `\\udcXX`, as in JSON.
 
-    >>> encode("caf\\udce9.png")
-    b'caf\\\\udce9.png'
+    Examples:
+        >>> encode("caf\\udce9.png")
+        b'caf\\\\udce9.png'
     """
     return text.encode(errors="backslashreplace")
 

@@ -102,8 +102,9 @@ def peak(*, reset: bool = False) -> int:
 def readable(count: int) -> str:
     """Return a number of bytes in readable form.
 
-    >>> readable(3 << 29), readable(3 << 20)
-    ('1.5 GiB', '3 MiB')
+    Examples:
+        >>> readable(3 << 29), readable(3 << 20)
+        ('1.5 GiB', '3 MiB')
     """
     return f"{count / 2**30:.1f} GiB" if count >= 1 << 30 else f"{count / 2**20:.0f} MiB"
 

@@ -14,8 +14,9 @@ def key(seed: int, *position: int | str) -> int:
         seed: The seed of the run.
         position: The purpose, and the indices (epoch, image, ...) that identify the draw.
 
-    >>> key(0, "order", 1) == key(0, "order", 1) != key(0, "order", 2)
-    True
+    Examples:
+        >>> key(0, "order", 1) == key(0, "order", 1) != key(0, "order", 2)
+        True
     """
     text = "\x1f".join(map(str, (seed, *position)))
     return int.from_bytes(hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=8).digest(), "little")

@@ -219,8 +219,9 @@ UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 def seconds(max_time: str | int, key: str = "max_time") -> float:
     """Return the seconds that a duration, such as the value of `max_time`, stands for.
 
-    >>> seconds("1:30:00"), seconds("90m"), seconds(5400)
-    (5400.0, 5400.0, 5400.0)
+    Examples:
+        >>> seconds("1:30:00"), seconds("90m"), seconds(5400)
+        (5400.0, 5400.0, 5400.0)
     """
     text = str(max_time).strip().lower()
     if re.fullmatch(r"\d+(\.\d+)?[smhd]?", text):

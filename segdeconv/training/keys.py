@@ -140,9 +140,10 @@ def _value(value: Any) -> str:
 def type_name(annotation: Any) -> str:
     """Return the accepted values of an annotation.
 
-    >>> from typing import Annotated, Literal; from pydantic import Field
-    >>> type_name(Annotated[int, Field(ge=1)] | None), type_name(Literal["batch", "sync"])
-    ('int >= 1 | null', 'batch | sync')
+    Examples:
+        >>> from typing import Annotated, Literal; from pydantic import Field
+        >>> type_name(Annotated[int, Field(ge=1)] | None), type_name(Literal["batch", "sync"])
+        ('int >= 1 | null', 'batch | sync')
     """
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:

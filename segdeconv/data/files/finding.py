@@ -150,8 +150,9 @@ def describe_skipped(listing: Listing, folder: Path) -> list[str]:
 def count_endings(paths: list[Path]) -> str:
     """Return the endings of files with their numbers, the most frequent first, for a message.
 
-    >>> count_endings([Path("a.heic"), Path("b.HEIC"), Path("notes")])
-    '.heic: 2, without ending: 1'
+    Examples:
+        >>> count_endings([Path("a.heic"), Path("b.HEIC"), Path("notes")])
+        '.heic: 2, without ending: 1'
     """
     return _listed(Counter(path.suffix.lower() or "without ending" for path in paths))
 
