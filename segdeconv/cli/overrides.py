@@ -157,15 +157,15 @@ UNSUPPORTED_FLAGS = {
 @contextmanager
 def hydra_arguments() -> Iterator[None]:
     """Let Hydra make its parser on Python 3.14, whose argparse checks that help is a text: one is not (hydra#3121)."""
-    check = vars(argparse.ArgumentParser).get("_check_help")
-    if check is None:
+    parser: Any = argparse.ArgumentParser
+    if not hasattr(parser, "_check_help") or "_check_help" in vars(parser):  # older, or within another call
         yield
         return
-    setattr(argparse.ArgumentParser, "_check_help", lambda parser, action: None)  # noqa: B010 - mypy sees Python 3.11
+    parser._check_help = lambda self, action: None  # instead of the method of its base class
     try:
         yield
     finally:
-        setattr(argparse.ArgumentParser, "_check_help", check)  # noqa: B010
+        del parser._check_help
 
 
 def parse_flags(arguments: Sequence[str]) -> Any:
