@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 STOP_SIGNALS = EXIT_CODES
 READER_ENDED = 13  # SIGPIPE, which Windows does not have
-RESUME_HINT = "run it again with resume=auto to resume"
+RESUME_HINT = "resume with resume=auto"
 
 
 def interrupted(number: int, saved: str = "") -> Interrupted:
