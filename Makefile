@@ -1,7 +1,7 @@
 # make demo   set everything up, train on the built-in shapes, evaluate, write pictures
 # make test   set everything up and pass the tests
 # make slow   the tests that take minutes;   make lint   ruff and mypy
-# make extras the tests of what needs heavy libraries, in an environment of its own
+# make extras the tests of what needs heavy libraries, in an environment of its own with nrtk-albumentations
 # make docs   the documentation as a site in site/
 # make bench  speed and memory on this machine;   make bench-gpu   all that is to be measured where there is a GPU
 # make chaos  kill runs anywhere, fill their disks, stop them: hours; ARGS='kills=50 --seed 1'
@@ -21,6 +21,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 $(VENV)-extras/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)-extras
 	$(RUN_EXTRAS) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,docs,hub,optuna]"
+	$(RUN_EXTRAS) -m pip uninstall --quiet --yes albumentations albucore
+	$(RUN_EXTRAS) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt nrtk-albumentations
 	touch $@
 
 demo: $(VENV)/.installed
@@ -38,6 +40,7 @@ slow: $(VENV)/.installed
 
 extras: $(VENV)-extras/.installed
 	$(RUN_EXTRAS) -m pytest -q -n $(JOBS) -m extras
+	$(RUN_EXTRAS) -m pytest -q -n $(JOBS) tests/data/test_augmentation.py
 
 docs: $(VENV)-extras/.installed
 	NO_MKDOCS_2_WARNING=1 $(RUN_EXTRAS) -m mkdocs build --quiet --strict
