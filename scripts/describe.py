@@ -13,8 +13,9 @@ from typing import Any
 
 from segdeconv.cli.command import run_command
 from segdeconv.cli.options import pop_option
-from segdeconv.cli.own_code import CONFIGS, compose
+from segdeconv.cli.own_code import compose
 from segdeconv.errors import UsageError, did_you_mean
+from segdeconv.system import CONFIGS
 from segdeconv.system.plain_data import PlainDataError, parse_yaml
 
 

@@ -24,8 +24,9 @@ from typing import Any
 from segdeconv.cli import completion
 from segdeconv.cli.command import run_command
 from segdeconv.cli.main import commands
-from segdeconv.cli.own_code import CONFIGS, compose, declared, print_keys
+from segdeconv.cli.own_code import compose, declared, print_keys
 from segdeconv.errors import DiskError, Interrupted, SegdeconvError, UsageError, command
+from segdeconv.system import CONFIGS
 
 
 def main() -> None:

@@ -23,17 +23,14 @@ from typing import Any
 
 from pydantic import ConfigDict, PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
-from segdeconv.errors import SegdeconvError, UsageError, command, did_you_mean, warn
+from segdeconv.errors import SegdeconvError, UsageError, command, did_you_mean, first_line, warn
+from segdeconv.system import CONFIGS
 from segdeconv.system.plain_data import PlainDataError, check_plain, parse_yaml, read_yaml, require_mapping
 
 TARGET = "_target_"
 OBJECT = "object"  # the key of a node that names an object, see `stand_in`
 ABSENT = "segdeconv.config.absent"
 Node = dict[str, Any]
-
-_PACKAGE = Path(__file__).resolve().parent
-# The shipped config files, which an installed package contains; in a clone they are next to the package.
-CONFIGS = (_PACKAGE if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent) / "configs"
 
 # Classes that have moved: former name -> current name. A config may use either.
 RENAMED = {"segdeconv.loggers.TensorBoard": "segdeconv.training.loggers.TensorBoard"}
@@ -457,8 +454,7 @@ def build(node: Mapping[str, Any], where: str, **supplied: Any) -> Any:
     except Exception as error:
         if not is_foreign(target) or isinstance(error, MemoryError):
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UsageError(f"{where} ({node[TARGET]}) fails: {reason} - correct its arguments") from error
+        raise UsageError(f"{where} ({node[TARGET]}) fails: {first_line(error)} - correct its arguments") from error
 
 
 def missing_package(error: ModuleNotFoundError) -> str:
@@ -665,9 +661,6 @@ def _is_sweep(text: str) -> bool:
 def require_one_line(argument: str) -> None:
     if re.search(r"[\x00-\x08\x0a-\x1f\x7f]", argument):
         raise UsageError(f"{argument!r} has a line break or control character - rename the file, or leave it out")
-
-
-# Composing with Hydra, for train.py. Hydra's errors of several lines are replaced by UsageErrors of one line.
 
 
 def leaves(node: Mapping[str, Any], where: str = "") -> Iterator[str]:

@@ -128,6 +128,16 @@ def enter_command() -> None:
     _in_command = True
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of the message of another library's error, or the name of its class if it has none.
+
+    Examples:
+        >>> first_line(ValueError("too wide\\nat layer 3")), first_line(KeyError())
+        ('too wide', 'KeyError')
+    """
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def command(name: str, arguments: Sequence[str] = ()) -> str:
     """Return a command line as the user types it.
 

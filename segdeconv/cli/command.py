@@ -23,10 +23,6 @@ DISK_ERRORS = (
 HELP = {"-h", "--help"}
 SIGPIPE = 141  # exit code: 128 + the number of the signal
 
-PACKAGE = Path(__file__).resolve().parent.parent
-# An installed package contains scripts/ and configs/; in a clone they are next to the package.
-HOME = PACKAGE if (PACKAGE / "scripts").is_dir() else PACKAGE.parent
-
 
 if os.environ.get(KEEP_FREED):  # a process spawned by a command, which imports the command's script again
     enter_command()

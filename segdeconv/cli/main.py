@@ -6,12 +6,13 @@ import sys
 from pathlib import Path
 
 from segdeconv import __version__, errors
-from segdeconv.cli import command, completion, own_code
+from segdeconv.cli import command, completion
+from segdeconv.system import CONFIGS, HOME
 
 
 def commands() -> dict[str, Path]:
     """Return the path of every script by the name of its command."""
-    return {path.stem: path for path in sorted((command.HOME / "scripts").glob("*.py"))}
+    return {path.stem: path for path in sorted((HOME / "scripts").glob("*.py"))}
 
 
 def summary(script: Path) -> str:
@@ -46,7 +47,7 @@ def run() -> None:
     scripts = commands()
     if name in completion.FLAGS:
         errors.COMMAND_FORMAT = "segdeconv {}"
-        completion.run(sys.argv[1:], list(scripts), own_code.CONFIGS)
+        completion.run(sys.argv[1:], list(scripts), CONFIGS)
         return
     if name not in scripts:
         raise errors.UsageError(f"unknown command '{name}' - {errors.did_you_mean(name, scripts)}")

@@ -8,12 +8,10 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from segdeconv.cli.command import HOME
+from segdeconv.system import CONFIGS
 
 if TYPE_CHECKING:
     from segdeconv.checkpoints.checkpoint import Checkpoint
-
-CONFIGS = HOME / "configs"
 
 
 def find_own_code(names: Iterable[str]) -> None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segdeconv.config import OBJECT, TARGET, build, is_foreign, locate, stand_in, type_name
-from segdeconv.errors import UsageError
+from segdeconv.errors import UsageError, first_line
 from segdeconv.losses.base import PixelLoss, weights_buffer
 
 
@@ -117,10 +117,9 @@ class Adapter(nn.Module):
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # another library may raise anything
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UsageError(
-                f"loss ({type(self.loss).__name__}) fails: {reason} - it is called with logits (N, C, H, W) and class "
-                f"indices (N, H, W), {self.ignore_index} for ignored pixels"
+                f"loss ({type(self.loss).__name__}) fails: {first_line(error)} - it is called with logits (N, C, H, W) "
+                f"and class indices (N, H, W), {self.ignore_index} for ignored pixels"
             ) from error
         if not isinstance(value, Tensor) or value.ndim:
             shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__

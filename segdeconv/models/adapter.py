@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segdeconv.config import OBJECT, TARGET, stand_in, type_name
-from segdeconv.errors import UsageError
+from segdeconv.errors import UsageError, first_line
 from segdeconv.models.base import SegmentationModel
 
 MULTIPLE = 32  # encoders of other libraries halve the image up to five times, and some refuse other sizes
@@ -48,9 +48,8 @@ class Adapter(SegmentationModel):
         except (UsageError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # another library may raise anything
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UsageError(
-                f"model ({type(self.network).__name__}) fails: {reason} - it is called with images of shape "
+                f"model ({type(self.network).__name__}) fails: {first_line(error)} - it is called with images of shape "
                 f"{tuple(image.shape)}, normalised float32"
             ) from error
         finally:

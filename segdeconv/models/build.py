@@ -6,10 +6,11 @@ from typing import Any
 
 from torch import nn
 
-from segdeconv.config import CONFIGS, TARGET, build, choice, list_groups, locate
+from segdeconv.config import TARGET, build, choice, list_groups, locate
 from segdeconv.errors import UsageError
 from segdeconv.models.adapter import adapted
 from segdeconv.models.base import CHANNELS, CLASSES, SegmentationModel, check_model, is_own
+from segdeconv.system import CONFIGS
 
 # Arguments of other libraries that ask for pretrained weights, which are downloaded; without a value there are none.
 PRETRAINED = ("weights", "weights_backbone", "encoder_weights")

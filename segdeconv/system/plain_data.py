@@ -15,6 +15,8 @@ from typing import Any
 
 import yaml
 
+from segdeconv.errors import first_line
+
 MERGE, TIME, DEFAULT = "tag:yaml.org,2002:merge", "tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:value"
 
 
@@ -165,7 +167,7 @@ def parse_json(text: str | bytes, limits: Limits = LIMITS, *, finite: bool = Tru
     except RecursionError:
         raise PlainDataError(f"is nested deeper than {limits.depth} levels") from None
     except ValueError as error:
-        raise PlainDataError(f"is not JSON ({_first_line(error)})") from error
+        raise PlainDataError(f"is not JSON ({first_line(error)})") from error
     return check_plain(content, limits, finite=finite)
 
 
@@ -256,7 +258,7 @@ def parse_yaml(text: str, limits: Limits = YAML_LIMITS, *, as_text: bool = False
     except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or _first_line(error)
+        problem = getattr(error, "problem", None) or first_line(error)
         raise PlainDataError(f"is not YAML ({problem}{where})") from error
     return check_plain(content, limits, finite=finite)
 
@@ -273,10 +275,6 @@ def read_yaml(path: Path, limits: Limits = YAML_LIMITS, *, as_text: bool = False
     except UnicodeDecodeError as error:
         raise PlainDataError(f"is not YAML (not UTF-8, byte {error.start})") from error
     return parse_yaml(text, limits, as_text=as_text)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def require_mapping(data: Any) -> Mapping[str, Any]:

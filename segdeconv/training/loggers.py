@@ -14,7 +14,7 @@ from pytorch_lightning import Trainer
 from pytorch_lightning.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
 from segdeconv.config import TARGET, build, locate
-from segdeconv.errors import UsageError
+from segdeconv.errors import UsageError, first_line
 from segdeconv.system.files import encode, is_utf8
 from segdeconv.training.resume import CHANGEABLE_KEYS, LENGTH_KEYS, without_keys
 
@@ -91,9 +91,8 @@ def log_config(
         if isinstance(logger, MLFlowLogger):  # parameters are truncated at 250 characters
             logger.experiment.log_text(logger.run_id, text, "configuration.yaml")
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(
-            f"logger={type(logger).__name__} cannot start: {reason} - fix this or choose logger=tensorboard"
+            f"logger={type(logger).__name__} cannot start: {first_line(error)} - fix this or choose logger=tensorboard"
         ) from error
 
 

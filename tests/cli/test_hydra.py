@@ -10,9 +10,9 @@ import yaml
 from fresh_commands import child_environment
 
 from segdeconv.cli.overrides import compose, hydra_overrides, keys_set, parse_flags
-from segdeconv.cli.own_code import CONFIGS
 from segdeconv.config import OTHER_NAMES, list_groups
 from segdeconv.errors import UsageError
+from segdeconv.system import CONFIGS
 from segdeconv.training.keys import keys, type_name
 
 ROOT = Path(__file__).parents[2]

@@ -7,10 +7,11 @@ import yaml
 from tiny_runs import state
 
 from segdeconv.cli.overrides import hydra_overrides, keys_set
-from segdeconv.cli.own_code import CONFIGS, compose
+from segdeconv.cli.own_code import compose
 from segdeconv.data.datasets.folder import Folder
 from segdeconv.data.inspection import inspect
 from segdeconv.errors import UsageError
+from segdeconv.system import CONFIGS
 from segdeconv.train import train
 from segdeconv.training import autoconfig
 from segdeconv.training.autoconfig import KEYS, Measured, measure, unset_keys
