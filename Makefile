@@ -18,8 +18,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
-$(VENV)-extras/.installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)-extras
+# What both environments hold is linked, not installed twice: torch with CUDA takes 6 GB.
+$(VENV)-extras/.installed: $(VENV)/.installed
+	$(RUN) -m venv --clear --without-pip $(VENV)-extras
+	cp -RPpl $(VENV)/lib/. $(VENV)-extras/lib
+	cp -l $(VENV)/bin/ruff $(VENV)-extras/bin/
 	$(RUN_EXTRAS) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,docs,hub,optuna]"
 	$(RUN_EXTRAS) -m pip uninstall --quiet --yes albumentations albucore
 	$(RUN_EXTRAS) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt nrtk-albumentations
