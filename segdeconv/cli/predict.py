@@ -77,10 +77,12 @@ def run(description: str) -> None:
     from tqdm import tqdm
 
     from segdeconv.drawing import draw
-    from segdeconv.inference.batch import BatchPrediction, Outputs, write_tables
+    from segdeconv.inference.batch import BatchPrediction
     from segdeconv.inference.inputs import find_images
+    from segdeconv.inference.outputs import Outputs
     from segdeconv.inference.progress_log import ProgressLog, has_progress_log
     from segdeconv.inference.segmenter import Segmenter
+    from segdeconv.inference.tables import write_tables
     from segdeconv.system.output import reader_ended
     from segdeconv.system.own_files import OwnFiles
 
