@@ -12,7 +12,15 @@ from typing import NamedTuple
 import numpy as np
 
 from segdeconv.classes import Classes
-from segdeconv.data.files.reading import MAX_PIXELS, Exif, read_image, read_labels, read_mask
+from segdeconv.data.files.reading import (
+    MAX_PIXELS,
+    Exif,
+    StoredMask,
+    read_image,
+    read_labels,
+    read_mask,
+    read_stored_mask,
+)
 from segdeconv.errors import UsageError
 
 
@@ -247,10 +255,18 @@ class FileDataset(SegmentationDataset):
         mask = self.read_mask(index)
         if image.shape[:2] != mask.shape:
             raise UsageError(
-                f"mask {pair.mask} is {mask.shape[0]}x{mask.shape[1]} and its image {pair.image} "
+                f"{self.describe_mask(index)} is {mask.shape[0]}x{mask.shape[1]} and its image {pair.image} "
                 f"{image.shape[0]}x{image.shape[1]} (HxW) - give a mask with one label per pixel of its image"
             )
         return Sample(image, mask, pair.name)
+
+    def describe_mask(self, index: int) -> str:
+        """Return what a message calls the mask of a sample."""
+        return f"mask {self.pairs[index].mask}"
+
+    def stored_mask(self, index: int) -> StoredMask:
+        """Return the mask of a sample as it is stored."""
+        return read_stored_mask(self.pairs[index].mask, max_pixels=self.max_pixels)
 
     def read_mask(self, index: int) -> np.ndarray:
         """Return (H, W) uint8 class indices or ignore_index of a sample.

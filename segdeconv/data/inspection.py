@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from segdeconv.classes import Classes, count_values, hex_colour, is_grey, pack_colours
 from segdeconv.data.dataset import FileDataset, SegmentationDataset
-from segdeconv.data.files.reading import StoredMask, read_stored_mask, stored_format
+from segdeconv.data.files.reading import StoredMask, stored_format
 from segdeconv.errors import UsageError, command
 from segdeconv.system.files import cache_root, hash_text, replace_text
 from segdeconv.system.plain_data import Limits, read_json
@@ -284,8 +284,7 @@ def _stored(dataset: SegmentationDataset, index: int) -> tuple[tuple[int, int, b
     files = dataset.unwrapped
     if not isinstance(files, FileDataset):
         return None, {}
-    mask = read_stored_mask(files.pairs[index].mask, max_pixels=files.max_pixels)
-    values, coloured = stored_values(mask, files.classes)
+    values, coloured = stored_values(files.stored_mask(index), files.classes)
     present, counts = count_values(values)
     names = [f"#{packed:06x}" for packed in present.tolist()] if coloured else present.tolist()
     counted: dict[int | str, int] = dict(zip(names, counts.tolist(), strict=True))

@@ -199,8 +199,7 @@ def _marked(dataset: SegmentationDataset, place: int, value: int | str) -> Itera
     files = dataset.unwrapped
     if not isinstance(files, FileDataset):
         return
-    mask = read_stored_mask(files.pairs[place].mask, max_pixels=files.max_pixels)
-    values, _ = stored_values(mask, files.classes)
+    values, _ = stored_values(files.stored_mask(place), files.classes)
     marked = values == (value if isinstance(value, int) else int(value[1:], 16))
     image, shown = thumbnails.smaller(files[place].image, marked.astype(np.uint8))
     yield (

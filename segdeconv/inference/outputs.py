@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 
 from segdeconv.classes import Classes
+from segdeconv.data.annotations.polygons import regions
 from segdeconv.data.files.reading import turn_back, turned_view
 from segdeconv.drawing import draw
 from segdeconv.errors import UsageError
 from segdeconv.inference.inputs import VIDEOS, FileNames, output_path
-from segdeconv.inference.polygons import regions
 from segdeconv.inference.segmenter import Prediction
 from segdeconv.inference.tiling import Part
 from segdeconv.system.files import allocate, hash_text, replacing, replacing_path

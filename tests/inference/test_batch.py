@@ -28,12 +28,12 @@ from PIL import Image
 import segdeconv
 from segdeconv.checkpoints import checkpoint
 from segdeconv.classes import Classes, voc_colours
+from segdeconv.data.annotations.polygons import regions
 from segdeconv.drawing import draw
 from segdeconv.drawing.png import Png
 from segdeconv.errors import UsageError
 from segdeconv.inference.inputs import find_images
 from segdeconv.inference.outputs import Outputs
-from segdeconv.inference.polygons import regions
 from segdeconv.inference.predictors import PredictionSettings
 from segdeconv.inference.progress_log import ProgressLog
 from segdeconv.inference.segmenter import Segmenter

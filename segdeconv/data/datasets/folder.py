@@ -6,15 +6,18 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
+import numpy as np
 from pydantic import Field
 
 from segdeconv.classes import Classes
+from segdeconv.data.annotations import AnnotatedFolder, classes_of, find_annotations
+from segdeconv.data.annotations.finding import Labels, Unlabelled, malformed
 from segdeconv.data.class_file import NAMES as CLASS_FILES
 from segdeconv.data.class_file import find_class_file, parse_classes, read_class_file
 from segdeconv.data.class_inference import infer_classes
 from segdeconv.data.dataset import FileDataset, Pair, require_root, require_split
 from segdeconv.data.files.finding import find_files
-from segdeconv.data.files.reading import MAX_PIXELS, Exif
+from segdeconv.data.files.reading import MAX_PIXELS, Exif, StoredMask, image_size
 from segdeconv.data.pairing import Folders, count, find_folders, read_split_list
 from segdeconv.data.splits import choose_val, require_kept_together
 from segdeconv.errors import UsageError
@@ -37,6 +40,7 @@ class Folder(FileDataset):
       its path, or its path and that of its mask;
     * `DIR/{train,val,test}/{images,masks}`;
     * `DIR/{images,masks}/{train,val,test}`;
+    * images anywhere in DIR and the annotations of a labelling tool instead of masks, see `annotations`;
     * `DIR/images` and `DIR/masks` alone: a fraction `val_share` becomes val, or the images are split into `folds`
       folds, of which number `fold` is val and the rest train. Both depend on `split_seed`.
 
@@ -57,6 +61,9 @@ class Folder(FileDataset):
         split_seed: Seed of the random split.
         folds: Number of folds, instead of `val_share`.
         fold: Index of the fold that is val, from 0.
+        annotations: Polygons and masks of a labelling tool instead of mask files: the annotation file, a folder of
+            them, or a mapping from splits to files. None finds them if DIR has no masks.
+        unlabelled: What pixels without any annotation are: background, or ignored.
         mask_name: The name of an image's mask, with `{}` for the name of the image, such as `mask_{}`; None recognises
             it.
         absent_classes: Whether training is refused if a class of the table has no pixel in any mask while other pixels
@@ -83,6 +90,8 @@ class Folder(FileDataset):
         split_seed: int = 0,
         folds: Annotated[int, Field(ge=2)] | None = None,
         fold: Annotated[int, Field(ge=0)] = 0,
+        annotations: str | dict[str, str] | None = None,
+        unlabelled: Unlabelled = "background",
         mask_name: str | None = None,
         absent_classes: Literal["refuse", "allow"] = "refuse",
         group: str | None = None,
@@ -91,14 +100,16 @@ class Folder(FileDataset):
         max_pixels: int = MAX_PIXELS,
     ) -> None:
         folder = require_root(root, "images/ and masks/, or train/ and val/ with images/ and masks/ in each")
-        layout = _find_layout(folder, mask_name)
+        annotated = None
+        if annotations is not None or not _has_masks(folder):
+            annotated = find_annotations(folder, annotations)
+        layout = _find_layout(folder, mask_name) if annotated is None else _annotated_layout(folder, annotated)
         splits = layout.splits
         if splits is None:
             pairs = layout.folders[0].pairs
             if len(pairs) < 2:
-                raise UsageError(
-                    f"{folder}/images holds {len(pairs)} image with a mask - train and val need at least one each"
-                )
+                where = f"{folder}/images holds" if annotated is None else f"{folder} holds"
+                raise UsageError(f"{where} {len(pairs)} image with a mask - train and val need at least one each")
             names = [pair.name for pair in pairs]
             val, self.notes = choose_val(names, val_share, folds, fold, pattern=group, seed=split_seed)
             splits = {
@@ -115,7 +126,13 @@ class Folder(FileDataset):
         require_split(split, tuple(splits))
         used = [pair for pairs in splits.values() for pair in pairs]
         parsed, lines = _read_classes(folder, classes)
-        if parsed is None:
+        self.labels: Labels | None = None
+        if annotated is not None:
+            self.labels = classes_of(annotated, parsed, unlabelled)
+            self.entries = [annotated.entries[pair.name] for pair in splits[split]]
+            parsed = self.labels.classes
+            self.notes = (*self.notes, _describe_annotations(annotated))
+        elif parsed is None:
             parsed, lines = infer_classes([pair.mask for pair in used])
             self.inferred_classes = True
         super().__init__(split, parsed, splits[split], channels=channels, exif=exif, max_pixels=max_pixels)
@@ -124,6 +141,30 @@ class Folder(FileDataset):
         unread = _describe_unread(folder, Path(classes) if isinstance(classes, str) else None)
         self.warnings = (*layout.warnings, *unread, *_describe_unused(layout.folders, used), *lines)
         self.inventory = _count_files(layout.folders, used)
+
+    def read_mask(self, index: int) -> np.ndarray:
+        if self.labels is None:
+            return super().read_mask(index)
+        entry, image = self.entries[index], self.pairs[index].image
+        size = entry.size or image_size(image, exif=self.exif, max_pixels=self.max_pixels)
+        with malformed(entry.source):
+            return entry.draw(self.labels.indices, size, self.labels.background)
+
+    def stored_mask(self, index: int) -> StoredMask:
+        if self.labels is None:
+            return super().stored_mask(index)
+        labels = np.full(256, self.classes.ignored_labels[0], dtype=np.int64)
+        labels[: len(self.classes)] = self.classes.labels
+        return StoredMask(labels[self.read_mask(index)], None, None)
+
+    def describe_mask(self, index: int) -> str:
+        if self.labels is None:
+            return super().describe_mask(index)
+        return f"{self.entries[index].source}: the annotation of {self.entries[index].file}"
+
+    @property
+    def fingerprint(self) -> str:
+        return super().fingerprint + (f"\n{self.labels.background}" if self.labels else "")
 
 
 class _Layout(NamedTuple):
@@ -181,6 +222,45 @@ def _find_layout(root: Path, mask_name: str | None) -> _Layout:
         )
         return _in_folders(folders, [line] if beside else [])
     return _Layout([find_folders(images, masks, mask_name)], None, [])
+
+
+def _has_masks(root: Path) -> bool:
+    return any(
+        (root / name / "masks").is_dir() for name in ("", *(name for names in SPLITS.values() for name in names))
+    )
+
+
+def _annotated_layout(root: Path, annotated: AnnotatedFolder) -> _Layout:
+    """Return the splits that the annotations, or lists in the root, state."""
+    masks = {name: entry.source for name, entry in annotated.entries.items()}
+    common = Path(os.path.commonpath([path.parent for path in annotated.images.values()]))
+    whole = Folders(annotated.images, masks, None, (common, root), ())
+    warnings = list(annotated.warnings)
+    if (root / "masks").is_dir():
+        warnings.append(f"{root / 'masks'}: not read, since dataset.annotations is set - remove one of them")
+    if lists := _stated_lists(root):
+        if missing := {"train", "val"} - set(lists):
+            raise UsageError(
+                f"{root} has {', '.join(lists.values())} but no {min(missing)}.txt - add it, or remove all lists"
+            )
+        return _Layout(
+            [whole], {split: read_split_list(root / name, root, whole) for split, name in lists.items()}, warnings
+        )
+    stated: dict[str, list[Pair]] = {}
+    for pair in whole.pairs:
+        stated.setdefault(annotated.entries[pair.name].split or "", []).append(pair)
+    if {"train", "val"} <= set(stated):
+        if outside := stated.pop("", []):
+            warnings.append(f"{root}: left out {count([pair.image for pair in outside], 'image')} in no split")
+        return _Layout([whole], stated, warnings)
+    return _Layout([whole], None, warnings)
+
+
+def _describe_annotations(annotated: AnnotatedFolder) -> str:
+    shapes = sum(len(entry.shapes) for entry in annotated.entries.values())
+    empty = sum(not entry.shapes for entry in annotated.entries.values())
+    without = f", {empty} of them without a region" if empty else ""
+    return f"annotations: {annotated.tool}, {len(annotated.entries)} images{without}, {shapes} regions"
 
 
 def _stated_lists(root: Path) -> dict[str, str]:

@@ -28,7 +28,7 @@ from PIL import (  # noqa: F401
     WebPImagePlugin,
 )
 
-from segdeconv.errors import UsageError
+from segdeconv.errors import UsageError, first_line
 
 # Pillow's other formats (EPS, PSD, FITS, ...) would add parsers for hostile files, but no data sets. The modules
 # imported above register these formats.
@@ -45,6 +45,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 NETPBM = (b"P4", b"P5", b"P6")  # not the formats of text and of floats, which Pillow's plugin would read too
 METADATA = (b"iTXt", b"tEXt", b"zTXt", b"iCCP")  # PNG chunks
+MAX_FLAGS = 1 << 28  # pixels of a mask inside an annotation file
 MAX_XMP = 4 << 20  # bytes of XMP that are searched for the orientation
 
 
@@ -116,6 +117,31 @@ def header_pixels(path: Path) -> int:
             return image.width * image.height
     except Exception:  # Pillow raises many types for a damaged file
         return 0
+
+
+def decode_flags(content: bytes, max_pixels: int = MAX_FLAGS) -> np.ndarray:
+    """Decode a mask that an annotation file holds as a PNG.
+
+    Returns:
+        (H, W) bool: where the alpha channel, or without one any channel, is not 0.
+
+    Raises:
+        ValueError: The content is not a PNG of at most `max_pixels` pixels, or is damaged.
+    """
+    if not content.startswith(PNG):
+        raise ValueError("a mask is not a PNG")
+    try:
+        image = _opened(io.BytesIO(content))
+        if image.width * image.height > max_pixels:
+            raise ValueError(f"a mask has {image.width}x{image.height} pixels")
+        values: Any = np.asarray(image)
+    except ValueError:
+        raise
+    except Exception as error:  # Pillow raises many types for a damaged file
+        raise ValueError(f"a mask is damaged ({first_line(error)})") from error
+    if values.ndim == 3:
+        values = values[:, :, -1] if values.shape[2] in (2, 4) else values.any(axis=2)
+    return values > 0
 
 
 def damaged(path: Path, error: object) -> UsageError:

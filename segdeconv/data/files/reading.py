@@ -79,6 +79,21 @@ def read_upright(path: Path, *, channels: int | None = None, max_pixels: int = M
     return turn_upright(image, orientation), orientation
 
 
+def image_size(path: Path, *, exif: Exif = "refuse", max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Return (H, W) of an image from its header, as `read_image` would return it.
+
+    Raises:
+        UsageError: The header cannot be read; the message names the file.
+    """
+    if first_bytes(path).startswith(NPY):
+        with path.open("rb") as file:
+            shape, _, _ = array_header(path, file)
+        return shape[0], shape[1]
+    image, orientation = open_image(path, max_pixels, decode=False)
+    turned = exif == "apply" and orientation >= 5  # orientations 5 to 8 swap rows and columns
+    return (image.width, image.height) if turned else (image.height, image.width)
+
+
 def _read(path: Path, channels: int | None, max_pixels: int) -> tuple[np.ndarray, int]:
     if channels is not None:
         return read_stored(path, channels, max_pixels=max_pixels)
