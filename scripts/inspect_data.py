@@ -32,7 +32,7 @@ def main() -> None:
     """Compose the config, inspect each split and write the page."""
     words = sys.argv[1:]
     from segdeconv.data import inspection_page
-    from segdeconv.data.module import check_augment, check_dataset
+    from segdeconv.data.module import build_splits, check_augment, check_dataset
     from segdeconv.drawing import html
 
     out = Path(pop_option(words, "--out") or "inspection")
@@ -44,26 +44,12 @@ def main() -> None:
         "config": {"dataset": node, "augment": augment},
     }
     try:
-        splits, missing = _splits(node)
+        splits, missing = build_splits(node)
     except UsageError as error:
         html.write(inspection_page.build_failure_page(str(error), node.get("root"), **shown), page)
         print(f"page:   {page}")
         raise
     _inspect(splits, missing, node, augment, config["seed"], page, choices["dataset"], shown)
-
-
-def _splits(node: dict[str, Any]) -> tuple[list[SegmentationDataset], str]:
-    """Return train, val, and test if the data set has it; otherwise also a line that says why not."""
-    from segdeconv.data.module import build_split
-
-    splits = [build_split(node, split) for split in ("train", "val")]
-    if "test" in splits[0].split_names:
-        try:
-            splits.append(build_split({**node, "checksums": None}, "test"))
-        except UsageError as error:
-            return splits, f"test:    not inspected, since {error}"
-        splits[-1] = build_split(node, "test")  # this time with its checksums, if the config has any
-    return splits, ""
 
 
 def _inspect(
@@ -108,7 +94,7 @@ def _inspect(
     text = inspection_page.build_page(splits, inspections, problems, findings, weights, training, seed=seed, **shown)
     html.write(text, page)
     if missing:
-        print(missing)
+        print(f"test:    not inspected, since {missing}")
     print(f"page:    {page}")
     if splits[0].unwrapped.inferred_classes:
         table = page.with_name("classes.yaml")

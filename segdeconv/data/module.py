@@ -181,6 +181,25 @@ def build_split(node: Mapping[str, Any], split_name: str) -> SegmentationDataset
     return Crops(dataset, **crops) if crops.get("examples", "images") != "images" else dataset
 
 
+def build_splits(node: Mapping[str, Any]) -> tuple[list[SegmentationDataset], str]:
+    """Build train, val, and test if the data set has it.
+
+    Returns:
+        The splits, and why test is missing although the data set should have it, or nothing.
+
+    Raises:
+        UsageError: See `build_split`; for the test split only if its files do not match `dataset.checksums`.
+    """
+    splits = [build_split(node, split) for split in ("train", "val")]
+    if "test" in splits[0].split_names:
+        try:
+            build_split({**node, "checksums": None}, "test")
+        except UsageError as error:
+            return splits, str(error)
+        splits.append(build_split(node, "test"))
+    return splits, ""
+
+
 def check_augment(nodes: dict[str, Any]) -> dict[str, Any]:
     """Check the `augment` node of a config: transforms by name, in order; a name set to null is left out.
 

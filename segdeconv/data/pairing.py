@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from segdeconv.data.annotations.finding import FORMATS
 from segdeconv.data.dataset import Pair
 from segdeconv.data.files.finding import describe_skipped, find_files
 from segdeconv.data.files.reading import SUFFIXES, read_list
@@ -86,7 +87,8 @@ def _files(folder: Path) -> tuple[Files, list[str]]:
         parent = folder.parent
         beside = sorted(path.name for path in parent.iterdir() if path.is_dir()) if parent.is_dir() else []
         raise UsageError(
-            f"{folder} is not a folder; dataset.root should hold images/ and masks/, and {parent} holds "
+            f"{folder} is not a folder; dataset.root should hold images/ and masks/, or images and annotations of "
+            f"{FORMATS}, and {parent} holds "
             f"{', '.join(beside[:10]) or 'no folder'}{', ...' if beside[10:] else ''} - rename or move them"
         )
     listing = find_files(folder)

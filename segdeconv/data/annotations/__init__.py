@@ -3,7 +3,8 @@
 `find_annotations` finds and reads the annotations of a folder, `convert` writes them from masks.
 """
 
-from segdeconv.data.annotations.finding import AnnotatedFolder, classes_of, find_annotations
+from segdeconv.data.annotations.class_labels import classes_of
+from segdeconv.data.annotations.finding import AnnotatedFolder, find_annotations
 from segdeconv.data.annotations.shapes import AnnotatedImage, Annotations, Ellipse, Polygon, RunLengths, Shape
 
 __all__ = [

@@ -4,6 +4,7 @@ Later annotations of the file are drawn over earlier ones, since the format has 
 its class. Regions are polygons or run lengths.
 """
 
+import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,8 +12,17 @@ from typing import Any
 
 import numpy as np
 
-from segdeconv.classes import Colour
-from segdeconv.data.annotations.shapes import AnnotatedImage, Annotations, RunLengths, Shape, pairs_of, polygon
+from segdeconv.classes import Classes, Colour
+from segdeconv.data.annotations.shapes import (
+    AnnotatedImage,
+    Annotations,
+    LabelledImage,
+    RunLengths,
+    Shape,
+    pairs_of,
+    polygon,
+    written_labels,
+)
 
 NAME = "COCO JSON"
 
@@ -125,3 +135,35 @@ def parse_counts(text: str) -> np.ndarray:
     if shift:
         raise ValueError("its run lengths are cut off")
     return np.array(counts, dtype=np.int64)
+
+
+def write(out: Path, images: Sequence[LabelledImage], classes: Classes) -> None:
+    """Write annotations/instances_SPLIT.json; file names are relative to images/."""
+    labels = {label: number for number, label in enumerate(written_labels(images, classes), start=1)}
+    (out / "annotations").mkdir()
+    for split in dict.fromkeys(image.split for image in images):
+        entries: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
+        for image in (image for image in images if image.split == split):
+            file = image.file.relative_to("images").as_posix()
+            entries.append({"id": len(entries) + 1, "file_name": file, "height": image.size[0], "width": image.size[1]})
+            annotations += [
+                {
+                    "id": len(annotations) + number,
+                    "image_id": len(entries),
+                    "category_id": labels[region.label],
+                    "segmentation": [region.ring.ravel().tolist()],
+                    "area": region.area,
+                    "bbox": list(region.box),
+                    "iscrowd": 0,
+                }
+                for number, region in enumerate(image.regions, start=1)
+            ]
+        categories: list[dict[str, Any]] = [
+            {"id": number, "name": label, "supercategory": ""} for label, number in labels.items()
+        ]
+        for category in categories:
+            if category["name"] in classes.names:
+                category["color"] = list(classes.colours[classes.names.index(category["name"])])
+        content = {"images": entries, "annotations": annotations, "categories": categories}
+        (out / "annotations" / f"instances_{split}.json").write_text(json.dumps(content), encoding="utf-8")

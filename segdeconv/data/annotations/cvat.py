@@ -1,21 +1,24 @@
 """CVAT's XML "for images 1.1", https://docs.cvat.ai/docs/manual/advanced/formats/format-cvat/. Drawn by z_order."""
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
 
-from segdeconv.classes import Colour
+from segdeconv.classes import Classes, Colour, hex_colour
 from segdeconv.data.annotations.shapes import (
     AnnotatedImage,
     Annotations,
     Ellipse,
+    LabelledImage,
     RunLengths,
     Shape,
     polygon,
     rectangle,
+    written_labels,
 )
 
 NAME = "CVAT XML"
@@ -114,3 +117,26 @@ def _is_number(text: str) -> bool:
         return bool(np.isfinite(float(text)))
     except ValueError:
         return False
+
+
+def write(out: Path, images: Sequence[LabelledImage], classes: Classes) -> None:
+    """Write annotations.xml; names are relative to images/ and each split is a subset."""
+    root = ElementTree.Element("annotations")
+    ElementTree.SubElement(root, "version").text = "1.1"
+    labels = ElementTree.SubElement(ElementTree.SubElement(ElementTree.SubElement(root, "meta"), "task"), "labels")
+    colours = dict(zip(classes.names, map(hex_colour, classes.colours), strict=True))
+    for label in written_labels(images, classes):
+        entry = ElementTree.SubElement(labels, "label")
+        ElementTree.SubElement(entry, "name").text = label
+        ElementTree.SubElement(entry, "color").text = colours.get(label, "#000000")
+    for number, image in enumerate(images):
+        height, width = map(str, image.size)
+        name = image.file.relative_to("images").as_posix()
+        attributes = {"id": str(number), "name": name, "subset": image.split, "width": width, "height": height}
+        parent = ElementTree.SubElement(root, "image", attributes)
+        for region in image.regions:
+            points = ";".join(f"{x},{y}" for x, y in region.ring.tolist())
+            shape = {"label": region.label, "source": "manual", "occluded": "0", "points": points, "z_order": "0"}
+            ElementTree.SubElement(parent, "polygon", shape)
+    ElementTree.indent(root)
+    ElementTree.ElementTree(root).write(out / "annotations.xml", encoding="utf-8", xml_declaration=True)

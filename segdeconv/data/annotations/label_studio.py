@@ -3,24 +3,29 @@
 Regions are brush strokes, polygons, rectangles and ellipses; coordinates are percent of the image's width and height.
 """
 
+import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, quote, unquote, urlsplit
+from xml.etree import ElementTree
 
 import numpy as np
 
+from segdeconv.classes import Classes, hex_colour
 from segdeconv.data.annotations.shapes import (
     AnnotatedImage,
     Annotations,
     Ellipse,
+    LabelledImage,
     Polygon,
     RunLengths,
     Shape,
     Size,
     polygon,
     rotate,
+    written_labels,
 )
 
 NAME = "Label Studio JSON"
@@ -201,3 +206,38 @@ def decode_brush(content: bytes, size: Size) -> np.ndarray:
             place += word * count
         done += count
     return values.reshape(height, width, 4)[:, :, 3] > 0
+
+
+def write(out: Path, images: Sequence[LabelledImage], classes: Classes) -> None:
+    """Write tasks.json, whose images are local files below the output folder, and config.xml, the interface."""
+    tasks = []
+    for image in images:
+        height, width = image.size
+        result = [
+            {
+                "id": f"region{number}",
+                "type": "polygonlabels",
+                "from_name": "label",
+                "to_name": "image",
+                "original_width": width,
+                "original_height": height,
+                "image_rotation": 0,
+                "value": {
+                    "points": (region.ring * 100 / [width, height]).tolist(),
+                    "closed": True,
+                    "polygonlabels": [region.label],
+                },
+            }
+            for number, region in enumerate(image.regions)
+        ]
+        address = f"/data/local-files/?d={quote(image.file.as_posix())}"
+        tasks.append({"data": {"image": address}, "annotations": [{"result": result}]})
+    (out / "tasks.json").write_text(json.dumps(tasks), encoding="utf-8")
+    view = ElementTree.Element("View")
+    ElementTree.SubElement(view, "Image", {"name": "image", "value": "$image"})
+    labels = ElementTree.SubElement(view, "PolygonLabels", {"name": "label", "toName": "image"})
+    colours = dict(zip(classes.names, map(hex_colour, classes.colours), strict=True))
+    for label in written_labels(images, classes):
+        ElementTree.SubElement(labels, "Label", {"value": label, "background": colours.get(label, "#808080")})
+    ElementTree.indent(view)
+    ElementTree.ElementTree(view).write(out / "config.xml", encoding="utf-8")

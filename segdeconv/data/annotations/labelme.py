@@ -4,19 +4,24 @@
 """
 
 import base64
+import json
 import math
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from segdeconv.classes import Classes
 from segdeconv.data.annotations.shapes import (
     AnnotatedImage,
     Annotations,
     Ellipse,
+    LabelledImage,
     RunLengths,
     Shape,
     polygon,
     rectangle,
+    written_labels,
 )
 from segdeconv.data.files.decoding import decode_flags
 
@@ -60,3 +65,33 @@ def _shape(kind: str, label: str, entry: dict[str, Any]) -> Shape:
         corner = int(min(first[0], second[0])), int(min(first[1], second[1]))
         return RunLengths.of(label, decode_flags(base64.b64decode(entry["mask"])), corner)
     raise ValueError(f"the shape type '{kind}' of '{label}' is unknown")
+
+
+def write(out: Path, images: Sequence[LabelledImage], classes: Classes) -> None:
+    """Write NAME.json beside every image, and labels.txt, which `labelme --labels labels.txt` reads."""
+    for image in images:
+        shapes = [
+            {
+                "label": region.label,
+                "points": region.ring.tolist(),
+                "group_id": None,
+                "description": "",
+                "shape_type": "polygon",
+                "flags": {},
+                "mask": None,
+            }
+            for region in image.regions
+        ]
+        content: dict[str, Any] = {
+            "version": "5.5.0",
+            "flags": {},
+            "shapes": shapes,
+            "imagePath": image.file.name,
+            "imageData": None,
+            "imageHeight": image.size[0],
+            "imageWidth": image.size[1],
+        }
+        (out / image.file).with_suffix(".json").write_text(json.dumps(content), encoding="utf-8")
+    labels = [label for label in written_labels(images, classes) if label != "__ignore__"]
+    lines = "".join(f"{label}\n" for label in ("__ignore__", "_background_", *labels))
+    (out / "labels.txt").write_text(lines, encoding="utf-8")

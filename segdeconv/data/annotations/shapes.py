@@ -8,15 +8,17 @@ the shape on the right of the edge or below it, so polygons with a common edge n
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from segdeconv.classes import Colour
-from segdeconv.errors import UsageError
+from segdeconv.classes import Classes, Colour
+from segdeconv.errors import UsageError, first_line
+from segdeconv.system.plain_data import PlainDataError
 
 MAX_CROSSINGS = 1 << 27  # of the edges of one polygon with the rows of the image
 Size = tuple[int, int]
@@ -272,6 +274,7 @@ class Annotations:
         colours: RGB of a class, if the tool stores it.
         left_out: Number of annotations without an area, by kind.
         warnings: Further lines for the user.
+        names_file: The list of classes beside the annotations that was read, or None.
     """
 
     images: tuple[AnnotatedImage, ...]
@@ -279,6 +282,7 @@ class Annotations:
     colours: Mapping[str, Colour]
     left_out: Mapping[str, int]
     warnings: tuple[str, ...] = ()
+    names_file: Path | None = None
 
 
 def merge(parts: Sequence[Annotations]) -> Annotations:
@@ -293,6 +297,7 @@ def merge(parts: Sequence[Annotations]) -> Annotations:
         {label: colour for part in reversed(parts) for label, colour in part.colours.items()},
         left_out,
         tuple(line for part in parts for line in part.warnings),
+        next((part.names_file for part in parts if part.names_file), None),
     )
 
 
@@ -314,3 +319,59 @@ def pairs_of(numbers: Sequence[float]) -> list[tuple[float, float]]:
     if len(numbers) % 2:
         raise ValueError(f"a list of x and y has {len(numbers)} numbers, an odd number")
     return list(zip(numbers[::2], numbers[1::2], strict=True))
+
+
+class LabelledRegion(NamedTuple):
+    """A region to write.
+
+    Attributes:
+        label: Name of the class.
+        ring: (n, 2) int, x and y of the corners, which lie between pixels.
+        area: Number of pixels.
+        box: (x, y, width, height) in pixels.
+    """
+
+    label: str
+    ring: np.ndarray
+    area: int
+    box: tuple[int, int, int, int]
+
+
+class LabelledImage(NamedTuple):
+    """An image to write.
+
+    Attributes:
+        file: Path of the image file in the output folder.
+        size: (H, W).
+        split: Name of the split.
+        regions: The regions, which do not overlap.
+    """
+
+    file: Path
+    size: Size
+    split: str
+    regions: tuple[LabelledRegion, ...]
+
+
+def written_labels(images: Sequence[LabelledImage], classes: Classes) -> list[str]:
+    """Return the labels of written images: the classes except the background, and the label of ignored pixels."""
+    used = {region.label for image in images for region in image.regions}
+    names = [name for name in classes.names if name.casefold() != "background"]
+    return [*names, *sorted(used - set(names))]
+
+
+@contextmanager
+def malformed(path: Path) -> Iterator[None]:
+    """Turn what a reader raises for invalid content into a UsageError that names the file."""
+    way_out = "correct or export the annotations again, or move the file away"
+    try:
+        yield
+    except UsageError:
+        raise
+    except PlainDataError as error:
+        raise UsageError(f"{path} {error} - {way_out}") from error
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {(error.strerror or str(error)).lower()} - {way_out}") from error
+    except (ValueError, TypeError, AttributeError, LookupError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else first_line(error)
+        raise UsageError(f"{path}: invalid annotations: {reason} - {way_out}") from error

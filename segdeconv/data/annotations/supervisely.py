@@ -5,16 +5,30 @@ The coordinates of its polygons name pixels, and the outline belongs to the obje
 """
 
 import base64
+import io
+import json
 import zlib
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
+from PIL import Image
 
-from segdeconv.classes import Colour
-from segdeconv.data.annotations.shapes import AnnotatedImage, Annotations, RunLengths, Shape, Size
+from segdeconv.classes import Classes, Colour, hex_colour
+from segdeconv.data.annotations.shapes import (
+    AnnotatedImage,
+    Annotations,
+    LabelledImage,
+    LabelledRegion,
+    RunLengths,
+    Shape,
+    Size,
+    fill,
+    written_labels,
+)
 from segdeconv.data.files.decoding import decode_flags
 
 NAME = "Supervisely project"
@@ -91,3 +105,34 @@ def _inside(label: str, exterior: list[list[float]], holes: list[list[list[float
         return RunLengths(label, np.zeros(1, dtype=np.int64), (0, 0))
     top, left = int(rows[0]), int(columns[0])
     return RunLengths.of(label, canvas[top : rows[-1] + 1, left : columns[-1] + 1] > 0, (left, top))
+
+
+def write(out: Path, images: Sequence[LabelledImage], classes: Classes) -> None:
+    """Write meta.json and SPLIT/ann/NAME.json; regions are bitmaps, since polygons name pixels rather than edges."""
+    colours = dict(zip(classes.names, map(hex_colour, classes.colours), strict=True))
+    entries = [
+        {"title": label, "shape": "bitmap", "color": colours.get(label, "#808080").upper(), "id": number}
+        for number, label in enumerate(written_labels(images, classes), start=1)
+    ]
+    (out / "meta.json").write_text(json.dumps({"classes": entries, "tags": []}), encoding="utf-8")
+    for image in images:
+        path = out / image.file.parent.parent / "ann" / f"{image.file.name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        size = {"height": image.size[0], "width": image.size[1]}
+        objects = [_object(region, image.size) for region in image.regions]
+        content = {"description": "", "tags": [], "size": size, "objects": objects}
+        path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def _object(region: LabelledRegion, size: Size) -> dict[str, Any]:
+    covered = fill([region.ring.astype(np.float64)], size)
+    png = io.BytesIO()
+    Image.fromarray(covered.inside).save(png, "PNG")
+    data = base64.b64encode(zlib.compress(png.getvalue())).decode()
+    return {
+        "classTitle": region.label,
+        "geometryType": "bitmap",
+        "tags": [],
+        "description": "",
+        "bitmap": {"data": data, "origin": [covered.columns.start, covered.rows.start]},
+    }

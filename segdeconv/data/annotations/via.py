@@ -12,7 +12,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from segdeconv.data.annotations.shapes import AnnotatedImage, Annotations, Ellipse, Shape, polygon, rectangle
+from segdeconv.classes import Classes
+from segdeconv.data.annotations.shapes import (
+    AnnotatedImage,
+    Annotations,
+    Ellipse,
+    LabelledImage,
+    Shape,
+    polygon,
+    rectangle,
+    written_labels,
+)
 
 NAME = "VGG Image Annotator JSON"
 PROJECT = "_via_img_metadata"
@@ -121,3 +131,32 @@ def parse_csv(text: str) -> dict[str, Any]:
             attributes = json.loads(row["region_attributes"] or "{}")
             image["regions"].append({"shape_attributes": shape, "region_attributes": attributes})
     return images
+
+
+def write(out: Path, images: Sequence[LabelledImage], classes: Classes) -> None:
+    """Write via_project.json, which VIA 2 opens; file names are relative to images/."""
+    entries = {}
+    for image in images:
+        file, path = image.file.relative_to("images").as_posix(), out / image.file
+        size = path.stat().st_size if path.exists() else -1
+        regions = [
+            {
+                "shape_attributes": {
+                    "name": "polygon",
+                    "all_points_x": region.ring[:, 0].tolist(),
+                    "all_points_y": region.ring[:, 1].tolist(),
+                },
+                "region_attributes": {"class": region.label},
+            }
+            for region in image.regions
+        ]
+        entries[f"{file}{size}"] = {"filename": file, "size": size, "regions": regions, "file_attributes": {}}
+    options = dict.fromkeys(written_labels(images, classes), "")
+    content = {
+        "_via_settings": {"core": {"default_filepath": "images/"}, "project": {"name": out.name}},
+        PROJECT: entries,
+        "_via_attributes": {"region": {"class": {"type": "dropdown", "options": options}}, "file": {}},
+        "_via_data_format_version": "2.0.10",
+        "_via_image_id_list": list(entries),
+    }
+    (out / "via_project.json").write_text(json.dumps(content), encoding="utf-8")

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -11,7 +11,8 @@ from pydantic import Field
 
 from segdeconv.classes import Classes
 from segdeconv.data.annotations import AnnotatedFolder, classes_of, find_annotations
-from segdeconv.data.annotations.finding import Labels, Unlabelled, malformed
+from segdeconv.data.annotations.class_labels import Labels, Unlabelled
+from segdeconv.data.annotations.shapes import malformed
 from segdeconv.data.class_file import NAMES as CLASS_FILES
 from segdeconv.data.class_file import find_class_file, parse_classes, read_class_file
 from segdeconv.data.class_inference import infer_classes
@@ -125,7 +126,8 @@ class Folder(FileDataset):
             require_kept_together({name: [pair.name for pair in pairs] for name, pairs in splits.items()}, group)
         require_split(split, tuple(splits))
         used = [pair for pairs in splits.values() for pair in pairs]
-        parsed, lines = _read_classes(folder, classes)
+        tool_files = annotated.sources if annotated else frozenset()
+        parsed, lines = _read_classes(folder, classes, tool_files)
         self.labels: Labels | None = None
         if annotated is not None:
             self.labels = classes_of(annotated, parsed, unlabelled)
@@ -138,7 +140,7 @@ class Folder(FileDataset):
         super().__init__(split, parsed, splits[split], channels=channels, exif=exif, max_pixels=max_pixels)
         self.split_names = tuple(splits)
         self.own_classes = absent_classes == "refuse"
-        unread = _describe_unread(folder, Path(classes) if isinstance(classes, str) else None)
+        unread = _describe_unread(folder, Path(classes) if isinstance(classes, str) else None, tool_files)
         self.warnings = (*layout.warnings, *unread, *_describe_unused(layout.folders, used), *lines)
         self.inventory = _count_files(layout.folders, used)
 
@@ -278,10 +280,11 @@ def _stated_lists(root: Path) -> dict[str, str]:
     return {split: names[name][0] for split, name in stated.items()}
 
 
-def _describe_unread(root: Path, table: Path | None) -> list[str]:
+def _describe_unread(root: Path, table: Path | None, tool_files: Set[Path]) -> list[str]:
     """Return a line for files that look like lists of a split or tables of classes, but are not read."""
     read = {*_stated_lists(root).values(), *CLASS_FILES, *([table.name] if table else [])}
     files = [path for path in sorted(root.iterdir()) if path.name not in read and path.is_file()]
+    files = [path for path in files if path not in tool_files]
     unread = [path for path in files if LIST_LIKE.search(path.name)]
     if not unread:
         return []
@@ -335,13 +338,15 @@ def _count_files(folders: list[Folders], used: list[Pair]) -> tuple[tuple[str, i
 
 
 def _read_classes(
-    folder: Path, classes: str | Mapping[str, Any] | list[str] | None
+    folder: Path, classes: str | Mapping[str, Any] | list[str] | None, tool_files: Set[Path]
 ) -> tuple[Classes | None, tuple[str, ...]]:
     """Return the classes of a checkpoint, of `dataset.classes` or of a file in the folder, and lines about them."""
     if isinstance(classes, Mapping) and {"names", "colours", "labels"} <= set(classes):
         return Classes.from_dict(classes), ()  # the classes of a checkpoint
     if classes is None:
         path, unread = find_class_file(folder)
+        if path in tool_files:
+            return None, tuple(unread)
         return (read_class_file(path) if path else None), tuple(unread)
     if not isinstance(classes, str):
         return parse_classes(classes, "dataset.classes"), ()
