@@ -15,7 +15,13 @@ from segdeconv import errors
 SHELLS = ("bash", "zsh", "fish")
 FLAGS = ("-sc", "--shell-completion")
 CONSOLE = "segdeconv"
-WITH_OVERRIDES = ("train", "find", "inspect_data", "convert", "describe")  # commands of which a config's keys are arguments
+WITH_OVERRIDES = (
+    "train",
+    "find",
+    "inspect_data",
+    "convert",
+    "describe",
+)  # commands of which a config's keys are arguments
 
 
 def is_completion(words: Sequence[str]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import csv
 import json
 import zlib
 from collections.abc import Callable
@@ -368,6 +369,68 @@ def test_every_tool_gives_the_masks_and_classes_that_were_drawn(tmp_path: Path, 
     count = 1 if tool == "COCO JSON" else 5
     assert [line for line in train.warnings if "without an area" in line and f": {count} {left_out}" in line]
     assert len(train.warnings) == 1, train.warnings
+
+
+def as_via_csv(root: Path, names: list[str]) -> None:
+    as_via(root, names)
+    content = json.loads((root / "via_project.json").read_text())
+    (root / "via_project.json").unlink()
+    with (root / "via_export.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        head = "filename,file_size,file_attributes,region_count,region_id,region_shape_attributes,region_attributes"
+        rows.writerow(head.split(","))
+        for image in content["_via_img_metadata"].values():
+            for number, region in enumerate(image["regions"]):
+                values = [json.dumps(region["shape_attributes"]), json.dumps(region["region_attributes"])]
+                rows.writerow([image["filename"], 123, "{}", 4, number, *values])
+
+
+def as_via_export(root: Path, names: list[str]) -> None:
+    """Write the export of version 1, which numbers regions as the keys of a mapping."""
+    as_via(root, names)
+    content = json.loads((root / "via_project.json").read_text())["_via_img_metadata"]
+    for image in content.values():
+        image["regions"] = {str(number): region for number, region in enumerate(image["regions"])}
+    write_json(root / "via_project.json", content)
+
+
+def as_json_min(root: Path, names: list[str]) -> None:
+    as_label_studio(root, names)
+    path = next(root.glob("project*.json"))
+    tasks = []
+    for task in json.loads(path.read_text()):
+        regions = [entry | entry.pop("value") for entry in task["annotations"][1]["result"]]
+        del regions[1]  # the outline without a label, which JSON-MIN does not have
+        tasks.append({"image": task["data"]["image"], "id": task["id"], "annotator": 1, "label": regions})
+    write_json(path, tasks)
+
+
+def as_compressed_coco(root: Path, names: list[str]) -> None:
+    as_coco(root, names)
+    path = root / "annotations" / "instances_default.json"
+    content = json.loads(path.read_text())
+    for annotation in content["annotations"]:
+        if annotation["segmentation"]:
+            part = annotation["segmentation"]
+            codes = coco_mask.frPyObjects(part, *SIZE)
+            code = coco_mask.merge(codes) if isinstance(codes, list) else codes
+            annotation["segmentation"] = {"size": list(SIZE), "counts": code["counts"].decode()}
+    categories = [{"id": 0, "name": "parts", "supercategory": "none"}]  # as Roboflow adds it
+    content["categories"] = categories + [entry | {"supercategory": "parts"} for entry in content["categories"]]
+    write_json(path, content)
+
+
+VARIANTS = (as_via_csv, as_via_export, as_json_min, as_compressed_coco)
+
+
+@pytest.mark.parametrize("write", VARIANTS)
+def test_other_exports_of_a_tool_give_the_same_masks(tmp_path: Path, write: Callable[[Path, list[str]], None]) -> None:
+    write(tmp_path, images_in(tmp_path))
+    dataset = Folder("train", str(tmp_path))
+    order = ["tree", "car"] if write == as_compressed_coco else ["car", "tree"]  # the others list no classes
+    assert dataset.classes.names == ("background", *order)
+    expected = scene(0, 1 + order.index("car"), 1 + order.index("tree"))
+    np.testing.assert_array_equal(dataset[0].mask, expected)
 
 
 def test_pixels_without_annotation_can_be_ignored(tmp_path: Path) -> None:
