@@ -126,6 +126,7 @@ def run(description: str) -> None:
         )
     recorded = provenance(arguments, checkpoint, settings.second)
     with closing(ProgressLog(arguments.out, recorded, overwrite=arguments.overwrite)) as progress_log:
+        progress_log.require_names(images)
         for each in own_files:
             each.record()
         for message in missing:

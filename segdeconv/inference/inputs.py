@@ -6,6 +6,7 @@ import hashlib
 import os
 import sys
 import unicodedata
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -40,8 +41,7 @@ class FileNames:
         Raises:
             UsageError: Another owner has the file.
         """
-        folded = unicodedata.normalize("NFC", name).casefold()
-        other_name, other = self.owners.setdefault(folded, (name, owner))
+        other_name, other = self.owners.setdefault(_folded(name), (name, owner))
         if other == owner:
             return
         if name == other_name or sys.platform in ("win32", "darwin"):
@@ -71,7 +71,8 @@ def find_images(
         missing: Receives a message for each line of a list that names no file; None to raise an error for the first.
 
     Returns:
-        The path of each image or video, by the name (without suffix) of its outputs in `out`.
+        The path of each image or video, by the name of its outputs in `out`: its own without suffix, or with it if
+        another one differs only in the suffix.
 
     Raises:
         UsageError: An argument names no image, or two images would have the same output file.
@@ -79,11 +80,11 @@ def find_images(
     images: dict[str, Path] = {}
     names = FileNames("", "use two --out folders")
     absent: list[str] = []
-    for argument in arguments:
-        for path, name in _resolve(argument, out, absent):
-            for ending in endings:
-                names.add(f"{out / name}{ending}", path)
-            images[name] = path
+    found = [entry for argument in arguments for entry in _resolve(argument, out, absent)]
+    for path, name in _named_apart(found):
+        for ending in endings:
+            names.add(f"{out / name}{ending}", path)
+        images[name] = path
     if absent and (missing is None or not images):
         raise UsageError(absent[0])
     names.warn()
@@ -92,6 +93,39 @@ def find_images(
     if not images:
         raise UsageError("no images given - list images, folders, or a quoted pattern after the checkpoint")
     return images
+
+
+def _named_apart(found: Sequence[tuple[Path, str]]) -> list[tuple[Path, str]]:
+    """Give the outputs of images that differ only in the suffix, such as a.png and a.jpg, their names with suffix.
+
+    Args:
+        found: Path and name without suffix of each image.
+
+    Returns:
+        Path and name of each image. Images that differ in nothing else, such as x/a.png and y/a.png, keep one name.
+    """
+    suffixes: defaultdict[str, set[str]] = defaultdict(set)
+    for path, name in found:
+        suffixes[_folded(name)].add(path.suffix)
+    alike = [(path, name) for path, name in found if len(suffixes[_folded(name)]) > 1]
+    if alike:
+        first, name = alike[0]
+        second = next(path for path, other in alike if _folded(other) == _folded(name) and path.suffix != first.suffix)
+        warn(
+            f"{len({path for path, _ in alike})} files differ only in the suffix, such as {first} and {second} - it is "
+            f"kept in the names of their outputs: {with_suffix(name, first)}.png"
+        )
+    return [(path, with_suffix(name, path) if len(suffixes[_folded(name)]) > 1 else name) for path, name in found]
+
+
+def with_suffix(name: str, path: Path) -> str:
+    """Return the name of an image's outputs with the suffix of its file: `a` becomes `a.png`."""
+    return f"{name}{path.suffix}"
+
+
+def _folded(name: str) -> str:
+    """Return the name that is the same for all names that are one file on macOS or Windows."""
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def _resolve(argument: str, out: Path, missing: list[str]) -> Iterator[tuple[Path, str]]:

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, field_validator
 
 from segdeconv.errors import DiskError, UsageError
+from segdeconv.inference.inputs import with_suffix
 from segdeconv.system.files import lock_folder, remove_partial_files
 from segdeconv.system.plain_data import Limits, parse_json, require_mapping
 
@@ -115,6 +116,32 @@ class ProgressLog:
             return all((self.out / file).stat().st_size == size for file, size in entry["files"].items())
         except OSError:
             return False
+
+    def require_names(self, images: Mapping[str, Path]) -> None:
+        """Check that no image is in the log under its other name, with or without the suffix of its file.
+
+        The name of an image's outputs changes when an image that differs only in the suffix is added or removed.
+
+        Args:
+            images: The path of each image by the name of its outputs.
+
+        Raises:
+            UsageError: An image is; its outputs would be in the folder twice.
+        """
+        renamed = []
+        for name, path in images.items():
+            other = name.removesuffix(path.suffix) if name.endswith(path.suffix) else with_suffix(name, path)
+            entry = self.entries.get(other)
+            if entry is not None and entry["source"]["path"] == str(path.resolve()) and images.get(other) != path:
+                renamed.append((path, other, name))
+        if renamed:
+            path, other, name = renamed[0]
+            others = f" (and {len(renamed) - 1} more)" if renamed[1:] else ""
+            raise UsageError(
+                f"{self.out} has the mask of {path} as {other}.png, which is now called {name}.png{others}, since a "
+                "file with the same name and another suffix was added or removed - undo that, choose another --out, or "
+                "add --overwrite"
+            )
 
     def add(self, name: str, source: Path, files: list[Path], **metadata: Any) -> None:
         """Record an image whose outputs are all complete.

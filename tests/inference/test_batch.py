@@ -691,6 +691,28 @@ def test_outputs_that_collide_are_refused_before_the_first_image(place, commands
     assert not (tmp_path / "out").exists()
 
 
+def test_images_that_differ_only_in_the_suffix_are_predicted_and_their_names_stay(place, commands, tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    shutil.copyfile(place / "photos" / "deep" / "b.png", photos / "a.png")
+    words = ("predict", place / "best.ckpt", "photos", "--out", "out")
+    assert commands(*words, cwd=tmp_path).code == 0
+    first = files(tmp_path / "out")
+    Image.open(photos / "a.png").save(photos / "a.jpg")
+    done = commands(*words, cwd=tmp_path)
+    assert (done.code, files(tmp_path / "out")) == (2, first)
+    assert "out has the mask of photos/a.png as a.png, which is now called a.png.png, since" in done.error_message
+    assert commands(*words, "--overwrite", cwd=tmp_path).code == 0
+    both = files(tmp_path / "out")
+    assert {"a.png.png", "a.jpg.png", "a.png_overlay.png", "a.jpg_overlay.png"} < set(both)
+    assert both["a.png.png"] == first["a.png"]
+    names = [line.split(b",")[0] for line in both["statistics.csv"].splitlines()[1:]]
+    assert names == [b"a.jpg"] * 3 + [b"a.png"] * 3
+    (photos / "a.jpg").unlink()
+    done = commands(*words, cwd=tmp_path)
+    assert "out has the mask of photos/a.png as a.png.png, which is now called a.png, since" in done.error_message
+
+
 def test_masks_have_the_labels_of_the_data_set_on_request(place, commands, tmp_path):
     content = checkpoint.load_plain(place / "best.ckpt")
     content["hyper_parameters"]["facts"]["classes"] |= {"labels": [7, 11, 26], "ignored_labels": [0]}

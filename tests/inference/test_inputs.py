@@ -90,3 +90,35 @@ def test_names_patterns_and_lists_are_taken_as_given(capsys: pytest.CaptureFixtu
         "v", "a", "photos/.hidden", "photos/odd",
     ]  # fmt: skip
     assert warnings(capsys) == []
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["x/a.png", "x/a.jpg", "x/b.png"], ["a.png", "a.jpg", "b"]),
+        (["x/a.png", "y/a.jpg", "x/a.png"], ["a.png", "a.jpg"]),
+        (["x/film.mp4", "x/film.png"], ["film.mp4", "film.png"]),
+        (["x/A.png", "x/a.jpg"], ["A.png", "a.jpg"]),  # A.png and a.png are one file on other systems
+        (["x/a.b.png", "x/a.b.tif", "x/a.png"], ["a.b.png", "a.b.tif", "a"]),
+    ],
+)
+def test_images_that_differ_only_in_the_suffix_keep_it(
+    paths: list[str], names: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    create(*paths)
+    assert list(find_images(paths, Path("out"), ENDINGS)) == names
+    kept = [name for name in names if Path(name).suffix in (".png", ".jpg", ".tif", ".mp4")]
+    first, second = [next(path for path in paths if path.endswith(name)) for name in kept[:2]]
+    assert warnings(capsys) == [
+        f"segdeconv: warning: {len(kept)} files differ only in the suffix, such as {first} and {second} - it is kept "
+        f"in the names of their outputs: {kept[0]}.png"
+    ]
+
+
+@pytest.mark.parametrize(
+    "paths", [["x/a.png", "y/a.png"], ["x/a.png", "y/a.png", "x/a.jpg"], ["x/a.png", "x/a.jpg", "x/a.png.tif"]]
+)
+def test_other_collisions_are_refused(paths: list[str]) -> None:
+    create(*paths)
+    with pytest.raises(UsageError, match=r"have the same output file out/a(\.png)?\.png - use two --out folders"):
+        find_images(paths, Path("out"), ENDINGS)
