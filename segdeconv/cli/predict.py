@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,10 +21,11 @@ from segdeconv.cli.options import (
     split_overrides,
 )
 from segdeconv.cli.own_code import read_checkpoint
-from segdeconv.errors import Interrupted, UsageError
+from segdeconv.errors import Interrupted, UsageError, warn
 
 if TYPE_CHECKING:
     from segdeconv.checkpoints.checkpoint import Checkpoint
+    from segdeconv.inference.progress_log import ProgressLog
     from segdeconv.inference.segmenter import Segmenter
 
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -78,11 +80,12 @@ def run(description: str) -> None:
 
     from segdeconv.drawing import draw
     from segdeconv.inference.batch import BatchPrediction
-    from segdeconv.inference.inputs import find_images
+    from segdeconv.inference.inputs import find_images, is_video
     from segdeconv.inference.outputs import Outputs
     from segdeconv.inference.progress_log import ProgressLog, has_progress_log
     from segdeconv.inference.segmenter import Segmenter
     from segdeconv.inference.tables import write_tables
+    from segdeconv.inference.video_writer import WITHOUT_FFMPEG, find_ffmpeg
     from segdeconv.system.output import reader_ended
     from segdeconv.system.own_files import OwnFiles
 
@@ -106,6 +109,8 @@ def run(description: str) -> None:
         draw.label_table(checkpoint.classes)  # raises an error before the first image rather than after it
     missing: list[str] = []
     images = find_images(paths, arguments.out, outputs.endings(), missing=missing)
+    if outputs.overlay and not find_ffmpeg() and any(is_video(path) for path in images.values()):
+        warn(WITHOUT_FFMPEG)
     own_files = []
     if not arguments.verify_tiling:
         files, frame_folders = outputs.planned(images)
@@ -134,7 +139,7 @@ def run(description: str) -> None:
         batch = BatchPrediction(segmenter, outputs, progress_log, report)
         done = sum(progress_log.has(name, path) for name, path in images.items())
         if done:
-            print(f"{done} of {len(images)} are already done and are skipped")
+            print(f"{done} of {len(images)} {'is' if done == 1 else 'are'} already done and skipped")
         with tqdm(total=len(images), initial=done, unit="image", disable=None) as bar:
             for _ in batch.run(images):
                 bar.update()
@@ -144,7 +149,7 @@ def run(description: str) -> None:
             segmenter.resized.warn()
             tables = write_tables(progress_log, outputs)
             names = " and ".join(path.name for path in tables)
-            print(f"{len(images) - batch.failed} masks in {arguments.out}, with {names}")
+            print(f"{summary(images, progress_log)} in {arguments.out}, with {names}")
     stopped = "stopped because the reader of the output has ended" if reader_ended() else ""
     if failed := batch.failed + len(missing):
         total = len(images) + len(missing)
@@ -154,6 +159,19 @@ def run(description: str) -> None:
         )
     if stopped:
         raise Interrupted(f"{stopped} - run the same command again", 141)
+
+
+def summary(images: Mapping[str, Path], progress_log: ProgressLog) -> str:
+    """Return the number of masks and of frames of videos that are done, such as `12 masks and 40 frames of 1 video`."""
+    entries = [progress_log.entries[name] for name, path in images.items() if progress_log.has(name, path)]
+    frames = [entry["frames"] for entry in entries if "frames" in entry]
+    masks = len(entries) - len(frames)
+    parts = [f"{masks} mask{'s' if masks != 1 else ''}"] if masks or not frames else []
+    if frames:
+        parts.append(
+            f"{sum(frames)} frame{'s' if sum(frames) != 1 else ''} of {len(frames)} video{'s' if frames[1:] else ''}"
+        )
+    return " and ".join(parts)
 
 
 def provenance(arguments: argparse.Namespace, checkpoint: Checkpoint, second: Checkpoint | None) -> dict[str, Any]:

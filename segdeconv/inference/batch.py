@@ -7,6 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,11 +19,12 @@ from segdeconv.data.files.decoding import header_pixels
 from segdeconv.data.files.reading import turn_back
 from segdeconv.drawing import draw
 from segdeconv.errors import UsageError
-from segdeconv.inference.inputs import VIDEOS
+from segdeconv.inference.inputs import is_video
 from segdeconv.inference.outputs import Outputs
 from segdeconv.inference.progress_log import ProgressLog
 from segdeconv.inference.segmenter import Prediction, Segmenter
-from segdeconv.inference.video import VideoWriter, open_video
+from segdeconv.inference.video import open_video
+from segdeconv.inference.video_writer import video_writer
 from segdeconv.system.interruption import raise_again
 
 MAX_READ_AHEAD = 4  # images read before the network has processed the current one
@@ -104,7 +106,7 @@ class BatchPrediction:
                 raise_again()
                 name, path, future = reads.popleft()
                 try:
-                    if path.suffix.lower() in VIDEOS:
+                    if is_video(path):
                         future.result()
                         self._video(name, path)
                     else:
@@ -129,7 +131,7 @@ class BatchPrediction:
                 pool.shutdown(cancel_futures=True)
 
     def _read(self, path: Path) -> tuple[np.ndarray, int, int] | None:
-        if path.suffix.lower() in VIDEOS:
+        if is_video(path):
             return None
         pixels = header_pixels(path)
         self.budget.acquire(pixels)
@@ -165,34 +167,27 @@ class BatchPrediction:
 
     def _video(self, name: str, path: Path) -> None:
         video = open_video(path, self.segmenter.max_pixels)
-        files, count = [], 0
-        totals = np.zeros(len(self.outputs.classes), dtype=np.int64)
+        outputs, files, count, seconds = self.outputs, [], 0, 0.0
+        totals = np.zeros(len(outputs.classes), dtype=np.int64)
         size: tuple[int, ...] = ()
-        with VideoWriter(self.outputs.path(name, "_overlay.mp4"), video.rate) as writer:
-            for count, frame in enumerate(video.frames(), start=1):
-                prediction = self.segmenter.predict(frame, name=f"{path}, frame {count}")
+        overlay = outputs.path(name, outputs.video_ending)
+        with video_writer(overlay, video) if outputs.overlay else nullcontext() as writer:
+            for count, (image, seconds) in enumerate(video.frames(), start=1):
+                prediction = self.segmenter.predict(image, name=f"{path}, frame {count}")
                 self.progress_log.require_folder()
                 size = prediction.mask.shape
                 totals += np.array(list(prediction.pixels().values()))
-                if self.outputs.overlay:
-                    writer.write(
-                        draw.overlay_with_legend(
-                            frame,
-                            prediction.mask,
-                            self.outputs.classes,
-                            everything=True,
-                            outlines=self.outputs.outlines,
-                        )
+                if writer is not None:
+                    drawn = draw.overlay_with_legend(
+                        image, prediction.mask, outputs.classes, everything=True, outlines=outputs.outlines
                     )
-                if self.outputs.frames:
-                    files.append(self.outputs.path(f"{name}/{count:06d}", ".png"))
-                    draw.save_mask(prediction.mask, self.outputs.classes, files[-1], labels=self.outputs.labels)
-        if self.outputs.overlay:
-            files.append(self.outputs.path(name, "_overlay.mp4"))
-        if count < video.frame_count:
-            self.report(
-                f"{path}: only {count} of {video.frame_count} frames can be read, the file is truncated or damaged - "
-                "those frames were processed"
-            )
-        pixels = {name: int(total) for name, total in zip(self.outputs.classes.names, totals, strict=True)}
+                    writer.write(drawn, seconds)
+                if outputs.frames:
+                    files.append(outputs.path(f"{name}/{count:06d}", ".png"))
+                    draw.save_mask(prediction.mask, outputs.classes, files[-1], labels=outputs.labels)
+        if outputs.overlay:
+            files.append(overlay)
+        if message := video.describe_missing(count, seconds):
+            self.report(message)
+        pixels = {name: int(total) for name, total in zip(outputs.classes.names, totals, strict=True)}
         self.progress_log.add(name, path, files, size=list(size), pixels=pixels, frames=count)

@@ -19,6 +19,11 @@ MAX_NAME_LENGTH = 255  # bytes of a file name
 STDIN = "-"
 
 
+def is_video(path: Path) -> bool:
+    """Return True if the suffix of a file is that of a video."""
+    return path.suffix.lower() in VIDEOS
+
+
 class FileNames:
     """The names of output files, of which no two may be one file.
 
@@ -166,11 +171,11 @@ def _images_in(folder: Path, out_folder: Path) -> list[Path]:
         [path for path in paths if not is_output(path.parent)]
         for paths in (listing.files, listing.hidden, listing.others)
     )
-    videos = [path for path in others if path.suffix.lower() in VIDEOS]
+    videos = [path for path in others if is_video(path)]
     if videos:
         count = f"{len(videos)} video{'s are' if len(videos) > 1 else ' is'}"
         warn(f"{folder}: {count} left out ({count_endings(videos)}) - name each video to predict it")
-    others = [path for path in others if path.suffix.lower() not in VIDEOS]
+    others = [path for path in others if not is_video(path)]
     for line in describe_skipped(listing._replace(files=files, hidden=hidden, others=others), folder):
         warn(line)
     if not files:

@@ -19,9 +19,10 @@ from segdeconv.data.annotations.polygons import regions
 from segdeconv.data.files.reading import turn_back, turned_view
 from segdeconv.drawing import draw
 from segdeconv.errors import UsageError
-from segdeconv.inference.inputs import VIDEOS, FileNames, output_path
+from segdeconv.inference.inputs import FileNames, is_video, output_path
 from segdeconv.inference.segmenter import Prediction
 from segdeconv.inference.tiling import Part
+from segdeconv.inference.video_writer import video_suffix
 from segdeconv.system.files import allocate, hash_text, replacing, replacing_path
 from segdeconv.system.own_files import FRAME
 
@@ -34,7 +35,7 @@ class Outputs:
 
     Attributes:
         out: Output folder.
-        overlay: Write NAME_overlay.png; for a video, NAME_overlay.mp4.
+        overlay: Write NAME_overlay.png; for a video, NAME_overlay.webm, or NAME_overlay.mp4 without ffmpeg.
         outlines: Overlays show only the outlines of the regions.
         probabilities: Write NAME.npy, (classes, H, W) float16.
         uncertainty: Write NAME_uncertainty.png.
@@ -63,7 +64,7 @@ class Outputs:
         """
         owners = {".png": "the mask"}
         if self.overlay:
-            owners |= dict.fromkeys(("_overlay.png", "_overlay.mp4"), "the overlay")
+            owners |= dict.fromkeys(("_overlay.png", "_overlay.webm", "_overlay.mp4"), "the overlay")
         if self.probabilities:
             owners[".npy"] = "the probabilities"
         if self.uncertainty:
@@ -93,8 +94,11 @@ class Outputs:
         files = [self.out / name for name in ("statistics.csv", *(["regions.json"] if self.polygons else []))]
         frame_folders = []
         for name, path in images.items():
-            video = path.suffix.lower() in VIDEOS
-            files += [self.path(name, ending) for ending in endings if ending.endswith(".mp4") == video]
+            video = is_video(path)
+            if not video:
+                files += [self.path(name, ending) for ending in endings if not ending.endswith((".webm", ".mp4"))]
+            elif self.overlay:
+                files.append(self.path(name, self.video_ending))
             if video and self.frames:
                 frame_folders.append(self.out / name)
         way_out = "use two --out folders"
@@ -106,6 +110,11 @@ class Outputs:
             if path.parent in frames and FRAME.fullmatch(path.name):
                 raise UsageError(f"{path} would be the output of an image and a frame of a video - {way_out}")
         return files, frame_folders
+
+    @property
+    def video_ending(self) -> str:
+        """The file name ending of the overlay of a video."""
+        return f"_overlay{video_suffix()}"
 
     def path(self, name: str, ending: str) -> Path:
         """Return the path of one output file."""
