@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 # Arguments that do not affect the outputs; all others are part of the provenance of a folder of predictions.
-NOT_RECORDED = {"checkpoint", "paths", "out", "overwrite", "memory", "tile", "verify_tiling", "trust"}
+NOT_RECORDED = {"checkpoint", "paths", "out", "overwrite", "memory", "tile", "verify_tiling", "trust", "submission"}
 
 
 def parse(description: str) -> argparse.Namespace:
@@ -50,6 +50,8 @@ def parse(description: str) -> argparse.Namespace:
     add("--class-masks", action="store_true", help="DIR/<name>_<class>.png: 255 where the class is")
     add("--polygons", action="store_true", help="DIR/regions.json: regions as polygons, in COCO's format")
     add_labels_option(group, "DIR/<name>.png")
+    text = "DIR/SERVER.zip or .tgz for cityscapes, ade20k, voc, kitti or mapillary, checked against the server's rules"
+    add("--submission", metavar="SERVER", help=text)
     add("--frames", action="store_true", help="DIR/<name>/000001.png ...: the mask of each frame of a video")
     add = parser.add_argument_group("large images").add_argument
     add("--memory", metavar="SIZE", help="limit for feature maps, such as 500M (default: up to 4G)")
@@ -68,6 +70,8 @@ def run(description: str) -> None:
         raise UsageError("--verify-tiling checks the tiles of one network - leave out --regions, --ensemble and --crf")
     if arguments.outlines and arguments.no_overlay:
         raise UsageError("--outlines has no effect with --no-overlay - leave out one of them")
+    if arguments.submission and arguments.labels != "index":
+        raise UsageError("--submission writes the labels of the server by itself - leave out --labels")
     settings = prediction_settings(
         arguments,
         crf_keys,
@@ -84,6 +88,7 @@ def run(description: str) -> None:
     from segdeconv.inference.outputs import Outputs
     from segdeconv.inference.progress_log import ProgressLog, has_progress_log
     from segdeconv.inference.segmenter import Segmenter
+    from segdeconv.inference.submission import SubmissionWriter
     from segdeconv.inference.tables import write_tables
     from segdeconv.inference.video_writer import WITHOUT_FFMPEG, find_ffmpeg
     from segdeconv.system.output import reader_ended
@@ -107,13 +112,19 @@ def run(description: str) -> None:
     )
     if arguments.labels == "dataset":
         draw.label_table(checkpoint.classes)  # raises an error before the first image rather than after it
+    submission = None
+    if arguments.submission:
+        submission = SubmissionWriter(arguments.submission, checkpoint.classes, arguments.out)
     missing: list[str] = []
     images = find_images(paths, arguments.out, outputs.endings(), missing=missing)
+    if submission:
+        submission.check_inputs(images)
     if outputs.overlay and not find_ffmpeg() and any(is_video(path) for path in images.values()):
         warn(WITHOUT_FFMPEG)
     own_files = []
     if not arguments.verify_tiling:
         files, frame_folders = outputs.planned(images)
+        files += [submission.path] if submission else []
         resumed = has_progress_log(arguments.out)
         own_files.append(OwnFiles(arguments.out, "--out", trusted=resumed))
         own_files[-1].add(files, frame_folders=frame_folders, inputs=images.values())
@@ -150,6 +161,12 @@ def run(description: str) -> None:
             tables = write_tables(progress_log, outputs)
             names = " and ".join(path.name for path in tables)
             print(f"{summary(images, progress_log)} in {arguments.out}, with {names}")
+            if submission and not batch.failed and not missing:
+                entries = [
+                    (path, outputs.path(name, ".png"), progress_log.entries[name]) for name, path in images.items()
+                ]
+                submission.write({path: (mask, tuple(entry["size"])) for path, mask, entry in entries})
+                print(f"{len(images)} masks for {submission.submission.title} in {submission.path}")
     stopped = "stopped because the reader of the output has ended" if reader_ended() else ""
     if failed := batch.failed + len(missing):
         total = len(images) + len(missing)

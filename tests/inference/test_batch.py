@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import traceback
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,10 +29,12 @@ from PIL import Image
 import segdeconv
 from segdeconv.checkpoints import checkpoint
 from segdeconv.classes import Classes, voc_colours
+from segdeconv.cli import predict
 from segdeconv.data.annotations.polygons import regions
 from segdeconv.drawing import draw
 from segdeconv.drawing.png import Png
 from segdeconv.errors import UsageError
+from segdeconv.inference import submission
 from segdeconv.inference.inputs import find_images
 from segdeconv.inference.outputs import Outputs
 from segdeconv.inference.predictors import PredictionSettings
@@ -732,6 +735,28 @@ def test_masks_have_the_labels_of_the_data_set_on_request(place, commands, tmp_p
     assert {name for name in first if first[name] != second[name]} == {"a.png", "predictions.jsonl"}
     done = commands(*words, "--out", "dataset", cwd=tmp_path)
     assert "dataset contains predictions made with labels=dataset, not the default" in done.error_message
+
+
+def test_a_submission_is_written_after_the_masks_and_later_on_request(place, commands, tmp_path, monkeypatch, capsys):
+    words = ["predict", str(place / "best.ckpt"), str(place / "photos"), "--no-overlay", "--out", str(tmp_path / "out")]
+    for option, message in (
+        (("--submission", "voc"), "the checkpoint has 3 classes"),
+        (("--submission", "mapillary"), "--submission mapillary: 3 images instead of 5000; "),
+        (("--submission", "mapillary", "--labels", "dataset"), "leave out --labels"),
+    ):
+        done = commands(*words, *option, cwd=tmp_path)
+        assert (done.code, (tmp_path / "out").exists()) == (2, False)
+        assert message in done.error_message
+    assert commands(*words, cwd=tmp_path).code == 0
+    rules = submission.SERVERS["mapillary"]
+    monkeypatch.setitem(submission.SERVERS, "mapillary", rules._replace(num_images=3))
+    monkeypatch.setattr(sys, "argv", [*words, "--submission", "mapillary"])
+    predict.run("")
+    assert f"3 masks for Mapillary Vistas in {tmp_path / 'out' / 'mapillary.zip'}" in capsys.readouterr().out
+    with zipfile.ZipFile(tmp_path / "out" / "mapillary.zip") as archive:
+        assert archive.namelist() == ["a.png", "b.png", "c.png"]
+        mask = Image.open(io.BytesIO(archive.read("b.png")))
+    assert np.array_equal(np.asarray(mask), np.asarray(fakes.opened(tmp_path / "out" / "deep" / "b.png")))
 
 
 def test_file_names_that_are_not_utf8_reach_every_output(place, commands, tmp_path):

@@ -7,6 +7,7 @@ from segdeconv.data.dataset import FileDataset, Pair, require_root, require_spli
 from segdeconv.data.files.archives import unpack_zip
 from segdeconv.data.files.published import Archive, obtain, unpacked
 from segdeconv.data.files.reading import MAX_PIXELS, Exif
+from segdeconv.data.submission import Submission
 from segdeconv.errors import UsageError
 
 DEFAULT_PLACE = "data"
@@ -75,6 +76,15 @@ CLASSES = Classes(
     labels=tuple(range(1, 151)),
     ignored_labels=(0,),
 )  # fmt: skip
+
+SUBMISSION = Submission(
+    title="ADE20K's scene parsing",
+    source="https://github.com/CSAILVision/sceneparsing",
+    classes=CLASSES,
+    image_name=r"ADE_test_\d{8}",
+    example="ADE_test_00000001",
+    num_images=3352,
+)
 
 
 class ADE20K(FileDataset):

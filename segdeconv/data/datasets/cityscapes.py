@@ -9,6 +9,7 @@ import numpy as np
 from segdeconv.classes import Classes
 from segdeconv.data.dataset import FileDataset, Pair, require_split
 from segdeconv.data.files.reading import MAX_PIXELS, Exif, read_labels
+from segdeconv.data.submission import Submission
 from segdeconv.errors import UsageError
 
 DEFAULT_ROOT = "data/cityscapes"
@@ -37,6 +38,25 @@ IDS = Classes(
     ignored_labels=(0, 1, 2, 3, 4, 5, 6, 9, 10, 14, 15, 16, 18, 29, 30),
 )
 CLASSES = {"ids": IDS, "train_ids": TRAIN_IDS}
+
+SUBMISSION = Submission(
+    title="Cityscapes",
+    source="https://github.com/mcordts/cityscapesScripts, evaluation/evalPixelLevelSemanticLabeling.py",
+    classes=IDS,
+    image_name=r"[a-zA-Z-]+_\d{6}_\d{6}_leftImg8bit",
+    example="berlin_000000_000019_leftImg8bit",
+    num_images=1525,
+    size=(1024, 2048),
+)
+KITTI_SUBMISSION = Submission(
+    title="KITTI's semantic segmentation",
+    source="https://www.cvlibs.net/datasets/kitti/eval_semseg.php; its format is that of Cityscapes",
+    classes=IDS,
+    image_name=r"\d{6}_\d{2}",
+    example="000000_10",
+    num_images=200,
+    folder="semantic",  # as in the archive of the training data
+)
 
 
 class Cityscapes(FileDataset):

@@ -13,6 +13,7 @@ from segdeconv.data.dataset import FileDataset, Pair, PublishedScores, require_r
 from segdeconv.data.files.archives import unpack_tar
 from segdeconv.data.files.published import Archive, obtain, unpacked
 from segdeconv.data.files.reading import MAX_PIXELS, Exif, read_list
+from segdeconv.data.submission import Submission
 from segdeconv.drawing import draw
 from segdeconv.errors import UsageError
 
@@ -33,6 +34,18 @@ CLASSES = Classes(
     ignore_index=255,
     ignore_colour=voc_colours(256)[255],
 )  # fmt: skip
+
+SUBMISSION = Submission(
+    title="PASCAL VOC 2012",
+    source="http://host.robots.ox.ac.uk/pascal/VOC/voc2012/htmldoc/devkit_doc.html",
+    classes=CLASSES,
+    image_name=r"\d{4}_\d{6}",
+    example="2008_000006",
+    num_images=1456,
+    folder="results/VOC2012/Segmentation/comp6_test_cls",  # comp6: trained on any data
+    archive_suffix=".tgz",
+    palette=True,
+)
 
 _DECONVNET = ("DeconvNet paper", "https://arxiv.org/abs/1505.04366")
 _BAYESIAN = ("Bayesian SegNet paper", "https://arxiv.org/abs/1511.02680")
