@@ -1,13 +1,14 @@
 """Check every file of a data set and summarise its contents.
 
-    python scripts/inspect_data.py [dataset=NAME] [--out DIR] [key=value ...]
+    python scripts/inspect_data.py [dataset=NAME] [--out DIR] [--window LOW,HIGH] [key=value ...]
 
 Checks that every image and mask is readable, that their sizes match, that masks contain only known labels and that no
 image is in two splits, and looks for what is probably not meant: files that are left out, classes without pixels,
 copies, images without contrast. Prints the classes with their fractions of the pixels and their class weights, and
 writes DIR/inspect.html (default: inspection/) with all of this, the labels found in the mask files, samples before and
 after augmentation, and the files with problems; and DIR/classes.yaml to edit, if the classes were inferred from the
-masks. Training also checks every file before its first step.
+masks. Training also checks every file before its first step. --window gives the values of images that the page shows
+as black and white; by default, images of 16 bits are stretched between the 1st and 99th percentile of each.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from segdeconv.cli.command import run_command
-from segdeconv.cli.options import pop_option
+from segdeconv.cli.options import display_window, pop_option
 from segdeconv.cli.own_code import compose
 from segdeconv.errors import UsageError, command, warn
 from segdeconv.system.files import replace_text
@@ -36,6 +37,7 @@ def main() -> None:
     from segdeconv.drawing import html
 
     out = Path(pop_option(words, "--out") or "inspection")
+    window = display_window(pop_option(words, "--window"))
     config, choices = compose(words)
     node, augment = check_dataset(config["dataset"]), check_augment(config["augment"])
     page = out / "inspect.html"
@@ -49,6 +51,7 @@ def main() -> None:
         html.write(inspection_page.build_failure_page(str(error), node.get("root"), **shown), page)
         print(f"page:   {page}")
         raise
+    shown["window"] = window
     _inspect(splits, missing, node, augment, config["seed"], page, choices["dataset"], shown)
 
 

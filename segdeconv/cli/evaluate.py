@@ -15,6 +15,8 @@ from segdeconv.cli.options import (
     add_labels_option,
     add_outlines_option,
     add_prediction_options,
+    add_window_option,
+    display_window,
     prediction_settings,
     split_overrides,
 )
@@ -39,6 +41,7 @@ def parse(description: str) -> argparse.Namespace:
     add("--pictures", type=Path, help="folder for figures of image, truth, prediction and error of 12 images")
     add_labels_option(parser, "these masks")
     add_outlines_option(parser)
+    add_window_option(parser)
     add("--no-boundary", action="store_true", help="skip boundary scores (20 ms per image of 360x480)")
     add("--ablate", action="store_true", help="also score the network with its switches replaced")
     add("--uncertainty", action="store_true", help="report how well measures of uncertainty detect errors")
@@ -79,6 +82,7 @@ def run(description: str) -> None:
     if arguments.outlines and not arguments.pictures:
         raise UsageError("--outlines has no effect without --pictures DIR - add it")
     settings = prediction_settings(arguments, crf_keys)
+    window = display_window(arguments.window)
 
     import numpy as np
 
@@ -102,6 +106,8 @@ def run(description: str) -> None:
     if arguments.ablate:
         ablation.require_unpooling(segmenter.network.model)
 
+    if window:
+        draw.require_window(window, checkpoint.preprocessing.bits)
     if arguments.labels == "dataset":
         draw.label_table(checkpoint.classes)  # raises an error before the first image rather than after it
     pictured = {int(index) for index in np.linspace(0, len(dataset) - 1, 12)}
@@ -129,6 +135,7 @@ def run(description: str) -> None:
             draw.save_mask(predicted.prediction, checkpoint.classes, path, labels=arguments.labels)
         if arguments.pictures and predicted.place in pictured:
             image, mask, name = dataset[predicted.place]
+            image = draw.windowed(image, window)
             figure = draw.comparison(image, mask, predicted.prediction, checkpoint.classes, outlines=arguments.outlines)
             figure = draw.enlarged(figure, 128)
             strip = draw.legend(checkpoint.classes, range(len(checkpoint.classes)), figure.shape[1])
@@ -154,7 +161,7 @@ def run(description: str) -> None:
     out = arguments.out or folder / "evaluation"
     report.write_json(content, out / "report.json")
     first = report_page.Evaluated(content, evaluation.gallery, curve_beside(checkpoint.path))
-    html.write(report_page.build_page(first, dataset, second=second), out / "report.html")
+    html.write(report_page.build_page(first, dataset, second=second, window=window), out / "report.html")
     print(f"{evaluation.verdict()}\n\n{evaluation.score_table()}")
     if other:
         print(f"\n{other.path}:\n{compared.verdict()}\n\n{compared.score_table()}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from segdeconv.cli.own_code import read_checkpoint
 from segdeconv.errors import UsageError
 
 if TYPE_CHECKING:
+    from segdeconv.drawing.draw import Window
     from segdeconv.inference.crf import CRF
     from segdeconv.inference.predictors import PredictionSettings
 
@@ -48,6 +50,31 @@ def add_outlines_option(parser: Any) -> None:
     """Add --outlines, the way in which overlays are drawn."""
     text = "overlays show the outlines of the regions instead of filling them"
     parser.add_argument("--outlines", action="store_true", help=text)
+
+
+def add_window_option(parser: Any) -> None:
+    """Add --window, the values that pictures show as black and as white."""
+    text = "values shown as black and white (default for 16 bits: the 1st and 99th percentile of each image)"
+    parser.add_argument("--window", metavar="LOW,HIGH", help=text)
+
+
+def display_window(text: str | None) -> Window | None:
+    """Parse the value of --window.
+
+    Raises:
+        UsageError: The text is not two increasing numbers.
+    """
+    from segdeconv.drawing.draw import Window
+
+    if text is None:
+        return None
+    try:
+        window = Window(*map(float, text.split(",")))
+    except (TypeError, ValueError):
+        window = Window(0, 0)
+    if not -math.inf < window.low < window.high < math.inf:
+        raise UsageError(f"--window={text} is not two increasing numbers - write for example --window=400,2000")
+    return window
 
 
 def add_prediction_options(parser: argparse.ArgumentParser) -> None:

@@ -16,6 +16,8 @@ from segdeconv.cli.options import (
     add_labels_option,
     add_outlines_option,
     add_prediction_options,
+    add_window_option,
+    display_window,
     is_override,
     prediction_settings,
     split_overrides,
@@ -45,6 +47,7 @@ def parse(description: str) -> argparse.Namespace:
     add = group.add_argument
     add("--no-overlay", action="store_true", help="write no overlays")
     add_outlines_option(group)
+    add_window_option(group)
     add("--probabilities", action="store_true", help="DIR/<name>.npy: (classes, H, W) float16")
     add("--uncertainty", action="store_true", help="DIR/<name>_uncertainty.png: entropy, or variance with --samples")
     add("--class-masks", action="store_true", help="DIR/<name>_<class>.png: 255 where the class is")
@@ -68,8 +71,10 @@ def run(description: str) -> None:
     paths = [path for path in arguments.paths if not is_override(path)]
     if arguments.verify_tiling and (arguments.regions or arguments.ensemble or arguments.crf):
         raise UsageError("--verify-tiling checks the tiles of one network - leave out --regions, --ensemble and --crf")
-    if arguments.outlines and arguments.no_overlay:
-        raise UsageError("--outlines has no effect with --no-overlay - leave out one of them")
+    for option in ("outlines", "window"):
+        if getattr(arguments, option) and arguments.no_overlay:
+            raise UsageError(f"--{option} has no effect with --no-overlay - leave out one of them")
+    window = display_window(arguments.window)
     if arguments.submission and arguments.labels != "index":
         raise UsageError("--submission writes the labels of the server by itself - leave out --labels")
     settings = prediction_settings(
@@ -103,6 +108,7 @@ def run(description: str) -> None:
         checkpoint.classes,
         overlay=not arguments.no_overlay,
         outlines=arguments.outlines,
+        window=window,
         probabilities=arguments.probabilities,
         uncertainty=arguments.uncertainty or arguments.samples > 0,
         class_masks=arguments.class_masks,
@@ -110,6 +116,8 @@ def run(description: str) -> None:
         frames=arguments.frames,
         labels=arguments.labels,
     )
+    if window:
+        draw.require_window(window, checkpoint.preprocessing.bits)
     if arguments.labels == "dataset":
         draw.label_table(checkpoint.classes)  # raises an error before the first image rather than after it
     submission = None
@@ -194,7 +202,7 @@ def summary(images: Mapping[str, Path], progress_log: ProgressLog) -> str:
 def provenance(arguments: argparse.Namespace, checkpoint: Checkpoint, second: Checkpoint | None) -> dict[str, Any]:
     """Return the checkpoint and settings that determine the outputs, as recorded in the progress log."""
     settings = {key: value for key, value in vars(arguments).items() if key not in NOT_RECORDED}
-    for name, default in (("labels", "index"), ("outlines", False)):
+    for name, default in (("labels", "index"), ("outlines", False), ("window", None)):
         if settings[name] == default:
             del settings[name]  # not recorded by earlier versions, which had no other values
     if settings["min_area"] > 1:

@@ -57,6 +57,7 @@ def build_page(
     seed: int,
     command: str,
     config: Mapping[str, Any],
+    window: draw.Window | None = None,
 ) -> str:
     """Build the page of a data set.
 
@@ -70,9 +71,13 @@ def build_page(
         seed: Seed of the selection of samples.
         command: The command that writes the page.
         config: The config to show.
+        window: The window in which images are shown; None for `draw.to_rgb`.
 
     Returns:
         The page as HTML.
+
+    Raises:
+        UsageError: See `draw.require_window`.
     """
     train, classes = splits[0], splits[0].classes
     totals = [sum(inspection.pixels) for inspection in inspections]
@@ -97,11 +102,11 @@ def build_page(
         verdict=verdict(problems, findings),
         findings=findings,
         inventory=train.inventory,
-        values=_values(splits, inspections),
+        values=_values(splits, inspections, window),
         duplicates=[checks.duplicates(inspection) for inspection in inspections],
         suspects=[_problem_entry(problem, splits) for problem in problems[:MAX_SHOWN]],
-        rarest=list(_rarest(train, inspections[0], training)) if training else [],
-        samples=list(_samples(training, classes, seed)) if training else [],
+        rarest=list(_rarest(train, inspections[0], training, window)) if training else [],
+        samples=list(_samples(training, classes, seed, window)) if training else [],
         command=command,
         configuration=yaml.safe_dump(dict(config), sort_keys=False, width=1000),
     )
@@ -178,7 +183,9 @@ class Value(NamedTuple):
     pictures: Pictures
 
 
-def _values(splits: Sequence[SegmentationDataset], inspections: Sequence[Inspection]) -> list[Value]:
+def _values(
+    splits: Sequence[SegmentationDataset], inspections: Sequence[Inspection], window: draw.Window | None
+) -> list[Value]:
     counts: dict[int | str, tuple[int, int, int, SegmentationDataset]] = {}
     for split, inspection in zip(splits, inspections, strict=True):
         for entry in inspection.values:
@@ -188,33 +195,37 @@ def _values(splits: Sequence[SegmentationDataset], inspections: Sequence[Inspect
     rows: list[Value] = []
     for value, (pixels, images, place, owner) in sorted(counts.items(), key=lambda item: -item[1][0])[:MAX_VALUES]:
         meaning = checks.meaning(owner.stored_classes, value)
-        pictures = list(_marked(owner, place, value)) if len(rows) < MAX_PICTURED else []
+        pictures = list(_marked(owner, place, value, window)) if len(rows) < MAX_PICTURED else []
         colour = value if isinstance(value, str) else None
         rows.append(Value(value, colour, meaning, pixels, pixels / total, images, pictures))
     return rows
 
 
-def _marked(dataset: SegmentationDataset, place: int, value: int | str) -> Iterator[tuple[str, html.Picture]]:
+def _marked(
+    dataset: SegmentationDataset, place: int, value: int | str, window: draw.Window | None
+) -> Iterator[tuple[str, html.Picture]]:
     """Yield the mask with the most pixels of a label or colour, these in white on the dimmed image."""
     files = dataset.unwrapped
     if not isinstance(files, FileDataset):
         return
     values, _ = stored_values(files.stored_mask(place), files.classes)
     marked = values == (value if isinstance(value, int) else int(value[1:], 16))
-    image, shown = thumbnails.smaller(files[place].image, marked.astype(np.uint8))
+    image, shown = thumbnails.smaller(draw.windowed(files[place].image, window), marked.astype(np.uint8))
     yield (
         f"{value} in {files.names[place]}",
         html.picture(np.where(shown[:, :, None] > 0, 255, image // 3).astype(np.uint8)),
     )
 
 
-def _samples(training: TrainingBatches, classes: Classes, seed: int) -> Iterator[Entry]:
+def _samples(training: TrainingBatches, classes: Classes, seed: int, window: draw.Window | None) -> Iterator[Entry]:
     random = np.random.Generator(np.random.Philox(key=key(seed, "shown samples")))
     for index in sorted(random.permutation(len(training))[:NUM_SAMPLES].tolist()):
-        yield Entry(training.dataset.names[index], "", _before_and_after(training, index, classes))
+        yield Entry(training.dataset.names[index], "", _before_and_after(training, index, classes, window))
 
 
-def _rarest(train: SegmentationDataset, inspection: Inspection, training: TrainingBatches) -> Iterator[Entry]:
+def _rarest(
+    train: SegmentationDataset, inspection: Inspection, training: TrainingBatches, window: draw.Window | None
+) -> Iterator[Entry]:
     """Yield the images with the most pixels of the rarest classes; none for crops, since whole images are inspected."""
     if train.whole is not train:
         return
@@ -223,15 +234,16 @@ def _rarest(train: SegmentationDataset, inspection: Inspection, training: Traini
         occurrence = f"in {inspection.images[label]} of {inspection.num_images} images"
         for index in inspection.largest[label][:IMAGES_PER_CLASS]:
             note = f"many pixels of {train.classes.names[label]}, which occurs {occurrence}"
-            yield Entry(train.names[index], note, _before_and_after(training, index, train.classes))
+            yield Entry(train.names[index], note, _before_and_after(training, index, train.classes, window))
 
 
-def _before_and_after(training: TrainingBatches, index: int, classes: Classes) -> Pictures:
+def _before_and_after(training: TrainingBatches, index: int, classes: Classes, window: draw.Window | None) -> Pictures:
     image, mask, _ = training.dataset[index]
-    pictures = _image_and_mask(image, mask, classes, "")
+    pictures = _image_and_mask(draw.windowed(image, window), mask, classes, "")
     for number, epoch in enumerate(EPOCHS, start=1):
         sample = training[(epoch, index)]
-        pictures += _image_and_mask(sample["image"], sample["mask"], classes, f", augmented {number}")
+        image = draw.windowed(sample["image"], window)
+        pictures += _image_and_mask(image, sample["mask"], classes, f", augmented {number}")
     return pictures
 
 

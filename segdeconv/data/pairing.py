@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from segdeconv.data.annotations.finding import FORMATS
 from segdeconv.data.dataset import Pair
+from segdeconv.data.files.decoding import MEDICAL_WAY_OUT, is_medical
 from segdeconv.data.files.finding import describe_skipped, find_files
 from segdeconv.data.files.reading import SUFFIXES, read_list
 from segdeconv.errors import UsageError
@@ -107,6 +108,8 @@ def _files(folder: Path) -> tuple[Files, list[str]]:
             )
     skipped = describe_skipped(listing, folder)
     if not files:
+        if any(is_medical(path) for path in listing.others):
+            raise UsageError(f"{folder} contains images of medical formats only - {MEDICAL_WAY_OUT}")
         left_out = f"; {skipped[0].partition(' - ')[0]}" if skipped else ""
         raise UsageError(
             f"{folder} contains no image{left_out} - the supported suffixes are {', '.join(sorted(SUFFIXES))}"

@@ -3,7 +3,7 @@
 import colorsys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import cv2
 import numpy as np
@@ -18,6 +18,16 @@ RIGHT, WRONG = (70, 160, 90), (220, 50, 47)
 MIN_LEGEND_WIDTH = 256  # pixels; narrower images are enlarged so that their legend is legible
 BAND = 1024  # rows of a large figure that are drawn at once
 GAP = 4  # pixels between the tiles of a grid
+
+
+class Window(NamedTuple):
+    """The values of an image that are shown as black and as white, in the units of its file; others are clipped.
+
+    In the terms of radiology, the level is their mean and the window width their difference.
+    """
+
+    low: float
+    high: float
 
 
 Labels = Literal["index", "dataset"]  # values of mask files: class indices, or as the data set's own masks have them
@@ -135,6 +145,39 @@ def pixel_counts(mask: np.ndarray) -> list[int]:
     for top in range(0, len(mask), BAND):  # in bands, because NumPy converts every pixel to 8 bytes
         counts += np.bincount(mask[top : top + BAND].ravel(), minlength=256)
     return [int(count) for count in counts]
+
+
+def windowed(image: np.ndarray, window: Window | None) -> np.ndarray:
+    """Convert an (H, W, C) uint8 or uint16 image to uint8 for display by a window; unchanged if that is None.
+
+    Raises:
+        UsageError: See `require_window`.
+    """
+    if window is None:
+        return image
+    bits = 8 * image.dtype.itemsize
+    require_window(window, bits)
+    values = np.arange(1 << bits, dtype=np.float64)
+    table = (255 * (values - window.low) / (window.high - window.low)).clip(0, 255).round().astype(np.uint8)
+    result = np.empty(image.shape, dtype=np.uint8)
+    for top in range(0, len(image), BAND):  # in bands, because NumPy converts every index to 8 bytes
+        result[top : top + BAND] = table[image[top : top + BAND]]
+    return result
+
+
+def require_window(window: Window, bits: int) -> None:
+    """Check a window for images of 8 or 16 bits.
+
+    Raises:
+        UsageError: Images of so few bits have no such values.
+    """
+    largest = (1 << bits) - 1
+    if window.high > largest or window.low >= largest or window.high <= 0:
+        raise UsageError(
+            f"--window={window.low:g},{window.high:g} is outside the values 0 to {largest} of images that are read as "
+            f"{bits} bits - give two of them"
+            + (", or train with dataset.channels to keep 16 bits" if bits == 8 else "")
+        )
 
 
 def to_rgb(image: np.ndarray) -> np.ndarray:

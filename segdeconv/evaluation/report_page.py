@@ -60,13 +60,20 @@ class ImageEntry(NamedTuple):
     pictures: Sequence[tuple[str, html.Picture]]
 
 
-def build_page(first: Evaluated, dataset: SegmentationDataset, *, second: Evaluated | None = None) -> str:
+def build_page(
+    first: Evaluated,
+    dataset: SegmentationDataset,
+    *,
+    second: Evaluated | None = None,
+    window: draw.Window | None = None,
+) -> str:
     """Return the HTML of the page of an evaluation, or of a comparison of two.
 
     Args:
         first: The evaluation.
         dataset: The evaluated split, from which the images on the page are read again.
         second: The evaluation of a second network on the same split, None for a page without comparison.
+        window: The window in which images are shown; None for `draw.to_rgb`.
     """
     classes = dataset.classes
     evaluated = [first, *([second] if second else [])]
@@ -95,8 +102,8 @@ def build_page(first: Evaluated, dataset: SegmentationDataset, *, second: Evalua
         confusion_cells=_cells(confusion, classes),
         confusions=_most_confused(confusion, shares, classes),
         histogram=np.histogram([iou for iou in ious if iou is not None], BINS, (0, 1))[0].tolist(),
-        shown=_shown_images(first, dataset, classes),
-        differing=_differing_images(first, second, dataset, classes) if second else [],
+        shown=_shown_images(first, dataset, classes, window),
+        differing=_differing_images(first, second, dataset, classes, window) if second else [],
         heat=[hex_colour(rgb) for rgb in draw.heat(np.linspace(0, 1, 9)[None], 1)[0]],
     )
 
@@ -144,7 +151,9 @@ def _most_confused(confusion: np.ndarray, shares: np.ndarray, classes: Classes) 
     ]
 
 
-def _shown_images(evaluated: Evaluated, dataset: SegmentationDataset, classes: Classes) -> list[ImageEntry]:
+def _shown_images(
+    evaluated: Evaluated, dataset: SegmentationDataset, classes: Classes, window: draw.Window | None
+) -> list[ImageEntry]:
     entries = evaluated.report["images"]
     chosen = thumbnails.choose([entry["miou"] for entry in entries])
     top = max((float(evaluated.gallery.uncertainty(choice.place).max()) for choice in chosen), default=1.0)
@@ -154,14 +163,18 @@ def _shown_images(evaluated: Evaluated, dataset: SegmentationDataset, classes: C
             choice.kind,
             choice.rank,
             [entries[choice.place]],
-            _pictures([evaluated], dataset, choice.place, classes, top),
+            _pictures([evaluated], dataset, choice.place, classes, top, window),
         )
         for choice in chosen
     ]
 
 
 def _differing_images(
-    first: Evaluated, second: Evaluated, dataset: SegmentationDataset, classes: Classes
+    first: Evaluated,
+    second: Evaluated,
+    dataset: SegmentationDataset,
+    classes: Classes,
+    window: draw.Window | None,
 ) -> list[ImageEntry]:
     """Return the images whose mean IoUs differ most, the largest difference first, without those that are equal."""
     pairs = list(zip(first.report["images"], second.report["images"], strict=True))
@@ -173,21 +186,26 @@ def _differing_images(
             "differing",
             rank,
             pairs[index],
-            _pictures([first, second], dataset, index, classes, None),
+            _pictures([first, second], dataset, index, classes, None, window),
         )
         for rank, index in enumerate(order, start=1)
     ]
 
 
 def _pictures(
-    evaluated: Sequence[Evaluated], dataset: SegmentationDataset, index: int, classes: Classes, top: float | None
+    evaluated: Sequence[Evaluated],
+    dataset: SegmentationDataset,
+    index: int,
+    classes: Classes,
+    top: float | None,
+    window: draw.Window | None,
 ) -> list[tuple[str, html.Picture]]:
     """Return image and ground truth, then prediction, error and, unless `top` is None, uncertainty per network.
 
     `top` is the uncertainty that is drawn brightest.
     """
     image, mask, _ = dataset[index]
-    small, truth = thumbnails.smaller(image, mask)
+    small, truth = thumbnails.smaller(draw.windowed(image, window), mask)
     pictures = [("image", html.picture(small)), ("truth", _map(truth, classes))]
     for letter, evaluation in zip(("",) if len(evaluated) == 1 else (" of A", " of B"), evaluated, strict=True):
         prediction = evaluation.gallery.prediction(index)

@@ -179,7 +179,11 @@ class BatchPrediction:
                 totals += np.array(list(prediction.pixels().values()))
                 if writer is not None:
                     drawn = draw.overlay_with_legend(
-                        image, prediction.mask, outputs.classes, everything=True, outlines=outputs.outlines
+                        draw.windowed(image, outputs.window),
+                        prediction.mask,
+                        outputs.classes,
+                        everything=True,
+                        outlines=outputs.outlines,
                     )
                     writer.write(drawn, seconds)
                 if outputs.frames:

@@ -37,6 +37,7 @@ class Outputs:
         out: Output folder.
         overlay: Write NAME_overlay.png; for a video, NAME_overlay.webm, or NAME_overlay.mp4 without ffmpeg.
         outlines: Overlays show only the outlines of the regions.
+        window: The window in which overlays show the images; None for `draw.to_rgb`.
         probabilities: Write NAME.npy, (classes, H, W) float16.
         uncertainty: Write NAME_uncertainty.png.
         class_masks: Write NAME_CLASS.png for each class: 255 where the class is, 0 elsewhere.
@@ -49,6 +50,7 @@ class Outputs:
     classes: Classes
     overlay: bool = True
     outlines: bool = False
+    window: draw.Window | None = None
     probabilities: bool = False
     uncertainty: bool = False
     class_masks: bool = False
@@ -131,7 +133,8 @@ class Outputs:
         draw.save_mask(mask, self.classes, files[0], labels=self.labels)
         if self.overlay:
             files.append(self.path(name, "_overlay.png"))
-            draw.save_overlay(prediction.image, prediction.mask, self.classes, files[-1], outlines=self.outlines)
+            image = draw.windowed(prediction.image, self.window)
+            draw.save_overlay(image, prediction.mask, self.classes, files[-1], outlines=self.outlines)
         if prediction.uncertainty is not None:
             files.append(self.path(name, "_uncertainty.png"))
             top = 1.0 if bounded else float(prediction.uncertainty.max())

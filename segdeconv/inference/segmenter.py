@@ -85,13 +85,16 @@ class Prediction:
         """Return the number of pixels of each class."""
         return dict(zip(self.classes.names, draw.pixel_counts(self.mask), strict=False))
 
-    def overlay(self, *, outlines: bool = False) -> np.ndarray:
+    def overlay(self, *, outlines: bool = False, window: tuple[float, float] | None = None) -> np.ndarray:
         """Draw the mask over the image, with a legend below: (H', W', 3) uint8. Small images are enlarged.
 
         Args:
             outlines: Draw only the outlines of the regions.
+            window: The values of the image that are shown as black and as white; by default, those of a 16-bit image
+                are stretched as in `draw.to_rgb`.
         """
-        return draw.overlay_with_legend(self.image, self.mask, self.classes, outlines=outlines)
+        image = draw.windowed(self.image, draw.Window(*window) if window else None)
+        return draw.overlay_with_legend(image, self.mask, self.classes, outlines=outlines)
 
     def save(self, path: str | Path, *, labels: draw.Labels = "index") -> None:
         """Write the mask as a PNG, in the orientation of the image's file.

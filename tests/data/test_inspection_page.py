@@ -104,7 +104,7 @@ def test_the_augmented_images_of_training_are_shown_with_the_rarest_class_first(
     monkeypatch.setattr(
         inspection_page, "_image_and_mask", lambda image, mask, classes, suffix: drawn.append((image, mask)) or []
     )
-    first = next(inspection_page._rarest(dataset, inspection, training))
+    first = next(inspection_page._rarest(dataset, inspection, training, None))
     assert first.name == dataset.names[2]
     assert first.note == "many pixels of bicyclist, which occurs in 1 of 4 images"
     image, mask, _ = dataset[2]

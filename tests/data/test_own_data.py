@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
+import re
 import shlex
 import subprocess
 from pathlib import Path
@@ -310,6 +313,33 @@ def test_a_network_learns_from_both_of_two_16_bit_channels(trained: tuple[Path, 
     assert facts["std"] == pytest.approx(pixels.std(axis=0), rel=1e-5)
 
 
+def white_pictures(page: Path) -> int:
+    """Return the number of pictures on a page of which nearly all pixels are white."""
+    contents = re.findall(r"data:image/webp;base64,([^\"')]+)", page.read_text())
+    pictures = [np.array(Image.open(io.BytesIO(base64.b64decode(content))).convert("L")) for content in contents]
+    return sum((picture > 250).mean() > 0.9 for picture in pictures)
+
+
+def test_a_window_is_for_display_only(trained: tuple[Path, str], tmp_path: Path, commands: Any) -> None:
+    folder, _ = trained
+    image = next((folder / "npy" / "images").glob("*.npy"))
+    written = {}
+    for number, words in enumerate(((), ("--window=-10,0.5",), ("--window=0,65535",))):
+        done = commands("predict", folder / "run", image, *words, "--out", f"{number}", cwd=tmp_path)
+        assert done.code == 0, done.err
+        written[number] = [(tmp_path / f"{number}" / f"{image.stem}{end}.png").read_bytes() for end in ("", "_overlay")]
+    assert len({mask for mask, _ in written.values()}) == 1
+    assert len({overlay for _, overlay in written.values()}) == 3
+    done = commands("predict", folder / "run", image, "--window=0,65536", "--out", "x", cwd=tmp_path)
+    assert done.error_message.startswith(
+        "--window=0,65536 is outside the values 0 to 65535 of images that are read as 16"
+    )
+    settings = ("dataset=folder", f"dataset.root={folder / 'npy'}", "dataset.channels=2", "dataset.group='^(site.)_'")
+    for words in ((), ("--window=-10,0.5",)):
+        assert commands("inspect_data", *settings, *words, cwd=tmp_path).code == 0
+        assert bool(white_pictures(tmp_path / "inspection" / "inspect.html")) == bool(words)
+
+
 def test_a_checkpoint_alone_suffices_to_read_two_channels_from_tiff_and_npy(
     trained: tuple[Path, str], tmp_path: Path, commands: Any
 ) -> None:
@@ -317,7 +347,7 @@ def test_a_checkpoint_alone_suffices_to_read_two_channels_from_tiff_and_npy(
     for name in ("best.ckpt", "best.ckpt.sha256"):
         (tmp_path / name).write_bytes((folder / "run" / name).read_bytes())
     root = f"dataset.root={folder / 'npy'}"
-    arguments = ("--out", "out", "--masks", "masks", "--pictures", "pictures", root)
+    arguments = ("--out", "out", "--masks", "masks", "--pictures", "pictures", "--window=-10,0.5", root)
     assert commands("evaluate", "best.ckpt", *arguments, cwd=tmp_path).code == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["miou"] == json.loads((folder / "run" / "report.json").read_text())["miou"]
@@ -325,6 +355,10 @@ def test_a_checkpoint_alone_suffices_to_read_two_channels_from_tiff_and_npy(
     masks = [np.array(fakes.opened(tmp_path / "masks" / f"{name}.png")) for name in val.names]
     ious = iou_by_hand([val[index].mask for index in range(len(val))], masks, 3, 255)
     assert [entry["iou"] for entry in report["classes"]] == pytest.approx(ious, abs=1e-6)
+
+    panel = np.array(fakes.opened(tmp_path / "pictures" / f"{val.names[0]}.png"))[:48, :64]
+    assert np.array_equal(panel == 255, val[0].image[:, :, [0, 1, 1]] > 0)  # in this window, 1 and more are white
+    assert white_pictures(tmp_path / "out" / "report.html")
 
     Image.fromarray(np.zeros((20, 20, 3), np.uint8)).save(tmp_path / "photo.png")
     fakes.stored(tmp_path / "dark.npy", np.zeros((20, 20, 2), np.uint8))

@@ -189,6 +189,30 @@ def test_an_image_with_any_number_of_channels_is_converted_to_three(channels, or
     assert np.array_equal(draw.to_rgb(image), np.dstack([image[:, :, channel] for channel in order]))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "window", "values", "shown"),
+    [
+        (np.uint16, (1000, 3000), (0, 1000, 2000, 3000, 65535), (0, 0, 128, 255, 255)),
+        (np.uint16, (-100, 100), (0, 50, 100), (128, 191, 255)),
+        (np.uint8, (50, 100), (0, 60, 255), (0, 51, 255)),
+        (np.uint8, (99.5, 100.5), (99, 100, 101), (0, 128, 255)),
+    ],
+)
+def test_a_window_maps_its_ends_to_black_and_white(dtype, window, values, shown):
+    image = np.tile(np.array(values, dtype)[None, :, None], (draw.BAND + 1, 1, 2))
+    result = draw.windowed(image, draw.Window(*window))
+    assert result.dtype == np.uint8
+    assert np.array_equal(result, np.tile(np.array(shown)[None, :, None], (draw.BAND + 1, 1, 2)))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "window"), [(np.uint8, (100, 256)), (np.uint8, (-9, 0)), (np.uint16, (65535, 65536))]
+)
+def test_a_window_outside_the_values_is_refused(dtype, window):
+    with pytest.raises(UsageError, match=r"^--window=.* is outside the values 0 to (255|65535) of images"):
+        draw.windowed(np.zeros((2, 2, 1), dtype), draw.Window(*window))
+
+
 def test_a_16_bit_image_is_stretched_between_the_percentiles_of_each_channel():
     image = np.dstack([np.arange(101), 3 * np.arange(101), np.full(101, 7)]).astype(np.uint16) * 100
     image[0, 0, 0] = 0

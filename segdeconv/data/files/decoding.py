@@ -44,6 +44,12 @@ NPY = b"\x93NUMPY"
 PNG = b"\x89PNG\r\n\x1a\n"
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 NETPBM = (b"P4", b"P5", b"P6")  # not the formats of text and of floats, which Pillow's plugin would read too
+DICOM = b"DICM"  # after 128 bytes
+MEDICAL = (".dcm", ".nii", ".nii.gz")
+MEDICAL_WAY_OUT = (
+    "DICOM and NIfTI are not supported; convert slices to 16-bit PNG or TIFF and set dataset.channels=1, or use MONAI "
+    "(https://monai.io)"
+)
 METADATA = (b"iTXt", b"tEXt", b"zTXt", b"iCCP")  # PNG chunks
 MAX_FLAGS = 1 << 28  # pixels of a mask inside an annotation file
 MAX_XMP = 4 << 20  # bytes of XMP that are searched for the orientation
@@ -71,6 +77,11 @@ def _reason(path: Path, error: OSError) -> str:
     if error.errno in (errno.ENOENT, errno.ENOTDIR):
         return "is a dangling link" if path.is_symlink() else "is missing"
     return f"cannot be read: {(error.strerror or str(error)).lower()}"
+
+
+def is_medical(path: Path) -> bool:
+    """Return True if the ending of a file is that of DICOM or NIfTI."""
+    return path.name.lower().endswith(MEDICAL)
 
 
 def is_array(path: Path) -> bool:
@@ -188,6 +199,8 @@ def open_image(path: Path, max_pixels: int, *, decode: bool = True) -> tuple[Ima
         except UnidentifiedImageError:
             if start[:4] in TIFF:
                 raise _unsupported_tiff(path) from None
+            if is_medical(path) or first_bytes(path, 132)[128:] == DICOM:
+                raise UsageError(f"{path} is a medical image - {MEDICAL_WAY_OUT}") from None
             raise UsageError(
                 f"{path} is not an image (empty, truncated or another format) - supported formats are "
                 f"{', '.join(FORMATS)}"

@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
+from segdeconv.data.files.decoding import MEDICAL_WAY_OUT, is_medical
 from segdeconv.data.files.reading import SUFFIXES
 from segdeconv.errors import UsageError
 
@@ -138,10 +139,16 @@ def describe_skipped(listing: Listing, folder: Path) -> list[str]:
             f"{folder}: {_files(listing.hidden)} with hidden names or in hidden or system folders "
             f"{_are(listing.hidden)} left out ({_listed(counts)}) - rename or move them to use them"
         )
-    if listing.others:
+    medical = [path for path in listing.others if is_medical(path)]
+    if medical:
         lines.append(
-            f"{folder}: {_files(listing.others)} with other endings {_are(listing.others)} left out "
-            f"({count_endings(listing.others)}) - the supported endings are {', '.join(sorted(SUFFIXES))}"
+            f"{folder}: {_files(medical)} of medical formats {_are(medical)} left out ({count_endings(medical)}) - "
+            f"{MEDICAL_WAY_OUT}"
+        )
+    if others := [path for path in listing.others if not is_medical(path)]:
+        lines.append(
+            f"{folder}: {_files(others)} with other endings {_are(others)} left out ({count_endings(others)}) - "
+            f"the supported endings are {', '.join(sorted(SUFFIXES))}"
         )
     lines += [f"{link}: a link to a folder that contains it is left out - remove the link" for link in listing.loops]
     return lines
@@ -154,7 +161,8 @@ def count_endings(paths: list[Path]) -> str:
         >>> count_endings([Path("a.heic"), Path("b.HEIC"), Path("notes")])
         '.heic: 2, without ending: 1'
     """
-    return _listed(Counter(path.suffix.lower() or "without ending" for path in paths))
+    endings = (".nii.gz" if path.name.lower().endswith(".nii.gz") else path.suffix.lower() for path in paths)
+    return _listed(Counter(ending or "without ending" for ending in endings))
 
 
 def _hidden_part(path: Path) -> str:

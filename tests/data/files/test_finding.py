@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from segdeconv.data.files.finding import describe_skipped, find_files
-from segdeconv.data.files.reading import SUFFIXES
+from segdeconv.data.files.reading import SUFFIXES, read_image
 from segdeconv.errors import UsageError
 
 
@@ -79,6 +79,28 @@ def test_other_endings_are_counted_but_not_files_of_the_system(tmp_path: Path) -
         f"{tmp_path}: 4 files with other endings are left out (.heic: 2, .txt: 1, without ending: 1) - the supported "
         "endings are .apng, .bmp,"
     )
+
+
+def test_medical_formats_are_named_with_a_way_out(tmp_path: Path) -> None:
+    found = find_files(create(tmp_path, "x.png", "a.dcm", "b.NII.GZ", "c.nii.gz", "d.nii", "e.gz"))
+    medical, other = describe_skipped(found, tmp_path)
+    assert medical.startswith(
+        f"{tmp_path}: 4 files of medical formats are left out (.nii.gz: 2, .dcm: 1, .nii: 1) - DICOM and NIfTI are not "
+        "supported; convert slices to 16-bit PNG or TIFF and set dataset.channels=1, or use MONAI"
+    )
+    assert other.startswith(f"{tmp_path}: 1 file with other endings is left out (.gz: 1) - the supported endings")
+
+
+@pytest.mark.parametrize("channels", [None, 1])
+@pytest.mark.parametrize(
+    ("name", "content"), [("a.dcm", bytes(128) + b"DICM"), ("a", bytes(128) + b"DICM"), ("a.nii.gz", b"\x1f\x8b\x08")]
+)
+def test_a_medical_image_that_is_given_gets_the_same_line(
+    name: str, content: bytes, channels: int | None, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UsageError, match=r"is a medical image - DICOM and NIfTI are not supported; convert"):
+        read_image(tmp_path / name, channels=channels)
 
 
 def test_a_message_names_a_limited_number_of_endings(tmp_path: Path) -> None:
