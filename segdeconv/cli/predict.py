@@ -153,6 +153,8 @@ def run(description: str) -> None:
         progress_log.require_names(images)
         for each in own_files:
             each.record()
+        if submission:
+            submission.path.unlink(missing_ok=True)  # that of an earlier run, whose masks may have been others
         for message in missing:
             report(f"skipped: {message}")
         batch = BatchPrediction(segmenter, outputs, progress_log, report)
@@ -169,7 +171,9 @@ def run(description: str) -> None:
             tables = write_tables(progress_log, outputs)
             names = " and ".join(path.name for path in tables)
             print(f"{summary(images, progress_log)} in {arguments.out}, with {names}")
-            if submission and not batch.failed and not missing:
+            if submission and (batch.failed or missing):
+                print(f"no archive for {submission.submission.title}, since masks are missing")
+            elif submission:
                 entries = [
                     (path, outputs.path(name, ".png"), progress_log.entries[name]) for name, path in images.items()
                 ]

@@ -86,7 +86,7 @@ def find_images(
     names = FileNames("", "use two --out folders")
     absent: list[str] = []
     found = [entry for argument in arguments for entry in _resolve(argument, out, absent)]
-    for path, name in _named_apart(found):
+    for path, name in _named_apart(found, endings[0]):
         for ending in endings:
             names.add(f"{out / name}{ending}", path)
         images[name] = path
@@ -100,11 +100,12 @@ def find_images(
     return images
 
 
-def _named_apart(found: Sequence[tuple[Path, str]]) -> list[tuple[Path, str]]:
+def _named_apart(found: Sequence[tuple[Path, str]], ending: str) -> list[tuple[Path, str]]:
     """Give the outputs of images that differ only in the suffix, such as a.png and a.jpg, their names with suffix.
 
     Args:
         found: Path and name without suffix of each image.
+        ending: File name ending of an output, for the warning.
 
     Returns:
         Path and name of each image. Images that differ in nothing else, such as x/a.png and y/a.png, keep one name.
@@ -118,7 +119,7 @@ def _named_apart(found: Sequence[tuple[Path, str]]) -> list[tuple[Path, str]]:
         second = next(path for path, other in alike if _folded(other) == _folded(name) and path.suffix != first.suffix)
         warn(
             f"{len({path for path, _ in alike})} files differ only in the suffix, such as {first} and {second} - it is "
-            f"kept in the names of their outputs: {with_suffix(name, first)}.png"
+            f"kept in the names of their outputs: {with_suffix(name, first)}{ending}"
         )
     return [(path, with_suffix(name, path) if len(suffixes[_folded(name)]) > 1 else name) for path, name in found]
 

@@ -7,6 +7,8 @@ import pytest
 from PIL import Image
 
 from segdeconv.classes import Classes
+from segdeconv.data.datasets import ade20k, camvid, cityscapes, sunrgbd, voc
+from segdeconv.data.files.reading import read_labels
 from segdeconv.drawing import draw
 from segdeconv.errors import UsageError
 
@@ -283,3 +285,22 @@ def test_confusion_picture_is_square_and_darker_for_larger_shares():
     assert shade(0, 0) < shade(1, 1) < 3 * 255  # 90 % correct is darker than 50 %
     assert shade(1, 0) < shade(0, 1) < 3 * 255
     assert shade(2, 2) == 3 * 255  # a class that never occurs stays white
+
+
+@pytest.mark.parametrize(
+    ("classes", "labels"),
+    [
+        (cityscapes.IDS, {0: 7, 13: 26, 18: 33}),
+        (cityscapes.TRAIN_IDS, {0: 0, 13: 13, 18: 18}),
+        (ade20k.CLASSES, {0: 1, 149: 150}),
+        (voc.CLASSES, {0: 0, 20: 20}),
+        (camvid.CLASSES, {0: 0, 10: 10}),
+        (sunrgbd.CLASSES, {0: 1, 36: 37}),
+    ],
+)
+def test_predictions_have_the_labels_of_each_data_set_on_request(classes, labels, tmp_path):
+    indices = np.arange(len(classes), dtype=np.uint8)[None]
+    draw.save_mask(indices, classes, tmp_path / "mask.png", labels="dataset")
+    stored = read_labels(tmp_path / "mask.png")
+    assert {index: int(stored[0, index]) for index in labels} == labels
+    assert np.array_equal(classes.from_mask(stored), indices)
