@@ -30,9 +30,12 @@ if TYPE_CHECKING:
     from segdeconv.inference.progress_log import ProgressLog
     from segdeconv.inference.segmenter import Segmenter
 
+POLYGON_FORMATS = ("coco", "geojson", "gpkg")
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 # Arguments that do not affect the outputs; all others are part of the provenance of a folder of predictions.
-NOT_RECORDED = {"checkpoint", "paths", "out", "overwrite", "memory", "tile", "verify_tiling", "trust", "submission"}
+NOT_RECORDED = {
+    "checkpoint", "paths", "out", "overwrite", "memory", "tile", "verify_tiling", "trust", "submission", "parquet",
+}  # fmt: skip
 
 
 def parse(description: str) -> argparse.Namespace:
@@ -51,7 +54,13 @@ def parse(description: str) -> argparse.Namespace:
     add("--probabilities", action="store_true", help="DIR/<name>.npy: (classes, H, W) float16")
     add("--uncertainty", action="store_true", help="DIR/<name>_uncertainty.png: entropy, or variance with --samples")
     add("--class-masks", action="store_true", help="DIR/<name>_<class>.png: 255 where the class is")
-    add("--polygons", action="store_true", help="DIR/regions.json: regions as polygons, in COCO's format")
+    text = "DIR/regions.json: regions as polygons (COCO), and those of georeferenced images as GeoJSON"
+    add("--polygons", action="store_const", const="auto", default=False, help=text)
+    text = "coco (regions.json), geojson and gpkg (DIR/<name>_regions.geojson, .gpkg: map coordinates)"
+    add("--polygon-format", dest="polygons", metavar="F,F", help=text)
+    text = "polygons of the background class too (see docs/predict.md), which are left out"
+    add("--keep-background", action="store_true", help=text)
+    add("--parquet", action="store_true", help="DIR/statistics.parquet beside statistics.csv")
     add_labels_option(group, "DIR/<name>.png")
     text = "DIR/SERVER.zip or .tgz for cityscapes, ade20k, voc, kitti or mapillary, checked against the server's rules"
     add("--submission", metavar="SERVER", help=text)
@@ -77,6 +86,9 @@ def run(description: str) -> None:
     window = display_window(arguments.window)
     if arguments.submission and arguments.labels != "index":
         raise UsageError("--submission writes the labels of the server by itself - leave out --labels")
+    if arguments.keep_background and not arguments.polygons:
+        raise UsageError("--keep-background has no effect without --polygons - add it")
+    formats = polygon_formats(arguments.polygons)
     settings = prediction_settings(
         arguments,
         crf_keys,
@@ -87,6 +99,7 @@ def run(description: str) -> None:
 
     from tqdm import tqdm
 
+    from segdeconv.data.files.geo import warn_without_rasterio
     from segdeconv.drawing import draw
     from segdeconv.inference.batch import BatchPrediction
     from segdeconv.inference.inputs import find_images, is_video
@@ -94,10 +107,16 @@ def run(description: str) -> None:
     from segdeconv.inference.progress_log import ProgressLog, has_progress_log
     from segdeconv.inference.segmenter import Segmenter
     from segdeconv.inference.submission import SubmissionWriter
-    from segdeconv.inference.tables import write_tables
+    from segdeconv.inference.tables import require_pyarrow, write_tables
+    from segdeconv.inference.vectors import require_pyogrio
     from segdeconv.inference.video_writer import WITHOUT_FFMPEG, find_ffmpeg
     from segdeconv.system.output import reader_ended
     from segdeconv.system.own_files import OwnFiles
+
+    if "gpkg" in formats:
+        require_pyogrio()
+    if arguments.parquet:
+        require_pyarrow()
 
     def report(message: str) -> None:
         tqdm.write(message, file=sys.stdout)
@@ -112,7 +131,9 @@ def run(description: str) -> None:
         probabilities=arguments.probabilities,
         uncertainty=arguments.uncertainty or arguments.samples > 0,
         class_masks=arguments.class_masks,
-        polygons=arguments.polygons,
+        polygons=formats,
+        keep_background=arguments.keep_background,
+        parquet=arguments.parquet,
         frames=arguments.frames,
         labels=arguments.labels,
     )
@@ -131,6 +152,7 @@ def run(description: str) -> None:
         warn(WITHOUT_FFMPEG)
     own_files = []
     if not arguments.verify_tiling:
+        warn_without_rasterio(images.values())
         files, frame_folders = outputs.planned(images)
         files += [submission.path] if submission else []
         resumed = has_progress_log(arguments.out)
@@ -158,7 +180,7 @@ def run(description: str) -> None:
         for message in missing:
             report(f"skipped: {message}")
         batch = BatchPrediction(segmenter, outputs, progress_log, report)
-        done = sum(progress_log.has(name, path) for name, path in images.items())
+        done = sum(batch.is_done(name, path) for name, path in images.items())
         if done:
             print(f"{done} of {len(images)} {'is' if done == 1 else 'are'} already done and skipped")
         with tqdm(total=len(images), initial=done, unit="image", disable=None) as bar:
@@ -168,6 +190,12 @@ def run(description: str) -> None:
                     break
         if not reader_ended():
             segmenter.resized.warn()
+            if batch.without_crs:
+                warn(
+                    f"{len(batch.without_crs)} of {len(images)} images have no coordinate reference system that can be "
+                    f"read, such as {batch.without_crs[0]}: their polygons are in pixels - add it, for example with "
+                    "gdal_edit.py -a_srs EPSG:25832"
+                )
             tables = write_tables(progress_log, outputs)
             names = " and ".join(path.name for path in tables)
             print(f"{summary(images, progress_log)} in {arguments.out}, with {names}")
@@ -175,10 +203,14 @@ def run(description: str) -> None:
                 print(f"no archive for {submission.submission.title}, since masks are missing")
             elif submission:
                 entries = [
-                    (path, outputs.path(name, ".png"), progress_log.entries[name]) for name, path in images.items()
+                    (path, outputs.mask_path(name, path), progress_log.entries[name]) for name, path in images.items()
                 ]
                 submission.write({path: (mask, tuple(entry["size"])) for path, mask, entry in entries})
                 print(f"{len(images)} masks for {submission.submission.title} in {submission.path}")
+            background = checkpoint.classes.background
+            if formats and background is not None and not arguments.keep_background:
+                name = checkpoint.classes.names[background]
+                print(f"polygons leave out the background, class '{name}'; --keep-background adds it")
     stopped = "stopped because the reader of the output has ended" if reader_ended() else ""
     if failed := batch.failed + len(missing):
         total = len(images) + len(missing)
@@ -206,7 +238,7 @@ def summary(images: Mapping[str, Path], progress_log: ProgressLog) -> str:
 def provenance(arguments: argparse.Namespace, checkpoint: Checkpoint, second: Checkpoint | None) -> dict[str, Any]:
     """Return the checkpoint and settings that determine the outputs, as recorded in the progress log."""
     settings = {key: value for key, value in vars(arguments).items() if key not in NOT_RECORDED}
-    for name, default in (("labels", "index"), ("outlines", False), ("window", None)):
+    for name, default in (("labels", "index"), ("outlines", False), ("window", None), ("keep_background", False)):
         if settings[name] == default:
             del settings[name]  # not recorded by earlier versions, which had no other values
     if settings["min_area"] > 1:
@@ -235,6 +267,23 @@ def verify(segmenter: Segmenter, images: dict[str, Path], missing: list[str]) ->
         wrong += not comparison.same
     if wrong:
         raise UsageError(f"{wrong} of {len(images)} images have other predictions in tiles - give more --memory")
+
+
+def polygon_formats(text: str | bool) -> tuple[str, ...]:
+    """Parse a list of formats such as `geojson,gpkg`.
+
+    Returns:
+        The formats of `Outputs.polygons`; none for False.
+
+    Raises:
+        UsageError: A format is unknown.
+    """
+    formats = tuple(dict.fromkeys(text.split(","))) if isinstance(text, str) else ()
+    if unknown := [name for name in formats if name not in POLYGON_FORMATS] if text != "auto" else []:
+        raise UsageError(
+            f"--polygon-format={text}: '{unknown[0]}' is not a format - write some of {','.join(POLYGON_FORMATS)}"
+        )
+    return formats
 
 
 def tile_size(text: str) -> tuple[int, int] | None:

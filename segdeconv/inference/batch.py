@@ -22,7 +22,7 @@ from segdeconv.errors import UsageError
 from segdeconv.inference.inputs import is_video
 from segdeconv.inference.outputs import Outputs
 from segdeconv.inference.progress_log import ProgressLog
-from segdeconv.inference.segmenter import Prediction, Segmenter
+from segdeconv.inference.segmenter import OpenedImage, Prediction, Segmenter
 from segdeconv.inference.video import open_video
 from segdeconv.inference.video_writer import video_writer
 from segdeconv.system.interruption import raise_again
@@ -72,6 +72,7 @@ class BatchPrediction:
     Attributes:
         report: Called with a message about each file that is skipped or truncated.
         failed: Number of files skipped so far.
+        without_crs: The images whose polygons are map features, but in pixels, since they have no CRS.
         budget: Limit on the pixels of the images in memory.
     """
 
@@ -80,6 +81,7 @@ class BatchPrediction:
     progress_log: ProgressLog
     report: Callable[[str], None] = print
     failed: int = 0
+    without_crs: list[Path] = field(default_factory=list)
     budget: PixelBudget = field(default_factory=lambda: PixelBudget(MAX_PIXELS_IN_MEMORY))
 
     def run(self, images: Mapping[str, Path]) -> Iterator[str]:
@@ -91,7 +93,7 @@ class BatchPrediction:
         Yields:
             The name of each image once its prediction has been computed or skipped.
         """
-        waiting = iter([(name, path) for name, path in images.items() if not self.progress_log.has(name, path)])
+        waiting = iter([(name, path) for name, path in images.items() if not self.is_done(name, path)])
         reader, writers = ThreadPoolExecutor(1), ThreadPoolExecutor(WRITER_THREADS)
         reads: deque[tuple[str, Path, Future[Any]]] = deque()
         writes: deque[Future[None]] = deque()
@@ -110,10 +112,10 @@ class BatchPrediction:
                         future.result()
                         self._video(name, path)
                     else:
-                        image, orientation, pixels = future.result()
-                        prediction, files = self._predict(name, image, orientation)
+                        opened, pixels = future.result()
+                        prediction, files = self._predict(name, opened)
                         writes.append(writers.submit(self._write, name, path, prediction, files, pixels))
-                        del image, prediction
+                        del opened, prediction
                 except UsageError as error:
                     self.failed += 1
                     self.report(f"skipped: {error}")
@@ -130,39 +132,57 @@ class BatchPrediction:
             for pool in (reader, writers):
                 pool.shutdown(cancel_futures=True)
 
-    def _read(self, path: Path) -> tuple[np.ndarray, int, int] | None:
+    def is_done(self, name: str, path: Path) -> bool:
+        """Return whether the progress log has the outputs of an image.
+
+        A georeferenced image that was predicted without rasterio has another mask and is predicted again.
+        """
+        video = is_video(path)
+        return self.progress_log.has(name, path, includes=None if video else self.outputs.mask_path(name, path))
+
+    def _read(self, path: Path) -> tuple[OpenedImage, int] | None:
         if is_video(path):
             return None
         pixels = header_pixels(path)
         self.budget.acquire(pixels)
         try:
-            image, orientation = self.segmenter.open(path)
+            return self.segmenter.open(path, scratch=self.outputs.out), pixels
         except BaseException:
             self.budget.release(pixels)
             raise
-        return image, orientation, pixels
 
-    def _predict(self, name: str, image: np.ndarray, orientation: int) -> tuple[Prediction, list[Path]]:
+    def _predict(self, name: str, opened: OpenedImage) -> tuple[Prediction, list[Path]]:
         predict = partial(
             self.segmenter.predict,
-            image,
+            opened,
             name=name,
-            orientation=orientation,
             uncertainty=self.outputs.uncertainty,
-            confidence=self.outputs.polygons,
+            confidence=bool(self.outputs.polygons),
         )
         if not self.outputs.probabilities:
             return predict(), []
         self.progress_log.require_folder()
-        with self.outputs.sink(name, (image.shape[0], image.shape[1]), orientation) as sink:
+        with self.outputs.sink(name, opened) as (path, sink):
             prediction = predict(sink=sink)
-        return prediction, [self.outputs.path(name, ".npy")]
+        return prediction, [path]
 
     def _write(self, name: str, path: Path, prediction: Prediction, files: list[Path], pixels: int) -> None:
         self.progress_log.require_folder()
-        files = files + self.outputs.write(name, prediction, not self.segmenter.settings.samples)
+        files = files + self.outputs.write(name, path, prediction, not self.segmenter.settings.samples)
         size = list(turn_back(prediction.mask, prediction.orientation).shape)
-        self.progress_log.add(name, path, files, size=size, pixels=prediction.pixels())
+        reference = prediction.reference
+        self.progress_log.add(
+            name,
+            path,
+            files,
+            size=size,
+            pixels=prediction.pixels(),
+            file=path.as_posix(),
+            pixel_area=None if reference is None else reference.pixel_area,
+        )
+        located = reference is not None and reference.crs is not None
+        if not located and {"geojson", "gpkg"} & set(self.outputs.region_formats(reference is not None)):
+            self.without_crs.append(path)
         self.budget.release(pixels)
 
     def _video(self, name: str, path: Path) -> None:
@@ -194,4 +214,4 @@ class BatchPrediction:
         if message := video.describe_missing(count, seconds):
             self.report(message)
         pixels = {name: int(total) for name, total in zip(outputs.classes.names, totals, strict=True)}
-        self.progress_log.add(name, path, files, size=list(size), pixels=pixels, frames=count)
+        self.progress_log.add(name, path, files, size=list(size), pixels=pixels, frames=count, file=path.as_posix())

@@ -43,6 +43,8 @@ class _Entry(BaseModel):
     files: dict[str, Annotated[int, Field(ge=0)]]
     pixels: dict[str, Annotated[int, Field(ge=0)]]
     size: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=2, max_length=2)]
+    file: str | None = None  # the path as the user gave it; earlier versions did not record it
+    pixel_area: Annotated[float, Field(ge=0)] | None = None  # square metres
 
     @field_validator("files")
     @classmethod
@@ -107,11 +109,19 @@ class ProgressLog:
                 self.entries[entry["name"]] = entry
         return first, length
 
-    def has(self, name: str, source: Path) -> bool:
-        """Return True if all outputs of an image exist with their recorded sizes and the image has not changed."""
+    def has(self, name: str, source: Path, *, includes: Path | None = None) -> bool:
+        """Return True if all outputs of an image exist with their recorded sizes and the image has not changed.
+
+        Args:
+            name: Name of the outputs.
+            source: Path of the image.
+            includes: A file that must be one of the outputs.
+        """
         entry = self.entries.get(name)
         try:
             if entry is None or entry["source"] != stamp(source):
+                return False
+            if includes is not None and os.path.relpath(includes, self.out) not in entry["files"]:
                 return False
             return all((self.out / file).stat().st_size == size for file, size in entry["files"].items())
         except OSError:

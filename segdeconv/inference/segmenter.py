@@ -16,19 +16,24 @@ from segdeconv.checkpoints import checkpoint
 from segdeconv.checkpoints.checkpoint import Checkpoint
 from segdeconv.classes import Classes
 from segdeconv.data.files.decoding import header_pixels
-from segdeconv.data.files.reading import MAX_PIXELS, read_upright, turn_back
+from segdeconv.data.files.geo import Georeference, read_georeference
+from segdeconv.data.files.reading import MAX_PIXELS, read_upright, turn_back, turn_upright
 from segdeconv.data.pixels import as_image
 from segdeconv.data.resizing import ResizedImages
 from segdeconv.drawing import draw, notebook
 from segdeconv.errors import UsageError
+from segdeconv.inference import rasters
 from segdeconv.inference.network import Network
 from segdeconv.inference.predictors import PredictionSettings, build_predictor
 from segdeconv.inference.scorers import entropy_of, labels, labels_and_confidence
 from segdeconv.inference.small_regions import merge_small_regions
 from segdeconv.inference.tiling import Part
+from segdeconv.system.files import scratch_array
 from segdeconv.system.memory import keep_freed, release_memory
 
 LARGE_IMAGE = 1 << 24  # pixels; for larger images, freed memory is returned to the system at once
+MEMORY_MAPPED = 1 << 26  # pixels; the maps of larger rasters are kept in files
+GEOTIFF = (".tif", ".tiff")
 
 ImageLike = str | Path | Image.Image | np.ndarray | Tensor
 
@@ -37,17 +42,38 @@ Sink = Callable[[Part, np.ndarray], None]
 
 
 @dataclass(frozen=True)
+class OpenedImage:
+    """An image as read from its file.
+
+    Attributes:
+        image: (H, W, channels), upright.
+        orientation: EXIF orientation of the file, 1 to 8.
+        reference: Where it lies on the Earth, if it is georeferenced and rasterio is installed.
+        nodata: (H, W) bool, upright, True for pixels without data; None if there are none.
+        scratch: Folder of the files that hold the image, if it is larger than what is kept in memory.
+    """
+
+    image: np.ndarray
+    orientation: int
+    reference: Georeference | None = None
+    nodata: np.ndarray | None = None
+    scratch: Path | None = None
+
+
+@dataclass(frozen=True)
 class Prediction:
     """The prediction for one image; image and maps are upright.
 
     Attributes:
         image: (H, W, channels) as read.
-        mask: (H, W) uint8 class indices, after small regions were merged (`PredictionSettings.min_area`).
+        mask: (H, W) uint8 class indices, after small regions were merged (`PredictionSettings.min_area`);
+            `classes.ignore_index` where a georeferenced image has no data.
         uncertainty: (H, W) float16 if requested: with samples, the variance averaged over the classes; otherwise the
             entropy of the probabilities divided by its maximum, in 0..1.
         confidence: (H, W) float16 if requested: the probability of the most probable class.
         orientation: EXIF orientation of the image's file.
         repeat: Repeats the prediction and passes the probabilities to a sink.
+        reference: Where the image lies on the Earth, if it is georeferenced and rasterio is installed.
     """
 
     image: np.ndarray
@@ -57,6 +83,7 @@ class Prediction:
     confidence: np.ndarray | None
     orientation: int
     repeat: Callable[[Sink], None]
+    reference: Georeference | None = None
 
     def __repr__(self) -> str:
         total, counts = self.mask.size, sorted(self.pixels().items(), key=lambda item: -item[1])
@@ -97,13 +124,17 @@ class Prediction:
         return draw.overlay_with_legend(image, self.mask, self.classes, outlines=outlines)
 
     def save(self, path: str | Path, *, labels: draw.Labels = "index") -> None:
-        """Write the mask as a PNG, in the orientation of the image's file.
+        """Write the mask as a PNG, or as a GeoTIFF, in the orientation of the image's file.
 
         Args:
-            path: The file.
+            path: The file; that of a georeferenced image is a GeoTIFF if it ends in .tif or .tiff.
             labels: See `draw.save_mask`.
         """
-        draw.save_mask(turn_back(self.mask, self.orientation), self.classes, Path(path), labels=labels)
+        mask = turn_back(self.mask, self.orientation)
+        if self.reference is not None and Path(path).suffix.lower() in GEOTIFF:
+            rasters.save_mask(mask, self.classes, Path(path), self.reference, labels=labels)
+        else:
+            draw.save_mask(mask, self.classes, Path(path), labels=labels)
 
 
 class Segmenter:
@@ -153,25 +184,43 @@ class Segmenter:
             f"Segmenter({str(self.checkpoint.path)!r}: {network}, {len(self.classes)} classes, {self.network.device})"
         )
 
-    def open(self, path: Path) -> tuple[np.ndarray, int]:
+    def open(self, path: Path, *, scratch: Path | None = None) -> OpenedImage:
         """Read an image file.
 
+        Args:
+            path: The image file.
+            scratch: Folder for the pixels of a raster too large for the memory, which rasterio reads part by part.
+
         Returns:
-            The upright image with the channels that the network expects, and its EXIF orientation in the file.
+            The upright image with the channels that the network expects.
 
         Raises:
             UsageError: The image cannot be read, or is of another kind than the network expects.
         """
-        if header_pixels(path) >= LARGE_IMAGE:
+        pixels = header_pixels(path)
+        if pixels >= LARGE_IMAGE:
             release_memory()
         channels = self.preprocessing.channels if self.preprocessing.as_stored else None
-        image, orientation = read_upright(path, channels=channels, max_pixels=self.max_pixels)
-        return self.preprocessing.checked(image, path), orientation
+        image, orientation, used = None, 1, None
+        if scratch is not None and not 0 < pixels < MEMORY_MAPPED:  # 0: a kind of TIFF that Pillow cannot open
+            image, used = rasters.read_large(path, channels, MEMORY_MAPPED, self.max_pixels, scratch), scratch
+        if image is None:
+            image, orientation = read_upright(path, channels=channels, max_pixels=self.max_pixels)
+            used = None
+        self.preprocessing.checked(image, path)
+        reference = read_georeference(path)
+        nodata = None
+        if reference is not None:
+            stored = image.shape[:2] if orientation < 5 else image.shape[1::-1]
+            nodata = rasters.find_nodata(path, (stored[0], stored[1]), all_bands=channels is not None, scratch=used)
+        if nodata is not None:
+            nodata = turn_upright(nodata, orientation)
+        return OpenedImage(image, orientation, reference, nodata, used)
 
     @overload
     def predict(
         self,
-        image: ImageLike,
+        image: ImageLike | OpenedImage,
         *,
         name: str = ...,
         orientation: int = ...,
@@ -194,7 +243,7 @@ class Segmenter:
 
     def predict(
         self,
-        image: ImageLike | list[Any] | tuple[Any, ...],
+        image: ImageLike | OpenedImage | list[Any] | tuple[Any, ...],
         *,
         name: str = "the image",
         orientation: int = 1,
@@ -205,12 +254,13 @@ class Segmenter:
         """Predict the mask of one image, or of each image of a list.
 
         Args:
-            image: A file; a PIL image, whose EXIF orientation is ignored; an array, (H, W, 3), (H, W, 1) or (H, W); or
-                a tensor, which may also be (3, H, W) or (1, H, W): it is taken so if its first side is 3 or 1. Values
-                are uint8, or floats in 0..1; RGB, not normalised. A grey image is predicted as the RGB image with three
-                equal channels. A network that was trained on other channels or 16 bits takes those.
+            image: A file; what `open` returned; a PIL image, whose EXIF orientation is ignored; an array, (H, W, 3),
+                (H, W, 1) or (H, W); or a tensor, which may also be (3, H, W) or (1, H, W): it is taken so if its first
+                side is 3 or 1. Values are uint8, or floats in 0..1; RGB, not normalised. A grey image is predicted as
+                the RGB image with three equal channels. A network that was trained on other channels or 16 bits takes
+                those.
             name: Name of the image, for messages and for files that belong to it.
-            orientation: EXIF orientation of the file, 1 to 8, which `Prediction.save` restores.
+            orientation: EXIF orientation of the file of an array or tensor, 1 to 8, which `Prediction.save` restores.
             uncertainty: Compute the uncertainty of each pixel.
             confidence: Compute the confidence of each pixel.
             sink: Called with the probabilities part by part, so that they are never held in memory as a whole.
@@ -233,13 +283,16 @@ class Segmenter:
         if isinstance(image, str | Path):
             if "://" in str(image):
                 raise UsageError(f"{image} is a URL - download it first: urllib.request.urlretrieve(URL, 'image.jpg')")
-            image, name = Path(image), str(image)
-            array, orientation = self.open(image)
-        else:
+            image, name = self.open(Path(image)), str(image)
+        if not isinstance(image, OpenedImage):
             expected = self.preprocessing
-            array = as_image(
-                image, name, channels=expected.channels, bits=expected.bits, grey_as_rgb=not expected.as_stored
+            image = OpenedImage(
+                as_image(
+                    image, name, channels=expected.channels, bits=expected.bits, grey_as_rgb=not expected.as_stored
+                ),
+                orientation,
             )
+        array, nodata, scratch = image.image, image.nodata, image.scratch
         size = (array.shape[0], array.shape[1])
         self.preprocessing.checked(array, name)
         self.resized.add(name, size)
@@ -247,9 +300,10 @@ class Segmenter:
             keep_freed(self.network.device)
         else:
             release_memory()
-        mask = np.empty(size, dtype=np.uint8)
-        confidences = np.empty(size, dtype=np.float16) if confidence else None
-        uncertainties = np.empty(size, dtype=np.float16) if uncertainty or self.settings.samples else None
+        new_map = np.empty if scratch is None else partial(scratch_array, folder=scratch)
+        mask = new_map(size, dtype=np.uint8)
+        confidences = new_map(size, dtype=np.float16) if confidence else None
+        uncertainties = new_map(size, dtype=np.float16) if uncertainty or self.settings.samples else None
         with self._lock:
             for part, scores in self.predictor(array, name):
                 area = slice(*part[0]), slice(*part[1])
@@ -269,9 +323,15 @@ class Segmenter:
                     uncertainties[area] = entropy[0].cpu().numpy()
                 if sink is not None:
                     sink(part, probabilities[0].cpu().numpy())
+        if nodata is not None:
+            mask[nodata] = self.classes.ignore_index
         mask = merge_small_regions(mask, self.settings.min_area)
+        if nodata is not None:
+            mask[nodata] = self.classes.ignore_index  # small gaps in the data were merged too
         repeat = partial(self._predict_to_sink, array, name)
-        return Prediction(array, mask, self.classes, uncertainties, confidences, orientation, repeat)
+        return Prediction(
+            array, mask, self.classes, uncertainties, confidences, image.orientation, repeat, image.reference
+        )
 
     def _predict_to_sink(self, image: np.ndarray, name: str, sink: Sink) -> None:
         self.predict(image, name=name, sink=sink)

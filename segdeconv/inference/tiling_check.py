@@ -42,7 +42,7 @@ def compare_tiling(segmenter: Segmenter, path: Path) -> Comparison:
     If the settings give no tile smaller than the image, a tile of twice the overlap plus one stride is used. The
     probabilities of both predictions are held in memory as a whole.
     """
-    image, _ = segmenter.open(path)
+    image = segmenter.open(path).image
     network, settings = segmenter.network, segmenter.settings
     tiler = TiledPredictor(network, segmenter.preprocessing, memory=settings.memory, tile=settings.tile).tiler
     size = segmenter.preprocessing.size or (image.shape[0], image.shape[1])

@@ -76,7 +76,7 @@ class ImagePredictor:
             path = Path(folder) / "image"
             path.write_bytes(content)
             try:
-                image, _ = self.segmenter.open(path)
+                image = self.segmenter.open(path).image
             except UsageError as error:
                 raise UsageError(str(error).replace(str(path), "this file")) from None
         started = time.monotonic()

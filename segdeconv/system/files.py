@@ -1,8 +1,11 @@
 """Atomic file writes, folder locks and hashes of files."""
 
+from __future__ import annotations
+
 import errno
 import functools
 import hashlib
+import math
 import os
 import platform
 import re
@@ -11,11 +14,15 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, TYPE_CHECKING, BinaryIO
 
 from filelock import FileLock, Timeout
 
 from segdeconv.errors import DiskError, UsageError, warn
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 PARTIAL = ".tmp-"  # prefix of the names of files that are being written
 PARTIAL_NAME = re.compile(rf"{re.escape(PARTIAL)}(\d+)-[0-9a-f]{{8}}-.")  # process id, random number, end of the name
@@ -122,18 +129,39 @@ def allocate(path: Path, size: int) -> None:
         OSError: The disk is full, for example.
     """
     with path.open("wb") as file:
-        if hasattr(os, "posix_fallocate"):
-            try:
-                os.posix_fallocate(file.fileno(), 0, size)
-                return
-            except OSError as error:
-                if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
-                    raise
-        zeros = bytes(min(size, 1 << 20))
-        for start in range(0, size, len(zeros) or 1):
-            file.write(zeros[: size - start])
-        file.flush()
-        os.fsync(file.fileno())
+        _allocate(file, size)
+
+
+def _allocate(file: IO[bytes], size: int) -> None:
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+    zeros = bytes(min(size, 1 << 20))
+    for start in range(0, size, len(zeros) or 1):
+        file.write(zeros[: size - start])
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def scratch_array(shape: tuple[int, ...], dtype: npt.DTypeLike, folder: Path) -> np.ndarray:
+    """Create an array of zeros in a temporary file of a folder, for data that may exceed the memory.
+
+    The file has no name (on Windows it is deleted when the process ends), so that nothing is left behind, however the
+    process ends.
+
+    Raises:
+        OSError: The disk is full, for example.
+    """
+    import numpy as np
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder, prefix=PARTIAL) as file:
+        _allocate(file, math.prod(shape) * np.dtype(dtype).itemsize)
+        return np.memmap(file, dtype, "r+", shape=shape)
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -1,12 +1,13 @@
 """Regions of a mask as polygons along pixel edges.
 
-A region is a 4-connected component of the pixels of one class. Its polygon runs clockwise around the outermost pixels,
-through their corners, so that its area equals the number of pixels. Each hole is connected to the outer boundary by a
-line that is followed in both directions and so encloses no area: one polygon describes the whole region in COCO's
-format, https://cocodataset.org/#format-data, which has no holes.
+A region is a 4-connected component of the pixels of one class. Its outer ring runs clockwise around the outermost
+pixels, through their corners, and the rings of its holes run counterclockwise, so that the area between them equals the
+number of pixels. No ring touches itself, as the simple features of GIS require. In COCO's format,
+https://cocodataset.org/#format-data, which has no holes, one polygon describes the whole region: each hole is connected
+to the outer boundary by a line that is followed in both directions and so encloses no area.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,36 +28,54 @@ class Region:
     Attributes:
         area: Number of pixels.
         box: (x, y, width, height) in pixels.
-        polygon: (n, 2) int, x and y of pixel corners.
+        loops: Boundaries, the outermost first: (n, 2) int, x and y of pixel corners. They touch themselves where two
+            pixels of the region touch only at a corner.
         score: Mean confidence of its pixels; 1.0 without a confidence map.
     """
 
     class_index: int
     area: int
     box: tuple[int, int, int, int]
-    polygon: np.ndarray
+    loops: list[np.ndarray]
     score: float
 
-    def annotation(self, identity: int, image: int) -> dict[str, Any]:
+    @property
+    def polygon(self) -> np.ndarray:
+        """(n, 2) int, one polygon that visits each hole from the first corner of the outermost loop."""
+        return _joined(self.loops)
+
+    @property
+    def rings(self) -> list[np.ndarray]:
+        """(n, 2) int each, the outer ring and those of the holes, none of which touches itself."""
+        rings = [ring for loop in self.loops for ring in _split(loop)]
+        outer = next(index for index, ring in enumerate(rings) if signed_area(ring) > 0)
+        return [rings[outer], *rings[:outer], *rings[outer + 1 :]]
+
+    def annotation(self, identity: int, image: int, pixel_area: float | None = None) -> dict[str, Any]:
         """Return the region as a COCO annotation; its category id is the class index plus one, since 0 means none.
 
         Args:
             identity: Id of the annotation.
             image: Id of the image.
+            pixel_area: Area of a pixel in square metres, if known, for the area in `area_m2`.
         """
+        metres = {} if pixel_area is None else {"area_m2": float(f"{self.area * pixel_area:.9g}")}
         return {
             "id": identity,
             "image_id": image,
             "category_id": self.class_index + 1,
             "segmentation": [self.polygon.ravel().tolist()],
             "area": self.area,
+            **metres,
             "bbox": list(self.box),
             "iscrowd": 0,
             "score": round(self.score, 4),
         }
 
 
-def regions(mask: np.ndarray, *, confidence: np.ndarray | None = None) -> Iterator[Region]:
+def regions(
+    mask: np.ndarray, *, confidence: np.ndarray | None = None, without: Collection[int] = ()
+) -> Iterator[Region]:
     """Find the regions of a mask, ordered by class index, then from top to bottom.
 
     Memory is 4 bytes for each pixel, and more for each pixel on a boundary.
@@ -64,8 +83,9 @@ def regions(mask: np.ndarray, *, confidence: np.ndarray | None = None) -> Iterat
     Args:
         mask: (H, W) uint8 class indices.
         confidence: (H, W), the confidence of each pixel.
+        without: Values of the mask that are left out, such as the background.
     """
-    for index in (value for value, count in enumerate(pixel_counts(mask)) if count):
+    for index in (value for value, count in enumerate(pixel_counts(mask)) if count and value not in without):
         count, numbered, stats, _ = cv2.connectedComponentsWithStats((mask == index).view(np.uint8), connectivity=4)
         sums = np.zeros(count)
         if confidence is not None:
@@ -76,7 +96,7 @@ def regions(mask: np.ndarray, *, confidence: np.ndarray | None = None) -> Iterat
         for number in range(1, count):  # component 0 holds the pixels of all other classes
             x, y, width, height, area = (int(value) for value in stats[number])
             score = sums[number] / area if confidence is not None else 1.0
-            yield Region(index, area, (x, y, width, height), _joined(loops[number]), float(score))
+            yield Region(index, area, (x, y, width, height), loops[number], float(score))
 
 
 def _loops(numbered: np.ndarray, count: int) -> dict[int, list[np.ndarray]]:
@@ -135,3 +155,26 @@ def _joined(loops: list[np.ndarray]) -> np.ndarray:
     for hole in loops[1:]:
         pieces += [loops[0][:1], hole, hole[:1]]
     return np.concatenate([*pieces, loops[0][:1]]) if len(loops) > 1 else loops[0]
+
+
+def _split(loop: np.ndarray) -> list[np.ndarray]:
+    """Split a loop at the corners that it visits twice into rings, each of which visits every corner once."""
+    rings: list[np.ndarray] = []
+    corners: list[tuple[int, int]] = []
+    place: dict[tuple[int, int], int] = {}
+    for x, y in loop.tolist():
+        if (first := place.get((x, y))) is not None:
+            rings.append(np.array(corners[first:]))
+            for corner in corners[first + 1 :]:
+                del place[corner]
+            del corners[first + 1 :]
+            continue
+        place[x, y] = len(corners)
+        corners.append((x, y))
+    return [*rings, np.array(corners)]
+
+
+def signed_area(ring: np.ndarray) -> float:
+    """Return the area of a ring of (n, 2) points; positive if it is clockwise where y points down."""
+    x, y = (ring - ring[0]).T
+    return float(x @ np.roll(y, -1) - y @ np.roll(x, -1)) / 2

@@ -20,6 +20,15 @@ SYSTEM_FOLDERS = frozenset(
 )  # fmt: skip
 SYSTEM_FILES = frozenset({"desktop.ini", "ehthumbs.db", "thumbs.db"})
 ENDINGS = tuple(SUFFIXES)
+# Files of GIS that belong to the image of the same name: world files and its CRS, which `geo` reads, and statistics,
+# overviews and masks of GDAL.
+COMPANIONS = frozenset(
+    {
+        ".bpw", ".bmpw", ".gfw", ".gifw", ".jgw", ".jpgw", ".jpegw", ".jpw", ".pgw", ".pngw", ".prj", ".tfw", ".tifw",
+        ".tiffw", ".wld",
+    }
+)  # fmt: skip
+GDAL_COMPANIONS = (".aux.xml", ".msk", ".ovr")  # after the whole name of the image
 MAX_KINDS = 8  # of folders or endings that one message names
 
 
@@ -29,7 +38,7 @@ class Listing(NamedTuple):
     Attributes:
         files: Files with the ending of a supported format.
         hidden: Such files that are passed over because they are hidden or in a hidden or system folder.
-        others: Visible files with another ending, which are passed over.
+        others: Visible files with another ending, which are passed over, without world files and the like.
         loops: Links to a folder that contains them, which are not followed.
     """
 
@@ -78,7 +87,16 @@ def find_files(folder: Path) -> Listing:
             stack.append((inner, _entries(inner)))
             if not stack[-1][1] and not inner.hidden and inner.path.lower().endswith(ENDINGS):
                 listing.files.append(Path(inner.path))  # reading it says that it is a folder
-    return listing
+    names = {str(path) for path in listing.files}
+    stems = {os.path.splitext(name)[0] for name in names}
+    return listing._replace(others=[path for path in listing.others if not _is_companion(str(path), names, stems)])
+
+
+def _is_companion(path: str, names: set[str], stems: set[str]) -> bool:
+    stem, ending = os.path.splitext(path)
+    if ending.lower() in COMPANIONS and stem in stems:
+        return True
+    return any(path.lower().endswith(part) and path[: -len(part)] in names for part in GDAL_COMPANIONS)
 
 
 def _entries(folder: _Folder) -> list[os.DirEntry[str]]:
