@@ -44,10 +44,12 @@ def review(
     if not any(inspection.problems for inspection in inspections):  # otherwise pixels are missing for another reason
         for split, inspection in zip(splits, inspections, strict=True):
             findings += _ignored(split, inspection)
+            findings += _nodata(split, inspection)
         findings += _classes(splits[0], inspections)
     findings += _images(splits, inspections)
     if size is not None and splits[0].whole is splits[0]:  # crops of objects are meant to be resized
         findings += _scale(splits, inspections, (size[0], size[1]))
+    findings += _bands(splits, inspections)
     findings += _copies(splits, inspections)
     return sorted(findings, key=lambda finding: not finding.refused)
 
@@ -179,6 +181,56 @@ def _ignored(dataset: SegmentationDataset, inspection: Inspection) -> list[Findi
             )
         )
     return findings
+
+
+def _nodata(dataset: SegmentationDataset, inspection: Inspection) -> list[Finding]:
+    """Return findings about the nodata values of GeoTIFFs."""
+    classes, findings = dataset.stored_classes, []
+    pixels = {entry.value: entry.pixels for entry in inspection.values}
+    for value, masks in inspection.mask_nodata:
+        if not pixels.get(value):
+            continue
+        start = f"{inspection.split}: label {value} ({pixels[value]} pixels) is the nodata value of {masks} masks"
+        if meaning(classes, value) != IGNORED:
+            findings.append(
+                Finding(
+                    f"{start} and class '{meaning(classes, value)}', as which it is learned - if it marks pixels "
+                    f"without data, write 'ignore: {value}' in classes.yaml in place of the class"
+                )
+            )
+        elif not dataset.unwrapped.inferred_classes:
+            findings.append(Finding(f"{start} and is ignored - if it is a class, name it in classes.yaml"))
+    count, images = inspection.nodata
+    if count:
+        findings.append(
+            Finding(
+                f"{inspection.split}: {count} pixels of {images} images have the nodata value of their file and are "
+                "ignored - if they have data, remove it (gdal_edit.py -unsetnodata)"
+            )
+        )
+    return findings
+
+
+def _bands(splits: Sequence[SegmentationDataset], inspections: Sequence[Inspection]) -> list[Finding]:
+    """Return a finding about images whose channels have other names than those of most."""
+    entries = [
+        (tuple(names), count, split.whole.names[first])
+        for split, inspection in zip(splits, inspections, strict=True)
+        for names, count, first in inspection.bands
+    ]
+    if not entries:
+        return []
+    most = max(entries, key=lambda entry: entry[1])[0]
+    others = [entry for entry in entries if entry[0] != most]
+    if not others:
+        return []
+    return [
+        Finding(
+            f"the bands of {sum(count for _, count, _ in others)} images are not called {', '.join(most)}, such as "
+            f"those of {others[0][2]}: {', '.join(others[0][0])}; bands are matched by their place - give all images "
+            "the same bands in the same order"
+        )
+    ]
 
 
 def _images(splits: Sequence[SegmentationDataset], inspections: Sequence[Inspection]) -> list[Finding]:

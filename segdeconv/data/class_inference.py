@@ -63,6 +63,7 @@ class Survey:
         palette: For each label of palette masks, the packed colours that palettes give it, each with one mask.
         plain: A mask of one channel without palette.
         extremes: The smallest and largest number of the integer types of the masks.
+        nodata: The nodata values of the masks.
     """
 
     labels: dict[int, Occurrence] = field(default_factory=dict)
@@ -71,6 +72,7 @@ class Survey:
     palette: dict[int, dict[int, Path]] = field(default_factory=dict)
     plain: Path | None = None
     extremes: set[int] = field(default_factory=set)
+    nodata: set[int] = field(default_factory=set)
 
     @property
     def pixels(self) -> int:
@@ -112,6 +114,7 @@ def _survey(masks: Sequence[Path]) -> Survey:
         if content.kind == "grey":  # whether these are labels is known at the end
             greys.append((path, content.values))
             continue
+        stored.nodata |= content.nodata
         target = stored.colours if content.kind == "colours" else stored.labels
         _add(target, path, content.values)
         if content.kind == "palette":
@@ -153,6 +156,7 @@ class _Content:
     values: dict[int, tuple[int, int]]
     palette: dict[int, int] = field(default_factory=dict)
     extremes: set[int] = field(default_factory=set)
+    nodata: set[int] = field(default_factory=set)
 
 
 def _content(path: Path) -> _Content:
@@ -169,12 +173,14 @@ def _read_content(path: Path) -> _Content:
         if is_grey(values):
             return _Content("grey", _counts(values[:, :, 0]))
         return _Content("colours", _counts(values))
+    nodata = set() if stored.nodata is None else {stored.nodata}
     if stored.palette is not None:
         packed = pack_colours(stored.palette)
         counts = _counts(values)
-        return _Content("palette", counts, {label: int(packed[label]) for label in counts})
+        return _Content("palette", counts, {label: int(packed[label]) for label in counts}, nodata=nodata)
     limits = np.iinfo(values.dtype) if values.dtype.kind in "iu" else np.iinfo(np.uint8)
-    return _Content("labels", _counts(values), extremes={int(limits.min), int(limits.max)} - {0, 255})
+    extremes = {int(limits.min), int(limits.max)} - {0, 255}
+    return _Content("labels", _counts(values), extremes=extremes, nodata=nodata)
 
 
 def _counts(values: np.ndarray) -> dict[int, tuple[int, int]]:
@@ -223,7 +229,7 @@ def _coloured(survey: Survey) -> bool:
 
 
 def _classes_of_labels(survey: Survey) -> tuple[Classes, tuple[str, ...]]:
-    labels = sorted(survey.labels)
+    labels, missing, lines = _without_nodata(survey)
     beyond = [label for label in labels if label > IGNORE]
     for label in labels:
         # One label beyond 8 bits among smaller ones is a mark, several are large numbers of classes.
@@ -232,13 +238,12 @@ def _classes_of_labels(survey: Survey) -> tuple[Classes, tuple[str, ...]]:
                 f"mask {survey.labels[label].example} has label {label} ({survey.labels[label]}), which is probably no "
                 f"class but marks pixels without data - write a classes.yaml with the classes and 'ignore: {label}'"
             )
-    _refuse_interpolated(survey.labels, "label")
-    lines = []
+    _refuse_interpolated({label: survey.labels[label] for label in labels}, "label")
     if survey.grey:
         lines.append(f"{survey.grey}: masks stored as RGB have three equal channels, which are read as labels")
     if labels == [0, IGNORE]:
         names, colours = BINARY, ((0, 0, 0), (255, 255, 255))
-        return Classes(names, colours, labels=(0, IGNORE), by_colour=False), tuple(lines)
+        return Classes(names, colours, labels=(0, IGNORE), ignored_labels=missing, by_colour=False), tuple(lines)
     if _are_levels(labels):
         lines.append(
             f"masks: the labels {', '.join(map(str, labels))} are read as {len(labels)} classes, levels of grey - if "
@@ -262,7 +267,27 @@ def _classes_of_labels(survey: Survey) -> tuple[Classes, tuple[str, ...]]:
     shown = default_colours(class_names, labels)
     if len(packed) == len(labels):  # the palette tells all labels apart
         shown = tuple(_unpack(next(iter(survey.palette[label]))) for label in labels)
-    return Classes(class_names, shown, labels=tuple(labels), by_colour=False), tuple(lines)
+    ignored = (IGNORE, *missing) if missing else ()
+    return Classes(class_names, shown, labels=tuple(labels), ignored_labels=ignored, by_colour=False), tuple(lines)
+
+
+def _without_nodata(survey: Survey) -> tuple[list[int], tuple[int, ...], list[str]]:
+    """Return the labels without the nodata values of the masks, these values, and a line about them.
+
+    A nodata value is a class if fewer than two labels would remain, as in masks of 0 and 1 with nodata 0.
+    """
+    labels = sorted(survey.labels)
+    missing = tuple(label for label in labels if label in survey.nodata)
+    if not missing:
+        return labels, (), []
+    entry = survey.labels[missing[0]]
+    subject = f"masks: label {missing[0]} ({entry}, {entry.pixels / survey.pixels:.2%} of all), their nodata value,"
+    others = [label for label in labels if label not in missing]
+    if len(others) < 2:
+        line = f"{subject} is read as a class, since only label {others[0] if others else missing[0]} would remain"
+        return labels, (), [f"{line} - if it marks pixels without data, write a classes.yaml with 'ignore: "
+                            f"{missing[0]}'"]  # fmt: skip
+    return others, missing, [f"{subject} is ignored - if it is a class, name it in classes.yaml"]
 
 
 def _are_levels(labels: Sequence[int]) -> bool:

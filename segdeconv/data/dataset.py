@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from segdeconv.classes import Classes
+from segdeconv.data.files.geo import band_names, nodata_pixels
 from segdeconv.data.files.reading import (
     MAX_PIXELS,
     Exif,
@@ -92,6 +93,7 @@ class SegmentationDataset(ABC):
         as_stored: True if images are read exactly as stored, in prediction too; otherwise every image is read as 8-bit
             RGB.
         notes: Facts about the split that the user should see, one line each.
+        band_names: Names of the channels, if the files of images read as stored name them.
         warnings: Facts that may not be meant, one line each: files that are left out, assumptions about classes.
         inventory: Kinds of files and their number.
         own_classes: True if the classes are those of a user, who may have mistaken a label: training is refused if a
@@ -108,6 +110,7 @@ class SegmentationDataset(ABC):
     channels: int = 3
     as_stored: bool = False
     notes: tuple[str, ...] = ()
+    band_names: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     inventory: tuple[tuple[str, int], ...] = ()
     own_classes: bool = False
@@ -189,7 +192,7 @@ class DatasetView(SegmentationDataset):
     def __init__(self, dataset: SegmentationDataset) -> None:
         self.dataset, self.split, self.split_names = dataset, dataset.split, dataset.split_names
         self.names, self.classes, self.notes = dataset.names, dataset.classes, dataset.notes
-        self.channels, self.as_stored = dataset.channels, dataset.as_stored
+        self.channels, self.as_stored, self.band_names = dataset.channels, dataset.as_stored, dataset.band_names
         self.overlap_hint, self.own_classes = dataset.overlap_hint, dataset.own_classes
         self.warnings, self.inventory = dataset.warnings, dataset.inventory
 
@@ -245,6 +248,7 @@ class FileDataset(SegmentationDataset):
         self.split, self.classes, self.pairs = split, classes, pairs
         self.names = [pair.name for pair in pairs]
         self.channels, self.as_stored = channels or 3, channels is not None
+        self.band_names = band_names(pairs[0].image, channels) if channels is not None and pairs else ()
         self.exif: Exif = exif
         self.max_pixels = max_pixels
 
@@ -258,6 +262,8 @@ class FileDataset(SegmentationDataset):
                 f"{self.describe_mask(index)} is {mask.shape[0]}x{mask.shape[1]} and its image {pair.image} "
                 f"{image.shape[0]}x{image.shape[1]} (HxW) - give a mask with one label per pixel of its image"
             )
+        if (missing := nodata_pixels(pair.image, image)) is not None:
+            mask[missing] = self.classes.ignore_index
         return Sample(image, mask, pair.name)
 
     def describe_mask(self, index: int) -> str:

@@ -18,12 +18,13 @@ from tqdm import tqdm
 
 from segdeconv.classes import Classes, count_values, hex_colour, is_grey, pack_colours
 from segdeconv.data.dataset import FileDataset, SegmentationDataset
+from segdeconv.data.files.geo import band_names, describe_shift, nodata_pixels
 from segdeconv.data.files.reading import StoredMask, stored_format
 from segdeconv.errors import UsageError, command
 from segdeconv.system.files import cache_root, hash_text, replace_text
 from segdeconv.system.plain_data import Limits, read_json
 
-VERSION = 5  # of the fields of an inspection; a new number invalidates cached ones
+VERSION = 6  # of the fields of an inspection; a new number invalidates cached ones
 CACHE_LIMITS = Limits(size=1 << 28, nodes=10_000_000)
 MAX_SHOWN = 20
 NUM_LARGEST = 3  # images listed for each class
@@ -71,6 +72,9 @@ class Inspection:
         empty: Indices of images in which every pixel is ignored.
         digests: A hash of the pixels of every image, by which identical images are recognised; "" for unusable files.
         first_of_size: The index of the first image of each size of `sizes`.
+        bands: The names of the channels that files give, with the number of images and the index of the first.
+        nodata: Number of pixels with the nodata value of the image file, and of images with such pixels.
+        mask_nodata: The nodata values of mask files, with the number of masks.
     """
 
     split: str
@@ -90,6 +94,9 @@ class Inspection:
     empty: list[int] = field(default_factory=list)
     digests: list[str] = field(default_factory=list)
     first_of_size: list[int] = field(default_factory=list)
+    bands: list[tuple[list[str], int, int]] = field(default_factory=list)
+    nodata: tuple[int, int] = (0, 0)
+    mask_nodata: list[tuple[int, int]] = field(default_factory=list)
 
 
 def inspect(dataset: SegmentationDataset, *, use_cache: bool = True) -> Inspection:
@@ -161,6 +168,9 @@ class _ImageCounts(NamedTuple):
         digest: Hash of the pixels.
         format: (bits, channels, alpha) as stored; None without files, or if images are read as they are stored.
         values: Pixels by label or colour of the mask file.
+        bands: Names of the channels.
+        nodata: Number of pixels with the nodata value of the image file.
+        mask_nodata: The nodata value of the mask file.
     """
 
     counts: np.ndarray
@@ -171,6 +181,9 @@ class _ImageCounts(NamedTuple):
     digest: str
     format: tuple[int, int, bool] | None
     values: dict[int | str, int]
+    bands: tuple[str, ...] = ()
+    nodata: int = 0
+    mask_nodata: int | None = None
 
 
 def _is_sample(value: Any) -> bool:
@@ -205,11 +218,29 @@ def _inspect(dataset: SegmentationDataset) -> Inspection:
         counts = np.bincount(mask.ravel(), minlength=256)
         counts = np.append(counts[:num_classes], counts[ignored])
         size = mask.shape[0], mask.shape[1]
-        file_format, values = _stored(dataset, index)
+        files = dataset.unwrapped
+        pair = files.pairs[index] if isinstance(files, FileDataset) else None
+        if pair is not None and (shift := describe_shift(pair.image, pair.mask)):
+            return (
+                f"mask {pair.mask} {shift} {pair.image} - resample it to the pixels of the image, or remove the "
+                "georeference that is wrong (gdal_edit.py -unsetgt -unsetsrs)"
+            )
+        file_format, values, mask_nodata = _stored(dataset, index)
         digest = hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=8).hexdigest()
         sums = _moments(image) * mask.size
+        missing = None if pair is None else nodata_pixels(pair.image, image)
         return _ImageCounts(
-            counts, size, 8 * image.dtype.itemsize, sums, int(np.ptp(image)), digest, file_format, values
+            counts,
+            size,
+            8 * image.dtype.itemsize,
+            sums,
+            int(np.ptp(image)),
+            digest,
+            file_format,
+            values,
+            band_names(pair.image, dataset.channels) if pair is not None and dataset.as_stored else (),
+            0 if missing is None else int(missing.sum()),
+            mask_nodata,
         )
 
     pixels = np.zeros(num_classes + 1, dtype=np.int64)
@@ -222,6 +253,9 @@ def _inspect(dataset: SegmentationDataset) -> Inspection:
     formats: Counter[tuple[int, int, bool]] = Counter()
     stored_values: dict[int | str, list[int]] = {}  # pixels, images, most pixels, index of the image with the most
     flat, empty, digests = [], [], []
+    bands: dict[tuple[str, ...], list[int]] = {}  # images, index of the first
+    mask_nodata: Counter[int] = Counter()
+    nodata: list[int] = []
     largest: list[list[tuple[int, int]]] = [[] for _ in range(num_classes)]  # (pixels, -index)
     results = map_with_progress(len(dataset), count_image, f"inspecting {dataset.split}")
     for index, (name, result) in enumerate(zip(dataset.names, results, strict=True)):
@@ -242,6 +276,12 @@ def _inspect(dataset: SegmentationDataset) -> Inspection:
                 entry[2:] = count, index
         if result.format is not None:
             formats[result.format] += 1
+        if result.bands:
+            bands.setdefault(result.bands, [0, index])[0] += 1
+        if result.nodata:
+            nodata.append(result.nodata)
+        if result.mask_nodata is not None:
+            mask_nodata[result.mask_nodata] += 1
         if result.contrast < (MIN_CONTRAST if result.bits == 8 else 1):
             flat.append(index)
         if not counts[:-1].any():
@@ -276,22 +316,28 @@ def _inspect(dataset: SegmentationDataset) -> Inspection:
         empty,
         digests,
         [first_of_size[size] for size, _ in sizes.most_common()],
+        sorted(((list(names), count, first) for names, (count, first) in bands.items()), key=lambda entry: -entry[1]),
+        (sum(nodata), len(nodata)),
+        mask_nodata.most_common(),
     )
 
 
-def _stored(dataset: SegmentationDataset, index: int) -> tuple[tuple[int, int, bool] | None, dict[int | str, int]]:
-    """Return the format of an image file, and the pixels of each label or colour in its mask file."""
+def _stored(
+    dataset: SegmentationDataset, index: int
+) -> tuple[tuple[int, int, bool] | None, dict[int | str, int], int | None]:
+    """Return the format of an image file, and the pixels of each label or colour in its mask file and its nodata."""
     files = dataset.unwrapped
     if not isinstance(files, FileDataset):
-        return None, {}
-    values, coloured = stored_values(files.stored_mask(index), files.classes)
+        return None, {}, None
+    mask = files.stored_mask(index)
+    values, coloured = stored_values(mask, files.classes)
     present, counts = count_values(values)
     names = [f"#{packed:06x}" for packed in present.tolist()] if coloured else present.tolist()
     counted: dict[int | str, int] = dict(zip(names, counts.tolist(), strict=True))
     if files.as_stored:
-        return None, counted
+        return None, counted, mask.nodata
     stored = stored_format(files.pairs[index].image)
-    return (stored.bits, stored.channels, stored.alpha), counted
+    return (stored.bits, stored.channels, stored.alpha), counted, mask.nodata
 
 
 def stored_values(mask: StoredMask, classes: Classes) -> tuple[np.ndarray, bool]:
@@ -374,7 +420,8 @@ def class_table(inspection: Inspection, classes: Classes, weights: list[float] |
         f"  {'class':<{width}} label  colour       images  {'pixels':>12}   share" + ("  weight" if weights else ""),
     ]
     if len(inspection.mean) != 3 or inspection.bits != 8:
-        lines.insert(1, f"  {len(inspection.mean)} channel(s) of {inspection.bits} bit")
+        names = f" ({', '.join(inspection.bands[0][0][:MAX_SHOWN])})" if inspection.bands else ""
+        lines.insert(1, f"  {len(inspection.mean)} channel(s) of {inspection.bits} bit{names}")
         for statistic, values in (("mean", inspection.mean), ("std", inspection.std)):
             numbers = ", ".join(f"{value:g}" for value in values[:MAX_SHOWN])
             lines[1] += f", {statistic} {numbers}" + (", ..." if len(values) > MAX_SHOWN else "")

@@ -1,6 +1,7 @@
 """Figures of images and masks, as arrays and as PNG files."""
 
 import colorsys
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -16,6 +17,7 @@ from segdeconv.system.files import replacing
 
 RIGHT, WRONG = (70, 160, 90), (220, 50, 47)
 MIN_LEGEND_WIDTH = 256  # pixels; narrower images are enlarged so that their legend is legible
+MAX_SAMPLE = 1 << 24  # pixels whose percentiles are computed
 BAND = 1024  # rows of a large figure that are drawn at once
 GAP = 4  # pixels between the tiles of a grid
 
@@ -122,9 +124,10 @@ def save_overlay(image: np.ndarray, mask: np.ndarray, classes: Classes, path: Pa
         outlines: As in `overlay`.
     """
     height, width = mask.shape
-    if height <= BAND or width < MIN_LEGEND_WIDTH or image.dtype != np.uint8:
+    if height <= BAND or width < MIN_LEGEND_WIDTH:
         save_image(overlay_with_legend(image, mask, classes, outlines=outlines), path)
         return
+    limits = None if image.dtype == np.uint8 else stretch_limits(image)
     thickness = outline_thickness(mask.shape)
     present = [index for index, count in enumerate(pixel_counts(mask)[: len(classes)]) if count]
     strip = legend(classes, present, width)
@@ -133,7 +136,8 @@ def save_overlay(image: np.ndarray, mask: np.ndarray, classes: Classes, path: Pa
         for top in range(0, height, BAND):
             above = max(0, top - thickness)  # the outlines of a row depend on the rows around it
             rows = slice(above, top + BAND + thickness)
-            drawn = overlay(image[rows], mask[rows], classes, outlines=outlines, thickness=thickness)
+            shown = to_rgb(image[rows], limits)
+            drawn = overlay(shown, mask[rows], classes, outlines=outlines, thickness=thickness)
             png.write(drawn[top - above :][:BAND])
         png.write(strip)
         png.close()
@@ -180,17 +184,31 @@ def require_window(window: Window, bits: int) -> None:
         )
 
 
-def to_rgb(image: np.ndarray) -> np.ndarray:
+Limits = tuple[np.ndarray, np.ndarray]  # (3,) each: what becomes black, and what becomes white
+
+
+def to_rgb(image: np.ndarray, limits: Limits | None = None) -> np.ndarray:
     """Convert an (H, W, C) uint8 or uint16 image to (H, W, 3) uint8 for display.
 
     One channel becomes grey, two become red and cyan; of more than three, the first three are used. The values of a
-    16-bit image are stretched between the 1st and the 99th percentile of each channel.
+    16-bit image are stretched between `limits`; by default its `stretch_limits`.
     """
-    image = image[:, :, [0, 0, 0] if image.shape[2] == 1 else [0, 1, 1] if image.shape[2] == 2 else [0, 1, 2]]
     if image.dtype == np.uint8:
-        return image
-    low, high = np.percentile(image, (1, 99), axis=(0, 1))
+        return image[:, :, _shown(image)]
+    low, high = limits or stretch_limits(image)
+    image = image[:, :, _shown(image)]
     return ((image - low) / np.maximum(high - low, 1) * 255).clip(0, 255).astype(np.uint8)
+
+
+def stretch_limits(image: np.ndarray) -> Limits:
+    """Return the 1st and the 99th percentile of each shown channel; of a large image, those of a regular sample."""
+    step = max(1, math.isqrt(image.shape[0] * image.shape[1] // MAX_SAMPLE))
+    low, high = np.percentile(image[::step, ::step, _shown(image)], (1, 99), axis=(0, 1))
+    return low, high
+
+
+def _shown(image: np.ndarray) -> list[int]:
+    return [0, 0, 0] if image.shape[2] == 1 else [0, 1, 1] if image.shape[2] == 2 else [0, 1, 2]
 
 
 def colourise(mask: np.ndarray, classes: Classes) -> np.ndarray:

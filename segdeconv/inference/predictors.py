@@ -12,6 +12,7 @@ from torch import Tensor
 
 from segdeconv.checkpoints.checkpoint import Checkpoint
 from segdeconv.classes import match_classes
+from segdeconv.data.files.geo import BLOCK
 from segdeconv.data.preprocessing import Preprocessing
 from segdeconv.data.proposals import source
 from segdeconv.drawing import draw
@@ -257,7 +258,10 @@ class TiledPredictor:
         return max(1, round(scale * base[0])), max(1, round(scale * base[1]))
 
     def _step(self, views: Sequence[ImageView], size: Size) -> Size:
-        """Return the size of the parts of the result: no larger than the views' tiles, and within the memory limit."""
+        """Return the size of the parts of the result: no larger than the views' tiles, and within the memory limit.
+
+        They are aligned to the tiles of a GeoTIFF, each of which is then compressed and written once.
+        """
         height, width = size
         for view in views:
             step = self.tiler.step(view.size)
@@ -266,7 +270,11 @@ class TiledPredictor:
                 width = min(width, max(1, step[1] * size[1] // view.size[1]))
         if height == size[0] and width == size[1]:
             height = max(1, min(height, self.memory // (BYTES_PER_SCORE * self.network.source.num_classes * width)))
-        return height, width
+        return _aligned(height, size[0]), _aligned(width, size[1])
+
+
+def _aligned(step: int, length: int) -> int:
+    return step // BLOCK * BLOCK if BLOCK < step < length else step
 
 
 def _crop(scores: Tensor, part: Part) -> Tensor:

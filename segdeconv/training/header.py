@@ -53,7 +53,8 @@ def header(
     )
     rows = {
         "data": f"{data.train.kind}: {len(data.train)} train, {len(data.val)} val images, {input_size}"
-        + (f", crops of {crop[0]}x{crop[1]}" if crop else ""),
+        + (f", crops of {crop[0]}x{crop[1]}" if crop else "")
+        + (f", bands {', '.join(data.train.band_names)}" if data.train.band_names else ""),
         "classes": f"{len(task.classes)}: {', '.join(task.classes.names)}",
         "network": f"{network}, {parameters:,} parameters" + (f", {frozen:,} of them frozen" if frozen else ""),
         "optimizer": f"{optimizer}, learning rate {config['optimizer']['lr']:g}, "

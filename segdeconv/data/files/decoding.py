@@ -99,7 +99,8 @@ def require_size(path: Path, width: int, height: int, max_pixels: int) -> None:
         raise damaged(path, f"a size of {width}x{height} pixels")
     if width * height > max_pixels:
         raise UsageError(
-            f"{path} has {width}x{height} pixels, more than {max_pixels} - shrink it or raise dataset.max_pixels"
+            f"{path} has {width}x{height} pixels, more than {max_pixels} - shrink it or raise dataset.max_pixels "
+            f"to {width * height}"
         )
 
 

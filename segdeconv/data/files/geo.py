@@ -62,6 +62,7 @@ class Tags(NamedTuple):
         nodata: The value of pixels without data; None if the file states none.
         bands: The name of each band that has one, by its index.
         orientation: EXIF orientation, 1..8.
+        bits: Bits of each channel of a TIFF.
     """
 
     transform: Transform | None = None
@@ -69,6 +70,7 @@ class Tags(NamedTuple):
     nodata: float | None = None
     bands: Mapping[int, str] = MappingProxyType({})
     orientation: int = 1
+    bits: int = 8
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,7 @@ def _tiff_tags(path: Path) -> Tags:
             values = {
                 code: page.tags.valueof(code) for code in (SCALE, TIEPOINT, MATRIX, METADATA, NODATA, ORIENTATION)
             }
-            keys = page.geotiff_tags or {}
+            bits, keys = int(page.bitspersample), page.geotiff_tags or {}
             codes = [int(keys.get(key, 0)) for key in ("ProjectedCSTypeGeoKey", "GeographicTypeGeoKey")]
             transform = _tag_transform(values, int(keys.get("GTRasterTypeGeoKey", 1)) == PIXEL_IS_POINT)
     except Exception:  # tifffile raises many types for a damaged file, and reading the pixels says what is wrong
@@ -167,6 +169,7 @@ def _tiff_tags(path: Path) -> Tags:
             for index, name in BAND_NAME.findall(str(values[METADATA] or "")[:MAX_METADATA])
         },
         valid_orientation(values[ORIENTATION]),
+        bits,
     )
 
 
@@ -220,10 +223,16 @@ def _text_beside(path: Path, endings: Sequence[str]) -> str | None:
     return None
 
 
-def shift(image: Path, mask: Path) -> str | None:
+def band_names(path: Path, channels: int) -> tuple[str, ...]:
+    """Return the names of the channels of an image; none if its file names none of them."""
+    names = read_tags(path).bands
+    return tuple(names.get(index, f"band {index + 1}") for index in range(channels)) if names else ()
+
+
+def describe_shift(image: Path, mask: Path) -> str | None:
     """Return how the georeferences of an image and its mask differ; None if they agree or one has none.
 
-    Both have the same number of pixels, of which the corners of the first and of the second are compared.
+    Both have the same number of rows and columns.
     """
     ours, theirs = read_tags(image), read_tags(mask)
     if ours.transform is None or theirs.transform is None or ours.transform == theirs.transform:
@@ -245,21 +254,21 @@ def shift(image: Path, mask: Path) -> str | None:
 
 
 def nodata_pixels(path: Path, image: np.ndarray) -> np.ndarray | None:
-    """Return the pixels of an image that have its nodata value in every channel, without rasterio.
+    """Return the pixels of an image that have its nodata value in every channel.
 
     Args:
         path: The file.
-        image: (H, W, C) its pixels as stored.
+        image: (H, W, C), as read.
 
     Returns:
-        (H, W) bool; None if the file states no nodata value or no pixel has it.
+        (H, W) bool; None if there are none, the file states no nodata value, or its numbers were converted.
     """
-    nodata = read_tags(path).nodata
-    if nodata is None or nodata != int(nodata if math.isfinite(nodata) else -1):
+    tags = read_tags(path)
+    if tags.nodata is None or tags.bits != 8 * image.dtype.itemsize or not tags.nodata.is_integer():
         return None
-    if not 0 <= nodata <= np.iinfo(image.dtype).max:
+    if not 0 <= tags.nodata <= np.iinfo(image.dtype).max:
         return None
-    pixels = (image == image.dtype.type(nodata)).all(axis=2)
+    pixels = (image == image.dtype.type(tags.nodata)).all(axis=2)
     return pixels if pixels.any() else None
 
 

@@ -26,6 +26,7 @@ from segdeconv.data.files.decoding import (
     read_array,
     tiff_header,
 )
+from segdeconv.data.files.geo import read_tags
 from segdeconv.errors import UsageError
 
 SUFFIXES = frozenset(
@@ -35,6 +36,7 @@ SUFFIXES = frozenset(
     }
 )  # fmt: skip
 BAND = 1024  # rows of a large image that are converted at once
+NODATA = -9999  # label of pixels without data whose value is no integer
 MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs
 
 PNG_CHANNELS = {b"\0": 1, b"\2": 3, b"\3": 1, b"\4": 2, b"\6": 4}  # by the colour type of the header
@@ -185,11 +187,13 @@ class StoredMask(NamedTuple):
         values: (H, W) integers of any type, or (H, W, 3) uint8 colours.
         palette: (256, 3) uint8, the colours of the indices in `values`, or None if the file has no palette.
         alpha: (H, W) uint8, the alpha channel, or None if the file has none or it is 255 everywhere.
+        nodata: The label of pixels without data, as a GeoTIFF states it, or None.
     """
 
     values: np.ndarray
     palette: np.ndarray | None
     alpha: np.ndarray | None
+    nodata: int | None = None
 
 
 def require_opaque(path: Path, mask: StoredMask) -> None:
@@ -222,7 +226,8 @@ def read_stored_mask(path: Path, *, max_pixels: int = MAX_PIXELS) -> StoredMask:
     """Read a mask file as it is stored.
 
     Palette images return their indices: `convert("L")` would turn VOC's {0, 1, 15, 255} into {0, 38, 147, 220}.
-    Floats are read if all are integers, since gdal_rasterize, QGIS and NumPy write labels as floats by default.
+    Floats are read if all are integers, since gdal_rasterize, QGIS and NumPy write labels as floats by default. A
+    nodata value that is no integer, such as NaN, becomes the label -9999.
 
     Raises:
         UsageError: The file cannot be read, or cannot hold labels; the message names the file.
@@ -250,7 +255,9 @@ def _read_stored_mask(path: Path, max_pixels: int) -> StoredMask:
             f"mask {path} has {values.shape[2]} channels - save masks as one channel of labels or as RGB colours"
         )
     if values.shape[2] == 1:
-        return StoredMask(_integers(path, values[:, :, 0]), colours, _translucent(transparency))
+        nodata = read_tags(path).nodata if start[:4] in TIFF else None
+        labels, label = _with_integer_nodata(values[:, :, 0], nodata)
+        return StoredMask(_integers(path, labels), colours, _translucent(transparency), label)
     return StoredMask(_eight_bits(path, values), colours, _translucent(transparency))
 
 
@@ -292,6 +299,18 @@ def _integers(path: Path, values: np.ndarray) -> np.ndarray:
             "integer labels"
         )
     return labels
+
+
+def _with_integer_nodata(values: np.ndarray, nodata: float | None) -> tuple[np.ndarray, int | None]:
+    """Return labels, and the label of pixels without data, which is NODATA if `nodata` cannot be a label."""
+    if nodata is None or values.dtype.kind == "b":
+        return values, None
+    if nodata.is_integer() and abs(nodata) < 1 << 53:
+        return values, int(nodata)
+    if values.dtype.kind != "f":
+        return values, None
+    missing = np.isnan(values) if np.isnan(nodata) else values == values.dtype.type(nodata)
+    return np.where(missing, values.dtype.type(NODATA), values), NODATA
 
 
 def _eight_bits(path: Path, colours: np.ndarray) -> np.ndarray:
@@ -358,17 +377,37 @@ def stored_format(path: Path) -> StoredFormat:
 def read_mask(path: Path, classes: Classes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Read a mask file of labels or RGB colours as (H, W) uint8 class indices or ignore_index.
 
+    Pixels of the file's nodata value are ignored, unless it is the label of a class.
+
     Raises:
         UsageError: The file cannot be read, or has a label or colour that is not in `classes`.
     """
     stored = read_stored_mask(path, max_pixels=max_pixels)
     require_opaque(path, stored)
+    values, missing = stored.values, None
+    if stored.nodata is not None and not is_class(stored, classes):
+        missing = values == stored.nodata
+        known = values[~missing]
+        if not known.size:
+            return np.full(values.shape, classes.ignore_index, dtype=np.uint8)
+        values = np.where(missing, known[0], values)
     try:
-        return classes.from_mask(stored.values, stored.palette)
+        mask = classes.from_mask(values, stored.palette)
     except UsageError as error:
         raise UsageError(
             f"mask {path} {error} - correct the mask, or add the class (in classes.yaml, for your own images)"
         ) from None
+    if missing is not None:
+        mask[missing] = classes.ignore_index
+    return mask
+
+
+def is_class(mask: StoredMask, classes: Classes) -> bool:
+    """Return whether the nodata value of a mask file is the label of a class, or has the colour of one."""
+    if classes.by_colour and mask.palette is not None:
+        in_palette = mask.nodata is not None and 0 <= mask.nodata < len(mask.palette)
+        return in_palette and tuple(mask.palette[mask.nodata].tolist()) in classes.colours
+    return mask.nodata in classes.labels and not classes.by_colour
 
 
 def read_list(path: Path) -> list[tuple[int, str]]:
