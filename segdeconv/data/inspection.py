@@ -222,8 +222,8 @@ def _inspect(dataset: SegmentationDataset) -> Inspection:
         pair = files.pairs[index] if isinstance(files, FileDataset) else None
         if pair is not None and (shift := describe_shift(pair.image, pair.mask)):
             return (
-                f"mask {pair.mask} {shift} {pair.image} - resample it to the pixels of the image, or remove the "
-                "georeference that is wrong (gdal_edit.py -unsetgt -unsetsrs)"
+                f"{shift} - resample the mask to the pixels of the image, or remove the georeference that is wrong "
+                "(gdal_edit.py -unsetgt)"
             )
         file_format, values, mask_nodata = _stored(dataset, index)
         digest = hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=8).hexdigest()

@@ -30,7 +30,7 @@ import segdeconv
 from segdeconv.checkpoints import checkpoint
 from segdeconv.classes import Classes, voc_colours
 from segdeconv.cli import predict
-from segdeconv.data.annotations.polygons import regions
+from segdeconv.data.annotations.polygons import regions, signed_area
 from segdeconv.drawing import draw
 from segdeconv.drawing.png import Png
 from segdeconv.errors import UsageError
@@ -968,6 +968,23 @@ def test_polygons_cover_the_pixels_of_their_regions_with_holes_and_corners():
             cv2.connectedComponents((mask == index).astype(np.uint8), connectivity=4)[0] - 1 for index in range(3)
         )
         assert count == expected
+
+
+def test_rings_are_simple_and_enclose_the_pixels_of_their_region():
+    random = np.random.default_rng(1)
+    for _ in range(40):
+        mask = random.integers(0, 2, random.integers(1, 16, 2), dtype=np.uint8)
+        for region in regions(mask, without=[0]):
+            outer, *holes = region.rings
+            inside = rasterised(outer, mask.shape)
+            assert all(len({tuple(corner) for corner in ring}) == len(ring) for ring in region.rings)
+            for hole in holes:
+                assert not (rasterised(hole, mask.shape) & ~inside).any()
+                inside ^= rasterised(hole, mask.shape)
+            assert inside.sum() == region.area
+            assert (mask[inside] == 1).all()
+            areas = [signed_area(ring) for ring in region.rings]
+            assert (sum(areas), sum(area > 0 for area in areas), areas[0] > 0) == (region.area, 1, True)
 
 
 def test_a_ring_is_one_polygon_whose_area_opencv_confirms():

@@ -46,6 +46,8 @@ MAX_TEXT = 1 << 16  # bytes of a world file or a .prj
 PIXEL_IS_POINT = 2
 USER_DEFINED = 32767
 BAND_NAME = re.compile(r'<Item name="DESCRIPTION" sample="(\d{1,5})"[^>]*>([^<]{0,200})</Item>')
+# GDAL reads and writes no files besides the one that is opened, and holds few of its tiles.
+SETTINGS = {"GDAL_PAM_ENABLED": False, "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR", "GDAL_CACHEMAX": 256}  # MB
 UNALIKE = 0.5  # pixels by which an image and its mask may be apart
 
 # Map x = a * column + b * row + c, map y = d * column + e * row + f, of the corner of a pixel.
@@ -238,18 +240,17 @@ def describe_shift(image: Path, mask: Path) -> str | None:
     if ours.transform is None or theirs.transform is None or ours.transform == theirs.transform:
         return None
     if ours.crs and theirs.crs and ours.crs != theirs.crs:
-        return f"is in EPSG:{theirs.crs} and its image in EPSG:{ours.crs}"
+        return f"mask {mask} is in EPSG:{theirs.crs} and its image {image} in EPSG:{ours.crs}"
     a, b, c, d, e, f = ours.transform
     determinant = a * e - b * d
     x, y = theirs.transform[2] - c, theirs.transform[5] - f
     columns, rows = (e * x - b * y) / determinant, (a * y - d * x) / determinant
     if math.hypot(columns, rows) > UNALIKE:
-        return f"is shifted by {columns:.4g} columns and {rows:.4g} rows against its image"
+        return f"mask {mask} is shifted by {columns:.4g} columns and {rows:.4g} rows against its image {image}"
     sides = [(math.hypot(t[0], t[3]), math.hypot(t[1], t[4])) for t in (ours.transform, theirs.transform)]
     if any(abs(one / other - 1) > 1e-3 for one, other in zip(*sides, strict=True)):
-        return f"has pixels of {sides[1][0]:.6g} x {sides[1][1]:.6g} and its image of {sides[0][0]:.6g} x " + (
-            f"{sides[0][1]:.6g}"
-        )
+        pixels = [f"{across:.6g} x {down:.6g}" for across, down in sides]
+        return f"mask {mask} has pixels of {pixels[1]} map units and its image {image} of {pixels[0]}"
     return None
 
 
@@ -501,10 +502,10 @@ def write_category_names(path: Path, names: Sequence[str]) -> None:
 
 @contextmanager
 def _environment() -> Iterator[None]:
-    """Let GDAL read and write no files besides the one that is opened."""
+    """Apply SETTINGS to GDAL, whose messages are those of its exceptions."""
     import rasterio
 
-    with silenced("rasterio._env"), rasterio.Env(GDAL_PAM_ENABLED=False, GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR"):
+    with silenced("rasterio._env"), rasterio.Env(**SETTINGS):
         yield
 
 
