@@ -80,9 +80,9 @@ def read_large(path: Path, channels: int | None, limit: int, max_pixels: int, sc
     if layout is None or layout.size[0] * layout.size[1] < limit:
         return None
     if channels is None:
-        if layout.bands > 4:
+        if layout.bands > 4 or (layout.bands != 1 and not layout.rgb):
             return None
-        bands = 1 if layout.bands < 3 else 3
+        bands = 3 if layout.rgb else 1
         image = scratch_array((*layout.size, 3), np.uint8, scratch)
     else:
         if layout.bands != channels:

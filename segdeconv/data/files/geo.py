@@ -291,7 +291,7 @@ def read_georeference(path: Path) -> Georeference | None:
                 with rasterio.open(path, driver="GTiff") as file:
                     crs = file.crs
             if not crs and (text := _text_beside(path, ["prj", "PRJ"])):
-                crs = CRS.from_wkt(text, morph_from_esri_dialect="AUTHORITY" not in text)
+                crs = CRS.from_wkt(text)
             if not crs:
                 return Georeference(transform)
             a, b, _, d, e, _ = transform
@@ -300,7 +300,7 @@ def read_georeference(path: Path) -> Georeference | None:
                 unit = crs.linear_units_factor[1]
                 area = abs(a * e - b * d) * unit**2 if unit else None
             return Georeference(transform, crs.to_wkt(), crs.to_authority(), area)
-        except rasterio.errors.RasterioError:  # no georeference that GDAL understands
+        except (rasterio.errors.RasterioError, rasterio.errors.CRSError):  # no CRS that GDAL understands
             return Georeference(transform)
 
 
@@ -326,7 +326,7 @@ def read_nodata(path: Path, nodata: np.ndarray, *, all_bands: bool) -> bool:
         return found
     with _environment(), rasterio.open(path, driver="GTiff") as file:
         flags = {flag for band in file.mask_flag_enums for flag in band}
-        if MaskFlags.all_valid in flags or nodata.shape != file.shape:
+        if flags == {MaskFlags.all_valid} or nodata.shape != file.shape:
             return found
         alpha = MaskFlags.alpha in flags
         if alpha and all_bands:
@@ -345,10 +345,18 @@ def read_nodata(path: Path, nodata: np.ndarray, *, all_bands: bool) -> bool:
 
 
 class RasterLayout(NamedTuple):
-    """The pixels of a GeoTIFF that is read part by part."""
+    """The pixels of a GeoTIFF that is read part by part.
+
+    Attributes:
+        size: (H, W).
+        bands: Number of bands.
+        rgb: Whether the first three bands are red, green and blue.
+        dtype: uint8 or uint16.
+    """
 
     size: tuple[int, int]
     bands: int
+    rgb: bool
     dtype: np.dtype[Any]
 
 
@@ -376,7 +384,8 @@ def layout_for_parts(path: Path, max_pixels: int) -> RasterLayout | None:
                 return None
             if len(set(file.dtypes)) > 1 or file.dtypes[0] not in ("uint8", "uint16"):
                 return None
-            return RasterLayout((file.height, file.width), file.count, np.dtype(file.dtypes[0]))
+            rgb = file.colorinterp[:3] == (ColorInterp.red, ColorInterp.green, ColorInterp.blue)
+            return RasterLayout((file.height, file.width), file.count, rgb, np.dtype(file.dtypes[0]))
     except rasterio.errors.RasterioError:
         return None
 
