@@ -190,11 +190,11 @@ def run(description: str) -> None:
                     break
         if not reader_ended():
             segmenter.resized.warn()
-            if batch.without_crs:
+            if count := len(batch.without_crs):
                 warn(
-                    f"{len(batch.without_crs)} of {len(images)} images have no coordinate reference system that can be "
-                    f"read, such as {batch.without_crs[0]}: their polygons are in pixels - add it, for example with "
-                    "gdal_edit.py -a_srs EPSG:25832"
+                    f"{count} of {len(images)} images {'has' if count == 1 else 'have'} no coordinate reference system "
+                    f"that can be read, such as {batch.without_crs[0]}: polygons are in pixels - if they are maps, add "
+                    "it, for example with gdal_edit.py -a_srs EPSG:25832"
                 )
             tables = write_tables(progress_log, outputs)
             names = " and ".join(path.name for path in tables)

@@ -62,7 +62,7 @@ class Inspection:
         images: Number of images in which a class occurs.
         sizes: (H, W, number of images) of each size, the most frequent first.
         bits: Bits of the channels of every image, 8 or 16.
-        mean: Mean of each channel over all pixels, in the units of the stored numbers.
+        mean: Mean of each channel over all pixels that have data, in the units of the stored numbers.
         std: Standard deviation of each channel, like `mean`.
         problems: An error message for each unusable file.
         largest: For each class, the indices of the images with the most pixels of it, the largest first.
@@ -227,8 +227,9 @@ def _inspect(dataset: SegmentationDataset) -> Inspection:
             )
         file_format, values, mask_nodata = _stored(dataset, index)
         digest = hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=8).hexdigest()
-        sums = _moments(image) * mask.size
         missing = None if pair is None else nodata_pixels(pair.image, image)
+        without_data = 0 if missing is None else int(missing.sum())
+        sums = _moments(image, missing) * (mask.size - without_data)
         return _ImageCounts(
             counts,
             size,
@@ -239,7 +240,7 @@ def _inspect(dataset: SegmentationDataset) -> Inspection:
             file_format,
             values,
             band_names(pair.image, dataset.channels) if pair is not None and dataset.as_stored else (),
-            0 if missing is None else int(missing.sum()),
+            without_data,
             mask_nodata,
         )
 
@@ -294,7 +295,8 @@ def _inspect(dataset: SegmentationDataset) -> Inspection:
     if len(names_by_bits) > 1:
         first_8, first_16 = names_by_bits[8][0], names_by_bits[16][0]
         problems.append(f"{first_8} has 8 bit and {first_16} 16 bit per channel - save all images with the same bits")
-    mean, square = sums / max(1, sum(height * width * count for (height, width), count in sizes.items()))
+    total = sum(height * width * count for (height, width), count in sizes.items()) - sum(nodata)
+    mean, square = sums / max(1, total)
     return Inspection(
         dataset.split,
         len(dataset),
@@ -354,10 +356,13 @@ def stored_values(mask: StoredMask, classes: Classes) -> tuple[np.ndarray, bool]
     return (values, False) if values.ndim == 2 else (pack_colours(values), True)
 
 
-def _moments(image: np.ndarray) -> np.ndarray:
-    """Return (2, C), the mean of each channel and of its squares."""
+def _moments(image: np.ndarray, missing: np.ndarray | None) -> np.ndarray:
+    """Return (2, C), the mean of each channel and of its squares, without the missing pixels, (H, W) bool."""
     groups = range(0, image.shape[2], 4)  # OpenCV processes at most four channels
-    parts = [np.hstack(cv2.meanStdDev(np.ascontiguousarray(image[:, :, first : first + 4]))) for first in groups]
+    used = None if missing is None else (~missing).view(np.uint8)
+    parts = [
+        np.hstack(cv2.meanStdDev(np.ascontiguousarray(image[:, :, first : first + 4]), mask=used)) for first in groups
+    ]
     mean, std = np.concatenate(parts).T
     return np.stack([mean, std**2 + mean**2])
 

@@ -39,7 +39,7 @@ from segdeconv.inference.inputs import find_images
 from segdeconv.inference.outputs import Outputs
 from segdeconv.inference.predictors import PredictionSettings
 from segdeconv.inference.progress_log import ProgressLog
-from segdeconv.inference.segmenter import Segmenter
+from segdeconv.inference.segmenter import Prediction, Segmenter
 from segdeconv.inference.small_regions import merge_small_regions
 from segdeconv.inference.tiling_check import compare_tiling
 from segdeconv.inference.video import open_video
@@ -999,6 +999,49 @@ def test_a_ring_is_one_polygon_whose_area_opencv_confirms():
     outline = np.zeros((90, 90), np.uint8)
     cv2.polylines(outline, [ring.polygon * 10], True, 1, thickness=3)
     assert not (differs & (outline == 0)).any()
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_polygons_leave_out_the_background_and_name_the_file(tmp_path, keep):
+    classes = Classes(("background", "thing"), voc_colours(2))
+    mask = np.zeros((9, 9), np.uint8)
+    mask[1:8, 1:8] = 1
+    mask[3:6, 3:6] = 0
+    mask[0, 0] = 255  # without data
+    prediction = Prediction(np.zeros((9, 9, 3), np.uint8), mask, classes, None, None, 1, lambda sink: None)
+    outputs = Outputs(tmp_path, classes, overlay=False, polygons=("coco", "geojson"), keep_background=keep)
+    written = outputs.write("a", Path("photos/a.jpg"), prediction, True)
+    assert [path.name for path in written] == ["a.png", "a_regions.json", "a_regions.geojson"]
+    coco = json.loads(written[1].read_text())
+    assert coco["image"]["file_name"] == "photos/a.jpg"
+    areas = [(region["category_id"], region["area"]) for region in coco["annotations"]]
+    assert areas == ([(1, 31), (1, 9)] if keep else []) + [(2, 40)]
+    collection = json.loads(written[2].read_text())
+    assert (collection["type"], "crs" in collection) == ("FeatureCollection", False)
+    thing = collection["features"][-1]
+    assert len(collection["features"]) == len(areas)
+    assert thing["properties"] == {
+        "class": "thing", "class_index": 1, "pixels": 40, "area_m2": None, "score": 1.0, "image": "photos/a.jpg",
+    }  # fmt: skip
+    assert [sorted(map(tuple, ring[1:])) for ring in thing["geometry"]["coordinates"]] == [
+        [(1, 1), (1, 8), (8, 1), (8, 8)], [(3, 3), (3, 6), (6, 3), (6, 6)],
+    ]  # fmt: skip
+
+
+def test_ordinary_images_have_polygons_in_pixels_and_a_table_with_files(place, commands):
+    words = ("predict", "best.ckpt", "photos/a.png", "--out", "tables")
+    done = commands(*words, "--polygon-format", "geojson", cwd=place)
+    assert done.code == 0
+    assert "1 of 1 images has no coordinate reference system that can be read, such as photos/a.png" in done.err
+    collection = json.loads((place / "tables" / "a_regions.geojson").read_text())
+    assert collection["description"] == "pixel coordinates: x to the right, y downwards"
+    assert sum(feature["properties"]["pixels"] for feature in collection["features"]) == 130 * 171
+    assert not (place / "tables" / "regions.json").exists()
+    rows = list(csv.DictReader((place / "tables" / "statistics.csv").read_text().splitlines()))
+    assert [(row["name"], row["file"], row["area_m2"]) for row in rows] == 3 * [("a", "photos/a.png", "")]
+    done = commands(*words, "--polygon-format", "geojson,shp", cwd=place)
+    assert done.error_message.startswith("--polygon-format=geojson,shp: 'shp' is not a format")
+    assert commands(*words, "--keep-background", cwd=place).code == 2
 
 
 def test_an_image_that_fits_into_memory_is_not_tiled(place):

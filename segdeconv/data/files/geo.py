@@ -246,7 +246,8 @@ def describe_shift(image: Path, mask: Path) -> str | None:
     x, y = theirs.transform[2] - c, theirs.transform[5] - f
     columns, rows = (e * x - b * y) / determinant, (a * y - d * x) / determinant
     if math.hypot(columns, rows) > UNALIKE:
-        return f"mask {mask} is shifted by {columns:.4g} columns and {rows:.4g} rows against its image {image}"
+        shift = f"{round(columns, 2) + 0:g} columns and {round(rows, 2) + 0:g} rows"  # + 0 turns -0 into 0
+        return f"mask {mask} is shifted by {shift} against its image {image}"
     sides = [(math.hypot(t[0], t[3]), math.hypot(t[1], t[4])) for t in (ours.transform, theirs.transform)]
     if any(abs(one / other - 1) > 1e-3 for one, other in zip(*sides, strict=True)):
         pixels = [f"{across:.6g} x {down:.6g}" for across, down in sides]
