@@ -5,7 +5,8 @@
 PATH is an image, a folder of images (with its sub-folders), a pattern such as 'photos/*.jpg', a list (.txt, one path a
 line; - for stdin) or a video. For each image, DIR/<name>.png is a palette mask of exactly the image's size, and
 DIR/<name>_overlay.png shows the mask over the image, with a legend; a video becomes DIR/<name>_overlay.webm.
-DIR/statistics.csv lists the fraction of each class in each image.
+DIR/statistics.csv lists the fraction of each class in each image. A georeferenced image becomes DIR/<name>.tif, a
+GeoTIFF, and so do its other outputs.
 
 Images may have any size: an image that needs more memory than --memory is predicted in tiles, with the same result.
 Running an interrupted command again resumes it. --samples N predicts the mean of N passes with dropout, and

@@ -46,7 +46,8 @@ def parse(description: str) -> argparse.Namespace:
     add("paths", nargs="+", metavar="PATH", help="images, folders, patterns, lists, videos, -; then key=value")
     add("--out", type=Path, default=Path("predictions"), help="folder (default: predictions)")
     add("--overwrite", action="store_true", help="replace predictions in DIR that were made in another way")
-    group = parser.add_argument_group("outputs besides masks and overlays")
+    text = "georeferenced images get GeoTIFFs: .tif in place of .png, _probabilities.tif in place of .npy (docs/geo.md)"
+    group = parser.add_argument_group("outputs besides masks and overlays", text)
     add = group.add_argument
     add("--no-overlay", action="store_true", help="write no overlays")
     add_outlines_option(group)
@@ -58,7 +59,7 @@ def parse(description: str) -> argparse.Namespace:
     add("--polygons", action="store_const", const="auto", default=False, help=text)
     text = "coco (regions.json), geojson and gpkg (DIR/<name>_regions.geojson, .gpkg: map coordinates)"
     add("--polygon-format", dest="polygons", metavar="F,F", help=text)
-    text = "polygons of the background class too (see docs/predict.md), which are left out"
+    text = "polygons of the background class too, which overlays and polygons leave out"
     add("--keep-background", action="store_true", help=text)
     add("--parquet", action="store_true", help="DIR/statistics.parquet beside statistics.csv")
     add_labels_option(group, "DIR/<name>.png")

@@ -2,7 +2,7 @@
 
 The first line records the checkpoint and settings. Each further line records the outputs of one image and is appended
 once all of them are complete. A last line that was cut off is removed when the folder is opened again. The tables
-statistics.csv and regions.json are built from the log.
+statistics.csv, statistics.parquet and regions.json are built from the log.
 """
 
 import json

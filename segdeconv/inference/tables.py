@@ -121,6 +121,11 @@ def _file_name(entry: Mapping[str, Any]) -> str:
 
 def _annotations(out: Path, files: Iterable[str]) -> Iterable[dict[str, Any]]:
     path = next(out / name for name in files if name.endswith("_regions.json"))
+    if path.stat().st_size > REGION_LIMITS.size:
+        raise UsageError(
+            f"{path} has more than {REGION_LIMITS.size >> 20} MiB of regions, too many for regions.json - give "
+            "--polygon-format geojson or gpkg and --overwrite, or merge small regions with --min-area"
+        )
     try:
         annotations = require_mapping(read_json(path, REGION_LIMITS)).get("annotations")
         return TypeAdapter(list[dict[str, Any]]).validate_python(annotations)

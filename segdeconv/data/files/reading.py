@@ -309,7 +309,8 @@ def _with_integer_nodata(values: np.ndarray, nodata: float | None) -> tuple[np.n
         return values, int(nodata)
     if values.dtype.kind != "f":
         return values, None
-    missing = np.isnan(values) if np.isnan(nodata) else values == values.dtype.type(nodata)
+    with np.errstate(over="ignore"):
+        missing = np.isnan(values) if np.isnan(nodata) else values == values.dtype.type(nodata)
     return np.where(missing, values.dtype.type(NODATA), values), NODATA
 
 
