@@ -1,7 +1,7 @@
 """The regions of a mask as map features: GeoJSON and GeoPackage.
 
 GeoJSON has map coordinates and the member `crs` of its first version, https://geojson.org/geojson-spec#named-crs, which
-GDAL, QGIS and ArcGIS read and write; RFC 7946 only has longitudes and latitudes. A CRS without a code in a register
+GDAL and QGIS read and write; RFC 7946 only has longitudes and latitudes. A CRS without a code in a register
 cannot be named, so its regions are converted to longitudes and latitudes.
 """
 

@@ -56,7 +56,7 @@ Part = tuple[tuple[int, int], tuple[int, int]]  # rows, columns
 
 
 class Tags(NamedTuple):
-    """What a file says about its pixels, read without rasterio.
+    """What the tags of a TIFF say about its pixels, read without rasterio.
 
     Attributes:
         transform: From pixel corners to map coordinates; None if the file has none.
@@ -114,14 +114,14 @@ def has_rasterio() -> bool:
 
 def is_raster(path: Path) -> bool:
     """Return whether the predictions of an image are written as GeoTIFFs: it is georeferenced, and rasterio there."""
-    return has_rasterio() and read_tags(path).transform is not None
+    return has_rasterio() and read_transform(path) is not None
 
 
 def warn_without_rasterio(paths: Iterable[Path]) -> None:
     """Print a warning that counts the georeferenced images among the images, if rasterio is not installed."""
     if has_rasterio():
         return
-    located = [path for path in paths if read_tags(path).transform is not None]
+    located = [path for path in paths if read_transform(path) is not None]
     if located:
         warn(
             f"{len(located)} image{'s are' if located[1:] else ' is'} georeferenced, such as {located[0]}, and "
@@ -134,7 +134,7 @@ def warn_without_rasterio(paths: Iterable[Path]) -> None:
 
 
 def read_tags(path: Path) -> Tags:
-    """Return what an image or mask file says about its pixels; nothing for a file that cannot be read."""
+    """Return what the tags of a TIFF say about its pixels; nothing for another file, or one that cannot be read."""
     try:
         state = path.stat()
         return _read_tags(path, state.st_mtime_ns, state.st_size)
@@ -144,8 +144,12 @@ def read_tags(path: Path) -> Tags:
 
 @lru_cache(maxsize=4096)
 def _read_tags(path: Path, changed: int, size: int) -> Tags:
-    tags = _tiff_tags(path) if first_bytes(path)[:4] in TIFF else Tags()
-    return tags if tags.transform else tags._replace(transform=_world_file(path))
+    return _tiff_tags(path) if first_bytes(path)[:4] in TIFF else Tags()
+
+
+def read_transform(path: Path) -> Transform | None:
+    """Return the transform of an image file, or that of the world file beside it."""
+    return read_tags(path).transform or _world_file(path)
 
 
 def _tiff_tags(path: Path) -> Tags:
@@ -236,19 +240,20 @@ def describe_shift(image: Path, mask: Path) -> str | None:
 
     Both have the same number of rows and columns.
     """
-    ours, theirs = read_tags(image), read_tags(mask)
-    if ours.transform is None or theirs.transform is None or ours.transform == theirs.transform:
+    ours, theirs = read_transform(image), read_transform(mask)
+    if ours is None or theirs is None or ours == theirs:
         return None
-    if ours.crs and theirs.crs and ours.crs != theirs.crs:
-        return f"mask {mask} is in EPSG:{theirs.crs} and its image {image} in EPSG:{ours.crs}"
-    a, b, c, d, e, f = ours.transform
+    codes = read_tags(image).crs, read_tags(mask).crs
+    if all(codes) and codes[0] != codes[1]:
+        return f"mask {mask} is in EPSG:{codes[1]} and its image {image} in EPSG:{codes[0]}"
+    a, b, c, d, e, f = ours
     determinant = a * e - b * d
-    x, y = theirs.transform[2] - c, theirs.transform[5] - f
+    x, y = theirs[2] - c, theirs[5] - f
     columns, rows = (e * x - b * y) / determinant, (a * y - d * x) / determinant
     if math.hypot(columns, rows) > UNALIKE:
         shift = f"{round(columns, 2) + 0:g} columns and {round(rows, 2) + 0:g} rows"  # + 0 turns -0 into 0
         return f"mask {mask} is shifted by {shift} against its image {image}"
-    sides = [(math.hypot(t[0], t[3]), math.hypot(t[1], t[4])) for t in (ours.transform, theirs.transform)]
+    sides = [(math.hypot(t[0], t[3]), math.hypot(t[1], t[4])) for t in (ours, theirs)]
     if any(abs(one / other - 1) > 1e-3 for one, other in zip(*sides, strict=True)):
         pixels = [f"{across:.6g} x {down:.6g}" for across, down in sides]
         return f"mask {mask} has pixels of {pixels[1]} map units and its image {image} of {pixels[0]}"
@@ -279,7 +284,7 @@ def nodata_pixels(path: Path, image: np.ndarray) -> np.ndarray | None:
 
 def read_georeference(path: Path) -> Georeference | None:
     """Return where an image lies; None if it has no georeference, or rasterio is not installed."""
-    transform = read_tags(path).transform
+    transform = read_transform(path)
     if transform is None or not has_rasterio():
         return None
     import rasterio
