@@ -198,7 +198,8 @@ def run(description: str) -> None:
                     "it, for example with gdal_edit.py -a_srs EPSG:25832"
                 )
             tables = write_tables(progress_log, outputs)
-            names = " and ".join(path.name for path in tables)
+            names = " and ".join(path.name for path in tables[-2:])
+            names = ", ".join([*(path.name for path in tables[:-2]), names])
             print(f"{summary(images, progress_log)} in {arguments.out}, with {names}")
             if submission and (batch.failed or missing):
                 print(f"no archive for {submission.submission.title}, since masks are missing")
