@@ -1029,16 +1029,16 @@ def test_polygons_leave_out_the_background_and_name_the_file(tmp_path, keep):
 
 
 def test_ordinary_images_have_polygons_in_pixels_and_a_table_with_files(place, commands):
-    words = ("predict", "best.ckpt", "photos/a.png", "--out", "tables")
+    words = ("predict", "best.ckpt", "photos/deep/b.png", "--out", "tables")
     done = commands(*words, "--polygon-format", "geojson", cwd=place)
     assert done.code == 0
-    assert "1 of 1 images has no coordinate reference system that can be read, such as photos/a.png" in done.err
-    collection = json.loads((place / "tables" / "a_regions.geojson").read_text())
+    assert "1 of 1 images has no coordinate reference system that can be read, such as photos/deep/b.png" in done.err
+    collection = json.loads((place / "tables" / "b_regions.geojson").read_text())
     assert collection["description"] == "pixel coordinates: x to the right, y downwards"
-    assert sum(feature["properties"]["pixels"] for feature in collection["features"]) == 130 * 171
+    assert sum(feature["properties"]["pixels"] for feature in collection["features"]) == 40 * 60
     assert not (place / "tables" / "regions.json").exists()
     rows = list(csv.DictReader((place / "tables" / "statistics.csv").read_text().splitlines()))
-    assert [(row["name"], row["file"], row["area_m2"]) for row in rows] == 3 * [("a", "photos/a.png", "")]
+    assert [(row["name"], row["file"], row["area_m2"]) for row in rows] == 3 * [("b", "photos/deep/b.png", "")]
     done = commands(*words, "--polygon-format", "geojson,shp", cwd=place)
     assert done.error_message.startswith("--polygon-format=geojson,shp: 'shp' is not a format")
     assert commands(*words, "--keep-background", cwd=place).code == 2
