@@ -368,6 +368,18 @@ def test_masks_have_the_labels_of_the_data_set(tmp_path, kind):
     assert (tmp_path / "a.tif.aux.xml").read_text().count("<Category>") == 1 + labels[1]
 
 
+@pytest.mark.parametrize("interleave", ["pixel", "band"])
+@pytest.mark.parametrize("compress", ["lzw", "zstd", "lerc", "deflate"])
+def test_bands_of_any_compression_are_read_as_gdal_reads_them(tmp_path, compress, interleave):
+    from segdeconv.data.files.reading import read_image
+
+    image = image_of(bands=5, dtype="uint16") * 257
+    options = {"compress": compress, "interleave": interleave, "predictor": 1 if compress == "lerc" else 2}
+    path = write(tmp_path / "a.tif", image, *PLACES["utm"][:2], **options)
+    assert np.array_equal(np.moveaxis(read(path)[0], 0, -1), image)
+    assert np.array_equal(read_image(path, channels=5), image)
+
+
 def test_a_damaged_geotiff_is_one_line(place, commands, tmp_path):  # noqa: F811
     path = write(tmp_path / "maps" / "a.tif", image_of(), *PLACES["utm"][:2], compress="deflate")
     write(tmp_path / "maps" / "b.tif", image_of((40, 50)), *PLACES["utm"][:2])

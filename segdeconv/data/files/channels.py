@@ -230,12 +230,15 @@ def _read_tiff(path: Path, channels: int | None, max_pixels: int) -> StoredTiff:
             elif shape[2] != page.samplesperpixel:
                 raise several_images(path, shape[2])
             missing = _missing_codec(tifffile, page)
+            if not missing:
+                _require_whole(path, series)
+                try:
+                    image = series.asarray(squeeze=False, maxworkers=1).transpose(axes)
+                    image = np.ascontiguousarray(image).reshape(shape)
+                except ImportError:  # of compression.zstd, which Python has since 3.14
+                    missing = page.compression.name
             if missing:
                 image = _read_tiff_with_pillow(path, shape, page, missing, max_pixels)
-            else:
-                _require_whole(path, series)
-                image = series.asarray(squeeze=False, maxworkers=1).transpose(axes)
-                image = np.ascontiguousarray(image).reshape(shape)
             orientation = valid_orientation(page.tags.valueof(ORIENTATION))
             if channels is not None:
                 return StoredTiff(image, orientation)
