@@ -180,7 +180,7 @@ class BatchPrediction:
             file=path.as_posix(),
             pixel_area=None if reference is None else reference.pixel_area,
         )
-        located = reference is not None and reference.crs is not None
+        located = reference is not None and reference.located
         if not located and {"geojson", "gpkg"} & set(self.outputs.region_formats(reference is not None)):
             self.without_crs.append(path)
         self.budget.release(pixels)

@@ -46,7 +46,7 @@ def write_geojson(
     """
     header: dict[str, Any] = {"type": "FeatureCollection", "name": path.stem}
     place, digits = _placement(reference)
-    if reference is None or reference.crs is None:
+    if reference is None or not reference.located:
         header["description"] = "pixel coordinates: x to the right, y downwards"
     elif reference.authority is None or (reference.authority[0] == "EPSG" and reference.authority[1] in WGS84):
         header["crs"] = _named("OGC:1.3:CRS84")
@@ -88,7 +88,7 @@ def write_geopackage(
             layer="regions",
             driver="GPKG",
             geometry_type="Polygon",
-            crs=(reference.crs if reference is not None else None) or PIXELS,
+            crs=reference.crs if reference is not None and reference.located else PIXELS,
         )
 
 
@@ -101,7 +101,7 @@ Place = Callable[[np.ndarray], np.ndarray]
 
 def _placement(reference: Georeference | None) -> tuple[Place, int]:
     """Return the function from pixel corners to the coordinates of the features, and the digits of these."""
-    if reference is None or reference.crs is None:
+    if reference is None or not reference.located:
         return lambda corners: corners, 0
     a, b, _, d, e, _ = reference.transform
     side = min(math.hypot(a, d), math.hypot(b, e))

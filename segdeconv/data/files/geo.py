@@ -12,7 +12,7 @@ import importlib.util
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -82,6 +82,7 @@ class Georeference:
     Attributes:
         transform: From pixel corners to map coordinates.
         crs: The coordinate reference system as WKT; None if it is missing or unreadable.
+        located: Whether it relates map coordinates to the Earth; a local one does not.
         authority: The name of the CRS in a register, such as ("EPSG", "25832"), if it has one.
         pixel_area: Area of a pixel in square metres; None if the CRS is not projected, has no known unit, or is a
             Mercator projection, whose scale depends on the latitude.
@@ -89,6 +90,7 @@ class Georeference:
 
     transform: Transform
     crs: str | None = None
+    located: bool = False
     authority: tuple[str, str] | None = None
     pixel_area: float | None = None
 
@@ -99,11 +101,23 @@ class Georeference:
         return np.stack([a * x + b * y + c, d * x + e * y + f], axis=1)
 
     def to_wgs84(self, points: np.ndarray) -> np.ndarray:
-        """Return the (n, 2) longitudes and latitudes in degrees of (n, 2) map coordinates; the CRS must be known."""
+        """Return the (n, 2) longitudes and latitudes in degrees of (n, 2) map coordinates.
+
+        Raises:
+            UsageError: The CRS is not defined there.
+        """
         from rasterio.crs import CRS
         from rasterio.warp import transform
 
-        longitudes, latitudes = transform(CRS.from_wkt(self.crs), CRS.from_string("OGC:CRS84"), *points.T)
+        try:
+            with _environment():
+                source, target = CRS.from_wkt(self.crs), CRS.from_string("OGC:CRS84")
+                longitudes, latitudes = transform(source, target, *points.T)
+        except Exception as error:  # rasterio raises GDAL's errors, which have no public class
+            raise UsageError(
+                f"map coordinates cannot be converted to longitudes and latitudes ({error}) - write their polygons in "
+                "the CRS of the image: --polygon-format gpkg"
+            ) from error
         return np.stack([longitudes, latitudes], axis=1)
 
 
@@ -305,7 +319,8 @@ def read_georeference(path: Path) -> Georeference | None:
             if crs.is_projected and "+proj=merc" not in crs.to_proj4():
                 unit = crs.linear_units_factor[1]
                 area = abs(a * e - b * d) * unit**2 if unit else None
-            return Georeference(transform, crs.to_wkt(), crs.to_authority(), area)
+            located = crs.is_projected or crs.is_geographic
+            return Georeference(transform, crs.to_wkt(), located, crs.to_authority(), area)
         except (rasterio.errors.RasterioError, rasterio.errors.CRSError):  # no CRS that GDAL understands
             return Georeference(transform)
 
@@ -456,18 +471,15 @@ def geotiff(
         "blockysize": BLOCK,
         "interleave": "band",
         "BIGTIFF": "IF_SAFER",
-        "crs": CRS.from_wkt(reference.crs) if reference.crs else None,
         "transform": rasterio.Affine(*reference.transform),
         "nodata": nodata,
     }
     layout = {"count": count, "height": height, "width": width, "dtype": dtype}
     if count == 3 and dtype == "uint8":
         layout["photometric"] = "RGB"
-    with (
-        replacing_path(path) as partial,
-        _environment(),
-        rasterio.open(partial, "w", driver="GTiff", **layout, **options) as file,
-    ):
+    with replacing_path(path) as partial, _environment(), ExitStack() as stack:
+        crs = CRS.from_wkt(reference.crs) if reference.crs else None
+        file = stack.enter_context(rasterio.open(partial, "w", driver="GTiff", crs=crs, **layout, **options))
         if colours is not None:
             table = {index: (*map(int, colour), 255) for index, colour in enumerate(colours)}
             if nodata is not None:
