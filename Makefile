@@ -57,7 +57,7 @@ lint: $(VENV)/.installed
 	$(RUN) -m mypy
 
 bench: $(VENV)/.installed
-	$(RUN) scripts/benchmark.py speed memory growth input
+	$(RUN) scripts/benchmark.py speed int8 memory growth input
 
 bench-gpu: $(VENV)/.installed
 	$(RUN) -m pytest -q -m "slow or not slow" tests/switches tests/models/test_compile.py

@@ -1,9 +1,10 @@
 """Compare speed and memory with the usual implementation of SegNet, and write a table and a plot.
 
-    python scripts/benchmark.py [speed] [memory] [growth] [kernels] [input] [--size 360,480] [--batch 2] [--repeats 5]
-                                [--classes 11] [--root CAMVID] [--out DIR]
+    python scripts/benchmark.py [speed] [int8] [memory] [growth] [kernels] [input] [--size 360,480] [--batch 2]
+                                [--repeats 5] [--classes 11] [--root CAMVID] [--out DIR]
 
 speed    training steps and inference passes in turn, and the machine's matrix products for reference
+int8     inference in 8-bit integers on a CPU, for five networks
 memory   peak memory, each measured in a separate process, also of U-Net and FCN-8s
 growth   time and memory by number of pixels, images and classes
 kernels  pooling and unpooling compared with torch's, and with a copy
@@ -20,7 +21,7 @@ from pathlib import Path
 from segdeconv.cli.command import ArgumentParser, run_command
 from segdeconv.errors import UsageError, command, did_you_mean
 
-PARTS = ("speed", "memory", "growth", "kernels", "input")
+PARTS = ("speed", "int8", "memory", "growth", "kernels", "input")
 
 
 def main() -> None:
@@ -45,6 +46,8 @@ def main() -> None:
     if min(height, width, arguments.batch, arguments.classes, arguments.repeats) < 1:
         raise UsageError("--size, --batch, --classes and --repeats must be positive - give 1 or more")
 
+    import torch
+
     from segdeconv.evaluation.report import write_json
     from segdeconv.experiments.benchmarks import contestants, parts, plot
     from segdeconv.system.devices import best_device
@@ -52,6 +55,7 @@ def main() -> None:
     task = contestants.Task(arguments.batch, (height, width), arguments.classes, best_device())
     measures: dict[str, Callable[[], Iterator[parts.Table]]] = {
         "speed": lambda: parts.speed(task, arguments.repeats),
+        "int8": lambda: parts.int8(task._replace(device=torch.device("cpu")), arguments.repeats),
         "memory": lambda: parts.memory(task),
         "growth": lambda: parts.growth(task, arguments.repeats),
         "kernels": lambda: parts.kernels(task.device),

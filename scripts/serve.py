@@ -6,7 +6,7 @@ Open the printed address in a browser and drop an image on the page. Ctrl-C stop
 """
 
 from segdeconv.cli.command import ArgumentParser, run_command
-from segdeconv.cli.options import add_checkpoint, add_network_options
+from segdeconv.cli.options import add_checkpoint, add_network_options, refuse_int8
 from segdeconv.cli.own_code import read_checkpoint
 from segdeconv.errors import UsageError, warn
 
@@ -20,6 +20,7 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen on (default: this machine only)")
     add_network_options(parser)
     arguments = parser.parse_intermixed_args()
+    refuse_int8(arguments.precision)
     if not 0 <= arguments.port <= 65535:
         raise UsageError(f"--port {arguments.port} is not a valid port - give 0 to 65535")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from segdeconv.cli.command import ArgumentParser, run_command
-from segdeconv.cli.options import add_checkpoint, add_network_options, is_override
+from segdeconv.cli.options import add_checkpoint, add_network_options, is_override, refuse_int8
 from segdeconv.cli.own_code import read_checkpoint
 from segdeconv.errors import UsageError, did_you_mean
 
@@ -39,6 +39,7 @@ def main() -> int:
     parser.add_argument("--search", type=int, default=200, help="most images to search for activations (default 200)")
     add_network_options(parser)
     arguments = parser.parse_intermixed_args()
+    refuse_int8(arguments.precision)
     overrides = [path for path in arguments.paths if is_override(path)]
     kinds = arguments.only.split(",")
     for kind in kinds:

@@ -55,12 +55,28 @@ class _Preprocessing(_Form):
         return self
 
 
+class _Extremes(_Form):
+    input: Annotated[Sequence[Statistic], Field(min_length=2, max_length=2)]
+    output: Annotated[Sequence[Statistic], Field(min_length=2, max_length=2)]
+
+
+class _Int8(_Form):
+    """See `evaluation.quantization.calibrate`."""
+
+    ranges: Annotated[Mapping[Name, _Extremes], Field(max_length=10_000)]
+    split: Name
+    images: int
+    float32: float
+    int8: float
+
+
 class _Metadata(_Form):
     classes: _Classes
     preprocessing: _Preprocessing
     class_weights: Sequence[Annotated[float, Field(ge=0, le=1e9)]] | None = None
     fingerprints: Mapping[str, str] = {}
     precision: str
+    int8: _Int8 | None = None
 
     @model_validator(mode="after")
     def _require_a_weight_for_each_class(self) -> Self:

@@ -16,6 +16,7 @@ from segdeconv.cli.options import (
     add_outlines_option,
     add_prediction_options,
     add_window_option,
+    calibrated,
     display_window,
     prediction_settings,
     split_overrides,
@@ -82,6 +83,8 @@ def run(description: str) -> None:
     if arguments.outlines and not arguments.pictures:
         raise UsageError("--outlines has no effect without --pictures DIR - add it")
     settings = prediction_settings(arguments, crf_keys)
+    if settings.precision == "int8" and (arguments.ablate or arguments.uncertainty):
+        raise UsageError("--ablate and --uncertainty need float maps - leave out --precision int8")
     window = display_window(arguments.window)
 
     import numpy as np
@@ -102,6 +105,7 @@ def run(description: str) -> None:
     dataset = restore_dataset(checkpoint, arguments.split)
     if other:
         class_order(other, dataset)  # raises an error before the first evaluation rather than after it
+    settings = calibrated(arguments, checkpoint, settings)
     segmenter = Segmenter(checkpoint, settings)
     if arguments.ablate:
         ablation.require_unpooling(segmenter.network.model)
@@ -154,7 +158,7 @@ def run(description: str) -> None:
     content = evaluation.report(**metadata)
     second = None
     if other:
-        compared = Evaluation.of(Segmenter(other, settings), dataset, outlines=boundary)
+        compared = Evaluation.of(Segmenter(other, calibrated(arguments, other, settings)), dataset, outlines=boundary)
         content["compared"] = compared.report()
         second = report_page.Evaluated(content["compared"], compared.gallery, curve_beside(other.path))
     folder = Path() if cards.SHIPPED in checkpoint.path.parents else checkpoint.path.parent

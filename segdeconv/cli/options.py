@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from segdeconv.cli.own_code import read_checkpoint
 from segdeconv.errors import UsageError
 
 if TYPE_CHECKING:
+    from segdeconv.checkpoints.checkpoint import Checkpoint
     from segdeconv.drawing.draw import Window
     from segdeconv.inference.crf import CRF
     from segdeconv.inference.predictors import PredictionSettings
@@ -28,11 +30,17 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help=text)
 
 
-def add_network_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of every command that runs a checkpoint's network."""
+def add_network_options(parser: argparse.ArgumentParser, *, int8: bool = False) -> None:
+    """Add the options of every command that runs a checkpoint's network.
+
+    Args:
+        parser: The parser.
+        int8: Whether the command can run networks in 8-bit integers.
+    """
     add = parser.add_argument
+    kinds = "auto (default), 32-true, bf16-mixed" + (", 16-mixed, or int8 on a CPU" if int8 else " or 16-mixed")
     add("--samples", type=int, default=0, help="average over this many passes with dropout (default 0)")
-    add("--precision", default="auto", help="auto (default), 32-true, bf16-mixed or 16-mixed")
+    add("--precision", default="auto", help=kinds)
     add("--trust", action="append", default=[], help="allow a class of your own that the config names")
 
 
@@ -79,12 +87,13 @@ def display_window(text: str | None) -> Window | None:
 
 def add_prediction_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of prediction, from which `prediction_settings` builds the settings."""
-    add_network_options(parser)
+    add_network_options(parser, int8=True)
     parser.add_argument("--flip", action="store_true", help="average over each image and its mirror image")
     text = "average over these multiples of the input size, such as 0.75,1,1.25"
     parser.add_argument("--scales", default="1", metavar="S,S", help=text)
     text = "merge smaller regions of the mask into those around them (default: 1, which keeps all)"
     parser.add_argument("--min-area", type=int, default=1, metavar="PIXELS", help=text)
+    add_max_loss_option(parser)
     add = parser.add_argument_group("regions, ensemble and CRF").add_argument
     add("--regions", type=int, default=0, metavar="N", help="predict each image from its N best object proposals")
     add("--proposals", default="windows", help="windows (default), selective_search, edge_boxes, or a file of boxes")
@@ -161,6 +170,36 @@ def prediction_settings(
         crf=crf_settings(crf_keys) if arguments.crf else None,
         min_area=arguments.min_area,
     )
+
+
+def refuse_int8(precision: str) -> None:
+    """Raise UsageError for int8, in commands that need float maps."""
+    if precision == "int8":
+        raise UsageError("--precision int8 is for predict and evaluate, since this command needs float maps")
+
+
+def add_max_loss_option(parser: Any) -> None:
+    """Add --max-loss, the loss that is accepted for int8."""
+    text = "largest loss of mIoU that is accepted for int8 (default: 0.5)"
+    parser.add_argument("--max-loss", type=float, metavar="POINTS", help=text)
+
+
+def calibrated(
+    arguments: argparse.Namespace, checkpoint: Checkpoint, settings: PredictionSettings
+) -> PredictionSettings:
+    """Return settings with the ranges that --precision int8 needs; other settings are returned as they are.
+
+    Raises:
+        UsageError: int8 costs more than --max-loss, or --max-loss is set for another precision.
+    """
+    if settings.precision != "int8":
+        if arguments.max_loss is not None:
+            raise UsageError("--max-loss has no effect without --precision int8 - add it")
+        return settings
+    from segdeconv.evaluation.quantization import MAX_LOSS, calibrate
+
+    max_loss = MAX_LOSS if arguments.max_loss is None else arguments.max_loss
+    return dataclasses.replace(settings, ranges=calibrate(checkpoint, max_loss=max_loss).ranges)
 
 
 def crf_settings(keys: Iterable[str]) -> CRF:

@@ -17,6 +17,7 @@ from segdeconv.cli.options import (
     add_outlines_option,
     add_prediction_options,
     add_window_option,
+    calibrated,
     display_window,
     is_override,
     prediction_settings,
@@ -35,6 +36,7 @@ UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 # Arguments that do not affect the outputs; all others are part of the provenance of a folder of predictions.
 NOT_RECORDED = {
     "checkpoint", "paths", "out", "overwrite", "memory", "tile", "verify_tiling", "trust", "submission", "parquet",
+    "max_loss",
 }  # fmt: skip
 
 
@@ -149,6 +151,7 @@ def run(description: str) -> None:
     images = find_images(paths, arguments.out, outputs.endings(), missing=missing)
     if submission:
         submission.check_inputs(images)
+    settings = calibrated(arguments, checkpoint, settings)
     if outputs.overlay and not find_ffmpeg() and any(is_video(path) for path in images.values()):
         warn(WITHOUT_FFMPEG)
     own_files = []

@@ -4,7 +4,7 @@ An exported file is written only after its outputs were compared with those of t
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from segdeconv.checkpoints.checkpoint import Checkpoint
 from segdeconv.classes import Classes
 from segdeconv.data.preprocessing import resize_image, stacked
 from segdeconv.errors import UsageError
-from segdeconv.export import onnx
+from segdeconv.export import onnx, quantization
 from segdeconv.export.module import Exported, Layout
 from segdeconv.inference.scorers import labels, resized, with_padding
 from segdeconv.models import SegmentationModel
@@ -58,6 +58,20 @@ class Agreement:
     same_class_as_full: float | None
 
 
+@dataclass(frozen=True)
+class Int8:
+    """How a file of 8 bits is made and judged.
+
+    Attributes:
+        images: Images as stored, (H, W, C), on which the ranges of the maps are measured.
+        judge: Gets a function that predicts the (H, W) class indices of an image with the file; returns entries of the
+            card, or raises UsageError to refuse the file.
+    """
+
+    images: Iterable[np.ndarray]
+    judge: Callable[[Callable[[np.ndarray], np.ndarray]], dict[str, Any]]
+
+
 def export(
     checkpoint: Checkpoint,
     path: Path,
@@ -65,6 +79,7 @@ def export(
     pixels: Layout | None = None,
     argmax: bool = False,
     half: bool = False,
+    int8: Int8 | None = None,
 ) -> dict[str, Any]:
     """Export a network to a file, with a JSON card beside it.
 
@@ -74,6 +89,7 @@ def export(
         pixels: See `Exported`.
         argmax: See `Exported`.
         half: Whether to store weights in 16 bits, for ONNX; computations stay float32.
+        int8: Compute convolutions in 8 bits, for ONNX.
 
     Returns:
         The content of the card.
@@ -86,12 +102,9 @@ def export(
         raise UsageError(f"--out {path} has an unknown format - use {ONNX}, {PT2} or {SUFFIX}")
     if half and path.suffix == PT2:
         raise UsageError(f"--half applies only to {ONNX} and {SUFFIX} - leave it out")
-    for suffix in {ONNX, PT2, SUFFIX} - {path.suffix}:
-        if path.with_suffix(suffix).exists():
-            raise UsageError(
-                f"{path.with_suffix(suffix)} already exists, and {card_of(path).name} describes it - choose "
-                "another name"
-            )
+    if int8 and (half or path.suffix == PT2):
+        raise UsageError(f"--int8 applies only to {ONNX} and {SUFFIX}, without --half - leave it out")
+    require_own_card(path)
     run_file, versions = (onnx.runner, onnx.require_libraries()) if path.suffix == ONNX else (_pt2_runner, {})
     network, full = checkpoint.model(), None
     folded = fold_norms(network)
@@ -112,7 +125,11 @@ def export(
         else:
             with partial.open("wb") as file:
                 torch.export.save(program, file)
-        agreement = _compare(run_file(partial), network, full, exported, _random_images(exported, min_size), path)
+        if int8:
+            quantization.quantize_file(partial, exported, int8.images)
+        runner, images = run_file(partial), _random_images(exported, min_size)
+        agreement = _compare(runner, network, full, exported, images, path, judged=int8 is not None)
+        judgement = int8.judge(quantization.predictor(runner, exported)) if int8 else {}
         card_of(path).unlink(missing_ok=True)  # the new card is written last, so that it never describes another file
     card = {
         "file": path.name,
@@ -121,13 +138,28 @@ def export(
         "network": type(network).__name__,
         "checkpoint": {"file": checkpoint.path.name, "sha256": checkpoint.sha256},
         **_interface(exported, checkpoint.classes, min_size),
-        "weights": "float16, computed in float32" if half else "float32",
+        "weights": "float16, computed in float32"
+        if half
+        else "int8, convolutions computed in 8 bits"
+        if int8
+        else "float32",
+        **judgement,
         "verified": asdict(agreement),
         **({"opset": onnx.OPSET, "operators": operators} if operators else {}),
         "versions": {"segdeconv": __version__, "torch": torch.__version__, **versions},
     }
     replace_text(card_of(path), json.dumps(card, indent=1) + "\n")
     return card
+
+
+def require_own_card(path: Path) -> None:
+    """Raise UsageError if the card of a file would replace that of a file of another format."""
+    for suffix in {ONNX, PT2, SUFFIX} - {path.suffix}:
+        if path.with_suffix(suffix).exists():
+            raise UsageError(
+                f"{path.with_suffix(suffix)} already exists, and {card_of(path).name} describes it - choose "
+                "another name"
+            )
 
 
 def _interface(exported: Exported, classes: Classes, min_size: int) -> dict[str, Any]:
@@ -212,10 +244,13 @@ def _compare(
     exported: Exported,
     images: Iterator[np.ndarray],
     path: Path,
+    *,
+    judged: bool,
 ) -> Agreement:
     """Run the file and the network, as `predict` uses it, on the same images; raise UsageError if they differ.
 
-    `full` is the network before its weights were rounded, if they were.
+    `full` is the network before its weights were rounded, if they were. A file that is `judged` by its scores may
+    differ: on images of noise, rounding to 8 bits changes many classes.
     """
     score = with_padding(network, network.minimum_size)
     shapes: list[list[int]] = []
@@ -262,7 +297,7 @@ def _compare(
         largest, mean = float(relative.max()), float(relative.mean())
     agreement = Agreement(shapes, same / pixels, largest, mean, None if full is None else same_as_full / pixels)
     min_same, max_mean = (MIN_SAME_RESIZED, MAX_MEAN_RESIZED) if exported.size else (MIN_SAME, MAX_MEAN)
-    if agreement.same_class < min_same or (agreement.mean or 0) > max_mean:
+    if not judged and (agreement.same_class < min_same or (agreement.mean or 0) > max_mean):
         raise UsageError(
             f"{path} was not written: only {100 * agreement.same_class:.2f} % of the pixels have the same class as in "
             f"the network, but {100 * min_same:g} % are required - export to another format, or without --preprocess"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from segdeconv.checkpoints.checkpoint import Checkpoint
 from segdeconv.errors import UsageError
 from segdeconv.inference.dropout_sampling import sampled
+from segdeconv.inference.quantization import INT8, Ranges, quantize
 from segdeconv.inference.scorers import ClassScores, with_flip, with_oom_fallback, with_padding
 from segdeconv.models import SegmentationModel
 from segdeconv.models.layers import fold_norms
@@ -26,7 +27,8 @@ class Network:
     Args:
         model: A trained network. It is copied: create a new `Network` after further training.
         device: Where it runs; images may be on any device.
-        precision: One of `devices.PRECISIONS`.
+        precision: One of `devices.PRECISIONS`, or `int8`, see `quantization`, on the CPU.
+        ranges: The ranges of the maps for `int8`, from `quantization.measure_ranges`.
         flip: Average the probabilities of each image and its mirror image.
         samples: Average this many forward passes with dropout; 0 for one pass without.
 
@@ -35,14 +37,23 @@ class Network:
         source: The model that was copied; if it came from a checkpoint, on torch's meta device, without weights.
 
     Raises:
-        UsageError: `samples` is negative, or the network has no dropout to sample.
+        UsageError: `samples` is negative, the network has no dropout to sample, or `int8` is not possible.
     """
 
     def __init__(
-        self, model: SegmentationModel, device: torch.device, precision: str, *, flip: bool = False, samples: int = 0
+        self,
+        model: SegmentationModel,
+        device: torch.device,
+        precision: str,
+        *,
+        ranges: Ranges | None = None,
+        flip: bool = False,
+        samples: int = 0,
     ) -> None:
         keep_freed(device)
         self.source, self.model = model, prepare_for_inference(model, device, precision)
+        if precision == INT8:
+            self.model = quantize(self.model, ranges or {})
         self.device, self.precision, self.flip, self.samples = device, precision, flip, samples
         self._padded = with_padding(self._forward, model.minimum_size)
         scorer = with_oom_fallback(self._padded)
@@ -56,12 +67,29 @@ class Network:
         *,
         device: torch.device | None = None,
         precision: str = "auto",
+        ranges: Ranges | None = None,
         flip: bool = False,
         samples: int = 0,
     ) -> Self:
-        """Build the network of a checkpoint; by default on the best device, in the precision that is fast there."""
-        precision = resolve_precision(precision, checkpoint.facts["precision"])
-        network = cls(checkpoint.model(), device or best_device(), precision, flip=flip, samples=samples)
+        """Build the network of a checkpoint; by default on the best device, in the precision that is fast there.
+
+        Args:
+            checkpoint: The checkpoint.
+            device: The device; None for the best one, or the CPU for `int8`.
+            precision: `auto`, one of `devices.PRECISIONS`, or `int8`.
+            ranges: The ranges of the maps for `int8`; None for those in the checkpoint.
+            flip: See the class.
+            samples: See the class.
+
+        Raises:
+            UsageError: The checkpoint does not support the arguments.
+        """
+        if precision == INT8:
+            device, ranges = _cpu(device), ranges or stored_ranges(checkpoint)
+        else:
+            precision = resolve_precision(precision, checkpoint.facts["precision"])
+        device = device or best_device()
+        network = cls(checkpoint.model(), device, precision, ranges=ranges, flip=flip, samples=samples)
         network.source.to("meta")
         return network
 
@@ -84,6 +112,28 @@ class Network:
 
     def _probabilities(self, images: Tensor) -> Tensor:
         return ClassScores(self._scorer(images), self.flip).probabilities()
+
+
+def _cpu(device: torch.device | None) -> torch.device:
+    if device is not None and device.type != "cpu":
+        raise UsageError(f"precision={INT8} is for CPUs, not for {device} - leave out the device or the precision")
+    return torch.device("cpu")
+
+
+def stored_ranges(checkpoint: Checkpoint) -> Ranges:
+    """Return the ranges that `export --int8` stored with a network.
+
+    Raises:
+        UsageError: There are none.
+    """
+    stored = checkpoint.facts.get("int8")
+    if stored is None:
+        raise UsageError(
+            f"{checkpoint.path} has no ranges of its maps, which precision={INT8} needs - calibrate it with "
+            "segdeconv.evaluation.quantization.calibrate, or load what export --int8 wrote"
+        )
+    ranges: Ranges = stored["ranges"]
+    return ranges
 
 
 def prepare_for_inference(model: Model, device: torch.device, precision: str) -> Model:

@@ -20,6 +20,7 @@ from segdeconv.errors import UsageError
 from segdeconv.inference.crf import CRF, refine
 from segdeconv.inference.dropout_sampling import sampled
 from segdeconv.inference.network import Network
+from segdeconv.inference.quantization import INT8, Ranges
 from segdeconv.inference.regions import Mode, by_regions
 from segdeconv.inference.scorers import ClassScores, Predictor, resized
 from segdeconv.inference.tiling import Part, Size, parts, whole
@@ -62,7 +63,9 @@ class PredictionSettings:
     """Prediction settings of a checkpoint.
 
     Attributes:
-        precision: `auto`, `32-true`, `bf16-mixed` or `16-mixed`.
+        precision: `auto`, `32-true`, `bf16-mixed`, `16-mixed` or, on a CPU, `int8`.
+        ranges: The ranges of the maps for `int8`, see `evaluation.quantization.calibrate`; None for those of the
+            checkpoint.
         flip: Average the probabilities of the image and its mirror image.
         scales: Average the probabilities over the image at these multiples of the input size, each in (0, 16].
         samples: Average this many forward passes with dropout; 0 for one without.
@@ -81,6 +84,7 @@ class PredictionSettings:
     """
 
     precision: str = "auto"
+    ranges: Ranges | None = None
     flip: bool = False
     scales: Sequence[float] = (1.0,)
     samples: int = 0
@@ -94,6 +98,9 @@ class PredictionSettings:
 
     def __post_init__(self) -> None:
         several = self.regions is not None or self.second is not None
+        if self.precision == INT8 and (self.samples or self.second is not None):
+            option = "--samples" if self.samples else "--ensemble"
+            raise UsageError(f"{option} is not supported in --precision {INT8} - leave out one of them")
         if not self.scales or any(not 0 < scale <= 16 for scale in self.scales):
             raise UsageError(
                 f"scales={list(self.scales)} are not valid scales; each must be above 0 and at most 16 - "

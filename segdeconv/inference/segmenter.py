@@ -170,6 +170,7 @@ class Segmenter:
             checkpoint,
             device=device,
             precision=self.settings.precision,
+            ranges=self.settings.ranges,
             flip=self.settings.flip,
             samples=self.settings.samples,
         )

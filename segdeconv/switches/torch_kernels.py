@@ -10,7 +10,7 @@ from segdeconv.switches.packing import layout
 # vectorised, unlike `torch.where` on strided views. Comparisons write integers too, because bools would be converted
 # for every product.
 
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # the integer type of a value's size in bytes
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # the integer type of a value's size in bytes
 
 
 def pool_eager(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from segdeconv.experiments.benchmarks.usual import UsualSegNet
-from segdeconv.inference.network import Network
+from segdeconv.inference.network import Network, prepare_for_inference
+from segdeconv.inference.quantization import INT8, is_supported, measure_ranges
 from segdeconv.losses import CrossEntropy
-from segdeconv.models import FCN, SegmentationModel, SegNet, UNet
+from segdeconv.models import FCN, FPN, SegmentationModel, SegNet, SegNetBasic, UNet
 from segdeconv.optimization import sgd
 from segdeconv.system.devices import autocast, fast_precision
 from segdeconv.system.memory import keep_freed
@@ -108,9 +109,11 @@ def segdeconv_inference(network: SegmentationModel, task: Task, precision: str) 
 USUAL = "usual SegNet, float32"
 
 
-def usual_segnet(task: Task, precision: str, training: bool) -> Step:
-    """Return a step of the SegNet in usual.py."""
+def usual_segnet(task: Task, precision: str, training: bool, *, channels_last: bool = False) -> Step:
+    """Return a step of the SegNet in usual.py, in torch's default memory format or channels last."""
     network = UsualSegNet(task.classes)
+    if channels_last:
+        network.to(memory_format=torch.channels_last)
     return usual_training(network, task, precision) if training else usual_inference(network, task, precision)
 
 
@@ -139,13 +142,41 @@ def implementations(task: Task, *, training: bool) -> dict[str, Callable[[], Ste
     steps: dict[str, Callable[[], Step]] = {USUAL: partial(usual_segnet, task, "32-true", training)}
     if fast != "32-true":
         steps[f"usual SegNet, {short}"] = partial(usual_segnet, task, fast, training)
+    name = f"usual SegNet, {'float32' if short == '32' else short}, channels last"
+    steps[name] = partial(usual_segnet, task, fast, training, channels_last=True)
     steps[f"segdeconv SegNet, {short}"] = partial(segdeconv_step, task, fast, training)
-    if task.device.type == "cuda":
-        if training:
-            steps[f"segdeconv SegNet, {short}, compiled"] = partial(segdeconv_step, task, fast, training, compiled=True)
-        if find_spec("segmentation_models_pytorch"):
-            steps[f"segmentation-models-pytorch U-Net, {short}"] = partial(smp_unet, task, fast, training)
+    if task.device.type == "cuda" and training:
+        steps[f"segdeconv SegNet, {short}, compiled"] = partial(segdeconv_step, task, fast, training, compiled=True)
+    if task.device.type == "cpu" and not training and is_supported():
+        steps["segdeconv SegNet, int8"] = partial(int8_step, task, SegNet)
+    if find_spec("segmentation_models_pytorch"):
+        steps[f"segmentation-models-pytorch U-Net, {short}"] = partial(smp_unet, task, fast, training)
     return steps
+
+
+def int8_step(task: Task, kind: type[SegmentationModel]) -> Step:
+    """Return an inference pass in 8-bit integers, whose ranges are those of one random image."""
+    network = kind(task.classes).eval()
+    image = task.images().contiguous(memory_format=torch.channels_last)
+    ranges = measure_ranges(prepare_for_inference(network, task.device, "32-true"), [image[:1]])
+    prepared = Network(network, task.device, INT8, ranges=ranges)
+
+    def step() -> None:
+        prepared(image).values.max(dim=1)
+
+    return step
+
+
+def int8_pairs(task: Task) -> dict[str, tuple[Callable[[], Step], Callable[[], Step]]]:
+    """Return inference passes in the precision that is fast here and in 8 bits, by the name of the network."""
+    kinds: dict[str, type[SegmentationModel]] = {
+        "SegNet": SegNet, "SegNet-Basic": SegNetBasic, "U-Net": UNet, "FCN-8s": FCN, "FPN": FPN,
+    }  # fmt: skip
+    fast = fast_precision()
+    return {
+        name: (partial(segdeconv_step, task, fast, False, kind), partial(int8_step, task, kind))
+        for name, kind in kinds.items()
+    }
 
 
 def peers(task: Task, *, training: bool) -> Mapping[str, Callable[[], Step]]:

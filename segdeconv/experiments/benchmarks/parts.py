@@ -87,9 +87,31 @@ def _speed_row(
     }
     if "SegNet" in name:  # the number of operations is SegNet's
         fastest = flop / min(timing.times)
-        peak_ = peaks["float32" if name == USUAL else "bfloat16"]
-        row |= {"GFLOP/s at best": fastest / 1e9, "of the matrix peak": fastest / peak_}
+        row["GFLOP/s at best"] = fastest / 1e9
+        if "int8" not in name:
+            peak_ = peaks["float32" if name == USUAL or fast_precision() == "32-true" else "bfloat16"]
+            row["of the matrix peak"] = fastest / peak_
     return row
+
+
+def int8(task: Task, repeats: int) -> Iterator[Table]:
+    """Time inference in the precision that is fast here and in 8-bit integers, network by network."""
+    rows = []
+    for name, (usual, quantized) in contestants.int8_pairs(task).items():
+        timings = harness.race({"fast": usual, "int8": quantized}, repeats=repeats)
+        best = {key: min(timing.times) for key, timing in timings.items()}
+        rows.append(
+            {
+                "": name,
+                f"{fast_precision()}, seconds": best["fast"],
+                "int8, seconds": best["int8"],
+                "times": best["fast"] / best["int8"],
+                "peak memory, MiB": round(timings["fast"].memory / MIB),
+                "int8, MiB": round(timings["int8"].memory / MIB),
+            }
+        )
+    where = f"{task.batch} images of {task.size[0]}x{task.size[1]}, {task.classes} classes"
+    yield Table(f"Inference in 8 bits, {where}", rows, bar="times", note=f"Shortest of {repeats}, in turn.")
 
 
 def memory(task: Task) -> Iterator[Table]:
@@ -162,5 +184,5 @@ def _processor() -> str:
     except OSError:
         return "CPU"
     flags = next((line for line in lines if line.startswith("flags")), "")
-    known = [flag for flag in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if flag in flags.split()]
+    known = [flag for flag in ("amx_bf16", "avx512_bf16", "avx512_vnni", "avx512f", "avx2") if flag in flags.split()]
     return f"CPU ({known[0]})" if known else "CPU"
