@@ -1,6 +1,9 @@
 """Inference of the classes of a person's own masks from their content, where no table names them."""
 
+import json
+import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
@@ -12,8 +15,12 @@ import numpy as np
 from segdeconv.classes import Classes, Colour, count_values, default_colours, hex_colour, is_grey, pack_colours
 from segdeconv.data.class_file import IGNORE, MAX_CLASSES
 from segdeconv.data.files.reading import read_stored_mask, require_opaque
-from segdeconv.data.inspection import map_with_progress
+from segdeconv.data.inspection import cache_folder, map_with_progress
 from segdeconv.errors import UsageError
+from segdeconv.system.files import hash_text, replace_text
+from segdeconv.system.plain_data import PlainDataError, read_json, require_mapping
+
+VERSION = 1  # of the rules of inference; a new number invalidates what is cached
 
 MAX_VALUES = 64  # a mask with more different values is probably a photograph or a resized mask
 LEVEL_GAP = (
@@ -82,6 +89,8 @@ class Survey:
 def infer_classes(masks: Sequence[Path]) -> tuple[Classes, tuple[str, ...]]:
     """Infer the classes from the labels or colours of mask files.
 
+    The result is kept in the user's cache, under the paths, sizes, times and inodes of the files.
+
     Returns:
         The classes, and a line for every assumption about them.
 
@@ -89,14 +98,31 @@ def infer_classes(masks: Sequence[Path]) -> tuple[Classes, tuple[str, ...]]:
         UsageError: The masks mix labels and colours, have too many different values, or values that are probably no
             classes.
     """
-    return _infer(
-        tuple((path, path.stat().st_mtime_ns, path.stat().st_size) if path.exists() else (path, 0, 0) for path in masks)
-    )
+    return _infer(tuple((path, *_identity(path)) for path in masks))
+
+
+def _identity(path: Path) -> tuple[int, int, int]:
+    """Return what changes when a file does: size, time and inode; zeros for a file that is not there."""
+    status = path.stat() if path.exists() else None
+    return (status.st_size, status.st_mtime_ns, status.st_ino) if status else (0, 0, 0)
 
 
 @lru_cache(maxsize=4)  # the data set is built once for each split
-def _infer(stamps: tuple[tuple[Path, int, int], ...]) -> tuple[Classes, tuple[str, ...]]:
-    survey = _survey([path for path, _, _ in stamps])
+def _infer(files: tuple[tuple[Path, int, int, int], ...]) -> tuple[Classes, tuple[str, ...]]:
+    # The path as given is in the lines.
+    text = "\n".join(f"{path} {os.path.realpath(path)} {identity}" for path, *identity in files)
+    cached = cache_folder("classes") / f"{hash_text(f'{VERSION} {text}')[:32]}.json"
+    with suppress(OSError, PlainDataError, TypeError, KeyError, UsageError):  # not there, or cut off by a crash
+        content = require_mapping(read_json(cached))
+        return Classes.from_dict(content["classes"]), tuple(map(str, content["lines"]))
+    classes, lines = _classes_of([path for path, *_ in files])
+    with suppress(OSError):  # without the file, the next run only reads the masks again
+        replace_text(cached, json.dumps({"classes": classes.to_dict(), "lines": lines}))
+    return classes, lines
+
+
+def _classes_of(masks: Sequence[Path]) -> tuple[Classes, tuple[str, ...]]:
+    survey = _survey(masks)
     if survey.colours and (survey.plain or survey.palette) and not _coloured(survey):
         labels = next(iter(survey.labels.values())).example
         colours = next(iter(survey.colours.values())).example

@@ -104,11 +104,13 @@ def inspect(dataset: SegmentationDataset, *, use_cache: bool = True) -> Inspecti
 
     Args:
         dataset: The split.
-        use_cache: Read and write the result in the user's cache, under the sizes and times of the files. Inspections
-            with problems are not cached.
+        use_cache: Read and write the result in the user's cache, under the sizes, times and inodes of the files.
+            Inspections with problems are not cached.
     """
     dataset = dataset.whole
-    text = f"{VERSION}\n{dataset.kind} {dataset.split}\n{dataset.fingerprint}"
+    # The inodes too, since a file that is moved over another can have its size and time.
+    inodes = [path.stat().st_ino if path.exists() else 0 for path in dataset.files]
+    text = f"{VERSION}\n{dataset.kind} {dataset.split}\n{dataset.fingerprint}\n{inodes}"
     path = cache_folder("inspections") / f"{hash_text(text)[:32]}.json"
     if use_cache and path.is_file():
         try:

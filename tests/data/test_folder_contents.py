@@ -11,7 +11,7 @@ import pytest
 import tifffile
 from PIL import Image
 
-from segdeconv.data import Folder
+from segdeconv.data import Folder, class_inference
 from segdeconv.data.checks import review
 from segdeconv.data.inspection import inspect
 from segdeconv.errors import UsageError
@@ -142,6 +142,31 @@ def test_labels_without_data_are_refused_with_their_way_out(tmp_path: Path, noda
 
 
 # Colours
+
+
+def test_inferred_classes_are_cached_until_a_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = folder(tmp_path)
+    expected = Folder("train", root).classes
+    reads: list[Path] = []
+    read = class_inference.read_stored_mask
+
+    def counted(path: Path) -> object:
+        reads.append(path)
+        return read(path)
+
+    monkeypatch.setattr(class_inference, "read_stored_mask", counted)
+    class_inference._infer.cache_clear()  # as in a new process
+    assert Folder("train", root).classes == expected
+    assert reads == []
+    mask = tmp_path / "masks" / next((tmp_path / "masks").iterdir()).name
+    status = mask.stat()
+    other = tmp_path / "other.png"  # of the same size and time, moved over the mask
+    other.write_bytes(mask.read_bytes())
+    os.utime(other, ns=(status.st_atime_ns, status.st_mtime_ns))
+    other.replace(mask)
+    class_inference._infer.cache_clear()
+    assert Folder("train", root).classes == expected
+    assert len(reads) == NUM
 
 
 def test_palettes_that_differ_are_read_through_their_colours(tmp_path: Path) -> None:
