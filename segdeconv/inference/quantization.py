@@ -231,8 +231,8 @@ def affine(values: Range) -> tuple[float, int]:
     """Return the scale and the code of 0 for a range of values.
 
     Examples:
-        >>> affine((-1.0, 4.1))
-        (0.02, 50)
+        >>> affine((-51.0, 204.0))
+        (1.0, 51)
     """
     scale = max(values[1] - values[0], 1e-6) / CODES
     return scale, round(-values[0] / scale)

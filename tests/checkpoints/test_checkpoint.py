@@ -121,6 +121,7 @@ def test_a_url_and_a_missing_file_are_refused():
         checkpoint.read("nowhere.ckpt")
 
 
+@pytest.mark.slow
 def test_a_killed_writer_leaves_a_complete_checkpoint(tmp_path):
     path = tmp_path / "last.ckpt"
     checkpoint.write(content(), path)

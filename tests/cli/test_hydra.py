@@ -75,6 +75,7 @@ def test_only_train_takes_flags_that_run_or_show_jobs():
         compose(["-m", "seed=1,2"], CONFIGS)
 
 
+@pytest.mark.slow
 def test_an_own_main_file_starts_from_the_shipped_one(tmp_path, commands):
     (tmp_path / "own.yaml").write_text(
         "defaults: [train, override model: unet, override hydra/sweeper: optuna, _self_]\nseed: 7\n"

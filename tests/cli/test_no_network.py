@@ -25,6 +25,7 @@ WORKFLOW = (
 )
 
 
+@pytest.mark.slow
 def test_the_whole_workflow_needs_no_network(tmp_path, commands):
     fakes.folder(tmp_path / "mine")
     for words in WORKFLOW:
@@ -60,6 +61,7 @@ print(requests)
 """
 
 
+@pytest.mark.slow
 def test_importing_opens_no_connection(tmp_path):
     """The audit hook records connections even if a library ignores their failure, as albumentations' check does."""
     environment = child_environment(ROOT)

@@ -340,6 +340,7 @@ def digest(folder):
     return result.hexdigest()
 
 
+@pytest.mark.slow
 def test_the_bits_of_a_run_do_not_depend_on_cache_workers_or_resuming(tmp_path, monkeypatch, capsys):
     root = fakes.camvid(tmp_path / "data", num=6)
     plain = run(tmp_path / "plain", root, "dataset.cache=none", "dataset.num_workers=0")

@@ -144,6 +144,7 @@ def run_results(monkeypatch, folder, *words):
     return json.loads((folder / "out" / "results.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_table_is_trained_once_resumes_after_an_interruption_and_writes_weights(tmp_path, monkeypatch, capsys):
     trained = []
     train = series.train

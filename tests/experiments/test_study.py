@@ -235,6 +235,7 @@ def run_study(monkeypatch, folder, *words):
     return json.loads((folder / "out" / "study.json").read_text())
 
 
+@pytest.mark.slow
 def test_an_interrupted_study_resumes_and_repeats_no_run(tmp_path, monkeypatch, capsys):
     trained = []
     train = segdeconv.train.train

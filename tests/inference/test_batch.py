@@ -301,6 +301,7 @@ def test_several_scales_give_the_mean_of_the_single_scales(place):
     assert np.allclose(both, (logits.softmax(0).numpy() + full) / 2, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_samples_can_be_combined_with_tiles(place):
     path = place / "photos" / "a.png"
     whole, tiled = (
@@ -454,6 +455,7 @@ def test_a_second_run_predicts_what_is_missing_and_another_checkpoint_is_refused
     assert commands("predict", "other.ckpt", "photos", "--out", "again", "--overwrite", cwd=place).code == 0
 
 
+@pytest.mark.slow
 def test_a_batch_prediction_killed_repeatedly_ends_like_an_uninterrupted_one(place, tmp_path):
     photos = tmp_path / "photos"
     photos.mkdir()

@@ -28,6 +28,7 @@ def injected_faults(tmp_path, *words, timeout=300):
     return {suite: int(count) for suite, count in results}
 
 
+@pytest.mark.slow
 def test_a_run_resumed_after_a_kill_a_signal_or_a_full_disk_equals_an_uninterrupted_one(tmp_path):
     """The signals come from `timeout`, a terminal closed before the first step, and Ctrl-C in the last validation."""
     counts = injected_faults(tmp_path, "kills=1", "cuts=1", "full_disks=1", "signals=3")

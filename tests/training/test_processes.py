@@ -106,6 +106,7 @@ def test_accumulated_batches_equal_one_large_batch_though_void_is_uneven(
     assert_close(weights(tmp_path), expected_weights)
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_large_batch_though_void_is_uneven(two_processes, expected_weights):
     assert_close(weights(two_processes), expected_weights)
 
