@@ -362,6 +362,21 @@ def oxford_pets_image_and_trimap(index: int) -> tuple[np.ndarray, np.ndarray]:
     return (np.where(trimap == 1, 180, 40)[:, :, None] + noise).astype(np.uint8), trimap
 
 
+class Brightness(torch.nn.Module):
+    """A network that knows the classes of `image_and_mask`, by the grey values of the pixels around each."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        levels = 30 + torch.arange(num_classes, dtype=torch.float32) * (200 // num_classes)
+        self.layer = torch.nn.Conv2d(3, num_classes, 3, padding=1, padding_mode="replicate")
+        with torch.no_grad():  # the logits -(x - level)^2 / 500, without the square of x
+            self.layer.weight.copy_((2 * levels / 27 / 500)[:, None, None, None].expand_as(self.layer.weight))
+            self.layer.bias.copy_(-(levels**2) / 500)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.layer(image)
+
+
 def untrained(path: Path, dataset: dict[str, object], *, seed: int = 0, **model: object) -> Path:
     """Write a checkpoint of a small untrained SegNet and return its path.
 
@@ -369,7 +384,7 @@ def untrained(path: Path, dataset: dict[str, object], *, seed: int = 0, **model:
         path: the checkpoint file.
         dataset: the `dataset` node of a config.
         seed: of the weights.
-        model: further keys of the `model` node.
+        model: further keys of the `model` node; with `_target_`, the whole node.
     """
     from segdeconv.checkpoints import checkpoint
     from segdeconv.data.inspection import inspect
@@ -379,12 +394,13 @@ def untrained(path: Path, dataset: dict[str, object], *, seed: int = 0, **model:
 
     node = check_dataset({"batch_size": 2, "num_workers": 0, **dataset})
     train = build_split(node, "train")
-    node = {**node, **normalisation({"mean": None, "std": None}, train, inspect(train))}
-    config = check_model({"_target_": "segdeconv.models.SegNet", "stages": [[4], [8]], **model})
+    node = normalisation(node, train, inspect(train))
+    small = {} if "_target_" in model else {"_target_": "segdeconv.models.SegNet", "stages": [[4], [8]]}
+    config = check_model({**small, **model})
     torch.manual_seed(seed)
     network = build_model(config, len(train.classes), train.channels)
     for name, parameter in network.named_parameters():
-        if name.endswith("bias"):
+        if small and name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.1)  # else an all-zero input has equal logits
     preprocessing = Preprocessing(node["size"], tuple(node["mean"]), tuple(node["std"]), as_stored=train.as_stored)
     facts = {"classes": train.classes.to_dict(), "preprocessing": preprocessing.to_dict(), "precision": "32-true"}

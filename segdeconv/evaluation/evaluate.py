@@ -147,7 +147,7 @@ def evaluate(
     matrix = ConfusionMatrix(len(dataset.classes), dataset.classes.ignore_index).to(device)
     bar = tqdm(total=len(dataset), desc=f"evaluating {dataset.split}", unit="image", disable=None)
     with explain_loader_errors(), bar:
-        for index, (scores, stored) in enumerate(_scores(segmenter, dataset)):
+        for index, (scores, stored) in enumerate(class_scores(segmenter, dataset)):
             mask = stored.to(device)
             if dataset.whole is dataset:  # crops of objects are meant to be resized
                 segmenter.resized.add(dataset.names[index], (mask.shape[0], mask.shape[1]))
@@ -173,7 +173,7 @@ def evaluate(
     return matrix.compute()
 
 
-def _scores(segmenter: Segmenter, dataset: SegmentationDataset) -> Iterator[tuple[ClassScores, Tensor]]:
+def class_scores(segmenter: Segmenter, dataset: SegmentationDataset) -> Iterator[tuple[ClassScores, Tensor]]:
     """Yield (scores at the size of the mask with N = 1, mask) of every image, in batches if a single pass is enough."""
     if not segmenter.settings.single_pass:
         for index in range(len(dataset)):

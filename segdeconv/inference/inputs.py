@@ -134,6 +134,30 @@ def _folded(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()
 
 
+def find_image_files(arguments: Sequence[str], out: Path) -> list[Path]:
+    """Find the images that command-line arguments name, each once, for a command without an output file for each.
+
+    Args:
+        arguments: As in `find_images`.
+        out: Output folder.
+
+    Raises:
+        UsageError: An argument names no image, a line of a list no file, or a file is a video.
+    """
+    missing: list[str] = []
+    paths: dict[str, Path] = {}
+    for argument in arguments:
+        for path, _ in _resolve(argument, out, missing):
+            if path.suffix.lower() in VIDEOS:
+                raise UsageError(f"{path} is a video, and only images are accepted here - extract its frames first")
+            paths.setdefault(os.path.realpath(path), path)
+    if missing:
+        raise UsageError(missing[0])
+    if not paths:
+        raise UsageError("no images given - list images, folders, or a quoted pattern")
+    return list(paths.values())
+
+
 def _resolve(argument: str, out: Path, missing: list[str]) -> Iterator[tuple[Path, str]]:
     """Yield the path and the output name of each image or video that one argument names."""
     if argument == STDIN and not Path(argument).exists():

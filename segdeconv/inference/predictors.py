@@ -174,8 +174,8 @@ def whole_image(predictor: Predictor, image: np.ndarray, name: str) -> ClassScor
             return scores
         if canvas is None:
             empty = scores.values.new_empty((1, scores.values.shape[1], *image.shape[:2]))
-            uncertainty = None if scores.uncertainty is None else empty.new_empty((1, *image.shape[:2]))
-            canvas = ClassScores(empty, scores.is_probability, uncertainty)
+            maps = (None if map_ is None else empty.new_empty((1, *image.shape[:2])) for map_ in scores[2:])
+            canvas = ClassScores(empty, scores.is_probability, *maps)
         for map_, part in zip(canvas, scores, strict=True):
             if isinstance(map_, Tensor) and isinstance(part, Tensor):
                 map_[..., slice(*rows), slice(*columns)] = part
@@ -249,7 +249,8 @@ class TiledPredictor:
 
         def sampled_maps(part: Part) -> Tensor:
             samples = draw_samples(part)
-            return torch.cat([samples.probabilities, samples.uncertainty[:, None]], dim=1)
+            maps = [samples.probabilities, samples.uncertainty[:, None], samples.information[:, None]]
+            return torch.cat(maps, dim=1)
 
         complete = sampled_maps(whole(view.size)) if self.tiler.step(view.size) is None else None
         source = sampled_maps if complete is None else partial(_crop, complete)
@@ -258,7 +259,7 @@ class TiledPredictor:
                 maps = resized(complete, size)
             else:
                 maps = resized_part(source, view.size, size, part)
-            yield part, ClassScores(maps[:, :-1], True, maps[:, -1])
+            yield part, ClassScores(maps[:, :-2], True, maps[:, -2], maps[:, -1])
 
     def _input_size(self, size: Size, scale: float) -> Size:
         base = self.preprocessing.size or size

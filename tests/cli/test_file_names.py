@@ -67,6 +67,8 @@ def latin(tmp_path_factory, commands):
         ("predict", ("run/best.ckpt", "ROOT/images", "--polygons", "--class-masks"), 12 * 6 + 3),
         ("evaluate", ("run/best.ckpt", "dataset.root=ROOT", "--masks", "out/m", "--pictures", "out/p"), 2 * 2 + 2),
         ("inspect_data", ("dataset=folder", "dataset.root=ROOT"), 1),
+        ("rank", ("run/best.ckpt", "ROOT/images", "--copy", "out/next"), 2 + 12),
+        ("rank", ("run/best.ckpt", "--suspects", "dataset.root=ROOT"), 2),
         ("visualize", ("run/best.ckpt", "ROOT/images", "--images", "1", "--only", "stages,switches"), 3),
         ("export", ("run/best.ckpt",), 2),
     ],

@@ -20,6 +20,8 @@ WORKFLOW = (
     ("train", *SLIM, "dataset.num_workers=1", "hydra.run.dir=run", "resume=auto"),
     ("evaluate", "run/best.ckpt"),
     ("predict", "run/best.ckpt", "mine/images"),
+    ("rank", "run/best.ckpt", "mine/images"),
+    ("rank", "run/best.ckpt", "--suspects"),
     ("inspect_data", "dataset=folder", "dataset.root=mine"),
     ("describe", "model=segnet"),
 )
