@@ -22,7 +22,7 @@ from segdeconv.checkpoints import cards, hub, locate
 from segdeconv.checkpoints.pickle_check import PickleError, check_archive
 from segdeconv.checkpoints.schema import check_config, check_metadata
 from segdeconv.classes import Classes
-from segdeconv.config import ABSENT, OBJECT, TARGET, override, rename_keys, targets, with_objects
+from segdeconv.config import ABSENT, OBJECT, TARGET, current_key, override, rename_keys, targets, with_objects
 from segdeconv.errors import CheckpointError, UsageError, for_caller, warn
 from segdeconv.losses.adapter import TORCH_LOSSES
 from segdeconv.models import SegmentationModel, build_model, check_model
@@ -429,8 +429,14 @@ def read(
 def _override(config: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     if not overrides:
         return config
-    from segdeconv.data.module import SCHEMAS  # imported late: albumentations takes a second
+    from segdeconv.data.module import SCHEMAS, require_key  # imported late: albumentations takes a second
 
+    for path in (current_key(word.partition("=")[0]) for word in overrides):
+        group, _, name = path.partition(".")
+        if group in config and group not in ("dataset", "model"):
+            raise UsageError(f"{path} has no effect on a trained network - only keys of dataset and model have")
+        if group == "dataset" and name and TARGET in config.get("dataset", {}):
+            require_key(config["dataset"], name.partition(".")[0])
     return override(config, overrides, {"dataset": SCHEMAS})
 
 

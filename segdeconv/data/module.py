@@ -6,7 +6,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from segdeconv.config import TARGET, build, check, locate, split_arguments, without_defaults
+from segdeconv.config import (
+    TARGET,
+    build,
+    check,
+    locate,
+    parameters_of,
+    split_arguments,
+    suggest_key,
+    without_defaults,
+)
 from segdeconv.data.augmentation import Augmentation, Transform, is_transform, mask_arguments
 from segdeconv.data.cache import Cached, Kind, open_store, plan_cache
 from segdeconv.data.checksums import verify
@@ -153,6 +162,13 @@ def check_dataset(node: dict[str, Any]) -> dict[str, Any]:
     schema = locate(node, "dataset")
     _require_dataset(node, not inspect.isclass(schema) or issubclass(schema, SegmentationDataset))
     return check(node, "dataset", [schema, *SCHEMAS], supplied=SUPPLIED)
+
+
+def require_key(node: Mapping[str, Any], name: str) -> None:
+    """Raise UsageError if neither the data set of a `dataset` node nor its views and pipeline take a key."""
+    parameters, _, takes_any = parameters_of([locate(node, "dataset"), *SCHEMAS], "dataset", supplied=SUPPLIED)
+    if name not in (*parameters, TARGET) and not takes_any:
+        raise UsageError(f"unknown key dataset.{name} - {suggest_key(name, parameters, 'dataset')}")
 
 
 def _require_dataset(node: Mapping[str, Any], fits: bool) -> None:

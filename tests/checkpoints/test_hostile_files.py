@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import pickle
+import re
 import shutil
 import stat
 import sys
@@ -219,6 +220,25 @@ def test_overrides_cannot_change_the_classes_that_a_checkpoint_builds():
     for word in ("model._target_=os.system", "augment.x._target_=os.system", "_target_=os.system"):
         with pytest.raises(UsageError, match=r"cannot be changed|unknown key"):
             override(content()["hyper_parameters"]["config"], [word])
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("dataset.rot=x", "unknown key dataset.rot - did you mean 'root'?"),
+        ("trainer.max_epochs=3", "trainer.max_epochs has no effect on a trained network"),
+        ("datset.root=x", "unknown key datset.root - did you mean 'dataset'?"),
+    ],
+)
+def test_overrides_of_keys_that_nothing_reads_are_refused(word, message):
+    data = content()
+    config = data["hyper_parameters"]["config"]
+    config["dataset"] = {"_target_": "segdeconv.data.CamVid", "size": None}
+    config["trainer"] = {"max_epochs": 2}
+    checkpoint.write(data, Path("overridden.ckpt"))
+    with pytest.raises(UsageError, match=re.escape(message)):
+        checkpoint.read("overridden.ckpt", overrides=[word])
+    checkpoint.read("overridden.ckpt", overrides=["dataset.batch_size=1"])
 
 
 # Text: class files, configs of runs, sidecars
