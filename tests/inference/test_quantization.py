@@ -14,20 +14,10 @@ from segdeconv import models
 from segdeconv.checkpoints import checkpoint
 from segdeconv.errors import UsageError
 from segdeconv.evaluation.quantization import calibrate
+from segdeconv.inference.codes import Codes, QuantizedConv, QuantizedEnlarge, QuantizedMaxPool, QuantizedUnpool, affine
 from segdeconv.inference.network import Network, prepare_for_inference
 from segdeconv.inference.predictors import PredictionSettings
-from segdeconv.inference.quantization import (
-    Codes,
-    QuantizedConv,
-    QuantizedEnlarge,
-    QuantizedMaxPool,
-    QuantizedUnpool,
-    _as_conv,
-    affine,
-    is_supported,
-    measure_ranges,
-    quantize,
-)
+from segdeconv.inference.quantization import _as_conv, is_supported, measure_ranges, quantize
 from segdeconv.inference.segmenter import Segmenter
 from segdeconv.switches.modules import MaxPool, Unpool
 
