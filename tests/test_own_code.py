@@ -172,6 +172,7 @@ def test_missing_keys_of_a_config_have_the_defaults_of_train_yaml():
     }
 
 
+@pytest.mark.slow
 def test_training_from_python_needs_no_hydra(own):
     (snippet,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     snippet = snippet.replace("size=[48, 48]", "size=[48, 48], dataset__count=16, dataset__num_workers=0")

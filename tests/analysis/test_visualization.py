@@ -30,6 +30,7 @@ def trained(tmp_path_factory, commands):
     return place
 
 
+@pytest.mark.slow
 def test_curves_of_switches_are_logged_and_do_not_change_training(trained):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -70,6 +71,7 @@ def test_evaluate_reports_ablation_and_error_detection(trained, commands):
         assert words in full.out
 
 
+@pytest.mark.slow
 def test_visualize_draws_every_figure_by_default(trained, commands):
     done = commands(
         "visualize", "run/best.ckpt", "--images", 1, "--num-maps", 1, "--samples", 2, "--out", "v", cwd=trained

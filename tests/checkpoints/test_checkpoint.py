@@ -149,6 +149,7 @@ def test_a_killed_writer_leaves_a_complete_checkpoint(tmp_path):
     assert max(counts) > 0, "the writer must have written at least once"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("room", [100, 3_000, 9_000])
 def test_a_full_disk_is_reported_and_the_old_file_stays(tmp_path, room):
     """torch fails twice on a full disk, and its second error is about its own archive."""

@@ -36,6 +36,7 @@ def test_int8_prints_what_it_costs_and_is_calibrated_once(place, commands):
     assert f"int8: mIoU {100 * miou:.2f} % on val (2 images)" in done.out
 
 
+@pytest.mark.slow
 def test_a_file_of_8_bits_holds_integers_and_its_scores(place, commands):
     done = commands("export", "best.ckpt", "--int8", "--max-loss", "100", "--out", "small.onnx", cwd=place)
     assert done.code == 0, done.err

@@ -299,6 +299,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return folder, done.stdout
 
 
+@pytest.mark.slow
 def test_a_network_learns_from_both_of_two_16_bit_channels(trained: tuple[Path, str]) -> None:
     folder, output = trained
     # A single channel determines at most half of the pixels, which is a mean IoU of at most a third.

@@ -117,6 +117,7 @@ assert state() == before, (before, state())
 """
 
 
+@pytest.mark.slow
 def test_prediction_from_python_changes_no_process_wide_state(place, tmp_path):
     words = [sys.executable, "-c", FROM_PYTHON, str(place / "best.ckpt"), str(place / "photos" / "a.png")]
     environment = child_environment(ROOT, NO_ALBUMENTATIONS_UPDATE="1")

@@ -107,6 +107,7 @@ def without_a_compiler(monkeypatch):
     return calls
 
 
+@pytest.mark.slow
 def test_a_compiled_run_writes_ordinary_checkpoints_and_can_be_resumed(
     tmp_path, monkeypatch, capsys, without_a_compiler
 ):

@@ -110,6 +110,7 @@ def test_the_former_name_of_the_logger_is_converted(tmp_path, name):
     assert type(build_logger(node, tmp_path)) is type(build_logger(checked, tmp_path)) is TensorBoard
 
 
+@pytest.mark.slow
 def test_no_environment_variable_is_set_before_a_logger_is_built():
     probe = (
         "import os; before = dict(os.environ); import segdeconv.training.loggers as loggers;"
