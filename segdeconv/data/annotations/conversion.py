@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +22,7 @@ from segdeconv.data.dataset import FileDataset, SegmentationDataset
 from segdeconv.data.inspection import map_with_progress
 from segdeconv.drawing import draw
 from segdeconv.errors import UsageError
+from segdeconv.system.files import PARTIAL
 
 IMAGES = ("copy", "link", "none")  # what is done with the image files
 
@@ -79,9 +80,9 @@ def convert(
         raise UsageError(f"{out} exists and is not an empty folder - choose another --out, or remove it")
     layout = FORMATS[kind]
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=".tmp-", dir=out.parent))
+    partial = out.with_name(f"{PARTIAL}{os.getpid()}-{secrets.token_hex(4)}-{out.name}")
+    partial.mkdir()
     try:
-        partial.chmod(0o777 & ~_umask())
         written: list[LabelledImage] = []
         for dataset in splits:
             converter = _Converter(dataset, partial, layout, simplify, images)
@@ -98,12 +99,6 @@ def convert(
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return written
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _with_indices(classes: Classes) -> Classes:
