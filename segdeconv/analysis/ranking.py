@@ -24,13 +24,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from segdeconv.data.files.decoding import header_pixels
 from segdeconv.drawing.thumbnails import thumbnail_size
 from segdeconv.errors import DivergedError, UsageError
-from segdeconv.inference.batch import MAX_PIXELS_IN_MEMORY, MAX_READ_AHEAD, PixelBudget
+from segdeconv.inference.batch import MAX_PIXELS_IN_MEMORY, MAX_READ_AHEAD, PixelBudget, read_within
 from segdeconv.inference.network import Network
 from segdeconv.inference.scorers import entropy, labels
-from segdeconv.inference.segmenter import Segmenter
+from segdeconv.inference.segmenter import OpenedImage, Segmenter
 from segdeconv.system.interruption import raise_again
 
 CELLS = 16  # cells along the longer side of an image
@@ -220,31 +219,22 @@ def _read_ahead(segmenter: Segmenter, paths: Sequence[Path]) -> Iterator[tuple[P
     """Yield each image, or the error that its reading raises; a thread reads the next ones meanwhile."""
     budget = PixelBudget(MAX_PIXELS_IN_MEMORY)
 
-    def read(path: Path) -> tuple[np.ndarray, int]:
-        pixels = header_pixels(path)
-        budget.acquire(pixels)
-        try:
-            return segmenter.open(path).image, pixels
-        except BaseException:
-            budget.release(pixels)
-            raise
-
     waiting, reader = iter(paths), ThreadPoolExecutor(1)
-    reads: deque[tuple[Path, Future[tuple[np.ndarray, int]]]] = deque()
+    reads: deque[tuple[Path, Future[tuple[OpenedImage, int]]]] = deque()
     try:
         while True:
             for path in islice(waiting, MAX_READ_AHEAD - len(reads)):
-                reads.append((path, reader.submit(read, path)))
+                reads.append((path, reader.submit(read_within, budget, segmenter, path)))
             if not reads:
                 return
             raise_again()
             path, future = reads.popleft()
             try:
-                image, pixels = future.result()
+                opened, pixels = future.result()
             except UsageError as error:
                 yield path, error
                 continue
-            yield path, image
+            yield path, opened.image
             budget.release(pixels)
     finally:
         budget.close()

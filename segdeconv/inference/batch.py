@@ -65,6 +65,32 @@ class PixelBudget:
             self.changed.notify_all()
 
 
+def read_within(
+    budget: PixelBudget, segmenter: Segmenter, path: Path, *, scratch: Path | None = None
+) -> tuple[OpenedImage, int]:
+    """Read an image once its pixels fit into a budget, to which the caller returns them.
+
+    Args:
+        budget: The budget.
+        segmenter: The network that the image is for.
+        path: The image.
+        scratch: See `Segmenter.open`.
+
+    Returns:
+        The image and the pixels taken from the budget.
+
+    Raises:
+        UsageError: The image cannot be read; its pixels have been returned.
+    """
+    pixels = header_pixels(path)
+    budget.acquire(pixels)
+    try:
+        return segmenter.open(path, scratch=scratch), pixels
+    except BaseException:
+        budget.release(pixels)
+        raise
+
+
 @dataclass
 class BatchPrediction:
     """Prediction of many images and videos, with their outputs and one line each in the progress log.
@@ -143,13 +169,7 @@ class BatchPrediction:
     def _read(self, path: Path) -> tuple[OpenedImage, int] | None:
         if is_video(path):
             return None
-        pixels = header_pixels(path)
-        self.budget.acquire(pixels)
-        try:
-            return self.segmenter.open(path, scratch=self.outputs.out), pixels
-        except BaseException:
-            self.budget.release(pixels)
-            raise
+        return read_within(self.budget, self.segmenter, path, scratch=self.outputs.out)
 
     def _predict(self, name: str, opened: OpenedImage) -> tuple[Prediction, list[Path]]:
         predict = partial(
