@@ -339,6 +339,16 @@ def hex_colour(colour: Iterable[int]) -> str:
     return "#{:02x}{:02x}{:02x}".format(*colour)
 
 
+def parse_hex_colour(text: str) -> Colour:
+    """Parse an RGB colour as in CSS.
+
+    Examples:
+        >>> parse_hex_colour("#ff0010")
+        (255, 0, 16)
+    """
+    return int(text[1:3], 16), int(text[3:5], 16), int(text[5:7], 16)
+
+
 def count_values(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the values of an integer array in ascending order, and the number of each."""
     if values.dtype != np.uint8:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from segdeconv.classes import Classes, Colour, default_colours
+from segdeconv.classes import Classes, Colour, default_colours, parse_hex_colour
 from segdeconv.data.files.reading import read_list
 from segdeconv.errors import UsageError
 from segdeconv.system.plain_data import PlainDataError, read_yaml
@@ -105,7 +105,7 @@ def _ignored(value: Any, source: str) -> tuple[int | Colour, ...]:
 
 def _label_or_colour(value: Any, name: str, source: str) -> int | Colour:
     if isinstance(value, str) and re.fullmatch(r"#[0-9a-fA-F]{6}", value):
-        return int(value[1:3], 16), int(value[3:5], 16), int(value[5:7], 16)
+        return parse_hex_colour(value)
     if isinstance(value, list | tuple) and len(value) == 3:
         red, green, blue = (_integer(channel) for channel in value)
         if (

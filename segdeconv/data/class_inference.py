@@ -17,7 +17,7 @@ from segdeconv.data.class_file import IGNORE, MAX_CLASSES
 from segdeconv.data.files.reading import read_stored_mask, require_opaque
 from segdeconv.data.inspection import cache_folder, map_with_progress
 from segdeconv.errors import UsageError
-from segdeconv.system.files import hash_text, replace_text
+from segdeconv.system.files import file_identity, hash_text, replace_text
 from segdeconv.system.plain_data import PlainDataError, read_json, require_mapping
 
 VERSION = 1  # of the rules of inference; a new number invalidates what is cached
@@ -98,13 +98,7 @@ def infer_classes(masks: Sequence[Path]) -> tuple[Classes, tuple[str, ...]]:
         UsageError: The masks mix labels and colours, have too many different values, or values that are probably no
             classes.
     """
-    return _infer(tuple((path, *_identity(path)) for path in masks))
-
-
-def _identity(path: Path) -> tuple[int, int, int]:
-    """Return what changes when a file does: size, time and inode; zeros for a file that is not there."""
-    status = path.stat() if path.exists() else None
-    return (status.st_size, status.st_mtime_ns, status.st_ino) if status else (0, 0, 0)
+    return _infer(tuple((path, *file_identity(path)) for path in masks))
 
 
 @lru_cache(maxsize=4)  # the data set is built once for each split

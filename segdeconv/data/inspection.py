@@ -21,7 +21,7 @@ from segdeconv.data.dataset import FileDataset, SegmentationDataset
 from segdeconv.data.files.geo import band_names, describe_shift, nodata_pixels
 from segdeconv.data.files.reading import StoredMask, stored_format
 from segdeconv.errors import UsageError, command
-from segdeconv.system.files import cache_root, hash_text, replace_text
+from segdeconv.system.files import cache_root, file_identity, hash_text, replace_text
 from segdeconv.system.plain_data import Limits, read_json
 
 VERSION = 6  # of the fields of an inspection; a new number invalidates cached ones
@@ -109,7 +109,7 @@ def inspect(dataset: SegmentationDataset, *, use_cache: bool = True) -> Inspecti
     """
     dataset = dataset.whole
     # The inodes too, since a file that is moved over another can have its size and time.
-    inodes = [path.stat().st_ino if path.exists() else 0 for path in dataset.files]
+    inodes = [file_identity(path)[2] for path in dataset.files]
     text = f"{VERSION}\n{dataset.kind} {dataset.split}\n{dataset.fingerprint}\n{inodes}"
     path = cache_folder("inspections") / f"{hash_text(text)[:32]}.json"
     if use_cache and path.is_file():

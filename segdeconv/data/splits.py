@@ -8,6 +8,10 @@ from segdeconv.system.seeding import key
 
 Groups = Mapping[str, list[str]]  # the names of the images of each group
 
+# Names of the splits' folders and lists: ours first, then those of other programs.
+SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
+SPLIT_OF_WORD = {word: split for split, words in SPLITS.items() for word in words}
+
 
 def choose_val(
     names: Sequence[str], val_share: float, folds: int | None, fold: int, *, pattern: str | None, seed: int

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -59,14 +59,7 @@ class Quantization:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content as plain data, as the metadata of a checkpoint holds it under `int8`."""
-        ranges = {name: {kind: list(values) for kind, values in kinds.items()} for name, kinds in self.ranges.items()}
-        return {
-            "ranges": ranges,
-            "split": self.split,
-            "images": self.images,
-            "float32": self.float32,
-            "int8": self.int8,
-        }
+        return asdict(self)
 
 
 def calibrate(

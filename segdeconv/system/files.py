@@ -266,6 +266,12 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def file_identity(path: Path) -> tuple[int, int, int]:
+    """Return what changes when a file does: size, time and inode; zeros for a file that is not there."""
+    status = path.stat() if path.exists() else None
+    return (status.st_size, status.st_mtime_ns, status.st_ino) if status else (0, 0, 0)
+
+
 def hash_text(text: str) -> str:
     """Return the sha256 of a text, which may have file names that are not UTF-8, in hex."""
     return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from segdeconv.classes import Classes, Colour, hex_colour
+from segdeconv.classes import Classes, hex_colour, parse_hex_colour
 from segdeconv.data.annotations.shapes import (
     AnnotatedImage,
     Annotations,
@@ -20,6 +20,7 @@ from segdeconv.data.annotations.shapes import (
     rectangle,
     written_labels,
 )
+from segdeconv.data.splits import SPLIT_OF_WORD
 
 NAME = "CVAT XML"
 WITHOUT_AREA = {"polyline": "lines", "points": "points", "skeleton": "skeletons", "tag": "tags", "cuboid": "cuboids"}
@@ -72,25 +73,13 @@ def read(path: Path, content: Any, split: str | None) -> Annotations:
                 tuple(shape for _, shape in drawn),
                 path,
                 (int(image.attrib["height"]), int(image.attrib["width"])),
-                subset(image.get("subset")) or split,
+                SPLIT_OF_WORD.get(image.get("subset", "").lower(), split),
             )
         )
     for shape in (shape for image in images for shape in image.shapes):
         labels.setdefault(shape.label, None)
-    colours = {label: _colour(text) for label, text in labels.items() if text}
+    colours = {label: parse_hex_colour(text) for label, text in labels.items() if text}
     return Annotations(tuple(images), tuple(labels), colours, left_out)
-
-
-def subset(name: str | None) -> str | None:
-    """Return the split that a subset of CVAT is, or None for its default subset."""
-    lower = (name or "").lower()
-    return {"validation": "val", "valid": "val", "training": "train", "testing": "test"}.get(
-        lower, lower if lower in ("train", "val", "test") else None
-    )
-
-
-def _colour(text: str) -> Colour:
-    return int(text[1:3], 16), int(text[3:5], 16), int(text[5:7], 16)
 
 
 def _shape(entry: ElementTree.Element) -> Shape:

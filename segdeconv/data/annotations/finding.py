@@ -13,7 +13,9 @@ from segdeconv.data.annotations import coco, cvat, label_studio, labelme, superv
 from segdeconv.data.annotations.shapes import AnnotatedImage, Annotations, malformed, merge
 from segdeconv.data.files.finding import Listing, describe_skipped, find_files
 from segdeconv.data.files.reading import read_list
+from segdeconv.data.splits import SPLIT_OF_WORD
 from segdeconv.errors import UsageError
+from segdeconv.system.files import file_identity
 from segdeconv.system.plain_data import Limits, read_json
 
 TOOLS = (coco, labelme, supervisely, via, label_studio, cvat)
@@ -21,11 +23,7 @@ ONE_IMAGE = (labelme, supervisely)  # tools that write a file for each image
 FORMATS = "COCO, labelme, CVAT, YOLO, Label Studio, Supervisely and VGG Image Annotator"
 LIMITS = Limits(size=1 << 31, nodes=200_000_000)
 ENDINGS = {".json", ".xml", ".csv"}
-SPLIT_WORDS = {
-    "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test",
-    "testing": "test",
-}  # fmt: skip
-SPLIT_WORD = re.compile(rf"(?<![a-z])({'|'.join(sorted(SPLIT_WORDS, key=len, reverse=True))})(?![a-z])")
+SPLIT_WORD = re.compile(rf"(?<![a-z])({'|'.join(sorted(SPLIT_OF_WORD, key=len, reverse=True))})(?![a-z])")
 UPLOADED = re.compile(r"[0-9a-f]{8}-(.+)")  # Label Studio writes a random number before the name of an uploaded file
 
 
@@ -71,7 +69,7 @@ def find_annotations(root: Path, given: str | Mapping[str, str] | None) -> Annot
             raise UsageError(f"dataset.annotations has the split '{wrong[0]}' - the splits are train, val and test")
     elif given is not None:
         files = ((None, _given_path(root, given)),)
-    stamps = tuple((path, *_stamp(path)) for _, place in files for path in _files_of(place))
+    stamps = tuple((path, *file_identity(path)) for _, place in files for path in _files_of(place))
     return _find(root, files, stamps, given is not None)
 
 
@@ -81,11 +79,6 @@ def _given_path(root: Path, name: str) -> Path:
         if path.exists():
             return path
     raise UsageError(f"dataset.annotations={name} not found in {root} - give a file or folder of annotations")
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_mtime_ns, status.st_size
 
 
 def _files_of(place: Path) -> list[Path]:
@@ -108,7 +101,7 @@ def _files_of(place: Path) -> list[Path]:
 def _find(
     root: Path,
     places: tuple[tuple[str | None, Path], ...],
-    stamps: tuple[tuple[Path, int, int], ...],
+    stamps: tuple[tuple[Path, int, int, int], ...],
     required: bool,
 ) -> AnnotatedFolder | None:
     parts: dict[str, list[Annotations]] = {}
@@ -196,7 +189,7 @@ def _split_of_file(path: Path, root: Path) -> str | None:
         'val'
     """
     match = SPLIT_WORD.search(path.stem.lower())
-    return SPLIT_WORDS[match[1]] if match else _split_of_folder(path, root)
+    return SPLIT_OF_WORD[match[1]] if match else _split_of_folder(path, root)
 
 
 def _split_of_folder(path: Path, root: Path) -> str | None:
@@ -205,7 +198,7 @@ def _split_of_folder(path: Path, root: Path) -> str | None:
     for part in reversed(inside.parts[:-1]):
         match = SPLIT_WORD.match(part.lower())
         if match and not part[match.end() :].strip("0123456789"):
-            return SPLIT_WORDS[match[1]]
+            return SPLIT_OF_WORD[match[1]]
     return None
 
 

@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from segdeconv.classes import Classes, Colour, hex_colour
+from segdeconv.classes import Classes, hex_colour, parse_hex_colour
 from segdeconv.data.annotations.shapes import (
     AnnotatedImage,
     Annotations,
@@ -45,7 +45,9 @@ def recognise_meta(content: Any) -> bool:
 
 def read_meta(content: Any) -> Annotations:
     """Return the classes of a project, without images."""
-    colours = {str(entry["title"]): _colour(str(entry["color"])) for entry in content["classes"] if entry.get("color")}
+    colours = {
+        str(entry["title"]): parse_hex_colour(str(entry["color"])) for entry in content["classes"] if entry.get("color")
+    }
     return Annotations((), tuple(str(entry["title"]) for entry in content["classes"]), colours, {})
 
 
@@ -70,10 +72,6 @@ def read(path: Path, content: Any, split: str | None) -> Annotations:
     file = path.parent.parent / "img" / path.name.removesuffix(".json")
     image = AnnotatedImage(file.as_posix(), tuple(shapes), path, size, split)
     return Annotations((image,), tuple(dict.fromkeys(shape.label for shape in shapes)), {}, left_out)
-
-
-def _colour(text: str) -> Colour:
-    return int(text[1:3], 16), int(text[3:5], 16), int(text[5:7], 16)
 
 
 def _shape(kind: str, label: str, entry: dict[str, Any], size: Size) -> RunLengths:

@@ -20,12 +20,10 @@ from segdeconv.data.dataset import FileDataset, Pair, require_root, require_spli
 from segdeconv.data.files.finding import find_files
 from segdeconv.data.files.reading import MAX_PIXELS, Exif, StoredMask, image_size
 from segdeconv.data.pairing import Folders, count, find_folders, read_split_list
-from segdeconv.data.splits import choose_val, require_kept_together
+from segdeconv.data.splits import SPLITS, choose_val, require_kept_together
 from segdeconv.errors import UsageError
 
-# Names of the splits' folders and lists: ours first, then those of other programs.
 LIST_LIKE = re.compile(r"(train|val|test|class|label).*\.(txt|csv|tsv|lst|json|ya?ml|names)$", re.IGNORECASE)
-SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 
 
 class Folder(FileDataset):
