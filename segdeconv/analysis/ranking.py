@@ -40,7 +40,7 @@ DIVERSITY = 1.0
 
 
 class Measured(NamedTuple):
-    """What the ranking needs of an image.
+    """Measurements of an image for the ranking.
 
     Attributes:
         path: The file.

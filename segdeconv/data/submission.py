@@ -1,4 +1,4 @@
-"""What evaluation servers of benchmarks ask of a submission."""
+"""Requirements of the evaluation servers of benchmarks."""
 
 from __future__ import annotations
 

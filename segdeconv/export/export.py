@@ -60,7 +60,7 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Int8:
-    """How a file of 8 bits is made and judged.
+    """Calibration and acceptance of a file of 8 bits.
 
     Attributes:
         images: Images as stored, (H, W, C), on which the ranges of the maps are measured.

@@ -56,7 +56,7 @@ Part = tuple[tuple[int, int], tuple[int, int]]  # rows, columns
 
 
 class Tags(NamedTuple):
-    """What the tags of a TIFF say about its pixels, read without rasterio.
+    """Georeference, nodata value and bands in the tags of a TIFF, read without rasterio.
 
     Attributes:
         transform: From pixel corners to map coordinates; None if the file has none.

@@ -1,4 +1,4 @@
-"""How well suspects find labelling errors: regions of CamVid's val masks are given another class, and searched for.
+"""The share of labelling errors that suspects find: regions of CamVid's val masks with another class are searched for.
 
     python -c "from segdeconv.experiments.study import altered_masks; altered_masks.run('camvid-small', '/data/CamVid')"
 
