@@ -95,8 +95,12 @@ def peak(*, reset: bool = False) -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     if reset:  # getrusage would start with the memory of the parent process
         Path("/proc/self/clear_refs").write_text("5")
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    return 1024 * _numbers(Path("/proc/self/status"))["VmHWM:"]
+
+
+def resident() -> int:
+    """Return the bytes of this process in the machine's memory now, or 0 where the system does not report them."""
+    return 1024 * _numbers(Path("/proc/self/status")).get("VmRSS:", 0)
 
 
 def readable(count: int) -> str:

@@ -383,7 +383,8 @@ def step_seconds(
     optimizer = build_optimizer(config["optimizer"], model)
     size = pipeline.samples[0, 0]["mask"].shape
     free = available(device)
-    if free and estimate(model, loss, optimizer, size, precision=precision).total(pipeline.batch_size) > 0.7 * free:
+    memory = estimate(model, loss, optimizer, size, batch_size=pipeline.batch_size, device=device, precision=precision)
+    if free and memory and memory.total - memory.program > 0.7 * free:
         return None
     model.to(device).to(memory_format=torch.channels_last).train()
     loss.to(device)

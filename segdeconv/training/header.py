@@ -43,6 +43,8 @@ def header(
         task.loss,
         task.optimizer,
         trained_size,
+        batch_size=data.batch_size,
+        device=trainer.strategy.root_device,
         precision=str(trainer.precision),
         averaged=task.ema is not None,
     )
@@ -65,8 +67,10 @@ def header(
         + (", compiled" if task.compiles(trainer.strategy.root_device) else ", not compiled")
         + (", activation checkpointing" if task.activation_checkpointing else "")
         + _left_out(len(data.train), data.batch_size * trainer.world_size),
-        "memory": f"about {readable(memory.total(data.batch_size))} per process: {readable(memory.weights)} for "
-        f"weights, gradients and optimizer, {readable(memory.image)} per image"
+        "memory": f"about {readable(memory.total)} per process: {readable(memory.weights)} for weights, gradients and "
+        f"optimizer, {readable(memory.batch)} for {data.batch_size} image{'s' * (data.batch_size != 1)}"
+        + (f", {readable(memory.program)} for the program" if memory.program else "")
+        + (", with cross entropy in place of the loss" if memory.without_loss else "")
         + (f"; {readable(free)} are available" if free else "")
         if memory
         else "",

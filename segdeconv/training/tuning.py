@@ -11,7 +11,7 @@ import torch
 
 from segdeconv.data.loading import collate_training, training_loader
 from segdeconv.errors import UsageError
-from segdeconv.system.memory import available
+from segdeconv.system.memory import available, peak
 from segdeconv.training.autoconfig import run_step
 from segdeconv.training.memory import estimate
 from segdeconv.training.prepare import Prepared
@@ -110,11 +110,13 @@ def try_batch_sizes(prepared: Prepared, device: torch.device, precision: str, *,
     """
     sample = prepared.data.samples[0, 0]
     size = sample["mask"].shape
-    needed = estimate(
+    needed = partial(
+        estimate,
         prepared.model,
         prepared.loss,
         prepared.optimizer,
         (size[0], size[1]),
+        device=device,
         precision=precision,
         averaged=averaged,
     )
@@ -123,13 +125,13 @@ def try_batch_sizes(prepared: Prepared, device: torch.device, precision: str, *,
     batch_size = 1
     while batch_size <= len(prepared.data.train):
         free = available(device)
-        if device.type != "cuda" and free is not None and needed.total(batch_size) > 0.8 * free:
+        memory = None if device.type == "cuda" else needed(batch_size=batch_size)
+        if memory is not None and free is not None and memory.total - memory.program > 0.8 * free:
             return  # a CPU would swap instead of failing
         batch = collate_training([sample] * batch_size)
         try:
             _step(prepared, batch, device, precision)  # the first step also allocates memory
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
+            peak(reset=True)
             start = time.perf_counter()
             for _ in range(2):
                 _step(prepared, batch, device, precision)
@@ -141,8 +143,7 @@ def try_batch_sizes(prepared: Prepared, device: torch.device, precision: str, *,
                 raise
             batch_size *= 2  # batch norm needs more values
             continue
-        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else needed.total(batch_size)
-        yield Fit(batch_size, seconds, peak)
+        yield Fit(batch_size, seconds, peak())
         batch_size *= 2
 
 

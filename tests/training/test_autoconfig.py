@@ -179,7 +179,7 @@ def test_where_memory_is_short_crops_are_smaller(own, monkeypatch):
 
     def estimate(model, loss, optimizer, size, **_):
         sizes.append(tuple(size))
-        return Memory(weights=0, image=size[0] * size[1])
+        return Memory(weights=0, batch=5 * size[0] * size[1], batch_size=5)
 
     monkeypatch.setattr(autoconfig, "estimate", estimate)
     monkeypatch.setattr(autoconfig, "available", lambda device: 5 * 40 * 40 / 0.7)  # five images of the batch
