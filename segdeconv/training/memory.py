@@ -194,7 +194,9 @@ def _peak_of_step(step: _Step, size: tuple[int, int], batch_size: int) -> int | 
     model, live = step.model, _LiveBytes()
     device, training = next(model.parameters()).device, model.training
     with FakeTensorMode() as fake:
-        state = {name: fake.from_tensor(tensor) for name, tensor in (*step.named_parameters(), *step.named_buffers())}
+        state: dict[str, Tensor] = {
+            name: fake.from_tensor(tensor) for name, tensor in (*step.named_parameters(), *step.named_buffers())
+        }
         image = torch.empty(batch_size, model.in_channels, *size, device=device)
         mask = torch.empty(batch_size, *size, dtype=torch.int64, device=device)
         model.train()
