@@ -57,11 +57,22 @@ lint: $(VENV)/.installed
 	$(RUN) -m mypy
 
 bench: $(VENV)/.installed
-	$(RUN) scripts/benchmark.py speed int8 memory growth input
+	$(RUN) scripts/benchmark.py speed int8 many memory growth input
 
-bench-gpu: $(VENV)/.installed
-	$(RUN) -m pytest -q -m "slow or not slow" tests/switches tests/models/test_compile.py
-	$(RUN) scripts/benchmark.py speed memory growth kernels input --batch 8 --repeats 20 --out benchmark-gpu
+# In steps of less than nine minutes: what is finished is kept, and the same command goes on with the rest.
+bench-gpu: benchmark-gpu/tests-kernels.txt benchmark-gpu/tests-compilation.txt
+	$(RUN) scripts/benchmark.py speed many memory growth kernels input --batch 8 --repeats 20 --out benchmark-gpu \
+	  --minutes 6 --resume
+
+benchmark-gpu/tests-kernels.txt: $(VENV)/.installed
+	mkdir -p benchmark-gpu
+	$(RUN) -m pytest -q -n $(JOBS) -m "slow or not slow" tests/switches > $@.part || { cat $@.part; exit 1; }
+	mv $@.part $@
+
+benchmark-gpu/tests-compilation.txt: $(VENV)/.installed
+	mkdir -p benchmark-gpu
+	$(RUN) -m pytest -q -n $(JOBS) -m "slow or not slow" tests/models/test_compile.py > $@.part || { cat $@.part; exit 1; }
+	mv $@.part $@
 
 clean:
 	rm -rf $(VENV) $(VENV)-extras demo build site *.egg-info

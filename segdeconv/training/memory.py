@@ -124,7 +124,7 @@ class _LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.peak = self._now = 0
         self._storages: dict[int, weakref.ref[Any]] = {}
 
@@ -184,7 +184,7 @@ class _Step(nn.Module):
             except RuntimeError:  # such as the shapes of OHEM and Lovász-Softmax, which depend on the data
                 self.failed = True
                 total, normaliser = loss_sums(CrossEntropy(), logits, mask)
-        (total / normaliser).backward()
+        (total / normaliser).backward()  # type: ignore[no-untyped-call]
 
 
 def _peak_of_step(step: _Step, size: tuple[int, int], batch_size: int) -> int | None:

@@ -119,9 +119,22 @@ def test_the_matrix_peak_is_plausible(monkeypatch):
 @pytest.mark.slow
 def test_the_command_writes_a_table_and_a_plot(tmp_path):
     script = Path(__file__).parents[2] / "scripts/benchmark.py"
-    words = ["speed", "growth", "--size", "64,64", "--batch", "2", "--repeats", "1"]
-    result = subprocess.run([sys.executable, script, *words], cwd=tmp_path, capture_output=True, text=True)
+    words = ["speed", "growth", "--size", "64,64", "--batch", "2", "--repeats", "1", "--minutes", "0.001"]
+    run = partial(subprocess.run, cwd=tmp_path, capture_output=True, text=True)
+    result = run([sys.executable, script, *words])
+    assert result.returncode == 2
+    assert "0.001 minutes are over before 'speed 1'" in result.stderr
+    first = json.loads((tmp_path / "benchmark/benchmark.json").read_text())["tables"]
+    words[-1] = "30"
+    result = run([sys.executable, script, *words, "--resume"])
+    assert result.returncode == 2
+    assert "was measured with another command" in result.stderr
+    kept = {"command": json.loads((tmp_path / "benchmark/benchmark.json").read_text())["command"]}
+    text = (tmp_path / "benchmark/benchmark.json").read_text().replace("--minutes 0.001", "--minutes 30")
+    (tmp_path / "benchmark/benchmark.json").write_text(text)
+    result = run([sys.executable, script, *words, "--resume"])
     assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "benchmark/benchmark.json").read_text())["tables"][0] == first[0]
     assert {path.name for path in (tmp_path / "benchmark").iterdir()} == {
         "benchmark.json", "benchmark.md", "benchmark.png"
     }  # fmt: skip
