@@ -43,7 +43,7 @@ def fetch(
     sha256: str | None = None,
     md5: str | None = None,
     timeout: float = 30,
-    progress: bool = True,
+    name: str | None = None,
 ) -> Path:
     """Download a file from the first address that serves it, unless it exists already.
 
@@ -57,7 +57,7 @@ def fetch(
         sha256: The expected hash, or None to accept any file.
         md5: The expected hash of a file without a published sha256. It detects damage, but not forgery.
         timeout: Seconds without a byte before the next address is tried.
-        progress: Show a progress bar.
+        name: What messages call the file, without a progress bar; None for the name of `target`, with one.
 
     Returns:
         `target`.
@@ -81,7 +81,7 @@ def fetch(
         if not _is_secure(url):
             raise UsageError(f"{url} is not an https address; only https is downloaded - check the address")
         try:
-            _fetch_verified(url, part, kind, expected, timeout, progress)
+            _fetch_verified(url, part, kind, expected, timeout, name is None)
         except _Failed as error:
             failures.setdefault(str(error), []).append(urllib.parse.urlsplit(url).netloc)
             if number < len(urls):
@@ -91,7 +91,7 @@ def fetch(
         _bad_file(part).unlink(missing_ok=True)
         return target
     reasons = "; ".join(f"{', '.join(addresses)}: {reason}" for reason, addresses in failures.items())
-    raise UsageError(f"could not download {target.name} ({reasons}) - {way_out}")
+    raise UsageError(f"could not download {name or target.name} ({reasons}) - {way_out}")
 
 
 def _bad_file(part: Path) -> Path:
