@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -297,7 +297,7 @@ class FileDataset(SegmentationDataset):
         self,
         split: str,
         classes: Classes,
-        pairs: list[Pair],
+        pairs: Sequence[Pair],
         *,
         channels: int | None = None,
         exif: Exif = "refuse",
