@@ -32,6 +32,7 @@ def compose_and_check(*arguments):
 def test_every_shipped_file_composes_and_names_only_admitted_classes(choice):
     mandatory = {
         "dataset=folder": "dataset.root=somewhere",
+        "dataset=shards": "dataset.root=somewhere",
         "experiment=deconvnet_voc_stage2_paper": "init_from=stage1.ckpt",
         "experiment=fcn16s_voc": "init_from=fcn32s.ckpt",
         "experiment=fcn8s_voc": "init_from=fcn16s.ckpt",

@@ -49,6 +49,7 @@ ADMITTED = frozenset(
         "segdeconv.data.OxfordPets",
         "segdeconv.data.SUNRGBD",
         "segdeconv.data.Shapes",
+        "segdeconv.data.Shards",
         "segdeconv.data.VOC",
         "segdeconv.losses.CrossEntropy",
         "segdeconv.losses.Dice",

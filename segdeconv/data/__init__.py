@@ -11,6 +11,7 @@ from segdeconv.data.datasets.cityscapes import Cityscapes
 from segdeconv.data.datasets.folder import Folder
 from segdeconv.data.datasets.oxford_pets import OxfordPets
 from segdeconv.data.datasets.shapes import Shapes
+from segdeconv.data.datasets.shards import Shards
 from segdeconv.data.datasets.sunrgbd import SUNRGBD
 from segdeconv.data.datasets.voc import VOC
 
@@ -27,4 +28,5 @@ __all__ = [
     "Sample",
     "SegmentationDataset",
     "Shapes",
+    "Shards",
 ]

@@ -5,7 +5,7 @@ import os
 import shutil
 import struct
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -53,7 +53,7 @@ class Cached(DatasetView):
         self.store, self.first, self.size, self.resize_masks = store, first, size, resize_masks
 
     def __getitem__(self, index: int) -> Sample:
-        stamp = hashlib.blake2b(self.dataset.stamp(index).encode(errors="surrogateescape"), digest_size=STAMP).digest()
+        stamp = self._stamp(index)
         cached = self.store.get(self.first + index, stamp)
         if cached is not None:
             return Sample(*_unpack(cached), self.names[index])
@@ -63,6 +63,15 @@ class Cached(DatasetView):
             mask = resize_mask(mask, self.size) if self.resize_masks else mask
         self.store.put(self.first + index, stamp, _pack(image, mask))
         return Sample(image, mask, name)
+
+    def prefetch(self, indices: Iterable[int]) -> None:
+        self.dataset.prefetch(
+            index for index in indices if not self.store.holds(self.first + index, self._stamp(index))
+        )
+
+    def _stamp(self, index: int) -> bytes:
+        text = self.dataset.stamp(index).encode(errors="surrogateescape")
+        return hashlib.blake2b(text, digest_size=STAMP).digest()
 
     @property
     def fingerprint(self) -> str:

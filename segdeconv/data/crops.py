@@ -5,7 +5,7 @@ each in the centre and with everything else as background; the second stage trai
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -95,6 +95,9 @@ class Crops(DatasetView):
         self.table = np.repeat(unique, times, axis=0)
         numbers = np.arange(len(self.table)) - np.searchsorted(self.table[:, 0], self.table[:, 0])
         self.names = [f"{dataset.names[row[0]]}_{number:04d}" for row, number in zip(self.table, numbers, strict=True)]
+        if dataset.locality is not None:
+            self.locality = dataset.locality._replace(groups=dataset.locality.groups[self.table[:, 0]])
+            self.lookahead = dataset.lookahead * len(self.table) // len(dataset)
         more = f", repeated to {len(self.table)}" if len(self.table) > len(unique) else ""
         self.notes = (
             *dataset.notes,
@@ -122,6 +125,9 @@ class Crops(DatasetView):
 
     def stamp(self, index: int) -> str:
         return self.dataset.stamp(int(self.table[index, 0]))
+
+    def prefetch(self, indices: Iterable[int]) -> None:
+        self.dataset.prefetch(int(self.table[index, 0]) for index in indices)
 
     instances = SegmentationDataset.instances  # crops have no object numbers
 

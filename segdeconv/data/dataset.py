@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -55,6 +55,48 @@ class Pair(NamedTuple):
     instances: Path | None = None
 
 
+class ImageContents(NamedTuple):
+    """The counted contents of one image and its mask, from which a split is inspected.
+
+    Attributes:
+        counts: Pixels by class, the ignored last.
+        size: (H, W).
+        bits: Bits of each channel as the data set gives them.
+        sums: Sums of each channel over the pixels that have data, and of its squares.
+        contrast: Difference between the smallest and the largest number of the image.
+        digest: Hash of the pixels.
+        format: (bits, channels, alpha) as stored; None without files, or if images are read as they are stored.
+        values: Pixels by label or colour of the mask file.
+        bands: Names of the channels.
+        nodata: Number of pixels with the nodata value of the image file.
+        mask_nodata: The nodata value of the mask file.
+    """
+
+    counts: tuple[int, ...]
+    size: tuple[int, int]
+    bits: int
+    sums: tuple[tuple[float, ...], tuple[float, ...]]
+    contrast: int
+    digest: str
+    format: tuple[int, int, bool] | None
+    values: tuple[tuple[int | str, int], ...]
+    bands: tuple[str, ...] = ()
+    nodata: int = 0
+    mask_nodata: int | None = None
+
+
+class Locality(NamedTuple):
+    """Which samples are stored together, so that an order can read them at about the same time.
+
+    Attributes:
+        groups: (N,) number of the group of each sample; 0 to the number of groups - 1.
+        window: Number of groups whose samples are shuffled together.
+    """
+
+    groups: np.ndarray
+    window: int
+
+
 class PublishedScores(NamedTuple):
     """Scores of a network on a data set as published, in percent; None where the paper gives none.
 
@@ -100,6 +142,8 @@ class SegmentationDataset(ABC):
             class has no pixel while others are ignored.
         inferred_classes: True if the classes were inferred from the masks, because no table names them.
         published: Published scores on these classes.
+        locality: Which samples are stored together, if the order of training must respect it.
+        lookahead: Number of samples ahead of the current one that loaders announce to `prefetch`.
         overlap_hint: Suggestion in the error message for an image that two splits share.
         classes: The classes of the masks.
         split: Name of this split.
@@ -116,6 +160,8 @@ class SegmentationDataset(ABC):
     own_classes: bool = False
     inferred_classes: bool = False
     published: tuple[PublishedScores, ...] = ()
+    locality: Locality | None = None
+    lookahead: int = 0
     overlap_hint: str = "list it once"
     classes: Classes
     split: str
@@ -135,6 +181,14 @@ class SegmentationDataset(ABC):
     def stamp(self, index: int) -> str:
         """Return a text that changes when the files of an image change, checked each time before it is read."""
         return ""
+
+    def contents(self, index: int) -> ImageContents | None:
+        """Return the contents of an image where they are stored, so that inspection need not read it."""
+        return None
+
+    def prefetch(self, indices: Iterable[int]) -> None:
+        """Fetch samples that are about to be read, in the background, if they are far away."""
+        return
 
     @property
     def kind(self) -> str:
@@ -195,6 +249,10 @@ class DatasetView(SegmentationDataset):
         self.channels, self.as_stored, self.band_names = dataset.channels, dataset.as_stored, dataset.band_names
         self.overlap_hint, self.own_classes = dataset.overlap_hint, dataset.own_classes
         self.warnings, self.inventory = dataset.warnings, dataset.inventory
+        self.locality, self.lookahead = dataset.locality, dataset.lookahead
+
+    def prefetch(self, indices: Iterable[int]) -> None:
+        self.dataset.prefetch(indices)
 
     @property
     def unwrapped(self) -> SegmentationDataset:
@@ -239,7 +297,7 @@ class FileDataset(SegmentationDataset):
         self,
         split: str,
         classes: Classes,
-        pairs: list[Pair],
+        pairs: Sequence[Pair],
         *,
         channels: int | None = None,
         exif: Exif = "refuse",

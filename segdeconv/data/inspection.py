@@ -17,7 +17,7 @@ from pydantic import TypeAdapter
 from tqdm import tqdm
 
 from segdeconv.classes import Classes, count_values, hex_colour, is_grey, pack_colours
-from segdeconv.data.dataset import FileDataset, SegmentationDataset
+from segdeconv.data.dataset import FileDataset, ImageContents, Sample, SegmentationDataset
 from segdeconv.data.files.geo import band_names, describe_shift, nodata_pixels
 from segdeconv.data.files.reading import StoredMask, stored_format
 from segdeconv.errors import UsageError, command
@@ -158,36 +158,6 @@ def map_with_progress(count: int, function: Callable[[int], Result], description
         return list(tqdm(pool.map(function, range(count)), total=count, desc=description, leave=False, disable=None))
 
 
-class _ImageCounts(NamedTuple):
-    """The contents of one image.
-
-    Attributes:
-        counts: Pixels by class, the ignored last.
-        size: (H, W).
-        bits: Bits of each channel as the data set gives them.
-        sums: (2, C) sums of the channels and of their squares.
-        contrast: Difference between the smallest and the largest number of the image.
-        digest: Hash of the pixels.
-        format: (bits, channels, alpha) as stored; None without files, or if images are read as they are stored.
-        values: Pixels by label or colour of the mask file.
-        bands: Names of the channels.
-        nodata: Number of pixels with the nodata value of the image file.
-        mask_nodata: The nodata value of the mask file.
-    """
-
-    counts: np.ndarray
-    size: tuple[int, int]
-    bits: int
-    sums: np.ndarray
-    contrast: int
-    digest: str
-    format: tuple[int, int, bool] | None
-    values: dict[int | str, int]
-    bands: tuple[str, ...] = ()
-    nodata: int = 0
-    mask_nodata: int | None = None
-
-
 def _is_sample(value: Any) -> bool:
     """Return whether a data set of the user's own returns what it should."""
     if not isinstance(value, tuple) or len(value) != 3:
@@ -201,51 +171,62 @@ def _is_sample(value: Any) -> bool:
     )
 
 
-def _inspect(dataset: SegmentationDataset) -> Inspection:
-    num_classes, ignored = len(dataset.classes), dataset.classes.ignore_index
+def count_image(dataset: SegmentationDataset, index: int, sample: Sample) -> ImageContents:
+    """Count the contents of one image.
 
-    def count_image(index: int) -> _ImageCounts | str:
+    Args:
+        dataset: The split.
+        index: The index of the image.
+        sample: `dataset[index]`.
+
+    Raises:
+        UsageError: The sample cannot be used.
+    """
+    if not _is_sample(sample):
+        raise UsageError(
+            f"sample {index} of {dataset.kind} is not a Sample(image, mask, name) of arrays (H, W, C) uint8 or "
+            "uint16 and (H, W) uint8 - correct its __getitem__"
+        )
+    image, mask, name = sample
+    if image.shape[2] != dataset.channels:
+        raise UsageError(
+            f"{name} has {image.shape[2]} channels, but its data set has {dataset.channels} - make them equal"
+        )
+    counts = np.bincount(mask.ravel(), minlength=256)
+    files = dataset.unwrapped
+    pair = files.pairs[index] if isinstance(files, FileDataset) else None
+    if pair is not None and (shift := describe_shift(pair.image, pair.mask)):
+        raise UsageError(
+            f"{shift} - resample the mask to the pixels of the image, or remove the georeference that is wrong "
+            "(gdal_edit.py -unsetgt)"
+        )
+    file_format, values, mask_nodata = _stored(dataset, index)
+    missing = None if pair is None else nodata_pixels(pair.image, image)
+    without_data = 0 if missing is None else int(missing.sum())
+    sums = _moments(image, missing) * (mask.size - without_data)
+    return ImageContents(
+        (*counts[: len(dataset.classes)].tolist(), int(counts[dataset.classes.ignore_index])),
+        (mask.shape[0], mask.shape[1]),
+        8 * image.dtype.itemsize,
+        (tuple(sums[0].tolist()), tuple(sums[1].tolist())),
+        int(np.ptp(image)),
+        hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=8).hexdigest(),
+        file_format,
+        tuple(values.items()),
+        band_names(pair.image, dataset.channels) if pair is not None and dataset.as_stored else (),
+        without_data,
+        mask_nodata,
+    )
+
+
+def _inspect(dataset: SegmentationDataset) -> Inspection:
+    def contents(index: int) -> ImageContents | str:
         try:
-            sample = dataset[index]
+            return dataset.contents(index) or count_image(dataset, index, dataset[index])
         except UsageError as error:
             return str(error)
-        if not _is_sample(sample):
-            return (
-                f"sample {index} of {dataset.kind} is not a Sample(image, mask, name) of arrays (H, W, C) uint8 or "
-                "uint16 and (H, W) uint8 - correct its __getitem__"
-            )
-        image, mask, name = sample
-        if image.shape[2] != dataset.channels:
-            return f"{name} has {image.shape[2]} channels, but its data set has {dataset.channels} - make them equal"
-        counts = np.bincount(mask.ravel(), minlength=256)
-        counts = np.append(counts[:num_classes], counts[ignored])
-        size = mask.shape[0], mask.shape[1]
-        files = dataset.unwrapped
-        pair = files.pairs[index] if isinstance(files, FileDataset) else None
-        if pair is not None and (shift := describe_shift(pair.image, pair.mask)):
-            return (
-                f"{shift} - resample the mask to the pixels of the image, or remove the georeference that is wrong "
-                "(gdal_edit.py -unsetgt)"
-            )
-        file_format, values, mask_nodata = _stored(dataset, index)
-        digest = hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=8).hexdigest()
-        missing = None if pair is None else nodata_pixels(pair.image, image)
-        without_data = 0 if missing is None else int(missing.sum())
-        sums = _moments(image, missing) * (mask.size - without_data)
-        return _ImageCounts(
-            counts,
-            size,
-            8 * image.dtype.itemsize,
-            sums,
-            int(np.ptp(image)),
-            digest,
-            file_format,
-            values,
-            band_names(pair.image, dataset.channels) if pair is not None and dataset.as_stored else (),
-            without_data,
-            mask_nodata,
-        )
 
+    num_classes = len(dataset.classes)
     pixels = np.zeros(num_classes + 1, dtype=np.int64)
     image_pixels, images = pixels.copy(), pixels.copy()
     sums = np.zeros((2, dataset.channels))
@@ -260,19 +241,19 @@ def _inspect(dataset: SegmentationDataset) -> Inspection:
     mask_nodata: Counter[int] = Counter()
     nodata: list[int] = []
     largest: list[list[tuple[int, int]]] = [[] for _ in range(num_classes)]  # (pixels, -index)
-    results = map_with_progress(len(dataset), count_image, f"inspecting {dataset.split}")
+    results = map_with_progress(len(dataset), contents, f"inspecting {dataset.split}")
     for index, (name, result) in enumerate(zip(dataset.names, results, strict=True)):
         if isinstance(result, str):
             problems.append(result)
             digests.append("")
             continue
-        counts = result.counts
+        counts = np.array(result.counts)
         pixels += counts
         image_pixels[counts > 0] += result.size[0] * result.size[1]
         images += counts > 0
         for label in np.flatnonzero(counts[:-1]):
             largest[label] = sorted([*largest[label], (int(counts[label]), -index)], reverse=True)[:NUM_LARGEST]
-        for value, count in result.values.items():
+        for value, count in result.values:
             entry = stored_values.setdefault(value, [0, 0, 0, index])
             entry[0], entry[1] = entry[0] + count, entry[1] + 1
             if count > entry[2]:
@@ -293,7 +274,7 @@ def _inspect(dataset: SegmentationDataset) -> Inspection:
         sizes[result.size] += 1
         first_of_size.setdefault(result.size, index)
         names_by_bits.setdefault(result.bits, []).append(name)
-        sums += result.sums
+        sums += np.array(result.sums)
     if len(names_by_bits) > 1:
         first_8, first_16 = names_by_bits[8][0], names_by_bits[16][0]
         problems.append(f"{first_8} has 8 bit and {first_16} 16 bit per channel - save all images with the same bits")

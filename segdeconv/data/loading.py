@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.multiprocessing.spawn import ProcessRaisedException
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from segdeconv.data.augmentation import Augmentation
 from segdeconv.data.dataset import Sample, SegmentationDataset
@@ -142,6 +143,31 @@ def _stack(images: Sequence[np.ndarray], names: Sequence[str]) -> Tensor:
 HANDLED_SIGNALS = {getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)}
 
 
+class Announced(Sampler[Any]):
+    """An order whose items are announced a while before they are read.
+
+    Args:
+        order: The items in order.
+        announce: Called with each item, in the process that iterates.
+        ahead: Number of items between an item that is announced and the one that is read.
+    """
+
+    def __init__(self, order: Sequence[Any] | Sampler[Any], announce: Callable[[Any], None], ahead: int) -> None:
+        self.order, self.announce, self.ahead = order, announce, ahead
+
+    def __len__(self) -> int:
+        return len(self.order)  # type: ignore[arg-type]  # every sampler here has a length
+
+    def __iter__(self) -> Iterator[Any]:
+        announced: deque[Any] = deque()
+        for item in self.order:
+            self.announce(item)
+            announced.append(item)
+            if len(announced) > self.ahead:
+                yield announced.popleft()
+        yield from announced
+
+
 class Loader(DataLoader[Any]):
     """DataLoader whose workers start with signals blocked, since a signal before `prepare_worker` would end them."""
 
@@ -182,7 +208,15 @@ def training_loader(
     Raises:
         UsageError: There are fewer images than a batch, too many workers, or too little shared memory.
     """
-    batches = StatelessBatches(len(samples), batch_size, seed=seed, position=position, rank=rank, world_size=world_size)
+    batches = StatelessBatches(
+        len(samples),
+        batch_size,
+        seed=seed,
+        position=position,
+        rank=rank,
+        world_size=world_size,
+        locality=samples.dataset.locality,
+    )
     if len(batches) == 0:
         raise UsageError(
             f"the train split has {len(samples)} images, fewer than one batch of {batch_size} x {world_size} - set "
@@ -190,7 +224,14 @@ def training_loader(
         )
     settings = worker_settings(world_size=world_size, **workers)
     _require_shared_memory(samples, batch_size, settings["num_workers"])
-    return Loader(samples, batch_sampler=batches, collate_fn=collate_training, **settings)
+    order: Sampler[Any] = batches
+    if samples.dataset.lookahead:
+        order = Announced(
+            batches,
+            lambda batch: samples.dataset.prefetch(index for _, index in batch),
+            -(-samples.dataset.lookahead // batch_size),
+        )
+    return Loader(samples, batch_sampler=order, collate_fn=collate_training, **settings)
 
 
 def evaluation_loader(
@@ -207,10 +248,14 @@ def evaluation_loader(
     """
     if samples.preprocessing.size is None:
         batch_size = 1
+    order: Sequence[int] | Sampler[int] = range(rank, len(samples), world_size)
+    if samples.dataset.lookahead:
+        ahead = -(-samples.dataset.lookahead // world_size)
+        order = Announced(order, lambda index: samples.dataset.prefetch([index]), ahead)
     return Loader(
         samples,
         batch_size=batch_size,
-        sampler=range(rank, len(samples), world_size),
+        sampler=order,
         collate_fn=collate_evaluation,
         **worker_settings(world_size=world_size, **workers),
     )

@@ -116,6 +116,12 @@ class DataPipeline:
         if store is not None:
             train = train.wrap(lambda whole: Cached(whole, store, size=sizes[0]))
             val = val.wrap(lambda whole: Cached(whole, store, first=len(splits[0]), size=sizes[1], resize_masks=False))
+        if mix != "none" and train.locality is not None and train.locality.window <= train.locality.groups.max():
+            raise UsageError(
+                f"dataset.mix={mix} pastes from any image, but only dataset.window={train.locality.window} of the "
+                f"{train.locality.groups.max() + 1} shards are read at a time - set dataset.window to their number, "
+                "if the disk holds them all, or dataset.mix=none"
+            )
         mixing = None if mix == "none" else Mixing(mix, mix_probability, ignore_index=ignore_index, seed=seed)
         self.samples = TrainingBatches(train, self.preprocessing, augmentation, mixing)
         self.val_samples = EvaluationSamples(val, self.preprocessing)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from segdeconv.classes import Classes
-from segdeconv.data.dataset import DatasetView, Sample, SegmentationDataset
+from segdeconv.data.dataset import DatasetView, ImageContents, Sample, SegmentationDataset
 from segdeconv.errors import UsageError, did_you_mean
 
 IGNORE = "ignore"
@@ -33,6 +33,15 @@ class Relabelled(DatasetView):
     def __getitem__(self, index: int) -> Sample:
         image, mask, name = self.dataset[index]
         return Sample(image, self._table[mask], name)
+
+    def contents(self, index: int) -> ImageContents | None:
+        stored = self.dataset.contents(index)
+        if stored is None:
+            return None
+        counts = np.zeros(256, dtype=np.int64)
+        np.add.at(counts, self._table[: len(stored.counts) - 1], stored.counts[:-1])
+        ignored = int(counts[self.classes.ignore_index]) + stored.counts[-1]
+        return stored._replace(counts=(*counts[: len(self.classes)].tolist(), ignored))
 
     @property
     def fingerprint(self) -> str:

@@ -105,6 +105,11 @@ class Store:
         content = os.pread(self._file, entry.length, entry.offset)
         return content if len(content) == entry.length and zlib.crc32(content) == entry.checksum else None
 
+    def holds(self, number: int, stamp: bytes) -> bool:
+        """Return whether there is content under a number with the same stamp, without reading it."""
+        entry = self._entry(number) if self._file is not None else None
+        return entry is not None and entry.stamp == stamp
+
     def put(self, number: int, stamp: bytes, content: bytes) -> None:
         """Store content under a number, if it fits.
 

@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import secrets
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -254,6 +255,51 @@ def lock_folder(folder: Path, way_out: str) -> FileLock | None:
             raise
         return None
     return lock
+
+
+@contextmanager
+def waiting_for_lock(path: Path) -> Iterator[None]:
+    """Hold the lock of a lock file, once no other process or thread does; without a lock where there are none.
+
+    Args:
+        path: The lock file, which is left behind, in a folder that exists.
+    """
+    lock = FileLock(path, thread_local=False)
+    try:
+        lock.acquire()
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def creating_folder(folder: Path, way_out: str) -> Iterator[Path]:
+    """Yield a temporary folder to write to, which appears as `folder` when it is complete.
+
+    Args:
+        folder: The folder to create; it must not exist, or be empty.
+        way_out: The option that chooses another folder, for the error message, such as `--out`.
+
+    Raises:
+        UsageError: The folder is not empty.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"{folder} exists and is not an empty folder - choose another {way_out}, or remove it")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(f"{PARTIAL}{os.getpid()}-{secrets.token_hex(4)}-{folder.name}")
+    partial.mkdir()
+    try:
+        yield partial
+        if folder.exists():
+            folder.rmdir()
+        partial.replace(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def _sync_folder(folder: Path) -> None:

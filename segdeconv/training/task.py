@@ -475,7 +475,11 @@ class SegmentationTask(LightningModule):
         if not self.recalibration_batches or self.norm == "frozen" or not trained or pipeline is None:
             return
         order = StatelessBatches(
-            len(pipeline.samples), pipeline.batch_size, seed=self.seed, position=lambda: (self.current_epoch, 0)
+            len(pipeline.samples),
+            pipeline.batch_size,
+            seed=self.seed,
+            position=lambda: (self.current_epoch, 0),
+            locality=pipeline.samples.dataset.locality,
         )
 
         def batches() -> Iterator[Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from segdeconv.data.dataset import FileDataset, SegmentationDataset
 from segdeconv.data.inspection import map_with_progress
 from segdeconv.drawing import draw
 from segdeconv.errors import UsageError
-from segdeconv.system.files import PARTIAL
+from segdeconv.system.files import creating_folder
 
 IMAGES = ("copy", "link", "none")  # what is done with the image files
 
@@ -76,13 +75,8 @@ def convert(
     Raises:
         UsageError: The output folder is not empty, or two images would have one file.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"{out} exists and is not an empty folder - choose another --out, or remove it")
     layout = FORMATS[kind]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f"{PARTIAL}{os.getpid()}-{secrets.token_hex(4)}-{out.name}")
-    partial.mkdir()
-    try:
+    with creating_folder(out, "--out") as partial:
         written: list[LabelledImage] = []
         for dataset in splits:
             converter = _Converter(dataset, partial, layout, simplify, images)
@@ -92,12 +86,6 @@ def convert(
             (partial / "classes.yaml").write_text(class_file(_with_indices(classes), {}), encoding="utf-8")
         else:
             layout.write(partial, written, classes)
-        if out.exists():
-            out.rmdir()
-        partial.replace(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return written
 
 

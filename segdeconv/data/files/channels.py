@@ -156,7 +156,7 @@ def read_tiff_image(path: Path, *, max_pixels: int) -> tuple[np.ndarray, int] | 
     import tifffile
 
     try:
-        with silenced("tifffile"), tifffile.TiffFile(path) as file:
+        with silenced("tifffile"), path.open("rb") as stream, tifffile.TiffFile(stream) as file:
             series = only_series(path, file)
             page = series.keyframe
             if series.dtype is not None and series.dtype.kind in "iuf" and series.dtype not in (np.uint8, np.uint16):
@@ -216,7 +216,7 @@ def _read_tiff(path: Path, channels: int | None, max_pixels: int) -> StoredTiff:
     import tifffile
 
     try:
-        with silenced("tifffile"), tifffile.TiffFile(path) as file:
+        with silenced("tifffile"), path.open("rb") as stream, tifffile.TiffFile(stream) as file:
             series = only_series(path, file)
             page = series.keyframe
             if channels is None:

@@ -362,7 +362,7 @@ def tiff_header(path: Path) -> TiffHeader:
     import tifffile
 
     try:
-        with silenced("tifffile"), tifffile.TiffFile(path) as file:
+        with silenced("tifffile"), path.open("rb") as stream, tifffile.TiffFile(stream) as file:
             series = only_series(path, file)
             page = series.keyframe
             pixels = page.imagelength * page.imagewidth

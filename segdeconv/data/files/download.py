@@ -43,6 +43,7 @@ def fetch(
     sha256: str | None = None,
     md5: str | None = None,
     timeout: float = 30,
+    name: str | None = None,
 ) -> Path:
     """Download a file from the first address that serves it, unless it exists already.
 
@@ -56,6 +57,7 @@ def fetch(
         sha256: The expected hash, or None to accept any file.
         md5: The expected hash of a file without a published sha256. It detects damage, but not forgery.
         timeout: Seconds without a byte before the next address is tried.
+        name: What messages call the file, without a progress bar; None for the name of `target`, with one.
 
     Returns:
         `target`.
@@ -79,7 +81,7 @@ def fetch(
         if not _is_secure(url):
             raise UsageError(f"{url} is not an https address; only https is downloaded - check the address")
         try:
-            _fetch_verified(url, part, kind, expected, timeout)
+            _fetch_verified(url, part, kind, expected, timeout, name is None)
         except _Failed as error:
             failures.setdefault(str(error), []).append(urllib.parse.urlsplit(url).netloc)
             if number < len(urls):
@@ -89,19 +91,19 @@ def fetch(
         _bad_file(part).unlink(missing_ok=True)
         return target
     reasons = "; ".join(f"{', '.join(addresses)}: {reason}" for reason, addresses in failures.items())
-    raise UsageError(f"could not download {target.name} ({reasons}) - {way_out}")
+    raise UsageError(f"could not download {name or target.name} ({reasons}) - {way_out}")
 
 
 def _bad_file(part: Path) -> Path:
     return part.with_suffix(".bad")
 
 
-def _fetch_verified(url: str, part: Path, kind: str, expected: str | None, timeout: float) -> None:
+def _fetch_verified(url: str, part: Path, kind: str, expected: str | None, timeout: float, progress: bool) -> None:
     continued = part.exists()
     for tries_left in reversed(range(TRIES)):
         before = part.stat().st_size if part.exists() else 0
         try:
-            _fetch(url, part, timeout)
+            _fetch(url, part, timeout, progress)
             break
         except _Failed:
             if not tries_left or not part.exists() or part.stat().st_size <= before:
@@ -110,12 +112,12 @@ def _fetch_verified(url: str, part: Path, kind: str, expected: str | None, timeo
         return
     if continued:  # perhaps only the bytes from before are wrong
         part.unlink()
-        return _fetch_verified(url, part, kind, expected, timeout)
+        return _fetch_verified(url, part, kind, expected, timeout, progress)
     part.replace(_bad_file(part))
     raise _Failed(f"it is not the published file, its {kind} is {digest} (kept as {_bad_file(part)})")
 
 
-def _fetch(url: str, part: Path, timeout: float) -> None:
+def _fetch(url: str, part: Path, timeout: float, progress: bool) -> None:
     done = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"User-Agent": f"segdeconv/{__version__}"})
     if done:
@@ -126,7 +128,7 @@ def _fetch(url: str, part: Path, timeout: float) -> None:
         error.close()
         if error.code == 416 and done:  # no bytes after ours: the part is complete, or it is of another file
             part.unlink()
-            return _fetch(url, part, timeout)
+            return _fetch(url, part, timeout, progress)
         raise _Failed(str(error)) from error
     except (OSError, http.client.HTTPException) as error:
         raise _Failed(str(getattr(error, "reason", error))) from error
@@ -141,7 +143,9 @@ def _fetch(url: str, part: Path, timeout: float) -> None:
         try:
             with (
                 part.open("ab" if continued else "wb") as file,
-                tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=part.stem) as bar,
+                tqdm(
+                    total=total, initial=start, unit="B", unit_scale=True, desc=part.stem, disable=not progress
+                ) as bar,
             ):
                 while chunk := _read(response):
                     file.write(chunk)

@@ -170,7 +170,7 @@ def _tiff_tags(path: Path) -> Tags:
     import tifffile
 
     try:
-        with silenced("tifffile"), tifffile.TiffFile(path) as file:
+        with silenced("tifffile"), path.open("rb") as stream, tifffile.TiffFile(stream) as file:
             page = only_series(path, file).keyframe
             values = {
                 code: page.tags.valueof(code) for code in (SCALE, TIEPOINT, MATRIX, METADATA, NODATA, ORIENTATION)

@@ -16,9 +16,14 @@ from segdeconv.data.dataset import SegmentationDataset
 from segdeconv.data.datasets.camvid import CamVid
 from segdeconv.data.datasets.folder import Folder
 from segdeconv.data.datasets.shapes import Shapes
+from segdeconv.data.datasets.shards import Shards
 from segdeconv.data.loading import TrainingBatches, collate_training, for_network, training_loader
 from segdeconv.data.module import IMAGENET_MEAN, IMAGENET_STD, build_transforms
 from segdeconv.data.preprocessing import Preprocessing, Size
+from segdeconv.data.shard_writer import write_shards
+
+SHARD_SIZE = 16 << 20  # bytes; CamVid's train images are 93 MiB
+EPOCHS = 4  # of the loaders of files and of shards, the first of which is not timed
 
 # Every image is scaled, cropped and recoloured; every other one is flipped.
 CONFIG: dict[str, dict[str, Any]] = {
@@ -65,7 +70,9 @@ def measure(
     try:
         with tempfile.TemporaryDirectory() as folder:
             dataset = CamVid("train", root) if root is not None else _shapes_as_files(Path(folder), size, num_images)
-            return _rows(dataset, size, batch_size, num_images, augment or CONFIG, workers)
+            rows = _rows(dataset, size, batch_size, num_images, augment or CONFIG, workers)
+            write_shards([dataset], Path(folder, "shards"), shard_size=SHARD_SIZE)
+            return [*rows, *_shards(dataset, Shards("train", str(Path(folder, "shards"))), size, batch_size)]
     finally:
         torch.set_num_threads(torch_threads)
         cv2.setNumThreads(cv_threads)
@@ -141,6 +148,44 @@ def _loader(what: str, samples: TrainingBatches, batch_size: int, num_workers: i
         images += len(batch["mask"])
     per_second = images / (time.perf_counter() - start)
     return {"what": what, "images_per_s": per_second, "per_core": per_second / max(1, loader.num_workers)}
+
+
+def _shards(
+    files: SegmentationDataset, shards: SegmentationDataset, size: Size, batch_size: int
+) -> list[dict[str, Any]]:
+    """Time the loader without augmentation, from files and from shards: batch by batch in turns, in this process."""
+    preprocessing = Preprocessing(size, IMAGENET_MEAN, IMAGENET_STD)
+    none = Augmentation({}, crop=size, ignore_index=files.classes.ignore_index, fill=IMAGENET_MEAN, seed=0)
+    loaders = {
+        name: training_loader(
+            TrainingBatches(dataset, preprocessing, none),
+            batch_size=batch_size,
+            seed=0,
+            position=lambda: (0, 0),
+            num_workers=0,
+            timeout=0,
+        )
+        for name, dataset in (("files", files), ("shards", shards))
+    }
+    wall, cpu, images = dict.fromkeys(loaders, 0.0), dict.fromkeys(loaders, 0.0), 0
+    for epoch in range(EPOCHS):
+        batches = {name: iter(loader) for name, loader in loaders.items()}
+        for number in range(len(loaders["files"])):
+            for name in sorted(batches, reverse=bool(number % 2)):
+                wall_start, cpu_start = time.perf_counter(), time.process_time()
+                next(batches[name])
+                if epoch:  # the first reads the files into memory
+                    wall[name] += time.perf_counter() - wall_start
+                    cpu[name] += time.process_time() - cpu_start
+            images += batch_size if epoch else 0
+    return [
+        {
+            "what": f"loader without augmentation, from {name}",
+            "images_per_s": images / wall[name],
+            "per_core": images / cpu[name],
+        }
+        for name in loaders
+    ]
 
 
 def _shapes_as_files(folder: Path, size: Size, num_images: int) -> Folder:
