@@ -129,7 +129,6 @@ def test_the_command_writes_a_table_and_a_plot(tmp_path):
     result = run([sys.executable, script, *words, "--resume"])
     assert result.returncode == 2
     assert "was measured with another command" in result.stderr
-    kept = {"command": json.loads((tmp_path / "benchmark/benchmark.json").read_text())["command"]}
     text = (tmp_path / "benchmark/benchmark.json").read_text().replace("--minutes 0.001", "--minutes 30")
     (tmp_path / "benchmark/benchmark.json").write_text(text)
     result = run([sys.executable, script, *words, "--resume"])
