@@ -247,7 +247,9 @@ def run(description: str) -> None:
             if part:
                 tables: list[str] = outputs.tables()
                 content = {"kind": KIND, "tables": tables, "classes": list(checkpoint.classes.names)}
-                part.finish(arguments.out, {**content, "images": len(images), "skipped": skipped})
+                part.finish(
+                    arguments.out, {**content, "images": len(images), "skipped": skipped, "failed": batch.failed}
+                )
                 merge = command("merge", [str(arguments.out)])
                 print(f"{summary(images, progress_log)} of part {part} in {arguments.out}; after all parts: {merge}")
             else:
@@ -288,7 +290,11 @@ def require_readable(failed: int, total: int, stopped: str = "") -> None:
 
 def summary(images: Mapping[str, Path], progress_log: ProgressLog) -> str:
     """Return the number of masks and of frames of videos that are done, such as `12 masks and 40 frames of 1 video`."""
-    entries = [progress_log.entries[name] for name, path in images.items() if progress_log.has(name, path)]
+    return counted([progress_log.entries[name] for name, path in images.items() if progress_log.has(name, path)])
+
+
+def counted(entries: Sequence[Mapping[str, Any]]) -> str:
+    """Return the number of masks and of frames of videos of entries of a progress log, as in `summary`."""
     frames = [entry["frames"] for entry in entries if "frames" in entry]
     masks = len(entries) - len(frames)
     parts = [f"{masks} mask{'s' if masks != 1 else ''}"] if masks or not frames else []

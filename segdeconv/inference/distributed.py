@@ -94,15 +94,14 @@ def require_ray() -> None:
             raise UsageError(f"--engine ray needs {library}, which is not installed - pip install 'segdeconv[ray]'")
 
 
-def chunks_of(items: Sequence[Any], workers: int, *, unit: int = 1) -> list[list[Any]]:
-    """Divide items into chunks for a number of workers, each a multiple of `unit` items but the last."""
-    even = len(items) // (workers * CHUNKS_PER_WORKER)
-    size = max(1, min(MAX_CHUNK, even) // unit) * unit
+def chunks_of(items: Sequence[Any], workers: int) -> list[list[Any]]:
+    """Divide items into chunks for a number of workers."""
+    size = max(1, min(MAX_CHUNK, len(items) // (workers * CHUNKS_PER_WORKER)))
     return [list(items[start : start + size]) for start in range(0, len(items), size)]
 
 
 class _Attempts:
-    """The actor that counts how often each chunk was begun, since Ray would try a chunk that kills its worker forever."""
+    """The actor that counts the attempts at each chunk: Ray would try one that kills its worker forever."""
 
     def __init__(self) -> None:
         self.begun: Counter[int] = Counter()
