@@ -103,11 +103,11 @@ def merge_predictions(out: Path, summaries: Mapping[Part, Mapping[str, Any]], *,
                 if merged.entries.get(name) != entry:  # or else a merge that was killed has added it
                     merged.append(entry)
         own_files.record()
-        written = write_tables(merged, tables, summaries[first]["classes"])
+        files = write_tables(merged, tables, summaries[first]["classes"])
     for message in dict.fromkeys(skipped):
         print(f"{predict.SKIPPED}{message}")
     entries = [entry for log in logs.values() for entry in log.entries.values()]
-    print(f"{predict.counted(entries)} of {len(logs)} parts in {out}, with {predict.listed(written)}")
+    print(f"{predict.counted(entries)} of {len(logs)} parts in {out}, with {predict.listed(files)}")
     parts.remove_parts(out)
     failed = len(dict.fromkeys(skipped))
     predict.require_readable(failed, len(entries) + failed)
