@@ -12,6 +12,7 @@ import os
 import pickle
 import platform
 import signal
+import socket
 import sys
 import threading
 from collections import Counter
@@ -37,10 +38,12 @@ from segdeconv.system.interruption import EXIT_CODES, raise_again
 MAX_CHUNK = 32  # images: a worker that dies computes at most so many again, and a chunk costs milliseconds
 CHUNKS_PER_WORKER = 4  # at least, so that all workers end at about the same time
 MAX_ATTEMPTS = 4  # at a chunk, whose workers died
+CONNECTION_TIMEOUT = 10.0  # seconds
 WARNING = "segdeconv: warning: "
 IN_CHARGE = {
     "RAY_USAGE_STATS_ENABLED": "0",  # or else Ray reports to its makers
     "RAY_BACKEND_LOG_LEVEL": "fatal",
+    "RAY_DEDUP_LOGS": "0",  # or else Ray keeps what its thread prints, and the end of the command prints it
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
@@ -188,6 +191,8 @@ def cluster(settings: RaySettings) -> Iterator[int]:
 
     handlers = {number: signal.getsignal(number) for number in EXIT_CODES}
     try:
+        if settings.address:
+            _require_reachable(settings.address)
         with _quiet():
             ray.init(
                 address=settings.address or "local",
@@ -241,6 +246,17 @@ class _WithoutRay:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
+
+
+def _require_reachable(address: str) -> None:
+    """Raise ConnectionError unless something listens at HOST:PORT, since Ray would wait for minutes."""
+    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    if not colon or not port.isdigit():
+        return  # `auto`, which Ray resolves at once
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECTION_TIMEOUT).close()
+    except (OSError, OverflowError) as error:
+        raise ConnectionError(str(error)) from error
 
 
 def _silence() -> None:
@@ -403,6 +419,7 @@ class DistributedPrediction:
             self.without_crs += predicted.without_crs
             self.segmenter.resized.merge(predicted.resized)
             yield from (name for name, _ in chunks[index])
+        self.progress_log.remove_partial_files()  # of workers that were lost
 
 
 def sendable(checkpoint: Checkpoint) -> Checkpoint:

@@ -103,8 +103,7 @@ class ProgressLog:
         self.lock = lock_folder(self.path.parent, "--out")
         self.file = self.path.open("r+b") if self.path.exists() else self.path.open("x+b")
         if folder is None:  # or else other processes, also of other machines, may be writing to `out`
-            # A sub-folder with a progress log belongs to another batch prediction, which may be running.
-            remove_partial_files(out, belongs_elsewhere=lambda folder: (folder / NAME).exists())
+            self.remove_partial_files()
         first, length = self._read()
         same = first == _as_json(provenance)
         if overwrite or not (same or self.entries):
@@ -119,6 +118,11 @@ class ProgressLog:
         self.file.seek(length)
         if not length:
             self._add(provenance)
+
+    def remove_partial_files(self) -> None:
+        """Remove the files that killed processes were writing to in the folder."""
+        # A sub-folder with a progress log belongs to another batch prediction, which may be running.
+        remove_partial_files(self.out, belongs_elsewhere=lambda folder: (folder / NAME).exists())
 
     def _read(self) -> tuple[dict[str, Any] | None, int]:
         """Read the log; return its first line and the number of bytes up to the end of the last complete line."""
