@@ -213,6 +213,10 @@ def cluster(settings: RaySettings) -> Iterator[int]:
             signal.signal(number, handler)  # Ray ends the process by SIGTERM in its own way
     try:
         _silence()
+        if settings.workers is not None and settings.workers > _resources("CPU"):
+            raise UsageError(
+                f"--workers={settings.workers} is more than the {_resources('CPU')} cores of the cluster - give fewer"
+            )
         with redirect_stdout(_WithoutRay(sys.stdout)):
             yield settings.workers or _resources("GPU") or _resources("CPU")
     finally:
@@ -281,8 +285,6 @@ def _resources(kind: str) -> int:
 def _shares(workers: int) -> dict[str, float]:
     """Return the cores and GPUs of each worker, of which as many as wanted fit on the machines."""
     cpus = [int(node.get("CPU", 0)) for node in _nodes()]
-    if workers > sum(cpus):
-        raise UsageError(f"--workers={workers} is more than the {sum(cpus)} cores of the cluster - give fewer")
     most = next(share for share in range(max(cpus), 0, -1) if sum(count // share for count in cpus) >= workers)
     gpus = _resources("GPU")
     return {"num_cpus": most, **({"num_gpus": min(1.0, gpus / workers)} if gpus else {})}
