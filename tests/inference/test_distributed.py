@@ -188,7 +188,9 @@ CASES = {
 @pytest.mark.parametrize("work", CASES)
 def test_no_error_is_swallowed(work):
     code = f"""
-from test_distributed import *
+from test_distributed import Deadly, Failing
+from segdeconv.errors import UsageError
+from segdeconv.inference import distributed
 with distributed.cluster(distributed.RaySettings(workers=1)) as workers:
     try:
         list(distributed.run({work}, [[index] for index in range(6)], workers, print))
