@@ -40,6 +40,7 @@ ALLOWED_IMPORTERS = {
     "rasterio": {"data.files.geo"},
     "pyogrio": {"inference.vectors"},
     "pyarrow": {"inference.tables"},
+    "ray": {"inference.distributed"},
     "triton": {"switches.triton_kernels", "switches.fused_triton"},
     "lightning": set(),
     "unittest": set(),

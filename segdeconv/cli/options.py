@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from segdeconv.checkpoints.checkpoint import Checkpoint
     from segdeconv.drawing.draw import Window
     from segdeconv.inference.crf import CRF
+    from segdeconv.inference.distributed import RaySettings
+    from segdeconv.inference.parts import Part
     from segdeconv.inference.predictors import PredictionSettings
 
 CRF_KEYS = "crf."
@@ -52,6 +54,49 @@ def add_labels_option(parser: Any, files: str) -> None:
         default="index",
         help=f"values in {files}: class indices (default), or the labels or colours of the data set's own masks",
     )
+
+
+def add_distribution_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of work that several machines share, which `shard` and `ray_settings` parse."""
+    text = "docs/distributed.md; without these options, one process does all the work"
+    add = parser.add_argument_group("several machines", text).add_argument
+    add("--shard", metavar="K/N", help="the K-th of N parts, for N jobs that know nothing of each other; then merge")
+    add("--engine", choices=("ray",), help="ray: workers of a Ray cluster share the images")
+    add("--ray-address", metavar="HOST:PORT", help="of the cluster (default: start one on this machine)")
+    add("--workers", type=int, metavar="N", help="Ray workers (default: one per GPU or, without GPUs, per core)")
+
+
+def shard(arguments: argparse.Namespace) -> Part | None:
+    """Return the part that --shard names.
+
+    Raises:
+        UsageError: The option is invalid, or combined with --engine.
+    """
+    from segdeconv.inference.parts import Part
+
+    if arguments.shard is None:
+        return None
+    if arguments.engine:
+        raise UsageError("--shard divides the work without --engine ray - leave out one of them")
+    return Part.parse(arguments.shard)
+
+
+def ray_settings(arguments: argparse.Namespace) -> RaySettings | None:
+    """Return the settings of --engine ray, None without it.
+
+    Raises:
+        UsageError: An option is invalid, or has no effect.
+    """
+    if not arguments.engine:
+        for option in ("ray_address", "workers"):
+            if getattr(arguments, option) is not None:
+                raise UsageError(f"--{option.replace('_', '-')} has no effect without --engine ray - add it")
+        return None
+    if arguments.workers is not None and arguments.workers < 1:
+        raise UsageError(f"--workers={arguments.workers} is not a number of workers - give 1 or more, or leave it out")
+    from segdeconv.inference.distributed import RaySettings
+
+    return RaySettings(arguments.ray_address, arguments.workers)
 
 
 def add_outlines_option(parser: Any) -> None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Mapping
-from contextlib import closing
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from segdeconv.cli.command import ArgumentParser
 from segdeconv.cli.options import (
     add_checkpoint,
+    add_distribution_options,
     add_labels_option,
     add_outlines_option,
     add_prediction_options,
@@ -21,22 +22,26 @@ from segdeconv.cli.options import (
     display_window,
     is_override,
     prediction_settings,
+    ray_settings,
+    shard,
     split_overrides,
 )
 from segdeconv.cli.own_code import read_checkpoint
-from segdeconv.errors import Interrupted, UsageError, warn
+from segdeconv.errors import Interrupted, UsageError, command, warn
 
 if TYPE_CHECKING:
     from segdeconv.checkpoints.checkpoint import Checkpoint
     from segdeconv.inference.progress_log import ProgressLog
     from segdeconv.inference.segmenter import Segmenter
 
+SKIPPED = "skipped: "  # before the message about a file that cannot be read
 POLYGON_FORMATS = ("coco", "geojson", "gpkg")
+KIND = "predict"  # in the summary of a part
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 # Arguments that do not affect the outputs; all others are part of the provenance of a folder of predictions.
 NOT_RECORDED = {
     "checkpoint", "paths", "out", "overwrite", "memory", "tile", "verify_tiling", "trust", "submission", "parquet",
-    "max_loss",
+    "max_loss", "shard", "engine", "ray_address", "workers",
 }  # fmt: skip
 
 
@@ -73,6 +78,7 @@ def parse(description: str) -> argparse.Namespace:
     add("--tile", default="auto", metavar="N|HxW", help="the largest tile, overlap included, instead of --memory")
     add("--verify-tiling", action="store_true", help="compare tiles with the whole image, and write nothing")
     add_prediction_options(parser)
+    add_distribution_options(parser)
     return parser.parse_intermixed_args()
 
 
@@ -89,6 +95,15 @@ def run(description: str) -> None:
     window = display_window(arguments.window)
     if arguments.submission and arguments.labels != "index":
         raise UsageError("--submission writes the labels of the server by itself - leave out --labels")
+    part, ray = shard(arguments), ray_settings(arguments)
+    for option in ("submission", "parquet"):
+        if part and getattr(arguments, option):
+            way_out = (
+                "leave it out, and give it to merge" if option == "parquet" else "run the command again after merge"
+            )
+            raise UsageError(f"--{option} needs the images of all parts, and --shard predicts one - {way_out}")
+    if arguments.verify_tiling and (part or ray):
+        raise UsageError("--verify-tiling runs in this process - leave out --shard and --engine")
     if arguments.keep_background and not arguments.polygons:
         raise UsageError("--keep-background has no effect without --polygons - add it")
     formats = polygon_formats(arguments.polygons)
@@ -104,10 +119,11 @@ def run(description: str) -> None:
 
     from segdeconv.data.files.geo import warn_without_rasterio
     from segdeconv.drawing import draw
+    from segdeconv.inference import distributed, parts
     from segdeconv.inference.batch import BatchPrediction
     from segdeconv.inference.inputs import find_images, is_video
     from segdeconv.inference.outputs import Outputs
-    from segdeconv.inference.progress_log import ProgressLog, has_progress_log
+    from segdeconv.inference.progress_log import INPUTS, ProgressLog, has_progress_log
     from segdeconv.inference.segmenter import Segmenter
     from segdeconv.inference.submission import SubmissionWriter
     from segdeconv.inference.tables import require_pyarrow, write_tables
@@ -120,9 +136,15 @@ def run(description: str) -> None:
         require_pyogrio()
     if arguments.parquet:
         require_pyarrow()
+    if ray:
+        distributed.require_ray()
+
+    skipped: list[str] = []
 
     def report(message: str) -> None:
         tqdm.write(message, file=sys.stdout)
+        if message.startswith(SKIPPED):
+            skipped.append(message.removeprefix(SKIPPED))
 
     checkpoint = read_checkpoint(arguments.checkpoint, arguments.trust, overrides)
     outputs = Outputs(
@@ -151,39 +173,61 @@ def run(description: str) -> None:
     images = find_images(paths, arguments.out, outputs.endings(), missing=missing)
     if submission:
         submission.check_inputs(images)
+    inputs = parts.fingerprint(f"{name} {path.as_posix()}" for name, path in images.items()) if part else None
+    if part:
+        images = dict(part.select(list(images.items())))
     settings = calibrated(arguments, checkpoint, settings)
     if outputs.overlay and not find_ffmpeg() and any(is_video(path) for path in images.values()):
         warn(WITHOUT_FFMPEG)
     own_files = []
     if not arguments.verify_tiling:
         warn_without_rasterio(images.values())
-        files, frame_folders = outputs.planned(images)
+        files, frame_folders = outputs.planned(images, tables=not part)
         files += [submission.path] if submission else []
         resumed = has_progress_log(arguments.out)
-        own_files.append(OwnFiles(arguments.out, "--out", trusted=resumed))
+        if part and resumed:
+            raise UsageError(
+                f"{arguments.out} has a prediction in one part - leave out --shard, or choose another --out"
+            )
+        if not part and parts.has_parts(arguments.out):
+            raise UsageError(
+                f"{arguments.out} has parts of a prediction - run {command('merge', [str(arguments.out)])} first, or "
+                "choose another --out"
+            )
+        owner = f"-{part.index}-of-{part.count}" if part else ""
+        own_files.append(OwnFiles(arguments.out, "--out", trusted=resumed, owner=owner))
         own_files[-1].add(files, frame_folders=frame_folders, inputs=images.values())
         if arguments.save_regions:
-            own_files.append(OwnFiles(arguments.save_regions, "--save-regions", trusted=resumed))
+            own_files.append(OwnFiles(arguments.save_regions, "--save-regions", trusted=resumed, owner=owner))
             own_files[-1].add(arguments.save_regions / f"{name}.npz" for name in images)
     segmenter = Segmenter(checkpoint, settings, report=report)
     if arguments.verify_tiling:
         verify(segmenter, images, missing)
         return
-    if segmenter.network.precision != "32-true" and settings.precision == "auto":
-        print(
-            f"precision: {segmenter.network.precision}, as in training and fast here; exported files compute in "
-            "float32, as --precision 32-true does"
-        )
+    if not ray and (note := segmenter.precision_note()):
+        print(note)
     recorded = provenance(arguments, checkpoint, settings.second)
-    with closing(ProgressLog(arguments.out, recorded, overwrite=arguments.overwrite)) as progress_log:
+    folder = None
+    if part:
+        recorded |= {INPUTS: inputs}
+        folder = part.folder(arguments.out)
+        part.begin(arguments.out)
+    with ExitStack() as stack:
+        workers = stack.enter_context(distributed.cluster(ray)) if ray else 0
+        log = ProgressLog(arguments.out, recorded, overwrite=arguments.overwrite, folder=folder)
+        progress_log = stack.enter_context(closing(log))
         progress_log.require_names(images)
         for each in own_files:
             each.record()
         if submission:
             submission.path.unlink(missing_ok=True)  # that of an earlier run, whose masks may have been others
         for message in missing:
-            report(f"skipped: {message}")
-        batch = BatchPrediction(segmenter, outputs, progress_log, report)
+            report(f"{SKIPPED}{message}")
+        batch: BatchPrediction | distributed.DistributedPrediction
+        if ray:
+            batch = distributed.DistributedPrediction(segmenter, outputs, progress_log, report, workers)
+        else:
+            batch = BatchPrediction(segmenter, outputs, progress_log, report)
         done = sum(batch.is_done(name, path) for name, path in images.items())
         if done:
             print(f"{done} of {len(images)} {'is' if done == 1 else 'are'} already done and skipped")
@@ -200,10 +244,17 @@ def run(description: str) -> None:
                     f"that can be read, such as {batch.without_crs[0]}: polygons are in pixels - if they are maps, add "
                     "it, for example with gdal_edit.py -a_srs EPSG:25832"
                 )
-            tables = write_tables(progress_log, outputs)
-            names = " and ".join(path.name for path in tables[-2:])
-            names = ", ".join([*(path.name for path in tables[:-2]), names])
-            print(f"{summary(images, progress_log)} in {arguments.out}, with {names}")
+            if part:
+                tables: list[str] = outputs.tables()
+                content = {"kind": KIND, "tables": tables, "classes": list(checkpoint.classes.names)}
+                part.finish(
+                    arguments.out, {**content, "images": len(images), "skipped": skipped, "failed": batch.failed}
+                )
+                merge = command("merge", [str(arguments.out)])
+                print(f"{summary(images, progress_log)} of part {part} in {arguments.out}; after all parts: {merge}")
+            else:
+                written = write_tables(progress_log, outputs.tables(), checkpoint.classes.names)
+                print(f"{summary(images, progress_log)} in {arguments.out}, with {listed(written)}")
             if submission and (batch.failed or missing):
                 print(f"no archive for {submission.submission.title}, since masks are missing")
             elif submission:
@@ -217,19 +268,33 @@ def run(description: str) -> None:
                 name = checkpoint.classes.names[background]
                 print(f"polygons leave out the background, class '{name}'; --keep-background adds it")
     stopped = "stopped because the reader of the output has ended" if reader_ended() else ""
-    if failed := batch.failed + len(missing):
-        total = len(images) + len(missing)
-        raise UsageError(
-            f"{stopped}{stopped and ', and '}{failed} of {total} files could not be read, see the messages above - "
-            "repair them or leave them out"
-        )
+    require_readable(batch.failed + len(missing), len(images) + len(missing), stopped)
     if stopped:
         raise Interrupted(f"{stopped} - run the same command again", 141)
 
 
+def listed(paths: Sequence[Path]) -> str:
+    """Return the names of files, such as `a, b and c`."""
+    names = " and ".join(path.name for path in paths[-2:])
+    return ", ".join([*(path.name for path in paths[:-2]), names])
+
+
+def require_readable(failed: int, total: int, stopped: str = "") -> None:
+    """Raise UsageError if files could not be read; `stopped` says why the command ended before the last one."""
+    if failed:
+        raise UsageError(
+            f"{stopped}{stopped and ', and '}{failed} of {total} files could not be read, see the messages above - "
+            "repair them or leave them out"
+        )
+
+
 def summary(images: Mapping[str, Path], progress_log: ProgressLog) -> str:
     """Return the number of masks and of frames of videos that are done, such as `12 masks and 40 frames of 1 video`."""
-    entries = [progress_log.entries[name] for name, path in images.items() if progress_log.has(name, path)]
+    return counted([progress_log.entries[name] for name, path in images.items() if progress_log.has(name, path)])
+
+
+def counted(entries: Sequence[Mapping[str, Any]]) -> str:
+    """Return the number of masks and of frames of videos of entries of a progress log, as in `summary`."""
     frames = [entry["frames"] for entry in entries if "frames" in entry]
     masks = len(entries) - len(frames)
     parts = [f"{masks} mask{'s' if masks != 1 else ''}"] if masks or not frames else []

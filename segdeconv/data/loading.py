@@ -235,7 +235,13 @@ def training_loader(
 
 
 def evaluation_loader(
-    samples: EvaluationSamples, *, batch_size: int, rank: int = 0, world_size: int = 1, **workers: Any
+    samples: EvaluationSamples,
+    *,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    places: Sequence[int] | None = None,
+    **workers: Any,
 ) -> DataLoader[Any]:
     """Build the loader of every image in order; each process loads every `world_size`-th image.
 
@@ -244,11 +250,12 @@ def evaluation_loader(
         batch_size: Batch size per process; it is 1 if images have different sizes.
         rank: Index of this process.
         world_size: Number of processes.
+        places: The indices of the images to load, None for all.
         workers: `num_workers` and `timeout` of `worker_settings`.
     """
     if samples.preprocessing.size is None:
         batch_size = 1
-    order: Sequence[int] | Sampler[int] = range(rank, len(samples), world_size)
+    order: Sequence[int] | Sampler[int] = (range(len(samples)) if places is None else places)[rank::world_size]
     if samples.dataset.lookahead:
         ahead = -(-samples.dataset.lookahead // world_size)
         order = Announced(order, lambda index: samples.dataset.prefetch([index]), ahead)

@@ -74,6 +74,11 @@ class ResizedImages:
             if self.at_once:
                 warn(describe_resizing("images are", name, size, self.target))
 
+    def merge(self, other: "ResizedImages") -> None:
+        """Add the images that another process has counted."""
+        self.count, self.changed = self.count + other.count, self.changed + other.changed
+        self.example = self.example or other.example
+
     def warn(self) -> None:
         """Print one warning that counts the images, if there are any."""
         if self.example is not None and self.target is not None:

@@ -25,6 +25,7 @@ class ImageCounts:
         truth: (C,), the pixels of each class in the ground truth.
         predicted: (C,), the pixels of each class in the prediction.
         uncertainty: The mean over the pixels, NaN if all are ignored.
+        digest: The sha256 of name and mask.
     """
 
     name: str
@@ -33,6 +34,7 @@ class ImageCounts:
     truth: np.ndarray
     predicted: np.ndarray
     uncertainty: float
+    digest: bytes
 
 
 class Breakdown:
@@ -57,7 +59,6 @@ class Breakdown:
         self.num_classes, self.ignore_index = num_classes, ignore_index
         self.images: list[ImageCounts] = []
         self.bands = np.zeros((len(BANDS), 3, num_classes), dtype=np.int64)
-        self._digest = hashlib.sha256()
 
     def update(self, name: str, prediction: np.ndarray, mask: np.ndarray, uncertainty: np.ndarray) -> None:
         """Add an image.
@@ -78,9 +79,9 @@ class Breakdown:
         mean = float(uncertainty[valid].mean(dtype=np.float64)) if truth.size else float("nan")
         size = (mask.shape[0], mask.shape[1])
         correct, true, predicted = counts.sum(axis=1)
-        self.images.append(ImageCounts(name, size, correct, true, predicted, mean))
-        self._digest.update(f"{name!a} {mask.shape}".encode())
-        self._digest.update(np.ascontiguousarray(mask).data)
+        digest = hashlib.sha256(f"{name!a} {mask.shape}".encode())
+        digest.update(np.ascontiguousarray(mask).data)
+        self.images.append(ImageCounts(name, size, correct, true, predicted, mean, digest.digest()))
 
     @property
     def images_by_class(self) -> list[int]:
@@ -92,7 +93,8 @@ class Breakdown:
     def report(self) -> dict[str, Any]:
         """Return the plain data for report.json: fractions in 0..1, null where there is nothing to score.
 
-        `truth_sha256` is the hash of the names and masks in the order of the updates: equal for the same ground truth.
+        `truth_sha256` is the hash of those of the names and masks of each image, in order: equal for the same ground
+        truth.
         """
         return {
             "images": [
@@ -113,7 +115,7 @@ class Breakdown:
                 }
                 for first, end, counts in zip(BANDS, (*BANDS[1:], 0), self.bands, strict=True)
             ],
-            "truth_sha256": self._digest.hexdigest(),
+            "truth_sha256": hashlib.sha256(b"".join(image.digest for image in self.images)).hexdigest(),
         }
 
 

@@ -2,7 +2,7 @@
 
 import math
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any, NamedTuple, Self
@@ -123,6 +123,8 @@ def evaluate(
     calibration: Calibration | None = None,
     boundaries: Boundaries | None = None,
     on_prediction: OnPrediction | None = None,
+    places: Sequence[int] | None = None,
+    shown: bool = True,
 ) -> np.ndarray:
     """Predict every image of a split and compare it with its mask, at the size of the mask.
 
@@ -133,6 +135,8 @@ def evaluate(
             were merged into others have no probability of their own.
         boundaries: Updated with all images, if given.
         on_prediction: Called with the prediction of each image.
+        places: The indices of the images, whole `batches` in order; None for all.
+        shown: Whether to show a progress bar.
 
     Returns:
         The confusion matrix, (C, C) int64, rows = ground truth, in the class order of the data set.
@@ -145,9 +149,9 @@ def evaluate(
     if calibration is not None:
         calibration.to(device)
     matrix = ConfusionMatrix(len(dataset.classes), dataset.classes.ignore_index).to(device)
-    bar = tqdm(total=len(dataset), desc=f"evaluating {dataset.split}", unit="image", disable=None)
-    with explain_loader_errors(), bar:
-        for index, (scores, stored) in enumerate(class_scores(segmenter, dataset)):
+    indices = range(len(dataset)) if places is None else places
+    with explain_loader_errors(), progress_bar(dataset, len(indices), shown=shown) as bar:
+        for index, (scores, stored) in zip(indices, class_scores(segmenter, dataset, indices), strict=True):
             mask = stored.to(device)
             if dataset.whole is dataset:  # crops of objects are meant to be resized
                 segmenter.resized.add(dataset.names[index], (mask.shape[0], mask.shape[1]))
@@ -173,10 +177,33 @@ def evaluate(
     return matrix.compute()
 
 
-def class_scores(segmenter: Segmenter, dataset: SegmentationDataset) -> Iterator[tuple[ClassScores, Tensor]]:
-    """Yield (scores at the size of the mask with N = 1, mask) of every image, in batches if a single pass is enough."""
+def progress_bar(dataset: SegmentationDataset, total: int, *, shown: bool = True) -> Any:
+    """Return the progress bar of an evaluation of `total` images."""
+    return tqdm(total=total, desc=f"evaluating {dataset.split}", unit="image", disable=None if shown else True)
+
+
+def batches(segmenter: Segmenter, dataset: SegmentationDataset) -> list[range]:
+    """Return the indices of the images that go through the network together.
+
+    Parts of an evaluation consist of whole batches, so that their scores are those of one process to the last bit.
+    """
+    single = not segmenter.settings.single_pass or segmenter.preprocessing.size is None
+    size = 1 if single else segmenter.checkpoint.config["dataset"]["batch_size"]
+    return [range(start, min(start + size, len(dataset))) for start in range(0, len(dataset), size)]
+
+
+def class_scores(
+    segmenter: Segmenter, dataset: SegmentationDataset, places: Sequence[int] | None = None
+) -> Iterator[tuple[ClassScores, Tensor]]:
+    """Yield (scores at the size of the mask with N = 1, mask) of every image, in batches if a single pass is enough.
+
+    Args:
+        segmenter: The network with its prediction settings.
+        dataset: A split.
+        places: The indices of the images, whole `batches` in order; None for all.
+    """
     if not segmenter.settings.single_pass:
-        for index in range(len(dataset)):
+        for index in range(len(dataset)) if places is None else places:
             image, mask, name = dataset[index]
             scores = whole_image(segmenter.predictor, image, name)
             yield scores.of_image(0, (mask.shape[0], mask.shape[1])), torch.tensor(mask)
@@ -187,6 +214,7 @@ def class_scores(segmenter: Segmenter, dataset: SegmentationDataset) -> Iterator
         batch_size=settings["batch_size"],
         num_workers=settings["num_workers"],
         timeout=settings["timeout"],
+        places=places,
     )
     for batch in loader:
         raise_again()
@@ -226,6 +254,8 @@ class Evaluation:
         *,
         outlines: bool = True,
         on_prediction: OnPrediction | None = None,
+        places: Sequence[int] | None = None,
+        shown: bool = True,
     ) -> Self:
         """Evaluate a network on a split.
 
@@ -234,6 +264,8 @@ class Evaluation:
             dataset: A split with the classes of the network, in any order.
             outlines: Whether to compute boundary scores.
             on_prediction: Called with the prediction of each image.
+            places: The indices of the images, whole `batches` in order; None for all.
+            shown: Whether to show a progress bar.
 
         Raises:
             UsageError: The data set has other classes.
@@ -252,7 +284,15 @@ class Evaluation:
             if on_prediction is not None:
                 on_prediction(predicted)
 
-        confusion = evaluate(segmenter, dataset, calibration=calibration, boundaries=boundaries, on_prediction=record)
+        confusion = evaluate(
+            segmenter,
+            dataset,
+            calibration=calibration,
+            boundaries=boundaries,
+            on_prediction=record,
+            places=places,
+            shown=shown,
+        )
         return cls(segmenter, dataset, confusion, calibration, boundaries, breakdown, gallery)
 
     def report(self, **facts: Any) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from segdeconv.drawing import draw
 from segdeconv.errors import UsageError
 from segdeconv.inference.inputs import is_video
 from segdeconv.inference.outputs import Outputs
-from segdeconv.inference.progress_log import ProgressLog
+from segdeconv.inference.progress_log import OutputLog
 from segdeconv.inference.segmenter import OpenedImage, Prediction, Segmenter
 from segdeconv.inference.video import open_video
 from segdeconv.inference.video_writer import video_writer
@@ -104,7 +104,7 @@ class BatchPrediction:
 
     segmenter: Segmenter
     outputs: Outputs
-    progress_log: ProgressLog
+    progress_log: OutputLog
     report: Callable[[str], None] = print
     failed: int = 0
     without_crs: list[Path] = field(default_factory=list)

@@ -29,6 +29,7 @@ from segdeconv.system.files import allocate, hash_text, replacing, replacing_pat
 from segdeconv.system.own_files import FRAME
 
 REGION_SUFFIXES = {"coco": "json", "geojson": "geojson", "gpkg": "gpkg"}
+STATISTICS, PARQUET, REGIONS = "statistics.csv", "statistics.parquet", "regions.json"
 MAX_CLASS_LENGTH = 100  # bytes of a class in a file name
 
 
@@ -95,17 +96,18 @@ class Outputs:
         names.warn()
         return list(owners)
 
-    def planned(self, images: Mapping[str, Path]) -> tuple[list[Path], list[Path]]:
+    def planned(self, images: Mapping[str, Path], *, tables: bool = True) -> tuple[list[Path], list[Path]]:
         """Return all files that a batch prediction writes, and the folders of the frames of videos.
 
         Args:
             images: Path of each image or video by the name of its outputs.
+            tables: Whether the tables of all images are among them.
 
         Raises:
             UsageError: A file would be a folder of another output, or a frame of a video.
         """
         endings = self.endings()
-        files = [self.out / name for name in self.tables()]
+        files = [self.out / name for name in self.tables()] if tables else []
         frame_folders = []
         for name, path in images.items():
             video = is_video(path)
@@ -135,8 +137,8 @@ class Outputs:
 
     def tables(self) -> list[str]:
         """Return the names of the tables of all images."""
-        regions = ["regions.json"] if "coco" in self.region_formats(False) else []
-        return ["statistics.csv", *(["statistics.parquet"] if self.parquet else []), *regions]
+        regions = [REGIONS] if "coco" in self.region_formats(False) else []
+        return [STATISTICS, *([PARQUET] if self.parquet else []), *regions]
 
     def path(self, name: str, ending: str) -> Path:
         """Return the path of one output file."""

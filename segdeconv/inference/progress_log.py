@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, field_validator
 
@@ -20,6 +20,7 @@ from segdeconv.system.plain_data import Limits, parse_json, require_mapping
 
 NAME = "predictions.jsonl"
 START = b'{"checkpoint": '  # of every progress log
+INPUTS = "inputs"  # the key of the images of which a part was predicted
 LINE_LIMITS = Limits(size=1 << 20)
 
 
@@ -58,6 +59,22 @@ class _Entry(BaseModel):
 _ENTRY = TypeAdapter(_Entry)
 
 
+class OutputLog(Protocol):
+    """What a batch prediction needs of the log of its outputs: that of `ProgressLog`, or `EntriesOfWorker`."""
+
+    def has(self, name: str, source: Path, *, includes: Path | None = None) -> bool:
+        """See `ProgressLog.has`."""
+        ...
+
+    def add(self, name: str, source: Path, files: list[Path], **metadata: Any) -> None:
+        """See `ProgressLog.add`."""
+        ...
+
+    def require_folder(self) -> None:
+        """See `ProgressLog.require_folder`."""
+        ...
+
+
 class ProgressLog:
     """The progress log of a folder, locked for this process until `close`.
 
@@ -65,18 +82,28 @@ class ProgressLog:
         out: The folder of predictions.
         provenance: JSON data that determines the outputs: checkpoint and settings.
         overwrite: Discard the predictions in the folder and start again.
+        folder: The folder of the log and its lock; None for `out`. Several processes that each predict a part of the
+            images into one folder have their own.
 
     Raises:
         UsageError: The predictions in the folder were made by another checkpoint or with other settings, or another
             process is writing to the folder.
     """
 
-    def __init__(self, out: Path, provenance: Mapping[str, Any], *, overwrite: bool = False) -> None:
+    def __init__(
+        self,
+        out: Path,
+        provenance: Mapping[str, Any],
+        *,
+        overwrite: bool = False,
+        folder: Path | None = None,
+    ) -> None:
         self.out, self.entries = out, {}  # type: Path, dict[str, dict[str, Any]]
-        self.lock = lock_folder(out, "--out")
-        self.file = (out / NAME).open("r+b") if (out / NAME).exists() else (out / NAME).open("x+b")
-        # A sub-folder with a progress log belongs to another batch prediction, which may be running.
-        remove_partial_files(out, belongs_elsewhere=lambda folder: (folder / NAME).exists())
+        self.path = (folder or out) / NAME
+        self.lock = lock_folder(self.path.parent, "--out")
+        self.file = self.path.open("r+b") if self.path.exists() else self.path.open("x+b")
+        if folder is None:  # or else other processes, also of other machines, may be writing to `out`
+            self.remove_partial_files()
         first, length = self._read()
         same = first == _as_json(provenance)
         if overwrite or not (same or self.entries):
@@ -84,13 +111,18 @@ class ProgressLog:
         elif not same:
             self.close()
             raise UsageError(
-                f"{out} contains predictions {_difference(first or {}, _as_json(provenance))} - choose another --out, "
+                f"{out} contains predictions {difference(first or {}, _as_json(provenance))} - choose another --out, "
                 "or add --overwrite"
             )
         self.file.truncate(length)
         self.file.seek(length)
         if not length:
             self._add(provenance)
+
+    def remove_partial_files(self) -> None:
+        """Remove the files that killed processes were writing to in the folder."""
+        # A sub-folder with a progress log belongs to another batch prediction, which may be running.
+        remove_partial_files(self.out, belongs_elsewhere=lambda folder: (folder / NAME).exists())
 
     def _read(self) -> tuple[dict[str, Any] | None, int]:
         """Read the log; return its first line and the number of bytes up to the end of the last complete line."""
@@ -123,9 +155,17 @@ class ProgressLog:
                 return False
             if includes is not None and os.path.relpath(includes, self.out) not in entry["files"]:
                 return False
-            return all((self.out / file).stat().st_size == size for file, size in entry["files"].items())
+            return self.missing(entry) is None
         except OSError:
             return False
+
+    def missing(self, entry: Mapping[str, Any]) -> Path | None:
+        """Return the first output file of an entry that is missing or has another size; None if all are complete."""
+        for file, size in entry["files"].items():
+            path = self.out / file
+            if not path.exists() or path.stat().st_size != size:
+                return path
+        return None
 
     def require_names(self, images: Mapping[str, Path]) -> None:
         """Check that no image is in the log under its other name, with or without the suffix of its file.
@@ -162,10 +202,12 @@ class ProgressLog:
             files: The output files.
             **metadata: Further entries of the line, such as `pixels`.
         """
-        sizes = {os.path.relpath(file, self.out): file.stat().st_size for file in files}
-        entry = {"name": name, "source": stamp(source), "files": sizes, **metadata}
+        self.append(_as_json(entry_of(self.out, name, source, files, **metadata)))
+
+    def append(self, entry: dict[str, Any]) -> None:
+        """Record an image by its entry, which `entry_of` returned here or in another process."""
         self._add(entry)
-        self.entries[name] = _as_json(entry)
+        self.entries[entry["name"]] = entry
 
     def require_folder(self) -> None:
         """Check that the folder still has this log; recreating a folder that was removed would hide the loss.
@@ -174,11 +216,11 @@ class ProgressLog:
             DiskError: The folder or the log was removed or replaced.
         """
         try:
-            if os.path.samestat(os.fstat(self.file.fileno()), (self.out / NAME).stat()):
+            if os.path.samestat(os.fstat(self.file.fileno()), self.path.stat()):
                 return
         except OSError:
             pass
-        raise DiskError(f"{self.out} was removed during the run - restore the folder, or run the same command again")
+        raise DiskError(_removed(self.out))
 
     def _add(self, entry: Mapping[str, Any]) -> None:
         self.require_folder()
@@ -197,6 +239,56 @@ class ProgressLog:
                 # Deleted while the lock is still held, so that it cannot be another process's lock.
                 Path(self.lock.lock_file).unlink(missing_ok=True)
             self.lock.release()
+
+
+class EntriesOfWorker:
+    """The entries of the images that a worker has predicted, for the one process that writes the progress log.
+
+    Args:
+        out: The folder of predictions.
+        path: The progress log.
+    """
+
+    def __init__(self, out: Path, path: Path) -> None:
+        self.out, self.path = out, path
+        self.entries: list[dict[str, Any]] = []
+
+    def has(self, name: str, source: Path, *, includes: Path | None = None) -> bool:
+        """Return False: a worker is given only images that the progress log lacks."""
+        return False
+
+    def add(self, name: str, source: Path, files: list[Path], **metadata: Any) -> None:
+        """Remember an image whose outputs are all complete; see `ProgressLog.add`."""
+        self.entries.append(_as_json(entry_of(self.out, name, source, files, **metadata)))
+
+    def require_folder(self) -> None:
+        """Check that the folder still has the progress log.
+
+        Raises:
+            DiskError: The folder or the log was removed.
+        """
+        if not self.path.exists():
+            raise DiskError(_removed(self.out))
+
+
+def entry_of(out: Path, name: str, source: Path, files: list[Path], **metadata: Any) -> dict[str, Any]:
+    """Return the line of an image in the progress log; see `ProgressLog.add`."""
+    sizes = {os.path.relpath(file, out): file.stat().st_size for file in files}
+    return {"name": name, "source": stamp(source), "files": sizes, **metadata}
+
+
+def read_provenance(path: Path) -> dict[str, Any]:
+    """Return the first line of a progress log.
+
+    Raises:
+        UsageError: The file is not a progress log.
+    """
+    with path.open("rb") as file:
+        line = file.readline(LINE_LIMITS.size + 1)
+    try:
+        return dict(require_mapping(parse_json(line, LINE_LIMITS)))
+    except ValueError as error:
+        raise UsageError(f"{path} is not a progress log of segdeconv - predict its part again") from error
 
 
 def has_progress_log(out: Path) -> bool:
@@ -221,16 +313,23 @@ def stamp(path: Path) -> dict[str, Any]:
     return {"path": str(path.resolve()), "bytes": state.st_size, "changed": state.st_mtime_ns}
 
 
+def _removed(out: Path) -> str:
+    return f"{out} was removed during the run - restore the folder, or run the same command again"
+
+
 def _as_json(data: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(data))
 
 
-def _difference(first: dict[str, Any], now: dict[str, Any]) -> str:
+def difference(first: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Return in which way predictions of one provenance differ from those of another, such as `of other images`."""
     if first.get("checkpoint") != now.get("checkpoint"):
         return "of a different checkpoint"
     keys = [key for key in now if first.get(key) != now[key]]
     keys += [key for key in first if key not in now]
     if not keys:
         return "of a different version"
+    if keys[0] == INPUTS:
+        return "of other images"
     before, after = (settings.get(keys[0], "the default") for settings in (first, now))
     return f"made with {keys[0]}={before}, not {after}"

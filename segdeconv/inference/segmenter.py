@@ -185,6 +185,15 @@ class Segmenter:
             f"Segmenter({str(self.checkpoint.path)!r}: {network}, {len(self.classes)} classes, {self.network.device})"
         )
 
+    def precision_note(self) -> str | None:
+        """Return a line that says which precision `auto` chose, unless it is float32."""
+        if self.network.precision == "32-true" or self.settings.precision != "auto":
+            return None
+        return (
+            f"precision: {self.network.precision}, as in training and fast here; exported files compute in "
+            "float32, as --precision 32-true does"
+        )
+
     def open(self, path: Path, *, scratch: Path | None = None) -> OpenedImage:
         """Read an image file.
 

@@ -2,14 +2,14 @@
 
 import importlib.util
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter
 
 from segdeconv.errors import UsageError
-from segdeconv.inference.outputs import Outputs
+from segdeconv.inference.outputs import PARQUET, REGIONS
 from segdeconv.inference.progress_log import ProgressLog
 from segdeconv.system.files import encode, replacing, replacing_path
 from segdeconv.system.plain_data import Limits, read_json, require_mapping
@@ -44,24 +44,29 @@ def require_pyarrow() -> None:
         raise UsageError("--parquet needs pyarrow, which is not installed - pip install 'segdeconv[tables]'")
 
 
-def write_tables(progress_log: ProgressLog, outputs: Outputs) -> list[Path]:
+def write_tables(progress_log: ProgressLog, tables: Sequence[str], class_names: Sequence[str]) -> list[Path]:
     """Write the tables of all predictions in the folder and return their paths.
 
     statistics.csv has one line for each image and class, and statistics.parquet the same columns with their types.
     regions.json (COCO) merges the NAME_regions.json files. An existing table is replaced atomically.
+
+    Args:
+        progress_log: The progress log of the folder.
+        tables: The names of the tables, see `Outputs.tables`.
+        class_names: The names of the classes, in order.
     """
     progress_log.require_folder()
-    files = [progress_log.out / name for name in outputs.tables()]
+    files = [progress_log.out / name for name in tables]
     with replacing(files[0]) as file:
         file.write(f"{','.join(COLUMNS)}\n".encode())
         for row in _statistics(progress_log):
             area = "" if row.area_m2 is None else f"{row.area_m2:.9g}"
             cells = (_cell(row.name), _cell(row.class_name), row.pixels, f"{row.share:.6f}", _cell(row.file), area)
             file.write(encode(f"{','.join(map(str, cells))}\n"))
-    if outputs.parquet:
-        _write_parquet(progress_log.out / "statistics.parquet", _statistics(progress_log))
-    if files[-1].name == "regions.json":
-        with replacing(files[-1]) as file:
+    if PARQUET in tables:
+        _write_parquet(progress_log.out / PARQUET, _statistics(progress_log))
+    if REGIONS in tables:
+        with replacing(progress_log.out / REGIONS) as file:
             file.write(b'{"images": [')
             entries = [
                 entry
@@ -82,7 +87,7 @@ def write_tables(progress_log: ProgressLog, outputs: Outputs) -> list[Path]:
                 for annotation in _annotations(progress_log.out, entry["files"]):
                     count += 1
                     file.write(_separated(count, {**annotation, "id": count, "image_id": number}))
-            categories = [{"id": index, "name": name} for index, name in enumerate(outputs.classes.names, start=1)]
+            categories = [{"id": index, "name": name} for index, name in enumerate(class_names, start=1)]
             file.write(b'],\n"categories": ' + json.dumps(categories).encode() + b"}\n")
     return files
 

@@ -24,22 +24,24 @@ class OwnFiles:
         way_out: The option that chooses another folder, for error messages, such as `--out`.
         trusted: Take all existing files as written by segdeconv if the folder has no record: a folder of a release
             before 0.1.
+        owner: Ending of the name of the record, where several processes write to the folder, also from machines on
+            whose shared disk they cannot append to one file.
     """
 
-    def __init__(self, folder: Path, way_out: str, *, trusted: bool = False) -> None:
+    def __init__(self, folder: Path, way_out: str, *, trusted: bool = False, owner: str = "") -> None:
         self.folder, self.way_out = folder, way_out
-        self.record_path = folder / RECORD
+        self.record_path = folder / f"{RECORD}{owner}"
         recorded = self._read()
         self.trusted = trusted and recorded is None
         self.recorded = recorded or set()
         self.added: dict[str, None] = {}
 
     def _read(self) -> set[str] | None:
-        """Return the paths in the record, or None without a record; a line that was cut off is left out."""
-        try:
-            lines = self.record_path.read_bytes().splitlines()
-        except (FileNotFoundError, NotADirectoryError):
+        """Return the paths in all records, or None without a record; a line that was cut off is left out."""
+        records = sorted(self.folder.glob(f"{RECORD}*")) if self.folder.is_dir() else []
+        if not records:
             return None
+        lines = [line for path in records for line in path.read_bytes().splitlines()]
         names = set()
         for line in lines:
             try:

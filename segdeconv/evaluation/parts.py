@@ -1,0 +1,199 @@
+"""Evaluations of parts of a data set, packed as plain arrays, which put together are exactly that of the whole."""
+
+import io
+import zipfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from segdeconv.checkpoints.checkpoint import Checkpoint
+from segdeconv.data.dataset import SegmentationDataset
+from segdeconv.data.resizing import ResizedImages
+from segdeconv.drawing.thumbnails import Encoded, Gallery
+from segdeconv.errors import UsageError
+from segdeconv.evaluation.boundary import Boundaries
+from segdeconv.evaluation.breakdown import Breakdown, ImageCounts
+from segdeconv.evaluation.calibration import Calibration
+from segdeconv.evaluation.evaluate import Evaluation, OnPrediction, batches, largest_uncertainty, progress_bar
+from segdeconv.inference import distributed
+from segdeconv.inference.predictors import PredictionSettings
+from segdeconv.inference.segmenter import Segmenter
+
+CALIBRATION = ("counts", "confidences", "by_confidence", "by_uncertainty")
+
+
+def pack(evaluation: Evaluation, places: Sequence[int]) -> bytes:
+    """Return the counts and thumbnails of an evaluation of some images as an .npz file.
+
+    Args:
+        evaluation: The evaluation.
+        places: The indices of its images in the data set.
+    """
+    images, boundaries = evaluation.breakdown.images, evaluation.boundaries
+    num_classes = len(evaluation.dataset.classes)
+    arrays: dict[str, Any] = {
+        "places": np.array(places, dtype=np.int64),
+        "confusion": evaluation.confusion,
+        **{name: getattr(evaluation.calibration, name).cpu().numpy() for name in CALIBRATION},
+        "bands": evaluation.breakdown.bands,
+        "sizes": np.array([image.size for image in images], dtype=np.int64).reshape(-1, 2),
+        "counts_by_image": np.array(
+            [(image.correct, image.truth, image.predicted) for image in images], dtype=np.int64
+        ).reshape(-1, 3, num_classes),
+        "uncertainty": np.array([image.uncertainty for image in images], dtype=np.float64),
+        "digests": np.array([list(image.digest) for image in images], dtype=np.uint8).reshape(-1, 32),
+    }
+    if boundaries is not None:
+        arrays["boundary_bands"] = boundaries.bands
+        for name in ("f1", "f1_dilated"):
+            arrays[name] = np.array(getattr(boundaries, name), dtype=np.float64).reshape(-1, num_classes)
+    for name in Encoded._fields:
+        files = [getattr(image, name) for image in evaluation.gallery.images]
+        arrays[f"{name}_bytes"] = np.concatenate([np.zeros(0, np.uint8), *(file.ravel() for file in files)])
+        arrays[f"{name}_ends"] = np.array([file.size for file in files], dtype=np.int64).cumsum()
+    content = io.BytesIO()
+    np.savez_compressed(content, **arrays)
+    return content.getvalue()
+
+
+def combine(
+    packed: Mapping[str, bytes], segmenter: Segmenter, dataset: SegmentationDataset, *, outlines: bool
+) -> Evaluation:
+    """Put evaluations of parts together: the evaluation of all images, in the order of the data set.
+
+    Args:
+        packed: The .npz file of each part by its name for messages.
+        segmenter: The network with the prediction settings of all parts.
+        dataset: The split.
+        outlines: Whether the parts have boundary scores.
+
+    Raises:
+        UsageError: A part is damaged, or not every image is in exactly one part.
+    """
+    classes = dataset.classes
+    num_classes = len(classes)
+    confusion = np.zeros((num_classes, num_classes), dtype=np.int64)
+    calibration = Calibration(classes.ignore_index)
+    boundaries = Boundaries(num_classes, classes.ignore_index) if outlines else None
+    breakdown = Breakdown(num_classes, classes.ignore_index)
+    gallery = Gallery(classes, largest_uncertainty(num_classes, segmenter.settings.samples))
+    f1 = np.full((2, len(dataset), num_classes), np.nan)
+    images: dict[int, tuple[ImageCounts, Encoded]] = {}
+    for name, content in packed.items():
+        try:
+            part = dict(np.load(io.BytesIO(content), allow_pickle=False))
+            places = part["places"].tolist()
+            if any(place in images or not 0 <= place < len(dataset) for place in places):
+                raise ValueError("an image of another part, or of no data set")
+            confusion += part["confusion"]
+            for field in CALIBRATION:
+                getattr(calibration, field).add_(torch.from_numpy(part[field]))
+            breakdown.bands += part["bands"]
+            if boundaries is not None:
+                boundaries.bands += part["boundary_bands"]
+                f1[:, places] = part["f1"], part["f1_dilated"]
+            counts = zip(part["sizes"], part["counts_by_image"], part["uncertainty"], part["digests"], strict=True)
+            thumbnails = zip(*(_split(part, field) for field in Encoded._fields), strict=True)
+            for place, (size, of_image, uncertainty, digest), files in zip(places, counts, thumbnails, strict=True):
+                height, width = map(int, size)
+                image_name, (correct, truth, predicted) = dataset.names[place], of_image
+                images[place] = (
+                    ImageCounts(
+                        image_name, (height, width), correct, truth, predicted, float(uncertainty), digest.tobytes()
+                    ),
+                    Encoded(*files),
+                )
+        except (ValueError, KeyError, TypeError, RuntimeError, EOFError, OSError, zipfile.BadZipFile) as error:
+            raise UsageError(f"{name} is not a part of this evaluation ({error}) - evaluate this part again") from error
+    if missing := sorted(set(range(len(dataset))) - set(images)):
+        raise UsageError(
+            f"the parts lack {len(missing)} of {len(dataset)} images, such as {dataset.names[missing[0]]} - evaluate "
+            "all parts again with the same data set"
+        )
+    for place in sorted(images):
+        breakdown.images.append(images[place][0])
+        gallery.images.append(images[place][1])
+    if boundaries is not None:
+        boundaries.f1, boundaries.f1_dilated = list(f1[0]), list(f1[1])
+    return Evaluation(segmenter, dataset, confusion, calibration, boundaries, breakdown, gallery)
+
+
+def _split(part: Mapping[str, np.ndarray], name: str) -> list[np.ndarray]:
+    return np.split(part[f"{name}_bytes"], part[f"{name}_ends"])[:-1]
+
+
+@dataclass(frozen=True)
+class EvaluationWork:
+    """Evaluation of some images of a data set by each worker of a Ray cluster."""
+
+    checkpoint: Checkpoint
+    settings: PredictionSettings
+    dataset: SegmentationDataset
+    outlines: bool
+    on_prediction: OnPrediction | None
+
+    def start(self, report: Callable[[str], None]) -> Callable[[Any], Any]:
+        """Load the network."""
+        segmenter = Segmenter(self.checkpoint, self.settings, report=report)
+
+        def process(chunk: list[range]) -> tuple[bytes, ResizedImages]:
+            places = _places(chunk)
+            evaluation = Evaluation.of(
+                segmenter,
+                self.dataset,
+                outlines=self.outlines,
+                on_prediction=self.on_prediction,
+                places=places,
+                shown=False,
+            )
+            resized, segmenter.resized = segmenter.resized, ResizedImages(segmenter.resized.target)
+            return pack(evaluation, places), resized
+
+        return process
+
+    def describe(self, chunk: Any) -> str:
+        """Return the first image of a chunk, and the number of others."""
+        return distributed.described([self.dataset.names[place] for place in _places(chunk)])
+
+
+def evaluate_distributed(
+    segmenter: Segmenter,
+    dataset: SegmentationDataset,
+    workers: int,
+    *,
+    outlines: bool,
+    on_prediction: OnPrediction | None = None,
+    report: Callable[[str], None] = print,
+) -> Evaluation:
+    """Evaluate a network on a split by the workers of a `distributed.cluster`; see `Evaluation.of`.
+
+    Args:
+        segmenter: The network with its prediction settings, which is not used for prediction.
+        dataset: A split with the classes of the network, in any order.
+        workers: The number of workers.
+        outlines: Whether to compute boundary scores.
+        on_prediction: Called in the workers with the prediction of each image; it is pickled.
+        report: Called with messages.
+
+    Raises:
+        UsageError: The data set has other classes, or a chunk ended its worker several times.
+    """
+    checkpoint = distributed.sendable(segmenter.checkpoint)
+    dataset_settings = {**checkpoint.config["dataset"], "num_workers": 0}  # a Ray worker starts no others
+    checkpoint = replace(checkpoint, config={**checkpoint.config, "dataset": dataset_settings})
+    work = EvaluationWork(checkpoint, segmenter.settings, dataset, outlines, on_prediction)
+    chunks = distributed.chunks_of(batches(segmenter, dataset), workers)
+    packed: dict[str, bytes] = {}
+    with progress_bar(dataset, len(dataset)) as bar:
+        for index, (content, resized) in distributed.run(work, chunks, workers, report):
+            packed[f"chunk {index}"] = content
+            segmenter.resized.merge(resized)
+            bar.update(len(_places(chunks[index])))
+    return combine(packed, segmenter, dataset, outlines=outlines)
+
+
+def _places(chunk: Iterable[range]) -> list[int]:
+    return [place for batch in chunk for place in batch]
