@@ -1,0 +1,333 @@
+"""The network of a labelling session, which learns from strokes within seconds on a CPU.
+
+A switch network makes this possible: all that its decoder needs to know of an image are the encoder's deepest map and
+two bits for each pooling window. They are computed once for each photo and kept, and while the encoder is frozen a
+step of learning runs the decoder alone, on squares around strokes, cut from what is kept.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from segdeconv.data.preprocessing import Preprocessing, Size
+from segdeconv.models.encoders import Encoding
+from segdeconv.models.layers import init_he
+from segdeconv.models.segnet import SegNet
+from segdeconv.serving.label.strokes import IGNORE
+from segdeconv.switches import Pooling, pack
+from segdeconv.system.devices import autocast
+
+Scope = Literal["decoder", "all"]
+
+PIXELS = 360 * 480  # of a photo as the network sees it
+CELLS = 5  # side of the squares, in cells of the deepest map
+BATCH = 4  # squares of a step
+LEARNING_RATE = 2e-3
+ENCODER_FACTOR = 0.1  # on the learning rate of the encoder, which has learned from more than strokes
+CALIBRATION_IMAGES = 4
+
+
+class Kept(NamedTuple):
+    """What is kept of a photo.
+
+    Attributes:
+        encoding: Deepest map float32 and packed switches, of a batch of one, on the CPU. The maps between have no
+            elements, since only the sizes are needed.
+        features: (D,) float32, the mean of the deepest map, of length 1.
+    """
+
+    encoding: Encoding
+    features: np.ndarray
+
+    @property
+    def bytes(self) -> int:
+        """Memory that it takes."""
+        tensors = [self.encoding.features, *(pooling.switches for pooling in self.encoding.pooled)]
+        return sum(tensor.nbytes for tensor in tensors)
+
+
+class Example(NamedTuple):
+    """A photo with strokes, as the network sees it.
+
+    Attributes:
+        kept: What is kept of it.
+        image: (h, w, 3) uint8.
+        target: (h, w) uint8 class indices, and 255 where nobody painted.
+    """
+
+    kept: Kept
+    image: np.ndarray
+    target: np.ndarray
+
+
+class Learned(NamedTuple):
+    """Outcome of learning.
+
+    Attributes:
+        steps: Number of steps.
+        seconds: Their time.
+        loss: Mean of the loss over the last steps.
+    """
+
+    steps: int
+    seconds: float
+    loss: float
+
+
+class Learner:
+    """A network that learns from strokes. It belongs to one thread.
+
+    Args:
+        network: The network, changed in place.
+        names: The names of its classes, matched with those of the strokes.
+        preprocessing: Normalises the photos; its size is not used.
+        device: Where it runs.
+        precision: One of `devices.PRECISIONS`.
+        pixels: Pixels of a photo as the network sees it.
+        pretrained_decoder: False if the decoder's weights are random.
+    """
+
+    def __init__(
+        self,
+        network: SegNet,
+        names: Sequence[str],
+        preprocessing: Preprocessing,
+        *,
+        device: torch.device,
+        precision: str = "32-true",
+        pixels: int = PIXELS,
+        pretrained_decoder: bool = True,
+    ) -> None:
+        self.network = network.to(device).to(memory_format=torch.channels_last).eval()
+        self.names, self.preprocessing, self.pixels = list(names), preprocessing, pixels
+        self.device, self.precision = device, precision
+        self.stride = 2 ** len(network.encoder.channels)
+        self.calibrated = pretrained_decoder
+        self.encoder_version = 0
+        self.random = np.random.default_rng(0)
+        self._optimizer: tuple[Scope, torch.optim.Optimizer] | None = None
+
+    def size(self, photo: Size) -> Size:
+        """Return the (h, w) at which the network sees a photo: its proportions, in whole cells of the deepest map."""
+        scale = min(1.0, (self.pixels / (photo[0] * photo[1])) ** 0.5)
+        height, width = (max(1, round(scale * side / self.stride)) * self.stride for side in photo)
+        return height, width
+
+    def set_classes(self, names: Sequence[str]) -> None:
+        """Give the network a row of its classifier for each class; rows of known names keep their weights."""
+        if list(names) == self.names:
+            return
+        old = self.network.decoder.classifier
+        new = nn.Conv2d(old.in_channels, len(names), 3, padding=1)
+        init_he(new)
+        rows = [(index, self.names.index(name)) for index, name in enumerate(names) if name in self.names]
+        with torch.no_grad():
+            for index, row in rows:
+                for tensor, known in zip(new.parameters(), old.parameters(), strict=True):
+                    tensor[index] = known[row].cpu()
+        self.network.decoder.classifier = new.to(self.device).to(memory_format=torch.channels_last)
+        self.network.num_classes, self.names = len(names), list(names)
+        self._optimizer = None
+
+    def keep(self, image: np.ndarray) -> Kept:
+        """Run the encoder on a photo.
+
+        Args:
+            image: (h, w, 3) uint8, of the size that `size` returns.
+        """
+        with torch.inference_mode(False), torch.no_grad(), autocast(self.precision, self.device):
+            encoding = self.network.encoder(self._input([image]))
+        pooled = tuple(
+            Pooling(pooling.features.new_empty(0), pack(pooling.codes).cpu(), pooling.size)
+            for pooling in encoding.pooled
+        )
+        features = encoding.features.float().cpu()
+        mean = features.mean(dim=(0, 2, 3)).numpy()
+        return Kept(Encoding(features, pooled), mean / max(float(np.linalg.norm(mean)), 1e-12))
+
+    @torch.no_grad()
+    def probabilities(self, kept: Kept) -> Tensor:
+        """Return the class probabilities of a photo, (C, h, w) float32 on the CPU."""
+        self._calibrate([kept])
+        with autocast(self.precision, self.device):
+            logits = self.network.decoder(self._moved(kept.encoding))
+        return logits.float().softmax(dim=1)[0].cpu()
+
+    def learn(
+        self,
+        examples: Callable[[], Sequence[Example]],
+        *,
+        seconds: float,
+        scope: Scope = "decoder",
+        max_steps: int | None = None,
+        neighbours: float = 0.0,
+    ) -> Learned:
+        """Learn for a while.
+
+        Args:
+            examples: Called before each step, so that strokes that arrive meanwhile count.
+            seconds: Time to learn.
+            scope: Learn the decoder from what is kept, or the encoder too.
+            max_steps: Steps after which to stop earlier.
+            neighbours: Weight of `like_neighbours`.
+        """
+        started, losses = time.monotonic(), list[float]()
+        optimizer = self._optimizer_of(scope)
+        while time.monotonic() - started < seconds and (max_steps is None or len(losses) < max_steps):
+            usable = [example for example in examples() if (example.target != IGNORE).any()]
+            if not usable:
+                break
+            self._calibrate([example.kept for example in usable])
+            losses.append(self._step(usable, scope, optimizer, neighbours))
+        if losses and scope == "all":
+            self.encoder_version += 1
+        recent = losses[-10:]
+        return Learned(len(losses), time.monotonic() - started, float(np.mean(recent)) if recent else float("nan"))
+
+    def _step(
+        self, examples: Sequence[Example], scope: Scope, optimizer: torch.optim.Optimizer, neighbours: float
+    ) -> float:
+        squares = [self._square(examples) for _ in range(BATCH)]
+        side = (min(area[0][1] for _, area in squares), min(area[1][1] for _, area in squares))
+        areas = [(example, (area[0][0], side[0]), (area[1][0], side[1])) for example, area in squares]
+        pixels = [
+            (slice(y * self.stride, (y + h) * self.stride), slice(x * self.stride, (x + w) * self.stride))
+            for _, (y, h), (x, w) in areas
+        ]
+        images = [example.image[part] for (example, _, _), part in zip(areas, pixels, strict=True)]
+        target = torch.from_numpy(
+            np.stack([example.target[part] for (example, _, _), part in zip(areas, pixels, strict=True)])
+        ).to(self.device, torch.int64)
+        counts = torch.bincount(target[target != IGNORE], minlength=self.network.num_classes).float()
+        present = counts > 0
+        weights = torch.where(present, counts.clamp(min=1) ** -0.5, 0.0)  # between pixels and classes
+        with torch.enable_grad(), autocast(self.precision, self.device):
+            if scope == "all":
+                logits = self.network(self._input(images))
+            else:
+                parts = [self._cut(example.kept.encoding, rows, columns) for example, rows, columns in areas]
+                logits = self.network.decoder(self._moved(_stacked(parts)))
+        with torch.enable_grad():
+            loss = F.cross_entropy(logits.float(), target, weights, ignore_index=IGNORE)
+            if neighbours:
+                loss = loss + neighbours * like_neighbours(logits.float(), np.stack(images))
+            optimizer.zero_grad(set_to_none=True)
+            torch.autograd.backward(loss)
+        nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 5.0)
+        optimizer.step()
+        return float(loss.detach())
+
+    def _square(self, examples: Sequence[Example]) -> tuple[Example, tuple[tuple[int, int], tuple[int, int]]]:
+        """Choose a square around a painted pixel: an example and (first cell, number of cells) of rows and columns.
+
+        First the class is drawn, then a photo that has it, then a pixel of it, so that no class is left out.
+        """
+        owners: dict[int, list[Example]] = {}
+        for example in examples:
+            for label in np.unique(example.target):
+                if label != IGNORE:
+                    owners.setdefault(int(label), []).append(example)
+        label = list(owners)[self.random.integers(len(owners))]
+        example = owners[label][self.random.integers(len(owners[label]))]
+        rows, columns = np.nonzero(example.target == label)
+        chosen = self.random.integers(len(rows))
+        area = []
+        for pixel, length in zip((rows[chosen], columns[chosen]), example.target.shape, strict=True):
+            cells = length // self.stride
+            size = min(CELLS, cells)
+            first = int(pixel) // self.stride - int(self.random.integers(size))
+            area.append((min(max(first, 0), cells - size), size))
+        return example, (area[0], area[1])
+
+    def _cut(self, encoding: Encoding, rows: tuple[int, int], columns: tuple[int, int]) -> Encoding:
+        (y, height), (x, width) = rows, columns
+        pooled = []
+        for level, pooling in enumerate(encoding.pooled, start=1):
+            cells = self.stride >> level
+            part = pooling.switches[:, :, y * cells : (y + height) * cells, x * cells : (x + width) * cells]
+            pooled.append(Pooling(pooling.features, part, (2 * height * cells, 2 * width * cells)))
+        return Encoding(encoding.features[:, :, y : y + height, x : x + width], tuple(pooled))
+
+    def _input(self, images: Sequence[np.ndarray]) -> Tensor:
+        normalised = torch.stack([self.preprocessing.normalise(np.ascontiguousarray(image)) for image in images])
+        return normalised.to(self.device).contiguous(memory_format=torch.channels_last)
+
+    def _moved(self, encoding: Encoding) -> Encoding:
+        pooled = tuple(
+            pooling._replace(switches=pooling.switches.to(self.device).contiguous()) for pooling in encoding.pooled
+        )
+        features = encoding.features.to(self.device).contiguous(memory_format=torch.channels_last)
+        return Encoding(features, pooled)
+
+    def _calibrate(self, kept: Sequence[Kept]) -> None:
+        """Give the norms of a random decoder the statistics of some photos, once; they stay fixed afterwards.
+
+        Statistics that moved with batches of a few squares would lag behind the few steps that there are.
+        """
+        if self.calibrated:
+            return
+        self.calibrated = True
+        norms = [module for module in self.network.decoder.modules() if isinstance(module, nn.BatchNorm2d)]
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the mean over all photos
+            norm.train()
+        with torch.no_grad():
+            for each in kept[:CALIBRATION_IMAGES]:
+                self.network.decoder(self._moved(each.encoding))
+        for norm in norms:
+            norm.momentum = 0.1
+            norm.eval()
+
+    def _optimizer_of(self, scope: Scope) -> torch.optim.Optimizer:
+        if self._optimizer is None or self._optimizer[0] != scope:
+            groups = [{"params": list(self.network.decoder.parameters()), "lr": LEARNING_RATE}]
+            if scope == "all":
+                encoder = list(self.network.encoder.parameters())
+                groups.append({"params": encoder, "lr": ENCODER_FACTOR * LEARNING_RATE})
+            self._optimizer = (scope, torch.optim.AdamW(groups, weight_decay=1e-4))
+        return self._optimizer[1]
+
+
+def _stacked(encodings: Sequence[Encoding]) -> Encoding:
+    pooled = tuple(
+        poolings[0]._replace(switches=torch.cat([pooling.switches for pooling in poolings]))
+        for poolings in zip(*(encoding.pooled for encoding in encodings), strict=True)
+    )
+    return Encoding(torch.cat([encoding.features for encoding in encodings]), pooled)
+
+
+def like_neighbours(
+    logits: Tensor, images: np.ndarray, *, radius: int = 4, sigma: float = 20.0, stride: int = 4
+) -> Tensor:
+    """Return the loss of pixels whose neighbours of like colour have another class.
+
+    The gated pairwise term of Obukhov et al. 2019, equation 5, https://arxiv.org/abs/1906.04651, without a gate and on
+    maps that are reduced by `stride`: the mean over pairs of weight * (1 - p_i . p_j), with the weight
+    exp(-|colour_i - colour_j|^2 / (2 sigma^2)).
+
+    Args:
+        logits: (N, C, H, W).
+        images: (N, H, W, 3) uint8.
+        radius: Largest distance of neighbours in reduced pixels.
+        sigma: Standard deviation of the difference of colours.
+        stride: Factor of the reduction.
+    """
+    probabilities = F.avg_pool2d(logits.softmax(dim=1), stride)
+    colours = F.avg_pool2d(torch.from_numpy(images).to(logits.device).permute(0, 3, 1, 2).float(), stride)
+    total, weight_sum = logits.new_zeros(()), logits.new_zeros(())
+    height, width = colours.shape[-2:]
+    for dy, dx in [(dy, dx) for dy in range(radius + 1) for dx in range(-radius, radius + 1) if (dy, dx) > (0, 0)]:
+        rows, other_rows = slice(0, height - dy), slice(dy, height)
+        columns, other_columns = (slice(max(0, -s * dx), width - max(0, s * dx)) for s in (1, -1))
+        first, second = (..., rows, columns), (..., other_rows, other_columns)
+        weight = (-(colours[first] - colours[second]).square().sum(dim=1) / (2 * sigma**2)).exp()
+        agreement = (probabilities[first] * probabilities[second]).sum(dim=1)
+        total = total + (weight * (1 - agreement)).sum()
+        weight_sum = weight_sum + weight.sum()
+    return total / weight_sum.clamp(min=1e-6)
