@@ -147,8 +147,9 @@ class LabelServer(LocalServer):
         def read() -> bytes:
             height, width = self.storage.size(name)
             scale = min(1.0, (VIEW_PIXELS / (height * width)) ** 0.5)
+            log = self.storage.log(name)
             mask = self.storage.mask(name, (max(1, round(scale * height)), max(1, round(scale * width))))
-            return packed({"number": number, "status": self.storage.log(name).status}, mask)
+            return packed({"number": number, "status": log.status, "entries": len(log.entries)}, mask)
 
         return Response(await run_in_threadpool(read), media_type=BYTES)
 

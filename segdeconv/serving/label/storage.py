@@ -80,6 +80,7 @@ class Storage:
         self.classes = LabelClasses(self._read_state(state) if state.is_file() else [])
         self.logs: dict[str, PhotoLog] = {}
         self.sizes: dict[str, Size] = {}
+        self.labels_of: dict[str, set[int]] = {}  # of accepted masks, by file
         self.save_classes()
         self._resume()
 
@@ -187,10 +188,15 @@ class Storage:
             for log in self.logs.values():
                 for entry in log.entries:
                     if entry["tool"] == "accept":
-                        used |= set(np.unique(self._read_accepted(entry["file"])).tolist())
+                        used |= self._accepted_labels(entry["file"])
                     elif entry.get("class") is not None:
                         used.add(entry["class"])
         return used - {IGNORE}
+
+    def _accepted_labels(self, file: str) -> set[int]:
+        if file not in self.labels_of:
+            self.labels_of[file] = set(np.unique(self._read_accepted(file)).tolist())
+        return self.labels_of[file]
 
     def change_classes(self, change: Callable[[LabelClasses], object]) -> None:
         """Change the classes, and write them."""
