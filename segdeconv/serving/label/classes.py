@@ -112,7 +112,7 @@ class LabelClasses:
         return palette
 
     def _require(self, label: Any) -> None:
-        if isinstance(label, bool) or label not in self.names:
+        if isinstance(label, bool) or not isinstance(label, int) or label not in self.names:
             raise UsageError(f"the class {label!r} does not exist - reload the page")
 
     def _checked_name(self, name: Any, besides: int | None = None) -> str:

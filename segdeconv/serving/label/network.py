@@ -102,7 +102,7 @@ def save_network(folder: Path, learner: Learner, classes: LabelClasses, size: Si
     network.card = {
         "format": checkpoint.FORMAT,
         "config": {"dataset": {"size": list(size)}},
-        "facts": {"preprocessing": preprocessing, "precision": "32-true"},
+        "facts": {"preprocessing": preprocessing, "precision": learner.precision},
     }
     new, current, old = (folder / name for name in ("network.new", "network", "network.old"))
     shutil.rmtree(new, ignore_errors=True)

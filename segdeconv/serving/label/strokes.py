@@ -35,7 +35,7 @@ def checked_stroke(content: Any, labels: Iterable[int]) -> Stroke:
     if not isinstance(content, Mapping):
         raise UsageError("a stroke is not an object - reload the page")
     tool, label = content.get("tool"), content.get("class")
-    if label is not None and (isinstance(label, bool) or label not in set(labels)):
+    if label is not None and (isinstance(label, bool) or not isinstance(label, int) or label not in set(labels)):
         raise UsageError(f"the stroke's class {label!r} does not exist - reload the page")
     if tool == "brush":
         points, radius = _points(content.get("points"), 1), _number(content.get("radius"), "radius", MAX_RADIUS)
