@@ -3,7 +3,7 @@
     python -c "from segdeconv.experiments.study import teaching; teaching.run('runs/teaching', '/data/CamVid')"
 
 A script paints in place of a person: first a stroke of each class in the photo, then strokes inside the largest regions
-where the network is wrong. After each stroke the network learns for a few seconds, as on the page of `label`. The same
+where the network is wrong. After each stroke the network learns for some steps, as on the page of `label`. The same
 strokes, in the same order, are then learned by networks that start from new weights, and with a term over neighbours of
 like colour; and every pixel of all train photos is learned once, as the score to compare with.
 """
@@ -50,12 +50,14 @@ class Point(NamedTuple):
     Attributes:
         strokes: Strokes so far.
         photos: Photos with a stroke.
-        seconds: Time of learning so far.
+        steps: Steps of learning so far.
+        seconds: Their time.
         miou: Mean IoU on val, 0..1.
     """
 
     strokes: int
     photos: int
+    steps: int
     seconds: float
     miou: float
 
@@ -160,18 +162,21 @@ class Teaching:
         self.task = task(self.learner)
         self.scope, self.neighbours = scope, neighbours
         self.learner.set_classes([f"class {index}" for index in range(self.task.num_classes)])
-        self.seconds = 0.0
+        self.seconds, self.steps = 0.0, 0
         self.version = -1
         self.kept: list[Kept] = []
 
-    def learn(self, painted: dict[int, np.ndarray], seconds: float) -> None:
-        """Learn for a while from masks by photo."""
+    def learn(self, painted: dict[int, np.ndarray], steps: int) -> None:
+        """Learn from masks by photo."""
         examples = [
             Example(self.learner.keep(self.task.train[index][0]), self.task.train[index][0], mask)
             for index, mask in painted.items()
         ]
-        learned = self.learner.learn(lambda: examples, seconds=seconds, scope=self.scope, neighbours=self.neighbours)
+        learned = self.learner.learn(
+            lambda: examples, seconds=600, max_steps=steps, scope=self.scope, neighbours=self.neighbours
+        )
         self.seconds += learned.seconds
+        self.steps += learned.steps
 
     def predict(self, index: int) -> np.ndarray:
         """Return the (h, w) uint8 class indices of a train photo."""
@@ -186,11 +191,11 @@ class Teaching:
         return miou(self.learner, self.task, self.kept)
 
 
-def paint(teaching: Teaching, *, strokes: int, seconds: float, every: int = 2) -> tuple[list[Point], list[Any]]:
+def paint(teaching: Teaching, *, strokes: int, steps: int, every: int = 2) -> tuple[list[Point], list[Any]]:
     """Paint stroke by stroke, learn after each, and measure; return the measurements and the strokes by photo."""
     painted: dict[int, np.ndarray] = {}
     script: list[tuple[int, Stroke]] = []
-    points = [Point(0, 0, 0.0, teaching.score())]
+    points = [Point(0, 0, 0, 0.0, teaching.score())]
     photo = 0
     while len(script) < strokes and photo < len(teaching.task.train):
         image, mask = teaching.task.train[photo]
@@ -204,15 +209,15 @@ def paint(teaching: Teaching, *, strokes: int, seconds: float, every: int = 2) -
             draw_stroke(painted[photo], stroke, size)
             script.append((photo, stroke))
             if len(np.unique(np.concatenate([each.ravel() for each in painted.values()]))) > 2:
-                teaching.learn(painted, seconds)
+                teaching.learn(painted, steps)
             if len(script) % every == 0:
-                points.append(Point(len(script), photo + 1, teaching.seconds, teaching.score()))
+                points.append(Point(len(script), photo + 1, teaching.steps, teaching.seconds, teaching.score()))
                 print(f"  {points[-1]}", flush=True)
         photo += 1
     return points, script
 
 
-def replay(teaching: Teaching, script: Sequence[tuple[int, Stroke]], *, rounds: int, seconds: float) -> list[Point]:
+def replay(teaching: Teaching, script: Sequence[tuple[int, Stroke]], *, rounds: int, steps: int) -> list[Point]:
     """Learn from strokes that another network was taught with, all at once, and measure after each round."""
     painted: dict[int, np.ndarray] = {}
     for photo, stroke in script:
@@ -221,8 +226,8 @@ def replay(teaching: Teaching, script: Sequence[tuple[int, Stroke]], *, rounds: 
         draw_stroke(painted.setdefault(photo, np.full(size, IGNORE, dtype=np.uint8)), stroke, size)
     points = []
     for _ in range(rounds):
-        teaching.learn(painted, seconds)
-        points.append(Point(len(script), len(painted), teaching.seconds, teaching.score()))
+        teaching.learn(painted, steps)
+        points.append(Point(len(script), len(painted), teaching.steps, teaching.seconds, teaching.score()))
         print(f"  {points[-1]}", flush=True)
     return points
 
@@ -233,7 +238,7 @@ def run(
     *,
     tasks: Sequence[str] = ("camvid", "shapes"),
     strokes: int = 24,
-    seconds: float = 5.0,
+    steps: int = 10,
     supervised_rounds: int = 6,
 ) -> None:
     """Teach each task, compare, and write teaching.json.
@@ -243,8 +248,8 @@ def run(
         camvid_root: The folder of CamVid.
         tasks: `camvid`, `shapes` or both.
         strokes: Number of strokes.
-        seconds: Time of learning after each.
-        supervised_rounds: Rounds of 20 seconds of learning from every pixel.
+        steps: Steps of learning after each; of the same order as five seconds on two idle CPU cores.
+        supervised_rounds: Rounds of 40 steps of learning from every pixel.
     """
     builders: dict[str, Callable[[Learner], Task]] = {
         "camvid": lambda learner: camvid(camvid_root, learner),
@@ -254,8 +259,8 @@ def run(
     for name in tasks:
         task = builders[name]
         print(f"{name}: strokes from {SMALL}", flush=True)
-        taught, script = paint(Teaching(SMALL, task), strokes=strokes, seconds=seconds)
-        total = taught[-1].seconds
+        taught, script = paint(Teaching(SMALL, task), strokes=strokes, steps=steps)
+        total = taught[-1].steps
         runs: dict[str, list[Point]] = {"strokes": taught}
         for label, teaching in (
             ("the same strokes at once", Teaching(SMALL, task)),
@@ -263,14 +268,14 @@ def run(
             ("the same strokes at once, new weights", Teaching(NOTHING, task, scope="all")),
         ):
             print(f"{name}: {label}", flush=True)
-            runs[label] = replay(teaching, script, rounds=4, seconds=total / 4)
+            runs[label] = replay(teaching, script, rounds=4, steps=total // 4)
         print(f"{name}: every pixel", flush=True)
         every = Teaching(SMALL, task, scope="all")
         masks = {index: mask for index, (_, mask) in enumerate(every.task.train)}
         runs["every pixel"] = []
         for _ in range(supervised_rounds):
-            every.learn(masks, 20.0)
-            runs["every pixel"].append(Point(0, len(masks), every.seconds, every.score()))
+            every.learn(masks, 40)
+            runs["every pixel"].append(Point(0, len(masks), every.steps, every.seconds, every.score()))
             print(f"  {runs['every pixel'][-1]}", flush=True)
         best = max(point.miou for point in runs["every pixel"])
         reached = next((point for point in taught if point.miou >= SHARE * best), None)
