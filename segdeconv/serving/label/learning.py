@@ -27,6 +27,7 @@ Scope = Literal["decoder", "all"]
 PIXELS = 360 * 480  # of a photo as the network sees it
 CELLS = 5  # side of the squares, in cells of the deepest map
 BATCH = 4  # squares of a step
+MIN_STEPS = 16  # of a round; on a slow or busy machine, the steps become smaller
 LEARNING_RATE = 2e-3
 ENCODER_FACTOR = 0.1  # on the learning rate of the encoder, which has learned from more than strokes
 CALIBRATION_IMAGES = 4
@@ -178,21 +179,32 @@ class Learner:
         """
         started, losses = time.monotonic(), list[float]()
         optimizer = self._optimizer_of(scope)
+        batch = BATCH
         while time.monotonic() - started < seconds and (max_steps is None or len(losses) < max_steps):
             usable = [example for example in examples() if (example.target != IGNORE).any()]
             if not usable:
                 break
             self._calibrate([example.kept for example in usable])
-            losses.append(self._step(usable, scope, optimizer, neighbours))
+            step_started = time.monotonic()
+            losses.append(self._step(usable, batch, scope, optimizer, neighbours))
+            if (
+                time.monotonic() - step_started > seconds / MIN_STEPS
+            ):  # many small steps teach more than a few large ones
+                batch = max(1, batch // 2)
         if losses and scope == "all":
             self.encoder_version += 1
         recent = losses[-10:]
         return Learned(len(losses), time.monotonic() - started, float(np.mean(recent)) if recent else float("nan"))
 
     def _step(
-        self, examples: Sequence[Example], scope: Scope, optimizer: torch.optim.Optimizer, neighbours: float
+        self,
+        examples: Sequence[Example],
+        batch: int,
+        scope: Scope,
+        optimizer: torch.optim.Optimizer,
+        neighbours: float,
     ) -> float:
-        squares = [self._square(examples) for _ in range(BATCH)]
+        squares = [self._square(examples) for _ in range(batch)]
         side = (min(area[0][1] for _, area in squares), min(area[1][1] for _, area in squares))
         areas = [(example, (area[0][0], side[0]), (area[1][0], side[1])) for example, area in squares]
         pixels = [
