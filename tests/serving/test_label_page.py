@@ -217,27 +217,30 @@ def test_a_person_names_paints_accepts_and_undoes_on_the_page(tmp_path, dark):
         draw(page, [(0.1, 0.2), (0.15, 0.8)], "1")
         draw(page, [(0.9, 0.2), (0.85, 0.8)], "2")
         page.wait_for_selector("body[data-round]")
-        page.wait_for_function("document.body.dataset.shown.includes('proposal')")
-        first = session.names[int(page.evaluate("document.body.dataset.shown").partition(":")[0])]
+        page.wait_for_function("() => (document.body.dataset.shown || '').includes('proposal')")
+        first = session.names[int(page.evaluate("() => document.body.dataset.shown").partition(":")[0])]
         assert [entry["class"] for entry in session.storage.log(first).entries] == [0, 1]
         assert contrasts(page) == []
         page.keyboard.press("Enter")
-        page.wait_for_function("document.getElementById('progress').innerText.startsWith('1 accepted')")
+        page.wait_for_function("() => document.getElementById('progress').innerText.startsWith('1 accepted')")
+        page.wait_for_function(
+            "shown => !document.body.dataset.shown.startsWith(shown)", arg=f"{session.numbers[first]}:"
+        )
         assert session.storage.log(first).status == "accepted"
-        page.wait_for_function("document.body.dataset.shown.includes('proposal')")
-        second = session.names[int(page.evaluate("document.body.dataset.shown").partition(":")[0])]
+        page.wait_for_function("() => (document.body.dataset.shown || '').includes('proposal')")
+        second = session.names[int(page.evaluate("() => document.body.dataset.shown").partition(":")[0])]
         assert second != first
         page.keyboard.press("ArrowRight")  # a stroke by keyboard alone
         page.keyboard.press("Space")
         for _ in range(3):
             page.keyboard.press("Shift+ArrowRight")
         page.keyboard.press("Space")
-        page.wait_for_function("document.getElementById('progress').innerText.includes('1 begun')")
+        page.wait_for_function("() => document.getElementById('progress').innerText.includes('1 begun')")
         (entry,) = session.storage.log(second).entries
         assert (entry["class"], len(entry["points"])) == (1, 4)
         page.keyboard.press("z")
-        page.wait_for_function("document.getElementById('progress').innerText.includes('0 begun')")
-        assert not page.evaluate("document.documentElement.scrollWidth > innerWidth")
+        page.wait_for_function("() => document.getElementById('progress').innerText.includes('0 begun')")
+        assert not page.evaluate("() => document.documentElement.scrollWidth > innerWidth")
 
 
 @pytest.mark.slow

@@ -28,7 +28,8 @@ PIXELS = 360 * 480  # of a photo as the network sees it
 CELLS = 5  # side of the squares, in cells of the deepest map
 BATCH = 4  # squares of a step
 MIN_STEPS = 16  # of a round; on a slow or busy machine, the steps become smaller
-LEARNING_RATE = 2e-3
+LEARNING_RATE = 1e-3  # of the decoder's stages
+HEAD_FACTOR = 4.0  # on the learning rate of the classifier, which may be new
 ENCODER_FACTOR = 0.1  # on the learning rate of the encoder, which has learned from more than strokes
 CALIBRATION_IMAGES = 4
 
@@ -186,6 +187,9 @@ class Learner:
                 break
             self._calibrate([example.kept for example in usable])
             step_started = time.monotonic()
+            part = max((step_started - started) / seconds, len(losses) / max_steps if max_steps else 0.0)
+            for group in optimizer.param_groups:  # falls to nothing in each round, so that its last steps settle
+                group["lr"] = group["initial_lr"] * (1 - part)
             losses.append(self._step(usable, batch, scope, optimizer, neighbours))
             if (
                 time.monotonic() - step_started > seconds / MIN_STEPS
@@ -298,10 +302,13 @@ class Learner:
 
     def _optimizer_of(self, scope: Scope) -> torch.optim.Optimizer:
         if self._optimizer is None or self._optimizer[0] != scope:
-            groups = [{"params": list(self.network.decoder.parameters()), "lr": LEARNING_RATE}]
+            parts = [(self.network.decoder.classifier, HEAD_FACTOR), (self.network.decoder.stages, 1.0)]
             if scope == "all":
-                encoder = list(self.network.encoder.parameters())
-                groups.append({"params": encoder, "lr": ENCODER_FACTOR * LEARNING_RATE})
+                parts.append((self.network.encoder, ENCODER_FACTOR))
+            groups = [
+                {"params": list(module.parameters()), "lr": 0.0, "initial_lr": factor * LEARNING_RATE}
+                for module, factor in parts
+            ]
             self._optimizer = (scope, torch.optim.AdamW(groups, weight_decay=1e-4))
         return self._optimizer[1]
 
