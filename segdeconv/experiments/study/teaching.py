@@ -230,18 +230,30 @@ def paint(teaching: Teaching, *, strokes: int, steps: int, every: int = 2) -> tu
     return points, script
 
 
-def replay(teaching: Teaching, script: Sequence[tuple[int, Stroke]], *, rounds: int, steps: int) -> list[Point]:
-    """Learn from strokes that another network was taught with, all at once, and measure after each round."""
-    painted: dict[int, np.ndarray] = {}
-    for photo, stroke in script:
-        image = teaching.task.train[photo][0]
-        size = (image.shape[0], image.shape[1])
-        draw_stroke(painted.setdefault(photo, np.full(size, IGNORE, dtype=np.uint8)), stroke, size)
-    points = []
-    for _ in range(rounds):
-        teaching.learn(painted, steps)
-        points.append(Point(len(script), len(painted), teaching.steps, teaching.seconds, teaching.score()))
-        print(f"  {points[-1]}", flush=True)
+def replay(
+    teaching: Teaching,
+    script: Sequence[tuple[int, Stroke]],
+    *,
+    steps: int,
+    painted: dict[int, np.ndarray] | None = None,
+) -> list[Point]:
+    """Learn at once from strokes that another network was taught with, or from given masks, and measure.
+
+    Args:
+        teaching: The network.
+        script: Strokes by photo.
+        steps: Steps of learning.
+        painted: Masks by photo in place of strokes.
+    """
+    if painted is None:
+        painted = {}
+        for photo, stroke in script:
+            image = teaching.task.train[photo][0]
+            size = (image.shape[0], image.shape[1])
+            draw_stroke(painted.setdefault(photo, np.full(size, IGNORE, dtype=np.uint8)), stroke, size)
+    teaching.learn(painted, steps)
+    points = [Point(len(script), len(painted), teaching.steps, teaching.seconds, teaching.score())]
+    print(f"  {points[-1]}", flush=True)
     return points
 
 
@@ -252,7 +264,7 @@ def run(
     tasks: Sequence[str] = ("camvid", "tree"),
     strokes: int = 24,
     steps: int = 10,
-    supervised_rounds: int = 6,
+    supervised_steps: int = 200,
 ) -> None:
     """Teach each task, compare, and write teaching.json.
 
@@ -262,7 +274,7 @@ def run(
         tasks: Of `camvid` (road, sky and building), `tree` (against all else) and `shapes`.
         strokes: Number of strokes.
         steps: Steps of learning after each; of the same order as five seconds on two idle CPU cores.
-        supervised_rounds: Rounds of 40 steps of learning from every pixel.
+        supervised_steps: Steps of learning from every pixel.
     """
     builders: dict[str, Callable[[Learner], Task]] = {
         "camvid": lambda learner: camvid(camvid_root, learner, ("road", "sky", "building")),
@@ -270,31 +282,29 @@ def run(
         "shapes": shapes,
     }
     results: dict[str, Any] = {}
+
+    def report(name: str, runs: dict[str, list[Point]]) -> None:
+        results[name] = {label: [point._asdict() for point in points] for label, points in runs.items()}
+        write_json(results, Path(out) / "teaching.json")
+
     for name in tasks:
         task = builders[name]
         print(f"{name}: strokes from {SMALL}", flush=True)
         taught, script = paint(Teaching(SMALL, task), strokes=strokes, steps=steps)
         total = taught[-1].steps
         runs: dict[str, list[Point]] = {"strokes": taught}
-        for label, teaching in (
-            ("the same strokes at once", Teaching(SMALL, task)),
-            ("the same strokes at once, with neighbours 0.3", Teaching(SMALL, task, neighbours=0.3)),
-            ("the same strokes at once, new weights", Teaching(NOTHING, task, scope="all")),
+        report(name, runs)
+        for label, teaching, length in (
+            ("the same strokes at once", Teaching(SMALL, task), total),
+            ("the same strokes at once, neighbours of like colour", Teaching(SMALL, task, neighbours=0.3), total),
+            ("every pixel", Teaching(SMALL, task, scope="all"), supervised_steps),
+            ("the same strokes at once, new weights", Teaching(NOTHING, task, scope="all"), total),
         ):
             print(f"{name}: {label}", flush=True)
-            runs[label] = replay(teaching, script, rounds=4, steps=total // 4)
-        print(f"{name}: every pixel", flush=True)
-        every = Teaching(SMALL, task, scope="all")
-        masks = {index: mask for index, (_, mask) in enumerate(every.task.train)}
-        runs["every pixel"] = []
-        for _ in range(supervised_rounds):
-            every.learn(masks, 40)
-            runs["every pixel"].append(Point(0, len(masks), every.steps, every.seconds, every.score()))
-            print(f"  {runs['every pixel'][-1]}", flush=True)
-        best = max(point.miou for point in runs["every pixel"])
+            complete = {index: mask for index, (_, mask) in enumerate(teaching.task.train)}
+            painted = complete if label == "every pixel" else None
+            runs[label] = replay(teaching, [] if painted else script, steps=length, painted=painted)
+            report(name, runs)
+        best = runs["every pixel"][-1].miou
         reached = next((point for point in taught if point.miou >= SHARE * best), None)
         print(f"{name}: every pixel {best:.3f}; {SHARE:.0%} of it after {reached}", flush=True)
-        results[name] = {"every pixel": best, "reached": reached and reached._asdict()} | {
-            label: [point._asdict() for point in points] for label, points in runs.items()
-        }
-        write_json(results, Path(out) / "teaching.json")
