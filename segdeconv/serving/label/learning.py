@@ -178,22 +178,21 @@ class Learner:
             max_steps: Steps after which to stop earlier.
             neighbours: Weight of `like_neighbours`.
         """
-        started, losses = time.monotonic(), list[float]()
-        optimizer = self._optimizer_of(scope)
-        batch = BATCH
-        while time.monotonic() - started < seconds and (max_steps is None or len(losses) < max_steps):
+        optimizer = self._optimizer_of(scope)  # the first one takes a second, in which torch is still loading
+        started, losses, batch = time.monotonic(), list[float](), BATCH
+        while True:
+            step_started = time.monotonic()
+            done = max((step_started - started) / seconds, len(losses) / max_steps if max_steps else 0.0)
+            if losses and done >= 1:
+                break
             usable = [example for example in examples() if (example.target != IGNORE).any()]
             if not usable:
                 break
             self._calibrate([example.kept for example in usable])
-            step_started = time.monotonic()
-            part = max((step_started - started) / seconds, len(losses) / max_steps if max_steps else 0.0)
             for group in optimizer.param_groups:  # falls to nothing in each round, so that its last steps settle
-                group["lr"] = group["initial_lr"] * (1 - part)
+                group["lr"] = group["initial_lr"] * (1 - done if losses else 1.0)
             losses.append(self._step(usable, batch, scope, optimizer, neighbours))
-            if (
-                time.monotonic() - step_started > seconds / MIN_STEPS
-            ):  # many small steps teach more than a few large ones
+            if time.monotonic() - step_started > seconds / MIN_STEPS:  # small steps teach more in the same time
                 batch = max(1, batch // 2)
         if losses and scope == "all":
             self.encoder_version += 1
