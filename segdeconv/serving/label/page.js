@@ -214,7 +214,8 @@ async function learn() {
   try {
     outcome = await post("learn", { number: stage.photo.number, seconds, scope: $("all").checked ? "all" : "decoder" });
     document.body.dataset.round = outcome.round;
-    await Promise.all([showMask(), refresh()]);
+    await refresh();
+    await showMask();
     strip.refresh();
   } catch (error) {
     showError(error.message);
