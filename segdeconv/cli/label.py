@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import glob
 import os
 from functools import partial
 from pathlib import Path
@@ -52,6 +53,8 @@ def run(description: str) -> None:
     if arguments.precision not in ("auto", "32-true", "bf16-mixed", "16-mixed"):
         raise UsageError(f"--precision {arguments.precision} is unknown - give auto, 32-true, bf16-mixed or 16-mixed")
     given = Path(arguments.photos)
+    if arguments.out is None and not glob.glob(arguments.photos):
+        raise UsageError(f"{arguments.photos} not found - give a folder of photos")
     if arguments.out is None and not given.is_dir():
         raise UsageError(f"{arguments.photos} is not a folder, so the folder of the masks has no name - add --out DIR")
     out = arguments.out or Path(f"{os.path.normpath(given)}-labels")

@@ -254,7 +254,12 @@ class Session:
         return self.kept[name]
 
     def _probabilities(self, name: str) -> np.ndarray:
-        return self.learner.probabilities(self._keep(name)).numpy()
+        """Return the class probabilities of a photo, (C, h, w) float32, averaged over 3x3 pixels.
+
+        Unpooling places single values, and a decoder that has learned from few strokes leaves some of them speckled.
+        """
+        maps = self.learner.probabilities(self._keep(name)).numpy()
+        return np.stack([cv2.blur(map_, (3, 3), borderType=cv2.BORDER_REPLICATE) for map_ in maps])
 
     def _knows_a_class(self) -> bool:
         names = self.storage.classes.names.values()
