@@ -7,7 +7,7 @@ step of learning runs the decoder alone, on squares around strokes, cut from wha
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -92,6 +92,7 @@ class Learner:
         precision: One of `devices.PRECISIONS`.
         pixels: Pixels of a photo as the network sees it.
         pretrained_decoder: False if the decoder's weights are random.
+        pretrained_encoder: False if the encoder's weights are random; the first photo then sets its norms.
     """
 
     def __init__(
@@ -104,12 +105,13 @@ class Learner:
         precision: str = "32-true",
         pixels: int = PIXELS,
         pretrained_decoder: bool = True,
+        pretrained_encoder: bool = True,
     ) -> None:
         self.network = network.to(device).to(memory_format=torch.channels_last).eval()
         self.names, self.preprocessing, self.pixels = list(names), preprocessing, pixels
         self.device, self.precision = device, precision
         self.stride = 2 ** len(network.encoder.channels)
-        self.calibrated = pretrained_decoder
+        self.calibrated, self.encoder_calibrated = pretrained_decoder, pretrained_encoder
         self.encoder_version = 0
         self.random = np.random.default_rng(0)
         self._optimizer: tuple[Scope, torch.optim.Optimizer] | None = None
@@ -142,7 +144,10 @@ class Learner:
         Args:
             image: (h, w, 3) uint8, of the size that `size` returns.
         """
-        with torch.inference_mode(False), torch.no_grad(), autocast(self.precision, self.device):
+        if not self.encoder_calibrated:
+            self.encoder_calibrated = True
+            _measure_norms(self.network.encoder, [self._input([image])])
+        with torch.no_grad(), autocast(self.precision, self.device):
             encoding = self.network.encoder(self._input([image]))
         pooled = tuple(
             Pooling(pooling.features.new_empty(0), pack(pooling.codes).cpu(), pooling.size)
@@ -287,17 +292,8 @@ class Learner:
         if self.calibrated:
             return
         self.calibrated = True
-        norms = [module for module in self.network.decoder.modules() if isinstance(module, nn.BatchNorm2d)]
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # the mean over all photos
-            norm.train()
-        with torch.no_grad():
-            for each in kept[:CALIBRATION_IMAGES]:
-                self.network.decoder(self._moved(each.encoding))
-        for norm in norms:
-            norm.momentum = 0.1
-            norm.eval()
+        encodings = [self._moved(each.encoding) for each in kept[:CALIBRATION_IMAGES]]
+        _measure_norms(self.network.decoder, encodings)
 
     def _optimizer_of(self, scope: Scope) -> torch.optim.Optimizer:
         if self._optimizer is None or self._optimizer[0] != scope:
@@ -310,6 +306,21 @@ class Learner:
             ]
             self._optimizer = (scope, torch.optim.AdamW(groups, weight_decay=1e-4))
         return self._optimizer[1]
+
+
+def _measure_norms(part: nn.Module, inputs: Sequence[Any]) -> None:
+    """Set the statistics of the norms of a part to the mean over inputs."""
+    norms = [module for module in part.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the mean over all inputs
+        norm.train()
+    with torch.no_grad():
+        for each in inputs:
+            part(each)
+    for norm in norms:
+        norm.momentum = 0.1
+        norm.eval()
 
 
 def _stacked(encodings: Sequence[Encoding]) -> Encoding:

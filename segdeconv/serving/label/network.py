@@ -49,6 +49,7 @@ def open_network(
             precision=resolve_precision(precision),
             pixels=pixels,
             pretrained_decoder=False,
+            pretrained_encoder=start != NOTHING,
         )
         return learner, False
     source = checkpoint.read(saved if saved is not None else start, trust=trust)
