@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from segdeconv.data.preprocessing import Preprocessing
+from segdeconv.losses.neighbours import like_neighbours
 from segdeconv.models import SegNet
 from segdeconv.serving.label import learning
-from segdeconv.serving.label.learning import Example, Learner, like_neighbours
+from segdeconv.serving.label.learning import Example, Learner
 
 STAGES = ((4, 4), (8,), (8,))
 CPU = torch.device("cpu")
@@ -122,7 +123,7 @@ def test_neighbours_of_like_colour_agree_as_a_loop_over_pairs_says():
                 weight = np.exp(-squared / (2 * 60.0**2))
                 total += weight * (1 - float(probabilities[:, y, x] @ probabilities[:, v, u]))
                 weights += weight
-    loss = like_neighbours(logits, images, radius=2, sigma=60.0, stride=1)
+    loss = like_neighbours(logits, torch.from_numpy(images).permute(0, 3, 1, 2), radius=2, sigma=60.0, stride=1)
     assert float(loss) == pytest.approx(total / weights, rel=1e-5)
 
 

@@ -4,8 +4,8 @@
 
 A script paints in place of a person: first a stroke of each class in the photo, then strokes inside the largest regions
 where the network is wrong. After each stroke the network learns for some steps, as on the page of `label`. The same
-strokes, in the same order, are then learned by networks that start from new weights, and with a term over neighbours of
-like colour; and every pixel of all train photos is learned once, as the score to compare with.
+strokes are then learned at once, also from new weights and without the term over neighbours of like colour; and every
+pixel of all train photos is learned once, as the score to compare with.
 """
 
 import time
@@ -22,7 +22,7 @@ from segdeconv.data.datasets.camvid import CamVid
 from segdeconv.data.datasets.shapes import Shapes
 from segdeconv.data.preprocessing import resize_image, resize_mask
 from segdeconv.evaluation.report import write_json
-from segdeconv.serving.label.learning import Example, Kept, Learner, Scope
+from segdeconv.serving.label.learning import NEIGHBOURS, Example, Kept, Learner, Scope
 from segdeconv.serving.label.network import NOTHING, SMALL, open_network
 from segdeconv.serving.label.strokes import IGNORE, Stroke, draw_stroke
 
@@ -167,7 +167,7 @@ class Teaching:
     """
 
     def __init__(
-        self, start: str, task: Callable[[Learner], Task], *, scope: Scope = "decoder", neighbours: float = 0.0
+        self, start: str, task: Callable[[Learner], Task], *, scope: Scope = "decoder", neighbours: float = NEIGHBOURS
     ) -> None:
         torch.manual_seed(SEED)
         self.learner, _ = open_network(Path("none"), start)
@@ -296,7 +296,7 @@ def run(
         report(name, runs)
         for label, teaching, length in (
             ("the same strokes at once", Teaching(SMALL, task), total),
-            ("the same strokes at once, neighbours of like colour", Teaching(SMALL, task, neighbours=0.3), total),
+            ("the same strokes at once, cross entropy alone", Teaching(SMALL, task, neighbours=0.0), total),
             ("every pixel", Teaching(SMALL, task, scope="all"), supervised_steps),
             ("the same strokes at once, new weights", Teaching(NOTHING, task, scope="all"), total),
         ):

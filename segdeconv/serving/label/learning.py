@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segdeconv.data.preprocessing import Preprocessing, Size
+from segdeconv.losses.neighbours import like_neighbours
 from segdeconv.models.encoders import Encoding
 from segdeconv.models.layers import init_he
 from segdeconv.models.segnet import SegNet
@@ -32,6 +33,7 @@ LEARNING_RATE = 1e-3  # of the decoder's stages
 HEAD_FACTOR = 4.0  # on the learning rate of the classifier, which may be new
 ENCODER_FACTOR = 0.1  # on the learning rate of the encoder, which has learned from more than strokes
 CALIBRATION_IMAGES = 4
+NEIGHBOURS = 0.3  # weight of the term over neighbours of like colour
 
 
 class Kept(NamedTuple):
@@ -172,7 +174,7 @@ class Learner:
         seconds: float,
         scope: Scope = "decoder",
         max_steps: int | None = None,
-        neighbours: float = 0.0,
+        neighbours: float = NEIGHBOURS,
     ) -> Learned:
         """Learn for a while.
 
@@ -235,7 +237,8 @@ class Learner:
         with torch.enable_grad():
             loss = F.cross_entropy(logits.float(), target, weights, ignore_index=IGNORE)
             if neighbours:
-                loss = loss + neighbours * like_neighbours(logits.float(), np.stack(images))
+                colours = torch.from_numpy(np.stack(images)).to(self.device).permute(0, 3, 1, 2)
+                loss = loss + neighbours * like_neighbours(logits.float(), colours)
             optimizer.zero_grad(set_to_none=True)
             torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 5.0)
@@ -329,34 +332,3 @@ def _stacked(encodings: Sequence[Encoding]) -> Encoding:
         for poolings in zip(*(encoding.pooled for encoding in encodings), strict=True)
     )
     return Encoding(torch.cat([encoding.features for encoding in encodings]), pooled)
-
-
-def like_neighbours(
-    logits: Tensor, images: np.ndarray, *, radius: int = 4, sigma: float = 20.0, stride: int = 4
-) -> Tensor:
-    """Return the loss of pixels whose neighbours of like colour have another class.
-
-    The gated pairwise term of Obukhov et al. 2019, equation 5, https://arxiv.org/abs/1906.04651, without a gate and on
-    maps that are reduced by `stride`: the mean over pairs of weight * (1 - p_i . p_j), with the weight
-    exp(-|colour_i - colour_j|^2 / (2 sigma^2)).
-
-    Args:
-        logits: (N, C, H, W).
-        images: (N, H, W, 3) uint8.
-        radius: Largest distance of neighbours in reduced pixels.
-        sigma: Standard deviation of the difference of colours.
-        stride: Factor of the reduction.
-    """
-    probabilities = F.avg_pool2d(logits.softmax(dim=1), stride)
-    colours = F.avg_pool2d(torch.from_numpy(images).to(logits.device).permute(0, 3, 1, 2).float(), stride)
-    total, weight_sum = logits.new_zeros(()), logits.new_zeros(())
-    height, width = colours.shape[-2:]
-    for dy, dx in [(dy, dx) for dy in range(radius + 1) for dx in range(-radius, radius + 1) if (dy, dx) > (0, 0)]:
-        rows, other_rows = slice(0, height - dy), slice(dy, height)
-        columns, other_columns = (slice(max(0, -s * dx), width - max(0, s * dx)) for s in (1, -1))
-        first, second = (..., rows, columns), (..., other_rows, other_columns)
-        weight = (-(colours[first] - colours[second]).square().sum(dim=1) / (2 * sigma**2)).exp()
-        agreement = (probabilities[first] * probabilities[second]).sum(dim=1)
-        total = total + (weight * (1 - agreement)).sum()
-        weight_sum = weight_sum + weight.sum()
-    return total / weight_sum.clamp(min=1e-6)
