@@ -27,6 +27,7 @@ OWN_CODE = ROOT / "docs" / "own_code"
 TESTED_ELSEWHERE = {
     "study": "experiments/test_study.py", "results": "experiments/test_results.py",
     "benchmark": "experiments/test_benchmarks.py", "serve": "serving/test_server.py",
+    "label": "serving/test_label_page.py",
 }  # fmt: skip
 LOGGERS = ("logger=wandb", "logger=mlflow")  # training/test_loggers.py covers them
 

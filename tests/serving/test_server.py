@@ -193,7 +193,7 @@ def test_a_body_is_counted_while_it_is_read():
 
     request = Request({"type": "http", "headers": [(b"content-length", b"5")]}, receive)
     with pytest.raises(server.Refused, match="this file is larger than 32 MB"):
-        asyncio.run(server.read_body(request))
+        asyncio.run(server.read_body(request, server.MAX_BYTES, "this file is larger than 32 MB"))
     assert sent == server.MAX_BYTES + (1 << 20)
 
 
@@ -361,7 +361,7 @@ def test_mistakes_are_error_messages(trained, address, monkeypatch):
 def test_a_missing_library_is_an_error_message(trained, monkeypatch, library):
     for name in [name for name in sys.modules if name.partition(".")[0] in ("starlette", "uvicorn", "h11")]:
         monkeypatch.delitem(sys.modules, name)
-    for name in ("server", "connection"):
+    for name in ("server", "local_server", "connection"):
         monkeypatch.delitem(sys.modules, f"segdeconv.serving.{name}")
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(UsageError, match=rf'^serving the page needs {library} - pip install "segdeconv\[serve\]"$'):

@@ -1,0 +1,124 @@
+"""The network of a labelling session on the disk: where it starts, and where it is saved."""
+
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+
+from segdeconv.checkpoints import cards, checkpoint, hub
+from segdeconv.checkpoints.pretrained import IMAGENET
+from segdeconv.data.preprocessing import Preprocessing, Size
+from segdeconv.errors import UsageError, warn
+from segdeconv.models.segnet import SegNet
+from segdeconv.serving.label.classes import LabelClasses
+from segdeconv.serving.label.learning import PIXELS, Learner
+from segdeconv.system.devices import best_device, resolve_precision
+
+NOTHING, IMAGENET_ENCODER = "nothing", "imagenet"  # starts that are no checkpoint
+SMALL = "camvid-small"
+STAGES = ((32, 32), (64, 64), (128, 128), (192, 192), (192, 192, 192))  # of camvid-small
+
+
+def open_network(
+    folder: Path, start: str, *, trust: Collection[str] = (), pixels: int = PIXELS, precision: str = "auto"
+) -> tuple[Learner, bool]:
+    """Return the network of a session: the one that it has saved, or the one that it starts from.
+
+    Args:
+        folder: The session's folder, DIR/session.
+        start: `nothing`, `imagenet` (VGG11 with torchvision's weights, which are downloaded) or a checkpoint.
+        trust: See `checkpoint.read`.
+        pixels: See `Learner`.
+        precision: `auto` or one of `devices.PRECISIONS`.
+
+    Returns:
+        The learner, and whether its network was saved by the session.
+
+    Raises:
+        UsageError: The network is none that learns from strokes.
+        CheckpointError: A checkpoint cannot be read.
+    """
+    saved = saved_network(folder)
+    device = best_device()
+    if saved is None and start in (NOTHING, IMAGENET_ENCODER):
+        arguments = {"stages": STAGES} if start == NOTHING else {"depth": 11, "pretrained": "imagenet"}
+        learner = Learner(
+            SegNet(2, **arguments),
+            (),
+            Preprocessing(None, *IMAGENET),
+            device=device,
+            precision=resolve_precision(precision),
+            pixels=pixels,
+            pretrained_decoder=False,
+            pretrained_encoder=start != NOTHING,
+        )
+        return learner, False
+    source = checkpoint.read(saved if saved is not None else start, trust=trust)
+    network, preprocessing = source.model(), source.preprocessing
+    if not isinstance(network, SegNet) or network.decoder.encoder_addition:
+        raise UsageError(
+            f"{source.path} is a {type(network).__name__}, and label needs a SegNet without encoder_addition, whose "
+            "decoder learns from switches alone - train one with model=segnet, or leave the checkpoint out"
+        )
+    if preprocessing.as_stored or preprocessing.channels != 3 or preprocessing.bits != 8:
+        raise UsageError(
+            f"{source.path} takes {preprocessing.channels} channels as stored, and label shows RGB photos - give a "
+            "checkpoint of RGB images"
+        )
+    learner = Learner(
+        network,
+        source.classes.names,
+        preprocessing,
+        device=device,
+        precision=resolve_precision(precision, source.facts["precision"]),
+        pixels=pixels,
+    )
+    return learner, saved is not None
+
+
+def saved_network(folder: Path) -> Path | None:
+    """Return the weights that a session has saved; None if there are none.
+
+    A process that was killed between the two renames of `save_network` leaves those of the round before.
+    """
+    for name in ("network", "network.old"):
+        path = folder / name / hub.WEIGHTS
+        if path.is_file() and cards.card_of(path).is_file():
+            return path
+    return None
+
+
+def save_network(folder: Path, learner: Learner, classes: LabelClasses, size: Size) -> None:
+    """Save the network, which every command then reads: `predict DIR/session/network photo.jpg`.
+
+    Args:
+        folder: The session's folder, DIR/session.
+        learner: The network.
+        classes: Its classes.
+        size: (H, W) of its input, for the commands, which resize every image to it.
+    """
+    described = classes.classes()
+    assert described is not None, "the network has learned, so there are two classes"
+    network = learner.network
+    preprocessing = learner.preprocessing.to_dict() | {"size": None}
+    network.card = {
+        "format": checkpoint.FORMAT,
+        "config": {"dataset": {"size": list(size)}},
+        "facts": {"preprocessing": preprocessing, "precision": learner.precision},
+    }
+    new, current, old = (folder / name for name in ("network.new", "network", "network.old"))
+    shutil.rmtree(new, ignore_errors=True)
+    network.save_pretrained(new, classes=described)
+    shutil.rmtree(old, ignore_errors=True)
+    if current.exists():
+        current.rename(old)
+    new.rename(current)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def describe_start(start: str, resumed: bool) -> str:
+    """Return a line about where the network comes from."""
+    if resumed:
+        if start != SMALL:
+            warn(f"{start} is not read, since the session resumes with the network that it has learned")
+        return "resumed with the network that it has learned"
+    return {NOTHING: "a new network", IMAGENET_ENCODER: "VGG11 with the weights of ImageNet"}.get(start, start)

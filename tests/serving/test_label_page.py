@@ -1,0 +1,285 @@
+"""The labelling page: its server, a whole session in a browser, and a session that is killed."""
+
+import contextlib
+import io
+import json
+import struct
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from browser import browser_page, needs_chromium
+from fresh_commands import child_environment
+from page_checks import contrasts
+from PIL import Image
+from served_page import error_message, request
+
+from segdeconv.checkpoints import checkpoint
+from segdeconv.data.datasets.folder import Folder
+from segdeconv.data.preprocessing import Preprocessing
+from segdeconv.inference.segmenter import Segmenter
+from segdeconv.models import SegNet
+from segdeconv.serving.label import learning
+from segdeconv.serving.label.learning import Learner
+from segdeconv.serving.label.network import open_network, saved_network
+from segdeconv.serving.label.server import LabelServer
+from segdeconv.serving.label.session import Session
+from segdeconv.serving.label.storage import Storage
+
+ROOT = Path(__file__).parents[2]
+NAMES = ("grass", "<img src=x onerror=alert(1)>")
+SIZE = (96, 128)
+
+
+def scene(seed):
+    """A photo of grass on the left and stone on the right of a random border."""
+    random = np.random.default_rng(seed)
+    border = int(random.integers(48, 80))
+    image = random.integers(60, 110, (*SIZE, 3), dtype=np.uint8)
+    image[:, :border, 1] += 110
+    mask = np.ones(SIZE, dtype=np.uint8)
+    mask[:, :border] = 0
+    return image, mask
+
+
+def write_photos(folder, count=5):
+    folder.mkdir()
+    for seed in range(count):
+        Image.fromarray(scene(seed)[0]).save(folder / f"photo{seed}.png")
+    return {path.stem: path for path in sorted(folder.iterdir())}
+
+
+def learner():
+    torch.manual_seed(0)
+    preprocessing = Preprocessing(None, (120.0, 110.0, 100.0), (60.0, 61.0, 62.0))
+    network = SegNet(2, stages=((8,), (8,), (16,)))
+    return Learner(network, (), preprocessing, device=torch.device("cpu"), pretrained_decoder=False)
+
+
+@contextlib.contextmanager
+def serving(tmp_path, photos, names=NAMES):
+    storage = Storage(tmp_path / "out", photos)
+    for name in names:
+        if name not in storage.classes.names.values():
+            storage.change_classes(lambda classes, name=name: classes.add(name))
+    session = Session(storage, learner())
+    server = LabelServer(session, "127.0.0.1", 0, seconds=1.0, scope="all")
+    thread = threading.Thread(target=server.serve, args=(session.sweep,))
+    thread.start()
+    try:
+        yield f"127.0.0.1:{server.port}", session
+    finally:
+        server.stop()
+        thread.join()
+        storage.close()
+
+
+def get(address, target):
+    status, _, body = request(address, "GET", target)
+    assert status == 200, body
+    return body
+
+
+def post(address, target, content, **headers):
+    body = json.dumps(content).encode()
+    return request(address, "POST", target, body, **{"Content_Type": "application/json", **headers})
+
+
+def brush(label, points, radius=4):
+    return {"tool": "brush", "class": label, "radius": radius, "points": points}
+
+
+def labels_of(body):
+    (length,) = struct.unpack_from("<I", body)
+    about = json.loads(body[4 : 4 + length])
+    size = (about["height"], about["width"])
+    maps = np.frombuffer(body, np.uint8, offset=4 + length).reshape(-1, *size)
+    return about, maps
+
+
+def test_strokes_are_learned_proposed_and_accepted(tmp_path, monkeypatch):
+    monkeypatch.setattr(learning, "LEARNING_RATE", 0.005)  # a tiny network with random weights has more to learn
+    with serving(tmp_path, write_photos(tmp_path / "photos")) as (address, session):
+        assert json.loads(get(address, "/state"))["photos"] == 5
+        tile = Image.open(io.BytesIO(get(address, "/tile?number=0&level=1&row=0&column=0")))
+        assert (tile.height, tile.width) == (48, 64)
+        assert request(address, "GET", "/proposal?number=1")[0] == 204
+        refused = post(address, "/learn", {"number": 0})
+        assert (refused[0], error_message(refused).partition(" - ")[0]) == (422, "there are no strokes to learn from")
+        for label, x in ((0, 20), (1, 110)):
+            stroke = brush(label, [[x, 20], [x, 80]])
+            about = json.loads(post(address, "/stroke", {"number": 0, "stroke": stroke})[2])
+        assert (about["status"], len(about["entries"])) == ("strokes", 2)
+        for round_ in range(1, 30):
+            learned = json.loads(post(address, "/learn", {"number": 0, "seconds": 0.5, "scope": "all"})[2])
+            assert (learned["round"], learned["steps"] > 0) == (round_, True)
+            about, (labels, uncertainty) = labels_of(get(address, "/proposal?number=3"))
+            if (labels == scene(3)[1]).mean() > 0.9:
+                break
+        assert (labels == scene(3)[1]).mean() > 0.9
+        assert (about["number"], about["round"]) == (3, round_)
+        assert uncertainty.max() > uncertainty.min()
+        assert json.loads(post(address, "/accept", {"number": 3})[2])["status"] == "accepted"
+        assert post(address, "/accept", {"number": 3})[0] == 422
+        deadline = time.monotonic() + 20
+        while sum(number == round_ for number, _ in list(session.measured.values())) < 5:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        order = json.loads(get(address, "/state"))["order"]
+        assert (order[0], order[-1], sorted(order)) == (0, 3, [0, 1, 2, 3, 4])
+        assert np.array(Image.open(io.BytesIO(get(address, "/preview?number=3")))).shape == (96, 128, 4)
+    mask = np.array(Image.open(tmp_path / "out" / "masks" / "photo3.png"))
+    assert (mask == labels).all()
+    assert set(Folder("train", str(tmp_path / "out")).classes.names) == set(NAMES)
+    saved = checkpoint.read(saved_network(tmp_path / "out" / "session"))
+    predicted = Segmenter(saved).predict(scene(4)[0]).mask
+    assert (predicted == scene(4)[1]).mean() > 0.8
+    again, resumed = open_network(tmp_path / "out" / "session", "camvid-small")
+    assert (again.names, resumed) == (list(NAMES), True)
+
+
+def test_requests_that_the_page_would_not_send_are_refused(tmp_path):
+    with serving(tmp_path, write_photos(tmp_path / "photos", 2)) as (address, _):
+        good = {"number": 0, "stroke": brush(0, [[5, 5]])}
+        for content, status in [
+            ({**good, "number": 2}, 404), ({**good, "number": -1}, 404), ({**good, "number": "../0"}, 404),
+            ({**good, "stroke": brush(9, [[5, 5]])}, 422), ({**good, "stroke": brush(0, [["a", 5]])}, 422),
+            ({**good, "stroke": None}, 422), ([good], 400),
+        ]:  # fmt: skip
+            assert post(address, "/stroke", content)[0] == status
+        assert request(address, "POST", "/stroke", b'{"a":', Content_Type="application/json")[0] == 400
+        assert post(address, "/stroke", good, Content_Type="text/plain")[0] == 415
+        assert post(address, "/stroke", good, Origin="http://evil.example")[0] == 403
+        assert post(address, "/stroke", good, Host="evil.example")[0] == 403
+        assert (
+            request(address, "POST", "/stroke", b"", Content_Type="application/json", Content_Length=str(1 << 23))[0]
+            == 413
+        )
+        for content in (
+            {"action": "add", "name": "../x\0"}, {"action": "add", "name": ["a"]}, {"action": "shout"},
+            {"action": "change", "label": 0, "colour": "red"}, {"action": "remove", "label": [0]},
+        ):  # fmt: skip
+            assert post(address, "/classes", content)[0] == 422
+        for seconds in (0, -1, 1e9, "5", True):
+            assert post(address, "/learn", {"number": 0, "seconds": seconds})[0] == 422
+        for target in ("/tile?number=0&level=0&row=9&column=0", "/tile?number=0&level=99&row=0&column=0"):
+            assert request(address, "GET", target)[0] == 422
+        for target in ("/thumbnail?number=7", "/storage.py", "/../storage.py", "/photo?number=%2e%2e"):
+            assert request(address, "GET", target)[0] in (400, 404)
+    assert not (tmp_path / "out" / "masks").exists()
+
+
+def test_a_photo_that_cannot_be_read_does_not_stop_the_others(tmp_path):
+    photos = write_photos(tmp_path / "photos", 2)
+    (tmp_path / "photos" / "broken.png").write_bytes(b"no image")
+    with serving(tmp_path, {"broken": tmp_path / "photos" / "broken.png", **photos}) as (address, session):
+        for target in ("/photo", "/thumbnail", "/mask"):
+            assert request(address, "GET", f"{target}?number=0")[0] == 422
+        assert post(address, "/stroke", {"number": 0, "stroke": brush(0, [[5, 5]])})[0] == 422
+        deadline = time.monotonic() + 20
+        while not session.unreadable or len(session.measured) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert list(json.loads(get(address, "/state"))["unreadable"]) == ["0"]
+
+
+def draw(page, points, key):
+    """Choose a class and draw a line, in shares of the photo."""
+    page.keyboard.press(key)
+    box = page.locator("#stage").bounding_box()
+    scale = min((box["width"] - 16) / SIZE[1], (box["height"] - 16) / SIZE[0])
+    left, top = (box[side] + (box[length] - scale * pixels) / 2 for side, length, pixels in
+                 (("x", "width", SIZE[1]), ("y", "height", SIZE[0])))  # fmt: skip
+    places = [(left + x * scale * SIZE[1], top + y * scale * SIZE[0]) for x, y in points]
+    page.mouse.move(*places[0])
+    page.mouse.down()
+    for place in places[1:]:
+        page.mouse.move(*place, steps=6)
+    page.mouse.up()
+
+
+@pytest.mark.slow
+@needs_chromium
+@pytest.mark.parametrize("dark", [False, True])
+def test_a_person_names_paints_accepts_and_undoes_on_the_page(tmp_path, dark):
+    with (
+        serving(tmp_path, write_photos(tmp_path / "photos"), ()) as (address, session),
+        browser_page(dark=dark) as page,
+    ):
+        page.goto(f"http://{address}/")
+        page.wait_for_selector("body[data-ready=true]")
+        assert page.locator("#hint").inner_text().startswith("Name what you want to find")
+        for name in NAMES:
+            page.keyboard.type(name)
+            page.keyboard.press("Enter")
+            page.wait_for_function("name => document.getElementById('classes').innerText.includes(name)", arg=name)
+        assert page.locator("#hint").inner_text().startswith("Paint a little of")
+        page.locator("#stage").focus()
+        draw(page, [(0.1, 0.2), (0.15, 0.8)], "1")
+        draw(page, [(0.9, 0.2), (0.85, 0.8)], "2")
+        page.wait_for_selector("body[data-round]")
+        page.wait_for_function("() => (document.body.dataset.shown || '').includes('proposal')")
+        first = session.names[int(page.evaluate("() => document.body.dataset.shown").partition(":")[0])]
+        assert [entry["class"] for entry in session.storage.log(first).entries] == [0, 1]
+        assert contrasts(page) == []
+        page.keyboard.press("Enter")
+        page.wait_for_function("() => document.getElementById('progress').innerText.startsWith('1 accepted')")
+        page.wait_for_function(
+            "shown => !document.body.dataset.shown.startsWith(shown)", arg=f"{session.numbers[first]}:"
+        )
+        assert session.storage.log(first).status == "accepted"
+        page.wait_for_function("() => (document.body.dataset.shown || '').includes('proposal')")
+        second = session.names[int(page.evaluate("() => document.body.dataset.shown").partition(":")[0])]
+        assert second != first
+        page.keyboard.press("ArrowRight")  # a stroke by keyboard alone
+        page.keyboard.press("Space")
+        for _ in range(3):
+            page.keyboard.press("Shift+ArrowRight")
+        page.keyboard.press("Space")
+        page.wait_for_function("() => document.getElementById('progress').innerText.includes('1 begun')")
+        (entry,) = session.storage.log(second).entries
+        assert (entry["class"], len(entry["points"])) == (1, 4)
+        page.keyboard.press("z")
+        page.wait_for_function("() => document.getElementById('progress').innerText.includes('0 begun')")
+        assert not page.evaluate("() => document.documentElement.scrollWidth > innerWidth")
+
+
+@pytest.mark.slow
+def test_a_killed_command_resumes_with_every_stroke(tmp_path):
+    write_photos(tmp_path / "photos")
+    words = [
+        sys.executable,
+        str(ROOT / "scripts" / "label.py"),
+        "photos",
+        "nothing",
+        "--classes",
+        "grass,stone",
+        "--port",
+        "0",
+    ]
+
+    @contextlib.contextmanager
+    def running():
+        environment = child_environment(ROOT, OMP_NUM_THREADS="1")
+        with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment, cwd=tmp_path) as process:
+            try:
+                lines = [process.stdout.readline() for _ in range(5)]
+                yield lines, lines[-1].partition("http://")[2].strip().rstrip("/")
+            finally:
+                process.kill()
+
+    with running() as (lines, address):
+        assert lines[0] == "photos:   5 in photos, 0 with strokes\n"
+        for label, x in ((0, 20), (1, 110)):
+            assert post(address, "/stroke", {"number": 2, "stroke": brush(label, [[x, 20], [x, 80]])})[0] == 200
+    mask = np.array(Image.open(tmp_path / "photos-labels" / "masks" / "photo2.png"))
+    assert set(np.unique(mask)) == {0, 1, 255}
+    with running() as (lines, address):
+        assert lines[0] == "photos:   5 in photos, 1 with strokes\n"
+        about = json.loads(get(address, "/photo?number=2"))
+        assert (about["name"], len(about["entries"])) == ("photo2", 2)
