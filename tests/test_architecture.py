@@ -31,7 +31,7 @@ ALLOWED_IMPORTERS = {
     "lightning_fabric": set(),
     "albumentations": {"data.augmentation"},
     "jinja2": {"drawing.html"},
-    "torchvision": {"models.vgg"},
+    "torchvision": {"models.vgg", "experiments.benchmarks.many"},
     "starlette": {"serving.server", "serving.local_server", "serving.label.server"},
     "uvicorn": {"serving.local_server", "serving.connection"},
     "h11": {"serving.connection"},

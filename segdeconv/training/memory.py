@@ -203,7 +203,7 @@ def _peak_of_step(step: _Step, size: tuple[int, int], batch_size: int) -> int | 
         try:
             with live:
                 functional_call(step, state, (image.contiguous(memory_format=torch.channels_last), mask))
-        except RuntimeError:  # training itself reports what is wrong, if anything is
+        except (RuntimeError, ValueError):  # training itself reports what is wrong, if anything is
             return None
         finally:
             model.train(training)
