@@ -63,7 +63,7 @@ async function refresh() {
   stage.colours = classes.colours;
   strip.show(state);
   if (stage.mask) stage.showMask(stage.mask.maps);
-  const measured = state.measured < state.photos ? ` · ${state.measured} looked at` : "";
+  const measured = state.measured < state.photos ? ` · ${state.measured} analysed` : "";
   $("progress").textContent = `${state.accepted.length} accepted, ${state.begun.length} begun of ${state.photos}${measured}`;
   $("folder").textContent = state.folder;
   $("command").textContent = state.train;
