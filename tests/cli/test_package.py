@@ -93,6 +93,8 @@ def shipped():
         "drawing/pages/*",
         "experiments/study/tables/*.yaml",
         "serving/page.*",
+        "serving/label/*.[chj]*s*",
+        "serving/label/*.html",
     )
     return files | {
         path.relative_to(ROOT).as_posix() for pattern in patterns for path in (ROOT / "segdeconv").glob(pattern)
