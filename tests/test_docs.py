@@ -27,9 +27,13 @@ OWN_CODE = ROOT / "docs" / "own_code"
 TESTED_ELSEWHERE = {
     "study": "experiments/test_study.py", "results": "experiments/test_results.py",
     "benchmark": "experiments/test_benchmarks.py", "serve": "serving/test_server.py",
-    "label": "serving/test_label_page.py",
+    "label": "serving/test_label_page.py", "merge": "inference/test_parts.py",
 }  # fmt: skip
-LOGGERS = ("logger=wandb", "logger=mlflow")  # training/test_loggers.py covers them
+# Words of commands that need a service, a cluster, an object storage or a person. training/test_loggers.py,
+# inference/test_distributed.py, data/datasets/test_remote_shards.py and serving/test_label_page.py cover them.
+UNAVAILABLE = (
+    "logger=wandb", "logger=mlflow", "--engine", "dataset.root=s3://bucket/camvid", "dataset.root=photos-labels",
+)  # fmt: skip
 
 # Keys that make a training command take seconds, unless the command sets them.
 SLIM = {
@@ -129,7 +133,7 @@ def test_every_command_of_a_page_runs(page: Path, site: Path, tmp_path: Path, co
         script = words.pop(0) if program == "segdeconv" else Path(words.pop(0)).stem
         if script in TESTED_ELSEWHERE:
             assert (ROOT / "tests" / TESTED_ELSEWHERE[script]).is_file()
-        elif not any(word in LOGGERS for word in words):
+        elif not any(word in UNAVAILABLE for word in words):
             words = [re.sub(r"^(trainer\.devices)=\d+$", r"\1=1", word) for word in words]
             words = [word for word in words if word != "model.pretrained=imagenet"]  # models/test_vgg.py covers it
             words = [resolve_path(word, place, commands) for word in words]
