@@ -113,7 +113,7 @@ def readable(count: int) -> str:
     return f"{count / 2**30:.1f} GiB" if count >= 1 << 30 else f"{count / 2**20:.0f} MiB"
 
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # constants from glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # constants from glibc's malloc.h
 
 
 def keep_freed(device: torch.device) -> None:
@@ -136,6 +136,8 @@ def release_memory() -> None:
     For images so large that one fills much of the memory: otherwise fragmentation would keep all of it. Also for
     measurements of memory, which would otherwise start with the kept memory.
     """
+    # glibc raises this threshold while a program runs, and what a thread then frees below it is kept.
+    _call("mallopt", M_MMAP_THRESHOLD, 128 << 10)
     _set(mappings=65_536, trim=128 << 10)
     _call("malloc_trim", 0)
 
