@@ -1,7 +1,8 @@
 """Compare speed and memory with the usual implementation of SegNet, and write a table and a plot.
 
     python scripts/benchmark.py [speed] [int8] [many] [memory] [growth] [kernels] [input] [--size 360,480] [--batch 2]
-                                [--repeats 5] [--classes 11] [--root CAMVID] [--out DIR] [--minutes 8] [--resume]
+                                [--repeats 5] [--classes 11] [--images 12] [--root CAMVID] [--out DIR]
+                                [--minutes 8] [--resume]
 
 speed    training steps and inference passes in turn, and the machine's matrix products for reference
 int8     inference in 8-bit integers on a CPU, for five networks
@@ -34,6 +35,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2, help="images per batch (default 2)")
     parser.add_argument("--classes", type=int, default=11, help="number of classes (default 11)")
     parser.add_argument("--repeats", type=int, default=5, help="repetitions, whose median is shown (default 5)")
+    parser.add_argument("--images", type=int, help="image files for many (default: 12 on a CPU, 200 on a GPU)")
     parser.add_argument("--root", type=Path, help="CamVid's folder, for input (default: built-in images)")
     parser.add_argument("--out", type=Path, default=Path("benchmark"), help="folder (default: benchmark)")
     parser.add_argument("--minutes", type=float, help="start no table after this time (default: no limit)")
@@ -47,8 +49,9 @@ def main() -> None:
         height, width = map(int, arguments.size.split(","))
     except ValueError:
         raise UsageError(f"--size {arguments.size} is not a size - write height,width, for example 360,480") from None
-    if min(height, width, arguments.batch, arguments.classes, arguments.repeats) < 1:
-        raise UsageError("--size, --batch, --classes and --repeats must be positive - give 1 or more")
+    images = 1 if arguments.images is None else arguments.images
+    if min(height, width, arguments.batch, arguments.classes, arguments.repeats, images) < 1:
+        raise UsageError("--size, --batch, --classes, --repeats and --images must be positive - give 1 or more")
 
     from segdeconv.evaluation.report import write_json
     from segdeconv.experiments.benchmarks import contestants, parts, plot
@@ -59,7 +62,7 @@ def main() -> None:
     measures: dict[str, list[parts.Measure]] = {
         "speed": parts.speed(task, arguments.repeats),
         "int8": parts.int8(task, arguments.repeats),
-        "many": parts.many(task, arguments.repeats),
+        "many": parts.many(task, arguments.repeats, arguments.images),
         "memory": parts.memory(task),
         "growth": parts.growth(task, arguments.repeats),
         "kernels": parts.kernels(task.device),

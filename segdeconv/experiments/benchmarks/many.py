@@ -86,7 +86,8 @@ def _segmenter(name: str, task: Task) -> Segmenter:
     with tempfile.TemporaryDirectory() as folder:
         classes = [f"class {index}" for index in range(task.classes)]
         path = SegNet(task.classes).save_pretrained(folder, classes=classes)
-        return Segmenter(checkpoint.read(str(path)), report=_ignore)
+        size = f"dataset.size=[{task.size[0]},{task.size[1]}]"
+        return Segmenter(checkpoint.read(str(path), overrides=[size]), report=_ignore)
 
 
 def _ignore(_: str) -> None:
@@ -96,7 +97,9 @@ def _ignore(_: str) -> None:
 def segmenter_alone(name: str, task: Task, number: int) -> Step:
     """Return forward passes of a segmenter's network at its input size."""
     segmenter = _segmenter(name, task)
-    image = torch.randn(1, 3, *(segmenter.preprocessing.size or task.size), device=segmenter.network.device)
+    size = segmenter.preprocessing.size
+    assert size is not None  # images of any size are resized to it, as in the loops of other libraries
+    image = torch.randn(1, 3, *size, device=segmenter.network.device)
 
     def step() -> None:
         for _ in range(number):

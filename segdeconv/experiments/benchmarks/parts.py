@@ -22,7 +22,7 @@ from segdeconv.models import SegNet
 from segdeconv.system.devices import fast_precision
 
 MIB = 2**20
-MANY = {"cpu": 12, "cuda": 200}  # image files per repetition
+MANY = {"cpu": 12, "cuda": 200}  # image files per repetition, by default
 
 
 @dataclass(frozen=True)
@@ -129,13 +129,14 @@ def _int8(task: Task, repeats: int) -> Table:
     return Table(f"Inference in 8 bits, {where}", rows, bar="times", note=f"Shortest of {repeats}, in turn.")
 
 
-def many(task: Task, repeats: int) -> list[Measure]:
-    """Compare the prediction of image files with the network alone, for small and large images."""
-    return [partial(_many, task, repeats, scale) for scale in (1, many_.LARGE)]
+def many(task: Task, repeats: int, number: int | None = None) -> list[Measure]:
+    """Compare the prediction of a number of image files with the network alone, for small and large images."""
+    number = number or MANY.get(task.device.type, 12)
+    return [partial(_many, task, repeats, number, scale) for scale in (1, many_.LARGE)]
 
 
-def _many(task: Task, repeats: int, scale: int) -> Table:
-    rows, size, number = [], (scale * task.size[0], scale * task.size[1]), MANY.get(task.device.type, 12)
+def _many(task: Task, repeats: int, number: int, scale: int) -> Table:
+    rows, size = [], (scale * task.size[0], scale * task.size[1])
     with tempfile.TemporaryDirectory() as folder:
         paths = many_.write_images(Path(folder), size, number)
         for name, pair in many_.pairs(task, paths).items():
