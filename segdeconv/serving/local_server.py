@@ -66,8 +66,7 @@ class LocalServer:
     Args:
         host: An address or name of this machine.
         port: The port; 0 for any free port.
-        package: The package that holds the files of the page.
-        pages: The file and the media type of each path that serves one.
+        pages: The file, below segdeconv/serving, and the media type of each path that serves one.
         routes: The other paths; their endpoints raise `Refused` or UsageError to refuse a request.
         way_out: What a POST to an unknown path should have been, for the error message.
 
@@ -80,12 +79,11 @@ class LocalServer:
         host: str,
         port: int,
         *,
-        package: str,
         pages: Mapping[str, tuple[str, str]],
         routes: Sequence[Route],
         way_out: str,
     ) -> None:
-        self.host, self.package, self.pages, self.way_out = host, package, pages, way_out
+        self.host, self.pages, self.way_out = host, pages, way_out
         self.work: queue.Queue[tuple[Callable[[], Any], Future[Any]] | None] = queue.Queue(MAX_WAITING)
         self.socket = _listen(host, port)
         self.address, self.port = self.socket.getsockname()[:2]
@@ -194,7 +192,7 @@ class LocalServer:
 
     async def _page(self, request: Request) -> Response:
         name, kind = self.pages[request.url.path]
-        return Response(resources.files(self.package).joinpath(name).read_bytes(), media_type=kind)
+        return Response(resources.files(__package__).joinpath(name).read_bytes(), media_type=kind)
 
     async def _not_found(self, request: Request, error: Exception) -> Response:
         way_out = self.way_out if request.method == "POST" else f"open {self.url}"
@@ -240,7 +238,7 @@ def require_own_page(request: Request, kind: str, way_out: str) -> None:
     """
     origin = request.headers.get("origin")
     if origin is not None and origin != f"http://{request.headers['host']}":
-        raise Refused(HTTPStatus.FORBIDDEN, "images are accepted only from this server's own page")
+        raise Refused(HTTPStatus.FORBIDDEN, "requests that send something are accepted only from this server's own page")
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != kind:
         raise Refused(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, way_out)
 

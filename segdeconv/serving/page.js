@@ -1,4 +1,4 @@
-"use strict";
+import { checked } from "./requests.js";
 
 // Strings from the checkpoint or a file are inserted as text (textContent), never as markup.
 const $ = (id) => document.getElementById(id);
@@ -28,20 +28,6 @@ const swatch = (index) => {
 
 // Requests
 
-async function checkedResponse(request) {
-  let response;
-  try {
-    response = await request;
-  } catch {
-    throw new Error("the server does not answer - is it still running?");
-  }
-  if (!response.ok) {
-    const content = await response.json().catch(() => ({}));
-    throw new Error(content.error || `the server answered with status ${response.status}`);
-  }
-  return response;
-}
-
 function showError(message) {
   $("error").textContent = message || "";
   $("error").hidden = !message;
@@ -57,7 +43,7 @@ async function predict(file) {
   const number = ++lastRequest;
   document.body.classList.add("busy");
   try {
-    const response = await checkedResponse(
+    const response = await checked(
       fetch("look", { method: "POST", body: file, headers: { "Content-Type": "application/octet-stream" } }),
     );
     const content = await response.arrayBuffer();
@@ -260,7 +246,7 @@ async function explain(pixel) {
   const { picture } = prediction;
   let explanation;
   try {
-    explanation = await (await checkedResponse(fetch(`pixel?picture=${picture}&y=${pixel.y}&x=${pixel.x}`))).json();
+    explanation = await (await checked(fetch(`pixel?picture=${picture}&y=${pixel.y}&x=${pixel.x}`))).json();
   } catch (error) {
     showError(error.message);
     return;
@@ -365,7 +351,7 @@ document.addEventListener("drop", (event) => {
 });
 window.addEventListener("resize", fit);
 
-checkedResponse(fetch("network"))
+checked(fetch("network"))
   .then((response) => response.json())
   .then((content) => {
     network = content;

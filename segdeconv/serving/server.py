@@ -25,6 +25,7 @@ PAGE = {
     "/": ("page.html", "text/html"),
     "/page.css": ("page.css", "text/css"),
     "/page.js": ("page.js", "text/javascript"),
+    "/requests.js": ("requests.js", "text/javascript"),
 }
 
 
@@ -47,7 +48,6 @@ class Server(LocalServer):
         super().__init__(
             host,
             port,
-            package="segdeconv.serving",
             pages=PAGE,
             routes=[
                 Route("/network", self._network),

@@ -92,8 +92,9 @@ def shipped():
         "data/datasets/*.sha256",
         "drawing/pages/*",
         "experiments/study/tables/*.yaml",
-        "serving/page.*",
-        "serving/label/*.[chj]*s*",
+        "serving/*.[cj]*s",
+        "serving/*.html",
+        "serving/label/*.[cj]*s",
         "serving/label/*.html",
     )
     return files | {

@@ -1,18 +1,6 @@
 // Requests to the server. Strings from it are inserted as text (textContent), never as markup.
 
-async function checked(request) {
-  let response;
-  try {
-    response = await request;
-  } catch {
-    throw new Error("the server does not answer - is it still running?");
-  }
-  if (!response.ok) {
-    const content = await response.json().catch(() => ({}));
-    throw new Error(content.error || `the server answered with status ${response.status}`);
-  }
-  return response;
-}
+import { checked } from "./requests.js";
 
 export const get = async (path) => (await checked(fetch(path))).json();
 

@@ -26,13 +26,12 @@ from segdeconv.system.plain_data import PlainDataError, parse_json
 
 MAX_BYTES = 4 << 20  # of a stroke
 BYTES = "application/octet-stream"
+SCRIPTS = ("page.js", "strip.js", "canvas.js", "tools.js", "server.js", "classes.js")
 PAGE = {
-    "/": ("page.html", "text/html"),
-    **{f"/{name}": (name, "text/css") for name in ("page.css",)},
-    **{
-        f"/{name}": (name, "text/javascript")
-        for name in ("page.js", "strip.js", "canvas.js", "tools.js", "server.js", "classes.js")
-    },
+    "/": ("label/page.html", "text/html"),
+    "/page.css": ("label/page.css", "text/css"),
+    "/requests.js": ("requests.js", "text/javascript"),
+    **{f"/{name}": (f"label/{name}", "text/javascript") for name in SCRIPTS},
 }
 
 
@@ -58,7 +57,6 @@ class LabelServer(LocalServer):
         super().__init__(
             host,
             port,
-            package="segdeconv.serving.label",
             pages=PAGE,
             routes=[
                 Route("/state", self._state),
