@@ -36,7 +36,7 @@ ALLOWED_IMPORTERS = {
     "uvicorn": {"serving.local_server", "serving.connection"},
     "h11": {"serving.connection"},
     "huggingface_hub": {"checkpoints.hub"},
-    "obstore": {"data.files.object_storage"},
+    "obstore": {"data.files.object_folder", "data.files.object_storage"},
     "rasterio": {"data.files.geo"},
     "pyogrio": {"inference.vectors"},
     "pyarrow": {"inference.tables"},

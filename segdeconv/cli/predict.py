@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -51,7 +52,8 @@ def parse(description: str) -> argparse.Namespace:
     add_checkpoint(parser)
     add = parser.add_argument
     add("paths", nargs="+", metavar="PATH", help="images, folders, patterns, lists, videos, -; then key=value")
-    add("--out", type=Path, default=Path("predictions"), help="folder (default: predictions)")
+    text = "folder, or its address in an object storage, s3://, gs:// or az:// (default: predictions)"
+    add("--out", default="predictions", help=text)
     add("--overwrite", action="store_true", help="replace predictions in DIR that were made in another way")
     text = "georeferenced images get GeoTIFFs: .tif in place of .png, _probabilities.tif in place of .npy (docs/geo.md)"
     group = parser.add_argument_group("outputs besides masks and overlays", text)
@@ -117,11 +119,14 @@ def run(description: str) -> None:
 
     from tqdm import tqdm
 
-    from segdeconv.data.files.geo import warn_without_rasterio
+    from segdeconv.data.files.geo import warn_without_georeference
+    from segdeconv.data.files.object_folder import is_object_storage
     from segdeconv.drawing import draw
     from segdeconv.inference import distributed, parts
     from segdeconv.inference.batch import BatchPrediction
+    from segdeconv.inference.distributed_batch import DistributedPrediction
     from segdeconv.inference.inputs import find_images, is_video
+    from segdeconv.inference.output_store import OutputStore
     from segdeconv.inference.outputs import Outputs
     from segdeconv.inference.progress_log import INPUTS, ProgressLog, has_progress_log
     from segdeconv.inference.segmenter import Segmenter
@@ -139,6 +144,14 @@ def run(description: str) -> None:
     if ray:
         distributed.require_ray()
 
+    store = None
+    if is_object_storage(arguments.out):
+        require_storable(arguments)
+        store = OutputStore(arguments.out)
+        if not arguments.verify_tiling:
+            store.fetch_log()
+    out = Path(arguments.out) if store is None else store.local
+    shown = store or out
     skipped: list[str] = []
 
     def report(message: str) -> None:
@@ -148,7 +161,7 @@ def run(description: str) -> None:
 
     checkpoint = read_checkpoint(arguments.checkpoint, arguments.trust, overrides)
     outputs = Outputs(
-        arguments.out,
+        out,
         checkpoint.classes,
         overlay=not arguments.no_overlay,
         outlines=arguments.outlines,
@@ -161,6 +174,7 @@ def run(description: str) -> None:
         parquet=arguments.parquet,
         frames=arguments.frames,
         labels=arguments.labels,
+        store=store,
     )
     if window:
         draw.require_window(window, checkpoint.preprocessing.bits)
@@ -168,9 +182,9 @@ def run(description: str) -> None:
         draw.label_table(checkpoint.classes)  # raises an error before the first image rather than after it
     submission = None
     if arguments.submission:
-        submission = SubmissionWriter(arguments.submission, checkpoint.classes, arguments.out)
+        submission = SubmissionWriter(arguments.submission, checkpoint.classes, out)
     missing: list[str] = []
-    images = find_images(paths, arguments.out, outputs.endings(), missing=missing)
+    images = find_images(paths, out, outputs.endings(), missing=missing)
     if submission:
         submission.check_inputs(images)
     inputs = parts.fingerprint(f"{name} {path.as_posix()}" for name, path in images.items()) if part else None
@@ -179,23 +193,23 @@ def run(description: str) -> None:
     settings = calibrated(arguments, checkpoint, settings)
     if outputs.overlay and not find_ffmpeg() and any(is_video(path) for path in images.values()):
         warn(WITHOUT_FFMPEG)
+    if store:
+        store.require_separate(images.values())
     own_files = []
     if not arguments.verify_tiling:
-        warn_without_rasterio(images.values())
+        warn_without_georeference(images.values())
         files, frame_folders = outputs.planned(images, tables=not part)
         files += [submission.path] if submission else []
-        resumed = has_progress_log(arguments.out)
+        resumed = has_progress_log(out)
         if part and resumed:
+            raise UsageError(f"{shown} has a prediction in one part - leave out --shard, or choose another --out")
+        if not part and parts.has_parts(out):
             raise UsageError(
-                f"{arguments.out} has a prediction in one part - leave out --shard, or choose another --out"
-            )
-        if not part and parts.has_parts(arguments.out):
-            raise UsageError(
-                f"{arguments.out} has parts of a prediction - run {command('merge', [str(arguments.out)])} first, or "
-                "choose another --out"
+                f"{out} has parts of a prediction - run {command('merge', [str(out)])} first, or choose another --out"
             )
         owner = f"-{part.index}-of-{part.count}" if part else ""
-        own_files.append(OwnFiles(arguments.out, "--out", trusted=resumed, owner=owner))
+        exists = os.path.lexists if store is None else store.exists
+        own_files.append(OwnFiles(out, "--out", trusted=resumed, owner=owner, exists=exists, address=store))
         own_files[-1].add(files, frame_folders=frame_folders, inputs=images.values())
         if arguments.save_regions:
             own_files.append(OwnFiles(arguments.save_regions, "--save-regions", trusted=resumed, owner=owner))
@@ -210,22 +224,26 @@ def run(description: str) -> None:
     folder = None
     if part:
         recorded |= {INPUTS: inputs}
-        folder = part.folder(arguments.out)
-        part.begin(arguments.out)
+        folder = part.folder(out)
+        part.begin(out)
     with ExitStack() as stack:
         workers = stack.enter_context(distributed.cluster(ray)) if ray else 0
-        log = ProgressLog(arguments.out, recorded, overwrite=arguments.overwrite, folder=folder)
+        stored = None if store is None else store.sizes
+        log = ProgressLog(out, recorded, overwrite=arguments.overwrite, folder=folder, stored=stored)
         progress_log = stack.enter_context(closing(log))
         progress_log.require_names(images)
         for each in own_files:
             each.record()
+        if store:
+            store.copy_log()
+            stack.callback(store.copy_log)  # however the prediction ends
         if submission:
             submission.path.unlink(missing_ok=True)  # that of an earlier run, whose masks may have been others
         for message in missing:
             report(f"{SKIPPED}{message}")
-        batch: BatchPrediction | distributed.DistributedPrediction
+        batch: BatchPrediction | DistributedPrediction
         if ray:
-            batch = distributed.DistributedPrediction(segmenter, outputs, progress_log, report, workers)
+            batch = DistributedPrediction(segmenter, outputs, progress_log, report, workers)
         else:
             batch = BatchPrediction(segmenter, outputs, progress_log, report)
         done = sum(batch.is_done(name, path) for name, path in images.items())
@@ -234,6 +252,8 @@ def run(description: str) -> None:
         with tqdm(total=len(images), initial=done, unit="image", disable=None) as bar:
             for _ in batch.run(images):
                 bar.update()
+                if store:
+                    store.copy_log_at_times()
                 if reader_ended():
                     break
         if not reader_ended():
@@ -247,14 +267,14 @@ def run(description: str) -> None:
             if part:
                 tables: list[str] = outputs.tables()
                 content = {"kind": KIND, "tables": tables, "classes": list(checkpoint.classes.names)}
-                part.finish(
-                    arguments.out, {**content, "images": len(images), "skipped": skipped, "failed": batch.failed}
-                )
-                merge = command("merge", [str(arguments.out)])
-                print(f"{summary(images, progress_log)} of part {part} in {arguments.out}; after all parts: {merge}")
+                part.finish(out, {**content, "images": len(images), "skipped": skipped, "failed": batch.failed})
+                merge = command("merge", [str(out)])
+                print(f"{summary(images, progress_log)} of part {part} in {out}; after all parts: {merge}")
             else:
                 written = write_tables(progress_log, outputs.tables(), checkpoint.classes.names)
-                print(f"{summary(images, progress_log)} in {arguments.out}, with {listed(written)}")
+                if store:
+                    store.move(written)
+                print(f"{summary(images, progress_log)} in {shown}, with {listed(written)}")
             if submission and (batch.failed or missing):
                 print(f"no archive for {submission.submission.title}, since masks are missing")
             elif submission:
@@ -277,6 +297,27 @@ def listed(paths: Sequence[Path]) -> str:
     """Return the names of files, such as `a, b and c`."""
     names = " and ".join(path.name for path in paths[-2:])
     return ", ".join([*(path.name for path in paths[:-2]), names])
+
+
+def require_storable(arguments: argparse.Namespace) -> None:
+    """Check that no option needs the output files in a folder.
+
+    Raises:
+        UsageError: An option does.
+    """
+    way_out = "give --out a folder, and copy it to the storage afterwards"
+    if arguments.shard:
+        raise UsageError(
+            f"--shard: the parts share a folder, and --out={arguments.out} is an address - give --engine ray, or --out "
+            "a folder on a disk that all machines share"
+        )
+    if arguments.submission:
+        raise UsageError(f"--submission packs files of a folder, and --out={arguments.out} is an address - {way_out}")
+    if arguments.polygons and not {"geojson", "gpkg"}.issuperset(polygon_formats(arguments.polygons)):
+        raise UsageError(
+            f"--polygons merges files of a folder into regions.json, and --out={arguments.out} is an address - "
+            f"{way_out}, or give --polygon-format geojson"
+        )
 
 
 def require_readable(failed: int, total: int, stopped: str = "") -> None:

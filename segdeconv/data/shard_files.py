@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import io
 import os
 import queue
 import re
 import shutil
-import stat
 import subprocess
 import sys
 import threading
@@ -17,32 +14,26 @@ import time
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from segdeconv.data.files import object_storage
 from segdeconv.data.files.download import fetch
+from segdeconv.data.files.object_folder import is_object_storage
+from segdeconv.data.files.stored_file import StoredFile
 from segdeconv.data.shard_index import WAY_OUT, Member, Shard
 from segdeconv.errors import UsageError
 from segdeconv.system.files import cache_root, hash_file, remove_partial_files, replacing_path, waiting_for_lock
 
-OBJECT_STORAGE = re.compile(r"(s3|gs|az)://[^/]+(/|$)")
 WEB = re.compile(r"https?://")
 SHARE = 0.25  # fraction of the free disk that is the default limit of the cache
 TRIES = 3
 PAUSE = 0.5  # seconds before the next try; twice as long before the one after it
 READ_TIMEOUT = 30  # seconds without a byte
-RECENT = 3  # files that a thread keeps: those of one sample, each of which is opened several times
-
-# A path that is no file of its own derives from the class of the system's paths.
-if TYPE_CHECKING:
-    _SystemPath = Path
-else:
-    _SystemPath = type(Path())
 
 
 def is_remote(root: str) -> bool:
     """Return whether `dataset.root` is an address rather than a folder."""
-    return bool(OBJECT_STORAGE.match(root) or WEB.match(root))
+    return is_object_storage(root) or bool(WEB.match(root))
 
 
 class _WrongBytesError(Exception):
@@ -249,64 +240,27 @@ class _Prefetching:
             self.known.discard(shard.file)
 
 
-class PackedFile(_SystemPath):
-    """The path of a file inside a shard, which the readers of images and masks open like any other file.
+class PackedFile(StoredFile):
+    """The path of a file inside a shard."""
 
-    It is a path so that all that reads, checks and names files does so here too. Only reading works; it has no
-    neighbours: a path that is derived from it does not exist.
-    """
-
-    shard: Shard | None = None
+    shard: Shard
     member: Member
     file: str
     folder: ShardFolder
-    _bytes_of_thread = threading.local()
 
     @classmethod
     def of(cls, folder: ShardFolder, shard: Shard, member: Member, file: str) -> PackedFile:
         """Return the path of a file inside a shard, of its path in it."""
-        path = cls(folder.address(shard.file), *file.split("/"))
+        shown = folder.address(shard.file)
+        path = cls(shown, *file.split("/"))
         path.folder, path.shard, path.member, path.file = folder, shard, member, file
+        path.address, path.size, path.stored = f"{shown}/{file}", member.size, member
         return path
 
     def __reduce__(self) -> Any:
-        return (
-            (PackedFile.of, (self.folder, self.shard, self.member, self.file)) if self.shard else super().__reduce__()
-        )
+        if self.address is None:
+            return super().__reduce__()
+        return PackedFile.of, (self.folder, self.shard, self.member, self.file)
 
-    def __str__(self) -> str:
-        # A path would turn s3:// into s3:/.
-        return f"{self.folder.address(self.shard.file)}/{self.file}" if self.shard else super().__str__()
-
-    def read_bytes(self) -> bytes:
-        if self.shard is None:
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self))
-        recent: list[tuple[Member, bytes]] = self._bytes_of_thread.__dict__.setdefault("recent", [])
-        for member, content in recent:
-            if member is self.member:
-                return content
-        content = self.folder.read(self.shard, self.member, self.file)
-        recent.append((self.member, content))
-        del recent[:-RECENT]
-        return content
-
-    def open(self, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
-        if mode != "rb":
-            raise PermissionError(errno.EACCES, "a file inside a shard can only be read, in binary", str(self))
-        return io.BytesIO(self.read_bytes())
-
-    def stat(self, *, follow_symlinks: bool = True) -> os.stat_result:
-        if self.shard is None:
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self))
-        # mode, inode, device, links, user, group, size, and three times, as integers and floats
-        return os.stat_result(
-            (stat.S_IFREG | 0o444, 0, 0, 1, 0, 0, self.member.size, *(0,) * 3, *(0.0,) * 3, *(0,) * 3)
-        )
-
-    def exists(self, **_: Any) -> bool:
-        return self.shard is not None
-
-    is_file = exists
-
-    def is_symlink(self) -> bool:
-        return False
+    def fetch(self) -> bytes:
+        return self.folder.read(self.shard, self.member, self.file)

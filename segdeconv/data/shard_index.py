@@ -168,6 +168,15 @@ _HEAD, _CLASSES = TypeAdapter(Head), TypeAdapter(_ClassesDict)
 _SHARDS, _CONTENTS = TypeAdapter(list[Shard]), TypeAdapter(list[ImageContents])
 
 
+def is_index(path: Path) -> bool:
+    """Return whether a file is the index of shards, whole or damaged, rather than some other index.json."""
+    try:
+        with path.open("rb") as file:
+            return b'"' + FORMAT.encode() + b'"' in file.read(1 << 10)
+    except OSError:
+        return False
+
+
 def read_head(path: Path, shown: str) -> tuple[Head, Classes]:
     """Read `index.json`.
 

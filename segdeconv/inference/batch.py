@@ -17,6 +17,7 @@ import numpy as np
 
 from segdeconv.data.files.decoding import header_pixels
 from segdeconv.data.files.reading import turn_back
+from segdeconv.data.files.stored_file import StoredFile
 from segdeconv.drawing import draw
 from segdeconv.errors import UsageError
 from segdeconv.inference.inputs import is_video
@@ -121,11 +122,14 @@ class BatchPrediction:
         """
         waiting = iter([(name, path) for name, path in images.items() if not self.is_done(name, path)])
         reader, writers = ThreadPoolExecutor(1), ThreadPoolExecutor(WRITER_THREADS)
+        fetchers = ThreadPoolExecutor(MAX_READ_AHEAD)
         reads: deque[tuple[str, Path, Future[Any]]] = deque()
         writes: deque[Future[None]] = deque()
         try:
             while True:
                 for name, path in waiting:
+                    if isinstance(path, StoredFile):
+                        path.fetch_by(fetchers)
                     reads.append((name, path, reader.submit(self._read, path)))
                     if len(reads) >= MAX_READ_AHEAD:
                         break
@@ -155,7 +159,7 @@ class BatchPrediction:
             raise
         finally:
             self.budget.close()
-            for pool in (reader, writers):
+            for pool in (fetchers, reader, writers):
                 pool.shutdown(cancel_futures=True)
 
     def is_done(self, name: str, path: Path) -> bool:
@@ -191,7 +195,7 @@ class BatchPrediction:
         files = files + self.outputs.write(name, path, prediction, not self.segmenter.settings.samples)
         size = list(turn_back(prediction.mask, prediction.orientation).shape)
         reference = prediction.reference
-        self.progress_log.add(
+        self._record(
             name,
             path,
             files,
@@ -234,4 +238,14 @@ class BatchPrediction:
         if message := video.describe_missing(count, seconds):
             self.report(message)
         pixels = {name: int(total) for name, total in zip(outputs.classes.names, totals, strict=True)}
-        self.progress_log.add(name, path, files, size=list(size), pixels=pixels, frames=count, file=path.as_posix())
+        self._record(name, path, files, size=list(size), pixels=pixels, frames=count, file=path.as_posix())
+
+    def _record(self, name: str, path: Path, files: list[Path], **metadata: Any) -> None:
+        """Add an image to the progress log; with an object storage, its files have been moved there."""
+        store = self.outputs.store
+        if store is not None:
+            store.copy(files)
+        self.progress_log.add(name, path, files, **metadata)
+        if store is not None:
+            for file in files:
+                file.unlink()

@@ -10,8 +10,12 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from segdeconv.data.files.finding import count_endings, describe_skipped, find_files
+from segdeconv.data.datasets.shards import packed_images
+from segdeconv.data.files.finding import Listing, count_endings, describe_skipped, find_files, find_objects
+from segdeconv.data.files.object_folder import ObjectFolder, StoredObject, is_object_storage
 from segdeconv.data.files.reading import SUFFIXES, read_list
+from segdeconv.data.files.stored_file import StoredFile
+from segdeconv.data.shard_index import INDEX, is_index
 from segdeconv.errors import UsageError, warn
 
 VIDEOS = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpg", ".mpeg", ".webm"})
@@ -69,8 +73,9 @@ def find_images(
     """Find the images and videos that command-line arguments name, and warn of files in folders that are left out.
 
     Args:
-        arguments: Files, folders (searched by `find_files`), glob patterns, and lists (.txt files with
-            one path a line, relative to the working folder; `-` reads such a list from stdin).
+        arguments: Files, folders (searched by `find_files`), folders of shards, glob patterns, and lists (.txt files
+            with one path a line, relative to the working folder; `-` reads such a list from stdin). Also addresses of
+            files and folders in an object storage, such as `s3://BUCKET/FOLDER`, in lists too.
         out: Output folder.
         endings: File name endings of the outputs written for each image.
         missing: Receives a message for each line of a list that names no file; None to raise an error for the first.
@@ -88,7 +93,7 @@ def find_images(
     found = [entry for argument in arguments for entry in _resolve(argument, out, absent)]
     for path, name in _named_apart(found, endings[0]):
         for ending in endings:
-            names.add(f"{out / name}{ending}", path)
+            names.add(f"{name}{ending}", path)
         images[name] = path
     if absent and (missing is None or not images):
         raise UsageError(absent[0])
@@ -165,6 +170,12 @@ def _resolve(argument: str, out: Path, missing: list[str]) -> Iterator[tuple[Pat
             [(number, line.strip()) for number, line in enumerate(sys.stdin, 1) if line.strip()], "stdin", missing
         )
         return
+    if is_object_storage(argument):
+        yield from _resolve_address(argument)
+        return
+    if is_index(Path(argument) / INDEX):
+        yield from packed_images(argument)
+        return
     paths = [Path(argument)] if Path(argument).exists() else [Path(path) for path in sorted(glob.glob(argument))]
     if not paths and Path(argument).is_symlink():
         paths = [Path(argument)]  # a dangling link, for which reading gives the precise error
@@ -183,6 +194,49 @@ def _resolve(argument: str, out: Path, missing: list[str]) -> Iterator[tuple[Pat
                 yield file, file.relative_to(path).with_suffix("").as_posix()
 
 
+def _resolve_address(address: str) -> Iterator[tuple[Path, str]]:
+    """Yield the path and the output name of each image of a folder, or folder of shards, of an object storage."""
+    folder = ObjectFolder(address)
+    objects = folder.list()
+    if INDEX in objects and is_index(folder.file(INDEX, objects[INDEX])):
+        yield from packed_images(address)
+    elif objects:
+        root = StoredFile(folder.address)
+        root.address = folder.address
+        way_out = "copy them to this machine, where each can be named"
+        for path in _require_images(find_objects(folder, objects), root, way_out):
+            yield path, path.relative_to(root).with_suffix("").as_posix()
+    elif found := _Listings().find(address):
+        yield found, found.stem
+    else:
+        raise UsageError(f"{address} not found - give images or folders that the storage has")
+
+
+class _Listings:
+    """The listings of the folders of an object storage that the lines of a list name, each asked for once."""
+
+    def __init__(self) -> None:
+        self.known: dict[str, tuple[ObjectFolder, dict[str, StoredObject]]] = {}
+
+    def find(self, address: str) -> Path | None:
+        """Return the path of an object, or None if there is none.
+
+        Raises:
+            UsageError: It is a video.
+        """
+        parent, _, name = address.rstrip("/").rpartition("/")
+        if parent not in self.known:
+            folder = ObjectFolder(parent)
+            self.known[parent] = folder, folder.list(below=False)
+        folder, objects = self.known[parent]
+        if name not in objects:
+            return None
+        path = folder.file(name, objects[name])
+        if is_video(path):
+            raise UsageError(f"{path} is a video, which is read from a disk only - copy it to this machine")
+        return path
+
+
 def _images_in(folder: Path, out_folder: Path) -> list[Path]:
     """Return the images of a folder, without those of the output folder, and warn of what else is left out."""
 
@@ -196,25 +250,37 @@ def _images_in(folder: Path, out_folder: Path) -> list[Path]:
         [path for path in paths if not is_output(path.parent)]
         for paths in (listing.files, listing.hidden, listing.others)
     )
-    videos = [path for path in others if is_video(path)]
+    listing = listing._replace(files=files, hidden=hidden, others=others)
+    return _require_images(listing, folder, "name each video to predict it")
+
+
+def _require_images(listing: Listing, folder: Path, way_out: str) -> list[Path]:
+    """Return the images of a listing, and warn of what else is left out; `way_out` is what to do with videos.
+
+    Raises:
+        UsageError: There are none.
+    """
+    videos = [path for path in listing.others if is_video(path)]
     if videos:
         count = f"{len(videos)} video{'s are' if len(videos) > 1 else ' is'}"
-        warn(f"{folder}: {count} left out ({count_endings(videos)}) - name each video to predict it")
-    others = [path for path in others if not is_video(path)]
-    for line in describe_skipped(listing._replace(files=files, hidden=hidden, others=others), folder):
+        warn(f"{folder}: {count} left out ({count_endings(videos)}) - {way_out}")
+    others = [path for path in listing.others if not is_video(path)]
+    for line in describe_skipped(listing._replace(others=others), folder):
         warn(line)
-    if not files:
+    if not listing.files:
         raise UsageError(f"{folder} contains no images - supported suffixes: {', '.join(sorted(SUFFIXES))}")
-    return files
+    return listing.files
 
 
 def _resolve_list(lines: list[tuple[int, str]], where: str, missing: list[str]) -> Iterator[tuple[Path, str]]:
+    listings = _Listings()
     for number, line in lines:
-        path = Path(line)
+        stored = listings.find(line) if is_object_storage(line) else None
+        path = Path(line) if stored is None else stored
         if not path.exists():
             missing.append(f"{where}, line {number}: {line} not found - give paths relative to the current folder")
             continue
-        inside = not path.is_absolute() and ".." not in path.parts
+        inside = stored is None and not path.is_absolute() and ".." not in path.parts
         yield path, (path.with_suffix("") if inside else Path(path.stem)).as_posix()
 
 

@@ -22,6 +22,7 @@ from segdeconv.drawing import draw
 from segdeconv.errors import UsageError
 from segdeconv.inference import rasters
 from segdeconv.inference.inputs import FileNames, is_video, output_path
+from segdeconv.inference.output_store import OutputStore
 from segdeconv.inference.segmenter import OpenedImage, Prediction, Sink
 from segdeconv.inference.vectors import write_geojson, write_geopackage
 from segdeconv.inference.video_writer import video_suffix
@@ -54,6 +55,7 @@ class Outputs:
         parquet: Write statistics.parquet, the table statistics.csv with its types.
         frames: Write the mask of each frame of a video, NAME/000001.png and so on.
         labels: Values of the masks: class indices, or the labels or colours of the data set's own masks.
+        store: The object storage that receives the files, of which `out` is the local folder.
     """
 
     out: Path
@@ -69,6 +71,7 @@ class Outputs:
     parquet: bool = False
     frames: bool = False
     labels: draw.Labels = "index"
+    store: OutputStore | None = None
 
     def endings(self) -> list[str]:
         """Return the file name endings of all outputs of an image or a video.

@@ -84,6 +84,8 @@ class ProgressLog:
         overwrite: Discard the predictions in the folder and start again.
         folder: The folder of the log and its lock; None for `out`. Several processes that each predict a part of the
             images into one folder have their own.
+        stored: The bytes of the output files that are in an object storage, by name, to which those of added entries
+            are added; None for files in `out`.
 
     Raises:
         UsageError: The predictions in the folder were made by another checkpoint or with other settings, or another
@@ -97,8 +99,10 @@ class ProgressLog:
         *,
         overwrite: bool = False,
         folder: Path | None = None,
+        stored: dict[str, int] | None = None,
     ) -> None:
         self.out, self.entries = out, {}  # type: Path, dict[str, dict[str, Any]]
+        self.stored = stored
         self.path = (folder or out) / NAME
         self.lock = lock_folder(self.path.parent, "--out")
         self.file = self.path.open("r+b") if self.path.exists() else self.path.open("x+b")
@@ -163,7 +167,11 @@ class ProgressLog:
         """Return the first output file of an entry that is missing or has another size; None if all are complete."""
         for file, size in entry["files"].items():
             path = self.out / file
-            if not path.exists() or path.stat().st_size != size:
+            if self.stored is not None:
+                found = self.stored.get(Path(file).as_posix())
+            else:
+                found = path.stat().st_size if path.exists() else None
+            if found != size:
                 return path
         return None
 
@@ -208,6 +216,8 @@ class ProgressLog:
         """Record an image by its entry, which `entry_of` returned here or in another process."""
         self._add(entry)
         self.entries[entry["name"]] = entry
+        if self.stored is not None:
+            self.stored.update(entry["files"])
 
     def require_folder(self) -> None:
         """Check that the folder still has this log; recreating a folder that was removed would hide the loss.
@@ -246,10 +256,10 @@ class EntriesOfWorker:
 
     Args:
         out: The folder of predictions.
-        path: The progress log.
+        path: The progress log; None if this machine does not have it.
     """
 
-    def __init__(self, out: Path, path: Path) -> None:
+    def __init__(self, out: Path, path: Path | None) -> None:
         self.out, self.path = out, path
         self.entries: list[dict[str, Any]] = []
 
@@ -267,7 +277,7 @@ class EntriesOfWorker:
         Raises:
             DiskError: The folder or the log was removed.
         """
-        if not self.path.exists():
+        if self.path is not None and not self.path.exists():
             raise DiskError(_removed(self.out))
 
 

@@ -238,7 +238,7 @@ def require_own_page(request: Request, kind: str, way_out: str) -> None:
     """
     origin = request.headers.get("origin")
     if origin is not None and origin != f"http://{request.headers['host']}":
-        raise Refused(HTTPStatus.FORBIDDEN, "requests that send something are accepted only from this server's own page")
+        raise Refused(HTTPStatus.FORBIDDEN, "changes are accepted only from this server's own page")
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != kind:
         raise Refused(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, way_out)
 

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from segdeconv.errors import UsageError
@@ -26,10 +26,22 @@ class OwnFiles:
             before 0.1.
         owner: Ending of the name of the record, where several processes write to the folder, also from machines on
             whose shared disk they cannot append to one file.
+        exists: Returns whether an output file exists.
+        address: What messages call the folder, if it is the local one of an object storage.
     """
 
-    def __init__(self, folder: Path, way_out: str, *, trusted: bool = False, owner: str = "") -> None:
-        self.folder, self.way_out = folder, way_out
+    def __init__(
+        self,
+        folder: Path,
+        way_out: str,
+        *,
+        trusted: bool = False,
+        owner: str = "",
+        exists: Callable[[Path], bool] = os.path.lexists,
+        address: object = None,
+    ) -> None:
+        self.folder, self.way_out, self.exists = folder, way_out, exists
+        self.address = address or folder
         self.record_path = folder / f"{RECORD}{owner}"
         recorded = self._read()
         self.trusted = trusted and recorded is None
@@ -68,16 +80,17 @@ class OwnFiles:
         for path in files:
             if real_inputs and os.path.realpath(path) in real_inputs:
                 raise UsageError(f"{path} is an input, which would be overwritten - choose another {self.way_out}")
-            if not self._remember(path, "") and os.path.lexists(path):
+            if not self._remember(path, "") and self.exists(path):
                 foreign.append(path)
         for folder in frame_folders:
             if not self._remember(folder, "/") and folder.is_dir():
                 foreign += sorted(path for path in folder.iterdir() if FRAME.fullmatch(path.name))
         if foreign and not self.trusted:
+            first = f"{self.address}/{foreign[0].relative_to(self.folder).as_posix()}"
             others = f", nor were {len(foreign) - 1} more output files" if len(foreign) > 1 else ""
             raise UsageError(
-                f"{foreign[0]} exists and was not written by segdeconv{others}; it would be overwritten - choose "
-                f"another {self.way_out}, or move it away"
+                f"{first} exists and was not written by segdeconv{others}; it would be overwritten - choose another "
+                f"{self.way_out}, or move it away"
             )
 
     def _remember(self, path: Path, ending: str) -> bool:

@@ -1,6 +1,6 @@
 """A data set in tar files, in a folder or in an object storage."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -148,6 +148,24 @@ class _Pairs(Sequence[Pair]):
 
         instances = path("instances", sample.instances) if sample.instances else None
         return Pair(path("images", sample.image), path("masks", sample.mask), sample.name, instances)
+
+
+def packed_images(root: str) -> Iterator[tuple[Path, str]]:
+    """Yield the path of every image of a folder of shards, and its name, `SPLIT/NAME`.
+
+    Args:
+        root: The folder, or its address.
+
+    Raises:
+        UsageError: The index is missing or damaged, or the address does not answer.
+    """
+    folder = ShardFolder(root)
+    head, _ = read_head(folder.head(INDEX), folder.address(INDEX))
+    for split, stated in head.splits.items():
+        for shard in read_shards(*_listed(folder, stated.shards), stated.num_images):
+            for sample in shard.samples:
+                file = f"{split}/images/{sample.name}{sample.image.suffix}"
+                yield PackedFile.of(folder, shard, sample.image, file), f"{split}/{sample.name}"
 
 
 def _listed(folder: ShardFolder, stated: ListFile) -> tuple[Path, str]:

@@ -3,10 +3,12 @@
 import errno
 import os
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from segdeconv.data.files.decoding import MEDICAL_WAY_OUT, is_medical
+from segdeconv.data.files.object_folder import ObjectFolder, StoredObject
 from segdeconv.data.files.reading import SUFFIXES
 from segdeconv.errors import UsageError
 
@@ -87,6 +89,25 @@ def find_files(folder: Path) -> Listing:
             stack.append((inner, _entries(inner)))
             if not stack[-1][1] and not inner.hidden and inner.path.lower().endswith(ENDINGS):
                 listing.files.append(Path(inner.path))  # reading it says that it is a folder
+    return _without_companions(listing)
+
+
+def find_objects(folder: ObjectFolder, objects: Mapping[str, StoredObject]) -> Listing:
+    """Find the image files of a folder of an object storage as `find_files` does those of a folder.
+
+    Args:
+        folder: The folder.
+        objects: Its objects, see `ObjectFolder.list`.
+    """
+    listing = Listing([], [], [], [])
+    for name, stored in objects.items():
+        parts = name.lower().split("/")
+        hidden = any(part.startswith(".") or part in SYSTEM_FOLDERS for part in parts[:-1])
+        _add_file(folder.file(name, stored), parts[-1], hidden, listing)
+    return _without_companions(listing)
+
+
+def _without_companions(listing: Listing) -> Listing:
     names = {str(path) for path in listing.files}
     stems = {os.path.splitext(name)[0] for name in names}
     return listing._replace(others=[path for path in listing.others if not _is_companion(str(path), names, stems)])
@@ -115,8 +136,7 @@ def _sort_in(entry: os.DirEntry[str], parent: _Folder, listing: Listing) -> _Fol
     name = entry.name
     lower = name.lower()
     hidden = parent.hidden or name.startswith(".")
-    ending = os.path.splitext(lower)[1]
-    if _is_folder(entry, lenient=hidden or ending in SUFFIXES):
+    if _is_folder(entry, lenient=hidden or lower.endswith(ENDINGS)):
         hidden = hidden or lower in SYSTEM_FOLDERS
         linked = entry.is_symlink()
         if linked and hidden:
@@ -126,11 +146,17 @@ def _sort_in(entry: os.DirEntry[str], parent: _Folder, listing: Listing) -> _Fol
             listing.loops.append(Path(entry.path))
             return None
         return _Folder(entry.path, real, parent, hidden)
-    if ending in SUFFIXES:
-        (listing.hidden if hidden else listing.files).append(Path(entry.path))
-    elif not hidden and lower not in SYSTEM_FILES:
-        listing.others.append(Path(entry.path))
+    _add_file(Path(entry.path), lower, parent.hidden, listing)
     return None
+
+
+def _add_file(path: Path, lower: str, hidden: bool, listing: Listing) -> None:
+    """Add a file to the list where it belongs, by its name in lower case and whether its folder is hidden."""
+    hidden = hidden or lower.startswith(".")
+    if os.path.splitext(lower)[1] in SUFFIXES:
+        (listing.hidden if hidden else listing.files).append(path)
+    elif not hidden and lower not in SYSTEM_FILES:
+        listing.others.append(path)
 
 
 def _is_folder(entry: os.DirEntry[str], *, lenient: bool) -> bool:

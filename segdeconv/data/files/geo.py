@@ -32,6 +32,7 @@ from segdeconv.data.files.decoding import (
     silenced,
     valid_orientation,
 )
+from segdeconv.data.files.stored_file import StoredFile
 from segdeconv.errors import UsageError, warn
 from segdeconv.system.files import replace_text, replacing_path
 
@@ -131,8 +132,19 @@ def is_raster(path: Path) -> bool:
     return has_rasterio() and read_transform(path) is not None
 
 
-def warn_without_rasterio(paths: Iterable[Path]) -> None:
-    """Print a warning that counts the georeferenced images among the images, if rasterio is not installed."""
+def warn_without_georeference(paths: Iterable[Path]) -> None:
+    """Print a warning that counts the images whose georeference is lost.
+
+    It is lost if rasterio is not installed, and for stored files, of which all TIFFs are counted.
+    """
+    paths = list(paths)
+    stored = [path for path in paths if isinstance(path, StoredFile) and path.suffix.lower() in (".tif", ".tiff")]
+    if stored:
+        warn(
+            f"{len(stored)} image{'s are TIFFs' if stored[1:] else ' is a TIFF'} in an object storage or in shards, "
+            f"such as {stored[0]}: a georeference is not read there, and masks become PNG files - copy the images to "
+            "this machine if they are georeferenced"
+        )
     if has_rasterio():
         return
     located = [path for path in paths if read_transform(path) is not None]
@@ -162,7 +174,9 @@ def _read_tags(path: Path, changed: int, size: int) -> Tags:
 
 
 def read_transform(path: Path) -> Transform | None:
-    """Return the transform of an image file, or that of the world file beside it."""
+    """Return the transform of an image file, or that of the world file beside it; None for a stored file."""
+    if isinstance(path, StoredFile):  # every one of them would be fetched before the first is predicted
+        return None
     return read_tags(path).transform or _world_file(path)
 
 

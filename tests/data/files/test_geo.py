@@ -21,7 +21,7 @@ from segdeconv.data.files.geo import (
     describe_shift,
     read_tags,
     read_transform,
-    warn_without_rasterio,
+    warn_without_georeference,
 )
 from segdeconv.data.files.reading import read_mask
 from segdeconv.data.inspection import class_table, inspect, inspect_all
@@ -214,9 +214,9 @@ def test_without_rasterio_one_line_counts_what_is_lost(tmp_path, monkeypatch, ca
     paths = [geotiff(tmp_path / f"{name}.tif", np.zeros((4, 5, 3), np.uint8), located()) for name in "ab"]
     plain = geotiff(tmp_path / "plain.tif", np.zeros((4, 5, 3), np.uint8), {})
     monkeypatch.setattr("segdeconv.data.files.geo.has_rasterio", lambda: False)
-    warn_without_rasterio([*paths, plain])
+    warn_without_georeference([*paths, plain])
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"segdeconv: warning: 2 images are georeferenced, such as {paths[0]}, and rasterio is not")
     assert "pip install 'segdeconv[geo]'" in line
-    warn_without_rasterio([plain])
+    warn_without_georeference([plain])
     assert capsys.readouterr().err == ""
