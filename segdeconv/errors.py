@@ -45,6 +45,16 @@ class CheckpointError(SegdeconvError):
     exit_code = 4
 
 
+class MismatchError(CheckpointError):
+    """A run does not repeat what it recorded."""
+
+
+class IncompleteError(SegdeconvError):
+    """Some checks of a run could not be made; those that were made succeeded."""
+
+    exit_code = 6
+
+
 class DiskError(SegdeconvError):
     """The disk is full or cannot be written."""
 

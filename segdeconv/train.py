@@ -19,11 +19,12 @@ import torch
 from segdeconv import config as configs
 from segdeconv.checkpoints import checkpoint
 from segdeconv.config import build, split_arguments
+from segdeconv.data import sample_digests
 from segdeconv.data.loading import explain_loader_errors
 from segdeconv.drawing import html
 from segdeconv.errors import TimeUp, UsageError, command, for_caller
 from segdeconv.evaluation import report, report_page
-from segdeconv.evaluation.evaluate import Evaluation, restore_dataset
+from segdeconv.evaluation.evaluate import Evaluation, restore_dataset, versions
 from segdeconv.evaluation.learning_curve import curve_beside
 from segdeconv.evaluation.report_page import Evaluated
 from segdeconv.inference.segmenter import Segmenter
@@ -93,11 +94,12 @@ def train(
         # Imported late, so that config errors are reported at once: Lightning takes 2 s to import.
         from segdeconv.training import loggers
         from segdeconv.training.callbacks import ImageLogging, Progress, Recorder
-        from segdeconv.training.checkpointing import Checkpoints
+        from segdeconv.training.checkpointing import Checkpoints, kept_count
         from segdeconv.training.data_module import DataModule
         from segdeconv.training.diagnostics import LoaderWait, TrainingDiagnostics
         from segdeconv.training.header import header
         from segdeconv.training.own_callbacks import build_callbacks
+        from segdeconv.training.record import SUMS, StepRecord, conditions, write_sums
         from segdeconv.training.stopping import Stopping
         from segdeconv.training.switch_curves import SwitchCurves
         from segdeconv.training.task import SegmentationTask, scalars
@@ -113,7 +115,13 @@ def train(
         settings = TrainerSettings(**split_arguments(config["trainer"], [TrainerSettings])[0])
         metrics = [name for split in ("train", "val") for name in scalars(split, None, prepared.classes)]
         own_callbacks = build_callbacks(checked["callbacks"], run, metrics)
-        checkpoints = Checkpoints(run, resumed=resumed_path, patience=settings.patience, forced=config["resume_force"])
+        checkpoints = Checkpoints(
+            run,
+            resumed=resumed_path,
+            patience=settings.patience,
+            forced=config["resume_force"],
+            keep=settings.keep,
+        )
         deadline = started + config_check.seconds(config["max_time"]) if config["max_time"] is not None else None
         stopping = Stopping(checkpoints, deadline=deadline)
         recorder = Recorder(run, checkpoints, stopping)
@@ -122,9 +130,13 @@ def train(
         logging = [ImageLogging(prepared.data.val), switch_curves, TrainingDiagnostics(wait)]
         if settings.enable_progress_bar and not has_progress_bar(own_callbacks):
             logging.append(Progress(recorder, wait))
-        callbacks = [wait, *own_callbacks, *logging, stopping, checkpoints, recorder]
+        step_record = StepRecord(checkpoints)
+        callbacks = [wait, *own_callbacks, *logging, step_record, stopping, checkpoints, recorder]
         trainer = make_trainer(run, callbacks, logger, settings, resumed)
-        saved = resume.without_keys(config, resume.NOT_IN_CHECKPOINTS)
+        saved = {**resume.without_keys(config, resume.NOT_IN_CHECKPOINTS), "dataset": prepared.dataset}
+        device = torch.device(trainer.strategy.root_device)
+        precision = str(trainer.precision)
+        step_record.conditions = conditions(saved, prepared.metadata["data"], precision, versions(device))
         task = SegmentationTask(
             prepared.model,
             prepared.loss,
@@ -134,8 +146,8 @@ def train(
             seed=config["seed"],
             total_steps=count_steps(prepared.data, trainer.world_size, settings),
             metadata={
-                "config": {**saved, "dataset": prepared.dataset},
-                "facts": {**prepared.metadata, "precision": str(trainer.precision)},
+                "config": saved,
+                "facts": {**prepared.metadata, "precision": precision},
             },
             settings=settings,
             log_to_loggers=False,  # the Recorder does
@@ -147,14 +159,16 @@ def train(
             old_total = count_steps(prepared.data, trainer.world_size, before)
             resume.warn_of_schedule(task.schedule, config["optimizer"]["lr"], steps, old_total, task.total_steps)
         loggers.log_config(logger, config, run, new_length=new_length)
-        run_folder.require_space(run, task)
+        run_folder.require_space(run, task, kept_count(settings.keep, task))
         print(header(config, prepared.data, task, trainer, run, resumed_path), flush=True)
         if resumed is not None:
-            resume.compare_machines(resumed, torch.device(trainer.strategy.root_device))
+            resume.compare_machines(resumed, device)
         del resumed  # the trainer loads and releases its content
 
         if new_length:
             resume.record_length(run, config)
+        if not trial and trainer.is_global_zero:
+            sample_digests.write(prepared.digests, run / sample_digests.NAME)
         complete = True
         stopping.listen()
         try:
@@ -182,15 +196,17 @@ def train(
     run_folder.require_run_folder(run)
     best = result.checkpoint
     dataset = restore_dataset(best, "val")
-    evaluation = Evaluation.of(Segmenter(best, device=torch.device(trainer.strategy.root_device)), dataset)
+    evaluation = Evaluation.of(Segmenter(best, device=device), dataset)
     content = evaluation.report(command=typed, complete=complete)
     shown = Evaluated(content, evaluation.gallery, curve_beside(best.path))
     html.write(report_page.build_page(shown, dataset), run / "report.html")
+    sums = write_sums(run, {"report.json": report.as_json(content)})
     report.write_json(content, run / "report.json")  # last, since it marks the run as finished
     curves = loggers.close(logger)
     print(f"\n{evaluation.verdict()}\n\n{evaluation.score_table()}")
     print(f"\nbest checkpoint: {best.path}")
     print(f"report:          {run / 'report.html'} (and report.json, metrics.csv)")
+    print(f"record:          {run / SUMS}, sha256 {sums}; check it with: {command('verify', [str(run)])}")
     if curves:
         print(f"curves:          {curves}")
     print(f"use it:          {_use(result)}")

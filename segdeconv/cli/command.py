@@ -73,7 +73,7 @@ def run_command(main: Callable[[], int | None], help_text: str = "", *, needs_re
     """Run a script's `main` and exit the process with the documented exit code.
 
     0 success; 1 a bug in segdeconv, with its traceback; 2 error in usage, config or data; 3 training diverged;
-    4 checkpoint; 5 disk; 130 interrupted; 141 the reader of stdout has ended; 143 terminated.
+    4 checkpoint; 5 disk; 6 verified in part; 130 interrupted; 141 the reader of stdout has ended; 143 terminated.
 
     Args:
         main: The script's function; it may return an exit code.

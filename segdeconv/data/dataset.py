@@ -70,6 +70,7 @@ class ImageContents(NamedTuple):
         bands: Names of the channels.
         nodata: Number of pixels with the nodata value of the image file.
         mask_nodata: The nodata value of the mask file.
+        mask_digest: Hash of the values of the mask file.
     """
 
     counts: tuple[int, ...]
@@ -83,6 +84,7 @@ class ImageContents(NamedTuple):
     bands: tuple[str, ...] = ()
     nodata: int = 0
     mask_nodata: int | None = None
+    mask_digest: str = ""
 
 
 class Locality(NamedTuple):

@@ -24,8 +24,9 @@ from segdeconv.errors import UsageError, command
 from segdeconv.system.files import cache_root, file_identity, hash_text, replace_text
 from segdeconv.system.plain_data import Limits, read_json
 
-VERSION = 6  # of the fields of an inspection; a new number invalidates cached ones
+VERSION = 7  # of the fields of an inspection; a new number invalidates cached ones
 CACHE_LIMITS = Limits(size=1 << 28, nodes=10_000_000)
+DIGEST = 16  # bytes of the hash of an image or a mask
 MAX_SHOWN = 20
 NUM_LARGEST = 3  # images listed for each class
 MAX_VALUES = 300  # labels or colours of mask files that are kept
@@ -71,6 +72,8 @@ class Inspection:
         flat: Indices of images with (nearly) no contrast.
         empty: Indices of images in which every pixel is ignored.
         digests: A hash of the pixels of every image, by which identical images are recognised; "" for unusable files.
+        mask_digests: A hash of the values of every mask file, or of the class indices where there are no files; "" for
+            unusable files and for shards of earlier versions.
         first_of_size: The index of the first image of each size of `sizes`.
         bands: The names of the channels that files give, with the number of images and the index of the first.
         nodata: Number of pixels with the nodata value of the image file, and of images with such pixels.
@@ -93,6 +96,7 @@ class Inspection:
     flat: list[int] = field(default_factory=list)
     empty: list[int] = field(default_factory=list)
     digests: list[str] = field(default_factory=list)
+    mask_digests: list[str] = field(default_factory=list)
     first_of_size: list[int] = field(default_factory=list)
     bands: list[tuple[list[str], int, int]] = field(default_factory=list)
     nodata: tuple[int, int] = (0, 0)
@@ -136,6 +140,7 @@ def _fits(inspection: Inspection, dataset: SegmentationDataset) -> bool:
         and len(inspection.mean) == len(inspection.std) == dataset.channels
         and inspection.num_images == len(dataset)
         and len(inspection.digests) <= len(dataset)
+        and len(inspection.mask_digests) <= len(dataset)
         and len(inspection.first_of_size) == len(inspection.sizes)
         and all(
             0 <= index < len(dataset)
@@ -200,7 +205,7 @@ def count_image(dataset: SegmentationDataset, index: int, sample: Sample) -> Ima
             f"{shift} - resample the mask to the pixels of the image, or remove the georeference that is wrong "
             "(gdal_edit.py -unsetgt)"
         )
-    file_format, values, mask_nodata = _stored(dataset, index)
+    file_format, values, mask_nodata, stored = _stored(dataset, index)
     missing = None if pair is None else nodata_pixels(pair.image, image)
     without_data = 0 if missing is None else int(missing.sum())
     sums = _moments(image, missing) * (mask.size - without_data)
@@ -210,13 +215,26 @@ def count_image(dataset: SegmentationDataset, index: int, sample: Sample) -> Ima
         8 * image.dtype.itemsize,
         (tuple(sums[0].tolist()), tuple(sums[1].tolist())),
         int(np.ptp(image)),
-        hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=8).hexdigest(),
+        hash_pixels(image),
         file_format,
         tuple(values.items()),
         band_names(pair.image, dataset.channels) if pair is not None and dataset.as_stored else (),
         without_data,
         mask_nodata,
+        hash_pixels(mask if stored is None else stored),
     )
+
+
+def hash_pixels(array: np.ndarray, size: int = DIGEST) -> str:
+    """Return a hash of the values, the shape and the dtype of an image or a mask, in hex.
+
+    Args:
+        array: The pixels.
+        size: Bytes of the hash.
+    """
+    digest = hashlib.blake2b(f"{array.shape} {array.dtype.str}".encode(), digest_size=size)
+    digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
 
 
 def _inspect(dataset: SegmentationDataset) -> Inspection:
@@ -236,7 +254,7 @@ def _inspect(dataset: SegmentationDataset) -> Inspection:
     problems = []
     formats: Counter[tuple[int, int, bool]] = Counter()
     stored_values: dict[int | str, list[int]] = {}  # pixels, images, most pixels, index of the image with the most
-    flat, empty, digests = [], [], []
+    flat, empty, digests, mask_digests = [], [], [], []
     bands: dict[tuple[str, ...], list[int]] = {}  # images, index of the first
     mask_nodata: Counter[int] = Counter()
     nodata: list[int] = []
@@ -246,6 +264,7 @@ def _inspect(dataset: SegmentationDataset) -> Inspection:
         if isinstance(result, str):
             problems.append(result)
             digests.append("")
+            mask_digests.append("")
             continue
         counts = np.array(result.counts)
         pixels += counts
@@ -271,6 +290,7 @@ def _inspect(dataset: SegmentationDataset) -> Inspection:
         if not counts[:-1].any():
             empty.append(index)
         digests.append(result.digest)
+        mask_digests.append(result.mask_digest)
         sizes[result.size] += 1
         first_of_size.setdefault(result.size, index)
         names_by_bits.setdefault(result.bits, []).append(name)
@@ -300,6 +320,7 @@ def _inspect(dataset: SegmentationDataset) -> Inspection:
         flat,
         empty,
         digests,
+        mask_digests,
         [first_of_size[size] for size, _ in sizes.most_common()],
         sorted(((list(names), count, first) for names, (count, first) in bands.items()), key=lambda entry: -entry[1]),
         (sum(nodata), len(nodata)),
@@ -309,20 +330,20 @@ def _inspect(dataset: SegmentationDataset) -> Inspection:
 
 def _stored(
     dataset: SegmentationDataset, index: int
-) -> tuple[tuple[int, int, bool] | None, dict[int | str, int], int | None]:
-    """Return the format of an image file, and the pixels of each label or colour in its mask file and its nodata."""
+) -> tuple[tuple[int, int, bool] | None, dict[int | str, int], int | None, np.ndarray | None]:
+    """Return the format of an image file, the pixels of each label or colour in its mask file, nodata and values."""
     files = dataset.unwrapped
     if not isinstance(files, FileDataset):
-        return None, {}, None
+        return None, {}, None, None
     mask = files.stored_mask(index)
     values, coloured = stored_values(mask, files.classes)
     present, counts = count_values(values)
     names = [f"#{packed:06x}" for packed in present.tolist()] if coloured else present.tolist()
     counted: dict[int | str, int] = dict(zip(names, counts.tolist(), strict=True))
     if files.as_stored:
-        return None, counted, mask.nodata
+        return None, counted, mask.nodata, mask.values
     stored = stored_format(files.pairs[index].image)
-    return (stored.bits, stored.channels, stored.alpha), counted, mask.nodata
+    return (stored.bits, stored.channels, stored.alpha), counted, mask.nodata, mask.values
 
 
 def stored_values(mask: StoredMask, classes: Classes) -> tuple[np.ndarray, bool]:

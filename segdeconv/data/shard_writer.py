@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from segdeconv.classes import Classes
 from segdeconv.data.dataset import FileDataset, ImageContents, SegmentationDataset
-from segdeconv.data.inspection import count_image, overlaps
+from segdeconv.data.inspection import count_image, hash_pixels, overlaps
 from segdeconv.data.shard_index import (
     FORMAT,
     INDEX,
@@ -184,7 +184,8 @@ def _pack(dataset: SegmentationDataset, index: int) -> _Packed:
     # The mask in the shard has labels of its own, and no nodata value.
     counts = [(value, count) for value, count in enumerate(contents.counts[:-1]) if count]
     ignored = [(dataset.classes.ignore_index, contents.counts[-1])] if contents.counts[-1] else []
-    return _Packed(sample.name, packed, contents._replace(values=(*counts, *ignored), mask_nodata=None))
+    stored = contents._replace(values=(*counts, *ignored), mask_nodata=None, mask_digest=hash_pixels(sample.mask))
+    return _Packed(sample.name, packed, stored)
 
 
 def _encoded(image: np.ndarray) -> tuple[str, bytes]:

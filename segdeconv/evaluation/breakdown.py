@@ -26,6 +26,7 @@ class ImageCounts:
         predicted: (C,), the pixels of each class in the prediction.
         uncertainty: The mean over the pixels, NaN if all are ignored.
         digest: The sha256 of name and mask.
+        cells: (cells, 3) int64, the confusion matrix: truth, prediction and pixels of every pair that occurs.
     """
 
     name: str
@@ -35,6 +36,7 @@ class ImageCounts:
     predicted: np.ndarray
     uncertainty: float
     digest: bytes
+    cells: np.ndarray
 
 
 class Breakdown:
@@ -71,6 +73,9 @@ class Breakdown:
         """
         valid = mask != self.ignore_index
         truth, predicted = mask[valid], prediction[valid]
+        pairs = np.bincount(self.num_classes * truth.astype(np.int64) + predicted)
+        present = np.flatnonzero(pairs)
+        cells = np.stack([*np.divmod(present, self.num_classes), pairs[present]], axis=1)
         offset = self.num_classes * np.digitize(boundary_distance(mask)[valid], BANDS[1:])  # of the pixel's band
         indices = (offset[truth == predicted] + truth[truth == predicted], offset + truth, offset + predicted)
         counts = np.stack([np.bincount(index, minlength=self.bands[:, 0].size) for index in indices])
@@ -81,7 +86,7 @@ class Breakdown:
         correct, true, predicted = counts.sum(axis=1)
         digest = hashlib.sha256(f"{name!a} {mask.shape}".encode())
         digest.update(np.ascontiguousarray(mask).data)
-        self.images.append(ImageCounts(name, size, correct, true, predicted, mean, digest.digest()))
+        self.images.append(ImageCounts(name, size, correct, true, predicted, mean, digest.digest(), cells))
 
     @property
     def images_by_class(self) -> list[int]:
@@ -94,7 +99,8 @@ class Breakdown:
         """Return the plain data for report.json: fractions in 0..1, null where there is nothing to score.
 
         `truth_sha256` is the hash of those of the names and masks of each image, in order: equal for the same ground
-        truth.
+        truth. `cells` is the confusion matrix of an image, as text, since a report has thousands:
+        `truth,prediction,pixels` of every pair of classes that occurs, by their indices.
         """
         return {
             "images": [
@@ -103,6 +109,7 @@ class Breakdown:
                     "size": list(image.size),
                     **_score(image.correct, image.truth, image.predicted),
                     "uncertainty": number(image.uncertainty),
+                    "cells": " ".join(",".join(map(str, cell)) for cell in image.cells.tolist()),
                 }
                 for image in self.images
             ],

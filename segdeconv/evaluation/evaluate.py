@@ -306,7 +306,7 @@ class Evaluation:
             checkpoint=str(self.segmenter.checkpoint.path),
             checkpoint_sha256=self.segmenter.checkpoint.sha256,
             config=self.segmenter.checkpoint.config,
-            versions=_versions(self.segmenter.network.device),
+            versions=versions(self.segmenter.network.device),
             split=self.dataset.split,
             samples=self.segmenter.settings.samples,
             min_area=self.segmenter.settings.min_area,
@@ -345,7 +345,8 @@ def largest_uncertainty(num_classes: int, samples: int) -> float:
     return (1 - 1 / num_classes) / num_classes if samples else math.log(num_classes)
 
 
-def _versions(device: torch.device) -> dict[str, str]:
+def versions(device: torch.device) -> dict[str, str]:
+    """Return the versions that affect pixels or rounding, and the machine."""
     return {
         "segdeconv": __version__,
         "python": platform.python_version(),

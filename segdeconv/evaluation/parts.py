@@ -44,6 +44,8 @@ def pack(evaluation: Evaluation, places: Sequence[int]) -> bytes:
             [(image.correct, image.truth, image.predicted) for image in images], dtype=np.int64
         ).reshape(-1, 3, num_classes),
         "uncertainty": np.array([image.uncertainty for image in images], dtype=np.float64),
+        "cells": np.concatenate([np.zeros((0, 3), np.int64), *(image.cells for image in images)]),
+        "cell_ends": np.array([len(image.cells) for image in images], dtype=np.int64).cumsum(),
         "digests": np.array([list(image.digest) for image in images], dtype=np.uint8).reshape(-1, 32),
     }
     if boundaries is not None:
@@ -95,14 +97,26 @@ def combine(
             if boundaries is not None:
                 boundaries.bands += part["boundary_bands"]
                 f1[:, places] = part["f1"], part["f1_dilated"]
-            counts = zip(part["sizes"], part["counts_by_image"], part["uncertainty"], part["digests"], strict=True)
+            cells = np.split(part["cells"], part["cell_ends"])[:-1]
+            counts = zip(
+                part["sizes"], part["counts_by_image"], part["uncertainty"], part["digests"], cells, strict=True
+            )
             thumbnails = zip(*(_split(part, field) for field in Encoded._fields), strict=True)
-            for place, (size, of_image, uncertainty, digest), files in zip(places, counts, thumbnails, strict=True):
+            for place, (size, of_image, uncertainty, digest, of_pairs), files in zip(
+                places, counts, thumbnails, strict=True
+            ):
                 height, width = map(int, size)
                 image_name, (correct, truth, predicted) = dataset.names[place], of_image
                 images[place] = (
                     ImageCounts(
-                        image_name, (height, width), correct, truth, predicted, float(uncertainty), digest.tobytes()
+                        image_name,
+                        (height, width),
+                        correct,
+                        truth,
+                        predicted,
+                        float(uncertainty),
+                        digest.tobytes(),
+                        of_pairs,
                     ),
                     Encoded(*files),
                 )

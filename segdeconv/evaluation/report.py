@@ -17,7 +17,7 @@ from segdeconv.evaluation.verdict import constant_prediction, verdict
 from segdeconv.system.files import replace_text
 from segdeconv.system.plain_data import Limits, PlainDataError, read_json
 
-REPORT_LIMITS = Limits(size=1 << 26, nodes=4_000_000)  # a report may have rows for every image
+REPORT_LIMITS = Limits(size=1 << 28, nodes=4_000_000)  # a report may have rows for every image
 
 
 class _Report(BaseModel):
@@ -105,7 +105,12 @@ def _means(result: Scores) -> dict[str, float | None]:
 
 def write_json(content: dict[str, Any], path: Path) -> None:
     """Write a report as JSON, atomically."""
-    replace_text(path, json.dumps(content, indent=1) + "\n")
+    replace_text(path, as_json(content))
+
+
+def as_json(content: dict[str, Any]) -> str:
+    """Return a report as the JSON that `write_json` writes."""
+    return json.dumps(content, indent=1) + "\n"
 
 
 def read_report(path: Path) -> dict[str, Any]:

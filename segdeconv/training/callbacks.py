@@ -124,6 +124,7 @@ class Recorder(Checkpoint):  # Lightning calls callbacks of this base class last
         saved = self.miou is not None or done or self.checkpoints.is_due(trainer)
         if saved:
             self.checkpoints.keep(trainer, self.miou)
+            self.checkpoints.keep_spaced(trainer, self.checkpoints.last_path)
         self.stopping.at_epoch_end(trainer, task.total_steps, saved=saved)
 
 

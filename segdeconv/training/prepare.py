@@ -10,10 +10,11 @@ from torch.optim import Optimizer
 from segdeconv.checkpoints import checkpoint, transfer
 from segdeconv.classes import Classes
 from segdeconv.config import with_objects
-from segdeconv.data import checks
+from segdeconv.data import checks, sample_digests
 from segdeconv.data.class_inference import BINARY
 from segdeconv.data.inspection import class_table, inspect_all
 from segdeconv.data.module import DataPipeline, build_pipeline, build_split, normalisation
+from segdeconv.data.sample_digests import SampleDigest
 from segdeconv.errors import command, warn
 from segdeconv.losses import build_loss, compute_class_weights
 from segdeconv.models import SegmentationModel, build_model
@@ -35,6 +36,7 @@ class Prepared(NamedTuple):
         optimizer: The optimizer of the network's parameters.
         dataset: The `dataset` node as it is saved in checkpoints.
         metadata: Classes, preprocessing, class weights and fingerprints of the data, as plain data.
+        digests: The hashes of the images and masks of both splits.
     """
 
     config: dict[str, Any]
@@ -45,6 +47,7 @@ class Prepared(NamedTuple):
     optimizer: Optimizer
     dataset: dict[str, Any]
     metadata: dict[str, Any]
+    digests: dict[str, list[SampleDigest]]
 
 
 def prepare(
@@ -103,6 +106,10 @@ def prepare(
     if "classes" in dataset:  # inferred from the masks; saved, so that new masks cannot change them
         dataset = {**dataset, "classes": train_split.stored_classes.to_dict()}
     fingerprints = {split.split: hash_text(split.fingerprint) for split in (train_split, val_split)}
+    digests = {
+        split.split: sample_digests.digests_of(inspection, split)
+        for split, inspection in zip((train_split, val_split), inspections, strict=True)
+    }
     return Prepared(
         dict(config),
         data,
@@ -116,5 +123,7 @@ def prepare(
             "preprocessing": data.preprocessing.to_dict(),
             "class_weights": weights,
             "fingerprints": fingerprints,
+            "data": {split: sample_digests.combined(samples) for split, samples in digests.items()},
         },
+        digests,
     )

@@ -28,8 +28,8 @@ from segdeconv.training.settings import TrainerSettings
 # Keys that may change when a run resumes, since they do not affect the result of training.
 CHANGEABLE_KEYS = (
     "resume", "resume_force", "max_time", "logger", "dataset.num_workers", "dataset.timeout", "dataset.root",
-    "trainer.activation_checkpointing", "dataset.cache", "dataset.cache_size", "dataset.checksums", "auto",
-    "dataset.shard_cache", "dataset.shard_cache_size",
+    "trainer.activation_checkpointing", "trainer.keep", "dataset.cache", "dataset.cache_size", "dataset.checksums",
+    "auto", "dataset.shard_cache", "dataset.shard_cache_size",
     "time_budget", "trainer.enable_progress_bar", "trainer.log_every_n_steps", "trainer.profiler", "trainer.plugins",
 )  # fmt: skip
 

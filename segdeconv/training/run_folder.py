@@ -16,8 +16,13 @@ from segdeconv.system.files import lock_folder, remove_partial_files
 from segdeconv.system.memory import readable
 from segdeconv.training.processes import rank_from_outside
 
-BEFORE_TRAINING = (".lock", "config.yaml", "events.out.tfevents.*")  # files that are written before the first step
-COPIES = 4  # of the weights on disk at most; optimizer state comes on top
+BEFORE_TRAINING = (
+    ".lock",
+    "config.yaml",
+    "data.csv",
+    "events.out.tfevents.*",
+)  # files that are written before the first step
+COPIES = 4  # of the weights on disk at most, beside those that are kept; optimizer state comes on top
 
 _locks: dict[Path, object] = {}  # held by this process until it ends
 
@@ -104,10 +109,10 @@ def explain_removed_folder(run: Path) -> Iterator[None]:
         threading.excepthook = before
 
 
-def require_space(run: Path, task: nn.Module) -> None:
-    """Raise DiskError if the disk is too small for the checkpoints: best, last, previous and a partial one."""
+def require_space(run: Path, task: nn.Module, kept: int) -> None:
+    """Raise DiskError if the disk is too small for the checkpoints: best, last, previous, a partial one and `kept`."""
     weights = sum(tensor.numel() * tensor.element_size() for tensor in task.state_dict().values())
-    needed, free = COPIES * weights, shutil.disk_usage(run).free
+    needed, free = (COPIES + kept) * weights, shutil.disk_usage(run).free
     if needed > free:
         raise DiskError(
             f"the checkpoints in {run} need at least {readable(needed)} and {readable(free)} are free - free some "

@@ -73,6 +73,8 @@ class TrainerSettings:
 
     Taken by `Checkpoints`:
         patience: Number of validations without a better mIoU after which training ends; None for no early stopping.
+        keep: Number of checkpoints kept at ends of epochs, spaced evenly over the run, from which `verify` repeats
+            steps: at most so many, and at least half. auto keeps three, or as many as fit into 2 GiB together; 0 none.
     """
 
     max_epochs: Count = 20
@@ -91,6 +93,7 @@ class TrainerSettings:
     compile: Literal["auto", True, False] = "auto"
     activation_checkpointing: bool = False
     patience: Count | None = None
+    keep: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
     limit_train_batches: Batches = 1.0
     limit_val_batches: Batches | Literal[0] = 1.0
     limit_test_batches: Batches | Literal[0] = 1.0
