@@ -16,7 +16,7 @@ value. `Contributions.exact` compares the two, and `non_affine_operations` names
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -156,24 +156,35 @@ class Contributions:
         return sums
 
 
-class _Leaf(NamedTuple):
-    """A leaf of the graph that stands for the biases of one operation.
+@dataclass(eq=False)
+class _Bias:
+    """The biases of one operation.
 
     Attributes:
-        tensor: The leaf, whose gradient is that of the biases.
-        value: The biases; for a batch norm, its shift.
+        value: The biases, broadcastable to the output of the operation; for a batch norm, its shift.
+        node: The node of the operation in the graph.
+        operation: Its name.
+        height: The height of its output.
+        gradient: The gradient of the biases in the last backward pass, None if the value did not depend on them.
     """
 
-    tensor: Tensor
     value: Tensor
-
-
-class _Bias(NamedTuple):
-    """The biases of one operation."""
-
-    leaf: _Leaf
+    node: Any
     operation: str
     height: int
+    gradient: Tensor | None = None
+
+    def keep(self, gradient: Tensor) -> None:
+        """Sum the gradient of the output, as a hook of the backward pass.
+
+        The gradient that a convolution itself computes for its bias is a sum of inferior accuracy.
+        """
+        self.gradient = gradient.sum_to_size(self.value.shape)
+
+    def contributions(self) -> Tensor:
+        """Return gradient times bias of every channel, on the CPU, since some devices have no float64."""
+        value = self.value.cpu().double()
+        return torch.zeros_like(value) if self.gradient is None else self.gradient.cpu().double() * value
 
 
 class _Map(NamedTuple):
@@ -185,7 +196,7 @@ class _Map(NamedTuple):
 
 
 class AffineGraph:
-    """The graph of one forward pass, in which every bias is a leaf.
+    """The graph of one forward pass, which keeps the biases of all operations.
 
     Args:
         network: The network, in evaluation mode.
@@ -221,35 +232,35 @@ class AffineGraph:
             value: Scalar, a linear function of `logits`.
         """
         biases, maps = self.recorder.biases, self.recorder.maps
-        tensors = [self.source, *(bias.leaf.tensor for bias in biases), *(map_.tensor for map_ in maps)]
-        values = [self.source, *(bias.leaf.value for bias in biases), *(map_.tensor for map_ in maps)]
+        tensors = [self.source, *(map_.tensor for map_ in maps)]
+        for bias in biases:
+            bias.gradient = None
         gradients = torch.autograd.grad(value, tensors, retain_graph=True, allow_unused=True)
-        products = [
+        pixels, *passing = (
             torch.zeros_like(own) if gradient is None else gradient * own.detach()
-            for own, gradient in zip(values, gradients, strict=True)
-        ]
-        small = [part.cpu().double() for part in products[1 : len(biases) + 1]]  # some devices have no float64
-        stages = self.recorder.stages(self.height)
-        shares = tuple(
-            BiasContribution(bias.operation, *stage, float(part.sum()), float(part.abs().sum()))
-            for bias, stage, part in zip(biases, stages, small, strict=True)
+            for own, gradient in zip(tensors, gradients, strict=True)
         )
-        passing = []
-        for map_, part in zip(maps, products[len(biases) + 1 :], strict=True):
-            later = _leaves_beside(value, map_.tensor)
-            after = [share for bias, share in zip(biases, shares, strict=True) if id(bias.leaf.tensor) in later]
-            passing.append(
+        stages = self.recorder.stages(self.height)
+        shares = []
+        for bias, stage in zip(biases, stages, strict=True):
+            own = bias.contributions()
+            shares.append(BiasContribution(bias.operation, *stage, float(own.sum()), float(own.abs().sum())))
+        through = []
+        for map_, part in zip(maps, passing, strict=True):
+            beside = _nodes_beside(value, map_.tensor)
+            later = [share for bias, share in zip(biases, shares, strict=True) if bias.node in beside]
+            through.append(
                 MapContribution(
                     map_.name,
                     map_.place(part)[0].sum(dim=0).cpu(),
                     float(part.abs().sum()),
-                    math.fsum(share.total for share in after),
-                    math.fsum(share.magnitude for share in after),
-                    id(self.source) not in later,
+                    math.fsum(share.total for share in later),
+                    math.fsum(share.magnitude for share in later),
+                    not any(getattr(node, "variable", None) is self.source for node in beside),
                 )
             )
         return Contributions(
-            float(value.detach()), products[0][0].cpu(), shares, tuple(passing), TOLERANCES[self.source.dtype]
+            float(value.detach()), pixels[0].cpu(), tuple(shares), tuple(through), TOLERANCES[self.source.dtype]
         )
 
 
@@ -274,9 +285,9 @@ def non_affine_operations(network: nn.Module, image: Tensor, *, minimum_size: in
 
 
 class _Recorder(TorchFunctionMode):
-    """Mode that makes the biases of every operation on maps leaves of the graph, and keeps the maps of pools.
+    """Mode that keeps the biases of every operation on maps, and the maps of pools.
 
-    The parameters of the network must not require gradients: a tensor that does depends on the image or is such a leaf.
+    The parameters of the network must not require gradients: a tensor that does depends on the image.
 
     Args:
         network: The network.
@@ -284,7 +295,7 @@ class _Recorder(TorchFunctionMode):
     """
 
     def __init__(self, network: nn.Module, *, testing: bool = False) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.names = {module: name for name, module in network.named_modules()}
         self.testing = testing
         self.running: list[nn.Module] = []
@@ -324,32 +335,26 @@ class _Recorder(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if not torch.is_grad_enabled() or not any(map(_tracked, _tensors([args, kwargs]))):
             return func(*args, **kwargs)
-        leaf, testing = None, self.testing
-        if func is F.batch_norm:
-            args, leaf = _with_shift(*args, **kwargs)
-            kwargs, testing = {}, testing and leaf is None  # with fixed statistics it is affine
-        elif name in WITH_BIAS:
-            args, kwargs, leaf = _with_leaf(args, kwargs, 2, "bias")
-        elif name in ADDITIONS and len(args) + ("other" in kwargs) > 1:
-            constant = [not _tracked(operand) for operand in (args[0], args[1] if len(args) > 1 else kwargs["other"])]
-            written = name.endswith("_") and (not name.startswith("__") or name.startswith("__i"))
-            if constant[1]:
-                args, kwargs, leaf = _with_leaf(args, kwargs, 1, "other", like=args[0])
-            elif constant[0] and not written:
-                args, kwargs, leaf = _with_leaf(args, kwargs, 0, "input", like=args[1])
-        doubled = func(*_doubled(args), **_doubled(kwargs)) if testing else None
+        constant = _constant(name, args, kwargs)
+        normalises = func is F.batch_norm
+        bias = _shift(*args, **kwargs) if normalises else _bias(func, name, args, kwargs, constant)
+        known = bias is not None and (normalises or name in ADDITIONS)
+        testing = self.testing and not known
+        doubled = func(*_doubled(args, constant), **_doubled(kwargs, constant)) if testing else None
         output = func(*args, **kwargs)
-        self._record(name, leaf, output, doubled)
+        self._record(name, bias, output, doubled)
         return output
 
-    def _record(self, name: str, leaf: _Leaf | None, output: Any, doubled: Any) -> None:
+    def _record(self, name: str, bias: Tensor | None, output: Any, doubled: Any) -> None:
         outputs = list(_tensors([output]))
         if not any(map(_tracked, outputs)):
             return  # a size, a device, a dtype
         first = outputs[0]
-        if leaf is not None:
+        if bias is not None:
             height = first.shape[-2] if first.ndim > 2 else 1
-            self.biases.append(_Bias(leaf, self._operation(name), height))
+            kept = _Bias(bias.detach(), first.grad_fn, self._operation(name), height)
+            first.register_hook(kept.keep)  # type: ignore[no-untyped-call]
+            self.biases.append(kept)
             self.heights.append((height, True))
         if "max_pool" in name and first.ndim == 4:
             number = 1 + sum(map_.name.startswith("pool") for map_ in self.maps)
@@ -377,7 +382,7 @@ class _Recorder(TorchFunctionMode):
         ]
 
 
-def _with_shift(
+def _shift(
     x: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -386,37 +391,38 @@ def _with_shift(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
-) -> tuple[tuple[Any, ...], _Leaf | None]:
-    """Return the arguments of a batch norm with a leaf as bias; unchanged if it computes statistics."""
+) -> Tensor | None:
+    """Return what a batch norm adds, broadcastable to its output; None if it computes statistics."""
     if training or running_mean is None or running_var is None:
-        return (x, running_mean, running_var, weight, bias, training, momentum, eps), None
-    leaf = (torch.zeros_like(running_mean) if bias is None else bias).detach().requires_grad_()
+        return None
     mean, variance = running_mean.cpu().double(), running_var.cpu().double()  # some devices have no float64
-    scale = (variance + eps).rsqrt() * (1 if weight is None else weight.detach().cpu().double())
-    shift = (leaf.detach().cpu().double() - mean * scale).to(x)
-    return (x, running_mean, running_var, weight, leaf, training, momentum, eps), _Leaf(leaf, shift)
+    scale = (variance + eps).rsqrt() * (1 if weight is None else weight.cpu().double())
+    shift = -mean * scale if bias is None else bias.cpu().double() - mean * scale
+    return shift.view(-1, *[1] * (x.ndim - 2))
 
 
-def _with_leaf(
-    args: Sequence[Any], kwargs: dict[str, Any], position: int, name: str, *, like: Tensor | None = None
-) -> tuple[tuple[Any, ...], dict[str, Any], _Leaf | None]:
-    """Replace an argument by a leaf of the graph with its value; None if the argument is absent.
+def _constant(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Return the argument of a call that is a bias: that of a convolution, or a constant operand of an addition."""
+    if name in WITH_BIAS:
+        return args[2] if len(args) > 2 else kwargs.get("bias")
+    operands = [*args[:2], *([kwargs["other"]] if "other" in kwargs else [])]
+    constants = [operand for operand in operands if not _tracked(operand)]
+    return constants[0] if name in ADDITIONS and len(operands) == 2 and len(constants) == 1 else None
 
-    Args:
-        args: The positional arguments.
-        kwargs: The others.
-        position: The position of the argument.
-        name: Its name.
-        like: A tensor whose dtype and device the leaf gets; None for those of the argument.
-    """
-    value = args[position] if len(args) > position else kwargs.get(name)
-    if value is None or _tracked(value):
-        return tuple(args), kwargs, None
-    leaf = value if like is None else torch.as_tensor(value, dtype=like.dtype, device=like.device)
-    leaf = leaf.detach().requires_grad_()
-    if len(args) > position:
-        return (*args[:position], leaf, *args[position + 1 :]), kwargs, _Leaf(leaf, leaf)
-    return tuple(args), {**kwargs, name: leaf}, _Leaf(leaf, leaf)
+
+def _bias(
+    func: Callable[..., Any], name: str, args: Sequence[Any], kwargs: Mapping[str, Any], constant: Any
+) -> Tensor | None:
+    """Return what an operation adds to a linear map of its other arguments, broadcastable to its output."""
+    if constant is None:
+        return None
+    if name in ADDITIONS:  # the constant with its sign and factor
+        with torch.no_grad():
+            zeroed = [torch.zeros_like(part) if _tracked(part) else part for part in args]
+            output: Tensor = func(*zeroed, **kwargs).clone()  # an operation in place returns the constant itself
+        return output
+    dimensions = 0 if name == "linear" else int(name[-2])
+    return constant.view(-1, *[1] * dimensions)
 
 
 def _tracked(value: Any) -> bool:
@@ -432,13 +438,16 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(part)
 
 
-def _doubled(value: Any) -> Any:
-    """Return arguments with the tensors that require gradients doubled, as copies that an operation may write to."""
-    if _tracked(value):
+def _doubled(value: Any, constant: Any) -> Any:
+    """Return arguments with the tensors that depend on the image doubled, and the bias of a convolution too.
+
+    They are copies, which an operation may write to.
+    """
+    if _tracked(value) or (value is constant and isinstance(value, Tensor)):
         return value.detach() * 2
     if isinstance(value, dict):
-        return {name: _doubled(part) for name, part in value.items()}
-    return type(value)(map(_doubled, value)) if type(value) in (list, tuple) else value
+        return {name: _doubled(part, constant) for name, part in value.items()}
+    return type(value)(_doubled(part, constant) for part in value) if type(value) in (list, tuple) else value
 
 
 def _deviation(output: Tensor, doubled: Tensor) -> float:
@@ -447,19 +456,15 @@ def _deviation(output: Tensor, doubled: Tensor) -> float:
     return float((doubled - 2 * output).abs().max() / largest) if largest > 0 else float(doubled.abs().max())
 
 
-def _leaves_beside(value: Tensor, map_: Tensor) -> set[int]:
-    """Return the ids of the leaves that the value depends on along a path that does not lead through a map."""
-    waiting, seen, leaves = [value.grad_fn], {map_.grad_fn}, set()
+def _nodes_beside(value: Tensor, map_: Tensor) -> set[Any]:
+    """Return the nodes that the value depends on along paths that do not lead through a map."""
+    waiting, seen = [value.grad_fn], set[Any]()
     while waiting:
         node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        leaf = getattr(node, "variable", None)
-        if leaf is not None:
-            leaves.add(id(leaf))
-        waiting += [following for following, _ in node.next_functions]
-    return leaves
+        if node is not None and node is not map_.grad_fn and node not in seen:
+            seen.add(node)
+            waiting += [following for following, _ in node.next_functions]
+    return seen
 
 
 @contextmanager
