@@ -111,8 +111,9 @@ class Explanation:
                 f"  {name}: sum {contributions.total:.6g}, logit {contributions.value:.6g}; they differ by "
                 f"{abs(contributions.total - contributions.value):.1e}, allowed {contributions.allowed:.1e}"
             )
-            levels = ", ".join(f"{level} {value:+.3g}" for level, value in contributions.by_level().items())
-            lines.append(f"    {levels}")
+            (_, pixels), *levels = contributions.by_level().items()
+            biases = ", ".join(f"{level} {value:+.3g}" for level, value in levels)
+            lines.append(f"    pixels {pixels:+.3g}; biases: {biases or 'none'}")
         if self.limits:
             lines.append(f"  {self.limits}")
         return "\n".join(lines)

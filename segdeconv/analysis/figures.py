@@ -24,6 +24,7 @@ from segdeconv.drawing.panels import (
     bars,
     diverging_scale,
     figure,
+    fitted,
     grid,
     hues,
     scale,
@@ -39,6 +40,7 @@ CELL_NAMES = ("0: upper left", "1: upper right", "2: lower left", "3: lower righ
 NUM_ACTIVATIONS = 9  # per unit
 MAX_PANEL_WIDTH = 320  # pixels
 MIN_PANEL_HEIGHT = 180  # pixels
+MAP_SIDE = 216  # pixels, of the maps of pools in explanations
 
 METHOD_NAMES: dict[Method, str] = {
     "deconvnet": "projected through the switches (Zeiler & Fergus)",
@@ -330,6 +332,10 @@ def explanation_figure(name: str, image: np.ndarray, explanation: Explanation, c
     margin = max(16, height // 8)
     top, bottom = max(0, rows.min() - margin), min(height, rows.max() + margin + 1)
     left, right = max(0, columns.min() - margin), min(width, columns.max() + margin + 1)
+    wider = (
+        slice(max(0, rows.min() - 2 * margin), rows.max() + 2 * margin + 1),
+        slice(max(0, columns.min() - 2 * margin), columns.max() + 2 * margin + 1),
+    )
 
     def marked(picture: np.ndarray, *, closer: bool = False) -> np.ndarray:
         canvas = fit(picture)
@@ -370,15 +376,19 @@ def explanation_figure(name: str, image: np.ndarray, explanation: Explanation, c
         by_pixel.append(Panel(marked(part, closer=True), f"{title}: the same, closer"))
         for start, layer in (("pool", "pool"), ("unpool", "unpooling")):
             maps = [map_ for map_ in contributions.maps if map_.name.startswith(f"{start} ")]
-            through.append([_passing_panel(title, layer, map_, grey) for map_ in maps])
-        chart = signed_bars(contributions.by_level(), 2 * MAX_PANEL_WIDTH)
+            through.append([_passing_panel(title, layer, map_, grey, wider) for map_ in maps])
+        labelled = {
+            level if level == "pixels" else f"biases, {level}": value
+            for level, value in contributions.by_level().items()
+        }
+        chart = signed_bars(labelled, 2 * MAX_PANEL_WIDTH)
         levels.append(Panel(chart, f"{title}: {_sum_of(contributions)}"))
     method = (
         f"Red speaks for {class_}, blue against it; in the difference, blue speaks for {other}. A contribution is "
         "gradient times value, with switches and signs of ReLUs as they are in this image. With the contributions of "
         "the biases, which the bars show by stage and by scale of the map, they add up to the logit. Values of pixels "
         f"are relative to the mean colour, and shown with a blur of {sigma:.2g} px. Maps of pools show what passes "
-        "through their switches, in the cells that these select."
+        "through their switches, in the cells that these select, around what is explained."
     )
     limits = f"{explanation.limits[:1].upper()}{explanation.limits[1:]}. " if explanation.limits else ""
     rows_of_panels = [first, by_pixel, *through, levels]
@@ -390,13 +400,15 @@ def _sum_of(contributions: Contributions) -> str:
     return f"sum {contributions.total:.6g} {relation} logit {contributions.value:.6g}"
 
 
-def _passing_panel(title: str, layer: str, map_: MapContribution, image: np.ndarray) -> Panel:
-    """Draw the contributions that pass through one map."""
+def _passing_panel(
+    title: str, layer: str, map_: MapContribution, image: np.ndarray, window: tuple[slice, slice]
+) -> Panel:
+    """Draw the contributions that pass through one map, in a window of the image."""
     values, _ = shown(map_.values, sigma=0.5)
-    size = (image.shape[1], image.shape[0])
-    resized = cv2.resize(values, size, interpolation=cv2.INTER_NEAREST_EXACT)
+    resized = cv2.resize(values, (image.shape[1], image.shape[0]), interpolation=cv2.INTER_NEAREST_EXACT)
+    picture = np.ascontiguousarray(draw.diverging(resized, image)[window])
     height, width = map_.values.shape
     level = map_.name.rpartition(" ")[2]
     rest = f", later biases {map_.later:+.3g}" if map_.whole else "; the rest passes beside it"
     text = f"{title}: {map_.total:+.3g} through {layer} {level} ({height}x{width}){rest}"
-    return Panel(cv2.resize(draw.diverging(resized, image), (216, round(216 * size[1] / size[0]))), text)
+    return Panel(fitted(picture, MAP_SIDE), text)
