@@ -355,15 +355,15 @@ function showExplanation(explanation) {
 
 function showNumber(index) {
   const { name, logit, sum, levels } = explained.explained[index];
-  const number = (value) => Number(value.toPrecision(6)).toString();
-  $("sum").textContent = `Logit ${number(logit)}, sum of the contributions ${number(sum)}.`;
+  const number = (value, digits) => Number(value.toPrecision(digits)).toString();
+  $("sum").textContent = `Logit ${number(logit, 6)}, sum of the contributions ${number(sum, 6)}.`;
   const largest = Math.max(...Object.values(levels).map(Math.abs)) || 1;
   $("levels").replaceChildren(
     ...Object.entries(levels).map(([level, value]) => {
       const item = element("li"), bar = element("span", "bar"), fill = element("i", value > 0 ? "for" : "against");
       fill.style.width = `${(100 * Math.abs(value)) / largest}%`;
       bar.append(fill);
-      item.append(element("span", "", level), bar, element("span", "share", (value > 0 ? "+" : "") + number(value)));
+      item.append(element("span", "", level), bar, element("span", "share", (value > 0 ? "+" : "") + number(value, 3)));
       return item;
     }),
   );
@@ -425,7 +425,9 @@ $("stage").addEventListener("keydown", (event) => {
   }
   event.preventDefault();
 });
-for (const radio of document.querySelectorAll("input[name=layer]")) radio.addEventListener("change", showLayer);
+for (const radio of document.querySelectorAll("input[name=layer]")) {
+  radio.addEventListener("change", () => showExplanation(null));
+}
 $("opacity").addEventListener("input", showLayer);
 $("outlines").addEventListener("change", () => prediction && paintClasses());
 $("file").addEventListener("change", (event) => {

@@ -33,7 +33,7 @@ def test_integrated_gradients_add_up_to_the_difference_from_the_mean_colour():
     model, x = network(), image()
     with torch.no_grad():
         difference = TARGET.of(model(x)) - TARGET.of(model(torch.zeros_like(x)))
-    found = integrated_gradients(model, x, TARGET, steps=400)
+    found = integrated_gradients(model, x, TARGET, steps=100)
     assert float(found.sum()) == pytest.approx(float(difference), abs=0.05 * abs(float(difference)) + 1e-3)
 
 

@@ -158,7 +158,7 @@ def table(scores: Mapping[str, list[tuple[float, float]]]) -> str:
 
 
 def run(network: str | Path, camvid: str | Path, *, num: int = 15, seed: int = 0) -> None:
-    """Compare the methods at one random labelled pixel in each of `num` images of val; print the table so far after each."""
+    """Compare the methods at a random labelled pixel in each of `num` images of val; print the table after each."""
     loaded = checkpoint.read(network, overrides=[f"dataset.root={camvid}"])
     segmenter = Segmenter(loaded)
     dataset, random = restore_dataset(loaded, "val"), np.random.default_rng(seed)
