@@ -262,8 +262,7 @@ class Explainer:
         non_affine = tuple(non_affine_operations(self.model, image, minimum_size=self.model.minimum_size))
         start = self._module_before_all_others(non_affine, image)
         if start or non_affine:
-            again = self._answers(image, size, questions, classes, start=start, non_affine=non_affine)
-            return again
+            return self._answers(image, size, questions, classes, start=start, non_affine=non_affine)
         return answers
 
     def _module_before_all_others(self, operations: Sequence[str], image: Tensor) -> str:
@@ -273,7 +272,8 @@ class Explainer:
         """
         name = operations[0].partition(" (")[0] if len(operations) == 1 else ""
         modules = dict(self.model.named_modules())
-        if name not in modules or any(True for _ in modules[name].children()):
+        padded = min(image.shape[-2:]) < self.model.minimum_size
+        if padded or name not in modules or any(True for _ in modules[name].children()):
             return ""
         shapes: list[torch.Size] = []
 
