@@ -23,7 +23,7 @@ $(VENV)-extras/.installed: $(VENV)/.installed
 	$(RUN) -m venv --clear --without-pip $(VENV)-extras
 	cp -RPpl $(VENV)/lib/. $(VENV)-extras/lib
 	cp -l $(VENV)/bin/ruff $(VENV)-extras/bin/
-	$(RUN_EXTRAS) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,docs,geo,hub,optuna,ray,shards,tables]" "moto[s3]" flask flask-cors
+	$(RUN_EXTRAS) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,docs,geo,hub,optuna,ray,shards,tables]" "moto[s3]" flask flask-cors captum
 	$(RUN_EXTRAS) -m pip uninstall --quiet --yes albumentations albucore
 	$(RUN_EXTRAS) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt nrtk-albumentations
 	touch $@

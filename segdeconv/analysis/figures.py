@@ -8,14 +8,30 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from segdeconv.analysis.contributions import Contributions, MapContribution
 from segdeconv.analysis.decoder_stages import DecoderTrace
+from segdeconv.analysis.explanation import Explanation, shown
 from segdeconv.analysis.switch_paths import over_windows, path, sources, votes
 from segdeconv.analysis.switch_stability import Instability
 from segdeconv.analysis.switch_statistics import shares
 from segdeconv.analysis.unit_projection import METHODS, Method
 from segdeconv.classes import Classes
 from segdeconv.drawing import draw
-from segdeconv.drawing.panels import Colour, Panel, arrows, bars, figure, grid, hues, scale, swatches, wheel
+from segdeconv.drawing.panels import (
+    Colour,
+    Panel,
+    arrows,
+    bars,
+    diverging_scale,
+    figure,
+    fitted,
+    grid,
+    hues,
+    scale,
+    signed_bars,
+    swatches,
+    wheel,
+)
 from segdeconv.switches.ops import Pooling
 
 # Colours of the cells 0..3, distinguishable with any colour vision (P. Tol's bright scheme).
@@ -24,6 +40,7 @@ CELL_NAMES = ("0: upper left", "1: upper right", "2: lower left", "3: lower righ
 NUM_ACTIVATIONS = 9  # per unit
 MAX_PANEL_WIDTH = 320  # pixels
 MIN_PANEL_HEIGHT = 180  # pixels
+MAP_SIDE = 216  # pixels, of the maps of pools in explanations
 
 METHOD_NAMES: dict[Method, str] = {
     "deconvnet": "projected through the switches (Zeiler & Fergus)",
@@ -288,3 +305,110 @@ def units_figure(
         "zero, and each is scaled separately."
     )
     return figure(f"Units of {layer} ({network})", rows, note=note)
+
+
+def explanation_figure(name: str, image: np.ndarray, explanation: Explanation, classes: Classes) -> np.ndarray:
+    """Draw where a prediction comes from: contributions by pixel, through each pool and unpooling, and by level.
+
+    Args:
+        name: The name of the image.
+        image: (H, W, C), as stored.
+        explanation: The explanation.
+        classes: The classes.
+    """
+    question, class_, other = explanation.question, *(classes.names[i] for i in (explanation.class_, explanation.other))
+    stored = draw.to_rgb(image)
+    height, width = explanation.network_size
+    grey = cv2.resize(np.ascontiguousarray(stored), (width, height), interpolation=cv2.INTER_AREA)
+    inside = cv2.resize(
+        explanation.inside.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST_EXACT
+    ).astype(bool)
+    place = (
+        min(height - 1, int((question.y + 0.5) * height / explanation.size[0])),
+        min(width - 1, int((question.x + 0.5) * width / explanation.size[1])),
+    )
+    # A window around the explained pixels, for a closer view.
+    rows, columns = np.nonzero(inside) if question.region else (np.array([place[0]]), np.array([place[1]]))
+    margin = max(16, height // 8)
+    top, bottom = max(0, rows.min() - margin), min(height, rows.max() + margin + 1)
+    left, right = max(0, columns.min() - margin), min(width, columns.max() + margin + 1)
+    wider = (
+        slice(max(0, rows.min() - 2 * margin), rows.max() + 2 * margin + 1),
+        slice(max(0, columns.min() - 2 * margin), columns.max() + 2 * margin + 1),
+    )
+
+    def marked(picture: np.ndarray, *, closer: bool = False) -> np.ndarray:
+        canvas = fit(picture)
+        factor = canvas.shape[1] / picture.shape[1]
+        centre = (place[0] - (top if closer else 0) + 0.5, place[1] - (left if closer else 0) + 0.5)
+        drawn = Image.fromarray(canvas)
+        pen = ImageDraw.Draw(drawn)
+        y, x = centre[0] * factor, centre[1] * factor
+        for radius, colour in ((7, (0, 0, 0)), (6, (255, 255, 255))):
+            pen.ellipse((x - radius, y - radius, x + radius, y + radius), outline=colour)
+        return np.asarray(drawn)
+
+    def outlined(picture: np.ndarray) -> np.ndarray:
+        if not question.region:
+            return picture
+        line = cv2.dilate(inside.astype(np.uint8), np.ones((3, 3), np.uint8)).astype(bool) & ~inside
+        return np.where(line[:, :, None], np.array((255, 0, 200), np.uint8), picture)
+
+    shrunk = cv2.resize(explanation.prediction, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
+    predicted = outlined(draw.overlay(grey, shrunk, classes))
+    present = [int(index) for index in np.unique(explanation.prediction)]
+    asked = f"the region of {int(explanation.inside.sum())} pixels" if question.region else "the pixel"
+    what = f"predicted {classes.names[explanation.predicted]}"
+    first = [
+        Panel(marked(outlined(grey)), f"{asked} at y {question.y}, x {question.x}: {what}"),
+        Panel(marked(predicted), "prediction"),
+        Panel(draw.legend(classes, present, MAX_PANEL_WIDTH)),
+    ]
+    sigma = max(1.0, width / 240)
+    by_pixel, through, levels = [], [], []
+    for title, contributions in explanation.named.items():
+        values, largest = shown(contributions.pixels, sigma=sigma)
+        picture = outlined(draw.diverging(values, grey))
+        text = f"{title}: contributions of the pixels, together {contributions.from_pixels:+.3g}"
+        panel = fit(marked(picture))
+        by_pixel.append(Panel(np.concatenate([panel, diverging_scale(largest, panel.shape[1])]), text))
+        part = np.ascontiguousarray(picture[top:bottom, left:right])
+        by_pixel.append(Panel(marked(part, closer=True), f"{title}: the same, closer"))
+        for start, layer in (("pool", "pool"), ("unpool", "unpooling")):
+            maps = [map_ for map_ in contributions.maps if map_.name.startswith(f"{start} ")]
+            through.append([_passing_panel(title, layer, map_, grey, wider) for map_ in maps])
+        labelled = {
+            level if level == "pixels" else f"biases, {level}": value
+            for level, value in contributions.by_level().items()
+        }
+        chart = signed_bars(labelled, 2 * MAX_PANEL_WIDTH)
+        levels.append(Panel(chart, f"{title}: {_sum_of(contributions)}"))
+    method = (
+        f"Red speaks for {class_}, blue against it; in the difference, blue speaks for {other}. A contribution is "
+        "gradient times value, with switches and signs of ReLUs as they are in this image. With the contributions of "
+        "the biases, which the bars show by stage and by scale of the map, they add up to the logit. Values of pixels "
+        f"are relative to the mean colour, and shown with a blur of {sigma:.2g} px. Maps of pools show what passes "
+        "through their switches, in the cells that these select, around what is explained."
+    )
+    limits = f"{explanation.limits[:1].upper()}{explanation.limits[1:]}. " if explanation.limits else ""
+    rows_of_panels = [first, by_pixel, *through, levels]
+    return figure(f"Why {class_} and not {other} in {name}", rows_of_panels, note=limits + method)
+
+
+def _sum_of(contributions: Contributions) -> str:
+    relation = "=" if contributions.exact else "is not"
+    return f"sum {contributions.total:.6g} {relation} logit {contributions.value:.6g}"
+
+
+def _passing_panel(
+    title: str, layer: str, map_: MapContribution, image: np.ndarray, window: tuple[slice, slice]
+) -> Panel:
+    """Draw the contributions that pass through one map, in a window of the image."""
+    values, _ = shown(map_.values, sigma=0.5)
+    resized = cv2.resize(values, (image.shape[1], image.shape[0]), interpolation=cv2.INTER_NEAREST_EXACT)
+    picture = np.ascontiguousarray(draw.diverging(resized, image)[window])
+    height, width = map_.values.shape
+    level = map_.name.rpartition(" ")[2]
+    rest = f", later biases {map_.later:+.3g}" if map_.whole else "; the rest passes beside it"
+    text = f"{title}: {map_.total:+.3g} through {layer} {level} ({height}x{width}){rest}"
+    return Panel(fitted(picture, MAP_SIDE), text)

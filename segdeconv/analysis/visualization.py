@@ -1,8 +1,8 @@
 """Figures of a checkpoint on images of any source, for `scripts/visualize.py`."""
 
+import copy
 import random
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from segdeconv.analysis import figures
 from segdeconv.analysis.decoder_stages import trace_decoder
+from segdeconv.analysis.explanation import Explainer
 from segdeconv.analysis.switch_paths import recorded
 from segdeconv.analysis.switch_stability import instability
 from segdeconv.analysis.switch_statistics import ties_counted
@@ -30,7 +31,6 @@ from segdeconv.data.files.reading import MAX_PIXELS, read_upright
 from segdeconv.data.preprocessing import Preprocessing, resize_image, resize_mask
 from segdeconv.drawing import draw
 from segdeconv.errors import UsageError
-from segdeconv.inference.network import Network
 from segdeconv.inference.scorers import entropy_of
 from segdeconv.inference.segmenter import Segmenter
 from segdeconv.models import SegmentationModel
@@ -89,15 +89,19 @@ class Visualizer:
     """
 
     def __init__(self, segmenter: Segmenter) -> None:
+        self.segmenter = segmenter
         self.classes, self.network = segmenter.classes, segmenter.network
         self.preprocessing, self.checkpoint = segmenter.preprocessing, segmenter.checkpoint
 
-    @cached_property
+    @property
     def float32_model(self) -> SegmentationModel:
         """The network in float32, prepared for inference."""
-        if self.network.precision == "32-true":
-            return self.network.model
-        return Network.of(self.checkpoint, device=self.network.device, precision="32-true").model
+        return self.segmenter.float32_model
+
+    def explainer(self, *, float64: bool = False) -> Explainer:
+        """Return the explainer of the network in float32, or in float64."""
+        model = copy.deepcopy(self.float32_model).double() if float64 else self.float32_model
+        return Explainer(model, self.preprocessing, self.classes.names)
 
     def prepare(self, source: InputImage) -> tuple[np.ndarray, Tensor, np.ndarray | None]:
         """Load and preprocess an image.

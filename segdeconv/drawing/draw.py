@@ -293,6 +293,24 @@ def heat(values: np.ndarray, top: float) -> np.ndarray:
     return cv2.applyColorMap(scaled, cv2.COLORMAP_INFERNO)[:, :, ::-1]
 
 
+FOR, AGAINST = (179, 69, 31), (33, 94, 168)  # the colours of values above and below zero, also for the colour-blind
+
+
+def diverging(values: np.ndarray, image: np.ndarray | None = None) -> np.ndarray:
+    """Map (H, W) values from -1 to 1 to (H, W, 3) uint8 colours: blue below zero, red above.
+
+    Args:
+        values: The values.
+        image: (H, W, 3) uint8, shown pale and in grey where values are zero; None for white.
+    """
+    ground = np.full((*values.shape, 3), 255.0)
+    if image is not None:
+        ground = np.repeat(170 + image.mean(axis=2, keepdims=True) / 3, 3, axis=2)
+    strength = np.abs(values).clip(0, 1)[:, :, None]
+    colours = np.where(values[:, :, None] > 0, np.array(FOR, float), np.array(AGAINST, float))
+    return np.asarray((ground + strength * (colours - ground)).round().astype(np.uint8))
+
+
 def legend(classes: Classes, present: Sequence[int], width: int) -> np.ndarray:
     """Draw the legend of overlays: a strip with a colour patch and a name for each class, in as many rows as needed.
 

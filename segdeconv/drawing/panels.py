@@ -2,14 +2,14 @@
 
 import colorsys
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 from PIL import Image, ImageDraw
 
-from segdeconv.drawing.draw import enlarged, font, heat
+from segdeconv.drawing.draw import AGAINST, FOR, diverging, enlarged, font, heat
 
 Colour = tuple[int, int, int]
 INK, FAINT, WHITE = (25, 25, 25), (110, 110, 110), (255, 255, 255)
@@ -135,6 +135,43 @@ def scale(top: float, width: int, text: str) -> np.ndarray:
     pen.text((0, 14), "0", fill=INK, font=font(11))
     end = f"{top:.3g} {text}"
     pen.text((width - font(11).getlength(end), 14), end, fill=INK, font=font(11))
+    return np.asarray(picture)
+
+
+def diverging_scale(top: float, width: int) -> np.ndarray:
+    """Draw the legend of `draw.diverging`: a strip from -`top` to `top`."""
+    strip = np.repeat(diverging(np.linspace(-1, 1, width)[None]), 12, axis=0)
+    picture = Image.new("RGB", (width, 32), WHITE)
+    picture.paste(Image.fromarray(strip), (0, 0))
+    pen = ImageDraw.Draw(picture)
+    for place, text in ((0.0, f"{-top:.2g}"), (0.5, "0"), (1.0, f"{top:+.2g}")):
+        pen.text((place * (width - font(11).getlength(text)), 14), text, fill=INK, font=font(11))
+    return np.asarray(picture)
+
+
+def signed_bars(values: Mapping[str, float], width: int) -> np.ndarray:
+    """Draw horizontal bars from a common zero, red to the right for values above it, blue to the left for those below.
+
+    Args:
+        values: The length of each bar by its label.
+        width: Width of the picture in pixels.
+    """
+    line, letters = 20, font(12)
+    picture = Image.new("RGB", (width, line * len(values) + 4), WHITE)
+    pen = ImageDraw.Draw(picture)
+    texts = [f"{value:+.3g}" for value in values.values()]
+    left = 12 + int(max(letters.getlength(label) for label in values))
+    room = width - left - 24 - 2 * int(max(letters.getlength(text) for text in texts))
+    zero = left + (width - left) // 2
+    longest = max(abs(value) for value in values.values()) or 1.0
+    for index, (label, value) in enumerate(values.items()):
+        y, length = line * index + 2, round(room / 2 * value / longest)
+        pen.text((0, y), label, fill=INK, font=letters)
+        fill = FOR if value > 0 else AGAINST
+        pen.rectangle((min(zero, zero + length), y + 1, max(zero, zero + length), y + 14), fill=fill)
+        start = zero + length + 5 if value > 0 else zero + length - 5 - letters.getlength(texts[index])
+        pen.text((start, y), texts[index], fill=INK, font=letters)
+    pen.line((zero, 0, zero, picture.height), fill=FAINT)
     return np.asarray(picture)
 
 

@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, overload
 
@@ -28,6 +28,7 @@ from segdeconv.inference.predictors import PredictionSettings, build_predictor
 from segdeconv.inference.scorers import entropy_of, labels, labels_and_confidence
 from segdeconv.inference.small_regions import merge_small_regions
 from segdeconv.inference.tiling import Part
+from segdeconv.models import SegmentationModel
 from segdeconv.system.files import scratch_array
 from segdeconv.system.memory import keep_freed, release_memory
 
@@ -184,6 +185,13 @@ class Segmenter:
         return (
             f"Segmenter({str(self.checkpoint.path)!r}: {network}, {len(self.classes)} classes, {self.network.device})"
         )
+
+    @cached_property
+    def float32_model(self) -> SegmentationModel:
+        """The network in float32, prepared for inference, for gradients and single activations."""
+        if self.network.precision == "32-true":
+            return self.network.model
+        return Network.of(self.checkpoint, device=self.network.device, precision="32-true").model
 
     def precision_note(self) -> str | None:
         """Return a line that says which precision `auto` chose, unless it is float32."""

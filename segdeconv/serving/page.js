@@ -9,6 +9,7 @@ let network = null; // the description of the network, from /network
 let prediction = null; // the last prediction: the JSON of the response, with labels, confidence and uncertainty
 let onlyClass = null; // the only class that is shown; null for all
 let cursor = null; // {x, y}: the position of the keyboard cursor
+let explained = null; // the explanation of a pixel: the JSON of the response, with its maps of contributions
 let lastRequest = 0; // the number of the last request; responses to older ones are dropped
 
 const element = (name, className, text) => {
@@ -147,9 +148,10 @@ function paintUncertainty() {
 function showLayer() {
   const selected = document.querySelector("input[name=layer]:checked").value;
   for (const name of ["classes", "uncertainty"]) {
-    $(name).hidden = name !== selected;
+    $(name).hidden = name !== selected || Boolean(explained);
     $(name).style.opacity = $("opacity").value / 100;
   }
+  $("contributions").hidden = !explained;
   $("outlines").disabled = selected !== "classes";
 }
 
@@ -240,6 +242,7 @@ function draw(name, attributes, className) {
 function clearPixel() {
   $("path").replaceChildren();
   $("pixel").hidden = true;
+  if (prediction) showExplanation(null);
 }
 
 async function explain(pixel) {
@@ -296,8 +299,85 @@ async function explain(pixel) {
   draw("circle", { cx: middle[0], cy: middle[1], r: size / 2 });
 }
 
+// Explanation of the class of a pixel
+
+async function explainClass() {
+  const { picture } = prediction, { x, y } = cursor;
+  $("explain").disabled = true;
+  try {
+    const response = await checkedResponse(fetch(`explanation?picture=${picture}&y=${y}&x=${x}`));
+    const content = await response.arrayBuffer();
+    if (prediction.picture !== picture || !cursor || cursor.x !== x || cursor.y !== y) return;
+    const length = new DataView(content).getUint32(0, true);
+    const decoded = JSON.parse(new TextDecoder().decode(new Uint8Array(content, 4, length)));
+    const pixels = decoded.height * decoded.width;
+    decoded.maps = decoded.explained.map((_, index) => new Int8Array(content, 4 + length + index * pixels, pixels));
+    showExplanation(decoded);
+  } catch (error) {
+    showError(error.message);
+  } finally {
+    $("explain").disabled = false;
+  }
+}
+
+function showExplanation(explanation) {
+  explained = explanation;
+  $("explained").hidden = !explained;
+  $("explain").hidden = Boolean(explained);
+  if (explained) {
+    $("numbers").replaceChildren(
+      ...explained.explained.map(({ name }, index) => {
+        const label = element("label"), radio = element("input");
+        Object.assign(radio, { type: "radio", name: "number", value: index, checked: index === 0 });
+        radio.addEventListener("change", () => showNumber(index));
+        label.append(radio, element("span", "", name));
+        return label;
+      }),
+    );
+    showNumber(0);
+  }
+  showLayer();
+}
+
+function showNumber(index) {
+  const { name, logit, sum, levels } = explained.explained[index];
+  const number = (value, digits) => Number(value.toPrecision(digits)).toString();
+  $("sum").textContent = `Logit ${number(logit, 6)}, sum of the contributions ${number(sum, 6)}.`;
+  const largest = Math.max(...Object.values(levels).map(Math.abs)) || 1;
+  $("levels").replaceChildren(
+    ...Object.entries(levels).map(([level, value]) => {
+      const item = element("li"), bar = element("span", "bar"), fill = element("i", value > 0 ? "for" : "against");
+      fill.style.width = `${(100 * Math.abs(value)) / largest}%`;
+      bar.append(fill);
+      item.append(element("span", "", level), bar, element("span", "share", (value > 0 ? "+" : "") + number(value, 3)));
+      return item;
+    }),
+  );
+  const limits = explained.limits ? ` ${explained.limits[0].toUpperCase()}${explained.limits.slice(1)}.` : "";
+  $("signs").textContent =
+    `In the image: red pixels raise ${name}, blue ones lower it, relative to the mean colour. Below “pixels”: the ` +
+    `biases, by stage and scale of the map.${limits}`;
+  paintContributions(explained.maps[index]);
+}
+
+// The colours of visualize --explain, over the image.
+function paintContributions(values) {
+  const canvas = $("contributions");
+  canvas.width = explained.width;
+  canvas.height = explained.height;
+  const context = canvas.getContext("2d");
+  const data = context.createImageData(explained.width, explained.height);
+  for (let pixel = 0; pixel < values.length; pixel++) {
+    const strength = Math.abs(values[pixel]) / 127, sign = values[pixel] > 0 ? [179, 69, 31] : [33, 94, 168];
+    // A pale veil where contributions are zero, so that they are visible on dark and colourful images.
+    data.data.set([...sign.map((channel) => 255 + strength * (channel - 255)), 140 + 115 * strength], 4 * pixel);
+  }
+  context.putImageData(data, 0, 0);
+}
+
 // Input
 
+$("explain").addEventListener("click", explainClass);
 $("stage").addEventListener("pointermove", (event) => prediction && showReadout(pixelAt(event)));
 $("stage").addEventListener("pointerleave", () => prediction && showReadout(cursor));
 $("stage").addEventListener("click", (event) => {
@@ -320,6 +400,8 @@ $("stage").addEventListener("keydown", (event) => {
     showReadout(cursor);
   } else if (event.key === "Enter" && cursor) {
     explain(cursor);
+  } else if (event.key.toLowerCase() === "e" && cursor && !event.ctrlKey && !event.metaKey && !event.altKey) {
+    explain(cursor).then(explainClass);
   } else if (event.key === "Escape") {
     cursor = null;
     clearPixel();
@@ -329,7 +411,9 @@ $("stage").addEventListener("keydown", (event) => {
   }
   event.preventDefault();
 });
-for (const radio of document.querySelectorAll("input[name=layer]")) radio.addEventListener("change", showLayer);
+for (const radio of document.querySelectorAll("input[name=layer]")) {
+  radio.addEventListener("change", () => showExplanation(null));
+}
 $("opacity").addEventListener("input", showLayer);
 $("outlines").addEventListener("change", () => prediction && paintClasses());
 $("file").addEventListener("change", (event) => {

@@ -3,6 +3,7 @@
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from segdeconv.analysis import switch_paths
+from segdeconv.analysis.explanation import Explainer, Question, shown
 from segdeconv.data.preprocessing import Size, resize_image
 from segdeconv.drawing import draw
 from segdeconv.errors import UsageError
@@ -25,7 +27,8 @@ class ImagePrediction:
     """The prediction of one image.
 
     Attributes:
-        image: (H, W, 3) uint8, upright, as shown on the page.
+        source: (H, W, channels), upright, as read; reduced like `image`.
+        image: (H, W, 3) uint8, as shown on the page.
         reduced_from: (H, W) of the file, if the image was reduced.
         probabilities: (C, H, W) float32, on the network's device.
         labels: (H, W) uint8 class indices.
@@ -36,6 +39,7 @@ class ImagePrediction:
         seconds: Time of the prediction.
     """
 
+    source: np.ndarray
     image: np.ndarray
     reduced_from: Size | None
     probabilities: Tensor
@@ -62,6 +66,31 @@ class ImagePredictor:
     def __init__(self, segmenter: Segmenter) -> None:
         self.segmenter, self.classes = segmenter, segmenter.classes
         self.name = type(segmenter.network.model).__name__
+
+    @cached_property
+    def explainer(self) -> Explainer:
+        """The explainer of one pass without dropout, in float32."""
+        return Explainer(self.segmenter.float32_model, self.segmenter.preprocessing, self.classes.names)
+
+    def explain(self, prediction: ImagePrediction, y: int, x: int) -> tuple[dict[str, Any], np.ndarray]:
+        """Explain why a pixel of the shown image has its class and not the next one.
+
+        Returns:
+            The numbers of the explanation, and (2, h, w) float32 in -1..1 at the size of the network's input: the
+            contributions of the pixels to the logit of the class and to its difference from that of the next class, as
+            they are shown.
+
+        Raises:
+            UsageError: The pixel lies outside the image, or memory runs out.
+        """
+        answer = self.explainer.explain(prediction.source, Question(y, x))
+        maps = [shown(each.pixels, sigma=max(1.0, each.pixels.shape[-1] / 240))[0] for each in answer.named.values()]
+        numbers = [
+            {"name": name, "logit": each.value, "sum": each.total, "levels": each.by_level()}
+            for name, each in answer.named.items()
+        ]
+        about = {"exact": answer.exact, "limits": answer.limits, "explained": numbers}
+        return about, np.stack(maps)
 
     def predict(self, content: bytes) -> ImagePrediction:
         """Predict an image.
@@ -92,6 +121,7 @@ class ImagePredictor:
         index, confidence = labels_and_confidence(ClassScores(probabilities, True))
         entropy = entropy_of(probabilities)[0] / np.log(len(self.classes))
         return ImagePrediction(
+            image,
             draw.to_rgb(image),
             original if scale < 1 else None,
             probabilities[0],

@@ -52,6 +52,7 @@ class Server(LocalServer):
             routes=[
                 Route("/network", self._network),
                 Route("/pixel", self._pixel),
+                Route("/explanation", self._explanation),
                 Route("/look", self._look, methods=["POST"]),
             ],
             way_out="send images to /look",
@@ -68,21 +69,38 @@ class Server(LocalServer):
         Raises:
             Refused: Another image has been predicted since.
         """
+        return pixel(self._prediction(number), y, x)
+
+    def explanation(self, number: int, y: int, x: int) -> bytes:
+        """Explain a pixel of the image of this number, see `ImagePredictor.explain`, and encode the explanation.
+
+        Returns:
+            The length of the JSON in four bytes; the JSON; and the two maps int8 in -127..127, each (h, w).
+
+        Raises:
+            Refused: Another image has been predicted since.
+        """
+        numbers, maps = self.predictor.explain(self._prediction(number), y, x)
+        text = json.dumps(numbers | {"height": maps.shape[1], "width": maps.shape[2]}).encode()
+        return struct.pack("<I", len(text)) + text + np.round(maps * 127).astype(np.int8).tobytes()
+
+    def _prediction(self, number: int) -> ImagePrediction:
         if self.last is None or self.last[0] != number:
             raise Refused(HTTPStatus.GONE, "another image was predicted in the meantime - drop this one again")
-        return pixel(self.last[1], y, x)
+        return self.last[1]
 
     async def _network(self, request: Request) -> Response:
         return Response(json.dumps(about(self.predictor)), media_type=JSON)
 
     async def _pixel(self, request: Request) -> Response:
-        try:
-            query = parse_qs(request.scope["query_string"].decode(), max_num_fields=3)
-            number, y, x = (int(query[name][0]) for name in ("picture", "y", "x"))
-        except (KeyError, ValueError):
-            raise Refused(HTTPStatus.BAD_REQUEST, "request /pixel?picture=NUMBER&y=ROW&x=COLUMN") from None
-        explanation = await self.run_in_main_thread(lambda: self.pixel(number, y, x))
+        place = _place(request)
+        explanation = await self.run_in_main_thread(lambda: self.pixel(*place))
         return Response(json.dumps(explanation), media_type=JSON)
+
+    async def _explanation(self, request: Request) -> Response:
+        place = _place(request)
+        explanation = await self.run_in_main_thread(lambda: self.explanation(*place))
+        return Response(explanation, media_type="application/octet-stream")
 
     async def _look(self, request: Request) -> Response:
         require_own_page(request, "application/octet-stream", "send the image's bytes as application/octet-stream")
@@ -91,6 +109,21 @@ class Server(LocalServer):
         )
         prediction = await self.run_in_main_thread(lambda: self.predict(content))
         return Response(prediction, media_type="application/octet-stream")
+
+
+def _place(request: Request) -> tuple[int, int, int]:
+    """Return the number of the image, the row and the column that a request asks about.
+
+    Raises:
+        Refused: The query is invalid.
+    """
+    try:
+        query = parse_qs(request.scope["query_string"].decode(), max_num_fields=3)
+        number, y, x = (int(query[name][0]) for name in ("picture", "y", "x"))
+    except (KeyError, ValueError):
+        path = request.url.path
+        raise Refused(HTTPStatus.BAD_REQUEST, f"request {path}?picture=NUMBER&y=ROW&x=COLUMN") from None
+    return number, y, x
 
 
 def about(predictor: ImagePredictor) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from served_page import NAMES, STAGES, error_message, image_file, request, runni
 from starlette.requests import Request
 
 from segdeconv.analysis import switch_paths
+from segdeconv.analysis.explanation import Explainer, Question, shown
 from segdeconv.checkpoints import checkpoint
 from segdeconv.data.preprocessing import Preprocessing
 from segdeconv.errors import UsageError
@@ -139,6 +140,33 @@ def test_a_pixels_path_is_its_switch_path_in_pixels_of_the_image(address, traine
     outside = request(address, "GET", f"/pixel?picture={metadata['picture']}&y=83&x=0")
     assert (outside[0], error_message(outside)) == (422, "pixel x=0, y=83 is outside the image of 121x83 pixels")
     assert request(address, "GET", "/pixel?picture=one")[0] == 400
+
+
+def test_an_explanation_adds_up_and_shows_the_contributions_of_pixels(address, trained):
+    metadata, labels, *_ = unpacked(request(address, "POST", "/look", image_file())[2])
+    target = f"/explanation?picture={metadata['picture']}&y=60&x=100"
+    status, _, body = request(address, "GET", target)
+    assert status == 200
+    (length,) = struct.unpack_from("<I", body)
+    explanation = json.loads(body[4 : 4 + length])
+    assert (explanation["exact"], explanation["limits"]) == (True, "")
+    assert (explanation["height"], explanation["width"]) == (40, 56)
+    of_class, of_difference = explanation["explained"]
+    assert of_class["name"] == NAMES[labels[60, 100]]
+    assert of_difference["name"].startswith(f"{of_class['name']} - ")
+    for numbers in explanation["explained"]:
+        assert numbers["sum"] == pytest.approx(numbers["logit"], abs=1e-4)
+        assert sum(numbers["levels"].values()) == pytest.approx(numbers["sum"], abs=1e-4)
+    maps = np.frombuffer(body, np.int8, offset=4 + length).reshape(2, 40, 56)
+    explained = Explainer(trained.model().eval(), Preprocessing.from_dict(
+        {**trained.facts["preprocessing"], "size": [40, 56]}), NAMES
+    ).explain(fakes.image_and_mask(3, 3, (83, 121))[0], Question(60, 100))  # fmt: skip
+    expected = shown(explained.of_difference.pixels, sigma=1)[0]
+    np.testing.assert_allclose(maps[1] / 127, expected, atol=0.02)
+    assert request(address, "GET", target.replace("x=100", "x=121"))[0] == 422
+    assert request(address, "GET", target.replace("picture=", "picture=9"))[0] == 410
+    missing = request(address, "GET", "/explanation?picture=1")
+    assert (missing[0], error_message(missing)) == (400, "request /explanation?picture=NUMBER&y=ROW&x=COLUMN")
 
 
 def test_images_of_every_kind_are_shown_upright_and_as_predict_reads_them(address):
@@ -449,6 +477,32 @@ def test_the_page(address, trained, tmp_path):
         page.wait_for_selector("#pixel:not([hidden])")
         page.keyboard.press("Escape")
         assert page.locator("#pixel").is_hidden()
+        # The explanation of the class, by mouse and by keyboard.
+        page.mouse.click(box["x"] + (x + 0.5) / 121 * box["width"], box["y"] + (y + 0.5) / 83 * box["height"])
+        page.wait_for_selector("#pixel:not([hidden])")
+        assert page.locator("#contributions").is_hidden()
+        page.click("#explain")
+        page.wait_for_selector("#explained:not([hidden])")
+        assert page.locator("#contributions").is_visible()
+        assert page.locator("#classes").is_hidden()
+        numbers = [float(text) for text in re.findall(r"-?\d+\.\d+(?:e-\d+)?", page.text_content("#sum"))]
+        assert numbers[0] == pytest.approx(numbers[1], abs=1e-3)
+        levels = [float(text) for text in page.locator("#levels .share").all_text_contents()]
+        assert sum(levels) == pytest.approx(numbers[0], abs=0.02)  # of three digits each
+        assert page.locator("#levels li").count() == 7  # pixels, three levels of the encoder and three of the decoder
+        names = page.locator("#numbers label").all_text_contents()
+        assert names[0] == NAMES[labels[y, x]]
+        page.locator("#numbers input").first.focus()
+        page.keyboard.press("ArrowRight")
+        assert page.text_content("#signs").startswith(f"In the image: red pixels raise {names[1]}, blue ones lower it")
+        page.focus("#stage")
+        page.keyboard.press("Escape")
+        assert page.locator("#contributions").is_hidden()
+        assert page.locator("#classes").is_visible()
+        page.keyboard.press("ArrowLeft")
+        page.keyboard.press("e")
+        page.wait_for_selector("#explained:not([hidden])")
+        page.keyboard.press("Escape")
         # Only the largest class, in its colour.
         page.locator("#legend button").first.click()
         canvas = page.evaluate(DRAWN)
