@@ -23,11 +23,12 @@ from segdeconv.training.config_check import check_config
 pytestmark = pytest.mark.slow
 OWN_CODE = ROOT / "docs" / "own_code"
 
-# Scripts that take hours or do not end by themselves. Other tests cover them.
+# Scripts that take hours, do not end by themselves, or need a trained network. Other tests cover them.
 TESTED_ELSEWHERE = {
     "study": "experiments/test_study.py", "results": "experiments/test_results.py",
     "benchmark": "experiments/test_benchmarks.py", "serve": "serving/test_server.py",
-    "label": "serving/test_label_page.py", "merge": "inference/test_parts.py",
+    "calibrate": "evaluation/test_temperature.py", "label": "serving/test_label_page.py",
+    "merge": "inference/test_parts.py",
 }  # fmt: skip
 # Words of commands that need a service, a cluster, an object storage or a person. training/test_loggers.py,
 # inference/test_distributed.py, data/datasets/test_remote_shards.py and serving/test_label_page.py cover them.

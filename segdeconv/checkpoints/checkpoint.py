@@ -95,6 +95,8 @@ PARTS = ("hyper_parameters", "segdeconv", "state_dict")
 FOLDER = "working_folder"  # the current folder of training relative to that of the checkpoint, for a relative root
 SIDECAR_LINES = 4  # the hash of the current file, and those of files that interrupted writes may have left
 SIDECAR_BYTES = 4096  # more than that many lines need; the rest of a longer file is not read
+# Metadata that holds for the weights of the checkpoint only.
+MEASURED = {"int8": "the range of 8-bit maps", "temperature": "the temperature, which calibrate fitted,"}
 REQUIRED_TO_RESUME = frozenset({"global_step", "loops", "optimizer_states"})
 CONFIG_LIMITS = Limits(nodes=20_000)  # of config and metadata
 CONTENT_LIMITS = Limits(nodes=2_000_000)  # of the whole content, with the state of training
@@ -271,6 +273,14 @@ def write_weights(
         UsageError: See `cards.write`.
     """
     cards.write(path, checkpoint.weights, {**(about or {}), **checkpoint.card}, half=half)
+
+
+def without_measurements(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return metadata without what was measured on weights that are about to change; a line is printed for each."""
+    for name, described in MEASURED.items():
+        if facts.get(name) is not None:
+            warn(f"{described} of the checkpoint is left out, because its weights change; measure it again afterwards")
+    return {name: value for name, value in facts.items() if name not in MEASURED}
 
 
 def _shareable(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -70,6 +70,23 @@ class _Int8(_Form):
     int8: float
 
 
+class _Probabilities(_Form):
+    nll: Annotated[float, Field(ge=0)]
+    expected_calibration_error: Annotated[float, Field(ge=0, le=1)]
+
+
+class _Temperature(_Form):
+    """See `evaluation.temperature.Temperature`."""
+
+    value: Annotated[float, Field(ge=1e-9, le=1e9)]
+    standard_error: Annotated[float, Field(ge=0)] | None
+    split: Name
+    images: int
+    pixels: int
+    before: _Probabilities
+    after: _Probabilities
+
+
 class _Metadata(_Form):
     classes: _Classes
     preprocessing: _Preprocessing
@@ -77,6 +94,7 @@ class _Metadata(_Form):
     fingerprints: Mapping[str, str] = {}
     precision: str
     int8: _Int8 | None = None
+    temperature: _Temperature | None = None
 
     @model_validator(mode="after")
     def _require_a_weight_for_each_class(self) -> Self:

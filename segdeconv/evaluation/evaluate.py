@@ -311,6 +311,7 @@ class Evaluation:
             samples=self.segmenter.settings.samples,
             min_area=self.segmenter.settings.min_area,
             calibration=self.calibration.report(),
+            temperature=self.segmenter.checkpoint.facts.get("temperature"),
             uncertainty_of_pixels=(
                 f"variance of {self.segmenter.settings.samples} samples, averaged over the classes"
                 if self.segmenter.settings.samples
@@ -326,7 +327,9 @@ class Evaluation:
 
     def score_table(self) -> str:
         """Return the scores as a text table."""
-        return report.score_table(self.confusion, self.dataset.classes, self.calibration, self.boundaries)
+        table = report.score_table(self.confusion, self.dataset.classes, self.calibration, self.boundaries)
+        recorded = self.segmenter.checkpoint.facts.get("temperature")
+        return f"{table}\n{report.describe_temperature(recorded)}" if recorded else table
 
 
 def largest_uncertainty(num_classes: int, samples: int) -> float:

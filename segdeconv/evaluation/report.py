@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,26 @@ def score_table(
         names = ", ".join(classes.names[index] for index in result.absent)
         lines.append(f"left out of the means (in neither ground truth nor prediction): {names}")
     return "\n".join(lines)
+
+
+def describe_temperature(recorded: Mapping[str, Any]) -> str:
+    """Return a line about the temperature in a checkpoint's metadata; see `temperature.Temperature.to_dict`.
+
+    Examples:
+        >>> before, after = ({"nll": nll, "expected_calibration_error": nll / 10} for nll in (0.5, 0.25))
+        >>> fitted = {"value": 1.5, "standard_error": 0.04, "split": "val", "images": 101}
+        >>> print(describe_temperature({**fitted, "before": before, "after": after}).replace("; ", "\\n"))
+        temperature 1.500 ± 0.040, fitted on val (101 images)
+        NLL 0.5000 before, 0.2500 after
+        calibration error 5.00 % before, 2.50 % after
+    """
+    before, after, spread = recorded["before"], recorded["after"], recorded["standard_error"]
+    value = f"{recorded['value']:.3f}" + ("" if spread is None else f" ± {spread:.3f}")
+    errors = [100 * state["expected_calibration_error"] for state in (before, after)]
+    return (
+        f"temperature {value}, fitted on {recorded['split']} ({recorded['images']} images); NLL {before['nll']:.4f} "
+        f"before, {after['nll']:.4f} after; calibration error {errors[0]:.2f} % before, {errors[1]:.2f} % after"
+    )
 
 
 def _percent(value: float) -> str:

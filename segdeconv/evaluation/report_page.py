@@ -13,6 +13,7 @@ from segdeconv.data.dataset import PublishedScores, SegmentationDataset
 from segdeconv.drawing import draw, html, thumbnails
 from segdeconv.drawing.thumbnails import Gallery
 from segdeconv.evaluation.learning_curve import HEIGHT, WIDTH, LearningCurve, charts
+from segdeconv.evaluation.report import describe_temperature
 from segdeconv.evaluation.verdict import foreground
 
 MAX_CELL_CLASSES = 40  # a confusion matrix of more classes is shown as a map
@@ -94,6 +95,7 @@ def build_page(
         curves=[(evaluation.curve, charts(evaluation.curve) if evaluation.curve else []) for evaluation in evaluated],
         chart_size=(WIDTH, HEIGHT),
         percentiles=_percentiles(first.report),
+        temperatures=[describe_temperature(each["temperature"]) if each["temperature"] else None for each in reports],
         published=dataset.published,
         published_by_class=_published_by_class(dataset.published, classes),
         confusion=confusion,

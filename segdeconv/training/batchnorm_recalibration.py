@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
-from segdeconv.checkpoints.checkpoint import AVERAGED, Checkpoint
+from segdeconv.checkpoints.checkpoint import AVERAGED, Checkpoint, without_measurements
 from segdeconv.data.loading import EvaluationSamples, evaluation_loader
 from segdeconv.errors import UsageError
 from segdeconv.evaluation.evaluate import restore_dataset
@@ -57,8 +57,13 @@ def recalibrated(checkpoint: Checkpoint, *, device: torch.device) -> Checkpoint:
     for name, norm in norms.items():
         for buffer, value in norm.named_buffers():
             state[f"{prefix}{name}.{buffer}"] = value.cpu()
-    kept = {key: checkpoint.content[key] for key in ("hyper_parameters", "segdeconv")}
-    return dataclasses.replace(checkpoint, content={**kept, "state_dict": state})
+    facts = without_measurements(checkpoint.facts)
+    content = {
+        "hyper_parameters": {**checkpoint.content["hyper_parameters"], "facts": facts},
+        "segdeconv": checkpoint.content["segdeconv"],
+        "state_dict": state,
+    }
+    return dataclasses.replace(checkpoint, facts=facts, content=content)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from segdeconv import __version__
 from segdeconv.checkpoints import checkpoint as checkpoints
-from segdeconv.checkpoints.checkpoint import FORMAT
+from segdeconv.checkpoints.checkpoint import FORMAT, without_measurements
 from segdeconv.classes import Classes, default_colours
 from segdeconv.config import ABSENT, TARGET, build, written
 from segdeconv.data.loading import collate_training
@@ -346,6 +346,8 @@ class SegmentationTask(LightningModule):
             self.total_steps = int(steps)
         if self.recalibration_batches and self._pipeline is None:
             raise UsageError("recalibration_batches needs segdeconv's DataModule - set task.recalibration_batches = 0")
+        if self.metadata:
+            self.metadata = {**self.metadata, "facts": without_measurements(self.metadata["facts"])}
         if not self.activation_checkpointing:  # kept memory is fragmented: up to a third more at the peak
             keep_freed(self.device)
         if self.compiles(self.device):

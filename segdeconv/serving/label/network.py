@@ -64,6 +64,8 @@ def open_network(
             f"{source.path} takes {preprocessing.channels} channels as stored, and label shows RGB photos - give a "
             "checkpoint of RGB images"
         )
+    if source.facts.get("temperature"):
+        warn(f"the temperature of {source.path} does not hold for what the network is going to learn")
     learner = Learner(
         network,
         source.classes.names,
