@@ -184,7 +184,7 @@ def run(description: str) -> None:
     if arguments.submission:
         submission = SubmissionWriter(arguments.submission, checkpoint.classes, out)
     missing: list[str] = []
-    images = find_images(paths, out, outputs.endings(), missing=missing)
+    images = find_images(paths, out, outputs.endings(), missing=missing, address=store)
     if submission:
         submission.check_inputs(images)
     inputs = parts.fingerprint(f"{name} {path.as_posix()}" for name, path in images.items()) if part else None

@@ -68,7 +68,12 @@ class FileNames:
 
 
 def find_images(
-    arguments: Sequence[str], out: Path, endings: Sequence[str], *, missing: list[str] | None = None
+    arguments: Sequence[str],
+    out: Path,
+    endings: Sequence[str],
+    *,
+    missing: list[str] | None = None,
+    address: object = None,
 ) -> dict[str, Path]:
     """Find the images and videos that command-line arguments name, and warn of files in folders that are left out.
 
@@ -78,6 +83,7 @@ def find_images(
             files and folders in an object storage, such as `s3://BUCKET/FOLDER`, in lists too.
         out: Output folder.
         endings: File name endings of the outputs written for each image.
+        address: What messages call the output folder, if it is the local one of an object storage.
         missing: Receives a message for each line of a list that names no file; None to raise an error for the first.
 
     Returns:
@@ -93,7 +99,7 @@ def find_images(
     found = [entry for argument in arguments for entry in _resolve(argument, out, absent)]
     for path, name in _named_apart(found, endings[0]):
         for ending in endings:
-            names.add(f"{name}{ending}", path)
+            names.add(f"{address or out}/{name}{ending}", path)
         images[name] = path
     if absent and (missing is None or not images):
         raise UsageError(absent[0])

@@ -305,7 +305,7 @@ async function explainClass() {
   const { picture } = prediction, { x, y } = cursor;
   $("explain").disabled = true;
   try {
-    const response = await checkedResponse(fetch(`explanation?picture=${picture}&y=${y}&x=${x}`));
+    const response = await checked(fetch(`explanation?picture=${picture}&y=${y}&x=${x}`));
     const content = await response.arrayBuffer();
     if (prediction.picture !== picture || !cursor || cursor.x !== x || cursor.y !== y) return;
     const length = new DataView(content).getUint32(0, true);

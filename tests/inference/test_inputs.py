@@ -120,5 +120,5 @@ def test_images_that_differ_only_in_the_suffix_keep_it(
 )
 def test_other_collisions_are_refused(paths: list[str]) -> None:
     create(*paths)
-    with pytest.raises(UsageError, match=r"have the same output file a(\.png)?\.png - use two --out folders"):
+    with pytest.raises(UsageError, match=r"have the same output file out/a(\.png)?\.png - use two --out folders"):
         find_images(paths, Path("out"), ENDINGS)
