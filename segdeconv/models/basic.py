@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from segdeconv.models.activation_checkpointing import Checkpointable
 from segdeconv.models.base import SegmentationModel
 from segdeconv.models.dropout import DropoutAt, dropout_places
-from segdeconv.models.encoders import Encoder, SwitchSource
+from segdeconv.models.encoders import Encoder, HardSource, SwitchSource
 from segdeconv.models.layers import BilinearDeconv, ConvBlock, Dropouts, cut, init_he
 from segdeconv.switches.modules import Unpool
 
@@ -205,7 +205,7 @@ class FCNBasic(BasicModel):
         in_channels: int = 3,
         width: PositiveInt = 64,
         bias: bool = True,
-        switch_source: SwitchSource = "pre_relu",
+        switch_source: HardSource = "pre_relu",
         addition: bool = True,
         reduction: bool = True,
     ) -> None:
@@ -264,7 +264,7 @@ class BilinearBasic(BasicModel):
         in_channels: int = 3,
         width: PositiveInt = 64,
         bias: bool = True,
-        switch_source: SwitchSource = "pre_relu",
+        switch_source: HardSource = "pre_relu",
     ) -> None:
         super().__init__(num_classes, in_channels=in_channels, width=width, bias=bias, switch_source=switch_source)
         self.classifier = nn.Conv2d(width, num_classes, 1, bias=bias)

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from segdeconv.models.activation_checkpointing import Checkpointable
 from segdeconv.models.layers import Blocks, ConvBlock, Dropouts, init_he
 from segdeconv.switches.fused import fuses, norm_relu_pool
-from segdeconv.switches.modules import MaxPool
+from segdeconv.switches.modules import MaxPool, SoftMaxPool
 from segdeconv.switches.ops import Pooling
 
 Stages = tuple[tuple[int, ...], ...]
 
 
-SwitchSource = Literal["pre_relu", "post_relu"]
+HardSource = Literal["pre_relu", "post_relu"]
+SwitchSource = Literal["pre_relu", "post_relu", "soft"]
 
 
 class Encoding(NamedTuple):
@@ -45,7 +46,8 @@ class Encoder(nn.Module):
         switch_source: Values whose maxima set the switches. `post_relu` pools after the ReLU, as in the original
             networks. `pre_relu` pools first and rectifies the maxima: pooled values and gradients are the same, the
             ReLU runs on a quarter of the data, and no window of four zeros can tie, as 8 to 38 % of the windows of an
-            untrained VGG16 do with `post_relu`; those ties go to the top left cell.
+            untrained VGG16 do with `post_relu`; those ties go to the top left cell. `soft` is `pre_relu` with switches
+            that are soft at the beginning of training, see `SoftMaxPool`; inference is the same.
         packed_switches: Keep the switches in two bits instead of eight, for the decoder and for the backward pass;
             slightly slower on a CPU.
 
@@ -75,7 +77,7 @@ class Encoder(nn.Module):
             blocks = []
             for position, channels in enumerate(stage):
                 before_pool = position == len(stage) - 1
-                activation = not (before_pool and switch_source == "pre_relu")
+                activation = not (before_pool and switch_source != "post_relu")
                 blocks.append(
                     ConvBlock(
                         in_channels, channels, kernel=kernel, dilation=dilation, norm=norm, activation=activation,
@@ -84,7 +86,8 @@ class Encoder(nn.Module):
                 )  # fmt: skip
                 in_channels = channels
             self.stages.append(Blocks(*blocks))
-        self.pools = nn.ModuleList(MaxPool(level, packed=packed_switches) for level in range(1, len(stages) + 1))
+        kind = SoftMaxPool if switch_source == "soft" else MaxPool
+        self.pools = nn.ModuleList(kind(level, packed=packed_switches) for level in range(1, len(stages) + 1))
         self.fused = FusedStage()
         init_he(self)
 
@@ -95,7 +98,7 @@ class Encoder(nn.Module):
                 pooling = self.fused(stage, pool, x)
             else:
                 pooling = pool(self.dropouts.at(f"stage{number}", stage(x)))
-                if self.switch_source == "pre_relu":
+                if self.switch_source != "post_relu":
                     pooling = pooling._replace(features=torch.relu(pooling.features))
             pooled.append(pooling)
             x = self.dropouts.at(f"pool{number}", pooling.features)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules import module as torch_module
 
+from segdeconv.switches.modules import MaxPool
 from segdeconv.switches.ops import Pooling, load_triton_kernels
 
 
@@ -30,7 +31,7 @@ def fuses(stage: nn.Module, pool: nn.Module, x: Tensor) -> bool:
         pool: The pool that follows the stage.
         x: Input of the stage, (N, C, H, W).
     """
-    if not _runs_on_its_device(x) or not isinstance(stage, nn.Sequential):
+    if not _runs_on_its_device(x) or not isinstance(stage, nn.Sequential) or type(pool) is not MaxPool:
         return False
     block: Any = stage[-1]
     norm = block.norm

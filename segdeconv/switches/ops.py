@@ -38,7 +38,7 @@ class Pooling(NamedTuple):
     Attributes:
         features: The maxima, (N, C, ceil(H/2), ceil(W/2)).
         switches: The winning cell of each window, `2*dy + dx` in 0..3, uint8 of the same shape; if packed,
-            (N, ceil(C/4), h, w).
+            (N, ceil(C/4), h, w). In the training of a `SoftMaxPool`, weights of all cells, (N, C, H, W) floating point.
         size: (H, W) before pooling; unpooling needs it, because 45 and 46 both pool to 23.
     """
 

@@ -32,6 +32,7 @@ from segdeconv.losses import build_loss, loss_sums
 from segdeconv.models import SegmentationModel, build_model
 from segdeconv.models.activation_checkpointing import checkpoint_activations
 from segdeconv.optimization import Schedule, average, build_optimizer
+from segdeconv.switches.modules import SoftMaxPool
 from segdeconv.switches.ops import load_triton_kernels
 from segdeconv.system.devices import autocast, machine
 from segdeconv.system.memory import keep_freed
@@ -364,6 +365,9 @@ class SegmentationTask(LightningModule):
         micro_batch = batch_idx % self.trainer.accumulate_grad_batches
         torch.manual_seed(key(self.seed, "step", self.global_step, micro_batch, self.global_rank))
         self._set_learning_rate(self.global_step)
+        for module in self.model.modules():
+            if isinstance(module, SoftMaxPool):
+                module.set_progress(self.global_step / self.total_steps)
         self.lr = self.optimizer.param_groups[0]["lr"]
 
     def _set_learning_rate(self, step: int) -> None:

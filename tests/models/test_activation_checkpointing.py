@@ -15,6 +15,7 @@ NETWORKS = {
     "SegNet after the ReLU, packed": lambda: SegNet(
         3, stages=((4,), (6,)), switch_source="post_relu", packed_switches=True
     ),
+    "SegNet with soft switches": lambda: SegNet(3, stages=((4, 4), (6, 6)), switch_source="soft"),
     "SegNetBasic": lambda: SegNetBasic(3, width=4, encoder_addition=True, dropout_at="central"),
     "FCNBasic": lambda: FCNBasic(3, width=4),
     "DeconvNet": lambda: DeconvNet(3, width=0.0625, fc_width=8, depth=11),

@@ -30,6 +30,7 @@ SIMILAR = {path.stem for path in CONFIGS if path.stem.startswith(("bayesian", "f
 VARIANTS = {
     **{path.stem: (path, {}) for path in CONFIGS},
     "segnet without norms": (CONFIGS[0].with_name("segnet.yaml"), {"norm": False}),
+    "segnet with soft switches": (CONFIGS[0].with_name("segnet.yaml"), {"switch_source": "soft"}),
     "deconvnet with tied filters": (CONFIGS[0].with_name("deconvnet.yaml"), {"tied": True}),
     "fcn with padding 100": (CONFIGS[0].with_name("fcn.yaml"), {"padding": 100}),
 }
