@@ -18,7 +18,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 
 
 def pytest_collection_finish():
-    """Leave what the collection has made to no garbage collection, neither of the tests nor of the processes they fork."""
+    """Exempt what the collection has made from garbage collection, in the tests and in the processes that they fork."""
     gc.freeze()
     gc.enable()
 

@@ -182,7 +182,7 @@ def serve() -> None:
     gc.disable()
     import albumentations  # noqa: F401
     import hydra
-    import hydra.core.override_parser.overrides_parser  # noqa: F401
+    import hydra.core.override_parser.overrides_parser
     import torch
 
     import segdeconv
@@ -193,8 +193,13 @@ def serve() -> None:
             importlib.import_module(module.name)  # Lightning too, which takes longer than a tiny run
 
     torch.set_num_threads(1)
+    if not torch.cuda.is_available():
+        # Lightning has torch search for the driver at each operation on fake tensors, unless no device is visible.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     with hydra.initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        hydra.compose("train", ["dataset=folder", "hydra.run.dir=run", "dataset.size=[32,32]"], return_hydra_config=True)
+        hydra.compose(
+            "train", ["dataset=folder", "hydra.run.dir=run", "dataset.size=[32,32]"], return_hydra_config=True
+        )
     for template in html._pages().list_templates(["html"]):
         html._pages().get_template(template)
     # A child whose garbage collector went through all these objects would copy their memory, in a third of its time.
