@@ -232,7 +232,7 @@ def _wait(child: int, deadline: float) -> int:
             return os.waitstatus_to_exitcode(status)
         if time.monotonic() > deadline:
             os.killpg(child, signal.SIGKILL)  # the child leads its process group
-        time.sleep(0.01)
+        time.sleep(0.002)
 
 
 def _run_in_child(
