@@ -1,6 +1,7 @@
 """The architecture: which package may import which, and rules for all shipped files."""
 
 import ast
+import functools
 import subprocess
 import sys
 from graphlib import CycleError, TopologicalSorter
@@ -58,6 +59,7 @@ def modules() -> dict[str, Path]:
 MODULES = modules()
 
 
+@functools.cache
 def imported(path: Path) -> set[str]:
     """Return the dotted names that a file imports, also inside functions."""
     names = set()

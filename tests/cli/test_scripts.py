@@ -164,8 +164,9 @@ def test_inspect_prints_classes_and_names_every_bad_file(tmp_path, commands):
 
 
 def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, commands):
-    done = command("train", "model.widht=3", cwd=tmp_path, code=2)
-    assert done.stderr.splitlines() == [
+    done = commands("train", "model.widht=3", cwd=tmp_path)
+    assert done.code == 2
+    assert done.err.splitlines() == [
         "segdeconv: error: unknown key model.widht - did you mean 'width'? Available: depth, dropout, "
         "dropout_at, encoder_addition, norm, packed_switches, pretrained, stages, switch_source, width"
     ]
@@ -175,10 +176,11 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, commands):
     assert "dataset.root=/nope is not a folder; it should hold train.txt" in done.error_message
 
 
-def test_a_file_that_is_not_a_checkpoint_is_exit_code_4(tmp_path):
+def test_a_file_that_is_not_a_checkpoint_is_exit_code_4(tmp_path, commands):
     torch.save({"model": 3}, tmp_path / "other.ckpt")
-    done = command("evaluate", "other.ckpt", cwd=tmp_path, code=4)
-    assert done.stderr.splitlines()[-1].startswith("segdeconv: error: other.ckpt is not a segdeconv checkpoint")
+    done = commands("evaluate", "other.ckpt", cwd=tmp_path)
+    assert done.code == 4
+    assert done.error_message.startswith("other.ckpt is not a segdeconv checkpoint")
 
 
 def test_a_bad_mask_in_a_worker_is_still_one_line(tmp_path, commands):

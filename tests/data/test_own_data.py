@@ -15,7 +15,7 @@ import fakes
 import numpy as np
 import pytest
 import yaml
-from fresh_commands import command, iou_by_hand
+from fresh_commands import iou_by_hand
 from PIL import Image
 from real_data import PIXEL_COUNTS, REAL_CAMVID, needs_camvid
 
@@ -285,18 +285,19 @@ def test_classes_without_names_come_with_the_commands_that_name_them(
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def trained(tmp_path_factory: pytest.TempPathFactory, commands: Any) -> tuple[Path, str]:
     """Train a network with train.py on 16-bit TIFFs of two channels, neither of which suffices alone."""
     folder = tmp_path_factory.mktemp("channels")
     fakes.two_channels(folder / "tif")
     fakes.two_channels(folder / "npy", ".npy")
     settings = ("size=[48,64]", "crop=[48,48]", "channels=2", "batch_size=4", "num_workers=0", "group='^(site.)_'")
-    done = command(
+    done = commands(
         "train", "dataset=folder", "dataset.root=tif", *(f"dataset.{setting}" for setting in settings),
         "model.stages=[[16],[16]]", "trainer.max_epochs=12", "optimizer.lr=0.01", "augment=turns", "auto=[]",
         "hydra.run.dir=run", cwd=folder,
     )  # fmt: skip
-    return folder, done.stdout
+    assert done.code == 0, done.err
+    return folder, done.out
 
 
 @pytest.mark.slow

@@ -45,7 +45,7 @@ def bucket(endpoint, place):
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def place(tmp_path_factory, commands):
     """A folder with a network, photos, shards of the same images, and the masks that a folder of them gives."""
     folder = tmp_path_factory.mktemp("place")
     fakes.untrained(folder / "a.ckpt", DATA)
@@ -56,8 +56,8 @@ def place(tmp_path_factory):
         (folder / "photos" / split.split).mkdir(parents=True)
         for name, pair in zip(split.names, split.pairs, strict=True):
             shutil.copy(pair.image, folder / "photos" / split.split / f"{name}{pair.image.suffix}")
-    done = predict(folder, "photos", "--out", "expected")
-    assert done.returncode == 0, done.stderr
+    done = commands("predict", "a.ckpt", "photos", "--out", "expected", cwd=folder)
+    assert done.code == 0, done.err
     return folder
 
 
@@ -94,9 +94,9 @@ def test_an_address_without_obstore_says_what_to_install(tmp_path, commands):
         assert "needs obstore, which is not installed - pip install 'segdeconv[shards]'" in done.error_message
 
 
-def test_local_shards_give_the_masks_of_their_images(place, tmp_path):
-    done = predict(place, "packed", "--out", tmp_path / "out")
-    assert done.returncode == 0, done.stderr
+def test_local_shards_give_the_masks_of_their_images(place, tmp_path, commands):
+    done = commands("predict", "a.ckpt", "packed", "--out", tmp_path / "out", cwd=place)
+    assert done.code == 0, done.err
     assert outputs(tmp_path / "out") == outputs(place / "expected")
 
 

@@ -131,7 +131,7 @@ def test_segnet_basic_has_the_map_sizes_of_the_original_at_360x480():
 def test_receptive_field_of_segnet_basic_after_pool4_is_106():
     # With positive weights, the last cell of every window wins on a rising ramp, and the first on a falling one.
     # Together the gradients of one unit reach every pixel of its receptive field.
-    encoder = SegNetBasic(3).encoder.eval().double()
+    encoder = SegNetBasic(3, width=4).encoder.eval().double()
     for module in encoder.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.constant_(module.weight, 1 / module.weight[0].numel())

@@ -1,8 +1,6 @@
 """Summaries compared with hooks, torch's own counter, gradients and the published tables."""
 
 import json
-import os
-import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -358,17 +356,10 @@ def test_the_margins_keep_the_same_sides_odd():
     assert all(margin % 2**11 == 0 for margin in MARGINS)
 
 
-def command(*words, cwd, code=0):
-    words = [sys.executable, str(ROOT / "scripts" / "describe.py"), *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, cwd=cwd, capture_output=True, text=True, env=environment, timeout=300, check=False)
-    assert done.returncode == code, done.stdout + done.stderr
-    return done
-
-
-def test_the_command_takes_classes_and_size_from_the_data_set_without_its_files(tmp_path):
-    output = command("dataset=camvid", "model=segnet_basic", "--json", "basic.json", cwd=tmp_path).stdout
-    assert "SegNetBasic, 11 classes, one image of 360x480" in output
+def test_the_command_takes_classes_and_size_from_the_data_set_without_its_files(tmp_path, commands):
+    done = commands("describe", "dataset=camvid", "model=segnet_basic", "--json", "basic.json", cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert "SegNetBasic, 11 classes, one image of 360x480" in done.out
     content = json.loads((tmp_path / "basic.json").read_text())
     assert content["parameters"] == 1_416_587
     assert content["layers"][1]["kernel"] == [7, 7]
