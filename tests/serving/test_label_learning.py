@@ -1,5 +1,7 @@
 """The network of the labelling page: what it keeps of a photo, and what it learns from strokes."""
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -85,6 +87,22 @@ def test_learning_stops_after_its_time_and_sees_strokes_that_arrive_meanwhile():
 
     assert teacher.learn(examples, seconds=60).steps == 3
     assert teacher.learn(lambda: [first], seconds=0.3).seconds < 2
+
+
+def test_reading_photos_is_not_within_the_time_to_learn():
+    teacher = learner()
+    first = example(teacher)
+    calls = []
+
+    def examples():
+        if not calls:
+            time.sleep(1.0)
+        calls.append(None)
+        return [first]
+
+    learned = teacher.learn(examples, seconds=0.4)
+    assert learned.steps > 1
+    assert learned.seconds < 0.9
 
 
 def test_a_class_that_is_known_keeps_its_row_of_the_classifier():

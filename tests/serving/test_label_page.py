@@ -10,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 
+import checkpoint_files
 import numpy as np
 import pytest
 import torch
@@ -18,15 +19,19 @@ from fresh_commands import child_environment
 from page_checks import contrasts
 from PIL import Image
 from served_page import error_message, request
+from torch import nn
 
 from segdeconv.checkpoints import checkpoint
 from segdeconv.data.datasets.folder import Folder
 from segdeconv.data.preprocessing import Preprocessing
+from segdeconv.errors import CheckpointError, UsageError
 from segdeconv.inference.segmenter import Segmenter
-from segdeconv.models import SegNet
+from segdeconv.models import SegNet, vgg
 from segdeconv.serving.label import learning
+from segdeconv.serving.label import session as session_module
 from segdeconv.serving.label.learning import Learner
 from segdeconv.serving.label.network import open_network, saved_network
+from segdeconv.serving.label.photos import Photos
 from segdeconv.serving.label.server import LabelServer
 from segdeconv.serving.label.session import Session
 from segdeconv.serving.label.storage import Storage
@@ -141,6 +146,138 @@ def test_strokes_are_learned_proposed_and_accepted(tmp_path, monkeypatch):
     assert (predicted == scene(4)[1]).mean() > 0.8
     again, resumed = open_network(tmp_path / "out" / "session", "camvid-small")
     assert (again.names, resumed) == (list(NAMES), True)
+
+
+def taught(address):
+    """Paint a stroke of each class on photo 0 and learn a round."""
+    for label, x in ((0, 20), (1, 110)):
+        assert post(address, "/stroke", {"number": 0, "stroke": brush(label, [[x, 20], [x, 80]])})[0] == 200
+    return json.loads(post(address, "/learn", {"number": 0, "seconds": 0.1, "scope": "all"})[2])["round"]
+
+
+def test_the_mask_that_was_shown_is_accepted_also_while_the_network_learns_another(tmp_path):
+    with serving(tmp_path, write_photos(tmp_path / "photos", 2)) as (address, session):
+        round_ = taught(address)
+        about, (labels, _) = labels_of(get(address, "/proposal?number=1"))
+        with torch.no_grad():  # what the network would propose now
+            bias = session.learner.network.decoder.classifier.bias
+            bias += torch.tensor([1e3, 0.0]) if (labels == 1).mean() > 0.5 else torch.tensor([0.0, 1e3])
+        learning_ = threading.Thread(target=post, args=(address, "/learn", {"number": 0, "seconds": 1.5}))
+        learning_.start()
+        time.sleep(0.2)
+        accepted = post(address, "/accept", {"number": 1, "round": about["round"]})
+        assert (accepted[0], learning_.is_alive(), about["round"]) == (200, True, round_)
+        learning_.join()
+    assert (np.array(Image.open(tmp_path / "out" / "masks" / "photo1.png")) == labels).all()
+
+
+def test_photos_are_read_once_also_when_the_encoder_learns(tmp_path, monkeypatch):
+    read = []
+    original = session_module.read_upright
+    monkeypatch.setattr(session_module, "read_upright", lambda path, **k: read.append(path) or original(path, **k))
+    with serving(tmp_path, write_photos(tmp_path / "photos", 3)) as (address, _):
+        for _ in range(2):
+            taught(address)
+        get(address, "/proposal?number=1")
+    assert len(read) == len(set(read)) > 0
+
+
+def test_the_network_is_saved_when_nobody_waits_and_at_the_end(tmp_path):
+    storage = Storage(tmp_path / "out", write_photos(tmp_path / "photos", 2))
+    for name in NAMES:
+        storage.change_classes(lambda classes, name=name: classes.add(name))
+    session = Session(storage, learner())
+    for label, x in ((0, 20), (1, 110)):
+        storage.add_stroke("photo0", brush(label, [[x, 20], [x, 80]]))
+    session.learn("photo0", 0.01, "all")
+    assert saved_network(storage.session) is None
+    storage.change_classes(lambda classes: classes.add("sky"))  # a class that the network does not know yet
+    session.save()
+    assert checkpoint.read(saved_network(storage.session)).classes.names == (*NAMES, "sky")
+    session.learn("photo0", 0.01, "all")
+    assert session.sweep()
+    assert session.unsaved is None
+    storage.close()
+
+
+def test_tiles_are_the_photo_and_its_means(tmp_path):
+    image = np.random.default_rng(0).integers(0, 255, (700, 1100, 3), dtype=np.uint8)
+    image = np.kron(image[::20, ::20], np.ones((20, 20, 1), dtype=np.uint8))  # areas, which JPEG keeps but for borders
+    Image.fromarray(image).save(tmp_path / "photo.png")
+    photos = Photos({"photo": tmp_path / "photo.png"})
+
+    def tile(level, row, column):
+        return np.array(Image.open(io.BytesIO(photos.tile("photo", level, row, column)))).astype(int)
+
+    rows = [np.concatenate([tile(0, row, column) for column in range(3)], axis=1) for row in range(2)]
+    whole = np.concatenate(rows)
+    assert whole.shape == image.shape
+    assert np.abs(whole - image).mean() < 6
+    means = image.reshape(175, 4, 275, 4, 3).mean(axis=(1, 3))
+    assert np.abs(tile(2, 0, 0) - means).mean() < 6
+
+
+def test_ten_thousand_photos_are_listed_without_reading_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(session_module, "read_upright", lambda *_, **__: pytest.fail("a photo was read"))
+    storage = Storage(tmp_path / "out", {f"photo{n:05d}": tmp_path / "missing.jpg" for n in range(10_000)})
+    session = Session(storage, learner())
+    assert session.state()["order"] == list(range(10_000))
+    storage.close()
+
+
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [
+        ("nowhere.pth", "nowhere.pth not found - give the path of a torchvision VGG file"),
+        ("other.pth", "other.pth is not a torchvision VGG: it has 1 convolutions named features"),
+        ("added.ckpt", "label needs a SegNet without encoder_addition"),
+    ],
+)
+def test_a_start_that_cannot_learn_from_strokes_is_refused(tmp_path, monkeypatch, start, message):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"features.0.weight": torch.zeros(4, 3, 3, 3)}, "other.pth")
+    written = checkpoint_files.content()
+    written["hyper_parameters"]["config"]["model"] = {
+        "_target_": "segdeconv.models.SegNet", "stages": [[4], [8]], "encoder_addition": True,
+    }  # fmt: skip
+    network = SegNet(len(written["hyper_parameters"]["facts"]["classes"]["names"]), stages=((4,), (8,)),
+                     encoder_addition=True)  # fmt: skip
+    written["hyper_parameters"]["config"]["dataset"] = {"size": [32, 32]}
+    written["state_dict"] = {f"model.{name}": value for name, value in network.state_dict().items()}
+    checkpoint.write(written, Path("added.ckpt"))
+    with pytest.raises((UsageError, CheckpointError), match=message):
+        open_network(tmp_path / "session", start)
+
+
+def test_the_weights_of_torchvision_are_those_of_the_encoder(tmp_path, monkeypatch):
+    stages = {depth: ((4,), (4,)) if depth == 16 else stages for depth, stages in vgg.VGG_STAGES.items()}
+    monkeypatch.setattr(vgg, "VGG_STAGES", stages)
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2),
+              nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2)]  # fmt: skip
+    for norm in (layers[1], layers[5]):
+        norm.running_mean, norm.running_var = torch.randn(4), torch.rand(4) + 0.5
+    expected = nn.Sequential(*layers).eval()
+    state = {f"features.{name}": value for name, value in expected.state_dict().items()}
+    torch.save({**state, "classifier.0.weight": torch.zeros(2, 4)}, tmp_path / "vgg16_bn.pth")
+    opened, resumed = open_network(tmp_path / "session", str(tmp_path / "vgg16_bn.pth"), precision="32-true")
+    image = torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(opened.network.encoder(image).features, expected(image))
+    assert (resumed, opened.calibrated, opened.encoder_calibrated) == (False, False, True)
+
+
+def test_without_network_imagenet_is_one_clear_line(tmp_path, monkeypatch):
+    def refused(name):
+        raise UsageError("could not download https://example.org/vgg.pth: no route - as train would put it")
+
+    monkeypatch.setattr(vgg, "_download", refused)
+    with pytest.raises(UsageError) as raised:
+        open_network(tmp_path / "session", "imagenet")
+    assert str(raised.value) == (
+        "could not download https://example.org/vgg.pth: no route - give the path of a torchvision VGG file (.pth), "
+        "or start from camvid-small or nothing"
+    )
 
 
 def test_requests_that_the_page_would_not_send_are_refused(tmp_path):

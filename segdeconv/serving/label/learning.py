@@ -185,22 +185,25 @@ class Learner:
             max_steps: Steps after which to stop earlier.
             neighbours: Weight of `like_neighbours`.
         """
+
+        def painted() -> list[Example]:
+            return [example for example in examples() if (example.target != IGNORE).any()]
+
         optimizer = self._optimizer_of(scope)  # the first one takes a second, in which torch is still loading
+        usable = painted()  # not within the time to learn: photos are read here that were not seen before
+        self._calibrate([example.kept for example in usable])
         started, losses, batch = time.monotonic(), list[float](), BATCH
-        while True:
+        while usable:
             step_started = time.monotonic()
             done = max((step_started - started) / seconds, len(losses) / max_steps if max_steps else 0.0)
             if losses and done >= 1:
                 break
-            usable = [example for example in examples() if (example.target != IGNORE).any()]
-            if not usable:
-                break
-            self._calibrate([example.kept for example in usable])
             for group in optimizer.param_groups:  # falls to nothing in each round, so that its last steps settle
                 group["lr"] = group["initial_lr"] * (1 - done if losses else 1.0)
             losses.append(self._step(usable, batch, scope, optimizer, neighbours))
             if time.monotonic() - step_started > seconds / MIN_STEPS:  # small steps teach more in the same time
                 batch = max(1, batch // 2)
+            usable = painted()
         if losses and scope == "all":
             self.encoder_version += 1
         recent = losses[-10:]
@@ -292,7 +295,7 @@ class Learner:
 
         Statistics that moved with batches of a few squares would lag behind the few steps that there are.
         """
-        if self.calibrated:
+        if self.calibrated or not kept:
             return
         self.calibrated = True
         encodings = [self._moved(each.encoding) for each in kept[:CALIBRATION_IMAGES]]
