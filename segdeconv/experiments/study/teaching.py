@@ -321,8 +321,9 @@ def run(
             teaching = Teaching(SMALL, task, seed=seed, neighbours=0.0)
             measured(ENTROPY_ALONE, paint(teaching, strokes=strokes, steps=steps)[0])
             total = max(1, taught[-1].steps)
-            for label, start, scope in ((AT_ONCE, SMALL, "decoder"), (NEW_WEIGHTS, NOTHING, "all")):
+            for label, start in ((AT_ONCE, SMALL), (NEW_WEIGHTS, NOTHING)):
                 started(label)
+                scope: Scope = "all" if start == NOTHING else "decoder"
                 measured(label, replay(Teaching(start, task, scope=scope, seed=seed), script, steps=total))
             if seed == seeds[0]:
                 started(EVERY_PIXEL)
