@@ -201,8 +201,8 @@ def test_the_network_is_saved_when_nobody_waits_and_at_the_end(tmp_path):
 
 
 def test_tiles_are_the_photo_and_its_means(tmp_path):
-    image = np.random.default_rng(0).integers(0, 255, (700, 1100, 3), dtype=np.uint8)
-    image = np.kron(image[::20, ::20], np.ones((20, 20, 1), dtype=np.uint8))  # areas, which JPEG keeps but for borders
+    grey = np.random.default_rng(0).integers(0, 255, (35, 55, 1), dtype=np.uint8)
+    image = np.kron(grey, np.ones((20, 20, 3), dtype=np.uint8))  # areas of grey, which JPEG keeps but for borders
     Image.fromarray(image).save(tmp_path / "photo.png")
     photos = Photos({"photo": tmp_path / "photo.png"})
 
@@ -384,6 +384,190 @@ def test_a_person_names_paints_accepts_and_undoes_on_the_page(tmp_path, dark):
         page.keyboard.press("z")
         page.wait_for_function("() => document.getElementById('progress').innerText.includes('0 begun')")
         assert not page.evaluate("() => document.documentElement.scrollWidth > innerWidth")
+
+
+@contextlib.contextmanager
+def opened_page(tmp_path, count=2):
+    """Serve photos with two classes, without learning after each stroke; yield the page, its CDP session and logs."""
+    with serving(tmp_path, write_photos(tmp_path / "photos", count)) as (address, session), browser_page() as page:
+        page.goto(f"http://{address}/")
+        page.wait_for_selector("body[data-ready=true]")
+        page.locator("#automatic").uncheck()
+        page.locator("#stage").focus()
+        yield page, page.context.new_cdp_session(page), session
+
+
+def stored_strokes(page, session, count, name="photo0"):
+    """Wait until a photo has this many strokes, and return them."""
+    deadline = time.monotonic() + 10
+    while len(session.storage.log(name).entries) < count:
+        assert time.monotonic() < deadline
+        page.wait_for_timeout(50)
+    page.wait_for_timeout(200)  # no other may follow
+    entries = session.storage.log(name).entries
+    assert len(entries) == count
+    return entries
+
+
+def on_stage(page, *shares):
+    """Return places on the stage in CSS pixels, of shares of its width and height."""
+    box = page.locator("#stage").bounding_box()
+    return [(box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in shares]
+
+
+def touch(cdp, kind, *places):
+    points = [{"x": x, "y": y, "id": number} for number, (x, y) in enumerate(places)]
+    cdp.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+
+
+def pen(cdp, kind, place, **settings):
+    event = {"type": kind, "x": place[0], "y": place[1], "button": "left", "buttons": 1, "clickCount": 1}
+    cdp.send("Input.dispatchMouseEvent", {**event, "pointerType": "pen", **settings})
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_fingers_paint_zoom_and_move_without_a_stray_stroke(tmp_path):
+    with opened_page(tmp_path) as (page, cdp, session):
+        a, b, c, d = on_stage(page, (0.4, 0.5), (0.6, 0.5), (0.3, 0.5), (0.7, 0.5))
+        touch(cdp, "touchStart", a)
+        for step in range(1, 6):
+            touch(cdp, "touchMove", (a[0] + step * (b[0] - a[0]) / 5, a[1]))
+        touch(cdp, "touchEnd")
+        (stroke,) = stored_strokes(page, session, 1)
+        assert (stroke["tool"], stroke["class"]) == ("brush", 0)
+        before = stroke["points"]
+        for tool in ("b", "f", "p"):  # two fingers: apart by half, then both to the right; no stroke, flood or corner
+            page.keyboard.press(tool)
+            touch(cdp, "touchStart", a)
+            touch(cdp, "touchStart", a, b)
+            touch(cdp, "touchMove", c, d)
+            touch(cdp, "touchMove", (c[0] + 60, c[1] + 30), (d[0] + 60, d[1] + 30))
+            touch(cdp, "touchEnd", (c[0] + 60, c[1] + 30))
+            touch(cdp, "touchMove", (c[0] + 160, c[1] + 30))  # the finger that is left moves nothing
+            touch(cdp, "touchEnd")
+            stored_strokes(page, session, 1)
+            if tool == "b":
+                page.keyboard.press("b")
+                moved = (a[0] + 60 - (a[0] - c[0]), a[1] + 30)  # where the pixel under finger a is now
+                touch(cdp, "touchStart", moved)
+                touch(cdp, "touchEnd")
+                dot = stored_strokes(page, session, 2)[1]
+                assert dot["points"][0] == pytest.approx(before[0], abs=1.0)
+                assert stroke["radius"] / dot["radius"] == pytest.approx(2.0, rel=0.02)
+                page.keyboard.press("z")
+                stored = time.monotonic() + 5
+                while len(session.storage.log("photo0").entries) == 2:
+                    assert time.monotonic() < stored
+                    page.wait_for_timeout(20)
+            page.keyboard.press("0")
+        page.keyboard.press("f")
+        touch(cdp, "touchStart", a)
+        touch(cdp, "touchEnd")
+        assert stored_strokes(page, session, 2)[1]["tool"] == "polygon"
+        page.keyboard.press("p")
+        corners = on_stage(page, (0.45, 0.45), (0.55, 0.45), (0.5, 0.6), (0.45, 0.45))
+        for number, corner in enumerate(corners):  # the last one is the first, and closes the polygon
+            touch(cdp, "touchStart", corner)
+            touch(cdp, "touchEnd")
+            if number == 1:  # zooming keeps the corners
+                touch(cdp, "touchStart", a)
+                touch(cdp, "touchStart", a, b)
+                touch(cdp, "touchEnd")
+        polygon = stored_strokes(page, session, 3)[2]
+        assert (polygon["tool"], [len(ring) for ring in polygon["rings"]]) == ("polygon", [3])
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_a_pen_paints_and_erases_and_a_palm_beside_it_does_nothing(tmp_path):
+    with opened_page(tmp_path) as (page, cdp, session):
+        a, b, palm = on_stage(page, (0.4, 0.4), (0.6, 0.4), (0.6, 0.8))
+        pen(cdp, "mousePressed", a)
+        pen(cdp, "mouseMoved", ((a[0] + b[0]) / 2, a[1]))
+        touch(cdp, "touchStart", palm)
+        touch(cdp, "touchMove", (palm[0] + 40, palm[1]))
+        pen(cdp, "mouseMoved", b)
+        touch(cdp, "touchEnd")
+        pen(cdp, "mouseReleased", b, buttons=0)
+        (stroke,) = stored_strokes(page, session, 1)
+        assert stroke["class"] == 0
+        assert len(stroke["points"]) == 3
+        (x0, y0), _, (x1, y1) = stroke["points"]
+        assert (x1 > x0, y1) == (True, pytest.approx(y0, abs=0.5))
+        touch(cdp, "touchStart", a)  # once a pen was seen, a finger moves the photo
+        touch(cdp, "touchMove", b)
+        touch(cdp, "touchEnd")
+        stored_strokes(page, session, 1)
+        pen(cdp, "mousePressed", b)
+        pen(cdp, "mouseReleased", b, buttons=0)
+        dot = stored_strokes(page, session, 2)[1]
+        assert dot["points"][0] == pytest.approx([x0, y0], abs=1.0)
+        page.evaluate(
+            """([x, y]) => { for (const type of ["pointerdown", "pointerup"]) {
+              const init = { pointerId: 1, pointerType: "pen", clientX: x, clientY: y, button: 5, buttons: 32 };
+              const stage = document.getElementById("stage");
+              stage.setPointerCapture = () => {};
+              stage.dispatchEvent(new PointerEvent(type, init));
+            } }""",
+            list(b),
+        )  # its other end
+        assert stored_strokes(page, session, 3)[2]["class"] is None
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_a_stroke_that_was_not_stored_does_not_stay_on_the_page(tmp_path):
+    def lose_a_stroke():
+        with browser_page() as page:
+            with serving(tmp_path, write_photos(tmp_path / "photos", 2)) as (address, _):
+                page.goto(f"http://{address}/")
+                page.wait_for_selector("body[data-ready=true]")
+            draw(page, [(0.1, 0.2), (0.15, 0.8)], "1")
+            page.wait_for_function("() => document.getElementById('error').innerText.includes('is not saved')")
+            page.wait_for_function("() => document.getElementById('undo').disabled")
+
+    with pytest.raises(AssertionError, match="ERR_CONNECTION_REFUSED"):  # which the browser logs
+        lose_a_stroke()
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_the_strip_holds_what_can_be_seen_of_ten_thousand_photos(tmp_path):
+    (photo,) = write_photos(tmp_path / "photos", 1).values()
+    photos = {f"photo{number:05d}": photo for number in range(10_000)}
+    with serving(tmp_path, photos) as (address, session), browser_page() as page:
+        page.goto(f"http://{address}/")
+        page.wait_for_selector("body[data-ready=true]")
+        assert page.locator(".photo").count() < 40
+        page.evaluate("() => { document.getElementById('strip').scrollLeft = 5000 * 108; }")
+        page.wait_for_function(
+            "() => [...document.querySelectorAll('.photo')].some((each) => each.dataset.number > 4900)"
+        )
+        assert page.locator(".photo").count() < 40
+        page.locator(".photo").nth(8).click()
+        page.wait_for_function("() => document.getElementById('name').innerText.includes('photo0')")
+        page.locator("#train-open").click()
+        assert "train" in page.locator("#command").inner_text()
+        assert page.locator("#folder").inner_text() == str(session.storage.folder)
+
+
+@pytest.mark.slow
+def test_train_learns_from_what_was_painted(tmp_path, commands):
+    storage = Storage(tmp_path / "out", write_photos(tmp_path / "photos", 4))
+    for name in NAMES:
+        storage.change_classes(lambda classes, name=name: classes.add(name))
+    for name in ("photo0", "photo1", "photo2"):
+        storage.add_stroke(name, brush(0, [[20, 20], [20, 80]]))
+        storage.add_stroke(name, brush(1, [[110, 20], [110, 80]]))
+    storage.accept("photo3", scene(3)[1])
+    storage.close()
+    done = commands(
+        "train", "dataset=folder", "dataset.root=out", "model.stages=[[4],[8]]", "trainer.max_steps=2",
+        "dataset.batch_size=2", "dataset.num_workers=0", "dataset.size=[96,128]", "hydra.run.dir=run", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert checkpoint.read(tmp_path / "run" / "best.ckpt").classes.names == NAMES
 
 
 @pytest.mark.slow
