@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from segdeconv.data.preprocessing import Preprocessing
-from segdeconv.losses.neighbours import like_neighbours
 from segdeconv.models import SegNet
 from segdeconv.serving.label import learning
 from segdeconv.serving.label.learning import Example, Learner
@@ -126,23 +125,6 @@ def test_the_norms_of_a_random_decoder_get_the_statistics_of_the_photos():
     expected = torch.stack([output.mean(dim=(0, 2, 3)) for output in outputs]).mean(dim=0)
     torch.testing.assert_close(norm.running_mean, expected)
     assert not any(module.training for module in teacher.network.modules())
-
-
-def test_neighbours_of_like_colour_agree_as_a_loop_over_pairs_says():
-    torch.manual_seed(0)
-    logits = torch.randn(1, 3, 5, 6)
-    images = np.random.default_rng(0).integers(0, 255, (1, 5, 6, 3), dtype=np.uint8)
-    total = weights = 0.0
-    probabilities = logits[0].softmax(dim=0)
-    for y, x in np.ndindex(5, 6):
-        for v, u in np.ndindex(5, 6):
-            if (v, u) > (y, x) and max(abs(v - y), abs(u - x)) <= 2:
-                squared = ((images[0, y, x].astype(float) - images[0, v, u]) ** 2).sum()
-                weight = np.exp(-squared / (2 * 60.0**2))
-                total += weight * (1 - float(probabilities[:, y, x] @ probabilities[:, v, u]))
-                weights += weight
-    loss = like_neighbours(logits, torch.from_numpy(images).permute(0, 3, 1, 2), radius=2, sigma=60.0, stride=1)
-    assert float(loss) == pytest.approx(total / weights, rel=1e-5)
 
 
 def test_the_network_sees_a_photo_in_whole_cells_of_its_deepest_map():

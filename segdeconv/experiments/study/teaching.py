@@ -4,8 +4,8 @@
 
 A script paints in place of a person: first a stroke of each class in the photo, then strokes inside the largest regions
 where the network is wrong. After each stroke the network learns for some steps, as on the page of `label`. The same
-strokes are then learned at once, also from new weights; strokes are painted again without the term over neighbours of
-like colour; and every pixel of all train photos is learned once, as the score to compare with.
+strokes are then learned at once, also from new weights; and every pixel of all train photos is learned once, as the
+score to compare with.
 """
 
 import time
@@ -22,13 +22,13 @@ from segdeconv.data.datasets.camvid import CamVid
 from segdeconv.data.datasets.shapes import Shapes
 from segdeconv.data.preprocessing import resize_image, resize_mask
 from segdeconv.evaluation.report import write_json
-from segdeconv.serving.label.learning import NEIGHBOURS, Example, Kept, Learner, Scope
+from segdeconv.serving.label.learning import Example, Kept, Learner, Scope
 from segdeconv.serving.label.network import NOTHING, SMALL, open_network
 from segdeconv.serving.label.strokes import IGNORE, Stroke, draw_stroke
 
 STROKES_PER_PHOTO = 6
 SHARE = 0.9  # of the score with every pixel, which is to be reached
-STROKES, ENTROPY_ALONE = "stroke by stroke", "stroke by stroke, cross entropy alone"
+STROKES = "stroke by stroke"
 AT_ONCE, NEW_WEIGHTS = "the same strokes at once", "the same strokes at once from new weights"
 EVERY_PIXEL = "every pixel"
 
@@ -166,7 +166,6 @@ class Teaching:
         task: Returns the task for a learner.
         scope: What learns.
         seed: Of the order of the train photos, and of what is random in learning.
-        neighbours: Weight of the term over neighbours of like colour.
     """
 
     def __init__(
@@ -176,14 +175,13 @@ class Teaching:
         *,
         scope: Scope = "decoder",
         seed: int = 0,
-        neighbours: float = NEIGHBOURS,
     ) -> None:
         torch.manual_seed(seed)
         self.learner, _ = open_network(Path("none"), start)
         self.learner.random = np.random.default_rng(seed)
         self.task = task(self.learner)
         np.random.default_rng(seed).shuffle(self.task.train)
-        self.scope, self.neighbours = scope, neighbours
+        self.scope = scope
         self.learner.set_classes([f"class {index}" for index in range(self.task.num_classes)])
         self.seconds, self.steps = 0.0, 0
         self.version = -1
@@ -196,9 +194,7 @@ class Teaching:
             Example(self.learner.keep(self.task.train[index][0]), self.task.train[index][0], mask)
             for index, mask in painted.items()
         ]
-        learned = self.learner.learn(
-            lambda: examples, seconds=600, max_steps=steps, scope=self.scope, neighbours=self.neighbours
-        )
+        learned = self.learner.learn(lambda: examples, seconds=600, max_steps=steps, scope=self.scope)
         self.seconds += time.process_time() - started
         self.steps += learned.steps
 
@@ -317,9 +313,6 @@ def run(
             started(STROKES)
             taught, script = paint(Teaching(SMALL, task, seed=seed), strokes=strokes, steps=steps)
             measured(STROKES, taught)
-            started(ENTROPY_ALONE)
-            teaching = Teaching(SMALL, task, seed=seed, neighbours=0.0)
-            measured(ENTROPY_ALONE, paint(teaching, strokes=strokes, steps=steps)[0])
             total = max(1, taught[-1].steps)
             for label, start in ((AT_ONCE, SMALL), (NEW_WEIGHTS, NOTHING)):
                 started(label)
@@ -327,7 +320,7 @@ def run(
                 measured(label, replay(Teaching(start, task, scope=scope, seed=seed), script, steps=total))
             if seed == seeds[0]:
                 started(EVERY_PIXEL)
-                teaching = Teaching(SMALL, task, scope="all", seed=seed, neighbours=0.0)
+                teaching = Teaching(SMALL, task, scope="all", seed=seed)
                 complete = {index: mask for index, (_, mask) in enumerate(teaching.task.train)}
                 measured(EVERY_PIXEL, replay(teaching, [], steps=supervised_steps, painted=complete))
     print("\n".join(summary(results)), flush=True)
@@ -345,7 +338,7 @@ def summary(results: dict[str, Any]) -> list[str]:
     for name, by_seed in results.items():
         best = next(runs[EVERY_PIXEL][-1]["miou"] for runs in by_seed.values() if EVERY_PIXEL in runs)
         lines.append(f"{name}: {EVERY_PIXEL} {best:.1%}; {SHARE:.0%} of it is {SHARE * best:.1%}")
-        for label in (STROKES, ENTROPY_ALONE, AT_ONCE, NEW_WEIGHTS):
+        for label in (STROKES, AT_ONCE, NEW_WEIGHTS):
             of_run = [runs[label] for runs in by_seed.values()]
             scores = ", ".join(f"{points[-1]['miou']:.1%}" for points in of_run)
             seconds = ", ".join(f"{points[-1]['seconds']:.0f}" for points in of_run)
