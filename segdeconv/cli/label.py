@@ -21,7 +21,10 @@ def parse(description: str) -> argparse.Namespace:
     parser = ArgumentParser("label.py", description=description)
     add = parser.add_argument
     add("photos", metavar="PHOTOS", help="folder of photos (with sub-folders), a quoted pattern, or a list of files")
-    text = "start of the network: a run, a .ckpt, a shipped network (default camvid-small), imagenet, or nothing"
+    text = (
+        "start of the network: a run, a .ckpt, a shipped network (default camvid-small), imagenet (VGG11, downloaded), "
+        "a torchvision VGG file (.pth), or nothing"
+    )
     add("checkpoint", nargs="?", metavar="CHECKPOINT", help=text)
     add("--out", type=Path, metavar="DIR", help="folder of masks and session (default: PHOTOS-labels)")
     add("--classes", metavar="A,B,...", help="names of the first classes; more can be added on the page")
@@ -97,7 +100,10 @@ def run(description: str) -> None:
         print(f"then:     {command('train', ['dataset=folder', f'dataset.root={out}'])}")
         print(f"page:     {server.url}", flush=True)
         print("Press Ctrl-C to stop.", flush=True)
-        server.serve(session.sweep)
+        try:
+            server.serve(session.sweep)
+        finally:
+            session.save()
     finally:
         storage.close()
 

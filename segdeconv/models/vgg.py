@@ -92,6 +92,23 @@ def vgg_weights(
     return _read(Path(os.path.expanduser(pretrained)))
 
 
+def vgg_depth(state: Mapping[str, Tensor], *, source: str) -> Literal[11, 13, 16, 19]:
+    """Return the depth of the VGG that a state dict of torchvision belongs to, by its number of convolutions.
+
+    Args:
+        state: torchvision's state dict.
+        source: Name of the weights, for messages.
+
+    Raises:
+        CheckpointError: It is of no VGG.
+    """
+    count = sum(key.startswith("features.") and value.ndim == 4 for key, value in state.items())
+    for depth in (11, 13, 16, 19):
+        if count == sum(map(len, VGG_STAGES[depth])):
+            return depth
+    raise CheckpointError(f"{source} is not a torchvision VGG: it has {count} convolutions named features.*")
+
+
 def load_vgg(encoder: Encoder, state: Mapping[str, Tensor], *, source: str) -> None:
     """Copy torchvision VGG weights into an encoder, layer by layer in order.
 

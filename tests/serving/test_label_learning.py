@@ -1,11 +1,12 @@
 """The network of the labelling page: what it keeps of a photo, and what it learns from strokes."""
 
+import time
+
 import numpy as np
 import pytest
 import torch
 
 from segdeconv.data.preprocessing import Preprocessing
-from segdeconv.losses.neighbours import like_neighbours
 from segdeconv.models import SegNet
 from segdeconv.serving.label import learning
 from segdeconv.serving.label.learning import Example, Learner
@@ -87,6 +88,22 @@ def test_learning_stops_after_its_time_and_sees_strokes_that_arrive_meanwhile():
     assert teacher.learn(lambda: [first], seconds=0.3).seconds < 2
 
 
+def test_reading_photos_is_not_within_the_time_to_learn():
+    teacher = learner()
+    first = example(teacher)
+    calls = []
+
+    def examples():
+        if not calls:
+            time.sleep(1.0)
+        calls.append(None)
+        return [first]
+
+    learned = teacher.learn(examples, seconds=0.4)
+    assert learned.steps > 1
+    assert learned.seconds < 0.9
+
+
 def test_a_class_that_is_known_keeps_its_row_of_the_classifier():
     teacher = learner(("sky", "road", "car"))
     weights, bias = (tensor.clone() for tensor in teacher.network.decoder.classifier.parameters())
@@ -108,23 +125,6 @@ def test_the_norms_of_a_random_decoder_get_the_statistics_of_the_photos():
     expected = torch.stack([output.mean(dim=(0, 2, 3)) for output in outputs]).mean(dim=0)
     torch.testing.assert_close(norm.running_mean, expected)
     assert not any(module.training for module in teacher.network.modules())
-
-
-def test_neighbours_of_like_colour_agree_as_a_loop_over_pairs_says():
-    torch.manual_seed(0)
-    logits = torch.randn(1, 3, 5, 6)
-    images = np.random.default_rng(0).integers(0, 255, (1, 5, 6, 3), dtype=np.uint8)
-    total = weights = 0.0
-    probabilities = logits[0].softmax(dim=0)
-    for y, x in np.ndindex(5, 6):
-        for v, u in np.ndindex(5, 6):
-            if (v, u) > (y, x) and max(abs(v - y), abs(u - x)) <= 2:
-                squared = ((images[0, y, x].astype(float) - images[0, v, u]) ** 2).sum()
-                weight = np.exp(-squared / (2 * 60.0**2))
-                total += weight * (1 - float(probabilities[:, y, x] @ probabilities[:, v, u]))
-                weights += weight
-    loss = like_neighbours(logits, torch.from_numpy(images).permute(0, 3, 1, 2), radius=2, sigma=60.0, stride=1)
-    assert float(loss) == pytest.approx(total / weights, rel=1e-5)
 
 
 def test_the_network_sees_a_photo_in_whole_cells_of_its_deepest_map():

@@ -10,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 
+import checkpoint_files
 import numpy as np
 import pytest
 import torch
@@ -18,15 +19,19 @@ from fresh_commands import child_environment
 from page_checks import contrasts
 from PIL import Image
 from served_page import error_message, request
+from torch import nn
 
 from segdeconv.checkpoints import checkpoint
 from segdeconv.data.datasets.folder import Folder
 from segdeconv.data.preprocessing import Preprocessing
+from segdeconv.errors import CheckpointError, UsageError
 from segdeconv.inference.segmenter import Segmenter
-from segdeconv.models import SegNet
+from segdeconv.models import SegNet, vgg
 from segdeconv.serving.label import learning
+from segdeconv.serving.label import session as session_module
 from segdeconv.serving.label.learning import Learner
 from segdeconv.serving.label.network import open_network, saved_network
+from segdeconv.serving.label.photos import Photos
 from segdeconv.serving.label.server import LabelServer
 from segdeconv.serving.label.session import Session
 from segdeconv.serving.label.storage import Storage
@@ -143,6 +148,138 @@ def test_strokes_are_learned_proposed_and_accepted(tmp_path, monkeypatch):
     assert (again.names, resumed) == (list(NAMES), True)
 
 
+def taught(address):
+    """Paint a stroke of each class on photo 0 and learn a round."""
+    for label, x in ((0, 20), (1, 110)):
+        assert post(address, "/stroke", {"number": 0, "stroke": brush(label, [[x, 20], [x, 80]])})[0] == 200
+    return json.loads(post(address, "/learn", {"number": 0, "seconds": 0.1, "scope": "all"})[2])["round"]
+
+
+def test_the_mask_that_was_shown_is_accepted_also_while_the_network_learns_another(tmp_path):
+    with serving(tmp_path, write_photos(tmp_path / "photos", 2)) as (address, session):
+        round_ = taught(address)
+        about, (labels, _) = labels_of(get(address, "/proposal?number=1"))
+        with torch.no_grad():  # what the network would propose now
+            bias = session.learner.network.decoder.classifier.bias
+            bias += torch.tensor([1e3, 0.0]) if (labels == 1).mean() > 0.5 else torch.tensor([0.0, 1e3])
+        learning_ = threading.Thread(target=post, args=(address, "/learn", {"number": 0, "seconds": 1.5}))
+        learning_.start()
+        time.sleep(0.2)
+        accepted = post(address, "/accept", {"number": 1, "round": about["round"]})
+        assert (accepted[0], learning_.is_alive(), about["round"]) == (200, True, round_)
+        learning_.join()
+    assert (np.array(Image.open(tmp_path / "out" / "masks" / "photo1.png")) == labels).all()
+
+
+def test_photos_are_read_once_also_when_the_encoder_learns(tmp_path, monkeypatch):
+    read = []
+    original = session_module.read_upright
+    monkeypatch.setattr(session_module, "read_upright", lambda path, **k: read.append(path) or original(path, **k))
+    with serving(tmp_path, write_photos(tmp_path / "photos", 3)) as (address, _):
+        for _ in range(2):
+            taught(address)
+        get(address, "/proposal?number=1")
+    assert len(read) == len(set(read)) > 0
+
+
+def test_the_network_is_saved_when_nobody_waits_and_at_the_end(tmp_path):
+    storage = Storage(tmp_path / "out", write_photos(tmp_path / "photos", 2))
+    for name in NAMES:
+        storage.change_classes(lambda classes, name=name: classes.add(name))
+    session = Session(storage, learner())
+    for label, x in ((0, 20), (1, 110)):
+        storage.add_stroke("photo0", brush(label, [[x, 20], [x, 80]]))
+    session.learn("photo0", 0.01, "all")
+    assert saved_network(storage.session) is None
+    storage.change_classes(lambda classes: classes.add("sky"))  # a class that the network does not know yet
+    session.save()
+    assert checkpoint.read(saved_network(storage.session)).classes.names == (*NAMES, "sky")
+    session.learn("photo0", 0.01, "all")
+    assert session.sweep()
+    assert session.unsaved is None
+    storage.close()
+
+
+def test_tiles_are_the_photo_and_its_means(tmp_path):
+    grey = np.random.default_rng(0).integers(0, 255, (35, 55, 1), dtype=np.uint8)
+    image = np.kron(grey, np.ones((20, 20, 3), dtype=np.uint8))  # areas of grey, which JPEG keeps but for borders
+    Image.fromarray(image).save(tmp_path / "photo.png")
+    photos = Photos({"photo": tmp_path / "photo.png"})
+
+    def tile(level, row, column):
+        return np.array(Image.open(io.BytesIO(photos.tile("photo", level, row, column)))).astype(int)
+
+    rows = [np.concatenate([tile(0, row, column) for column in range(3)], axis=1) for row in range(2)]
+    whole = np.concatenate(rows)
+    assert whole.shape == image.shape
+    assert np.abs(whole - image).mean() < 6
+    means = image.reshape(175, 4, 275, 4, 3).mean(axis=(1, 3))
+    assert np.abs(tile(2, 0, 0) - means).mean() < 6
+
+
+def test_ten_thousand_photos_are_listed_without_reading_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(session_module, "read_upright", lambda *_, **__: pytest.fail("a photo was read"))
+    storage = Storage(tmp_path / "out", {f"photo{n:05d}": tmp_path / "missing.jpg" for n in range(10_000)})
+    session = Session(storage, learner())
+    assert session.state()["order"] == list(range(10_000))
+    storage.close()
+
+
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [
+        ("nowhere.pth", "nowhere.pth not found - give the path of a torchvision VGG file"),
+        ("other.pth", "other.pth is not a torchvision VGG: it has 1 convolutions named features"),
+        ("added.ckpt", "label needs a SegNet without encoder_addition"),
+    ],
+)
+def test_a_start_that_cannot_learn_from_strokes_is_refused(tmp_path, monkeypatch, start, message):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"features.0.weight": torch.zeros(4, 3, 3, 3)}, "other.pth")
+    written = checkpoint_files.content()
+    written["hyper_parameters"]["config"]["model"] = {
+        "_target_": "segdeconv.models.SegNet", "stages": [[4], [8]], "encoder_addition": True,
+    }  # fmt: skip
+    network = SegNet(len(written["hyper_parameters"]["facts"]["classes"]["names"]), stages=((4,), (8,)),
+                     encoder_addition=True)  # fmt: skip
+    written["hyper_parameters"]["config"]["dataset"] = {"size": [32, 32]}
+    written["state_dict"] = {f"model.{name}": value for name, value in network.state_dict().items()}
+    checkpoint.write(written, Path("added.ckpt"))
+    with pytest.raises((UsageError, CheckpointError), match=message):
+        open_network(tmp_path / "session", start)
+
+
+def test_the_weights_of_torchvision_are_those_of_the_encoder(tmp_path, monkeypatch):
+    stages = {depth: ((4,), (4,)) if depth == 16 else stages for depth, stages in vgg.VGG_STAGES.items()}
+    monkeypatch.setattr(vgg, "VGG_STAGES", stages)
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2),
+              nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2)]  # fmt: skip
+    for norm in (layers[1], layers[5]):
+        norm.running_mean, norm.running_var = torch.randn(4), torch.rand(4) + 0.5
+    expected = nn.Sequential(*layers).eval()
+    state = {f"features.{name}": value for name, value in expected.state_dict().items()}
+    torch.save({**state, "classifier.0.weight": torch.zeros(2, 4)}, tmp_path / "vgg16_bn.pth")
+    opened, resumed = open_network(tmp_path / "session", str(tmp_path / "vgg16_bn.pth"), precision="32-true")
+    image = torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(opened.network.encoder(image).features, expected(image))
+    assert (resumed, opened.calibrated, opened.encoder_calibrated) == (False, False, True)
+
+
+def test_without_network_imagenet_is_one_clear_line(tmp_path, monkeypatch):
+    def refused(name):
+        raise UsageError("could not download https://example.org/vgg.pth: no route - as train would put it")
+
+    monkeypatch.setattr(vgg, "_download", refused)
+    with pytest.raises(UsageError) as raised:
+        open_network(tmp_path / "session", "imagenet")
+    assert str(raised.value) == (
+        "could not download https://example.org/vgg.pth: no route - give the path of a torchvision VGG file (.pth), "
+        "or start from camvid-small or nothing"
+    )
+
+
 def test_requests_that_the_page_would_not_send_are_refused(tmp_path):
     with serving(tmp_path, write_photos(tmp_path / "photos", 2)) as (address, _):
         good = {"number": 0, "stroke": brush(0, [[5, 5]])}
@@ -247,6 +384,190 @@ def test_a_person_names_paints_accepts_and_undoes_on_the_page(tmp_path, dark):
         page.keyboard.press("z")
         page.wait_for_function("() => document.getElementById('progress').innerText.includes('0 begun')")
         assert not page.evaluate("() => document.documentElement.scrollWidth > innerWidth")
+
+
+@contextlib.contextmanager
+def opened_page(tmp_path, count=2):
+    """Serve photos with two classes, without learning after each stroke; yield the page, its CDP session and logs."""
+    with serving(tmp_path, write_photos(tmp_path / "photos", count)) as (address, session), browser_page() as page:
+        page.goto(f"http://{address}/")
+        page.wait_for_selector("body[data-ready=true]")
+        page.locator("#automatic").uncheck()
+        page.locator("#stage").focus()
+        yield page, page.context.new_cdp_session(page), session
+
+
+def stored_strokes(page, session, count, name="photo0"):
+    """Wait until a photo has this many strokes, and return them."""
+    deadline = time.monotonic() + 10
+    while len(session.storage.log(name).entries) < count:
+        assert time.monotonic() < deadline
+        page.wait_for_timeout(50)
+    page.wait_for_timeout(200)  # no other may follow
+    entries = session.storage.log(name).entries
+    assert len(entries) == count
+    return entries
+
+
+def on_stage(page, *shares):
+    """Return places on the stage in CSS pixels, of shares of its width and height."""
+    box = page.locator("#stage").bounding_box()
+    return [(box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in shares]
+
+
+def touch(cdp, kind, *places):
+    points = [{"x": x, "y": y, "id": number} for number, (x, y) in enumerate(places)]
+    cdp.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+
+
+def pen(cdp, kind, place, **settings):
+    event = {"type": kind, "x": place[0], "y": place[1], "button": "left", "buttons": 1, "clickCount": 1}
+    cdp.send("Input.dispatchMouseEvent", {**event, "pointerType": "pen", **settings})
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_fingers_paint_zoom_and_move_without_a_stray_stroke(tmp_path):
+    with opened_page(tmp_path) as (page, cdp, session):
+        a, b, c, d = on_stage(page, (0.4, 0.5), (0.6, 0.5), (0.3, 0.5), (0.7, 0.5))
+        touch(cdp, "touchStart", a)
+        for step in range(1, 6):
+            touch(cdp, "touchMove", (a[0] + step * (b[0] - a[0]) / 5, a[1]))
+        touch(cdp, "touchEnd")
+        (stroke,) = stored_strokes(page, session, 1)
+        assert (stroke["tool"], stroke["class"]) == ("brush", 0)
+        before = stroke["points"]
+        for tool in ("b", "f", "p"):  # two fingers: apart by half, then both to the right; no stroke, flood or corner
+            page.keyboard.press(tool)
+            touch(cdp, "touchStart", a)
+            touch(cdp, "touchStart", a, b)
+            touch(cdp, "touchMove", c, d)
+            touch(cdp, "touchMove", (c[0] + 60, c[1] + 30), (d[0] + 60, d[1] + 30))
+            touch(cdp, "touchEnd", (c[0] + 60, c[1] + 30))
+            touch(cdp, "touchMove", (c[0] + 160, c[1] + 30))  # the finger that is left moves nothing
+            touch(cdp, "touchEnd")
+            stored_strokes(page, session, 1)
+            if tool == "b":
+                page.keyboard.press("b")
+                moved = (a[0] + 60 - (a[0] - c[0]), a[1] + 30)  # where the pixel under finger a is now
+                touch(cdp, "touchStart", moved)
+                touch(cdp, "touchEnd")
+                dot = stored_strokes(page, session, 2)[1]
+                assert dot["points"][0] == pytest.approx(before[0], abs=1.0)
+                assert stroke["radius"] / dot["radius"] == pytest.approx(2.0, rel=0.02)
+                page.keyboard.press("z")
+                stored = time.monotonic() + 5
+                while len(session.storage.log("photo0").entries) == 2:
+                    assert time.monotonic() < stored
+                    page.wait_for_timeout(20)
+            page.keyboard.press("0")
+        page.keyboard.press("f")
+        touch(cdp, "touchStart", a)
+        touch(cdp, "touchEnd")
+        assert stored_strokes(page, session, 2)[1]["tool"] == "polygon"
+        page.keyboard.press("p")
+        corners = on_stage(page, (0.45, 0.45), (0.55, 0.45), (0.5, 0.6), (0.45, 0.45))
+        for number, corner in enumerate(corners):  # the last one is the first, and closes the polygon
+            touch(cdp, "touchStart", corner)
+            touch(cdp, "touchEnd")
+            if number == 1:  # zooming keeps the corners
+                touch(cdp, "touchStart", a)
+                touch(cdp, "touchStart", a, b)
+                touch(cdp, "touchEnd")
+        polygon = stored_strokes(page, session, 3)[2]
+        assert (polygon["tool"], [len(ring) for ring in polygon["rings"]]) == ("polygon", [3])
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_a_pen_paints_and_erases_and_a_palm_beside_it_does_nothing(tmp_path):
+    with opened_page(tmp_path) as (page, cdp, session):
+        a, b, palm = on_stage(page, (0.4, 0.4), (0.6, 0.4), (0.6, 0.8))
+        pen(cdp, "mousePressed", a)
+        pen(cdp, "mouseMoved", ((a[0] + b[0]) / 2, a[1]))
+        touch(cdp, "touchStart", palm)
+        touch(cdp, "touchMove", (palm[0] + 40, palm[1]))
+        pen(cdp, "mouseMoved", b)
+        touch(cdp, "touchEnd")
+        pen(cdp, "mouseReleased", b, buttons=0)
+        (stroke,) = stored_strokes(page, session, 1)
+        assert stroke["class"] == 0
+        assert len(stroke["points"]) == 3
+        (x0, y0), _, (x1, y1) = stroke["points"]
+        assert (x1 > x0, y1) == (True, pytest.approx(y0, abs=0.5))
+        touch(cdp, "touchStart", a)  # once a pen was seen, a finger moves the photo
+        touch(cdp, "touchMove", b)
+        touch(cdp, "touchEnd")
+        stored_strokes(page, session, 1)
+        pen(cdp, "mousePressed", b)
+        pen(cdp, "mouseReleased", b, buttons=0)
+        dot = stored_strokes(page, session, 2)[1]
+        assert dot["points"][0] == pytest.approx([x0, y0], abs=1.0)
+        page.evaluate(
+            """([x, y]) => { for (const type of ["pointerdown", "pointerup"]) {
+              const init = { pointerId: 1, pointerType: "pen", clientX: x, clientY: y, button: 5, buttons: 32 };
+              const stage = document.getElementById("stage");
+              stage.setPointerCapture = () => {};
+              stage.dispatchEvent(new PointerEvent(type, init));
+            } }""",
+            list(b),
+        )  # its other end
+        assert stored_strokes(page, session, 3)[2]["class"] is None
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_a_stroke_that_was_not_stored_does_not_stay_on_the_page(tmp_path):
+    def lose_a_stroke():
+        with browser_page() as page:
+            with serving(tmp_path, write_photos(tmp_path / "photos", 2)) as (address, _):
+                page.goto(f"http://{address}/")
+                page.wait_for_selector("body[data-ready=true]")
+            draw(page, [(0.1, 0.2), (0.15, 0.8)], "1")
+            page.wait_for_function("() => document.getElementById('error').innerText.includes('is not saved')")
+            page.wait_for_function("() => document.getElementById('undo').disabled")
+
+    with pytest.raises(AssertionError, match="ERR_CONNECTION_REFUSED"):  # which the browser logs
+        lose_a_stroke()
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_the_strip_holds_what_can_be_seen_of_ten_thousand_photos(tmp_path):
+    (photo,) = write_photos(tmp_path / "photos", 1).values()
+    photos = {f"photo{number:05d}": photo for number in range(10_000)}
+    with serving(tmp_path, photos) as (address, session), browser_page() as page:
+        page.goto(f"http://{address}/")
+        page.wait_for_selector("body[data-ready=true]")
+        assert page.locator(".photo").count() < 40
+        page.evaluate("() => { document.getElementById('strip').scrollLeft = 5000 * 108; }")
+        page.wait_for_function(
+            "() => [...document.querySelectorAll('.photo')].some((each) => each.dataset.number > 4900)"
+        )
+        assert page.locator(".photo").count() < 40
+        page.locator(".photo").nth(8).click()
+        page.wait_for_function("() => document.getElementById('name').innerText.includes('photo0')")
+        page.locator("#train-open").click()
+        assert "train" in page.locator("#command").inner_text()
+        assert page.locator("#folder").inner_text() == str(session.storage.folder)
+
+
+@pytest.mark.slow
+def test_train_learns_from_what_was_painted(tmp_path, commands):
+    storage = Storage(tmp_path / "out", write_photos(tmp_path / "photos", 4))
+    for name in NAMES:
+        storage.change_classes(lambda classes, name=name: classes.add(name))
+    for name in ("photo0", "photo1", "photo2"):
+        storage.add_stroke(name, brush(0, [[20, 20], [20, 80]]))
+        storage.add_stroke(name, brush(1, [[110, 20], [110, 80]]))
+    storage.accept("photo3", scene(3)[1])
+    storage.close()
+    done = commands(
+        "train", "dataset=folder", "dataset.root=out", "model.stages=[[4],[8]]", "trainer.max_steps=2",
+        "dataset.batch_size=2", "dataset.num_workers=0", "dataset.size=[96,128]", "hydra.run.dir=run", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert checkpoint.read(tmp_path / "run" / "best.ckpt").classes.names == NAMES
 
 
 @pytest.mark.slow

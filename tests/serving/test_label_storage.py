@@ -170,6 +170,28 @@ def test_a_session_that_was_killed_resumes_with_every_stroke(tmp_path, photos):
     assert len(opened(tmp_path, photos).log("a").entries) == 3
 
 
+def test_a_stroke_that_was_undone_takes_nothing_with_it_when_its_class_is_removed(tmp_path, photos):
+    storage = opened(tmp_path, photos, ("road", "sky", "mistake"))
+    storage.add_stroke("a", BRUSH)
+    storage.add_stroke("a", {**SQUARE, "class": 2})
+    storage.undo("a")
+    storage.change_classes(lambda classes: classes.remove(2, storage.used_labels()))
+    storage.close()
+    resumed = Storage(tmp_path / "out", photos)
+    assert [(entry["tool"], entry["class"]) for entry in resumed.log("a").entries] == [("brush", 0)]
+    resumed.close()
+
+
+def test_a_session_with_accepted_masks_resumes_without_reading_them(tmp_path, photos, monkeypatch):
+    storage = opened(tmp_path, photos)
+    storage.accept("a", np.ones((40, 60), dtype=np.uint8))
+    storage.close()
+    monkeypatch.setattr(Storage, "_read_accepted", lambda *_: pytest.fail("thousands of large masks take minutes"))
+    resumed = opened(tmp_path, photos)
+    assert resumed.used_labels() == {1}
+    resumed.close()
+
+
 def test_a_folder_of_something_else_and_one_in_use_are_refused(tmp_path, photos):
     storage = opened(tmp_path, photos)
     with pytest.raises(UsageError, match="is in use by"):

@@ -4,8 +4,8 @@
 
 A script paints in place of a person: first a stroke of each class in the photo, then strokes inside the largest regions
 where the network is wrong. After each stroke the network learns for some steps, as on the page of `label`. The same
-strokes are then learned at once, also from new weights and without the term over neighbours of like colour; and every
-pixel of all train photos is learned once, as the score to compare with.
+strokes are then learned at once, also from new weights; and every pixel of all train photos is learned once, as the
+score to compare with.
 """
 
 import time
@@ -22,13 +22,15 @@ from segdeconv.data.datasets.camvid import CamVid
 from segdeconv.data.datasets.shapes import Shapes
 from segdeconv.data.preprocessing import resize_image, resize_mask
 from segdeconv.evaluation.report import write_json
-from segdeconv.serving.label.learning import NEIGHBOURS, Example, Kept, Learner, Scope
+from segdeconv.serving.label.learning import Example, Kept, Learner, Scope
 from segdeconv.serving.label.network import NOTHING, SMALL, open_network
 from segdeconv.serving.label.strokes import IGNORE, Stroke, draw_stroke
 
 STROKES_PER_PHOTO = 6
 SHARE = 0.9  # of the score with every pixel, which is to be reached
-SEED = 0
+STROKES = "stroke by stroke"
+AT_ONCE, NEW_WEIGHTS = "the same strokes at once", "the same strokes at once from new weights"
+EVERY_PIXEL = "every pixel"
 
 
 class Task(NamedTuple):
@@ -63,7 +65,7 @@ class Point(NamedTuple):
     miou: float
 
 
-def camvid(root: str, learner: Learner, names: Sequence[str], *, photos: int = 20, val: int = 20) -> Task:
+def camvid(root: str, learner: Learner, names: Sequence[str], *, photos: int, val: int) -> Task:
     """Return CamVid with photos spread over the drives.
 
     Args:
@@ -83,7 +85,7 @@ def camvid(root: str, learner: Learner, names: Sequence[str], *, photos: int = 2
     return Task(_read(splits[0], photos, learner, table), _read(splits[1], val, learner, table), num_classes)
 
 
-def shapes(learner: Learner, *, photos: int = 20, val: int = 20) -> Task:
+def shapes(learner: Learner, *, photos: int, val: int) -> Task:
     """Return the synthetic objects against their background, which no network here has seen."""
     table = np.full(256, IGNORE, dtype=np.uint8)
     table[: len(Shapes.classes)] = 1
@@ -163,16 +165,23 @@ class Teaching:
         start: See `open_network`.
         task: Returns the task for a learner.
         scope: What learns.
-        neighbours: Weight of the term over neighbours of like colour.
+        seed: Of the order of the train photos, and of what is random in learning.
     """
 
     def __init__(
-        self, start: str, task: Callable[[Learner], Task], *, scope: Scope = "decoder", neighbours: float = NEIGHBOURS
+        self,
+        start: str,
+        task: Callable[[Learner], Task],
+        *,
+        scope: Scope = "decoder",
+        seed: int = 0,
     ) -> None:
-        torch.manual_seed(SEED)
+        torch.manual_seed(seed)
         self.learner, _ = open_network(Path("none"), start)
+        self.learner.random = np.random.default_rng(seed)
         self.task = task(self.learner)
-        self.scope, self.neighbours = scope, neighbours
+        np.random.default_rng(seed).shuffle(self.task.train)
+        self.scope = scope
         self.learner.set_classes([f"class {index}" for index in range(self.task.num_classes)])
         self.seconds, self.steps = 0.0, 0
         self.version = -1
@@ -185,9 +194,7 @@ class Teaching:
             Example(self.learner.keep(self.task.train[index][0]), self.task.train[index][0], mask)
             for index, mask in painted.items()
         ]
-        learned = self.learner.learn(
-            lambda: examples, seconds=600, max_steps=steps, scope=self.scope, neighbours=self.neighbours
-        )
+        learned = self.learner.learn(lambda: examples, seconds=600, max_steps=steps, scope=self.scope)
         self.seconds += time.process_time() - started
         self.steps += learned.steps
 
@@ -261,50 +268,84 @@ def run(
     out: str | Path,
     camvid_root: str,
     *,
-    tasks: Sequence[str] = ("camvid", "tree"),
-    strokes: int = 24,
-    steps: int = 10,
-    supervised_steps: int = 200,
-) -> None:
-    """Teach each task, compare, and write teaching.json.
+    tasks: Sequence[str] = ("camvid", "tree", "shapes"),
+    seeds: Sequence[int] = (0, 1, 2),
+    photos: int = 16,
+    val: int = 12,
+    strokes: int = 12,
+    steps: int = 8,
+    supervised_steps: int = 100,
+) -> dict[str, Any]:
+    """Teach each task, compare, write teaching.json and print its summary.
 
     Args:
         out: The folder.
-        camvid_root: The folder of CamVid.
+        camvid_root: The folder of CamVid; for `shapes` alone it is not read.
         tasks: Of `camvid` (road, sky and building), `tree` (against all else) and `shapes`.
+        seeds: Of the order of the photos, and of what is random in learning.
+        photos: Number of train photos.
+        val: Number of val photos.
         strokes: Number of strokes.
         steps: Steps of learning after each; of the same order as five seconds on two idle CPU cores.
-        supervised_steps: Steps of learning from every pixel.
+        supervised_steps: Steps of learning from every pixel, with the first seed only.
+
+    Returns:
+        What teaching.json holds: by task and seed, the measurements of each run as dicts of `Point`.
     """
     builders: dict[str, Callable[[Learner], Task]] = {
-        "camvid": lambda learner: camvid(camvid_root, learner, ("road", "sky", "building")),
-        "tree": lambda learner: camvid(camvid_root, learner, ("tree",)),
-        "shapes": shapes,
+        "camvid": lambda learner: camvid(camvid_root, learner, ("road", "sky", "building"), photos=photos, val=val),
+        "tree": lambda learner: camvid(camvid_root, learner, ("tree",), photos=photos, val=val),
+        "shapes": lambda learner: shapes(learner, photos=photos, val=val),
     }
     results: dict[str, Any] = {}
-
-    def report(name: str, runs: dict[str, list[Point]]) -> None:
-        results[name] = {label: [point._asdict() for point in points] for label, points in runs.items()}
-        write_json(results, Path(out) / "teaching.json")
-
     for name in tasks:
-        task = builders[name]
-        print(f"{name}: strokes from {SMALL}", flush=True)
-        taught, script = paint(Teaching(SMALL, task), strokes=strokes, steps=steps)
-        total = taught[-1].steps
-        runs: dict[str, list[Point]] = {"strokes": taught}
-        report(name, runs)
-        for label, teaching, length in (
-            ("the same strokes at once", Teaching(SMALL, task), total),
-            ("the same strokes at once, cross entropy alone", Teaching(SMALL, task, neighbours=0.0), total),
-            ("every pixel", Teaching(SMALL, task, scope="all"), supervised_steps),
-            ("the same strokes at once, new weights", Teaching(NOTHING, task, scope="all"), total),
-        ):
-            print(f"{name}: {label}", flush=True)
-            complete = {index: mask for index, (_, mask) in enumerate(teaching.task.train)}
-            painted = complete if label == "every pixel" else None
-            runs[label] = replay(teaching, [] if painted else script, steps=length, painted=painted)
-            report(name, runs)
-        best = runs["every pixel"][-1].miou
-        reached = next((point for point in taught if point.miou >= SHARE * best), None)
-        print(f"{name}: every pixel {best:.3f}; {SHARE:.0%} of it after {reached}", flush=True)
+        task, by_seed = builders[name], results.setdefault(name, {})
+        for seed in seeds:
+            runs = by_seed.setdefault(f"seed{seed}", {})
+
+            def measured(label: str, points: Sequence[Point], runs: dict[str, Any] = runs) -> None:
+                runs[label] = [point._asdict() for point in points]
+                write_json(results, Path(out) / "teaching.json")
+
+            def started(label: str, name: str = name, seed: int = seed) -> None:
+                print(f"{name}, seed {seed}: {label}", flush=True)
+
+            started(STROKES)
+            taught, script = paint(Teaching(SMALL, task, seed=seed), strokes=strokes, steps=steps)
+            measured(STROKES, taught)
+            total = max(1, taught[-1].steps)
+            for label, start in ((AT_ONCE, SMALL), (NEW_WEIGHTS, NOTHING)):
+                started(label)
+                scope: Scope = "all" if start == NOTHING else "decoder"
+                measured(label, replay(Teaching(start, task, scope=scope, seed=seed), script, steps=total))
+            if seed == seeds[0]:
+                started(EVERY_PIXEL)
+                teaching = Teaching(SMALL, task, scope="all", seed=seed)
+                complete = {index: mask for index, (_, mask) in enumerate(teaching.task.train)}
+                measured(EVERY_PIXEL, replay(teaching, [], steps=supervised_steps, painted=complete))
+    print("\n".join(summary(results)), flush=True)
+    return results
+
+
+def strokes_until(points: Sequence[Any], goal: float) -> int | None:
+    """Return the strokes of the first measurement, a dict of `Point`, that reaches a mean IoU; None if none does."""
+    return next((point["strokes"] for point in points if point["miou"] >= goal), None)
+
+
+def summary(results: dict[str, Any]) -> list[str]:
+    """Return lines for people: for each task and run the last mean IoU and the strokes until SHARE, seed by seed."""
+    lines = []
+    for name, by_seed in results.items():
+        best = next(runs[EVERY_PIXEL][-1]["miou"] for runs in by_seed.values() if EVERY_PIXEL in runs)
+        lines.append(f"{name}: {EVERY_PIXEL} {best:.1%}; {SHARE:.0%} of it is {SHARE * best:.1%}")
+        for label in (STROKES, AT_ONCE, NEW_WEIGHTS):
+            of_run = [runs[label] for runs in by_seed.values()]
+            scores = ", ".join(f"{points[-1]['miou']:.1%}" for points in of_run)
+            seconds = ", ".join(f"{points[-1]['seconds']:.0f}" for points in of_run)
+            line = f"  {label}: {scores} after {of_run[0][-1]['strokes']} strokes ({seconds} s)"
+            if len(of_run[0]) > 1:
+                reached = [strokes_until(points, SHARE * best) for points in of_run]
+                counts = ", ".join("-" if each is None else str(each) for each in reached)
+                line += f"; {SHARE:.0%} after {counts} strokes"
+            lines.append(line)
+    return lines

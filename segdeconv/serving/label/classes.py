@@ -17,7 +17,7 @@ MAX_NAME = 60  # characters
 
 
 class LabelClasses:
-    """Classes with labels that never change, so that masks stay valid: of a class that is removed, none is used again.
+    """Classes with labels that never change, so that masks stay valid; a class that any mask has cannot be removed.
 
     Args:
         entries: What `to_list` returned.

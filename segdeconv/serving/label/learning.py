@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segdeconv.data.preprocessing import Preprocessing, Size
-from segdeconv.losses.neighbours import like_neighbours
 from segdeconv.models.encoders import Encoding
 from segdeconv.models.layers import init_he
 from segdeconv.models.segnet import SegNet
@@ -33,7 +32,6 @@ LEARNING_RATE = 1e-3  # of the decoder's stages
 HEAD_FACTOR = 4.0  # on the learning rate of the classifier, which may be new
 ENCODER_FACTOR = 0.1  # on the learning rate of the encoder, which has learned from more than strokes
 CALIBRATION_IMAGES = 4
-NEIGHBOURS = 0.3  # weight of the term over neighbours of like colour
 
 
 class Kept(NamedTuple):
@@ -174,7 +172,6 @@ class Learner:
         seconds: float,
         scope: Scope = "decoder",
         max_steps: int | None = None,
-        neighbours: float = NEIGHBOURS,
     ) -> Learned:
         """Learn for a while.
 
@@ -183,24 +180,26 @@ class Learner:
             seconds: Time to learn.
             scope: Learn the decoder from what is kept, or the encoder too.
             max_steps: Steps after which to stop earlier.
-            neighbours: Weight of `like_neighbours`.
         """
+
+        def painted() -> list[Example]:
+            return [example for example in examples() if (example.target != IGNORE).any()]
+
         optimizer = self._optimizer_of(scope)  # the first one takes a second, in which torch is still loading
+        usable = painted()  # not within the time to learn: photos are read here that were not seen before
+        self._calibrate([example.kept for example in usable])
         started, losses, batch = time.monotonic(), list[float](), BATCH
-        while True:
+        while usable:
             step_started = time.monotonic()
             done = max((step_started - started) / seconds, len(losses) / max_steps if max_steps else 0.0)
             if losses and done >= 1:
                 break
-            usable = [example for example in examples() if (example.target != IGNORE).any()]
-            if not usable:
-                break
-            self._calibrate([example.kept for example in usable])
             for group in optimizer.param_groups:  # falls to nothing in each round, so that its last steps settle
                 group["lr"] = group["initial_lr"] * (1 - done if losses else 1.0)
-            losses.append(self._step(usable, batch, scope, optimizer, neighbours))
+            losses.append(self._step(usable, batch, scope, optimizer))
             if time.monotonic() - step_started > seconds / MIN_STEPS:  # small steps teach more in the same time
                 batch = max(1, batch // 2)
+            usable = painted()
         if losses and scope == "all":
             self.encoder_version += 1
         recent = losses[-10:]
@@ -212,7 +211,6 @@ class Learner:
         batch: int,
         scope: Scope,
         optimizer: torch.optim.Optimizer,
-        neighbours: float,
     ) -> float:
         squares = [self._square(examples) for _ in range(batch)]
         side = (min(area[0][1] for _, area in squares), min(area[1][1] for _, area in squares))
@@ -236,9 +234,6 @@ class Learner:
                 logits = self.network.decoder(self._moved(_stacked(parts)))
         with torch.enable_grad():
             loss = F.cross_entropy(logits.float(), target, weights, ignore_index=IGNORE)
-            if neighbours:
-                colours = torch.from_numpy(np.stack(images)).to(self.device).permute(0, 3, 1, 2)
-                loss = loss + neighbours * like_neighbours(logits.float(), colours)
             optimizer.zero_grad(set_to_none=True)
             torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 5.0)
@@ -292,7 +287,7 @@ class Learner:
 
         Statistics that moved with batches of a few squares would lag behind the few steps that there are.
         """
-        if self.calibrated:
+        if self.calibrated or not kept:
             return
         self.calibrated = True
         encodings = [self._moved(each.encoding) for each in kept[:CALIBRATION_IMAGES]]

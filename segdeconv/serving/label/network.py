@@ -6,14 +6,16 @@ from pathlib import Path
 
 from segdeconv.checkpoints import cards, checkpoint, hub
 from segdeconv.checkpoints.pretrained import IMAGENET
+from segdeconv.classes import Classes
 from segdeconv.data.preprocessing import Preprocessing, Size
 from segdeconv.errors import UsageError, warn
 from segdeconv.models.segnet import SegNet
-from segdeconv.serving.label.classes import LabelClasses
+from segdeconv.models.vgg import load_vgg, vgg_depth, vgg_weights
 from segdeconv.serving.label.learning import PIXELS, Learner
 from segdeconv.system.devices import best_device, resolve_precision
 
 NOTHING, IMAGENET_ENCODER = "nothing", "imagenet"  # starts that are no checkpoint
+VGG_SUFFIX = ".pth"  # of torchvision's files, which are no checkpoint either
 SMALL = "camvid-small"
 STAGES = ((32, 32), (64, 64), (128, 128), (192, 192), (192, 192, 192))  # of camvid-small
 
@@ -25,7 +27,8 @@ def open_network(
 
     Args:
         folder: The session's folder, DIR/session.
-        start: `nothing`, `imagenet` (VGG11 with torchvision's weights, which are downloaded) or a checkpoint.
+        start: `nothing`, `imagenet` (VGG11 with torchvision's weights, which are downloaded), the path of a torchvision
+            VGG file (.pth) or a checkpoint.
         trust: See `checkpoint.read`.
         pixels: See `Learner`.
         precision: `auto` or one of `devices.PRECISIONS`.
@@ -39,10 +42,9 @@ def open_network(
     """
     saved = saved_network(folder)
     device = best_device()
-    if saved is None and start in (NOTHING, IMAGENET_ENCODER):
-        arguments = {"stages": STAGES} if start == NOTHING else {"depth": 11, "pretrained": "imagenet"}
+    if saved is None and (start in (NOTHING, IMAGENET_ENCODER) or start.endswith(VGG_SUFFIX)):
         learner = Learner(
-            SegNet(2, **arguments),
+            SegNet(2, stages=STAGES) if start == NOTHING else _vgg(start),
             (),
             Preprocessing(None, *IMAGENET),
             device=device,
@@ -77,6 +79,21 @@ def open_network(
     return learner, saved is not None
 
 
+def _vgg(start: str) -> SegNet:
+    """Return a network whose encoder has the weights of torchvision."""
+    way_out = f"give the path of a torchvision VGG file ({VGG_SUFFIX}), or start from {SMALL} or {NOTHING}"
+    if start != IMAGENET_ENCODER and not Path(start).is_file():
+        raise UsageError(f"{start} not found - {way_out}")
+    try:
+        state = vgg_weights(start, depth=11, norm=True)
+    except UsageError as error:  # its own way out is that of `train`
+        raise UsageError(f"{str(error).partition(' - ')[0]} - {way_out}") from error
+    assert state is not None, "only `none` has no weights"
+    network = SegNet(2, depth=vgg_depth(state, source=start))
+    load_vgg(network.encoder, state, source=start)
+    return network
+
+
 def saved_network(folder: Path) -> Path | None:
     """Return the weights that a session has saved; None if there are none.
 
@@ -89,7 +106,7 @@ def saved_network(folder: Path) -> Path | None:
     return None
 
 
-def save_network(folder: Path, learner: Learner, classes: LabelClasses, size: Size) -> None:
+def save_network(folder: Path, learner: Learner, classes: Classes, size: Size) -> None:
     """Save the network, which every command then reads: `predict DIR/session/network photo.jpg`.
 
     Args:
@@ -98,8 +115,6 @@ def save_network(folder: Path, learner: Learner, classes: LabelClasses, size: Si
         classes: Its classes.
         size: (H, W) of its input, for the commands, which resize every image to it.
     """
-    described = classes.classes()
-    assert described is not None, "the network has learned, so there are two classes"
     network = learner.network
     preprocessing = learner.preprocessing.to_dict() | {"size": None}
     network.card = {
@@ -109,7 +124,7 @@ def save_network(folder: Path, learner: Learner, classes: LabelClasses, size: Si
     }
     new, current, old = (folder / name for name in ("network.new", "network", "network.old"))
     shutil.rmtree(new, ignore_errors=True)
-    network.save_pretrained(new, classes=described)
+    network.save_pretrained(new, classes=classes)
     shutil.rmtree(old, ignore_errors=True)
     if current.exists():
         current.rename(old)

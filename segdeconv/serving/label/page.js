@@ -10,7 +10,6 @@ const POLL = 2500; // milliseconds between looks at a session whose photos are b
 let state = null; // of the session, from /state
 let learning = false;
 let again = false; // a stroke arrived while the network learned
-let proposed = -1; // the round of learning whose proposal is shown
 
 const stage = new Stage($("canvas"));
 const strip = new Strip($("strip"), $("strip-inner"), (number) => open(number));
@@ -88,7 +87,7 @@ function showButtons() {
   const accepted = photo?.status === "accepted";
   $("accept").hidden = accepted;
   $("reopen").hidden = !accepted;
-  $("accept").disabled = !photo || !state?.learned || state.classes.length < 2;
+  $("accept").disabled = !photo || !stage.mask || !state?.learned || state.classes.length < 2;
   $("learn").disabled = learning || !state || state.painted.length < 2;
   $("undo").disabled = !photo?.entries.length;
   $("status").textContent = !photo ? "" : accepted ? "Accepted: nothing writes over it." : photo.entries.length
@@ -132,7 +131,7 @@ async function showMask() {
     const shown = await maps(`${kind}?number=${photo.number}`);
     if (stage.photo !== photo || (photo.status === "accepted") !== (kind === "mask")) return;
     stage.showMask(shown);
-    if (shown && kind === "proposal") proposed = shown.round;
+    showButtons();
     document.body.dataset.shown = `${photo.number}:${kind}:${shown ? shown.round ?? "" : "none"}`;
   } catch (error) {
     if (stage.photo === photo) showError(error.message);
@@ -162,8 +161,10 @@ async function paint(stroke) {
     if ($("automatic").checked) learn();
   } catch (error) {
     sending--;
-    showError(error.message);
-    if (stage.photo === photo) update(await get(`photo?number=${photo.number}`).catch(() => photo));
+    showError(`${error.message} (the stroke is not saved)`);
+    const entries = photo.entries.filter((entry) => entry !== stroke);
+    const about = await get(`photo?number=${photo.number}`).catch(() => ({ ...photo, entries }));
+    if (stage.photo === photo) update(about);
   }
 }
 
@@ -185,7 +186,7 @@ async function accept() {
   if (!photo || $("accept").disabled || photo.status === "accepted") return;
   $("accept").disabled = true;
   try {
-    await change("accept", { number: photo.number });
+    await change("accept", { number: photo.number, round: stage.mask.maps.round });
     await refresh();
     const next = strip.next();
     if (next !== null) await open(next);

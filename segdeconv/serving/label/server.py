@@ -18,7 +18,7 @@ from starlette.routing import Route
 
 from segdeconv.errors import UsageError, command
 from segdeconv.serving.label.learning import Scope
-from segdeconv.serving.label.photos import THUMBNAIL_SIDE, TILE, Photos
+from segdeconv.serving.label.photos import TILE, Photos
 from segdeconv.serving.label.session import MAX_SECONDS, VIEW_PIXELS, Session
 from segdeconv.serving.label.strokes import checked_stroke, flood
 from segdeconv.serving.local_server import JSON, LocalServer, Refused, read_body, require_own_page
@@ -120,13 +120,8 @@ class LabelServer(LocalServer):
         name = self.session.names[number]
 
         def draw() -> bytes:
-            if self.storage.log(name).status == "accepted":
-                height, width = self.storage.size(name)
-                scale = min(1.0, THUMBNAIL_SIDE / max(height, width))
-                labels = self.storage.mask(name, (max(1, round(scale * height)), max(1, round(scale * width))))
-            elif name in self.session.previews:
-                labels = self.session.previews[name][1]
-            else:
+            labels = self.session.preview(name)
+            if labels is None:
                 labels = np.full((1, 1), 255, dtype=np.uint8)
             palette = np.zeros((256, 4), dtype=np.uint8)
             palette[:, :3] = self.storage.classes.palette()
@@ -218,8 +213,17 @@ class LabelServer(LocalServer):
         return _json({"steps": learned.steps, "seconds": learned.seconds, "loss": loss, "round": self.session.round})
 
     async def _accept(self, request: Request) -> Response:
-        number = self._number(await self._content(request))
-        await self.run_in_main_thread(lambda: self.session.accept(self.session.names[number]))
+        """Accept the proposal of the round that the page shows, at once; or the newest, once the network is free."""
+        content = await self._content(request)
+        number = self._number(content)
+        name, shown = self.session.names[number], content.get("round")
+
+        def accept_shown(round_: int) -> bool:
+            with self.storing:
+                return self.session.accept_shown(name, round_)
+
+        if not isinstance(shown, int) or not await run_in_threadpool(accept_shown, shown):
+            await self.run_in_main_thread(lambda: self.session.accept(name))
         return _json(await run_in_threadpool(self._about, number))
 
     # Requests

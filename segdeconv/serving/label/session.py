@@ -25,6 +25,7 @@ from segdeconv.system.memory import available
 MAX_SECONDS = 120.0
 MAX_EXAMPLES = 64  # photos that one round of learning draws from
 MIN_MEMORY, MAX_MEMORY = 256 << 20, 4 << 30  # bytes for what is kept of photos
+SEEN_SHARE = 0.25  # of this memory for photos at the size at which the network sees them
 VIEW_PIXELS = 1_000_000  # of a proposal as the page shows it
 PREVIEW_SIDE = 128
 RANKED = 500  # the most uncertain photos, among which the order is found
@@ -45,6 +46,22 @@ class Proposal(NamedTuple):
     number: int
 
 
+class Shown(NamedTuple):
+    """What a proposal on the page was made of, so that accepting it stores what the person saw.
+
+    Attributes:
+        name: The photo.
+        number: The round of learning.
+        labels: The labels of the classes.
+        probabilities: (C, h, w) float32.
+    """
+
+    name: str
+    number: int
+    labels: list[int]
+    probabilities: np.ndarray
+
+
 class Session:
     """A labelling session.
 
@@ -61,13 +78,17 @@ class Session:
         self.learned = resumed or self._knows_a_class()
         self.round = 0  # of learning; proposals of earlier ones are out of date
         self.steps = 0
+        self.unsaved: str | None = None  # the photo that the page showed when the network learned last
         self.kept: OrderedDict[str, Kept] = OrderedDict()
         self.kept_version = learner.encoder_version
+        self.seen: OrderedDict[str, np.ndarray] = OrderedDict()  # photos as the network sees them
+        self.shown: Shown | None = None
         free = available(learner.device)
         self.memory = MAX_MEMORY if free is None else max(MIN_MEMORY, min(MAX_MEMORY, free // 4))
         self.examples: dict[str, tuple[PhotoLog, tuple[int, ...], Example]] = {}
         self.measured: dict[str, tuple[int, Measured]] = {}
         self.previews: dict[str, tuple[int, np.ndarray]] = {}
+        self.accepted_previews: dict[str, tuple[PhotoLog, np.ndarray]] = {}
         self.unreadable: dict[str, str] = {}
         self.open_order: list[str] = []
         self.since_ranking = 0
@@ -106,10 +127,41 @@ class Session:
             "folder": str(self.storage.folder),
         }
 
+    def preview(self, name: str) -> np.ndarray | None:
+        """Return small labels of what was accepted of a photo, else of the newest proposal; None without any."""
+        log = self.storage.log(name)
+        if log.status != "accepted":
+            return self.previews[name][1] if name in self.previews else None
+        cached = self.accepted_previews.get(name)
+        if cached is None or cached[0] is not log:  # reading the mask of a large photo takes long
+            height, width = self.storage.size(name)
+            scale = min(1.0, PREVIEW_SIDE / max(height, width))
+            size = (max(1, round(scale * height)), max(1, round(scale * width)))
+            cached = self.accepted_previews[name] = (log, self.storage.mask(name, size))
+        return cached[1]
+
+    def accept_shown(self, name: str, number: int) -> bool:
+        """Accept a proposal as it was shown, also while the network learns; return whether it is at hand.
+
+        Args:
+            name: The photo.
+            number: The round of learning that the proposal is from.
+
+        Raises:
+            UsageError: A mask is accepted already.
+        """
+        shown = self.shown
+        if shown is None or (shown.name, shown.number) != (name, number):
+            return False
+        if shown.labels != self.storage.classes.labels:
+            return False
+        self.storage.accept(name, _labels(shown.probabilities, self.storage.size(name), shown.labels))
+        return True
+
     # In the thread of the network
 
     def learn(self, name: str, seconds: float, scope: Scope) -> Learned:
-        """Learn from all strokes for a while, and save the network.
+        """Learn from all strokes for a while; the network is saved once nobody waits for a proposal.
 
         Args:
             name: The photo on the page, which is always among the examples.
@@ -134,9 +186,20 @@ class Session:
             self.round += 1
             self.steps += result.steps
             self.learned = True
-            size = self.learner.size(self.storage.size(name))
-            save_network(self.storage.session, self.learner, classes, size)
+            if self.unsaved is not None:  # somebody has been waiting ever since the round before
+                self.save()
+            else:
+                self.unsaved = name
         return result
+
+    def save(self) -> None:
+        """Save the network if it has learned since it was saved."""
+        name, self.unsaved = self.unsaved, None
+        classes = self.storage.classes.classes()
+        if name is None or classes is None:
+            return
+        self.learner.set_classes(classes.names)  # one may have been added or removed since the network learned
+        save_network(self.storage.session, self.learner, classes, self.learner.size(self.storage.size(name)))
 
     def proposal(self, name: str) -> Proposal | None:
         """Return the network's mask of a photo, None before it has learned."""
@@ -150,7 +213,8 @@ class Session:
         photo = self.storage.size(name)
         scale = min(1.0, (VIEW_PIXELS / (photo[0] * photo[1])) ** 0.5)
         size = (max(1, round(scale * photo[0])), max(1, round(scale * photo[1])))
-        labels, _ = _labels(probabilities, size, classes.labels)
+        labels = _labels(probabilities, size, classes.labels)
+        self.shown = Shown(name, self.round, list(classes.labels), probabilities)
         entropy = cv2.resize(_entropy(probabilities), size[::-1], interpolation=cv2.INTER_LINEAR)
         return Proposal(labels, np.round(entropy * 255).astype(np.uint8), self.round)
 
@@ -164,11 +228,13 @@ class Session:
         if not self.learned or len(labels) < 2:
             raise UsageError("there is no proposal yet - paint a little of every class and learn")
         self.learner.set_classes([self.storage.classes.names[label] for label in labels])
-        mask, _ = _labels(self._probabilities(name), self.storage.size(name), labels)
-        self.storage.accept(name, mask)
+        self.storage.accept(name, _labels(self._probabilities(name), self.storage.size(name), labels))
 
     def sweep(self) -> bool:
-        """Measure one more photo, or return False if all are measured with the network as it is."""
+        """Save the network or measure one more photo; return False if all is done with the network as it is."""
+        if self.unsaved is not None:
+            self.save()
+            return True
         for number in self.order():
             name = self.names[number]
             if name in self.unreadable:
@@ -195,7 +261,7 @@ class Session:
             self.learner.set_classes([self.storage.classes.names[label] for label in labels])
             probabilities = self._probabilities(name)
             uncertainty = region_uncertainty(_entropy(probabilities))
-            indices, _ = _labels(probabilities, probabilities.shape[1:], labels)
+            indices = _labels(probabilities, probabilities.shape[1:], labels)
             self.previews[name] = (self.round, smaller_labels(indices, PREVIEW_SIDE))
         self.measured[name] = (self.round, Measured(Path(name), uncertainty, kept.features))
 
@@ -236,8 +302,14 @@ class Session:
         return example
 
     def _seen(self, name: str) -> np.ndarray:
-        image = read_upright(self.storage.photos[name], max_pixels=MAX_PIXELS)[0]
-        return resize_image(image, self.learner.size((image.shape[0], image.shape[1])))
+        if name not in self.seen:
+            image = read_upright(self.storage.photos[name], max_pixels=MAX_PIXELS)[0]
+            self.seen[name] = resize_image(image, self.learner.size((image.shape[0], image.shape[1])))
+        self.seen.move_to_end(name)
+        size = self.seen[name].nbytes
+        while len(self.seen) * size > SEEN_SHARE * self.memory and len(self.seen) > 1:
+            self.seen.popitem(last=False)
+        return self.seen[name]
 
     def _keep(self, name: str, image: np.ndarray | None = None) -> Kept:
         """Return what is kept of a photo, and forget the photos that were used least recently."""
@@ -266,15 +338,15 @@ class Session:
         return len(names) >= 2 and set(names) <= set(self.learner.names)
 
 
-def _labels(probabilities: np.ndarray, size: Size, labels: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the labels of the most probable classes, (*size) uint8, and their probabilities, class by class."""
+def _labels(probabilities: np.ndarray, size: Size, labels: list[int]) -> np.ndarray:
+    """Return the labels of the most probable classes, (*size) uint8, class by class, since photos may be large."""
     best = np.full(size, -1.0, dtype=np.float32)
     mask = np.zeros(size, dtype=np.uint8)
     for label, map_ in zip(labels, probabilities, strict=True):
         map_ = cv2.resize(map_, size[::-1], interpolation=cv2.INTER_LINEAR)
-        higher = map_ > best
-        mask[higher], best[higher] = label, map_[higher]
-    return mask, best
+        mask[map_ > best] = label
+        np.maximum(best, map_, out=best)
+    return mask
 
 
 def _entropy(probabilities: np.ndarray) -> np.ndarray:

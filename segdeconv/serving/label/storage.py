@@ -21,6 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import cv2
 import numpy as np
 from PIL import Image
 
@@ -167,8 +168,10 @@ class Storage:
             painted = self.mask(name)
             files = (self._accepted_path(f"{name}.{number}") for number in itertools.count())
             file = next(file for file in files if not file.exists())
-            self._write_mask(file, np.where(painted == IGNORE, mask, painted).astype(np.uint8))
-            self._append(name, {"tool": "accept", "file": file.relative_to(self.session / "accepted").as_posix()})
+            np.copyto(painted, mask, where=painted == IGNORE)
+            self._write_mask(file, painted)
+            relative = file.relative_to(self.session / "accepted").as_posix()
+            self._append(name, {"tool": "accept", "file": relative, "labels": _labels_in(painted)})
 
     def reopen(self, name: str) -> None:
         """Go back from an accepted mask to the strokes; the accepted mask stays in session/accepted.
@@ -188,14 +191,17 @@ class Storage:
             for log in self.logs.values():
                 for entry in log.entries:
                     if entry["tool"] == "accept":
-                        used |= self._accepted_labels(entry["file"])
+                        used |= self._accepted_labels(entry)
                     elif entry.get("class") is not None:
                         used.add(entry["class"])
         return used - {IGNORE}
 
-    def _accepted_labels(self, file: str) -> set[int]:
-        if file not in self.labels_of:
-            self.labels_of[file] = set(np.unique(self._read_accepted(file)).tolist())
+    def _accepted_labels(self, accept: Stroke) -> set[int]:
+        file, labels = accept["file"], accept.get("labels")
+        if isinstance(labels, list):
+            return {label for label in labels if isinstance(label, int)}
+        if file not in self.labels_of:  # an entry of a version that did not store them
+            self.labels_of[file] = set(_labels_in(self._read_accepted(file)))
         return self.labels_of[file]
 
     def change_classes(self, change: Callable[[LabelClasses], object]) -> None:
@@ -254,13 +260,18 @@ class Storage:
             try:
                 entry = parse_json(line)
                 known = isinstance(entry, dict) and entry.get("tool") in ("accept", "reopen", "undo")
-                log = _with(log, entry if known else checked_stroke(entry, self.classes.labels))
+                # Of any class: a stroke that was undone may have one that was removed afterwards.
+                log = _with(log, entry if known else checked_stroke(entry, range(IGNORE)))
             except (PlainDataError, UsageError) as error:
                 if number < len(lines):
                     warn(f"{path}, line {number}: left out, since it is no stroke ({error})")
                 else:  # it was cut off, when nobody had been told yet that the stroke was stored
                     os.truncate(path, len(b"".join(line + b"\n" for line in lines[:-1])))
-        return log
+        valid = {None, *self.classes.labels}
+        for entry in log.entries:
+            if entry.get("class") not in valid:
+                warn(f"{path}: a stroke is left out, since session.json has no class {entry['class']}")
+        return _of_entries(tuple(entry for entry in log.entries if entry.get("class") in valid))
 
     def _name_of(self, path: Path) -> str | None:
         first = path.with_suffix("").relative_to(self.session / "strokes").as_posix()
@@ -340,7 +351,15 @@ class Storage:
 
 
 def _with(log: PhotoLog, entry: Stroke) -> PhotoLog:
-    entries = log.entries[:-1] if entry["tool"] == "undo" else (*log.entries, entry)
+    return _of_entries(log.entries[:-1] if entry["tool"] == "undo" else (*log.entries, entry))
+
+
+def _labels_in(mask: np.ndarray) -> list[int]:
+    counts = cv2.calcHist([np.ascontiguousarray(mask)], [0], None, [256], [0, 256])
+    return np.flatnonzero(counts).tolist()
+
+
+def _of_entries(entries: tuple[Stroke, ...]) -> PhotoLog:
     status: Status = "strokes" if any(entry["tool"] not in ("accept", "reopen") for entry in entries) else "none"
     for past in entries:
         if past["tool"] == "accept":

@@ -12,7 +12,9 @@ export class Tools {
     this.tolerance = 18;
     this.pointers = new Map(); // touches, for two fingers
     this.pen = false; // once a pen was seen, fingers move the photo
+    this.active = null; // the pointer that paints or moves; others do nothing, such as the palm beside a pen
     this.moving = null;
+    this.waiting = null; // where a finger went down that floods or sets a corner, unless a second finger follows
     this.stroke = null;
     this.ring = [];
     const listen = (name, handler) => element.addEventListener(name, handler);
@@ -20,7 +22,7 @@ export class Tools {
     listen("pointermove", (event) => this.move(event));
     listen("pointerup", (event) => this.up(event));
     listen("pointercancel", (event) => this.cancel(event));
-    listen("pointerleave", () => this.hover(null));
+    listen("pointerleave", (event) => this.isActive(event) && this.hover(null));
     listen("contextmenu", (event) => event.preventDefault());
     listen("dblclick", () => this.close());
     element.addEventListener("wheel", (event) => {
@@ -73,12 +75,22 @@ export class Tools {
     if (!this.stage.photo) return;
     this.element.focus();
     this.element.setPointerCapture(event.pointerId);
-    if (event.pointerType === "pen") this.pen = true;
-    if (event.pointerType === "touch") {
+    const touch = event.pointerType === "touch";
+    if (event.pointerType === "pen") {
+      this.pen = true;
+      this.abandonStroke(); // the pen takes over from a palm
+      this.moving = null;
+      this.pointers.clear();
+    } else if (!this.isActive(event) && !(touch && this.pointers.size)) return;
+    if (touch) {
       this.pointers.set(event.pointerId, [event.clientX, event.clientY]);
-      if (this.pointers.size > 1) return this.abandon();
+      if (this.pointers.size > 1) {
+        this.moving = null;
+        return this.abandonStroke();
+      }
     }
-    const finger = event.pointerType === "touch" && this.pen;
+    this.active = event.pointerId;
+    const finger = touch && this.pen;
     if (this.tool === "hand" || event.button === 1 || event.button === 2 || finger) {
       this.moving = [event.clientX, event.clientY];
       this.element.classList.add("moving");
@@ -86,13 +98,21 @@ export class Tools {
     }
     const point = this.stage.at(event);
     const erases = this.tool === "eraser" || event.button === 5 || (event.buttons & 32) !== 0; // a pen's other end
-    this.press(point, erases);
+    if (touch && ["polygon", "flood"].includes(this.tool)) this.waiting = point;
+    else this.press(point, erases);
+  }
+
+  isActive(event) {
+    return this.active === null || this.active === event.pointerId;
   }
 
   press(point, erases = this.tool === "eraser") {
     const label = erases ? null : this.label();
     if (label === undefined) return;
     if (this.tool === "polygon" && !erases) {
+      const near = 12 * (window.devicePixelRatio || 1);
+      const [x, y] = this.ring[0] || point;
+      if (this.ring.length > 2 && Math.hypot(point[0] - x, point[1] - y) * this.stage.scale < near) return this.close();
       this.ring.push(point);
       this.showRing(point);
     } else if (this.tool === "flood" && !erases) {
@@ -107,6 +127,7 @@ export class Tools {
   move(event) {
     if (!this.stage.photo) return;
     if (this.pointers.has(event.pointerId) && this.pointers.size > 1) return this.pinch(event);
+    if (!this.isActive(event)) return;
     if (this.moving) {
       const ratio = window.devicePixelRatio || 1;
       this.stage.move((event.clientX - this.moving[0]) * ratio, (event.clientY - this.moving[1]) * ratio);
@@ -140,15 +161,23 @@ export class Tools {
 
   up(event) {
     this.pointers.delete(event.pointerId);
-    this.moving = null;
-    this.element.classList.remove("moving");
+    if (!this.isActive(event)) return;
+    const { waiting } = this;
+    this.release();
+    if (waiting) this.press(waiting);
     this.finish();
   }
 
   cancel(event) {
     this.pointers.delete(event.pointerId);
-    this.moving = null;
-    this.abandon();
+    if (!this.isActive(event)) return;
+    this.release();
+    this.abandonStroke();
+  }
+
+  release() {
+    this.active = this.moving = this.waiting = null;
+    this.element.classList.remove("moving");
   }
 
   finish() {
@@ -175,7 +204,14 @@ export class Tools {
 
   abandon() {
     this.ring = [];
-    this.stroke = this.stage.pending = null;
+    this.abandonStroke();
+  }
+
+  // Give up the stroke, but not the corners of a polygon.
+  abandonStroke() {
+    this.stroke = this.waiting = null;
+    if (this.ring.length) this.showRing(this.ring.at(-1));
+    else this.stage.pending = null;
     this.stage.draw();
   }
 
