@@ -171,7 +171,7 @@ class Storage:
             np.copyto(painted, mask, where=painted == IGNORE)
             self._write_mask(file, painted)
             relative = file.relative_to(self.session / "accepted").as_posix()
-            self._append(name, {"tool": "accept", "file": relative, "labels": _labels_in(painted)})
+            self._append(name, {"tool": "accept", "file": relative, "labels": _labels_in(painted)}, mask=file)
 
     def reopen(self, name: str) -> None:
         """Go back from an accepted mask to the strokes; the accepted mask stays in session/accepted.
@@ -222,7 +222,7 @@ class Storage:
 
     # The log
 
-    def _append(self, name: str, entry: Stroke) -> None:
+    def _append(self, name: str, entry: Stroke, *, mask: Path | None = None) -> None:
         path = self._log_path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a+b") as file:
@@ -233,9 +233,14 @@ class Storage:
             file.write(json.dumps(entry, separators=(",", ":")).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
-        log = _with(self.log(name), entry)
-        self.logs[name] = log
-        self._update_files(name)
+        self.logs[name] = _with(self.log(name), entry)
+        if mask is None:
+            self._update_files(name)
+            return
+        with replacing(self._mask_path(name)) as copy, mask.open("rb") as original:
+            shutil.copyfileobj(original, copy)
+        if self._image_path(name) is None:
+            self._write_image(name)
 
     def _resume(self) -> None:
         """Read the logs, and draw the masks again that are older than their log."""
