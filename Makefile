@@ -8,7 +8,6 @@
 PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= auto # processes that run tests side by side
-WORKERS = -n $(JOBS) --dist worksteal # each starts with one half, so that few files' fixtures are made twice
 RUN = $(VENV)/bin/python
 RUN_EXTRAS = $(VENV)-extras/bin/python
 
@@ -37,13 +36,13 @@ demo: $(VENV)/.installed
 	@echo "Look at demo/report.html; pictures are in demo/pictures, scores in demo/report.json, demo/metrics.csv."
 
 test: $(VENV)/.installed
-	$(RUN) -m pytest -q $(WORKERS)
+	$(RUN) -m pytest -q -n $(JOBS)
 
 slow: $(VENV)/.installed
-	$(RUN) -m pytest -q $(WORKERS) -m slow
+	$(RUN) -m pytest -q -n $(JOBS) -m slow
 
 extras: $(VENV)-extras/.installed
-	$(RUN_EXTRAS) -m pytest -q $(WORKERS) -m extras
+	$(RUN_EXTRAS) -m pytest -q -n $(JOBS) -m extras
 	$(RUN_EXTRAS) -m pytest -q -n $(JOBS) tests/data/test_augmentation.py
 
 docs: $(VENV)-extras/.installed
