@@ -31,9 +31,11 @@ TESTED_ELSEWHERE = {
     "merge": "inference/test_parts.py",
 }  # fmt: skip
 # Words of commands that need a service, a cluster, an object storage or a person. training/test_loggers.py,
-# inference/test_distributed.py, data/datasets/test_remote_shards.py and serving/test_label_page.py cover them.
+# inference/test_distributed.py, inference/test_object_storage.py, data/datasets/test_remote_shards.py and
+# serving/test_label_page.py cover them.
 UNAVAILABLE = (
-    "logger=wandb", "logger=mlflow", "--engine", "dataset.root=s3://bucket/camvid", "dataset.root=photos-labels",
+    "logger=wandb", "logger=mlflow", "--engine", "dataset.root=s3://bucket/camvid", "s3://bucket/photos",
+    "stored.txt", "dataset.root=photos-labels",
 )  # fmt: skip
 
 # Keys that make a training command take seconds, unless the command sets them.
