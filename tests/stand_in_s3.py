@@ -1,6 +1,7 @@
 """A local stand-in of S3, filled and read by boto3, which segdeconv does not use."""
 
 import itertools
+from contextlib import contextmanager
 
 KEYS = {
     "AWS_ACCESS_KEY_ID": "someone",
@@ -9,6 +10,18 @@ KEYS = {
     "AWS_ALLOW_HTTP": "true",
 }
 _numbers = itertools.count()
+
+
+@contextmanager
+def stand_in():
+    """Run a stand-in in this process and yield its endpoint."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
 
 
 class Bucket:

@@ -16,9 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from segdeconv.data.files import object_storage
+from segdeconv.data.files import object_folder, object_storage
 from segdeconv.data.files.download import fetch
-from segdeconv.data.files.object_folder import is_object_storage
 from segdeconv.data.files.stored_file import StoredFile
 from segdeconv.data.shard_index import WAY_OUT, Member, Shard
 from segdeconv.errors import UsageError
@@ -33,7 +32,7 @@ READ_TIMEOUT = 30  # seconds without a byte
 
 def is_remote(root: str) -> bool:
     """Return whether `dataset.root` is an address rather than a folder."""
-    return is_object_storage(root) or bool(WEB.match(root))
+    return object_folder.is_object_storage(root) or bool(WEB.match(root))
 
 
 class _WrongBytesError(Exception):
@@ -168,10 +167,7 @@ class ShardFolder:
                 raise UsageError(f"{address} is missing - check dataset.root, or {WAY_OUT}")
             time.sleep(PAUSE * 2**number)
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise UsageError(
-            f"{address} cannot be read after {TRIES} tries ({reason}) - check the address, the network and the "
-            "credentials in the environment (AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS, ...)"
-        )
+        raise UsageError(f"{address} cannot be read after {TRIES} tries ({reason}) - {object_folder.WAY_OUT}")
 
     def read(self, shard: Shard, member: Member, file: str) -> bytes:
         """Return the verified bytes of a file inside a shard.

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from fresh_commands import child_environment
 from PIL import Image
-from stand_in_s3 import Bucket
+from stand_in_s3 import Bucket, stand_in
 
 from segdeconv.data import Folder
 from segdeconv.data.shard_writer import write_shards
@@ -27,13 +27,8 @@ LOGS = ("predictions.jsonl", ".segdeconv-files")
 
 @pytest.fixture(scope="module")
 def endpoint():
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
+    with stand_in() as address:
+        yield address
 
 
 @pytest.fixture(scope="module")

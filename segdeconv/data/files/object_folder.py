@@ -122,8 +122,6 @@ class ObjectFolder:
             yield
         except (NotFoundError, FileNotFoundError):
             raise UsageError(f"{shown} is missing - check the address") from None
-        except UsageError:
-            raise
         except Exception as error:  # obstore has an exception for each service and cause, with texts of many lines
             raise UsageError(f"{shown} {what} ({described(error)}) - {WAY_OUT}") from error
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from fresh_commands import child_environment
 from http_server import serving, whole
+from stand_in_s3 import KEYS, stand_in
 
 from segdeconv.checkpoints import checkpoint
 from segdeconv.data import Folder, Shards
@@ -25,12 +26,6 @@ from segdeconv.errors import UsageError
 pytestmark = pytest.mark.extras
 
 ROOT = Path(__file__).parents[3]
-KEYS = {
-    "AWS_ACCESS_KEY_ID": "someone",
-    "AWS_SECRET_ACCESS_KEY": "secret",
-    "AWS_REGION": "us-east-1",
-    "AWS_ALLOW_HTTP": "true",
-}
 
 
 @pytest.fixture(scope="module")
@@ -45,13 +40,8 @@ def own(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def endpoint():
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
+    with stand_in() as address:
+        yield address
 
 
 @pytest.fixture
