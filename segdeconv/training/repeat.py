@@ -15,14 +15,12 @@ from pytorch_lightning import Callback, Trainer
 from segdeconv.checkpoints import checkpoint as checkpoints
 from segdeconv.checkpoints import transfer
 from segdeconv.checkpoints.checkpoint import Checkpoint
-from segdeconv.config import ABSENT, TARGET, build
+from segdeconv.config import ABSENT, TARGET
 from segdeconv.data.loading import explain_loader_errors
 from segdeconv.data.module import build_pipeline, build_split
 from segdeconv.errors import MismatchError, SegdeconvError, UsageError, first_line
-from segdeconv.losses import build_loss
 from segdeconv.models import SegmentationModel, build_model
 from segdeconv.models.build import PRETRAINED
-from segdeconv.optimization import build_optimizer
 from segdeconv.training.config_check import check_config
 from segdeconv.training.data_module import DataModule
 from segdeconv.training.lightning_internals import resume_at_epoch_start
@@ -199,17 +197,9 @@ def repeat(source: Checkpoint, recorded: Stretch, steps: int, folder: Path, *, b
         profiler=None,
         plugins=None,
     )
-    task = SegmentationTask(
-        model,
-        build_loss(config["loss"], class_weights=facts.get("class_weights"), ignore_index=classes.ignore_index),
-        build_optimizer(config["optimizer"], model),
-        build(config["schedule"], "schedule"),
-        classes,
-        seed=config["seed"],
-        total_steps=int(recorded.conditions["total_steps"]),
-        metadata={"config": source.config, "facts": facts},
-        settings=settings,
-        log_to_loggers=False,
+    total_steps = int(recorded.conditions["total_steps"])
+    task = SegmentationTask.built(
+        model, config, source.config, facts, total_steps=total_steps, settings=settings, log_to_loggers=False
     )
     repeated = Stretch(recorded.start, recorded.conditions)
     resumed = None if beginning else source

@@ -213,7 +213,7 @@ class SegmentationTask(LightningModule):
         kept = {name: checked[name] for name in TASK_KEYS}
         torch.manual_seed(checked["seed"])
         model = build_model(checked["model"], len(named), preprocessing.channels)
-        return cls._built(
+        return cls.built(
             model,
             kept,
             {"dataset": {"size": preprocessing.size}, **written(kept)},
@@ -265,7 +265,7 @@ class SegmentationTask(LightningModule):
         if isinstance(settings, Mapping):  # versions to come may have more
             nodes["trainer"] = {name: value for name, value in settings.items() if name in vars(TrainerSettings())}
         try:
-            task = cls._built(model, check_config(nodes), source.config, source.facts)
+            task = cls.built(model, check_config(nodes), source.config, source.facts)
             state = task.state_dict()
             state |= {name: value for name, value in source.content["state_dict"].items() if name in state}
             task.load_state_dict(state)
@@ -277,7 +277,7 @@ class SegmentationTask(LightningModule):
         return task if map_location is None else task.to(map_location)
 
     @classmethod
-    def _built(
+    def built(
         cls,
         model: SegmentationModel,
         checked: Mapping[str, Any],
@@ -285,8 +285,13 @@ class SegmentationTask(LightningModule):
         facts: Mapping[str, Any],
         *,
         total_steps: int | None = None,
+        settings: TrainerSettings | None = None,
+        log_to_loggers: bool = True,
     ) -> Self:
-        """Build the loss, optimizer and schedule of checked nodes for a network, with a config and metadata to save."""
+        """Build the loss, optimizer and schedule of checked nodes for a network, with a config and metadata to save.
+
+        Without `settings`, those of the nodes apply.
+        """
         classes = Classes.from_dict(facts["classes"])
         return cls(
             model,
@@ -297,7 +302,8 @@ class SegmentationTask(LightningModule):
             seed=checked["seed"],
             total_steps=total_steps,
             metadata={"config": dict(config), "facts": dict(facts)},
-            settings=TrainerSettings(**checked["trainer"]),
+            settings=settings or TrainerSettings(**checked["trainer"]),
+            log_to_loggers=log_to_loggers,
         )
 
     @property
