@@ -106,7 +106,8 @@ def run(description: str) -> None:
         draw_units(visualizer, images, arguments, maps, write)
     if written:
         write_index(arguments.out, checkpoint.path.name, written)
-        print(f"{len(written)} figures in {arguments.out}; {arguments.out / 'index.html'} shows them all")
+        figures = f"{len(written)} figure{'s' if written[1:] else ''}"
+        print(f"{figures} in {arguments.out}; see {arguments.out / 'index.html'}")
     if inexact:
         operations = dict.fromkeys(operation for each in inexact for operation in each.non_affine)
         raise SegdeconvError(
