@@ -144,8 +144,8 @@ def test_strokes_are_learned_proposed_and_accepted(tmp_path, monkeypatch):
     saved = checkpoint.read(saved_network(tmp_path / "out" / "session"))
     predicted = Segmenter(saved).predict(scene(4)[0]).mask
     assert (predicted == scene(4)[1]).mean() > 0.8
-    again, resumed = open_network(tmp_path / "out" / "session", "camvid-small")
-    assert (again.names, resumed) == (list(NAMES), True)
+    again, classes = open_network(tmp_path / "out" / "session", "camvid-small")
+    assert (again.names, classes) == (list(NAMES), dict(enumerate(NAMES)))
 
 
 def taught(address):
@@ -169,6 +169,53 @@ def test_the_mask_that_was_shown_is_accepted_also_while_the_network_learns_anoth
         assert (accepted[0], learning_.is_alive(), about["round"]) == (200, True, round_)
         learning_.join()
     assert (np.array(Image.open(tmp_path / "out" / "masks" / "photo1.png")) == labels).all()
+
+
+def add_class(session, name):
+    session.storage.change_classes(lambda classes: classes.add(name))
+
+
+def test_classes_that_the_network_knows_are_proposed_as_they_are_named(tmp_path):
+    """In any order, and not while there is one that it does not know."""
+    storage = Storage(tmp_path / "out", write_photos(tmp_path / "photos", 1))
+    teacher = learner()
+    teacher.set_classes(["sky", "road", "car"])
+    with torch.no_grad():  # whatever the photo, cars are most probable, then roads
+        teacher.network.decoder.classifier.bias.copy_(torch.tensor([0.0, 1e3, 2e3]))
+    session = Session(storage, teacher)
+    assert session.proposal("photo0") is None
+    for added, expected in (("road", None), ("sky", 0), ("car", 2), ("lamp", None)):
+        add_class(session, added)
+        proposal = session.proposal("photo0")
+        assert (proposal is not None, session.learned) == ((expected is not None,) * 2)
+        if proposal is not None:
+            assert set(np.unique(proposal.labels)) == {expected}
+        named = storage.classes.names.values()
+        assert session.state()["suggestions"] == [name for name in ("sky", "road", "car") if name not in named]
+    storage.close()
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_class_that_is_renamed_keeps_what_the_network_has_learned_of_it(tmp_path, restart):
+    photos = write_photos(tmp_path / "photos", 2)
+    with serving(tmp_path, photos) as (address, session):
+        taught(address)
+        before = labels_of(get(address, "/proposal?number=1"))[1]
+        deadline = time.monotonic() + 20
+        while session.unsaved is not None or saved_network(session.storage.session) is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        change = {"action": "change", "label": 0, "name": "meadow"}
+        assert post(address, "/classes", change)[0] == 200
+        if not restart:
+            assert (labels_of(get(address, "/proposal?number=1"))[1] == before).all()
+    if restart:
+        storage = Storage(tmp_path / "out", photos)
+        again, saved = open_network(storage.session, "camvid-small", precision="32-true")
+        assert saved == dict(enumerate(NAMES))
+        proposal = Session(storage, again, saved=saved).proposal("photo1")
+        assert (proposal.labels == before[0]).mean() > 0.98
+        storage.close()
 
 
 def test_photos_are_read_once_also_when_the_encoder_learns(tmp_path, monkeypatch):
@@ -260,11 +307,11 @@ def test_the_weights_of_torchvision_are_those_of_the_encoder(tmp_path, monkeypat
     expected = nn.Sequential(*layers).eval()
     state = {f"features.{name}": value for name, value in expected.state_dict().items()}
     torch.save({**state, "classifier.0.weight": torch.zeros(2, 4)}, tmp_path / "vgg16_bn.pth")
-    opened, resumed = open_network(tmp_path / "session", str(tmp_path / "vgg16_bn.pth"), precision="32-true")
+    opened, saved = open_network(tmp_path / "session", str(tmp_path / "vgg16_bn.pth"), precision="32-true")
     image = torch.randn(1, 3, 16, 16)
     with torch.no_grad():
         torch.testing.assert_close(opened.network.encoder(image).features, expected(image))
-    assert (resumed, opened.calibrated, opened.encoder_calibrated) == (False, False, True)
+    assert (saved, opened.calibrated, opened.encoder_calibrated) == (None, False, True)
 
 
 def test_without_network_imagenet_is_one_clear_line(tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ STAGES = ((32, 32), (64, 64), (128, 128), (192, 192), (192, 192, 192))  # of cam
 
 def open_network(
     folder: Path, start: str, *, trust: Collection[str] = (), pixels: int = PIXELS, precision: str = "auto"
-) -> tuple[Learner, bool]:
+) -> tuple[Learner, dict[int, str] | None]:
     """Return the network of a session: the one that it has saved, or the one that it starts from.
 
     Args:
@@ -34,7 +34,7 @@ def open_network(
         precision: `auto` or one of `devices.PRECISIONS`.
 
     Returns:
-        The learner, and whether its network was saved by the session.
+        The learner, and the names by label of the classes of a network that the session has saved; None if it starts.
 
     Raises:
         UsageError: The network is none that learns from strokes.
@@ -53,7 +53,7 @@ def open_network(
             pretrained_decoder=False,
             pretrained_encoder=start != NOTHING,
         )
-        return learner, False
+        return learner, None
     source = checkpoint.read(saved if saved is not None else start, trust=trust)
     network, preprocessing = source.model(), source.preprocessing
     if not isinstance(network, SegNet) or network.decoder.encoder_addition:
@@ -76,7 +76,9 @@ def open_network(
         precision=resolve_precision(precision, source.facts["precision"]),
         pixels=pixels,
     )
-    return learner, saved is not None
+    if saved is None:
+        return learner, None
+    return learner, dict(zip(source.classes.labels, source.classes.names, strict=True))
 
 
 def _vgg(start: str) -> SegNet:
