@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from segdeconv.cli.command import ArgumentParser
-from segdeconv.errors import UsageError, command, warn
+from segdeconv.errors import UsageError, warn
 
 if TYPE_CHECKING:
     from segdeconv.serving.label.storage import Storage
@@ -97,7 +97,7 @@ def run(description: str) -> None:
         print(f"photos:   {len(photos)} in {arguments.photos}, {painted} with strokes")
         print(f"network:  {describe_start(start, saved is not None)}, {learner.precision} on {learner.device}")
         print(f"saved in: {out} (the same command resumes)")
-        print(f"then:     {command('train', ['dataset=folder', f'dataset.root={out}'])}")
+        print(f"then:     {server.train_command()}")
         print(f"page:     {server.url}", flush=True)
         print("Press Ctrl-C to stop.", flush=True)
         try:
