@@ -134,7 +134,7 @@ def test_strokes_are_learned_proposed_and_accepted(tmp_path, monkeypatch):
         assert json.loads(post(address, "/accept", {"number": 3})[2])["status"] == "accepted"
         assert post(address, "/accept", {"number": 3})[0] == 422
         deadline = time.monotonic() + 20
-        while sum(number == round_ for number, _ in list(session.measured.values())) < 5:
+        while session.state()["current"] < 5:
             assert time.monotonic() < deadline
             time.sleep(0.05)
         order = json.loads(get(address, "/state"))["order"]
@@ -194,6 +194,11 @@ def test_classes_that_the_network_knows_are_proposed_as_they_are_named(tmp_path)
             assert set(np.unique(proposal.labels)) == {expected}
         named = storage.classes.names.values()
         assert session.state()["suggestions"] == [name for name in ("sky", "road", "car") if name not in named]
+        while session.sweep():  # the strip shows what the page does
+            pass
+        assert session.state()["current"] == 1
+        preview = session.preview("photo0")
+        assert (None if preview is None else set(np.unique(preview))) == (None if expected is None else {expected})
     storage.close()
 
 

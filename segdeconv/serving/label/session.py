@@ -33,6 +33,9 @@ RANKED = 500  # the most uncertain photos, among which the order is found
 RANK_EVERY = 10  # photos of the sweep
 
 
+Version = tuple[int, tuple[int, ...]]  # rounds of learning, and the labels of the classes if there is a proposal
+
+
 class Proposal(NamedTuple):
     """The network's masks of a photo, as the page shows them.
 
@@ -89,8 +92,8 @@ class Session:
         free = available(learner.device)
         self.memory = MAX_MEMORY if free is None else max(MIN_MEMORY, min(MAX_MEMORY, free // 4))
         self.examples: dict[str, tuple[PhotoLog, tuple[int, ...], Example]] = {}
-        self.measured: dict[str, tuple[int, Measured]] = {}
-        self.previews: dict[str, tuple[int, np.ndarray]] = {}
+        self.measured: dict[str, tuple[Version, Measured]] = {}
+        self.previews: dict[str, np.ndarray] = {}
         self.accepted_previews: dict[str, tuple[PhotoLog, np.ndarray]] = {}
         self.unreadable: dict[str, str] = {}
         self.open_order: list[str] = []
@@ -103,6 +106,11 @@ class Session:
         """Whether the network has masks to propose: it has learned, or knew all classes by name at the start."""
         names = list(self.storage.classes.names.values())
         return self.saved or self.round > 0 or (len(names) >= 2 and set(self.known).issuperset(names))
+
+    @property
+    def version(self) -> Version:
+        """What proposals depend on."""
+        return self.round, tuple(self.storage.classes.labels) if self.learned else ()
 
     def order(self) -> list[int]:
         """Return the numbers of the photos as the strip shows them: begun, open by rank, not read yet, accepted."""
@@ -117,6 +125,7 @@ class Session:
     def state(self) -> dict[str, Any]:
         """Return what the page shows of the session."""
         status = {self.numbers[name]: log.status for name, log in list(self.storage.logs.items())}
+        newest = self.version
         return {
             "classes": self.storage.classes.to_list(),
             "photos": len(self.names),
@@ -124,7 +133,7 @@ class Session:
             "begun": [number for number, each in status.items() if each == "strokes"],
             "accepted": [number for number, each in status.items() if each == "accepted"],
             "measured": len(self.measured),
-            "current": sum(number == self.round for number, _ in list(self.measured.values())),
+            "current": sum(version == newest for version, _ in list(self.measured.values())),
             "painted": sorted(self.storage.used_labels()),
             "round": self.round,
             "steps": self.steps,
@@ -140,7 +149,7 @@ class Session:
         """Return small labels of what was accepted of a photo, else of the newest proposal; None without any."""
         log = self.storage.log(name)
         if log.status != "accepted":
-            return self.previews[name][1] if name in self.previews else None
+            return self.previews.get(name)
         cached = self.accepted_previews.get(name)
         if cached is None or cached[0] is not log:  # reading the mask of a large photo takes long
             height, width = self.storage.size(name)
@@ -242,11 +251,10 @@ class Session:
         if self.unsaved is not None:
             self.save()
             return True
+        newest = self.version
         for number in self.order():
             name = self.names[number]
-            if name in self.unreadable:
-                continue
-            if self.measured.get(name, (-1,))[0] == self.round:
+            if name in self.unreadable or (name in self.measured and self.measured[name][0] == newest):
                 continue
             try:
                 self._measure(name)
@@ -262,14 +270,17 @@ class Session:
 
     def _measure(self, name: str) -> None:
         kept = self._keep(name)
-        uncertainty = 1.0
+        uncertainty, version = 1.0, self.version
         if self.learned and len(self.storage.classes.labels) >= 2:
             labels = self._match_classes()
             probabilities = self._probabilities(name)
             uncertainty = region_uncertainty(_entropy(probabilities))
             indices = _labels(probabilities, probabilities.shape[1:], labels)
-            self.previews[name] = (self.round, smaller_labels(indices, PREVIEW_SIDE))
-        self.measured[name] = (self.round, Measured(Path(name), uncertainty, kept.features))
+            self.previews[name] = smaller_labels(indices, PREVIEW_SIDE)
+            version = (self.round, tuple(labels))
+        else:  # also after a class was added that the network does not know
+            self.previews.pop(name, None)
+        self.measured[name] = (version, Measured(Path(name), uncertainty, kept.features))
 
     def _rank(self) -> None:
         self.since_ranking = 0
