@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from segdeconv.cli.command import ArgumentParser
-from segdeconv.errors import UsageError, command, warn
+from segdeconv.errors import UsageError, warn
 
 if TYPE_CHECKING:
     from segdeconv.serving.label.storage import Storage
@@ -77,14 +77,14 @@ def run(description: str) -> None:
     if videos := [path for path in photos.values() if is_video(path)]:
         raise UsageError(f"{videos[0]} is a video, and label shows photos - extract its frames first")
     start = arguments.checkpoint or SMALL
-    learner, resumed = open_network(
+    learner, saved = open_network(
         out / "session", start, trust=arguments.trust, pixels=arguments.pixels, precision=arguments.precision
     )
     storage = Storage(out, photos)
     try:
         add_classes(storage, arguments.classes, learner.names if arguments.checkpoint else [])
-        session = Session(storage, learner, resumed=resumed)
-        scope: Literal["decoder", "all"] = "all" if start == NOTHING and not resumed else "decoder"
+        session = Session(storage, learner, saved=saved)
+        scope: Literal["decoder", "all"] = "all" if start == NOTHING and saved is None else "decoder"
         if arguments.learn:
             scope = arguments.learn
         server = LabelServer(session, arguments.host, arguments.port, seconds=arguments.seconds, scope=scope)
@@ -95,9 +95,9 @@ def run(description: str) -> None:
             )
         painted = sum(log.status != "none" for log in storage.logs.values())
         print(f"photos:   {len(photos)} in {arguments.photos}, {painted} with strokes")
-        print(f"network:  {describe_start(start, resumed)}, {learner.precision} on {learner.device}")
+        print(f"network:  {describe_start(start, saved is not None)}, {learner.precision} on {learner.device}")
         print(f"saved in: {out} (the same command resumes)")
-        print(f"then:     {command('train', ['dataset=folder', f'dataset.root={out}'])}")
+        print(f"then:     {server.train_command()}")
         print(f"page:     {server.url}", flush=True)
         print("Press Ctrl-C to stop.", flush=True)
         try:

@@ -115,6 +115,30 @@ def test_a_class_that_is_known_keeps_its_row_of_the_classifier():
     assert teacher.network.num_classes == 3
 
 
+def rows_of(teacher):
+    """The weights and bias of each class, by its name."""
+    parts = (tensor.detach().clone() for tensor in teacher.network.decoder.classifier.parameters())
+    return dict(zip(teacher.names, zip(*parts, strict=True), strict=True))
+
+
+def same(rows, others):
+    return all((tensor == other).all() for tensor, other in zip(rows, others, strict=True))
+
+
+def test_a_class_that_was_left_out_or_renamed_keeps_its_row_of_the_classifier():
+    teacher = learner(("sky", "road", "car"))
+    before = rows_of(teacher)
+    teacher.set_classes(["road", "sky"])  # as on the page, where classes are named one after the other
+    teacher.set_classes(["road", "sky", "car"])
+    assert all(same(rows, before[name]) for name, rows in rows_of(teacher).items())
+    teacher.set_classes(["street", "road", "car"], renamed={"road": "street", "sky": "road", "car": "car"})
+    after = rows_of(teacher)
+    assert same(after["street"], before["road"])
+    assert same(after["road"], before["sky"])
+    teacher.set_classes(["street", "road", "car", "sky"])  # a new class by the old name of another
+    assert not same(rows_of(teacher)["sky"], before["sky"])
+
+
 def test_the_norms_of_a_random_decoder_get_the_statistics_of_the_photos():
     teacher = learner(pretrained_decoder=False)
     kept = [teacher.keep(photo(seed)[0]) for seed in range(2)]

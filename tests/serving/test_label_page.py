@@ -22,6 +22,7 @@ from served_page import error_message, request
 from torch import nn
 
 from segdeconv.checkpoints import checkpoint
+from segdeconv.cli import own_code
 from segdeconv.data.datasets.folder import Folder
 from segdeconv.data.preprocessing import Preprocessing
 from segdeconv.errors import CheckpointError, UsageError
@@ -30,11 +31,12 @@ from segdeconv.models import SegNet, vgg
 from segdeconv.serving.label import learning
 from segdeconv.serving.label import session as session_module
 from segdeconv.serving.label.learning import Learner
-from segdeconv.serving.label.network import open_network, saved_network
+from segdeconv.serving.label.network import STAGES, open_network, saved_network, train_words
 from segdeconv.serving.label.photos import Photos
 from segdeconv.serving.label.server import LabelServer
 from segdeconv.serving.label.session import Session
 from segdeconv.serving.label.storage import Storage
+from segdeconv.training.config_check import check_config
 
 ROOT = Path(__file__).parents[2]
 NAMES = ("grass", "<img src=x onerror=alert(1)>")
@@ -132,7 +134,7 @@ def test_strokes_are_learned_proposed_and_accepted(tmp_path, monkeypatch):
         assert json.loads(post(address, "/accept", {"number": 3})[2])["status"] == "accepted"
         assert post(address, "/accept", {"number": 3})[0] == 422
         deadline = time.monotonic() + 20
-        while sum(number == round_ for number, _ in list(session.measured.values())) < 5:
+        while session.state()["current"] < 5:
             assert time.monotonic() < deadline
             time.sleep(0.05)
         order = json.loads(get(address, "/state"))["order"]
@@ -144,8 +146,8 @@ def test_strokes_are_learned_proposed_and_accepted(tmp_path, monkeypatch):
     saved = checkpoint.read(saved_network(tmp_path / "out" / "session"))
     predicted = Segmenter(saved).predict(scene(4)[0]).mask
     assert (predicted == scene(4)[1]).mean() > 0.8
-    again, resumed = open_network(tmp_path / "out" / "session", "camvid-small")
-    assert (again.names, resumed) == (list(NAMES), True)
+    again, classes = open_network(tmp_path / "out" / "session", "camvid-small")
+    assert (again.names, classes) == (list(NAMES), dict(enumerate(NAMES)))
 
 
 def taught(address):
@@ -169,6 +171,77 @@ def test_the_mask_that_was_shown_is_accepted_also_while_the_network_learns_anoth
         assert (accepted[0], learning_.is_alive(), about["round"]) == (200, True, round_)
         learning_.join()
     assert (np.array(Image.open(tmp_path / "out" / "masks" / "photo1.png")) == labels).all()
+
+
+def add_class(session, name):
+    session.storage.change_classes(lambda classes: classes.add(name))
+
+
+def test_classes_that_the_network_knows_are_proposed_as_they_are_named(tmp_path):
+    """In any order, and not while there is one that it does not know."""
+    storage = Storage(tmp_path / "out", write_photos(tmp_path / "photos", 1))
+    teacher = learner()
+    teacher.set_classes(["sky", "road", "car"])
+    with torch.no_grad():  # whatever the photo, cars are most probable, then roads
+        teacher.network.decoder.classifier.bias.copy_(torch.tensor([0.0, 1e3, 2e3]))
+    session = Session(storage, teacher)
+    assert session.proposal("photo0") is None
+    for added, expected in (("road", None), ("sky", 0), ("car", 2), ("lamp", None)):
+        add_class(session, added)
+        proposal = session.proposal("photo0")
+        assert (proposal is not None, session.learned) == ((expected is not None,) * 2)
+        if proposal is not None:
+            assert set(np.unique(proposal.labels)) == {expected}
+        named = storage.classes.names.values()
+        assert session.state()["suggestions"] == [name for name in ("sky", "road", "car") if name not in named]
+        while session.sweep():  # the strip shows what the page does
+            pass
+        assert session.state()["current"] == 1
+        preview = session.preview("photo0")
+        assert (None if preview is None else set(np.unique(preview))) == (None if expected is None else {expected})
+    storage.close()
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_class_that_is_renamed_keeps_what_the_network_has_learned_of_it(tmp_path, restart):
+    photos = write_photos(tmp_path / "photos", 2)
+    with serving(tmp_path, photos) as (address, session):
+        taught(address)
+        before = labels_of(get(address, "/proposal?number=1"))[1]
+        deadline = time.monotonic() + 20
+        while session.unsaved is not None or saved_network(session.storage.session) is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        change = {"action": "change", "label": 0, "name": "meadow"}
+        assert post(address, "/classes", change)[0] == 200
+        if not restart:
+            assert (labels_of(get(address, "/proposal?number=1"))[1] == before).all()
+    if restart:
+        storage = Storage(tmp_path / "out", photos)
+        again, saved = open_network(storage.session, "camvid-small", precision="32-true")
+        assert saved == dict(enumerate(NAMES))
+        proposal = Session(storage, again, saved=saved).proposal("photo1")
+        assert (proposal.labels == before[0]).mean() > 0.98
+        storage.close()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"stages": STAGES}, ["model=segnet_small"]),
+        ({"depth": 11}, ["model=segnet", "model.depth=11"]),
+        ({"stages": ((4,), (8, 8)), "dropout_at": "central"},
+         ["model=segnet", "model.stages=[[4],[8,8]]", 'model.dropout_at="central"']),
+    ],
+)  # fmt: skip
+def test_the_command_that_trains_starts_from_what_was_learned(arguments, words):
+    preprocessing = Preprocessing(None, (0.0,) * 3, (1.0,) * 3)
+    teacher = Learner(SegNet(2, **arguments), (), preprocessing, device=torch.device("cpu"))
+    root = ["dataset=folder", "dataset.root=out"]
+    assert train_words(Path("out"), None, teacher) == root
+    typed = train_words(Path("out"), Path("out/session"), teacher)
+    assert typed == [*root, *words, "init_from=out/session/network"]
+    assert check_config(own_code.compose([*root, *words])[0])["model"] == teacher.network.node
 
 
 def test_photos_are_read_once_also_when_the_encoder_learns(tmp_path, monkeypatch):
@@ -260,11 +333,11 @@ def test_the_weights_of_torchvision_are_those_of_the_encoder(tmp_path, monkeypat
     expected = nn.Sequential(*layers).eval()
     state = {f"features.{name}": value for name, value in expected.state_dict().items()}
     torch.save({**state, "classifier.0.weight": torch.zeros(2, 4)}, tmp_path / "vgg16_bn.pth")
-    opened, resumed = open_network(tmp_path / "session", str(tmp_path / "vgg16_bn.pth"), precision="32-true")
+    opened, saved = open_network(tmp_path / "session", str(tmp_path / "vgg16_bn.pth"), precision="32-true")
     image = torch.randn(1, 3, 16, 16)
     with torch.no_grad():
         torch.testing.assert_close(opened.network.encoder(image).features, expected(image))
-    assert (resumed, opened.calibrated, opened.encoder_calibrated) == (False, False, True)
+    assert (saved, opened.calibrated, opened.encoder_calibrated) == (None, False, True)
 
 
 def test_without_network_imagenet_is_one_clear_line(tmp_path, monkeypatch):
@@ -513,6 +586,77 @@ def test_a_pen_paints_and_erases_and_a_palm_beside_it_does_nothing(tmp_path):
             list(b),
         )  # its other end
         assert stored_strokes(page, session, 3)[2]["class"] is None
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_the_mouse_zooms_moves_erases_and_a_key_learns(tmp_path):
+    with opened_page(tmp_path) as (page, _, session):
+        (a, b) = on_stage(page, (0.4, 0.5), (0.6, 0.5))
+        page.mouse.move(*a)
+        page.mouse.down()
+        page.mouse.move(*b, steps=4)
+        page.mouse.up()
+        (stroke,) = stored_strokes(page, session, 1)
+        page.mouse.move(*a)
+        page.mouse.wheel(0, -400 * np.log(2))  # about the place under the mouse, by two
+        page.mouse.down(button="right")  # moves the photo
+        page.mouse.move(a[0] + 60, a[1] + 30)
+        page.mouse.up(button="right")
+        page.keyboard.press("2")
+        page.mouse.click(a[0] + 60, a[1] + 30)
+        dot = stored_strokes(page, session, 2)[1]
+        assert dot["points"][0] == pytest.approx(stroke["points"][0], abs=0.5)
+        assert stroke["radius"] / dot["radius"] == pytest.approx(2.0, rel=0.02)
+        page.keyboard.press("0")
+        page.keyboard.press("e")
+        page.mouse.click(*b)
+        assert stored_strokes(page, session, 3)[2]["class"] is None
+        mask = session.storage.mask("photo0")
+        x, y = (int(value) for value in stroke["points"][-1])
+        assert (mask[y, x], set(np.unique(mask))) == (255, {0, 1, 255})
+        assert session.round == 0  # nothing learns without being told to
+        page.keyboard.press("l")
+        page.wait_for_selector("body[data-round='1']")
+        page.wait_for_function("() => (document.body.dataset.shown || '').includes('proposal')")
+        assert "steps in 1." in page.locator("#learned").inner_text()
+        page.keyboard.press("u")
+        assert page.locator("#uncertain").is_checked()
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_classes_are_renamed_recoloured_and_removed_on_the_page(tmp_path):
+    with opened_page(tmp_path) as (page, _, session):
+
+        def classes_are(*expected):
+            shown = "() => [...document.querySelectorAll('.class .text')].map((each) => each.innerText)"
+            page.wait_for_function(f"names => ({shown})().join() === names.join()", arg=list(expected))
+            assert tuple(entry["name"] for entry in session.storage.classes.to_list()) == expected
+
+        classes_are(*NAMES)
+        page.locator("#classes .text").first.dblclick()
+        page.keyboard.type("meadow")
+        page.keyboard.press("Enter")
+        classes_are("meadow", NAMES[1])
+        page.locator("#classes input[type=color]").first.evaluate(
+            "picker => { picker.value = '#123456'; picker.dispatchEvent(new Event('change')); }"
+        )
+        page.wait_for_function("() => document.querySelector('#classes input').value === '#123456'")
+        deadline = time.monotonic() + 10
+        while session.storage.classes.colours[0] != (0x12, 0x34, 0x56):
+            assert time.monotonic() < deadline
+            page.wait_for_timeout(50)
+        page.keyboard.press("n")
+        page.keyboard.type("lamp")
+        page.keyboard.press("Enter")
+        classes_are("meadow", NAMES[1], "lamp")
+        page.locator("#stage").focus()
+        page.keyboard.press("3")
+        assert page.locator("#classes [aria-checked=true]").inner_text().startswith("lamp")
+        page.locator("#classes .class").nth(2).hover()
+        page.locator("#classes .drop").nth(2).click()
+        classes_are("meadow", NAMES[1])
 
 
 @pytest.mark.slow

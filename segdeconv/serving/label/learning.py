@@ -6,7 +6,7 @@ step of learning runs the decoder alone, on squares around strokes, cut from wha
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -114,6 +114,7 @@ class Learner:
         self.calibrated, self.encoder_calibrated = pretrained_decoder, pretrained_encoder
         self.encoder_version = 0
         self.random = np.random.default_rng(0)
+        self._rows: dict[str, list[Tensor]] = {}  # of the classifier, of classes that it has or had
         self._optimizer: tuple[Scope, torch.optim.Optimizer] | None = None
 
     def size(self, photo: Size) -> Size:
@@ -122,18 +123,29 @@ class Learner:
         height, width = (max(1, round(scale * side / self.stride)) * self.stride for side in photo)
         return height, width
 
-    def set_classes(self, names: Sequence[str]) -> None:
-        """Give the network a row of its classifier for each class; rows of known names keep their weights."""
+    def set_classes(self, names: Sequence[str], *, renamed: Mapping[str, str] | None = None) -> None:
+        """Give the network a row of its classifier for each class; classes that it has or had keep their weights.
+
+        Args:
+            names: Names of the classes.
+            renamed: New names by old ones.
+        """
+        changed = {before: after for before, after in (renamed or {}).items() if before != after}
+        for name in changed:
+            self._rows.pop(name, None)  # another class may get this name
+        self.names = [changed.get(name, name) for name in self.names]
         if list(names) == self.names:
             return
         old = self.network.decoder.classifier
         new = nn.Conv2d(old.in_channels, len(names), 3, padding=1)
         init_he(new)
-        rows = [(index, self.names.index(name)) for index, name in enumerate(names) if name in self.names]
+        for index, name in enumerate(self.names):
+            self._rows[name] = [tensor[index].detach().cpu().clone() for tensor in old.parameters()]
         with torch.no_grad():
-            for index, row in rows:
-                for tensor, known in zip(new.parameters(), old.parameters(), strict=True):
-                    tensor[index] = known[row].cpu()
+            for index, name in enumerate(names):
+                if name in self._rows:
+                    for tensor, row in zip(new.parameters(), self._rows[name], strict=True):
+                        tensor[index] = row
         self.network.decoder.classifier = new.to(self.device).to(memory_format=torch.channels_last)
         self.network.num_classes, self.names = len(names), list(names)
         self._optimizer = None

@@ -1,5 +1,7 @@
 """The network of a labelling session on the disk: where it starts, and where it is saved."""
 
+import inspect
+import json
 import shutil
 from collections.abc import Collection
 from pathlib import Path
@@ -7,6 +9,7 @@ from pathlib import Path
 from segdeconv.checkpoints import cards, checkpoint, hub
 from segdeconv.checkpoints.pretrained import IMAGENET
 from segdeconv.classes import Classes
+from segdeconv.config import TARGET
 from segdeconv.data.preprocessing import Preprocessing, Size
 from segdeconv.errors import UsageError, warn
 from segdeconv.models.segnet import SegNet
@@ -17,12 +20,13 @@ from segdeconv.system.devices import best_device, resolve_precision
 NOTHING, IMAGENET_ENCODER = "nothing", "imagenet"  # starts that are no checkpoint
 VGG_SUFFIX = ".pth"  # of torchvision's files, which are no checkpoint either
 SMALL = "camvid-small"
+NETWORK = "network"  # the folder in that of the session
 STAGES = ((32, 32), (64, 64), (128, 128), (192, 192), (192, 192, 192))  # of camvid-small
 
 
 def open_network(
     folder: Path, start: str, *, trust: Collection[str] = (), pixels: int = PIXELS, precision: str = "auto"
-) -> tuple[Learner, bool]:
+) -> tuple[Learner, dict[int, str] | None]:
     """Return the network of a session: the one that it has saved, or the one that it starts from.
 
     Args:
@@ -34,7 +38,7 @@ def open_network(
         precision: `auto` or one of `devices.PRECISIONS`.
 
     Returns:
-        The learner, and whether its network was saved by the session.
+        The learner, and the names by label of the classes of a network that the session has saved; None if it starts.
 
     Raises:
         UsageError: The network is none that learns from strokes.
@@ -53,7 +57,7 @@ def open_network(
             pretrained_decoder=False,
             pretrained_encoder=start != NOTHING,
         )
-        return learner, False
+        return learner, None
     source = checkpoint.read(saved if saved is not None else start, trust=trust)
     network, preprocessing = source.model(), source.preprocessing
     if not isinstance(network, SegNet) or network.decoder.encoder_addition:
@@ -76,7 +80,9 @@ def open_network(
         precision=resolve_precision(precision, source.facts["precision"]),
         pixels=pixels,
     )
-    return learner, saved is not None
+    if saved is None:
+        return learner, None
+    return learner, dict(zip(source.classes.labels, source.classes.names, strict=True))
 
 
 def _vgg(start: str) -> SegNet:
@@ -99,7 +105,7 @@ def saved_network(folder: Path) -> Path | None:
 
     A process that was killed between the two renames of `save_network` leaves those of the round before.
     """
-    for name in ("network", "network.old"):
+    for name in (NETWORK, f"{NETWORK}.old"):
         path = folder / name / hub.WEIGHTS
         if path.is_file() and cards.card_of(path).is_file():
             return path
@@ -122,7 +128,7 @@ def save_network(folder: Path, learner: Learner, classes: Classes, size: Size) -
         "config": {"dataset": {"size": list(size)}},
         "facts": {"preprocessing": preprocessing, "precision": learner.precision},
     }
-    new, current, old = (folder / name for name in ("network.new", "network", "network.old"))
+    new, current, old = (folder / name for name in (f"{NETWORK}.new", NETWORK, f"{NETWORK}.old"))
     shutil.rmtree(new, ignore_errors=True)
     network.save_pretrained(new, classes=classes)
     shutil.rmtree(old, ignore_errors=True)
@@ -130,6 +136,32 @@ def save_network(folder: Path, learner: Learner, classes: Classes, size: Size) -
         current.rename(old)
     new.rename(current)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def train_words(root: Path, session: Path | None, learner: Learner) -> list[str]:
+    """Return the words of a `train` command for the data set that a session has stored.
+
+    Args:
+        root: The folder DIR.
+        session: The session's folder, DIR/session, whose network training starts from; None if it has not learned.
+        learner: The network.
+    """
+    words = ["dataset=folder", f"dataset.root={root}"]
+    if session is None:
+        return words
+    node = learner.network.node
+    assert node is not None, "the arguments of a SegNet are plain data"
+    defaults = {name: parameter.default for name, parameter in inspect.signature(SegNet).parameters.items()}
+    own = {
+        name: value for name, value in node.items() if name not in (TARGET, "pretrained") and value != defaults[name]
+    }
+    if [tuple(stage) for stage in own.get("stages") or ()] == list(STAGES):
+        del own["stages"]
+        words.append("model=segnet_small")
+    else:
+        words.append("model=segnet")
+    words += [f"model.{name}={json.dumps(value, separators=(',', ':'))}" for name, value in own.items()]
+    return [*words, f"init_from={session / NETWORK}"]
 
 
 def describe_start(start: str, resumed: bool) -> str:

@@ -28,6 +28,7 @@ const classes = new Classes(async (content) => {
     await change("classes", content);
     await refresh();
     showError("");
+    if (content.action !== "change") showMask(); // of other classes; nobody waits for it
     return true;
   } catch (error) {
     showError(error.message);
@@ -91,7 +92,7 @@ function showButtons() {
   $("learn").disabled = learning || !state || state.painted.length < 2;
   $("undo").disabled = !photo?.entries.length;
   $("status").textContent = !photo ? "" : accepted ? "Accepted: nothing writes over it." : photo.entries.length
-    ? "Saved as painted; the rest is ignored." : state?.learned ? "A proposal, not saved yet." : "Nothing painted yet.";
+    ? "Saved as painted; the rest is ignored." : !state?.learned ? "Nothing painted yet." : stage.mask ? "A proposal, not saved yet." : "The proposal is being made …";
 }
 
 // Photos

@@ -18,6 +18,7 @@ from starlette.routing import Route
 
 from segdeconv.errors import UsageError, command
 from segdeconv.serving.label.learning import Scope
+from segdeconv.serving.label.network import train_words
 from segdeconv.serving.label.photos import TILE, Photos
 from segdeconv.serving.label.session import MAX_SECONDS, VIEW_PIXELS, Session
 from segdeconv.serving.label.strokes import checked_stroke, flood
@@ -85,11 +86,14 @@ class LabelServer(LocalServer):
 
     async def _state(self, request: Request) -> Response:
         state = await run_in_threadpool(self.session.state)
-        state |= {"seconds": self.seconds, "scope": self.scope, "tile": TILE, "train": self._train_command()}
+        state |= {"seconds": self.seconds, "scope": self.scope, "tile": TILE, "train": self.train_command()}
         return _json(state)
 
-    def _train_command(self) -> str:
-        return command("train", ["dataset=folder", f"dataset.root={self.storage.folder}"])
+    def train_command(self) -> str:
+        """Return the command that trains the full network on what was painted."""
+        learned = self.session.saved or self.session.round > 0
+        session = self.storage.session if learned else None
+        return command("train", train_words(self.storage.folder, session, self.session.learner))
 
     def _about(self, number: int) -> dict[str, Any]:
         name = self.session.names[number]

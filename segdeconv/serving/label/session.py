@@ -5,6 +5,7 @@ and, while nobody waits, a sweep over all photos for previews and for their orde
 """
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +31,9 @@ VIEW_PIXELS = 1_000_000  # of a proposal as the page shows it
 PREVIEW_SIDE = 128
 RANKED = 500  # the most uncertain photos, among which the order is found
 RANK_EVERY = 10  # photos of the sweep
+
+
+Version = tuple[int, tuple[int, ...]]  # rounds of learning, and the labels of the classes if there is a proposal
 
 
 class Proposal(NamedTuple):
@@ -68,14 +72,16 @@ class Session:
     Args:
         storage: The folder.
         learner: The network.
-        resumed: Whether the session has learned before.
+        saved: Names by label of the classes of a network that the session has saved; None if it starts.
     """
 
-    def __init__(self, storage: Storage, learner: Learner, *, resumed: bool = False) -> None:
+    def __init__(self, storage: Storage, learner: Learner, *, saved: Mapping[int, str] | None = None) -> None:
         self.storage, self.learner = storage, learner
+        self.named = dict(saved or {})  # names by label, as the network has them
+        self.saved = saved is not None
+        self.known = tuple(learner.names)  # classes at the start
         self.names = list(storage.photos)
         self.numbers = {name: number for number, name in enumerate(self.names)}
-        self.learned = resumed or self._knows_a_class()
         self.round = 0  # of learning; proposals of earlier ones are out of date
         self.steps = 0
         self.unsaved: str | None = None  # the photo that the page showed when the network learned last
@@ -86,14 +92,25 @@ class Session:
         free = available(learner.device)
         self.memory = MAX_MEMORY if free is None else max(MIN_MEMORY, min(MAX_MEMORY, free // 4))
         self.examples: dict[str, tuple[PhotoLog, tuple[int, ...], Example]] = {}
-        self.measured: dict[str, tuple[int, Measured]] = {}
-        self.previews: dict[str, tuple[int, np.ndarray]] = {}
+        self.measured: dict[str, tuple[Version, Measured]] = {}
+        self.previews: dict[str, np.ndarray] = {}
         self.accepted_previews: dict[str, tuple[PhotoLog, np.ndarray]] = {}
         self.unreadable: dict[str, str] = {}
         self.open_order: list[str] = []
         self.since_ranking = 0
 
     # In any thread
+
+    @property
+    def learned(self) -> bool:
+        """Whether the network has masks to propose: it has learned, or knew all classes by name at the start."""
+        names = list(self.storage.classes.names.values())
+        return self.saved or self.round > 0 or (len(names) >= 2 and set(self.known).issuperset(names))
+
+    @property
+    def version(self) -> Version:
+        """What proposals depend on."""
+        return self.round, tuple(self.storage.classes.labels) if self.learned else ()
 
     def order(self) -> list[int]:
         """Return the numbers of the photos as the strip shows them: begun, open by rank, not read yet, accepted."""
@@ -108,6 +125,7 @@ class Session:
     def state(self) -> dict[str, Any]:
         """Return what the page shows of the session."""
         status = {self.numbers[name]: log.status for name, log in list(self.storage.logs.items())}
+        newest = self.version
         return {
             "classes": self.storage.classes.to_list(),
             "photos": len(self.names),
@@ -115,13 +133,13 @@ class Session:
             "begun": [number for number, each in status.items() if each == "strokes"],
             "accepted": [number for number, each in status.items() if each == "accepted"],
             "measured": len(self.measured),
-            "current": sum(number == self.round for number, _ in list(self.measured.values())),
+            "current": sum(version == newest for version, _ in list(self.measured.values())),
             "painted": sorted(self.storage.used_labels()),
             "round": self.round,
             "steps": self.steps,
             "learned": self.learned,
             "unreadable": {self.numbers[name]: message for name, message in list(self.unreadable.items())},
-            "suggestions": [name for name in self.learner.names if name not in self.storage.classes.names.values()]
+            "suggestions": [name for name in self.known if name not in self.storage.classes.names.values()]
             if self.round == 0
             else [],
             "folder": str(self.storage.folder),
@@ -131,7 +149,7 @@ class Session:
         """Return small labels of what was accepted of a photo, else of the newest proposal; None without any."""
         log = self.storage.log(name)
         if log.status != "accepted":
-            return self.previews[name][1] if name in self.previews else None
+            return self.previews.get(name)
         cached = self.accepted_previews.get(name)
         if cached is None or cached[0] is not log:  # reading the mask of a large photo takes long
             height, width = self.storage.size(name)
@@ -171,21 +189,18 @@ class Session:
         Raises:
             UsageError: There are fewer than two classes, or no strokes.
         """
-        classes = self.storage.classes
-        if len(classes.labels) < 2:
+        if len(self.storage.classes.labels) < 2:
             raise UsageError("a network tells classes apart - add a second class, such as background")
         chosen = self._chosen(name)
         if not chosen:
             raise UsageError("there are no strokes to learn from - paint a little of every class first")
-        labels = tuple(classes.labels)
-        self.learner.set_classes([classes.names[label] for label in labels])
+        labels = tuple(self._match_classes())
         result = self.learner.learn(
             lambda: [self._example(each, labels) for each in chosen], seconds=min(seconds, MAX_SECONDS), scope=scope
         )
         if result.steps:
             self.round += 1
             self.steps += result.steps
-            self.learned = True
             if self.unsaved is not None:  # somebody has been waiting ever since the round before
                 self.save()
             else:
@@ -195,28 +210,30 @@ class Session:
     def save(self) -> None:
         """Save the network if it has learned since it was saved."""
         name, self.unsaved = self.unsaved, None
-        classes = self.storage.classes.classes()
-        if name is None or classes is None:
+        if name is None:
             return
-        self.learner.set_classes(classes.names)  # one may have been added or removed since the network learned
+        with self.storage.guard:  # a class may have been added, renamed or removed since the network learned
+            classes = self.storage.classes.classes()
+            if classes is None:
+                return
+            self._match_classes()
         save_network(self.storage.session, self.learner, classes, self.learner.size(self.storage.size(name)))
 
     def proposal(self, name: str) -> Proposal | None:
         """Return the network's mask of a photo, None before it has learned."""
         if not self.learned:
             return None
-        classes = self.storage.classes
-        if len(classes.labels) < 2:
+        if len(self.storage.classes.labels) < 2:
             return None
-        self.learner.set_classes([classes.names[label] for label in classes.labels])
+        labels = self._match_classes()
         probabilities = self._probabilities(name)
         photo = self.storage.size(name)
         scale = min(1.0, (VIEW_PIXELS / (photo[0] * photo[1])) ** 0.5)
         size = (max(1, round(scale * photo[0])), max(1, round(scale * photo[1])))
-        labels = _labels(probabilities, size, classes.labels)
-        self.shown = Shown(name, self.round, list(classes.labels), probabilities)
+        mask = _labels(probabilities, size, labels)
+        self.shown = Shown(name, self.round, labels, probabilities)
         entropy = cv2.resize(_entropy(probabilities), size[::-1], interpolation=cv2.INTER_LINEAR)
-        return Proposal(labels, np.round(entropy * 255).astype(np.uint8), self.round)
+        return Proposal(mask, np.round(entropy * 255).astype(np.uint8), self.round)
 
     def accept(self, name: str) -> None:
         """Accept the network's mask of a photo, with what a person painted on it.
@@ -224,10 +241,9 @@ class Session:
         Raises:
             UsageError: The network has not learned yet, or a mask is accepted already.
         """
-        labels = self.storage.classes.labels
-        if not self.learned or len(labels) < 2:
+        if not self.learned or len(self.storage.classes.labels) < 2:
             raise UsageError("there is no proposal yet - paint a little of every class and learn")
-        self.learner.set_classes([self.storage.classes.names[label] for label in labels])
+        labels = self._match_classes()
         self.storage.accept(name, _labels(self._probabilities(name), self.storage.size(name), labels))
 
     def sweep(self) -> bool:
@@ -235,11 +251,10 @@ class Session:
         if self.unsaved is not None:
             self.save()
             return True
+        newest = self.version
         for number in self.order():
             name = self.names[number]
-            if name in self.unreadable:
-                continue
-            if self.measured.get(name, (-1,))[0] == self.round:
+            if name in self.unreadable or (name in self.measured and self.measured[name][0] == newest):
                 continue
             try:
                 self._measure(name)
@@ -255,15 +270,17 @@ class Session:
 
     def _measure(self, name: str) -> None:
         kept = self._keep(name)
-        uncertainty = 1.0
-        labels = self.storage.classes.labels
-        if self.learned and len(labels) >= 2:
-            self.learner.set_classes([self.storage.classes.names[label] for label in labels])
+        uncertainty, version = 1.0, self.version
+        if self.learned and len(self.storage.classes.labels) >= 2:
+            labels = self._match_classes()
             probabilities = self._probabilities(name)
             uncertainty = region_uncertainty(_entropy(probabilities))
             indices = _labels(probabilities, probabilities.shape[1:], labels)
-            self.previews[name] = (self.round, smaller_labels(indices, PREVIEW_SIDE))
-        self.measured[name] = (self.round, Measured(Path(name), uncertainty, kept.features))
+            self.previews[name] = smaller_labels(indices, PREVIEW_SIDE)
+            version = (self.round, tuple(labels))
+        else:  # also after a class was added that the network does not know
+            self.previews.pop(name, None)
+        self.measured[name] = (version, Measured(Path(name), uncertainty, kept.features))
 
     def _rank(self) -> None:
         self.since_ranking = 0
@@ -333,9 +350,14 @@ class Session:
         maps = self.learner.probabilities(self._keep(name)).numpy()
         return np.stack([cv2.blur(map_, (3, 3), borderType=cv2.BORDER_REPLICATE) for map_ in maps])
 
-    def _knows_a_class(self) -> bool:
-        names = self.storage.classes.names.values()
-        return len(names) >= 2 and set(names) <= set(self.learner.names)
+    def _match_classes(self) -> list[int]:
+        """Give the network the classes of the session, and return their labels; a renamed class keeps its weights."""
+        names = dict(self.storage.classes.names)
+        renamed = {self.named[label]: name for label, name in names.items() if label in self.named}
+        labels = sorted(names)
+        self.learner.set_classes([names[label] for label in labels], renamed=renamed)
+        self.named = names
+        return labels
 
 
 def _labels(probabilities: np.ndarray, size: Size, labels: list[int]) -> np.ndarray:

@@ -59,9 +59,7 @@ export class Strip {
 
   preview(item, number) {
     const image = new Image();
-    image.onload = () => {
-      if (image.naturalWidth > 1) item.querySelector(".preview").src = image.src;
-    };
+    image.onload = () => { item.querySelector(".preview").src = image.src; };
     image.src = `preview?number=${number}&version=${this.version}`;
   }
 
