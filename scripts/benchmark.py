@@ -21,7 +21,7 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
-from segdeconv.cli.command import ArgumentParser, run_command
+from segdeconv.cli.command import ArgumentParser, local_path, run_command
 from segdeconv.errors import UsageError, command, did_you_mean
 
 PARTS = ("speed", "int8", "many", "memory", "growth", "kernels", "input")
@@ -36,8 +36,8 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=11, help="number of classes (default 11)")
     parser.add_argument("--repeats", type=int, default=5, help="repetitions, whose median is shown (default 5)")
     parser.add_argument("--images", type=int, help="image files for many (default: 12 on a CPU, 200 on a GPU)")
-    parser.add_argument("--root", type=Path, help="CamVid's folder, for input (default: built-in images)")
-    parser.add_argument("--out", type=Path, default=Path("benchmark"), help="folder (default: benchmark)")
+    parser.add_argument("--root", type=local_path, help="CamVid's folder, for input (default: built-in images)")
+    parser.add_argument("--out", type=local_path, default=Path("benchmark"), help="folder (default: benchmark)")
     parser.add_argument("--minutes", type=float, help="start no table after this time (default: no limit)")
     parser.add_argument("--resume", action="store_true", help="keep the tables that are already in DIR")
     arguments = parser.parse_args()

@@ -9,7 +9,7 @@ command that reads or exports it has the calibrated probabilities.
 
 from pathlib import Path
 
-from segdeconv.cli.command import ArgumentParser, run_command
+from segdeconv.cli.command import ArgumentParser, local_path, run_command
 from segdeconv.cli.options import add_checkpoint
 from segdeconv.cli.own_code import read_checkpoint
 from segdeconv.errors import UsageError, command
@@ -23,7 +23,7 @@ def main() -> None:
     add_checkpoint(parser)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example dataset.root=DIR")
     text = "file to write (default: <name>_calibrated.ckpt next to it; for a shipped network, in this folder)"
-    parser.add_argument("--out", type=Path, help=text)
+    parser.add_argument("--out", type=local_path, help=text)
     parser.add_argument("--trust", action="append", default=[], help="allow a class of your own that the config names")
     arguments = parser.parse_intermixed_args()
 

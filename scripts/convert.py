@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from segdeconv.cli.command import run_command
-from segdeconv.cli.options import is_override, pop_option
+from segdeconv.cli.options import is_override, pop_option, pop_path
 from segdeconv.cli.own_code import compose
 from segdeconv.errors import UsageError, command, did_you_mean, warn
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 def main() -> None:
     """Compose the config, read the data set and write it."""
     words = sys.argv[1:]
-    shards, shard_size = pop_option(words, "--shards"), pop_option(words, "--shard-size")
+    shards, shard_size = pop_path(words, "--shards"), pop_option(words, "--shard-size")
     if shards is not None:
         options = [word.partition("=")[0] for word in words]
         if given := [option for option in options if option in ("--to", "--out", "--simplify", "--images")]:
@@ -50,7 +50,7 @@ def main() -> None:
 def _write_annotations(words: list[str]) -> None:
     from segdeconv.data.annotations.conversion import FORMATS, IMAGES, convert
 
-    kind, out = pop_option(words, "--to"), pop_option(words, "--out")
+    kind, out = pop_option(words, "--to"), pop_path(words, "--out")
     simplify, images = pop_option(words, "--simplify") or "0", pop_option(words, "--images") or "copy"
     if kind is None:
         raise UsageError(f"--to FORMAT is missing - give one of {', '.join(FORMATS)}")

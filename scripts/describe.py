@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from segdeconv.cli.command import run_command
-from segdeconv.cli.options import pop_option
+from segdeconv.cli.options import pop_option, pop_path
 from segdeconv.cli.own_code import compose
 from segdeconv.errors import UsageError, did_you_mean
 from segdeconv.system import CONFIGS
@@ -27,7 +27,7 @@ def main() -> None:
     from segdeconv.models import build_model, check_model
     from segdeconv.summary.summary import describe, layer_table
 
-    path = pop_option(words, "--json")
+    path = pop_path(words, "--json")
     size, num_classes = _value(pop_option(words, "size")), _value(pop_option(words, "classes"))
     config, _ = compose(words)
     known = {*list_groups(CONFIGS), "size", "classes"}

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from segdeconv.cli.command import ArgumentParser, run_command
+from segdeconv.cli.command import ArgumentParser, local_path, run_command
 from segdeconv.cli.options import add_checkpoint, add_max_loss_option
 from segdeconv.cli.own_code import read_checkpoint
 from segdeconv.errors import UsageError
@@ -33,7 +33,7 @@ def main() -> None:
     parser = ArgumentParser("export.py", description=__doc__.splitlines()[0])
     add_checkpoint(parser)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example dataset.size=[360,480]")
-    parser.add_argument("--out", type=Path, required=True, help="a file that ends in .onnx, .pt2 or .safetensors")
+    parser.add_argument("--out", type=local_path, required=True, help="a file that ends in .onnx, .pt2 or .safetensors")
     parser.add_argument("--preprocess", action="store_true", help="include preprocessing: input is stored images")
     parser.add_argument("--layout", choices=("nhwc", "nchw"), help="axes of stored images (default nhwc)")
     parser.add_argument("--argmax", action="store_true", help="output class indices instead of logits")
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--int8", action="store_true", help="8-bit convolutions, if the scores stay what they are")
     add_max_loss_option(parser)
     parser.add_argument(
-        "--about", type=Path, help="a YAML file of further entries of the card: scores, licence, limits"
+        "--about", type=local_path, help="a YAML file of further entries of the card: scores, licence, limits"
     )
     parser.add_argument("--trust", action="append", default=[], help="allow a class of your own that the config names")
     arguments = parser.parse_intermixed_args()

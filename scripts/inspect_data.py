@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from segdeconv.cli.command import run_command
-from segdeconv.cli.options import display_window, pop_option
+from segdeconv.cli.options import display_window, pop_option, pop_path
 from segdeconv.cli.own_code import compose
 from segdeconv.errors import UsageError, command, warn
 from segdeconv.system.files import replace_text
@@ -36,7 +36,7 @@ def main() -> None:
     from segdeconv.data.module import build_splits, check_augment, check_dataset
     from segdeconv.drawing import html
 
-    out = Path(pop_option(words, "--out") or "inspection")
+    out = Path(pop_path(words, "--out") or "inspection")
     window = display_window(pop_option(words, "--window"))
     config, choices = compose(words)
     node, augment = check_dataset(config["dataset"]), check_augment(config["augment"])

@@ -7,9 +7,7 @@ training. Writes <name>_recalibrated.ckpt next to the checkpoint, for use like a
 batch size (default: that of training).
 """
 
-from pathlib import Path
-
-from segdeconv.cli.command import ArgumentParser, run_command
+from segdeconv.cli.command import ArgumentParser, local_path, run_command
 from segdeconv.cli.options import add_checkpoint
 from segdeconv.cli.own_code import read_checkpoint
 from segdeconv.errors import UsageError, command
@@ -20,7 +18,7 @@ def main() -> None:
     parser = ArgumentParser("recalibrate.py", description=__doc__.splitlines()[0])
     add_checkpoint(parser)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example dataset.root=DIR")
-    parser.add_argument("--out", type=Path, help="file to write (default: <name>_recalibrated.ckpt next to it)")
+    parser.add_argument("--out", type=local_path, help="file to write (default: <name>_recalibrated.ckpt next to it)")
     parser.add_argument("--trust", action="append", default=[], help="allow a class of your own that the config names")
     arguments = parser.parse_intermixed_args()
 

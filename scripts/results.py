@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from segdeconv.cli.command import ArgumentParser, run_command
+from segdeconv.cli.command import ArgumentParser, local_path, run_command
 from segdeconv.cli.options import refuse_keys
 from segdeconv.cli.own_code import compose
 from segdeconv.errors import command
@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0", help="comma-separated (default 0)")
     parser.add_argument("--rows", help="comma-separated, by their folder names (default: all)")
     parser.add_argument("--views", help="likewise (default: all)")
-    parser.add_argument("--out", type=Path, help="folder (default: runs/results/TABLE)")
+    parser.add_argument("--out", type=local_path, help="folder (default: runs/results/TABLE)")
     parser.add_argument(
         "--table", action="store_true", dest="only_table", help="only write the table, without training"
     )

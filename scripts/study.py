@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from segdeconv.cli.command import ArgumentParser, run_command
+from segdeconv.cli.command import ArgumentParser, local_path, run_command
 from segdeconv.cli.options import refuse_keys
 from segdeconv.cli.own_code import compose
 from segdeconv.errors import SegdeconvError, UsageError, command
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--models", help="comma-separated files of configs/model (default: all eight)")
     parser.add_argument("--class-weighting", default="median_frequency", help="comma-separated: median_frequency, none")
     parser.add_argument("--split", default="val", help="the split whose scores the table shows (default val)")
-    parser.add_argument("--out", type=Path, help="folder (default: runs/decoder-study, or -quick)")
+    parser.add_argument("--out", type=local_path, help="folder (default: runs/decoder-study, or -quick)")
     parser.add_argument("--table", action="store_true", help="only write the table, without training")
     arguments = parser.parse_intermixed_args()
 

@@ -105,7 +105,7 @@ class Commands:
         assert self.server.stdin is not None
         assert self.server.stdout is not None
         self.server.stdin.close()
-        self.server.wait(30)
+        self.server.wait(300)  # a loaded machine takes a minute to free all modules
         self.server.stdout.close()
 
 

@@ -1,6 +1,7 @@
 """A local stand-in of S3, filled and read by boto3, which segdeconv does not use."""
 
 import itertools
+import threading
 from contextlib import contextmanager
 
 KEYS = {
@@ -12,16 +13,66 @@ KEYS = {
 _numbers = itertools.count()
 
 
+class StandIn:
+    """A stand-in in this process.
+
+    Attributes:
+        endpoint: its address.
+    """
+
+    def __init__(self):
+        from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
+        from werkzeug.serving import make_server
+
+        self.app = DomainDispatcherApplication(create_backend_app)
+        self.server = make_server("127.0.0.1", 0, self, threaded=True, request_handler=MotoRequestHandler)
+        self.endpoint = f"http://127.0.0.1:{self.server.server_port}"
+        self.changed = threading.Condition()
+        self.admitted = None
+
+    def __call__(self, environ, start_response):
+        """Answer a request; see `held`."""
+        if environ["REQUEST_METHOD"] == "PUT" and environ["PATH_INFO"].endswith(".png"):
+            with self.changed:
+                if self.admitted is not None:
+                    self.admitted -= 1
+                    self.changed.notify_all()
+                    if self.admitted < 0:
+                        self.changed.wait_for(lambda: self.admitted is None)
+                        start_response("503 Slow Down", [])
+                        return []
+        return self.app(environ, start_response)
+
+    @contextmanager
+    def held(self, after):
+        """Admit so many PNGs in the context, and hold the next ones, which are never written.
+
+        Yields a function that waits until one is held while a process runs, and returns whether it does.
+        """
+        self.admitted = after
+
+        def wait(process):
+            with self.changed:
+                while not self.changed.wait_for(lambda: self.admitted < 0, timeout=0.1):
+                    if process.poll() is not None:
+                        return False
+            return True
+
+        yield wait
+        with self.changed:
+            self.admitted = None
+            self.changed.notify_all()
+
+
 @contextmanager
 def stand_in():
-    """Run a stand-in in this process and yield its endpoint."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
+    """Run a stand-in in this process and yield it."""
+    found = StandIn()
+    thread = threading.Thread(target=found.server.serve_forever, daemon=True)
+    thread.start()
+    yield found
+    found.server.shutdown()
+    thread.join()
 
 
 class Bucket:

@@ -21,6 +21,7 @@ DISK_ERRORS = (
 )  # fmt: skip
 
 HELP = {"-h", "--help"}
+SCHEME = "://"  # in every address, as in s3://BUCKET/FOLDER
 SIGPIPE = 141  # exit code: 128 + the number of the signal
 
 
@@ -67,6 +68,25 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} - see {self.prog} --help")
+
+
+def local_path(text: str) -> Path:
+    """Parse the value of an option of an `ArgumentParser` that names a file or folder to write.
+
+    Raises:
+        argparse.ArgumentTypeError: The text is an address, which would become a folder with such a name.
+    """
+    try:
+        require_local("value", text)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return Path(text)
+
+
+def require_local(option: str, text: str) -> None:
+    """Raise UsageError if an option names an address instead of a path of this machine."""
+    if SCHEME in text:
+        raise UsageError(f"{option} {text} is an address, not a path of this machine - give a path")
 
 
 def run_command(main: Callable[[], int | None], help_text: str = "", *, needs_reader: bool = False) -> NoReturn:

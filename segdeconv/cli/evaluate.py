@@ -6,7 +6,8 @@ import argparse
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from segdeconv.cli.options import (
     pop_option,
     prediction_settings,
     ray_settings,
+    require_folder_of_parts,
     shard,
     split_overrides,
 )
@@ -33,7 +35,8 @@ if TYPE_CHECKING:
     from segdeconv.classes import Classes
     from segdeconv.data.dataset import SegmentationDataset
     from segdeconv.drawing.draw import Labels, Window
-    from segdeconv.evaluation.evaluate import Predicted
+    from segdeconv.evaluation.evaluate import Evaluation, Predicted
+    from segdeconv.inference.output_folder import OutputFolder
     from segdeconv.inference.parts import Part
 
 KIND = "evaluate"  # in the summary of a part
@@ -47,15 +50,17 @@ class Saver:
 
     Attributes:
         pictured: The indices of the images of which there are pictures.
+        written: The files that are not delivered yet, with their folders.
     """
 
     classes: Classes
-    masks: Path | None
-    pictures: Path | None
+    masks: OutputFolder | None
+    pictures: OutputFolder | None
     pictured: frozenset[int]
     labels: Labels
     outlines: bool
     window: Window | None
+    written: list[tuple[OutputFolder, Path]] = field(default_factory=list)
 
     def __call__(self, predicted: Predicted) -> None:
         """Write the files of one image."""
@@ -65,15 +70,24 @@ class Saver:
 
         dataset, place = predicted.dataset, predicted.place
         if self.masks:
-            path = self.masks / f"{dataset.names[place]}.png"
+            path = self.masks.path / f"{dataset.names[place]}.png"
             draw.save_mask(predicted.prediction, self.classes, path, labels=self.labels)
+            self.written.append((self.masks, path))
         if self.pictures and place in self.pictured:
             image, mask, name = dataset[place]
             image = draw.windowed(image, self.window)
             figure = draw.comparison(image, mask, predicted.prediction, self.classes, outlines=self.outlines)
             figure = draw.enlarged(figure, 128)
             strip = draw.legend(self.classes, range(len(self.classes)), figure.shape[1])
-            draw.save_image(np.concatenate([figure, strip]), self.pictures / f"{name}.png")
+            path = self.pictures.path / f"{name}.png"
+            draw.save_image(np.concatenate([figure, strip]), path)
+            self.written.append((self.pictures, path))
+
+    def flush(self) -> None:
+        """Deliver the files."""
+        for folder in filter(None, (self.masks, self.pictures)):
+            folder.deliver(path for owner, path in self.written if owner is folder)
+        self.written.clear()
 
 
 def parse(description: str, words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -84,10 +98,10 @@ def parse(description: str, words: Sequence[str] | None = None) -> argparse.Name
     add("overrides", nargs="*", metavar="key=value", help="for example dataset.root=DIR")
     add("--split", default="val", help="train, val (default) or test")
     text = "folder for the report (default: evaluation/ next to the checkpoint; for a shipped network, in this folder)"
-    add("--out", type=Path, help=text)
+    add("--out", help=f"{text}, or its address in an object storage, s3://, gs:// or az://")
     add("--compare", metavar="CHECKPOINT", help="a second network with the same classes to compare it with")
-    add("--masks", type=Path, help="folder for the predicted masks, exactly as scored")
-    add("--pictures", type=Path, help="folder for figures of image, truth, prediction and error of 12 images")
+    add("--masks", help="folder, or address, for the predicted masks, exactly as scored")
+    add("--pictures", help="folder, or address, for figures of image, truth, prediction and error of 12 images")
     add_labels_option(parser, "these masks")
     add_outlines_option(parser)
     add_window_option(parser)
@@ -99,8 +113,10 @@ def parse(description: str, words: Sequence[str] | None = None) -> argparse.Name
     return parser.parse_intermixed_args(words)
 
 
-def planned_files(folder: Path, dataset: SegmentationDataset, places: Iterable[int], ending: str) -> list[Path]:
-    """Return the output file of each image, after a check that no two images have the same one.
+def planned_files(
+    folder: OutputFolder, dataset: SegmentationDataset, places: Iterable[int], ending: str
+) -> dict[int, Path]:
+    """Return the output file of each image by its index, after a check that no two images have the same one.
 
     Args:
         folder: The output folder.
@@ -116,9 +132,9 @@ def planned_files(folder: Path, dataset: SegmentationDataset, places: Iterable[i
     way_out = "leave out --masks, --pictures and --save-regions, or give the images other names"
     names = FileNames(f"--split {dataset.split}: ", way_out)
     for index, name in enumerate(dataset.names):
-        names.add(f"{folder / name}{ending}", f"image {index} ({name})")
+        names.add(f"{folder}/{name}{ending}", f"image {index} ({name})")
     names.warn()
-    return [folder / f"{dataset.names[place]}{ending}" for place in places]
+    return {place: folder.path / f"{dataset.names[place]}{ending}" for place in places}
 
 
 def run(description: str) -> None:
@@ -154,7 +170,7 @@ def merge(out: Path, summaries: Mapping[Part, Mapping[str, Any]], trust: Sequenc
                 )
     words = recorded[first]["arguments"]
     arguments = parse("", [*words, *(f"--trust={name}" for name in trust)])
-    arguments.out = out
+    arguments.out = str(out)
     evaluate(arguments, words, merged=dict.fromkeys(summaries, recorded[first]))
     parts.remove_parts(out)
 
@@ -181,6 +197,8 @@ def evaluate(
         UsageError: An option is invalid or would have no effect, or the data cannot be read.
     """
     part, ray = shard(arguments), ray_settings(arguments)
+    for option in ("out", "masks", "pictures"):
+        require_folder_of_parts(arguments, option)
     for option in ("ablate", "uncertainty"):
         if getattr(arguments, option) and (part or ray):
             raise UsageError(f"--{option} needs all images in one process - leave out --shard and --engine")
@@ -198,17 +216,19 @@ def evaluate(
 
     import numpy as np
 
+    from segdeconv import __version__
     from segdeconv.analysis import ablation, uncertainty
     from segdeconv.checkpoints import cards
     from segdeconv.drawing import draw, html
     from segdeconv.evaluation import report, report_page
-    from segdeconv.evaluation.evaluate import Evaluation, batches, class_order, restore_dataset
+    from segdeconv.evaluation.evaluate import batches, class_order, restore_dataset
     from segdeconv.evaluation.learning_curve import curve_beside
-    from segdeconv.evaluation.parts import combine, evaluate_distributed, pack
+    from segdeconv.evaluation.parts import combine, evaluate_logged, pack
+    from segdeconv.evaluation.progress import EvaluationLog, stamp_digest
     from segdeconv.inference import distributed, parts
+    from segdeconv.inference.output_folder import output_folder
     from segdeconv.inference.segmenter import Segmenter
     from segdeconv.system.files import replacing
-    from segdeconv.system.own_files import OwnFiles
 
     if ray:
         distributed.require_ray()
@@ -229,37 +249,46 @@ def evaluate(
     if arguments.labels == "dataset":
         draw.label_table(checkpoint.classes)  # raises an error before the first image rather than after it
     pictured = {int(index) for index in np.linspace(0, len(dataset) - 1, 12)}
+    chosen = batches(segmenter, dataset)
+    if part:
+        chosen = part.select(chosen)
+    places = [place for batch in chosen for place in batch]
+    folders = {
+        option: output_folder(str(getattr(arguments, option)))
+        for option in ("masks", "pictures", "save_regions")
+        if getattr(arguments, option)
+    }
     outputs: set[str] = set()
-    own_files = []
-    shown = [place for batch in part.select(batches(segmenter, dataset)) for place in batch] if part else None
-    places = range(len(dataset)) if shown is None else shown
-    for option, folder, indices, ending in (
-        ("--masks", arguments.masks, places, ".png"),
-        ("--pictures", arguments.pictures, sorted(pictured & set(places)), ".png"),
-        ("--save-regions", arguments.save_regions, places, ".npz"),
-    ):
-        if folder is not None:
-            planned = planned_files(folder, dataset, indices, ending)
-            if twice := outputs & {os.path.realpath(path) for path in planned}:
-                raise UsageError(f"--masks and --pictures would both write {min(twice)} - choose another {option}")
-            outputs |= {os.path.realpath(path) for path in planned}
-            own_files.append(OwnFiles(folder, option, owner=f"-{part.index}-of-{part.count}" if part else ""))
-            own_files[-1].add(planned, inputs=dataset.files)
-    for each in own_files:
-        each.record()
+    files_of: dict[int, list[tuple[OutputFolder, Path]]] = {place: [] for place in places}
+    own_files = {}
+    for option, folder in folders.items():
+        if merged is None:
+            folder.fetch_records()
+        shown = sorted(pictured & set(places)) if option == "pictures" else places
+        planned = planned_files(folder, dataset, shown, ".npz" if option == "save_regions" else ".png")
+        name = f"--{option.replace('_', '-')}"
+        real = {os.path.realpath(path) if folder.on_disk else folder.shown(path) for path in planned.values()}
+        if twice := outputs & real:
+            raise UsageError(f"--masks and --pictures would both write {min(twice)} - choose another {name}")
+        outputs |= real
+        for place, path in planned.items():
+            files_of[place].append((folder, path))
+        owner = f"-{part.index}-of-{part.count}" if part else ""
+        own_files[folder] = folder.own_files(name, owner=owner)
+        own_files[folder].add(planned.values(), inputs=dataset.files)
 
     save = Saver(
         checkpoint.classes,
-        arguments.masks,
-        arguments.pictures,
+        folders.get("masks"),
+        folders.get("pictures"),
         frozenset(pictured),
         arguments.labels,
         arguments.outlines,
         window,
     )
     boundary = not arguments.no_boundary
-    folder = Path() if cards.SHIPPED in checkpoint.path.parents else checkpoint.path.parent
-    out = arguments.out or folder / "evaluation"
+    beside = Path() if cards.SHIPPED in checkpoint.path.parents else checkpoint.path.parent
+    out = output_folder(arguments.out or str(beside / "evaluation"))
     networks = {PACKED: segmenter}
     if other:
         networks[COMPARED] = Segmenter(other, calibrated(arguments, other, settings))
@@ -269,75 +298,103 @@ def evaluate(
         "checkpoint": [network.checkpoint.sha256 for network in networks.values()],
         "data": parts.fingerprint(dataset.names),
     }
-    if part:
-        part.begin(out)
-        for name, network in networks.items():
-            of_part = Evaluation.of(network, dataset, outlines=boundary, on_prediction=savers[name], places=places)
-            with replacing(part.folder(out) / name) as file:
-                file.write(pack(of_part, places))
-        segmenter.resized.warn()
-        part.finish(out, {"kind": KIND, **recorded})
-        print(f"part {part}: {len(places)} images in {out}; after all parts: {command('merge', [str(out)])}")
-        return
+
+    def write_report(evaluations: Sequence[Evaluation]) -> None:
+        evaluation, compared = evaluations[0], evaluations[-1]
+        if not evaluation.confusion.any():
+            warn(f"{arguments.split}: every pixel of its masks is ignored, so there are no scores - correct the masks")
+        metadata: dict[str, Any] = {"command": command("evaluate", words)}
+        if arguments.ablate:
+            metadata["ablation"] = ablation.ablate(evaluation)
+        if arguments.uncertainty:
+            metadata["uncertainty"] = uncertainty.uncertainty(segmenter, dataset)
+        content = evaluation.report(**metadata)
+        second = None
+        if other:
+            content["compared"] = compared.report()
+            second = report_page.Evaluated(content["compared"], compared.gallery, curve_beside(other.path))
+        data, page = out.path / "report.json", out.path / "report.html"
+        report.write_json(content, data)
+        first = report_page.Evaluated(content, evaluation.gallery, curve_beside(checkpoint.path))
+        html.write(report_page.build_page(first, dataset, second=second, window=window), page)
+        out.deliver([data, page])
+        print(f"{evaluation.verdict()}\n\n{evaluation.score_table()}")
+        if other:
+            print(f"\n{other.path}:\n{compared.verdict()}\n\n{compared.score_table()}")
+        if arguments.ablate:
+            print(f"\n{ablation.ablation_table(metadata['ablation'])}")
+        if arguments.uncertainty:
+            print(f"\n{uncertainty.uncertainty_table(metadata['uncertainty'])}")
+        print(f"\nreport:   {out.shown(page)} (and report.json)")
+        for option in ("masks", "pictures"):
+            if option in folders:
+                print(f"{option + ':':<10}{folders[option]}")
+
     if merged is not None:
         for one, of_one in merged.items():
             for key, kind in (("checkpoint", "a checkpoint that has changed"), ("data", "other images")):
                 if of_one[key] != recorded[key]:
                     raise UsageError(f"part {one} was evaluated with {kind} - evaluate all parts again")
-        evaluations = [
-            combine(
-                {f"{one.folder(out) / name}": _read(one.folder(out) / name) for one in merged},
-                network,
-                dataset,
-                outlines=boundary,
-            )
-            for name, network in networks.items()
-        ]
-    elif ray:
-        with distributed.cluster(ray) as workers:
-            evaluations = [
-                evaluate_distributed(network, dataset, workers, outlines=boundary, on_prediction=savers[name])
+        packed = {name: [one.folder(out.path) / name for one in merged] for name in networks}
+        write_report(
+            [
+                combine({str(path): _read(path) for path in packed[name]}, network, dataset, outlines=boundary)
                 for name, network in networks.items()
             ]
-    else:
-        evaluations = [
-            Evaluation.of(network, dataset, outlines=boundary, on_prediction=savers[name])
+        )
+        return
+    identity = {
+        **recorded,
+        "version": __version__,
+        "arguments": _words(words, "--out", "--engine", "--ray-address", "--workers"),
+        "second": settings.second and settings.second.sha256,
+    }
+
+    def is_complete(place: int, stamp: bytes) -> bool:
+        return (
+            place in files_of
+            and stamp == stamp_digest(dataset, place)
+            and all(folder.exists(path) for folder, path in files_of[place])
+        )
+
+    with ExitStack() as stack:
+        if part:
+            part.begin(out.path)
+        log = EvaluationLog(out, part.folder(out.path) if part else out.path, identity, is_complete)
+        stack.enter_context(closing(log))
+        for folder, files in own_files.items():
+            files.record()
+            folder.copy_records()
+        workers = stack.enter_context(distributed.cluster(ray)) if ray else 0
+        evaluations = {
+            name: evaluate_logged(
+                network,
+                dataset,
+                log,
+                Path(name).stem,
+                outlines=boundary,
+                chosen=chosen if part else None,  # or else the batches of each network
+                save=savers[name],
+                workers=workers,
+            )
             for name, network in networks.items()
-        ]
-    evaluation, compared = evaluations[0], evaluations[-1]
-    segmenter.resized.warn()
-    if not evaluation.confusion.any():
-        warn(f"{arguments.split}: every pixel of its masks is ignored, so there are no scores - correct the masks")
-    metadata: dict[str, Any] = {"command": command("evaluate", words)}
-    if arguments.ablate:
-        metadata["ablation"] = ablation.ablate(evaluation)
-    if arguments.uncertainty:
-        metadata["uncertainty"] = uncertainty.uncertainty(segmenter, dataset)
-    content = evaluation.report(**metadata)
-    second = None
-    if other:
-        content["compared"] = compared.report()
-        second = report_page.Evaluated(content["compared"], compared.gallery, curve_beside(other.path))
-    report.write_json(content, out / "report.json")
-    first = report_page.Evaluated(content, evaluation.gallery, curve_beside(checkpoint.path))
-    html.write(report_page.build_page(first, dataset, second=second, window=window), out / "report.html")
-    print(f"{evaluation.verdict()}\n\n{evaluation.score_table()}")
-    if other:
-        print(f"\n{other.path}:\n{compared.verdict()}\n\n{compared.score_table()}")
-    if arguments.ablate:
-        print(f"\n{ablation.ablation_table(metadata['ablation'])}")
-    if arguments.uncertainty:
-        print(f"\n{uncertainty.uncertainty_table(metadata['uncertainty'])}")
-    print(f"\nreport:   {out / 'report.html'} (and report.json)")
-    for output in ("masks", "pictures"):
-        if getattr(arguments, output):
-            print(f"{output + ':':<10}{getattr(arguments, output)}")
+        }
+        segmenter.resized.warn()
+        if part:
+            for name, evaluation in evaluations.items():
+                with replacing(part.folder(out.path) / name) as file:
+                    file.write(pack(evaluation, places))
+            part.finish(out.path, {"kind": KIND, **recorded})
+            print(f"part {part}: {len(places)} images in {out}; after all parts: {command('merge', [str(out)])}")
+        else:
+            write_report(list(evaluations.values()))
+        log.remove()
 
 
-def _words(words: Sequence[str]) -> list[str]:
-    """Return the words of a command line without --shard, and without --trust, which a file must not grant."""
+def _words(words: Sequence[str], *without: str) -> list[str]:
+    """Return the words of a command line without --shard, --trust, which a file must not grant, and other options."""
     kept = list(words)
-    for option in ("--shard", "--trust"):
+    for option in ("--shard", "--trust", *without):
         while pop_option(kept, option) is not None:
             pass
     return kept

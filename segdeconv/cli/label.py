@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from segdeconv.cli.command import ArgumentParser
+from segdeconv.cli.command import ArgumentParser, local_path
 from segdeconv.errors import UsageError, warn
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def parse(description: str) -> argparse.Namespace:
         "a torchvision VGG file (.pth), or nothing"
     )
     add("checkpoint", nargs="?", metavar="CHECKPOINT", help=text)
-    add("--out", type=Path, metavar="DIR", help="folder of masks and session (default: PHOTOS-labels)")
+    add("--out", type=local_path, metavar="DIR", help="folder of masks and session (default: PHOTOS-labels)")
     add("--classes", metavar="A,B,...", help="names of the first classes; more can be added on the page")
     add("--seconds", type=float, default=5.0, help="time to learn after a stroke (default 5)")
     text = "what learns at first: the decoder (default), or all layers, which is slower; nothing starts with all"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from segdeconv.cli import evaluate, predict
-from segdeconv.cli.command import ArgumentParser
+from segdeconv.cli.command import ArgumentParser, local_path
 from segdeconv.errors import UsageError
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def parse(description: str) -> argparse.Namespace:
     """Parse the command line."""
     parser = ArgumentParser("merge.py", description=description)
     add = parser.add_argument
-    add("out", type=Path, metavar="DIR", help="the folder that all parts wrote to with --out")
+    add("out", type=local_path, metavar="DIR", help="the folder that all parts wrote to with --out")
     add("--parquet", action="store_true", help="of predictions: DIR/statistics.parquet beside statistics.csv")
     add("--trust", action="append", default=[], help="of evaluations: allow a class of your own that the config names")
     return parser.parse_args()
@@ -63,10 +63,10 @@ def merge_predictions(out: Path, summaries: Mapping[Part, Mapping[str, Any]], *,
             could not be read.
     """
     from segdeconv.inference import parts
+    from segdeconv.inference.output_folder import PROGRESS_LOG, LocalFolder
     from segdeconv.inference.outputs import PARQUET, REGIONS, STATISTICS
-    from segdeconv.inference.progress_log import INPUTS, NAME, ProgressLog, difference, read_provenance
+    from segdeconv.inference.progress_log import INPUTS, ProgressLog, difference, read_provenance
     from segdeconv.inference.tables import require_pyarrow, write_tables
-    from segdeconv.system.own_files import OwnFiles
 
     if parquet:
         require_pyarrow()
@@ -79,9 +79,10 @@ def merge_predictions(out: Path, summaries: Mapping[Part, Mapping[str, Any]], *,
         *([PARQUET] if parquet else []),
         *([REGIONS] if REGIONS in summaries[first]["tables"] else []),
     ]
-    own_files = OwnFiles(out, "--out")
+    folder = LocalFolder(out)
+    own_files = folder.own_files("--out")
     own_files.add(out / name for name in tables)
-    provenances = {part: read_provenance(part.folder(out) / NAME) for part in summaries}
+    provenances = {part: read_provenance(part.folder(out) / PROGRESS_LOG) for part in summaries}
     for part, provenance in provenances.items():
         if provenance != provenances[first]:
             raise UsageError(
@@ -92,12 +93,12 @@ def merge_predictions(out: Path, summaries: Mapping[Part, Mapping[str, Any]], *,
     with ExitStack() as stack:
         logs = {}
         for part, summary in summaries.items():
-            log = ProgressLog(out, provenances[part], folder=part.folder(out))
+            log = ProgressLog(folder, provenances[part], folder=part.folder(out))
             logs[part] = stack.enter_context(closing(log))
             _require_complete(part, summary, log)
             skipped += summary["skipped"]
         whole = {key: value for key, value in provenances[first].items() if key != INPUTS}
-        merged = stack.enter_context(closing(ProgressLog(out, whole)))
+        merged = stack.enter_context(closing(ProgressLog(folder, whole)))
         for log in logs.values():
             for name, entry in log.entries.items():
                 if merged.entries.get(name) != entry:  # or else a merge that was killed has added it

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from segdeconv.cli.command import SCHEME, local_path, require_local
 from segdeconv.cli.own_code import read_checkpoint
 from segdeconv.errors import UsageError
 
@@ -81,6 +82,20 @@ def shard(arguments: argparse.Namespace) -> Part | None:
     return Part.parse(arguments.shard)
 
 
+def require_folder_of_parts(arguments: argparse.Namespace, option: str) -> None:
+    """Check that an output folder is not in an object storage if jobs share it.
+
+    Raises:
+        UsageError: It is.
+    """
+    address = getattr(arguments, option)
+    if arguments.shard and address is not None and SCHEME in str(address):
+        raise UsageError(
+            f"--shard: the parts share a folder, and --{option}={address} is an address - give --engine ray, or "
+            f"--{option} a folder on a disk that all machines share"
+        )
+
+
 def ray_settings(arguments: argparse.Namespace) -> RaySettings | None:
     """Return the settings of --engine ray, None without it.
 
@@ -150,7 +165,7 @@ def add_prediction_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--min-side", type=int, metavar="PIXELS", help="skip smaller regions (default: 1; released: 112 of 224)")
     add("--with-whole", action="store_true", help="use the whole image as an additional region")
-    add("--save-regions", type=Path, metavar="DIR", help="folder for the boxes and raw scores of every region")
+    add("--save-regions", type=local_path, metavar="DIR", help="folder for the boxes and raw scores of every region")
     add("--ensemble", metavar="CHECKPOINT", help="a second network with the same classes, which predicts whole images")
     modes = {"choices": ("paper", "released"), "default": "paper"}
     add("--ensemble-mode", **modes, help="mean of both softmaxes (paper), or softmax of the scores' product")
@@ -313,3 +328,15 @@ def pop_option(words: list[str], key: str) -> str | None:
                 value = words.pop(index)
             return value
     return None
+
+
+def pop_path(words: list[str], key: str) -> str | None:
+    """Remove an option that names a file or folder to write, see `pop_option`, and return its value.
+
+    Raises:
+        UsageError: The option has no value, or an address, which would become a folder with such a name.
+    """
+    value = pop_option(words, key)
+    if value is not None:
+        require_local(key, value)
+    return value

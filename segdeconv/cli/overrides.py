@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from segdeconv.cli.command import require_local
 from segdeconv.config import (
     OTHER_NAMES,
     Node,
@@ -376,6 +377,8 @@ def _parse_as_typed(argument: str, *, sweeps: bool, groups: Iterable[str]) -> tu
         literal = True
     if name in HYDRA_PATHS and (r"\${" in text or (literal and "${" in text)):
         raise UsageError(f"'{argument}' names a folder with the characters ${{, which Hydra resolves - use other ones")
+    if name in HYDRA_PATHS:
+        require_local(name, text)
     if not literal:
         return f"{key}{equals}{text}", parsed
     quoted = f"{key}={quote(text)}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -24,6 +23,7 @@ from segdeconv.cli.options import (
     is_override,
     prediction_settings,
     ray_settings,
+    require_folder_of_parts,
     shard,
     split_overrides,
 )
@@ -120,13 +120,12 @@ def run(description: str) -> None:
     from tqdm import tqdm
 
     from segdeconv.data.files.geo import warn_without_georeference
-    from segdeconv.data.files.object_folder import is_object_storage
     from segdeconv.drawing import draw
     from segdeconv.inference import distributed, parts
     from segdeconv.inference.batch import BatchPrediction
     from segdeconv.inference.distributed_batch import DistributedPrediction
     from segdeconv.inference.inputs import find_images, is_video
-    from segdeconv.inference.output_store import OutputStore
+    from segdeconv.inference.output_folder import SECONDS_BETWEEN_COPIES, output_folder
     from segdeconv.inference.outputs import Outputs
     from segdeconv.inference.progress_log import INPUTS, ProgressLog, has_progress_log
     from segdeconv.inference.segmenter import Segmenter
@@ -135,7 +134,6 @@ def run(description: str) -> None:
     from segdeconv.inference.vectors import require_pyogrio
     from segdeconv.inference.video_writer import WITHOUT_FFMPEG, find_ffmpeg
     from segdeconv.system.output import reader_ended
-    from segdeconv.system.own_files import OwnFiles
 
     if "gpkg" in formats:
         require_pyogrio()
@@ -144,14 +142,10 @@ def run(description: str) -> None:
     if ray:
         distributed.require_ray()
 
-    store = None
-    if is_object_storage(arguments.out):
-        require_storable(arguments)
-        store = OutputStore(arguments.out)
-        if not arguments.verify_tiling:
-            store.fetch_log()
-    out = Path(arguments.out) if store is None else store.local
-    shown = store or out
+    require_storable(arguments)
+    out = output_folder(arguments.out)
+    if not arguments.verify_tiling:
+        out.fetch_records()
     skipped: list[str] = []
 
     def report(message: str) -> None:
@@ -174,7 +168,6 @@ def run(description: str) -> None:
         parquet=arguments.parquet,
         frames=arguments.frames,
         labels=arguments.labels,
-        store=store,
     )
     if window:
         draw.require_window(window, checkpoint.preprocessing.bits)
@@ -182,9 +175,9 @@ def run(description: str) -> None:
         draw.label_table(checkpoint.classes)  # raises an error before the first image rather than after it
     submission = None
     if arguments.submission:
-        submission = SubmissionWriter(arguments.submission, checkpoint.classes, out)
+        submission = SubmissionWriter(arguments.submission, checkpoint.classes, out.path)
     missing: list[str] = []
-    images = find_images(paths, out, outputs.endings(), missing=missing, address=store)
+    images = find_images(paths, out.path, outputs.endings(), missing=missing, address=out)
     if submission:
         submission.check_inputs(images)
     inputs = parts.fingerprint(f"{name} {path.as_posix()}" for name, path in images.items()) if part else None
@@ -193,26 +186,25 @@ def run(description: str) -> None:
     settings = calibrated(arguments, checkpoint, settings)
     if outputs.overlay and not find_ffmpeg() and any(is_video(path) for path in images.values()):
         warn(WITHOUT_FFMPEG)
-    if store:
-        store.require_separate(images.values())
+    out.require_separate(images.values(), "--out")
     own_files = []
     if not arguments.verify_tiling:
         warn_without_georeference(images.values())
         files, frame_folders = outputs.planned(images, tables=not part)
         files += [submission.path] if submission else []
-        resumed = has_progress_log(out)
+        resumed = has_progress_log(out.path)
         if part and resumed:
-            raise UsageError(f"{shown} has a prediction in one part - leave out --shard, or choose another --out")
-        if not part and parts.has_parts(out):
+            raise UsageError(f"{out} has a prediction in one part - leave out --shard, or choose another --out")
+        if not part and parts.has_parts(out.path):
             raise UsageError(
                 f"{out} has parts of a prediction - run {command('merge', [str(out)])} first, or choose another --out"
             )
         owner = f"-{part.index}-of-{part.count}" if part else ""
-        exists = os.path.lexists if store is None else store.exists
-        own_files.append(OwnFiles(out, "--out", trusted=resumed, owner=owner, exists=exists, address=store))
+        own_files.append(out.own_files("--out", trusted=resumed, owner=owner))
         own_files[-1].add(files, frame_folders=frame_folders, inputs=images.values())
         if arguments.save_regions:
-            own_files.append(OwnFiles(arguments.save_regions, "--save-regions", trusted=resumed, owner=owner))
+            regions = output_folder(str(arguments.save_regions))
+            own_files.append(regions.own_files("--save-regions", trusted=resumed, owner=owner))
             own_files[-1].add(arguments.save_regions / f"{name}.npz" for name in images)
     segmenter = Segmenter(checkpoint, settings, report=report)
     if arguments.verify_tiling:
@@ -224,19 +216,17 @@ def run(description: str) -> None:
     folder = None
     if part:
         recorded |= {INPUTS: inputs}
-        folder = part.folder(out)
-        part.begin(out)
+        folder = part.folder(out.path)
+        part.begin(out.path)
     with ExitStack() as stack:
         workers = stack.enter_context(distributed.cluster(ray)) if ray else 0
-        stored = None if store is None else store.sizes
-        log = ProgressLog(out, recorded, overwrite=arguments.overwrite, folder=folder, stored=stored)
+        log = ProgressLog(out, recorded, overwrite=arguments.overwrite, folder=folder)
         progress_log = stack.enter_context(closing(log))
         progress_log.require_names(images)
         for each in own_files:
             each.record()
-        if store:
-            store.copy_log()
-            stack.callback(store.copy_log)  # however the prediction ends
+        out.copy_records()
+        stack.callback(out.copy_records)  # however the prediction ends
         if submission:
             submission.path.unlink(missing_ok=True)  # that of an earlier run, whose masks may have been others
         for message in missing:
@@ -252,8 +242,7 @@ def run(description: str) -> None:
         with tqdm(total=len(images), initial=done, unit="image", disable=None) as bar:
             for _ in batch.run(images):
                 bar.update()
-                if store:
-                    store.copy_log_at_times()
+                out.copy_records(interval=SECONDS_BETWEEN_COPIES)
                 if reader_ended():
                     break
         if not reader_ended():
@@ -267,14 +256,13 @@ def run(description: str) -> None:
             if part:
                 tables: list[str] = outputs.tables()
                 content = {"kind": KIND, "tables": tables, "classes": list(checkpoint.classes.names)}
-                part.finish(out, {**content, "images": len(images), "skipped": skipped, "failed": batch.failed})
+                part.finish(out.path, {**content, "images": len(images), "skipped": skipped, "failed": batch.failed})
                 merge = command("merge", [str(out)])
                 print(f"{summary(images, progress_log)} of part {part} in {out}; after all parts: {merge}")
             else:
                 written = write_tables(progress_log, outputs.tables(), checkpoint.classes.names)
-                if store:
-                    store.move(written)
-                print(f"{summary(images, progress_log)} in {shown}, with {listed(written)}")
+                out.deliver(written)
+                print(f"{summary(images, progress_log)} in {out}, with {listed(written)}")
             if submission and (batch.failed or missing):
                 print(f"no archive for {submission.submission.title}, since masks are missing")
             elif submission:
@@ -300,17 +288,17 @@ def listed(paths: Sequence[Path]) -> str:
 
 
 def require_storable(arguments: argparse.Namespace) -> None:
-    """Check that no option needs the output files in a folder.
+    """Check that no option needs the output files in a folder, if --out is in an object storage.
 
     Raises:
         UsageError: An option does.
     """
+    from segdeconv.data.files.object_folder import is_object_storage
+
+    if not is_object_storage(arguments.out):
+        return
+    require_folder_of_parts(arguments, "out")
     way_out = "give --out a folder, and copy it to the storage afterwards"
-    if arguments.shard:
-        raise UsageError(
-            f"--shard: the parts share a folder, and --out={arguments.out} is an address - give --engine ray, or --out "
-            "a folder on a disk that all machines share"
-        )
     if arguments.submission:
         raise UsageError(f"--submission packs files of a folder, and --out={arguments.out} is an address - {way_out}")
     if arguments.polygons and not {"geojson", "gpkg"}.issuperset(polygon_formats(arguments.polygons)):

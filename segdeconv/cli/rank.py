@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from segdeconv.cli.command import ArgumentParser
+from segdeconv.cli.command import ArgumentParser, local_path
 from segdeconv.cli.options import add_checkpoint, add_network_options, is_override
 from segdeconv.cli.own_code import read_checkpoint
 from segdeconv.errors import UsageError, command, warn
@@ -33,14 +33,14 @@ def parse(description: str) -> argparse.Namespace:
     add_checkpoint(parser)
     add = parser.add_argument
     add("paths", nargs="*", metavar="PATH", help="images, folders, patterns, lists, -; then key=value")
-    add("--out", type=Path, help="folder (default: ranking, or suspects with --suspects)")
+    add("--out", type=local_path, help="folder (default: ranking, or suspects with --suspects)")
     add("--first", type=int, default=24, metavar="N", help="images on the page, and for --copy (default 24)")
     add = parser.add_argument_group("ranking of images without labels").add_argument
     text = "images that are labelled already, so that similar ones come later; may be repeated"
     add("--labelled", action="append", default=[], metavar="PATH", help=text)
     text = "weight of being unlike the images labelled or ranked before; 0 ranks by uncertainty alone (default 1)"
     add("--diversity", type=float, metavar="X", help=text)
-    add("--copy", type=Path, metavar="DIR", help="copy the first N images to this new folder")
+    add("--copy", type=local_path, metavar="DIR", help="copy the first N images to this new folder")
     add = parser.add_argument_group("suspect masks of a labelled data set").add_argument
     text = "find masks that disagree with a confident network, in the data set of the checkpoint"
     add("--suspects", action="store_true", help=text)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from segdeconv.cli.command import ArgumentParser
+from segdeconv.cli.command import ArgumentParser, local_path
 from segdeconv.errors import IncompleteError, MismatchError, UsageError, command
 
 MARKS = {"passed": "ok", "failed": "DIFFERS", "not checked": "not checked", "note": "note"}
@@ -24,7 +24,7 @@ def parse(description: str, words: Sequence[str] | None = None) -> argparse.Name
     add("--seed", type=int, help="of the choice of images (default: a new one, which is printed)")
     add("--sums", metavar="SHA256", help="the published sha256 of RUN/SHA256SUMS, which the end of the run prints")
     add("--partial", action="store_true", help="exit with 0, not 6, although some checks could not be made")
-    add("--out", type=Path, help="folder for verify.json and verify.html (default: verification/ in the run)")
+    add("--out", type=local_path, help="folder for verify.json and verify.html (default: verification/ in the run)")
     add("--trust", action="append", default=[], help="allow a class of your own that the config names")
     return parser.parse_intermixed_args(words)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from segdeconv.cli.command import ArgumentParser
+from segdeconv.cli.command import ArgumentParser, local_path
 from segdeconv.cli.options import add_checkpoint, add_network_options, is_override, refuse_int8
 from segdeconv.cli.own_code import read_checkpoint
 from segdeconv.errors import SegdeconvError, UsageError, did_you_mean
@@ -29,7 +29,7 @@ def parse(description: str) -> argparse.Namespace:
     parser = ArgumentParser("visualize.py", description=description)
     add_checkpoint(parser)
     parser.add_argument("paths", nargs="*", metavar="PATH", help="images, folders, patterns, lists; then key=value")
-    parser.add_argument("--out", type=Path, default=Path("visualized"), help="folder (default: visualized)")
+    parser.add_argument("--out", type=local_path, default=Path("visualized"), help="folder (default: visualized)")
     text = f"kinds of figures to draw (default: {KINDS}; none with --explain)"
     parser.add_argument("--only", metavar="KIND,...", help=text)
     parser.add_argument("--images", type=int, default=3, help="number of images to draw figures of (default 3)")

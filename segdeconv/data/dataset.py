@@ -383,6 +383,8 @@ def require_root(root: str | Path, expected: str, way_out: str = "give its folde
     """
     folder = Path(os.path.expanduser(root))  # unlike Path.expanduser, keeps a `~` that is no account's
     if not folder.is_dir():
+        if "://" in str(root):
+            way_out = "only dataset=shards reads from addresses: convert SET --shards DIR packs a data set for it"
         raise UsageError(f"dataset.root={root} is not a folder; it should hold {expected} - {way_out}")
     return folder
 

@@ -2,9 +2,10 @@
 
 import math
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from itertools import islice
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -124,6 +125,7 @@ def evaluate(
     boundaries: Boundaries | None = None,
     on_prediction: OnPrediction | None = None,
     places: Sequence[int] | None = None,
+    scored: Iterator[tuple[ClassScores, Tensor]] | None = None,
     shown: bool = True,
 ) -> np.ndarray:
     """Predict every image of a split and compare it with its mask, at the size of the mask.
@@ -136,6 +138,7 @@ def evaluate(
         boundaries: Updated with all images, if given.
         on_prediction: Called with the prediction of each image.
         places: The indices of the images, whole `batches` in order; None for all.
+        scored: The `class_scores` of these images and others after them; None to compute them here.
         shown: Whether to show a progress bar.
 
     Returns:
@@ -150,8 +153,9 @@ def evaluate(
         calibration.to(device)
     matrix = ConfusionMatrix(len(dataset.classes), dataset.classes.ignore_index).to(device)
     indices = range(len(dataset)) if places is None else places
+    scored = class_scores(segmenter, dataset, indices) if scored is None else islice(scored, len(indices))
     with explain_loader_errors(), progress_bar(dataset, len(indices), shown=shown) as bar:
-        for index, (scores, stored) in zip(indices, class_scores(segmenter, dataset, indices), strict=True):
+        for index, (scores, stored) in zip(indices, scored, strict=True):
             mask = stored.to(device)
             if dataset.whole is dataset:  # crops of objects are meant to be resized
                 segmenter.resized.add(dataset.names[index], (mask.shape[0], mask.shape[1]))
@@ -177,9 +181,10 @@ def evaluate(
     return matrix.compute()
 
 
-def progress_bar(dataset: SegmentationDataset, total: int, *, shown: bool = True) -> Any:
-    """Return the progress bar of an evaluation of `total` images."""
-    return tqdm(total=total, desc=f"evaluating {dataset.split}", unit="image", disable=None if shown else True)
+def progress_bar(dataset: SegmentationDataset, total: int, *, done: int = 0, shown: bool = True) -> Any:
+    """Return the progress bar of an evaluation of `total` images, of which `done` are scored already."""
+    disable = None if shown else True
+    return tqdm(total=total, initial=done, desc=f"evaluating {dataset.split}", unit="image", disable=disable)
 
 
 def batches(segmenter: Segmenter, dataset: SegmentationDataset) -> list[range]:
@@ -194,7 +199,7 @@ def batches(segmenter: Segmenter, dataset: SegmentationDataset) -> list[range]:
 
 def class_scores(
     segmenter: Segmenter, dataset: SegmentationDataset, places: Sequence[int] | None = None
-) -> Iterator[tuple[ClassScores, Tensor]]:
+) -> Generator[tuple[ClassScores, Tensor], None, None]:
     """Yield (scores at the size of the mask with N = 1, mask) of every image, in batches if a single pass is enough.
 
     Args:
@@ -255,6 +260,7 @@ class Evaluation:
         outlines: bool = True,
         on_prediction: OnPrediction | None = None,
         places: Sequence[int] | None = None,
+        scored: Iterator[tuple[ClassScores, Tensor]] | None = None,
         shown: bool = True,
     ) -> Self:
         """Evaluate a network on a split.
@@ -265,6 +271,7 @@ class Evaluation:
             outlines: Whether to compute boundary scores.
             on_prediction: Called with the prediction of each image.
             places: The indices of the images, whole `batches` in order; None for all.
+            scored: See `evaluate`.
             shown: Whether to show a progress bar.
 
         Raises:
@@ -291,6 +298,7 @@ class Evaluation:
             boundaries=boundaries,
             on_prediction=record,
             places=places,
+            scored=scored,
             shown=shown,
         )
         return cls(segmenter, dataset, confusion, calibration, boundaries, breakdown, gallery)

@@ -2,9 +2,10 @@
 
 import io
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,7 +18,15 @@ from segdeconv.errors import UsageError
 from segdeconv.evaluation.boundary import Boundaries
 from segdeconv.evaluation.breakdown import Breakdown, ImageCounts
 from segdeconv.evaluation.calibration import Calibration
-from segdeconv.evaluation.evaluate import Evaluation, OnPrediction, batches, largest_uncertainty, progress_bar
+from segdeconv.evaluation.evaluate import (
+    Evaluation,
+    Predicted,
+    batches,
+    class_scores,
+    largest_uncertainty,
+    progress_bar,
+)
+from segdeconv.evaluation.progress import EvaluationLog, stamp_digest, stamps_of
 from segdeconv.inference import distributed
 from segdeconv.inference.predictors import PredictionSettings
 from segdeconv.inference.segmenter import Segmenter
@@ -34,6 +43,7 @@ def pack(evaluation: Evaluation, places: Sequence[int]) -> bytes:
     """
     images, boundaries = evaluation.breakdown.images, evaluation.boundaries
     num_classes = len(evaluation.dataset.classes)
+    stamps = [stamp_digest(evaluation.dataset, place) for place in places]
     arrays: dict[str, Any] = {
         "places": np.array(places, dtype=np.int64),
         "confusion": evaluation.confusion,
@@ -46,6 +56,7 @@ def pack(evaluation: Evaluation, places: Sequence[int]) -> bytes:
         "uncertainty": np.array([image.uncertainty for image in images], dtype=np.float64),
         "cells": np.concatenate([np.zeros((0, 3), np.int64), *(image.cells for image in images)]),
         "cell_ends": np.array([len(image.cells) for image in images], dtype=np.int64).cumsum(),
+        "stamps": np.array([list(stamp) for stamp in stamps], dtype=np.uint8).reshape(-1, 32),
         "digests": np.array([list(image.digest) for image in images], dtype=np.uint8).reshape(-1, 32),
     }
     if boundaries is not None:
@@ -62,15 +73,21 @@ def pack(evaluation: Evaluation, places: Sequence[int]) -> bytes:
 
 
 def combine(
-    packed: Mapping[str, bytes], segmenter: Segmenter, dataset: SegmentationDataset, *, outlines: bool
+    packed: Mapping[str, bytes],
+    segmenter: Segmenter,
+    dataset: SegmentationDataset,
+    *,
+    outlines: bool,
+    wanted: Iterable[int] | None = None,
 ) -> Evaluation:
-    """Put evaluations of parts together: the evaluation of all images, in the order of the data set.
+    """Put evaluations of parts together: the evaluation of their images, in the order of the data set.
 
     Args:
         packed: The .npz file of each part by its name for messages.
         segmenter: The network with the prediction settings of all parts.
         dataset: The split.
         outlines: Whether the parts have boundary scores.
+        wanted: The indices of the images that the parts must have; None for all.
 
     Raises:
         UsageError: A part is damaged, or not every image is in exactly one part.
@@ -122,7 +139,7 @@ def combine(
                 )
         except (ValueError, KeyError, TypeError, RuntimeError, EOFError, OSError, zipfile.BadZipFile) as error:
             raise UsageError(f"{name} is not a part of this evaluation ({error}) - evaluate this part again") from error
-    if missing := sorted(set(range(len(dataset))) - set(images)):
+    if missing := sorted(set(range(len(dataset)) if wanted is None else wanted) - set(images)):
         raise UsageError(
             f"the parts lack {len(missing)} of {len(dataset)} images, such as {dataset.names[missing[0]]} - evaluate "
             "all parts again with the same data set"
@@ -131,12 +148,24 @@ def combine(
         breakdown.images.append(images[place][0])
         gallery.images.append(images[place][1])
     if boundaries is not None:
-        boundaries.f1, boundaries.f1_dilated = list(f1[0]), list(f1[1])
+        boundaries.f1, boundaries.f1_dilated = (list(scores[sorted(images)]) for scores in f1)
     return Evaluation(segmenter, dataset, confusion, calibration, boundaries, breakdown, gallery)
 
 
 def _split(part: Mapping[str, np.ndarray], name: str) -> list[np.ndarray]:
     return np.split(part[f"{name}_bytes"], part[f"{name}_ends"])[:-1]
+
+
+class Saver(Protocol):
+    """What writes files of each prediction; it is pickled and sent to the workers of a cluster."""
+
+    def __call__(self, predicted: Predicted) -> None:
+        """Write the files of an image."""
+        ...
+
+    def flush(self) -> None:
+        """Deliver all files that were written."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -147,24 +176,15 @@ class EvaluationWork:
     settings: PredictionSettings
     dataset: SegmentationDataset
     outlines: bool
-    on_prediction: OnPrediction | None
+    save: Saver | None
 
     def start(self, report: Callable[[str], None]) -> Callable[[Any], Any]:
         """Load the network."""
         segmenter = Segmenter(self.checkpoint, self.settings, report=report)
 
-        def process(chunk: list[range]) -> tuple[bytes, ResizedImages]:
-            places = _places(chunk)
-            evaluation = Evaluation.of(
-                segmenter,
-                self.dataset,
-                outlines=self.outlines,
-                on_prediction=self.on_prediction,
-                places=places,
-                shown=False,
-            )
-            resized, segmenter.resized = segmenter.resized, ResizedImages(segmenter.resized.target)
-            return pack(evaluation, places), resized
+        def process(chunk: list[range]) -> bytes:
+            (content,) = _in_this_process(segmenter, self.dataset, [chunk], outlines=self.outlines, save=self.save)
+            return content
 
         return process
 
@@ -173,40 +193,109 @@ class EvaluationWork:
         return distributed.described([self.dataset.names[place] for place in _places(chunk)])
 
 
-def evaluate_distributed(
+def _in_this_process(
     segmenter: Segmenter,
     dataset: SegmentationDataset,
+    chunks: Sequence[Sequence[range]],
+    *,
+    outlines: bool,
+    save: Saver | None,
+    on_image: Callable[[], object] = lambda: None,
+) -> Iterator[bytes]:
+    """Yield the packed evaluation of each chunk of `batches`, which are read in one go."""
+
+    def on_prediction(predicted: Predicted) -> None:
+        if save is not None:
+            save(predicted)
+        on_image()
+
+    with closing(class_scores(segmenter, dataset, _places(batch for chunk in chunks for batch in chunk))) as scored:
+        for chunk in chunks:
+            places = _places(chunk)
+            evaluation = Evaluation.of(
+                segmenter,
+                dataset,
+                outlines=outlines,
+                on_prediction=on_prediction,
+                places=places,
+                scored=scored,
+                shown=False,
+            )
+            if save is not None:
+                save.flush()
+            yield pack(evaluation, places)
+
+
+def _by_workers(
+    segmenter: Segmenter,
+    dataset: SegmentationDataset,
+    chunks: Sequence[Sequence[range]],
     workers: int,
     *,
     outlines: bool,
-    on_prediction: OnPrediction | None = None,
+    save: Saver | None,
+    report: Callable[[str], None],
+) -> Iterator[tuple[int, bytes]]:
+    """Yield the index and the packed evaluation of each chunk, which the workers of a `distributed.cluster` compute."""
+    checkpoint = distributed.sendable(segmenter.checkpoint)
+    dataset_settings = {**checkpoint.config["dataset"], "num_workers": 0}  # a Ray worker starts no others
+    checkpoint = replace(checkpoint, config={**checkpoint.config, "dataset": dataset_settings})
+    work = EvaluationWork(checkpoint, segmenter.settings, dataset, outlines, save)
+    yield from distributed.run(work, chunks, workers, report)
+
+
+def evaluate_logged(
+    segmenter: Segmenter,
+    dataset: SegmentationDataset,
+    log: EvaluationLog,
+    name: str,
+    *,
+    outlines: bool,
+    chosen: Sequence[range] | None = None,
+    save: Saver | None = None,
+    workers: int = 0,
     report: Callable[[str], None] = print,
 ) -> Evaluation:
-    """Evaluate a network on a split by the workers of a `distributed.cluster`; see `Evaluation.of`.
+    """Evaluate a network on those images of a split that a log lacks, and add them to it; see `Evaluation.of`.
 
     Args:
-        segmenter: The network with its prediction settings, which is not used for prediction.
+        segmenter: The network with its prediction settings, which is not used for prediction if there are workers.
         dataset: A split with the classes of the network, in any order.
-        workers: The number of workers.
+        log: The log.
+        name: The name of the network in it.
         outlines: Whether to compute boundary scores.
-        on_prediction: Called in the workers with the prediction of each image; it is pickled.
+        chosen: The `batches` to evaluate; None for all.
+        save: Writes files of each prediction, in the workers if there are some.
+        workers: The number of workers of a `distributed.cluster`; 0 to evaluate in this process.
         report: Called with messages.
 
     Raises:
         UsageError: The data set has other classes, or a chunk ended its worker several times.
     """
-    checkpoint = distributed.sendable(segmenter.checkpoint)
-    dataset_settings = {**checkpoint.config["dataset"], "num_workers": 0}  # a Ray worker starts no others
-    checkpoint = replace(checkpoint, config={**checkpoint.config, "dataset": dataset_settings})
-    work = EvaluationWork(checkpoint, segmenter.settings, dataset, outlines, on_prediction)
-    chunks = distributed.chunks_of(batches(segmenter, dataset), workers)
-    packed: dict[str, bytes] = {}
-    with progress_bar(dataset, len(dataset)) as bar:
-        for index, (content, resized) in distributed.run(work, chunks, workers, report):
-            packed[f"chunk {index}"] = content
-            segmenter.resized.merge(resized)
-            bar.update(len(_places(chunks[index])))
-    return combine(packed, segmenter, dataset, outlines=outlines)
+    chosen = batches(segmenter, dataset) if chosen is None else chosen
+    wanted = _places(chosen)
+    done = {place for content in log.of(name).values() for place in stamps_of(content)}
+    if done:
+        report(f"{len(done)} of {len(wanted)} {'is' if len(done) == 1 else 'are'} already evaluated and skipped")
+    chunks = distributed.chunks_of([batch for batch in chosen if not done.issuperset(batch)], workers or 1)
+    with progress_bar(dataset, len(wanted), done=len(done)) as bar:
+        if workers:
+            packed = _by_workers(segmenter, dataset, chunks, workers, outlines=outlines, save=save, report=report)
+        else:
+            packed = enumerate(
+                _in_this_process(segmenter, dataset, chunks, outlines=outlines, save=save, on_image=bar.update)
+            )
+        for index, content in packed:
+            places = _places(chunks[index])
+            log.add(name, places, content)
+            if workers:
+                bar.update(len(places))
+    evaluation = combine(log.of(name), segmenter, dataset, outlines=outlines, wanted=wanted)
+    segmenter.resized = ResizedImages(segmenter.resized.target)
+    if dataset.whole is dataset:  # crops of objects are meant to be resized
+        for image in evaluation.breakdown.images:
+            segmenter.resized.add(image.name, image.size)
+    return evaluation
 
 
 def _places(chunk: Iterable[range]) -> list[int]:

@@ -241,11 +241,6 @@ class BatchPrediction:
         self._record(name, path, files, size=list(size), pixels=pixels, frames=count, file=path.as_posix())
 
     def _record(self, name: str, path: Path, files: list[Path], **metadata: Any) -> None:
-        """Add an image to the progress log; with an object storage, its files have been moved there."""
-        store = self.outputs.store
-        if store is not None:
-            store.copy(files)
-        self.progress_log.add(name, path, files, **metadata)
-        if store is not None:
-            for file in files:
-                file.unlink()
+        """Deliver the files of an image, and add it to the progress log."""
+        with self.outputs.folder.delivered(files):
+            self.progress_log.add(name, path, files, **metadata)

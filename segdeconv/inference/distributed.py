@@ -37,6 +37,7 @@ IN_CHARGE = {
     "RAY_USAGE_STATS_ENABLED": "0",  # or else Ray reports to its makers
     "RAY_BACKEND_LOG_LEVEL": "fatal",
     "RAY_DEDUP_LOGS": "0",  # or else Ray keeps what its thread prints, and the end of the command prints it
+    "RAY_worker_niceness": "0",  # Ray's 15 would leave workers without a core beside any other busy process
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }

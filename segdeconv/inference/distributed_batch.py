@@ -1,7 +1,7 @@
 """Prediction of many images by the workers of a Ray cluster."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,13 +34,9 @@ class PredictionWork:
         if note := segmenter.precision_note():
             report(note)
 
-        outputs = self.outputs
-        if outputs.store is not None:
-            outputs = replace(outputs, out=outputs.store.local)
-
         def process(images: list[tuple[str, Path]]) -> _Predicted:
-            entries = EntriesOfWorker(outputs.out, self.log)
-            batch = BatchPrediction(segmenter, outputs, entries, report)
+            entries = EntriesOfWorker(self.outputs.folder, self.log)
+            batch = BatchPrediction(segmenter, self.outputs, entries, report)
             for _ in batch.run(dict(images)):
                 pass
             resized, segmenter.resized = segmenter.resized, ResizedImages(segmenter.resized.target)
@@ -85,7 +81,7 @@ class DistributedPrediction:
         waiting = [(name, path) for name, path in images.items() if not self.is_done(name, path)]
         chunks = chunks_of(waiting, self.workers)
         checkpoint, settings = self.segmenter.checkpoint, self.segmenter.settings
-        log = self.progress_log.path if self.outputs.store is None else None
+        log = self.progress_log.path if self.outputs.folder.on_disk else None
         work = PredictionWork(sendable(checkpoint), settings, self.outputs, log)
         for index, predicted in run(work, chunks, self.workers, self.report):
             for entry in predicted.entries:

@@ -22,7 +22,7 @@ from segdeconv.drawing import draw
 from segdeconv.errors import UsageError
 from segdeconv.inference import rasters
 from segdeconv.inference.inputs import FileNames, is_video, output_path
-from segdeconv.inference.output_store import OutputStore
+from segdeconv.inference.output_folder import OutputFolder
 from segdeconv.inference.segmenter import OpenedImage, Prediction, Sink
 from segdeconv.inference.vectors import write_geojson, write_geopackage
 from segdeconv.inference.video_writer import video_suffix
@@ -42,7 +42,7 @@ class Outputs:
     the class names in NAME.tif.aux.xml, NAME_probabilities.tif, NAME_uncertainty.tif and NAME_CLASS.tif.
 
     Attributes:
-        out: Output folder.
+        folder: Output folder.
         overlay: Write NAME_overlay.png; for a video, NAME_overlay.webm, or NAME_overlay.mp4 without ffmpeg.
         outlines: Overlays show only the outlines of the regions.
         window: The window in which overlays show the images; None for `draw.to_rgb`.
@@ -55,10 +55,9 @@ class Outputs:
         parquet: Write statistics.parquet, the table statistics.csv with its types.
         frames: Write the mask of each frame of a video, NAME/000001.png and so on.
         labels: Values of the masks: class indices, or the labels or colours of the data set's own masks.
-        store: The object storage that receives the files, of which `out` is the local folder.
     """
 
-    out: Path
+    folder: OutputFolder
     classes: Classes
     overlay: bool = True
     outlines: bool = False
@@ -71,7 +70,11 @@ class Outputs:
     parquet: bool = False
     frames: bool = False
     labels: draw.Labels = "index"
-    store: OutputStore | None = None
+
+    @property
+    def out(self) -> Path:
+        """The folder on a disk that files are written to, see `OutputFolder.path`."""
+        return self.folder.path
 
     def endings(self) -> list[str]:
         """Return the file name endings of all outputs of an image or a video.
@@ -128,9 +131,13 @@ class Outputs:
         frames = set(frame_folders)
         for path in files:
             if path in folders:
-                raise UsageError(f"{path} would be an output file and a folder of other outputs - {way_out}")
+                raise UsageError(
+                    f"{self.folder.shown(path)} would be an output file and a folder of other outputs - {way_out}"
+                )
             if path.parent in frames and FRAME.fullmatch(path.name):
-                raise UsageError(f"{path} would be the output of an image and a frame of a video - {way_out}")
+                raise UsageError(
+                    f"{self.folder.shown(path)} would be the output of an image and a frame of a video - {way_out}"
+                )
         return files, frame_folders
 
     @property

@@ -15,10 +15,10 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, field_validator
 
 from segdeconv.errors import DiskError, UsageError
 from segdeconv.inference.inputs import with_suffix
-from segdeconv.system.files import lock_folder, remove_partial_files
+from segdeconv.inference.output_folder import PROGRESS_LOG, OutputFolder
+from segdeconv.system.files import lock_folder, remove_partial_files, unlock_folder
 from segdeconv.system.plain_data import Limits, parse_json, require_mapping
 
-NAME = "predictions.jsonl"
 START = b'{"checkpoint": '  # of every progress log
 INPUTS = "inputs"  # the key of the images of which a part was predicted
 LINE_LIMITS = Limits(size=1 << 20)
@@ -82,10 +82,8 @@ class ProgressLog:
         out: The folder of predictions.
         provenance: JSON data that determines the outputs: checkpoint and settings.
         overwrite: Discard the predictions in the folder and start again.
-        folder: The folder of the log and its lock; None for `out`. Several processes that each predict a part of the
-            images into one folder have their own.
-        stored: The bytes of the output files that are in an object storage, by name, to which those of added entries
-            are added; None for files in `out`.
+        folder: The folder of the log and its lock; None for that of `out`. Several processes that each predict a part
+            of the images into one folder have their own.
 
     Raises:
         UsageError: The predictions in the folder were made by another checkpoint or with other settings, or another
@@ -94,16 +92,14 @@ class ProgressLog:
 
     def __init__(
         self,
-        out: Path,
+        out: OutputFolder,
         provenance: Mapping[str, Any],
         *,
         overwrite: bool = False,
         folder: Path | None = None,
-        stored: dict[str, int] | None = None,
     ) -> None:
-        self.out, self.entries = out, {}  # type: Path, dict[str, dict[str, Any]]
-        self.stored = stored
-        self.path = (folder or out) / NAME
+        self.out, self.entries = out, {}  # type: OutputFolder, dict[str, dict[str, Any]]
+        self.path = (folder or out.path) / PROGRESS_LOG
         self.lock = lock_folder(self.path.parent, "--out")
         self.file = self.path.open("r+b") if self.path.exists() else self.path.open("x+b")
         if folder is None:  # or else other processes, also of other machines, may be writing to `out`
@@ -126,7 +122,7 @@ class ProgressLog:
     def remove_partial_files(self) -> None:
         """Remove the files that killed processes were writing to in the folder."""
         # A sub-folder with a progress log belongs to another batch prediction, which may be running.
-        remove_partial_files(self.out, belongs_elsewhere=lambda folder: (folder / NAME).exists())
+        remove_partial_files(self.out.path, belongs_elsewhere=lambda folder: (folder / PROGRESS_LOG).exists())
 
     def _read(self) -> tuple[dict[str, Any] | None, int]:
         """Read the log; return its first line and the number of bytes up to the end of the last complete line."""
@@ -157,7 +153,7 @@ class ProgressLog:
         try:
             if entry is None or entry["source"] != stamp(source):
                 return False
-            if includes is not None and os.path.relpath(includes, self.out) not in entry["files"]:
+            if includes is not None and os.path.relpath(includes, self.out.path) not in entry["files"]:
                 return False
             return self.missing(entry) is None
         except OSError:
@@ -166,12 +162,8 @@ class ProgressLog:
     def missing(self, entry: Mapping[str, Any]) -> Path | None:
         """Return the first output file of an entry that is missing or has another size; None if all are complete."""
         for file, size in entry["files"].items():
-            path = self.out / file
-            if self.stored is not None:
-                found = self.stored.get(Path(file).as_posix())
-            else:
-                found = path.stat().st_size if path.exists() else None
-            if found != size:
+            path = self.out.path / file
+            if self.out.size(path) != size:
                 return path
         return None
 
@@ -210,14 +202,13 @@ class ProgressLog:
             files: The output files.
             **metadata: Further entries of the line, such as `pixels`.
         """
-        self.append(_as_json(entry_of(self.out, name, source, files, **metadata)))
+        self.append(_as_json(entry_of(self.out.path, name, source, files, **metadata)))
 
     def append(self, entry: dict[str, Any]) -> None:
         """Record an image by its entry, which `entry_of` returned here or in another process."""
         self._add(entry)
         self.entries[entry["name"]] = entry
-        if self.stored is not None:
-            self.stored.update(entry["files"])
+        self.out.note(entry["files"])
 
     def require_folder(self) -> None:
         """Check that the folder still has this log; recreating a folder that was removed would hide the loss.
@@ -230,7 +221,7 @@ class ProgressLog:
                 return
         except OSError:
             pass
-        raise DiskError(_removed(self.out))
+        raise DiskError(_removed(self.out.path))
 
     def _add(self, entry: Mapping[str, Any]) -> None:
         self.require_folder()
@@ -244,11 +235,7 @@ class ProgressLog:
     def close(self) -> None:
         """Close the file and unlock the folder."""
         self.file.close()
-        if self.lock is not None:
-            if os.name != "nt":  # on Windows, releasing the lock deletes its file
-                # Deleted while the lock is still held, so that it cannot be another process's lock.
-                Path(self.lock.lock_file).unlink(missing_ok=True)
-            self.lock.release()
+        unlock_folder(self.lock)
 
 
 class EntriesOfWorker:
@@ -259,7 +246,7 @@ class EntriesOfWorker:
         path: The progress log; None if this machine does not have it.
     """
 
-    def __init__(self, out: Path, path: Path | None) -> None:
+    def __init__(self, out: OutputFolder, path: Path | None) -> None:
         self.out, self.path = out, path
         self.entries: list[dict[str, Any]] = []
 
@@ -269,7 +256,7 @@ class EntriesOfWorker:
 
     def add(self, name: str, source: Path, files: list[Path], **metadata: Any) -> None:
         """Remember an image whose outputs are all complete; see `ProgressLog.add`."""
-        self.entries.append(_as_json(entry_of(self.out, name, source, files, **metadata)))
+        self.entries.append(_as_json(entry_of(self.out.path, name, source, files, **metadata)))
 
     def require_folder(self) -> None:
         """Check that the folder still has the progress log.
@@ -278,7 +265,7 @@ class EntriesOfWorker:
             DiskError: The folder or the log was removed.
         """
         if self.path is not None and not self.path.exists():
-            raise DiskError(_removed(self.out))
+            raise DiskError(_removed(self.out.path))
 
 
 def entry_of(out: Path, name: str, source: Path, files: list[Path], **metadata: Any) -> dict[str, Any]:
@@ -308,12 +295,12 @@ def has_progress_log(out: Path) -> bool:
         UsageError: Its file predictions.jsonl is a file of another program.
     """
     try:
-        with (out / NAME).open("rb") as file:
+        with (out / PROGRESS_LOG).open("rb") as file:
             start = file.read(len(START))
     except (FileNotFoundError, NotADirectoryError):
         return False
     if start != START[: len(start)]:
-        raise UsageError(f"{out / NAME} was not written by segdeconv - choose another --out, or move it away")
+        raise UsageError(f"{out / PROGRESS_LOG} was not written by segdeconv - choose another --out, or move it away")
     return True
 
 

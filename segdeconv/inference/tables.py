@@ -56,7 +56,7 @@ def write_tables(progress_log: ProgressLog, tables: Sequence[str], class_names: 
         class_names: The names of the classes, in order.
     """
     progress_log.require_folder()
-    files = [progress_log.out / name for name in tables]
+    files = [progress_log.out.path / name for name in tables]
     with replacing(files[0]) as file:
         file.write(f"{','.join(COLUMNS)}\n".encode())
         for row in _statistics(progress_log):
@@ -64,9 +64,9 @@ def write_tables(progress_log: ProgressLog, tables: Sequence[str], class_names: 
             cells = (_cell(row.name), _cell(row.class_name), row.pixels, f"{row.share:.6f}", _cell(row.file), area)
             file.write(encode(f"{','.join(map(str, cells))}\n"))
     if PARQUET in tables:
-        _write_parquet(progress_log.out / PARQUET, _statistics(progress_log))
+        _write_parquet(progress_log.out.path / PARQUET, _statistics(progress_log))
     if REGIONS in tables:
-        with replacing(progress_log.out / REGIONS) as file:
+        with replacing(progress_log.out.path / REGIONS) as file:
             file.write(b'{"images": [')
             entries = [
                 entry
@@ -84,7 +84,7 @@ def write_tables(progress_log: ProgressLog, tables: Sequence[str], class_names: 
             file.write(b'],\n"annotations": [')
             count = 0
             for number, entry in enumerate(entries, start=1):
-                for annotation in _annotations(progress_log.out, entry["files"]):
+                for annotation in _annotations(progress_log.out.path, entry["files"]):
                     count += 1
                     file.write(_separated(count, {**annotation, "id": count, "image_id": number}))
             categories = [{"id": index, "name": name} for index, name in enumerate(class_names, start=1)]

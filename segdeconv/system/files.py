@@ -52,7 +52,7 @@ def replacing_path(path: Path) -> Iterator[Path]:
         partial.replace(path)
         _sync_folder(path.parent)
     except OSError as error:
-        removed = not path.parent.is_dir() or error.filename == str(partial)
+        removed = not path.parent.is_dir() or str(partial) in (error.filename, error.filename2)
         if isinstance(error, FileNotFoundError) and removed:
             raise DiskError(
                 f"{path} cannot be written: its folder was removed or cannot be created - choose another folder, or "
@@ -255,6 +255,16 @@ def lock_folder(folder: Path, way_out: str) -> FileLock | None:
             raise
         return None
     return lock
+
+
+def unlock_folder(lock: FileLock | None) -> None:
+    """Release a lock of `lock_folder`, and remove its file."""
+    if lock is None:
+        return
+    if os.name != "nt":  # on Windows, releasing the lock deletes its file
+        # Deleted while the lock is still held, so that it cannot be another process's lock.
+        Path(lock.lock_file).unlink(missing_ok=True)
+    lock.release()
 
 
 @contextmanager

@@ -223,6 +223,10 @@ ROOTS = {
     "96 missing root": (("dataset=folder", "dataset.root=nope"), "nope is not a folder; it should hold images/"),
     "96 no root": (("dataset=folder",), "dataset.root: missing mandatory value"),
     "96 empty root": (("dataset=folder", "dataset.root=empty"), "empty/images is not a folder"),
+    "96 root is an address": (
+        ("dataset=folder", "dataset.root=s3://b/own"),
+        "only dataset=shards reads from addresses",
+    ),
     "96 root is a file": (("dataset=camvid", "dataset.root=file"), "file is not a folder; it should hold train.txt"),
     "97 half of camvid": (("dataset=camvid", "dataset.root=half"), "half/train/train_002.png is missing"),
     "97 half of voc": (("dataset=voc", "dataset.root=halfvoc"), "2007_000002.png is missing"),

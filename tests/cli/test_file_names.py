@@ -11,6 +11,7 @@ from segdeconv.classes import Classes, voc_colours
 from segdeconv.cli.evaluate import planned_files
 from segdeconv.data.dataset import FileDataset, Pair
 from segdeconv.errors import UsageError
+from segdeconv.inference.output_folder import LocalFolder
 from segdeconv.system.own_files import RECORD
 
 SLIM = (
@@ -92,7 +93,30 @@ class Fixed(FileDataset):
 
 def test_two_images_of_one_name_are_refused_by_evaluate(tmp_path):
     pairs = [Pair(tmp_path / f"{name}.jpg", tmp_path / "masks" / f"{name}.png", name) for name in ("a", "b", "a")]
-    assert planned_files(tmp_path, Fixed(pairs[:2]), [1], ".png") == [tmp_path / "b.png"]
+    assert planned_files(LocalFolder(tmp_path), Fixed(pairs[:2]), [1], ".png") == {1: tmp_path / "b.png"}
     message = r"--split val: image 2 \(a\) and image 0 \(a\) have the same output file .*out/a\.png"
     with pytest.raises(UsageError, match=message):
-        planned_files(tmp_path / "out", Fixed(pairs), [0], ".png")
+        planned_files(LocalFolder(tmp_path / "out"), Fixed(pairs), [0], ".png")
+
+
+WRITTEN_TO_A_DISK = (
+    ("train", "hydra.run.dir="), ("train", "hydra.sweep.dir="), ("convert", "mine", "--shards"),
+    ("convert", "mine", "--to", "coco", "--out"), ("inspect_data", "--out"), ("describe", "--json"), ("merge",),
+    ("visualize", "a.ckpt", "--out"), ("rank", "a.ckpt", "photos", "--out"), ("rank", "a.ckpt", "photos", "--copy"),
+    ("verify", "run", "--out"), ("label", "photos", "--out"), ("export", "a.ckpt", "--out"), ("study", "--out"),
+    ("calibrate", "a.ckpt", "--out"), ("recalibrate", "a.ckpt", "--out"), ("results", "table.yaml", "--out"),
+    ("benchmark", "parts", "--out"), ("predict", "a.ckpt", "photos", "--regions", "2", "--save-regions"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("words", WRITTEN_TO_A_DISK, ids=" ".join)
+def test_an_address_does_not_become_a_folder_with_such_a_name(tmp_path, commands, words):
+    script, *options = words
+    if options and options[-1].endswith("="):
+        options[-1] += "s3://bucket/x"
+    else:
+        options.append("s3://bucket/x")
+    done = commands(script, *options, cwd=tmp_path)
+    assert done.code == 2, done.err
+    assert "s3://bucket/x is an address, not a path of this machine - give a path" in done.error_message
+    assert not list(tmp_path.iterdir())

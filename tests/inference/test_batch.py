@@ -36,6 +36,7 @@ from segdeconv.drawing.png import Png
 from segdeconv.errors import UsageError
 from segdeconv.inference import submission
 from segdeconv.inference.inputs import find_images
+from segdeconv.inference.output_folder import LocalFolder
 from segdeconv.inference.outputs import Outputs
 from segdeconv.inference.predictors import PredictionSettings
 from segdeconv.inference.progress_log import ProgressLog
@@ -518,22 +519,22 @@ def test_a_progress_log_is_truncated_to_its_last_complete_line_and_locked(tmp_pa
     source = tmp_path / "a.png"
     source.write_bytes(b"image")
     out = tmp_path / "out"
-    progress_log = ProgressLog(out, {"checkpoint": "x"})
+    progress_log = ProgressLog(LocalFolder(out), {"checkpoint": "x"})
     (out / "a.png").write_bytes(b"mask")
     progress_log.add("a", source, [out / "a.png"], size=[1, 1], pixels={})
     holder = f"process {os.getpid()} on {platform.node()}"
     with pytest.raises(UsageError, match=f"out is in use by {holder} - wait for it, or choose another --out"):
-        ProgressLog(out, {"checkpoint": "x"})
+        ProgressLog(LocalFolder(out), {"checkpoint": "x"})
     progress_log.close()
     whole = (out / "predictions.jsonl").read_bytes()
     for cut in range(len(whole)):
         (out / "predictions.jsonl").write_bytes(whole[:cut])
-        again = ProgressLog(out, {"checkpoint": "x"})
+        again = ProgressLog(LocalFolder(out), {"checkpoint": "x"})
         assert not again.has("a", source)
         again.add("a", source, [out / "a.png"], size=[1, 1], pixels={})
         again.close()
         assert (out / "predictions.jsonl").read_bytes() == whole
-    again = ProgressLog(out, {"checkpoint": "x"})
+    again = ProgressLog(LocalFolder(out), {"checkpoint": "x"})
     assert again.has("a", source)
     source.write_bytes(b"another image")
     assert not again.has("a", source)
@@ -581,7 +582,7 @@ def test_a_missing_line_of_a_list_is_passed_over_like_a_damaged_picture(place, c
     ],
 )
 def test_two_class_masks_of_one_file_are_refused(names, message, capsys, tmp_path):
-    outputs = Outputs(tmp_path, Classes(names, voc_colours(2)), class_masks=True)
+    outputs = Outputs(LocalFolder(tmp_path), Classes(names, voc_colours(2)), class_masks=True)
     if message is None or "differ" in message:
         endings = outputs.endings()
         for ending in endings:
@@ -666,7 +667,7 @@ def test_an_input_is_never_an_output(place, commands, tmp_path):
 
 def test_a_prediction_into_a_sub_folder_of_another_one_leaves_it_alone(place, commands, tmp_path):
     words = ("predict", place / "best.ckpt", place / "photos", "--no-overlay", "--out")
-    inner = ProgressLog(tmp_path / "out" / "inner", {"checkpoint": "x"})
+    inner = ProgressLog(LocalFolder(tmp_path / "out" / "inner"), {"checkpoint": "x"})
     kept = ["out/inner/.tmp-1234567-0123abcd-a.png", "out/.tmp-x", "out/.tmp-dir/file"]
     for name in kept:
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -1012,7 +1013,7 @@ def test_polygons_leave_out_the_background_and_name_the_file(tmp_path, keep):
     mask[3:6, 3:6] = 0
     mask[0, 0] = 255  # without data
     prediction = Prediction(np.zeros((9, 9, 3), np.uint8), mask, classes, None, None, 1, lambda sink: None)
-    outputs = Outputs(tmp_path, classes, overlay=False, polygons=("coco", "geojson"), keep_background=keep)
+    outputs = Outputs(LocalFolder(tmp_path), classes, overlay=False, polygons=("coco", "geojson"), keep_background=keep)
     written = outputs.write("a", Path("photos/a.jpg"), prediction, True)
     assert [path.name for path in written] == ["a.png", "a_regions.json", "a_regions.geojson"]
     coco = json.loads(written[1].read_text())

@@ -94,6 +94,8 @@ def test_a_killed_worker_is_replaced_and_everything_is_as_of_one_process(place):
     wait_for_images(process, place / "killed")
     workers = [child for child, name in processes_below(process.pid).items() if is_worker(name)]
     assert len(workers) == 2
+    # Ray would give them the lowest of priorities, so that they stand still beside any other busy process.
+    assert {os.getpriority(os.PRIO_PROCESS, each) for each in workers} == {os.getpriority(os.PRIO_PROCESS, process.pid)}
     os.kill(workers[0], signal.SIGKILL)
     done = finished(process)
     assert done.returncode == 2, done.stderr

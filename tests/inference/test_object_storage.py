@@ -2,12 +2,9 @@
 
 import importlib.util
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import fakes
@@ -22,18 +19,19 @@ from segdeconv.data.shard_writer import write_shards
 
 ROOT = Path(__file__).parents[2]
 DATA = {"_target_": "segdeconv.data.Shapes", "num_train": 2, "num_val": 2, "side": 64, "size": [64, 64]}
+FROM_DISK = ("--split", "train", "dataset.root=packed")
 LOGS = ("predictions.jsonl", ".segdeconv-files")
 
 
 @pytest.fixture(scope="module")
-def endpoint():
-    with stand_in() as address:
-        yield address
+def server():
+    with stand_in() as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
-def bucket(endpoint, place):
-    bucket = Bucket(endpoint)
+def bucket(server, place):
+    bucket = Bucket(server.endpoint)
     bucket.upload(place / "photos", "photos")
     bucket.upload(place / "packed", "packed")
     return bucket
@@ -53,26 +51,56 @@ def place(tmp_path_factory, commands):
             shutil.copy(pair.image, folder / "photos" / split.split / f"{name}{pair.image.suffix}")
     done = commands("predict", "a.ckpt", "photos", "--out", "expected", cwd=folder)
     assert done.code == 0, done.err
+    data = {"_target_": "segdeconv.data.Shards", "root": str(folder / "packed"), "size": [64, 64], "batch_size": 1}
+    fakes.untrained(folder / "b.ckpt", data)
+    done = commands("evaluate", "b.ckpt", *FROM_DISK, *evaluation_folders(folder / "scores"), cwd=folder)
+    assert done.code == 0, done.err
     return folder
 
 
-def start(folder, *words, **environment):
-    command = [sys.executable, str(ROOT / "scripts" / "predict.py"), "a.ckpt", *map(str, words)]
+def start(folder, script, *words, **environment):
+    command = [sys.executable, str(ROOT / "scripts" / f"{script}.py"), *map(str, words)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     environment = child_environment(ROOT, OMP_NUM_THREADS="1", **environment)
     return subprocess.Popen(command, cwd=folder, env=environment, **pipes)
 
 
-def predict(folder, *words, **environment):
-    process = start(folder, *words, **environment)
-    out, err = process.communicate(timeout=300)
+def run(folder, script, *words, **environment):
+    with start(folder, script, *words, **environment) as process:
+        try:
+            out, err = process.communicate(timeout=600)
+        finally:
+            process.kill()
     assert "Traceback" not in err, err
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def predict(folder, *words, **environment):
+    return run(folder, "predict", "a.ckpt", *words, **environment)
+
+
+def kill_when_held(server, after, folder, *words, **environment):
+    """Start a command and kill it when the storage holds the PNG after so many."""
+    with server.held(after) as is_held, start(folder, *words, **environment) as process:
+        held = is_held(process)
+        process.kill()
+        assert held, process.communicate()
 
 
 def outputs(folder):
     """Return the content of the masks and overlays in a folder by their paths."""
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.png")}
+
+
+def evaluation_folders(folder):
+    return ("--out", f"{folder}/report", "--masks", f"{folder}/masks", "--pictures", f"{folder}/pictures")
+
+
+def report_of(content):
+    """Return the content of report.json without where its inputs and outputs are."""
+    report = json.loads(content)
+    del report["command"], report["config"]["dataset"]["root"]
+    return report
 
 
 def images_of(objects):
@@ -144,17 +172,14 @@ def test_masks_in_a_storage_are_those_of_a_folder_and_are_resumed_on_another_mac
 
 @pytest.mark.extras
 @pytest.mark.parametrize("same_machine", [True, False])
-def test_a_killed_prediction_is_resumed_and_counts_each_image_once(place, bucket, tmp_path, same_machine):
+def test_a_killed_prediction_is_resumed_and_counts_each_image_once(place, server, bucket, tmp_path, same_machine):
     prefix = f"killed-{same_machine}"
     words = (bucket.address("photos"), "--out", bucket.address(prefix))
     for attempt in range(2):
-        before = len(images_of(bucket.objects(prefix)))
         cache = str(tmp_path / ("one" if same_machine else f"{attempt}"))
-        process = start(place, *words, **bucket.environment, XDG_CACHE_HOME=cache)
-        while process.poll() is None and len(images_of(bucket.objects(prefix))) <= before:
-            time.sleep(0.01)
-        os.kill(process.pid, signal.SIGKILL)
-        process.communicate()
+        environment = {**bucket.environment, "XDG_CACHE_HOME": cache}
+        kill_when_held(server, 5, place, "predict", "a.ckpt", *words, **environment)
+        assert 5 <= len(images_of(bucket.objects(prefix))) < len(outputs(place / "expected"))
     cache = str(tmp_path / ("one" if same_machine else "last"))
     done = predict(place, *words, **bucket.environment, XDG_CACHE_HOME=cache)
     assert done.returncode == 0, done.stderr
@@ -171,6 +196,58 @@ def test_ray_workers_read_and_write_the_storage(place, bucket, tmp_path):
     done = predict(place, *words, **bucket.environment, XDG_CACHE_HOME=str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert images_of(bucket.objects("ray")) == outputs(place / "expected")
+
+
+@pytest.mark.extras
+@pytest.mark.parametrize("engine", [(), ("--engine", "ray", "--workers", "2")], ids=["one process", "ray"])
+def test_an_evaluation_from_and_to_a_storage_is_that_of_folders(place, bucket, tmp_path, engine):
+    prefix = f"scores{len(engine)}"
+    words = (*FROM_DISK[:2], f"dataset.root={bucket.address('packed')}", *evaluation_folders(bucket.address(prefix)))
+    environment = {**bucket.environment, "XDG_CACHE_HOME": str(tmp_path)}
+    done = run(place, "evaluate", "b.ckpt", *words, *engine, **environment)
+    assert done.returncode == 0, done.stderr
+    assert f"report:   {bucket.address(prefix)}/report/report.html (and report.json)" in done.stdout
+    assert f"masks:    {bucket.address(prefix)}/masks" in done.stdout
+    stored = bucket.objects(prefix)
+    assert images_of(stored) == outputs(place / "scores")
+    records = {f"{folder}/.segdeconv-files" for folder in ("masks", "pictures")}
+    assert stored.keys() - images_of(stored).keys() - records == {"report/report.json", "report/report.html"}
+    assert report_of(stored["report/report.json"]) == report_of((place / "scores/report/report.json").read_bytes())
+    assert {path.name for path in (tmp_path / "segdeconv/predictions").rglob("*") if path.is_file()} == {LOGS[1]}
+
+
+@pytest.mark.extras
+@pytest.mark.parametrize("same_machine", [True, False])
+def test_a_killed_evaluation_is_resumed(place, server, bucket, tmp_path, same_machine):
+    prefix = f"scores-killed-{same_machine}"
+    words = ("evaluate", "b.ckpt", *FROM_DISK, *evaluation_folders(bucket.address(prefix))[:4])
+    environment = [
+        {**bucket.environment, "XDG_CACHE_HOME": str(tmp_path / ("one" if same_machine else f"{attempt}"))}
+        for attempt in range(2)
+    ]
+    kill_when_held(server, 5, place, *words, **environment[0])
+    assert any(name.endswith(".npz") for name in bucket.objects(prefix))
+    done = run(place, *words, **environment[1])
+    assert done.returncode == 0, done.stderr
+    assert "4 of 8 are already evaluated and skipped" in done.stdout
+    stored = bucket.objects(prefix)
+    assert images_of(stored).keys() == {f"masks/{path.name}" for path in (place / "scores/masks").glob("*.png")}
+    assert stored.keys() - images_of(stored).keys() == {
+        "masks/.segdeconv-files", "report/report.json", "report/report.html"
+    }  # fmt: skip
+    assert report_of(stored["report/report.json"]) == report_of((place / "scores/report/report.json").read_bytes())
+
+
+@pytest.mark.extras
+def test_an_object_of_someone_else_is_not_written_over_by_an_evaluation(place, bucket, tmp_path):
+    name = next(path.name for path in (place / "scores/masks").glob("*.png"))
+    bucket.put(f"their-masks/masks/{name}", b"a year of work")
+    words = (*FROM_DISK, *evaluation_folders(bucket.address("their-masks")))
+    environment = {**bucket.environment, "XDG_CACHE_HOME": str(tmp_path)}
+    done = run(place, "evaluate", "b.ckpt", *words, **environment)
+    assert done.returncode == 2
+    assert f"{bucket.address('their-masks')}/masks/{name} exists and was not written by segdeconv" in done.stderr
+    assert bucket.objects("their-masks") == {f"masks/{name}": b"a year of work"}
 
 
 @pytest.mark.extras

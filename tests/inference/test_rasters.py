@@ -12,6 +12,7 @@ import segdeconv
 from segdeconv.classes import Classes, voc_colours
 from segdeconv.data.files.geo import Georeference, read_georeference, read_tags
 from segdeconv.inference import rasters
+from segdeconv.inference.output_folder import LocalFolder
 
 pytestmark = pytest.mark.extras
 
@@ -307,8 +308,8 @@ def test_a_large_raster_has_the_outputs_of_a_small_one(place, tmp_path, monkeypa
     for limit in (1 << 26, 1000):
         monkeypatch.setattr("segdeconv.inference.segmenter.MEMORY_MAPPED", limit)
         folder = tmp_path / str(limit)
-        outputs = Outputs(folder, content.classes, probabilities=True, uncertainty=True, class_masks=True)
-        log = ProgressLog(folder, {})
+        outputs = Outputs(LocalFolder(folder), content.classes, probabilities=True, uncertainty=True, class_masks=True)
+        log = ProgressLog(outputs.folder, {})
         assert list(BatchPrediction(segmenter, outputs, log).run({"a": path})) == ["a"]
         log.close()
         opened = segmenter.open(path, scratch=folder)
@@ -337,12 +338,12 @@ def test_an_image_predicted_without_rasterio_is_predicted_again_with_it(place, t
 
     images = {"a": write(tmp_path / "a.tif", image_of((40, 50)), *PLACES["utm"][:2])}
     content = checkpoint.read(place / "best.ckpt")
-    segmenter, outputs = Segmenter(content), Outputs(tmp_path / "out", content.classes, polygons=("auto",))
+    segmenter, outputs = Segmenter(content), Outputs(LocalFolder(tmp_path / "out"), content.classes, polygons=("auto",))
     for installed, present in ((False, "a.png"), (True, "a.tif"), (True, "a.tif")):
         with monkeypatch.context() as patch:
             if not installed:
                 patch.setattr("segdeconv.data.files.geo.has_rasterio", lambda: False)
-            log = ProgressLog(tmp_path / "out", {})
+            log = ProgressLog(outputs.folder, {})
             batch = BatchPrediction(segmenter, outputs, log)
             done = batch.is_done("a", images["a"])
             list(batch.run(images))

@@ -213,6 +213,11 @@ def test_a_folder_that_disappears_is_one_error(tmp_path):
         write_and_remove()
 
 
+def test_a_link_to_a_file_whose_folder_was_removed_is_one_error(tmp_path):
+    with pytest.raises(DiskError, match="its folder was removed or cannot be created"):
+        replace_link(tmp_path / "run" / "kept-2.ckpt", tmp_path / "run" / "last.ckpt")
+
+
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc")
 def test_a_folder_that_cannot_be_created_is_one_error():
     with pytest.raises(UsageError, match=r"/proc/x cannot be created: .* - choose another --out"):

@@ -15,7 +15,8 @@ from segdeconv.data.inspection import cache_folder, inspect
 from segdeconv.errors import UsageError
 from segdeconv.experiments.study.results import _curve, read_results
 from segdeconv.experiments.study.series import cost
-from segdeconv.inference.progress_log import NAME, ProgressLog, stamp
+from segdeconv.inference.output_folder import PROGRESS_LOG, LocalFolder
+from segdeconv.inference.progress_log import ProgressLog, stamp
 from segdeconv.training.callbacks import MetricsFile
 from segdeconv.training.resume import find_run, finished, read_config
 
@@ -109,10 +110,10 @@ def log_lines(folder):
     """Write a log of one image, and return its lines."""
     folder.mkdir(exist_ok=True)
     source = put("photo.png", "x")
-    log = ProgressLog(folder, {"checkpoint": "a"})
+    log = ProgressLog(LocalFolder(folder), {"checkpoint": "a"})
     log.add("photo", source, [put(folder / "photo.png", "y")], size=[1, 1], pixels={"a": 1})
     log.close()
-    return (folder / NAME).read_bytes().splitlines(keepends=True)
+    return (folder / PROGRESS_LOG).read_bytes().splitlines(keepends=True)
 
 
 def changed(line, **changes):
@@ -135,15 +136,15 @@ def test_a_progress_log_is_read_up_to_a_line_of_another_form(number):
         text = [*JSONS.values(), *TYPES][number - len(ENTRIES)]
         hostile = (text if isinstance(text, bytes) else text.encode()) + b"\n"
     second = changed(entry, name="other")
-    put(f"out/{NAME}", first + second + hostile + entry)
-    log = ProgressLog(Path("out"), {"checkpoint": "a"})
+    put(f"out/{PROGRESS_LOG}", first + second + hostile + entry)
+    log = ProgressLog(LocalFolder(Path("out")), {"checkpoint": "a"})
     assert list(log.entries) == ["other"]
-    assert (Path("out") / NAME).read_bytes() == first + second
+    assert (Path("out") / PROGRESS_LOG).read_bytes() == first + second
     log.close()
-    put(f"out/{NAME}", hostile)  # in place of the first line
-    log = ProgressLog(Path("out"), {"checkpoint": "a"})
+    put(f"out/{PROGRESS_LOG}", hostile)  # in place of the first line
+    log = ProgressLog(LocalFolder(Path("out")), {"checkpoint": "a"})
     log.close()
-    assert (Path("out") / NAME).read_bytes() == first
+    assert (Path("out") / PROGRESS_LOG).read_bytes() == first
 
 
 # Inspection cache
@@ -187,10 +188,10 @@ def test_files_of_earlier_versions_are_read():
     assert finished(folder)
     assert read_config(folder)["dataset"]["_target_"] == "segdeconv.data.Shapes"
     assert len(_curve(folder / "metrics.csv")) == 1
-    put(f"out/{NAME}", (folder / NAME).read_bytes())
-    provenance = json.loads((folder / NAME).read_text().splitlines()[0])
-    log = ProgressLog(Path("out"), provenance)
+    put(f"out/{PROGRESS_LOG}", (folder / PROGRESS_LOG).read_bytes())
+    provenance = json.loads((folder / PROGRESS_LOG).read_text().splitlines()[0])
+    log = ProgressLog(LocalFolder(Path("out")), provenance)
     assert len(log.entries) == 2
     log.close()
     assert yaml.safe_load((folder / "config.yaml").read_text()) == read_config(folder)
-    assert stamp(folder / NAME).keys() == next(log.sorted())["source"].keys()
+    assert stamp(folder / PROGRESS_LOG).keys() == next(log.sorted())["source"].keys()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -113,6 +113,18 @@ class ObjectFolder:
 
         with self._explained(self.url(name), "cannot be written"):
             obstore.put(self._store, name, path)
+
+    def remove(self, names: Sequence[str]) -> None:
+        """Remove objects, those that do not exist too.
+
+        Raises:
+            UsageError: They cannot be removed.
+        """
+        import obstore
+
+        if names:
+            with self._explained(self.address, "has objects that cannot be removed"):
+                obstore.delete(self._store, names)
 
     @contextmanager
     def _explained(self, shown: str, what: str) -> Iterator[None]:

@@ -17,6 +17,7 @@ from segdeconv.checkpoints import checkpoint
 from segdeconv.data.datasets.shapes import Shapes
 from segdeconv.experiments.benchmarks.contestants import Step, Task
 from segdeconv.inference.batch import BatchPrediction
+from segdeconv.inference.output_folder import LocalFolder
 from segdeconv.inference.outputs import Outputs
 from segdeconv.inference.progress_log import ProgressLog
 from segdeconv.inference.segmenter import Segmenter
@@ -115,8 +116,8 @@ def predict_files(name: str, task: Task, paths: list[Path]) -> Step:
 
     def step() -> None:
         out = Path(root.name) / str(next(folders))
-        outputs = Outputs(out, segmenter.classes, overlay=False)
-        with closing(ProgressLog(out, {})) as progress_log:
+        outputs = Outputs(LocalFolder(out), segmenter.classes, overlay=False)
+        with closing(ProgressLog(outputs.folder, {})) as progress_log:
             batch = BatchPrediction(segmenter, outputs, progress_log)
             for _ in batch.run({path.stem: path for path in paths}):
                 pass

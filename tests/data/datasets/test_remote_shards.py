@@ -40,8 +40,8 @@ def own(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def endpoint():
-    with stand_in() as address:
-        yield address
+    with stand_in() as server:
+        yield server.endpoint
 
 
 @pytest.fixture
