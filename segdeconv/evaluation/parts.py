@@ -1,7 +1,6 @@
 """Evaluations of parts of a data set, packed as plain arrays, which put together are exactly that of the whole."""
 
 import io
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -26,7 +25,7 @@ from segdeconv.evaluation.evaluate import (
     largest_uncertainty,
     progress_bar,
 )
-from segdeconv.evaluation.progress import EvaluationLog, stamp_digest, stamps_of
+from segdeconv.evaluation.progress import DAMAGED, EvaluationLog, stamp_digest
 from segdeconv.inference import distributed
 from segdeconv.inference.predictors import PredictionSettings
 from segdeconv.inference.segmenter import Segmenter
@@ -137,7 +136,7 @@ def combine(
                     ),
                     Encoded(*files),
                 )
-        except (ValueError, KeyError, TypeError, RuntimeError, EOFError, OSError, zipfile.BadZipFile) as error:
+        except (*DAMAGED, RuntimeError) as error:  # torch raises the last
             raise UsageError(f"{name} is not a part of this evaluation ({error}) - evaluate this part again") from error
     if missing := sorted(set(range(len(dataset)) if wanted is None else wanted) - set(images)):
         raise UsageError(
@@ -157,7 +156,7 @@ def _split(part: Mapping[str, np.ndarray], name: str) -> list[np.ndarray]:
 
 
 class Saver(Protocol):
-    """What writes files of each prediction; it is pickled and sent to the workers of a cluster."""
+    """Writer of the files of each prediction; it is pickled and sent to the workers of a cluster."""
 
     def __call__(self, predicted: Predicted) -> None:
         """Write the files of an image."""
@@ -274,7 +273,7 @@ def evaluate_logged(
     """
     chosen = batches(segmenter, dataset) if chosen is None else chosen
     wanted = _places(chosen)
-    done = {place for content in log.of(name).values() for place in stamps_of(content)}
+    done = log.scored(name)
     if done:
         report(f"{len(done)} of {len(wanted)} {'is' if len(done) == 1 else 'are'} already evaluated and skipped")
     chunks = distributed.chunks_of([batch for batch in chosen if not done.issuperset(batch)], workers or 1)

@@ -42,6 +42,7 @@ class EvaluationLog:
 
     Attributes:
         contents: The content of each file by its name, `NETWORK-FIRST.npz`, where FIRST is the index of an image.
+        places: The indices of the images of each file by its name.
 
     Raises:
         UsageError: Another process is evaluating into the folder, or the storage does not answer.
@@ -57,6 +58,7 @@ class EvaluationLog:
         self.out, self.folder = out, folder / FOLDER
         self.counts = self.folder / COUNTS
         self.contents: dict[str, bytes] = {}
+        self.places: dict[str, list[int]] = {}
         self.lock = lock_folder(self.folder, "--out")
         out.fetch_folder(self.counts)
         path = self.counts / IDENTITY
@@ -64,9 +66,9 @@ class EvaluationLog:
         if _read(path) == wanted:
             for file in sorted(self.counts.glob("*.npz")):
                 content = file.read_bytes()
-                stamps = stamps_of(content)
+                stamps = _stamps_of(content)
                 if stamps and all(is_complete(place, stamp) for place, stamp in stamps.items()):
-                    self.contents[file.name] = content
+                    self.contents[file.name], self.places[file.name] = content, list(stamps)
             return
         if path.exists():
             warn(
@@ -85,13 +87,17 @@ class EvaluationLog:
             if name.startswith(f"{network}-")
         }
 
+    def scored(self, network: str) -> set[int]:
+        """Return the indices of the images whose counts the log has for a network."""
+        return {place for name, places in self.places.items() if name.startswith(f"{network}-") for place in places}
+
     def add(self, network: str, places: Sequence[int], content: bytes) -> None:
         """Record the counts of some images, whose other outputs are complete."""
         path = self.counts / f"{network}-{places[0]:09d}.npz"
         with replacing(path) as file:
             file.write(content)
         self.out.deliver([path])
-        self.contents[path.name] = content
+        self.contents[path.name], self.places[path.name] = content, list(places)
 
     def remove(self) -> None:
         """Remove the log of an evaluation whose results are written."""
@@ -109,7 +115,7 @@ def stamp_digest(dataset: SegmentationDataset, place: int) -> bytes:
     return hashlib.sha256(dataset.stamp(place).encode(errors="surrogateescape")).digest()
 
 
-def stamps_of(content: bytes) -> dict[int, bytes]:
+def _stamps_of(content: bytes) -> dict[int, bytes]:
     """Return the `stamp_digest` of each image of a file of counts by its index; none if the file is damaged."""
     try:
         arrays = dict(np.load(io.BytesIO(content), allow_pickle=False))  # reads all, and checks their CRCs

@@ -103,13 +103,13 @@ class Session:
 
     @property
     def learned(self) -> bool:
-        """Whether the network has masks to propose: it has learned, or knew all classes by name at the start."""
+        """Whether the network can propose masks: it has been trained, or had all classes by name at the start."""
         names = list(self.storage.classes.names.values())
         return self.saved or self.round > 0 or (len(names) >= 2 and set(self.known).issuperset(names))
 
     @property
     def version(self) -> Version:
-        """What proposals depend on."""
+        """The version of the proposals, which changes with every round of learning and with the classes."""
         return self.round, tuple(self.storage.classes.labels) if self.learned else ()
 
     def order(self) -> list[int]:
