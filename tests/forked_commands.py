@@ -1,7 +1,8 @@
 """The real commands in forked processes of a server that has imported torch and Lightning already.
 
-As a script, this file is the server. It reads each job as a line of JSON from stdin and writes its outcome as a line of
-JSON to stdout.
+As a script, this file is the server. It reads each request as a line of JSON from stdin and writes its answer as a line
+of JSON to stdout. The server has one thread and runs nothing itself: a process forked from one that has used the
+threads of a library can wait for them forever.
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from fresh_commands import child_environment
 
 ROOT = Path(__file__).parents[1]
 NOT_PERMITTED = 99  # the child's exit code where the kernel refuses a restriction
+STREAMS = ("stdin", "stdout", "stderr")
 
 
 class Outcome(NamedTuple):
@@ -79,27 +81,38 @@ class Commands:
         limits: Mapping[str, Any] | None = None,
         timeout: float = 120,
     ) -> Outcome:
-        """Run a command and return its outcome.
+        """Run a command and return its outcome; see `start` and `Started.end`."""
+        return self.start(script, *words, cwd=cwd, env=env, limits=limits).end(timeout)
+
+    def start(
+        self,
+        script: str,
+        *words: object,
+        cwd: Path,
+        env: Mapping[str, str] | None = None,
+        limits: Mapping[str, Any] | None = None,
+        begun: Path | None = None,
+    ) -> Started:
+        """Start a command in a process group of its own.
 
         Args:
             script: the name of a file in scripts/ without its suffix.
             words: the arguments of the command.
             cwd: the working directory.
             env: additional environment variables.
-            limits: restrictions of the process; see `restrict`.
-            timeout: seconds until the process group is killed.
+            limits: restrictions of the process; see `restrict` and `open_streams`.
+            begun: a file that the command creates as soon as it handles signals.
         """
-        job = [script, [str(word) for word in words], str(cwd), dict(env or {}), dict(limits or {}), timeout]
+        name = None if begun is None else str(begun)
+        job = [script, [str(word) for word in words], str(cwd), dict(env or {}), dict(limits or {}), name]
+        return Started(self, self._answer("start", job))
+
+    def _answer(self, request: str, values: Sequence[Any]) -> Any:
         assert self.server.stdin is not None
         assert self.server.stdout is not None
-        self.server.stdin.write(json.dumps(job) + "\n")
+        self.server.stdin.write(json.dumps([request, *values]) + "\n")
         self.server.stdin.flush()
-        outcome = Outcome(*json.loads(self.server.stdout.readline()))
-        if outcome.code == NOT_PERMITTED:
-            import pytest
-
-            pytest.skip(f"this kernel does not allow the restriction: {outcome.err.strip()}")
-        return outcome
+        return json.loads(self.server.stdout.readline())
 
     def close(self) -> None:
         assert self.server.stdin is not None
@@ -107,6 +120,27 @@ class Commands:
         self.server.stdin.close()
         self.server.wait(300)  # a loaded machine takes a minute to free all modules
         self.server.stdout.close()
+
+
+class Started(NamedTuple):
+    """A command that has been started.
+
+    Attributes:
+        commands: the client that has started it.
+        pid: its process id, which is that of its process group.
+    """
+
+    commands: Commands
+    pid: int
+
+    def end(self, timeout: float = 120) -> Outcome:
+        """Wait for the end of the command, or kill its process group after `timeout` seconds."""
+        outcome = Outcome(*self.commands._answer("end", [self.pid, timeout]))
+        if outcome.code == NOT_PERMITTED:
+            import pytest
+
+            pytest.skip(f"this kernel does not allow the restriction: {outcome.err.strip()}")
+        return outcome
 
 
 # Restrictions of a process
@@ -143,6 +177,27 @@ def restrict(limits: Mapping[str, Any]) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (limits["memory"],) * 2)
     if limits.get("plain_user"):
         _drop_capabilities()
+
+
+def open_streams(limits: Mapping[str, Any], encoding: str | None) -> None:
+    """Open sys.stdin, sys.stdout and sys.stderr.
+
+    Args:
+        limits: any of these keys:
+            stdout: "closed pipe", a pipe whose reader has ended, or "full device".
+            closed: the numbers of the standard streams that are closed.
+        encoding: that of the output; None: the default.
+    """
+    if limits.get("stdout") == "closed pipe":
+        reader, writer = os.pipe()
+        os.close(reader)
+        os.dup2(writer, 1)
+    elif limits.get("stdout") == "full device":
+        os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+    sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), *(os.fdopen(n, "w", encoding=encoding) for n in (1, 2))
+    for number in limits.get("closed", ()):
+        os.close(number)
+        setattr(sys, STREAMS[number], None)
 
 
 def _require_success(result: int, call: str) -> None:
@@ -205,24 +260,48 @@ def serve() -> None:
     # A child whose garbage collector went through all these objects would copy their memory, in a third of its time.
     gc.freeze()
     gc.enable()
+    running: dict[int, Running] = {}
     for line in sys.stdin:
-        print(json.dumps(_run(*json.loads(line))), flush=True)
+        request, *values = json.loads(line)
+        answer: Any
+        if request == "start":
+            started = _start(*values)
+            running[started.pid] = started
+            answer = started.pid
+        else:
+            pid, timeout = values
+            answer = _end(running.pop(pid), timeout)
+        print(json.dumps(answer), flush=True)
 
 
-def _run(
-    script: str, words: Sequence[str], cwd: str, env: Mapping[str, str], limits: Mapping[str, Any], timeout: float
-) -> tuple[int, str, str, float]:
+class Running(NamedTuple):
+    """A child of the server; `out` and `err` are files with what it prints."""
+
+    pid: int
+    out: IO[bytes]
+    err: IO[bytes]
+    started: float
+
+
+def _start(
+    script: str, words: Sequence[str], cwd: str, env: Mapping[str, str], limits: Mapping[str, Any], begun: str | None
+) -> Running:
     started = time.monotonic()
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        child = os.fork()
-        if child == 0:
-            _run_in_child(script, words, cwd, env, limits, out.fileno(), err.fileno())
-        code = _wait(child, started + timeout)
-        texts = []
-        for file in (out, err):
+    out, err = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115 - `_end` closes them
+    child = os.fork()
+    if child == 0:
+        _run_in_child(script, words, cwd, env, limits, begun, out.fileno(), err.fileno())
+    return Running(child, out, err, started)
+
+
+def _end(running: Running, timeout: float) -> tuple[int, str, str, float]:
+    code = _wait(running.pid, time.monotonic() + timeout)
+    texts = []
+    for file in (running.out, running.err):
+        with file:
             file.seek(0)
             texts.append(file.read().decode(errors="replace"))
-    return code, texts[0], texts[1], time.monotonic() - started
+    return code, texts[0], texts[1], time.monotonic() - running.started
 
 
 def _wait(child: int, deadline: float) -> int:
@@ -236,7 +315,14 @@ def _wait(child: int, deadline: float) -> int:
 
 
 def _run_in_child(
-    script: str, words: Sequence[str], cwd: str, env: Mapping[str, str], limits: Mapping[str, Any], out: int, err: int
+    script: str,
+    words: Sequence[str],
+    cwd: str,
+    env: Mapping[str, str],
+    limits: Mapping[str, Any],
+    begun: str | None,
+    out: int,
+    err: int,
 ) -> None:
     code = 1
     try:
@@ -244,16 +330,17 @@ def _run_in_child(
         null = os.open(os.devnull, os.O_RDONLY)
         for source, target in ((null, 0), (out, 1), (err, 2)):
             os.dup2(source, target)
-        encoding = env.get("PYTHONIOENCODING")
-        sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), *(os.fdopen(n, "w", encoding=encoding) for n in (1, 2))
         os.environ.update(env)
         os.chdir(cwd)
         try:
             restrict(limits)
+            open_streams(limits, env.get("PYTHONIOENCODING"))
         except OSError as error:
-            print(error, file=sys.stderr)
+            os.write(2, str(error).encode())
             code = NOT_PERMITTED
             return
+        if begun is not None:
+            _create_once_signals_are_handled(Path(begun))
         path = ROOT / "scripts" / f"{script}.py"
         sys.argv = [str(path), *words]
         sys.path[0] = str(path.parent)
@@ -263,9 +350,26 @@ def _run_in_child(
     except BaseException:
         traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            try:
+                stream.flush()
+            except Exception as error:  # as at the end of an interpreter
+                code = 120
+                if stream is sys.stdout and sys.stderr is not None:
+                    print(f"Exception ignored in the last flush: {error!r}", file=sys.stderr)
         os._exit(code)
+
+
+def _create_once_signals_are_handled(file: Path) -> None:
+    from segdeconv.cli import command
+
+    install = command.interruption.install
+
+    def installed() -> None:
+        install()
+        file.touch()
+
+    command.interruption.install = installed
 
 
 if __name__ == "__main__":

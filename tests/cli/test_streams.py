@@ -1,9 +1,7 @@
 """Commands whose standard streams fail, that are interrupted more than once, or that lose their folder."""
 
-import importlib
 import json
 import os
-import pkgutil
 import shutil
 import signal
 import subprocess
@@ -17,24 +15,11 @@ import pytest
 from fresh_commands import child_environment
 from PIL import Image
 
-import segdeconv
-
 ROOT = Path(__file__).parents[2]
 SLIM = (
     "dataset=folder", "dataset.root=mine", "model.stages=[[4],[8]]", "dataset.batch_size=2", "dataset.num_workers=0",
     "trainer.precision=32-true", "logger=none", "dataset.size=[32,32]", "hydra.run.dir=run", "auto=[]",
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _imports():
-    """Import what is slow to import before the processes of this module are forked."""
-    import albumentations  # noqa: F401
-    import hydra.core.override_parser.overrides_parser  # noqa: F401
-
-    for module in pkgutil.walk_packages(segdeconv.__path__, "segdeconv."):
-        if not module.name.endswith("__main__") and "triton" not in module.name:
-            importlib.import_module(module.name)
 
 
 @pytest.fixture(scope="module")
@@ -59,77 +44,19 @@ def place(trained, tmp_path):
     return tmp_path
 
 
-class Started:
-    """A command in a process forked from this one, which has imported what is slow to import."""
-
-    def __init__(self, words, cwd, *, stdout=None, close=(), before=lambda: None):
-        self.err = cwd / "stderr"
-        self.pid = os.fork()
-        if self.pid == 0:
-            self._run(words, cwd, stdout, close, before)
-
-    def _run(self, words, cwd, stdout, close, before):
-        code = 1
-        try:
-            os.setsid()
-            os.chdir(cwd)
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-            out = os.open(os.devnull, os.O_WRONLY) if stdout is None else stdout
-            os.dup2(out, 1)
-            os.dup2(os.open(self.err, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-            sys.stdin, sys.stdout, sys.stderr = open(os.devnull), os.fdopen(1, "w"), os.fdopen(2, "w")  # noqa: SIM115
-            for number in close:
-                os.close(number)
-                setattr(sys, {1: "stdout", 2: "stderr"}[number], None)
-            path = ROOT / "scripts" / f"{words[0]}.py"
-            sys.argv = [str(path), *map(str, words[1:])]
-            before()
-            import runpy
-
-            runpy.run_path(str(path), run_name="__main__")
-        except SystemExit as ended:
-            code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
-        except BaseException:
-            import traceback
-
-            self.err.write_text(traceback.format_exc())
-        finally:
-            for stream in (sys.stdout, sys.stderr):
-                try:
-                    stream.flush()
-                except Exception as error:
-                    self.err.write_text(f"Traceback of the interpreter's last flush: {error!r}")
-                    code = 120
-            os._exit(code)
-
-    def end(self, seconds=60):
-        deadline = time.monotonic() + seconds
-        while True:
-            done, status = os.waitpid(self.pid, os.WNOHANG)
-            if done:
-                break
-            if time.monotonic() > deadline:
-                os.killpg(self.pid, signal.SIGKILL)
-                raise TimeoutError(self.err.read_text())
-            time.sleep(0.005)
-        err = self.err.read_text() if self.err.exists() else ""
-        assert "Traceback" not in err, err
-        assert "Exception" not in err, err
-        return os.waitstatus_to_exitcode(status), err
+def checked(outcome):
+    """Return the exit code and standard error of a command, which must have no traceback."""
+    assert "Traceback" not in outcome.err, outcome.err
+    assert "Exception" not in outcome.err, outcome.err
+    return outcome.code, outcome.err
 
 
-def closed_pipe():
-    """Return the writing end of a pipe whose reader has ended."""
-    reader, writer = os.pipe()
-    os.close(reader)
-    return writer
-
-
-def full_device():
-    if not os.path.exists("/dev/full"):
-        pytest.skip("needs /dev/full")
-    return os.open("/dev/full", os.O_WRONLY)
+LIMITS = {
+    "pipe": {"stdout": "closed pipe"},
+    "full": {"stdout": "full device"},
+    "closed": {"closed": (1,)},
+    "stderr closed": {"closed": (2,)},
+}
 
 
 PRINTING = {
@@ -143,9 +70,8 @@ PRINTING = {
 
 @pytest.mark.parametrize("name", PRINTING)
 @pytest.mark.parametrize("stdout", ["pipe", "full", "closed"])
-def test_a_command_that_prints_completes_without_its_reader(place, name, stdout):
-    target = {"pipe": closed_pipe, "full": full_device, "closed": lambda: None}[stdout]()
-    code, err = Started(PRINTING[name], place, stdout=target, close=(1,) if stdout == "closed" else ()).end()
+def test_a_command_that_prints_completes_without_its_reader(commands, place, name, stdout):
+    code, err = checked(commands(*PRINTING[name], cwd=place, limits=LIMITS[stdout]))
     expected = {"pipe": (0,), "full": (5,), "closed": (0,)}[stdout]
     assert code in expected, err
     errors = [line for line in err.splitlines() if "error:" in line]
@@ -158,31 +84,29 @@ def test_a_command_that_prints_completes_without_its_reader(place, name, stdout)
         assert (place / "scores" / "report.json").is_file()
 
 
-def test_predict_stops_without_its_reader_and_resumes(place):
+def test_predict_stops_without_its_reader_and_resumes(commands, place):
     words = ("predict", "best.ckpt", "photos", "--no-overlay", "--out", "out")
-    assert Started(words, place).end()[0] == 0
+    assert checked(commands(*words, cwd=place))[0] == 0
     (place / "out" / "05.png").unlink()
-    code, err = Started(words, place, stdout=closed_pipe()).end()
+    code, err = checked(commands(*words, cwd=place, limits=LIMITS["pipe"]))
     assert code == 141, err
     assert err == "segdeconv: error: stopped because the reader of the output has ended - run the same command again\n"
-    assert Started(words, place).end() == (0, "")
+    assert checked(commands(*words, cwd=place)) == (0, "")
     assert len(list((place / "out").glob("*.png"))) == 60
 
 
-def test_predict_reports_files_that_were_passed_over_without_its_reader(place):
+def test_predict_reports_files_that_were_passed_over_without_its_reader(commands, place):
     (place / "photos" / "00.png").write_text("no image")
     words = ("predict", "best.ckpt", "photos", "--no-overlay", "--out", "out")
-    code, err = Started(words, place, stdout=closed_pipe()).end()
+    code, err = checked(commands(*words, cwd=place, limits=LIMITS["pipe"]))
     assert code == 2
     assert "stopped because the reader of the output has ended, and 1 of 60 files could not be read" in err
 
 
 @pytest.mark.parametrize("stdout", ["pipe", "full", "closed", "stderr closed"])
-def test_train_saves_without_its_reader_and_resumes(place, stdout):
+def test_train_saves_without_its_reader_and_resumes(commands, place, stdout):
     words = ("train", *SLIM, "trainer.max_epochs=3", "resume=auto")
-    target = {"pipe": closed_pipe, "full": full_device}.get(stdout, lambda: None)()
-    close = {"closed": (1,), "stderr closed": (2,)}.get(stdout, ())
-    code, err = Started(words, place, stdout=target, close=close).end()
+    code, err = checked(commands(*words, cwd=place, limits=LIMITS[stdout]))
     if stdout == "pipe":
         assert code == 141, err
         (line,) = error_lines(err)
@@ -192,7 +116,7 @@ def test_train_saves_without_its_reader_and_resumes(place, stdout):
         assert len(error_lines(err)) == 1
     else:
         assert code == 0, err
-    code, err = Started(words, place).end()
+    code, err = checked(commands(*words, cwd=place))
     assert code == 0, err
     assert json.loads((place / "run" / "report.json").read_text())["complete"]
 
@@ -224,34 +148,19 @@ INTERRUPTED = {
     ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
 )
 @pytest.mark.parametrize("gap", [0.02, *(pytest.param(gap, marks=pytest.mark.slow) for gap in (0.0005, 0.004, 0.1))])
-def test_a_second_signal_changes_nothing(place, name, number, code, gap):
+def test_a_second_signal_changes_nothing(commands, place, name, number, code, gap):
     words, file = INTERRUPTED[name]
-    marker = place / "begun"
-
-    def mark():
-        from segdeconv.cli import command
-
-        install = command.interruption.install
-
-        def installed():
-            install()
-            marker.touch()
-
-        command.interruption.install = installed
-
-    started = Started(words, place, before=mark)
-    wait_for(marker.exists)
+    begun = place / "begun"
+    started = commands.start(*words, cwd=place, begun=begun)
+    wait_for(begun.exists)
     if file:
         wait_for((place / file).exists)
     else:
         time.sleep(0.05)
     for _ in range(2):
-        try:
-            os.kill(started.pid, number)
-        except ProcessLookupError:
-            break
+        os.kill(started.pid, number)
         time.sleep(gap)
-    ended, err = started.end()
+    ended, err = checked(started.end())
     lines = error_lines(err)
     assert (ended, len(lines)) == (code, 1), err
     assert lines[0].startswith("segdeconv: error: ")
@@ -285,13 +194,13 @@ def test_a_library_that_replaces_the_exception_of_a_signal_changes_nothing(name,
 
 
 @pytest.mark.parametrize("logger", ["tensorboard", "none"])
-def test_a_run_folder_that_is_removed_is_one_line(place, logger):
+def test_a_run_folder_that_is_removed_is_one_line(commands, place, logger):
     words = [word for word in SLIM if not word.startswith("logger=")]
-    started = Started(("train", *words, "trainer.max_epochs=500", f"logger={logger}"), place)
+    started = commands.start("train", *words, "trainer.max_epochs=500", f"logger={logger}", cwd=place)
     wait_for((place / "run" / "last.ckpt").exists)
     while (place / "run").exists():
         shutil.rmtree(place / "run", ignore_errors=True)
-    code, err = started.end()
+    code, err = checked(started.end())
     assert (code, len(error_lines(err))) == (5, 1), err
     assert "run was removed during the run" in err or "its folder was removed" in err
 

@@ -13,7 +13,6 @@ import struct
 import subprocess
 import sys
 import time
-import traceback
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -458,61 +457,28 @@ def test_a_second_run_predicts_what_is_missing_and_another_checkpoint_is_refused
 
 
 @pytest.mark.slow
-def test_a_batch_prediction_killed_repeatedly_ends_like_an_uninterrupted_one(place, tmp_path):
+def test_a_batch_prediction_killed_repeatedly_ends_like_an_uninterrupted_one(commands, place, tmp_path):
     photos = tmp_path / "photos"
     photos.mkdir()
     random = np.random.default_rng(1)
     for number in range(40):
         Image.fromarray(random.integers(0, 256, (30, 40, 3), dtype=np.uint8)).save(photos / f"{number:02d}.png")
-    # The command runs in a process forked from this one, to save its imports.
-    command = ["predict.py", str(place / "best.ckpt"), "photos", "--polygons", "--out"]
+    words = ("predict", place / "best.ckpt", "photos", "--polygons", "--out")
     kills = 0
     for delay in (0.05, 0.15, 0.3, 0.5, 60):
-        process = forked_predict([*command, "killed"], tmp_path)
-        deadline = time.monotonic() + delay
-        while time.monotonic() < deadline and os.waitpid(process, os.WNOHANG) == (0, 0):
-            time.sleep(0.01)
-        try:
-            os.kill(process, signal.SIGKILL)
-            os.waitpid(process, 0)
-            kills += 1
-        except (ProcessLookupError, ChildProcessError):
-            pass
+        ended = commands.start(*words, "killed", cwd=tmp_path).end(timeout=delay)
+        kills += ended.code == -signal.SIGKILL
         progress_log = tmp_path / "killed" / "predictions.jsonl"
         for line in (progress_log.read_bytes() if progress_log.exists() else b"").splitlines(keepends=True)[1:]:
             if line.endswith(b"\n"):
                 for name, size in json.loads(line)["files"].items():
                     assert (tmp_path / "killed" / name).stat().st_size == size
     assert kills >= 2
-    os.waitpid(forked_predict([*command, "whole"], tmp_path), 0)
+    assert commands(*words, "whole", cwd=tmp_path).code == 0
     left, right = files(tmp_path / "killed"), files(tmp_path / "whole")
     del left["predictions.jsonl"], right["predictions.jsonl"]
     assert left == right
     assert len(right) == 3 * 40 + 3
-
-
-def forked_predict(words, cwd):
-    """Run predict in a child process, with stderr in the file `stderr`, and return its process id."""
-    child = os.fork()
-    if child:
-        return child
-    try:
-        import runpy
-
-        os.chdir(cwd)
-        sys.argv = words
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        os.dup2(os.open("stderr", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-        runpy.run_path(str(ROOT / "scripts" / "predict.py"), run_name="__main__")
-    except SystemExit as error:
-        sys.stderr.flush()
-        os._exit(int(error.code or 0))
-    except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
-    finally:
-        os._exit(1)
 
 
 def test_a_progress_log_is_truncated_to_its_last_complete_line_and_locked(tmp_path):
@@ -918,20 +884,19 @@ def test_a_folder_that_cannot_be_created_is_one_line(place, commands, tmp_path, 
 
 
 @pytest.mark.parametrize("words", [(), ("--probabilities",), ("--polygons",)])
-def test_a_folder_removed_during_the_prediction_is_one_line(place, tmp_path, words):
+def test_a_folder_removed_during_the_prediction_is_one_line(commands, place, tmp_path, words):
     photos = tmp_path / "photos"
     photos.mkdir()
     for number in range(400):
         shutil.copyfile(place / "photos" / "deep" / "b.png", photos / f"{number}.png")
-    process = forked_predict(["predict.py", str(place / "best.ckpt"), "photos", *words, "--out", "out"], tmp_path)
+    started = commands.start("predict", place / "best.ckpt", "photos", *words, "--out", "out", cwd=tmp_path)
     while not (tmp_path / "out" / "0.png").exists():
         time.sleep(0.001)
     (tmp_path / "out").rename(tmp_path / "moved")
-    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-    *_, line = (tmp_path / "stderr").read_text().splitlines()
-    assert code == 5, (tmp_path / "stderr").read_text()
-    assert line.startswith("segdeconv: error: out")
-    assert "removed" in line
+    ended = started.end()
+    assert ended.code == 5, ended.err
+    assert ended.error_message.startswith("out")
+    assert "removed" in ended.error_message
     assert not (tmp_path / "out" / "predictions.jsonl").exists()
 
 
