@@ -80,10 +80,29 @@ def transfer_weights(model: SegmentationModel, classes: Classes, source: Checkpo
         lines.append(f"  its temperature of {temperature['value']:.3f} does not hold after training: calibrate again")
     if len(not_copied) > head + body:
         lines.append(f"  the other {len(not_copied)} have other shapes or names{_way_out(source.config['model'])}")
-    elif not_copied:
+    elif words := _other_arguments(model, source.config["model"]):
+        lines.append(f"  trained with {' '.join(words)}, unlike this network: the same weights compute something else")
+    if 0 < len(not_copied) <= head + body:
         more = f" and {len(not_copied) - MAX_SHOWN} more" if len(not_copied) > MAX_SHOWN else ""
         lines.append(f"  not copied: {', '.join(not_copied[:MAX_SHOWN])}{more}")
     return "\n".join(lines)
+
+
+def _other_arguments(model: SegmentationModel, node: Mapping[str, Any]) -> list[str]:
+    """Return the arguments of a `model` node that a network of the same class was built without."""
+    own = model.node
+    if own is None or own[TARGET] != node[TARGET]:
+        return []
+    others = {
+        name: node.get(name, parameter.default)
+        for name, parameter in inspect.signature(type(model)).parameters.items()
+        if name in own and name != "pretrained" and (name in node or parameter.default is not parameter.empty)
+    }
+    return [_word(name, value) for name, value in others.items() if _word(name, value) != _word(name, own[name])]
+
+
+def _word(name: str, value: Any) -> str:
+    return f"model.{name}={value if isinstance(value, str) else json.dumps(value, separators=(',', ':'))}"
 
 
 def _way_out(node: Mapping[str, Any]) -> str:
@@ -94,9 +113,7 @@ def _way_out(node: Mapping[str, Any]) -> str:
     words = [f"model.{TARGET}={node[TARGET]}"]
     for name, value in node.items():
         if name in defaults and defaults[name].default != value:
-            words.append(
-                f"model.{name}={value if isinstance(value, str) else json.dumps(value, separators=(',', ':'))}"
-            )
+            words.append(_word(name, value))
     return f"; its network is {' '.join(words)}"
 
 

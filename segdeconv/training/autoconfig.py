@@ -120,6 +120,7 @@ def choose(
     *,
     check: Callable[[Mapping[str, Any]], dict[str, Any]],
     seconds: float,
+    start: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], list[Choice]]:
     """Choose values for the keys in `config["auto"]`.
 
@@ -129,6 +130,7 @@ def choose(
         inspections: Their inspections.
         check: `check_config`.
         seconds: The time that training may take, `config["time_budget"]`.
+        start: The `model` node of the checkpoint whose weights training starts from, if there is one.
 
     Returns:
         The checked config with the choices, and the choices.
@@ -140,7 +142,10 @@ def choose(
     _choose_augmentation(draft, measured, coloured=splits[0].channels == 3 and not splits[0].as_stored)
     _choose_loss(draft, measured)
     if "encoder_addition" in inspect.signature(locate(config["model"], "model")).parameters:
-        draft.set("model.encoder_addition", True, "keeps thin structures; for two classes, model=unet may score higher")
+        added, reason = True, "keeps thin structures; for two classes, model=unet may score higher"
+        if start is not None:
+            added, reason = bool(start.get("encoder_addition")), "as the network that the weights come from"
+        draft.set("model.encoder_addition", added, reason)
     _choose_optimizer(draft)
     with torch.device("meta"):
         least = build_model(config["model"], len(splits[0].classes), splits[0].channels, fresh=True).minimum_size

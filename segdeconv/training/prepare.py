@@ -81,7 +81,12 @@ def prepare(
     choices: list[autoconfig.Choice] = []
     if choosing:
         config, choices = autoconfig.choose(
-            config, (train_split, val_split), inspections, check=check_config, seconds=seconds(config["time_budget"])
+            config,
+            (train_split, val_split),
+            inspections,
+            check=check_config,
+            seconds=seconds(config["time_budget"]),
+            start=None if start is None else start.config["model"],
         )
     weights = compute_class_weights(config["loss"], statistics.pixels[:-1], statistics.image_pixels[:-1])
     for note in train_split.notes:

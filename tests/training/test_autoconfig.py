@@ -144,6 +144,15 @@ def test_processes_that_start_together_measure_no_times(own, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("start", "added"), [(None, True), ("camvid-small", True), ("camvid-small-286e5fc", False)]
+)
+def test_a_network_that_starts_from_weights_adds_what_they_were_trained_with(own, monkeypatch, start, added):
+    monkeypatch.setattr(autoconfig, "launched_from_outside", lambda: True)
+    _, config = own
+    assert prepare({**config, "init_from": start}).config["model"]["encoder_addition"] is added
+
+
+@pytest.mark.parametrize(
     ("thickness", "equal_sizes", "size"),
     [((90.0, 60.0), True, [500, 1000]), ((90.0, 3.0), True, None), ((90.0, 60.0), False, None)],
     ids=["thick", "thin", "of several sizes"],

@@ -297,6 +297,24 @@ def test_the_model_segnet_small_takes_over_everything_but_the_classifier():
         assert torch.equal(value, before[name] if name.startswith("decoder.classifier") else source[name]), name
 
 
+@pytest.mark.parametrize(
+    ("node", "arguments", "named"),
+    [
+        ({}, {}, ""),
+        ({}, {"encoder_addition": True}, "model.encoder_addition=false"),
+        ({"encoder_addition": True}, {}, "model.encoder_addition=true"),
+        ({"encoder_addition": True}, {"encoder_addition": True}, ""),
+        ({"switch_source": "post_relu"}, {"dropout": 0.1}, "model.switch_source=post_relu model.dropout=0.5"),
+    ],
+)
+def test_arguments_that_change_what_the_same_weights_compute_are_reported(node, arguments, named):
+    source = as_checkpoint(SegNet(3, stages=((4,), (8,))), OLD)
+    source.config["model"].update(node, stages=[[4], [8]])
+    report = transfer_weights(SegNet(3, stages=((4,), (8,)), **arguments), OLD, source)
+    assert "tensors copied" in report
+    assert f"  trained with {named}, unlike this network" in report if named else "trained with" not in report
+
+
 def test_a_first_convolution_with_other_channels_is_adapted():
     torch.manual_seed(0)
     old, new = SegNet(3, stages=((4,),)).eval(), SegNet(3, in_channels=1, stages=((4,),)).eval()
