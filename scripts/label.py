@@ -5,8 +5,8 @@
 
 Open the printed address in a browser, name the classes, and paint a little of each. Everything is saved in DIR as it
 happens: images/, masks/ and classes.yaml, which `train dataset=folder dataset.root=DIR` reads, and session/, from which
-the same command resumes. CHECKPOINT is what the network starts from: a run, a .ckpt or camvid-small (the default),
-imagenet, or nothing. Ctrl-C stops the server.
+the same command resumes. CHECKPOINT is what the network starts from: a run, a .ckpt or camvid-small-286e5fc (the
+default), imagenet, or nothing. Ctrl-C stops the server.
 """
 
 from segdeconv.cli.command import run_command

@@ -22,8 +22,8 @@ def parse(description: str) -> argparse.Namespace:
     add = parser.add_argument
     add("photos", metavar="PHOTOS", help="folder of photos (with sub-folders), a quoted pattern, or a list of files")
     text = (
-        "start of the network: a run, a .ckpt, a shipped network (default camvid-small), imagenet (VGG11, downloaded), "
-        "a torchvision VGG file (.pth), or nothing"
+        "start of the network: a run, a .ckpt, a shipped network (default camvid-small-286e5fc), imagenet (VGG11, "
+        "downloaded), a torchvision VGG file (.pth), or nothing"
     )
     add("checkpoint", nargs="?", metavar="CHECKPOINT", help=text)
     add("--out", type=local_path, metavar="DIR", help="folder of masks and session (default: PHOTOS-labels)")

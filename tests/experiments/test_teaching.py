@@ -80,7 +80,7 @@ def test_the_study_teaches_every_start_with_the_same_strokes(tmp_path, capsys, m
                 (point,) = runs[label]
                 assert (point["strokes"], point["steps"]) == (4, painted[-1]["steps"])
                 assert 0 <= point["miou"] <= 1
-    assert set(starts) == {"camvid-small", "nothing"}
+    assert set(starts) == {"camvid-small-286e5fc", "nothing"}
     lines = capsys.readouterr().out.splitlines()
     assert lines[-8].startswith("camvid: every pixel ")
     assert lines[-7].startswith("  stroke by stroke: ")

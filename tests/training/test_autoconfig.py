@@ -143,9 +143,7 @@ def test_processes_that_start_together_measure_no_times(own, monkeypatch):
     assert prepare(config).config["trainer"]["max_epochs"] == autoconfig.UNMEASURED_STEPS // 2
 
 
-@pytest.mark.parametrize(
-    ("start", "added"), [(None, True), ("camvid-small", True), ("camvid-small-286e5fc", False)]
-)
+@pytest.mark.parametrize(("start", "added"), [(None, True), ("camvid-small", True), ("camvid-small-286e5fc", False)])
 def test_a_network_that_starts_from_weights_adds_what_they_were_trained_with(own, monkeypatch, start, added):
     monkeypatch.setattr(autoconfig, "launched_from_outside", lambda: True)
     _, config = own

@@ -19,9 +19,9 @@ from segdeconv.system.devices import best_device, resolve_precision
 
 NOTHING, IMAGENET_ENCODER = "nothing", "imagenet"  # starts that are no checkpoint
 VGG_SUFFIX = ".pth"  # of torchvision's files, which are no checkpoint either
-SMALL = "camvid-small"
+SMALL = "camvid-small-286e5fc"  # camvid-small before it got the encoder addition
 NETWORK = "network"  # the folder in that of the session
-STAGES = ((32, 32), (64, 64), (128, 128), (192, 192), (192, 192, 192))  # of camvid-small
+STAGES = ((32, 32), (64, 64), (128, 128), (192, 192), (192, 192, 192))  # of SMALL
 
 
 def open_network(
@@ -63,7 +63,7 @@ def open_network(
     if not isinstance(network, SegNet) or network.decoder.encoder_addition:
         raise UsageError(
             f"{source.path} is a {type(network).__name__}, and label needs a SegNet without encoder_addition, whose "
-            "decoder learns from switches alone - train one with model=segnet, or leave the checkpoint out"
+            f"decoder learns from switches alone - train one with model=segnet, or leave the checkpoint out for {SMALL}"
         )
     if preprocessing.as_stored or preprocessing.channels != 3 or preprocessing.bits != 8:
         raise UsageError(
@@ -155,11 +155,7 @@ def train_words(root: Path, session: Path | None, learner: Learner) -> list[str]
     own = {
         name: value for name, value in node.items() if name not in (TARGET, "pretrained") and value != defaults[name]
     }
-    if [tuple(stage) for stage in own.get("stages") or ()] == list(STAGES):
-        del own["stages"]
-        words.append("model=segnet_small")
-    else:
-        words.append("model=segnet")
+    words.append("model=segnet")
     words += [f"model.{name}={json.dumps(value, separators=(',', ':'))}" for name, value in own.items()]
     return [*words, f"init_from={session / NETWORK}"]
 
