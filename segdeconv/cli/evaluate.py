@@ -32,12 +32,16 @@ from segdeconv.cli.own_code import read_checkpoint
 from segdeconv.errors import UsageError, command, warn
 
 if TYPE_CHECKING:
+    from segdeconv.checkpoints.checkpoint import Checkpoint
     from segdeconv.classes import Classes
     from segdeconv.data.dataset import SegmentationDataset
     from segdeconv.drawing.draw import Labels, Window
     from segdeconv.evaluation.evaluate import Evaluation, Predicted
     from segdeconv.inference.output_folder import OutputFolder
     from segdeconv.inference.parts import Part
+    from segdeconv.inference.predictors import PredictionSettings
+    from segdeconv.inference.segmenter import Segmenter
+    from segdeconv.system.own_files import OwnFiles
 
 KIND = "evaluate"  # in the summary of a part
 DIFFERENCES = {"checkpoint": "a different checkpoint", "data": "other images", "arguments": "other settings"}
@@ -197,21 +201,11 @@ def evaluate(
         UsageError: An option is invalid or would have no effect, or the data cannot be read.
     """
     part, ray = shard(arguments), ray_settings(arguments)
-    for option in ("out", "masks", "pictures"):
-        require_folder_of_parts(arguments, option)
-    for option in ("ablate", "uncertainty"):
-        if getattr(arguments, option) and (part or ray):
-            raise UsageError(f"--{option} needs all images in one process - leave out --shard and --engine")
     overrides, crf_keys = split_overrides(arguments.overrides)
     if arguments.regions and not any(override.startswith("dataset.examples=") for override in overrides):
         overrides.append("dataset.examples=images")  # a network trained on crops is scored on whole images
-    if arguments.labels != "index" and not arguments.masks:
-        raise UsageError(f"--labels={arguments.labels} has no effect without --masks DIR - add it")
-    if arguments.outlines and not arguments.pictures:
-        raise UsageError("--outlines has no effect without --pictures DIR - add it")
     settings = prediction_settings(arguments, crf_keys)
-    if settings.precision == "int8" and (arguments.ablate or arguments.uncertainty):
-        raise UsageError("--ablate and --uncertainty need float maps - leave out --precision int8")
+    _require_effect(arguments, settings, whole=not (part or ray))
     window = display_window(arguments.window)
 
     import numpy as np
@@ -219,10 +213,8 @@ def evaluate(
     from segdeconv import __version__
     from segdeconv.analysis import ablation, uncertainty
     from segdeconv.checkpoints import cards
-    from segdeconv.drawing import draw, html
-    from segdeconv.evaluation import report, report_page
+    from segdeconv.drawing import draw
     from segdeconv.evaluation.evaluate import batches, class_order, restore_dataset
-    from segdeconv.evaluation.learning_curve import curve_beside
     from segdeconv.evaluation.parts import combine, evaluate_logged, pack
     from segdeconv.evaluation.progress import EvaluationLog, stamp_digest
     from segdeconv.inference import distributed, parts
@@ -248,44 +240,14 @@ def evaluate(
         draw.require_window(window, checkpoint.preprocessing.bits)
     if arguments.labels == "dataset":
         draw.label_table(checkpoint.classes)  # raises an error before the first image rather than after it
-    pictured = {int(index) for index in np.linspace(0, len(dataset) - 1, 12)}
+    pictured = frozenset(int(index) for index in np.linspace(0, len(dataset) - 1, 12))
     chosen = batches(segmenter, dataset)
     if part:
         chosen = part.select(chosen)
     places = [place for batch in chosen for place in batch]
-    folders = {
-        option: output_folder(str(getattr(arguments, option)))
-        for option in ("masks", "pictures", "save_regions")
-        if getattr(arguments, option)
-    }
-    outputs: set[str] = set()
-    files_of: dict[int, list[tuple[OutputFolder, Path]]] = {place: [] for place in places}
-    own_files = {}
-    for option, folder in folders.items():
-        if merged is None:
-            folder.fetch_records()
-        shown = sorted(pictured & set(places)) if option == "pictures" else places
-        planned = planned_files(folder, dataset, shown, ".npz" if option == "save_regions" else ".png")
-        name = f"--{option.replace('_', '-')}"
-        real = {os.path.realpath(path) if folder.on_disk else folder.shown(path) for path in planned.values()}
-        if twice := outputs & real:
-            raise UsageError(f"--masks and --pictures would both write {min(twice)} - choose another {name}")
-        outputs |= real
-        for place, path in planned.items():
-            files_of[place].append((folder, path))
-        owner = f"-{part.index}-of-{part.count}" if part else ""
-        own_files[folder] = folder.own_files(name, owner=owner)
-        own_files[folder].add(planned.values(), inputs=dataset.files)
-
-    save = Saver(
-        checkpoint.classes,
-        folders.get("masks"),
-        folders.get("pictures"),
-        frozenset(pictured),
-        arguments.labels,
-        arguments.outlines,
-        window,
-    )
+    outputs = _plan_outputs(arguments, dataset, places, pictured, part, resumable=merged is None)
+    masks, pictures = outputs.folders.get("masks"), outputs.folders.get("pictures")
+    save = Saver(checkpoint.classes, masks, pictures, pictured, arguments.labels, arguments.outlines, window)
     boundary = not arguments.no_boundary
     beside = Path() if cards.SHIPPED in checkpoint.path.parents else checkpoint.path.parent
     out = output_folder(arguments.out or str(beside / "evaluation"))
@@ -298,37 +260,7 @@ def evaluate(
         "checkpoint": [network.checkpoint.sha256 for network in networks.values()],
         "data": parts.fingerprint(dataset.names),
     }
-
-    def write_report(evaluations: Sequence[Evaluation]) -> None:
-        evaluation, compared = evaluations[0], evaluations[-1]
-        if not evaluation.confusion.any():
-            warn(f"{arguments.split}: every pixel of its masks is ignored, so there are no scores - correct the masks")
-        metadata: dict[str, Any] = {"command": command("evaluate", words)}
-        if arguments.ablate:
-            metadata["ablation"] = ablation.ablate(evaluation)
-        if arguments.uncertainty:
-            metadata["uncertainty"] = uncertainty.uncertainty(segmenter, dataset)
-        content = evaluation.report(**metadata)
-        second = None
-        if other:
-            content["compared"] = compared.report()
-            second = report_page.Evaluated(content["compared"], compared.gallery, curve_beside(other.path))
-        data, page = out.path / "report.json", out.path / "report.html"
-        report.write_json(content, data)
-        first = report_page.Evaluated(content, evaluation.gallery, curve_beside(checkpoint.path))
-        html.write(report_page.build_page(first, dataset, second=second, window=window), page)
-        out.deliver([data, page])
-        print(f"{evaluation.verdict()}\n\n{evaluation.score_table()}")
-        if other:
-            print(f"\n{other.path}:\n{compared.verdict()}\n\n{compared.score_table()}")
-        if arguments.ablate:
-            print(f"\n{ablation.ablation_table(metadata['ablation'])}")
-        if arguments.uncertainty:
-            print(f"\n{uncertainty.uncertainty_table(metadata['uncertainty'])}")
-        print(f"\nreport:   {out.shown(page)} (and report.json)")
-        for option in ("masks", "pictures"):
-            if option in folders:
-                print(f"{option + ':':<10}{folders[option]}")
+    report = Report(arguments, words, out, outputs.folders, dataset, segmenter, other or None, window)
 
     if merged is not None:
         for one, of_one in merged.items():
@@ -336,7 +268,7 @@ def evaluate(
                 if of_one[key] != recorded[key]:
                     raise UsageError(f"part {one} was evaluated with {kind} - evaluate all parts again")
         packed = {name: [one.folder(out.path) / name for one in merged] for name in networks}
-        write_report(
+        report.write(
             [
                 combine({str(path): _read(path) for path in packed[name]}, network, dataset, outlines=boundary)
                 for name, network in networks.items()
@@ -352,9 +284,9 @@ def evaluate(
 
     def is_complete(place: int, stamp: bytes) -> bool:
         return (
-            place in files_of
+            place in outputs.files
             and stamp == stamp_digest(dataset, place)
-            and all(folder.exists(path) for folder, path in files_of[place])
+            and all(folder.exists(path) for folder, path in outputs.files[place])
         )
 
     with ExitStack() as stack:
@@ -362,7 +294,7 @@ def evaluate(
             part.begin(out.path)
         log = EvaluationLog(out, part.folder(out.path) if part else out.path, identity, is_complete)
         stack.enter_context(closing(log))
-        for folder, files in own_files.items():
+        for folder, files in outputs.own.items():
             files.record()
             folder.copy_records()
         workers = stack.enter_context(distributed.cluster(ray)) if ray else 0
@@ -387,8 +319,151 @@ def evaluate(
             part.finish(out.path, {"kind": KIND, **recorded})
             print(f"part {part}: {len(places)} images in {out}; after all parts: {command('merge', [str(out)])}")
         else:
-            write_report(list(evaluations.values()))
+            report.write(list(evaluations.values()))
         log.remove()
+
+
+def _require_effect(arguments: argparse.Namespace, settings: PredictionSettings, *, whole: bool) -> None:
+    """Raise UsageError for options that exclude each other or would have no effect.
+
+    Args:
+        arguments: The command line.
+        settings: The settings of the prediction.
+        whole: Whether one process predicts all images.
+    """
+    for option in ("out", "masks", "pictures"):
+        require_folder_of_parts(arguments, option)
+    for option in ("ablate", "uncertainty"):
+        if getattr(arguments, option) and not whole:
+            raise UsageError(f"--{option} needs all images in one process - leave out --shard and --engine")
+    if arguments.labels != "index" and not arguments.masks:
+        raise UsageError(f"--labels={arguments.labels} has no effect without --masks DIR - add it")
+    if arguments.outlines and not arguments.pictures:
+        raise UsageError("--outlines has no effect without --pictures DIR - add it")
+    if settings.precision == "int8" and (arguments.ablate or arguments.uncertainty):
+        raise UsageError("--ablate and --uncertainty need float maps - leave out --precision int8")
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """The files that an evaluation writes beside its report.
+
+    Attributes:
+        folders: The folder of each option that names one.
+        files: The files of each image by its index, with their folders.
+        own: What each folder records of the files that are the command's own.
+    """
+
+    folders: dict[str, OutputFolder]
+    files: dict[int, list[tuple[OutputFolder, Path]]]
+    own: dict[OutputFolder, OwnFiles]
+
+
+def _plan_outputs(
+    arguments: argparse.Namespace,
+    dataset: SegmentationDataset,
+    places: Sequence[int],
+    pictured: frozenset[int],
+    part: Part | None,
+    *,
+    resumable: bool,
+) -> Outputs:
+    """Plan the outputs of the images `places`, of which those that are `pictured` have a picture.
+
+    Raises:
+        UsageError: Two images or two options have the same file, or a file would be written over.
+    """
+    from segdeconv.inference.output_folder import output_folder
+
+    outputs = Outputs({}, {place: [] for place in places}, {})
+    taken: set[str] = set()
+    for option in ("masks", "pictures", "save_regions"):
+        if not getattr(arguments, option):
+            continue
+        folder = outputs.folders[option] = output_folder(str(getattr(arguments, option)))
+        if resumable:
+            folder.fetch_records()
+        shown = sorted(pictured & set(places)) if option == "pictures" else places
+        planned = planned_files(folder, dataset, shown, ".npz" if option == "save_regions" else ".png")
+        name = f"--{option.replace('_', '-')}"
+        real = {os.path.realpath(path) if folder.on_disk else folder.shown(path) for path in planned.values()}
+        if twice := taken & real:
+            raise UsageError(f"--masks and --pictures would both write {min(twice)} - choose another {name}")
+        taken |= real
+        for place, path in planned.items():
+            outputs.files[place].append((folder, path))
+        owner = f"-{part.index}-of-{part.count}" if part else ""
+        outputs.own[folder] = folder.own_files(name, owner=owner)
+        outputs.own[folder].add(planned.values(), inputs=dataset.files)
+    return outputs
+
+
+@dataclass(frozen=True)
+class Report:
+    """The report of an evaluation: what is written, and what is printed.
+
+    Attributes:
+        arguments: The command line.
+        words: The same in words.
+        out: The folder of the report.
+        folders: The other output folders by option.
+        dataset: The data set.
+        segmenter: The network.
+        other: The checkpoint that it is compared with.
+        window: The display window of images that are no photos.
+    """
+
+    arguments: argparse.Namespace
+    words: Sequence[str]
+    out: OutputFolder
+    folders: Mapping[str, OutputFolder]
+    dataset: SegmentationDataset
+    segmenter: Segmenter
+    other: Checkpoint | None
+    window: Window | None
+
+    def write(self, evaluations: Sequence[Evaluation]) -> None:
+        """Write report.json and report.html, and print the scores.
+
+        Args:
+            evaluations: Of the network and, if there is one, of the other.
+        """
+        from segdeconv.analysis import ablation, uncertainty
+        from segdeconv.drawing import html
+        from segdeconv.evaluation import report, report_page
+        from segdeconv.evaluation.learning_curve import curve_beside
+
+        evaluation, compared = evaluations[0], evaluations[-1]
+        if not evaluation.confusion.any():
+            split = self.arguments.split
+            warn(f"{split}: every pixel of its masks is ignored, so there are no scores - correct the masks")
+        metadata: dict[str, Any] = {"command": command("evaluate", self.words)}
+        if self.arguments.ablate:
+            metadata["ablation"] = ablation.ablate(evaluation)
+        if self.arguments.uncertainty:
+            metadata["uncertainty"] = uncertainty.uncertainty(self.segmenter, self.dataset)
+        content = evaluation.report(**metadata)
+        second = None
+        if self.other:
+            content["compared"] = compared.report()
+            second = report_page.Evaluated(content["compared"], compared.gallery, curve_beside(self.other.path))
+        data, page = self.out.path / "report.json", self.out.path / "report.html"
+        report.write_json(content, data)
+        curve = curve_beside(self.segmenter.checkpoint.path)
+        first = report_page.Evaluated(content, evaluation.gallery, curve)
+        html.write(report_page.build_page(first, self.dataset, second=second, window=self.window), page)
+        self.out.deliver([data, page])
+        print(f"{evaluation.verdict()}\n\n{evaluation.score_table()}")
+        if self.other:
+            print(f"\n{self.other.path}:\n{compared.verdict()}\n\n{compared.score_table()}")
+        if self.arguments.ablate:
+            print(f"\n{ablation.ablation_table(metadata['ablation'])}")
+        if self.arguments.uncertainty:
+            print(f"\n{uncertainty.uncertainty_table(metadata['uncertainty'])}")
+        print(f"\nreport:   {self.out.shown(page)} (and report.json)")
+        for option in ("masks", "pictures"):
+            if option in self.folders:
+                print(f"{option + ':':<10}{self.folders[option]}")
 
 
 def _words(words: Sequence[str], *without: str) -> list[str]:
