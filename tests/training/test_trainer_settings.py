@@ -281,7 +281,8 @@ def test_where_most_shapes_differ_the_network_that_fits_is_named_in_one_line():
     report = transfer_weights(small, OLD, start)
     stages = "[[32,32],[64,64],[128,128],[192,192],[192,192,192]]"
     assert report.splitlines()[-1].endswith(
-        f"have other shapes or names; its network is model._target_=segdeconv.models.SegNet model.stages={stages}"
+        f"have other shapes or names; its network is model._target_=segdeconv.models.SegNet model.stages={stages} "
+        "model.encoder_addition=true"
     )
     assert len(report) < 500
 
