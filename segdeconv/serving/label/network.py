@@ -61,9 +61,11 @@ def open_network(
     source = checkpoint.read(saved if saved is not None else start, trust=trust)
     network, preprocessing = source.model(), source.preprocessing
     if not isinstance(network, SegNet) or network.decoder.encoder_addition:
+        added = " with encoder_addition" if isinstance(network, SegNet) else ""
         raise UsageError(
-            f"{source.path} is a {type(network).__name__}, and label needs a SegNet without encoder_addition, whose "
-            f"decoder learns from switches alone - train one with model=segnet, or leave the checkpoint out for {SMALL}"
+            f"{source.path} is a {type(network).__name__}{added}, and label needs a SegNet without encoder_addition, "
+            f"whose decoder learns from switches alone - train one with model=segnet, or leave the checkpoint out for "
+            f"{SMALL}"
         )
     if preprocessing.as_stored or preprocessing.channels != 3 or preprocessing.bits != 8:
         raise UsageError(
