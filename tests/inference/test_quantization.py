@@ -215,7 +215,7 @@ def test_a_loss_beyond_the_limit_is_refused():
     source = checkpoint.read("camvid-small")
     lines = []
     assert calibrate(source, report=lines.append).loss < 0.3
-    assert lines[0].startswith("int8: mIoU 75.1")
+    assert lines[0].startswith(f"int8: mIoU {100 * source.facts['int8']['int8']:.2f} %")
     worse = {**source.facts["int8"], "int8": source.facts["int8"]["float32"] - 0.006}
     source = dataclasses.replace(source, facts={**source.facts, "int8": worse})
     with pytest.raises(UsageError, match=r"8 bits cost 0.60 points of mIoU, more than 0.5"):
