@@ -7,6 +7,7 @@ threads of a library can wait for them forever.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import gc
@@ -272,6 +273,9 @@ def serve() -> None:
             pid, timeout = values
             answer = _end(running.pop(pid), timeout)
         print(json.dumps(answer), flush=True)
+    for pid in running:  # of tests that failed before they waited
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
 
 
 class Running(NamedTuple):
