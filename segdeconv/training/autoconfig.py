@@ -143,7 +143,7 @@ def choose(
     _choose_loss(draft, measured)
     if "encoder_addition" in inspect.signature(locate(config["model"], "model")).parameters:
         added, reason = True, "keeps thin structures; for two classes, model=unet may score higher"
-        if start is not None:
+        if start is not None and start[TARGET] == config["model"][TARGET]:
             added, reason = bool(start.get("encoder_addition")), "as the network that the weights come from"
         draft.set("model.encoder_addition", added, reason)
     _choose_optimizer(draft)

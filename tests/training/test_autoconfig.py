@@ -11,6 +11,7 @@ from segdeconv.cli.own_code import compose
 from segdeconv.data.datasets.folder import Folder
 from segdeconv.data.inspection import inspect
 from segdeconv.errors import UsageError
+from segdeconv.models import UNet
 from segdeconv.system import CONFIGS
 from segdeconv.train import train
 from segdeconv.training import autoconfig
@@ -148,6 +149,13 @@ def test_a_network_that_starts_from_weights_adds_what_they_were_trained_with(own
     monkeypatch.setattr(autoconfig, "launched_from_outside", lambda: True)
     _, config = own
     assert prepare({**config, "init_from": start}).config["model"]["encoder_addition"] is added
+
+
+def test_weights_of_another_kind_of_network_do_not_choose_the_addition(own, monkeypatch, tmp_path):
+    monkeypatch.setattr(autoconfig, "launched_from_outside", lambda: True)
+    _, config = own
+    UNet(2, width=0.0625).save_pretrained(tmp_path / "unet", classes=["a", "b"])
+    assert prepare({**config, "init_from": str(tmp_path / "unet")}).config["model"]["encoder_addition"] is True
 
 
 @pytest.mark.parametrize(
