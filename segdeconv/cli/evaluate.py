@@ -404,7 +404,7 @@ class Report:
 
     Attributes:
         arguments: The command line.
-        words: The same in words.
+        words: The command line as a list of strings, for the report.
         out: The folder of the report.
         folders: The other output folders by option.
         dataset: The data set.

@@ -31,7 +31,7 @@ from segdeconv.models import SegNet, vgg
 from segdeconv.serving.label import learning
 from segdeconv.serving.label import session as session_module
 from segdeconv.serving.label.learning import Learner
-from segdeconv.serving.label.network import open_network, saved_network, train_words
+from segdeconv.serving.label.network import STAGES, open_network, saved_network, train_words
 from segdeconv.serving.label.photos import Photos
 from segdeconv.serving.label.server import LabelServer
 from segdeconv.serving.label.session import Session
@@ -228,6 +228,8 @@ def test_a_class_that_is_renamed_keeps_what_the_network_has_learned_of_it(tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        ({"stages": STAGES},
+         ["model=segnet", "model.stages=[[32,32],[64,64],[128,128],[192,192],[192,192,192]]"]),
         ({"depth": 11}, ["model=segnet", "model.depth=11"]),
         ({"stages": ((4,), (8, 8)), "dropout_at": "central"},
          ["model=segnet", "model.stages=[[4],[8,8]]", 'model.dropout_at="central"']),
