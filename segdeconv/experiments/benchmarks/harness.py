@@ -34,7 +34,7 @@ class Timing(NamedTuple):
     memory: int
 
 
-def race(contestants: Mapping[str, Build], *, repeats: int) -> dict[str, Timing]:
+def race(contestants: Mapping[str, Build], *, repeats: int, warm_up: bool = True) -> dict[str, Timing]:
     """Time contestants in turn.
 
     All processes start at once, because each imports torch for seconds; they are set up one after the other.
@@ -43,6 +43,7 @@ def race(contestants: Mapping[str, Build], *, repeats: int) -> dict[str, Timing]
         contestants: Name -> a function that sets up the contestant and returns the function to repeat. It must be
             picklable: a function of a module, or a partial of one.
         repeats: Number of timed repetitions of each.
+        warm_up: Run each once before; False if its repetitions are long, and its setup has run a part of one.
 
     Raises:
         SegdeconvError: A contestant fails.
@@ -59,7 +60,7 @@ def race(contestants: Mapping[str, Build], *, repeats: int) -> dict[str, Timing]
             connections[name] = connection
             processes.append(process)
         for name, connection in connections.items():
-            for _ in range(2):  # the first request sets the contestant up, the second warms it up
+            for _ in range(1 + warm_up):  # the first request sets the contestant up, the second warms it up
                 _ask(name, connection)
         times: dict[str, list[float]] = {name: [] for name in connections}
         memory: dict[str, int] = {}

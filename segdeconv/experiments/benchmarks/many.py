@@ -30,6 +30,8 @@ LARGE = 4  # times the height and width of the small images
 class Pair(NamedTuple):
     """The network alone and the whole of the prediction, from image files to mask files.
 
+    Both predict one image while they are set up, since a repetition would be a long warm-up.
+
     Attributes:
         network: Sets up forward passes over images in memory, one by one, each up to the class of every pixel.
         complete: Sets up the prediction of the same number of files.
@@ -102,10 +104,11 @@ def segmenter_alone(name: str, task: Task, number: int) -> Step:
     assert size is not None  # images of any size are resized to it, as in the loops of other libraries
     image = torch.randn(1, 3, *size, device=segmenter.network.device)
 
-    def step() -> None:
-        for _ in range(number):
+    def step(images: int = number) -> None:
+        for _ in range(images):
             segmenter.network(image).values.max(dim=1).indices.cpu()
 
+    step(1)
     return step
 
 
@@ -114,7 +117,7 @@ def predict_files(name: str, task: Task, paths: list[Path]) -> Step:
     segmenter, folders = _segmenter(name, task), count()
     root = tempfile.TemporaryDirectory()
 
-    def step() -> None:
+    def step(paths: list[Path] = paths) -> None:
         out = Path(root.name) / str(next(folders))
         outputs = Outputs(LocalFolder(out), segmenter.classes, overlay=False)
         with closing(ProgressLog(outputs.folder, {})) as progress_log:
@@ -122,6 +125,7 @@ def predict_files(name: str, task: Task, paths: list[Path]) -> Step:
             for _ in batch.run({path.stem: path for path in paths}):
                 pass
 
+    step(paths[:1])
     return step
 
 
@@ -140,10 +144,11 @@ def loop_alone(build: Callable[[int], nn.Module], task: Task, number: int) -> St
     network, precision = _prepared(build, task), fast_precision()
     image = torch.randn(1, 3, *_multiple_of_32(task.size), device=task.device)
 
-    def step() -> None:
-        for _ in range(number):
+    def step(images: int = number) -> None:
+        for _ in range(images):
             _classes_of(network, image, precision).cpu()
 
+    step(1)
     return step
 
 
@@ -162,13 +167,14 @@ def loop_over_files(build: Callable[[int], nn.Module], task: Task, paths: list[P
     )
     out = tempfile.TemporaryDirectory()
 
-    def step() -> None:
+    def step(paths: list[Path] = paths) -> None:
         for path in paths:
             image = Image.open(path).convert("RGB")
             classes = _classes_of(network, transform(image)[None].to(task.device), precision)
             mask = Image.fromarray(classes[0].to(torch.uint8).cpu().numpy())
             mask.resize(image.size, Image.Resampling.NEAREST).save(Path(out.name) / f"{path.stem}.png")
 
+    step(paths[:1])
     return step
 
 

@@ -140,7 +140,7 @@ def _many(task: Task, repeats: int, number: int, scale: int) -> Table:
     with tempfile.TemporaryDirectory() as folder:
         paths = many_.write_images(Path(folder), size, number)
         for name, pair in many_.pairs(task, paths).items():
-            timings = harness.race(pair._asdict(), repeats=repeats)
+            timings = harness.race(pair._asdict(), repeats=repeats, warm_up=False)
             best = {key: min(timing.times) for key, timing in timings.items()}
             rows.append(
                 {
