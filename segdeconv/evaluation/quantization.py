@@ -26,6 +26,7 @@ from segdeconv.system.plain_data import PlainDataError, read_json
 
 MAX_LOSS = 0.5  # points of mIoU
 NUM_IMAGES = 16  # of the train split, on which ranges are measured
+VERSION = 2  # of the rounding to 8 bits; a new number invalidates cached scores
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,14 @@ def _from_cache_or_data(checkpoint: Checkpoint, report: Callable[[str], None]) -
         train, val = restore_dataset(checkpoint, "train"), restore_dataset(checkpoint, "val")
     except UsageError as error:
         raise UsageError(f"int8 is calibrated on the images of training: {error}") from error
-    state = [checkpoint.sha256, train.fingerprint, val.fingerprint, checkpoint.preprocessing.to_dict(), __version__]
+    state = [
+        VERSION,
+        checkpoint.sha256,
+        train.fingerprint,
+        val.fingerprint,
+        checkpoint.preprocessing.to_dict(),
+        __version__,
+    ]
     path = cache_root() / "segdeconv" / "int8" / f"{hash_text(repr([*state, torch.__version__]))}.json"
     try:
         return Quantization(**read_json(path))

@@ -15,6 +15,7 @@ import torch
 from segdeconv.data.preprocessing import resize_image, stacked
 from segdeconv.export.module import Exported
 from segdeconv.export.onnx import Runner
+from segdeconv.inference.codes import MAX_FILTER_CODE, filter_scales
 from segdeconv.inference.scorers import labels
 
 
@@ -34,6 +35,11 @@ def quantize_file(path: Path, exported: Exported, images: Iterable[np.ndarray]) 
         def get_next(self) -> Any:
             return next(batches, None)
 
+    limits = {name: MAX_FILTER_CODE * filter_scales(weight) for name, weight in _filters(path).items()}
+    ranges = {
+        name: [{"axis": 0, "rmin": -limit, "rmax": limit} for limit in values.tolist()]
+        for name, values in limits.items()
+    }
     logger, before = logging.getLogger(), logging.getLogger().level
     logger.setLevel(logging.ERROR)  # it advises to run a preprocessing whose work torch's exporter has done
     try:
@@ -46,10 +52,25 @@ def quantize_file(path: Path, exported: Exported, images: Iterable[np.ndarray]) 
             per_channel=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
-            extra_options={"CalibMovingAverage": True, "CalibMovingAverageConstant": 0.1},
+            extra_options={
+                "CalibMovingAverage": True,
+                "CalibMovingAverageConstant": 0.1,
+                "TensorQuantOverrides": ranges,
+            },
         )
     finally:
         logger.setLevel(before)
+
+
+def _filters(path: Path) -> dict[str, torch.Tensor]:
+    """Return the filters of the convolutions of an ONNX file by their names."""
+    import onnx
+    from onnx import numpy_helper
+
+    graph = onnx.load(path).graph
+    names = {node.input[1] for node in graph.node if node.op_type == "Conv"}
+    arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer if tensor.name in names}
+    return {name: torch.from_numpy(array.astype(np.float32)) for name, array in arrays.items()}
 
 
 def as_input(exported: Exported, image: np.ndarray) -> np.ndarray:

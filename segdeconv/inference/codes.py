@@ -20,7 +20,7 @@ from segdeconv.switches.torch_kernels import place_eager
 Range = tuple[float, float]  # the smallest and the largest value, 0 included
 
 CODES = 255
-MAX_FILTER_CODE = 127
+MAX_FILTER_CODE = 127  # of a filter's value, and of the sum of two neighbouring ones
 
 
 class Unequal(Exception):
@@ -162,7 +162,7 @@ class QuantizedConv(nn.Module):
     def __init__(self, conv: nn.Conv2d, ranges: Mapping[str, Sequence[float]], *, relu: bool) -> None:
         super().__init__()
         weight = conv.weight.detach().float()
-        self.filter_scale = (weight.abs().amax(dim=(1, 2, 3)) / MAX_FILTER_CODE).clamp(min=1e-12)
+        self.filter_scale = filter_scales(weight)
         codes = (weight / self.filter_scale[:, None, None, None]).round().clamp(-MAX_FILTER_CODE, MAX_FILTER_CODE)
         self.filters = codes.to(torch.int8)
         self.filter_zero = torch.zeros(len(weight), dtype=torch.int32)
@@ -206,6 +206,25 @@ def _pixels(x: Codes) -> int:
 
 def _range(values: Sequence[float]) -> Range:
     return min(0.0, float(values[0])), max(0.0, float(values[1]))
+
+
+def filter_scales(weight: Tensor) -> Tensor:
+    """Return the scale of each filter of a convolution, with which no processor saturates its sums, (O,).
+
+    x86 processors without VNNI add the products of two neighbouring values in 16 bits (VPMADDUBSW), and cut off what
+    does not fit: 2 * 255 * 127 does not. So the sum of two neighbours is limited like one value, to 127, or 128 after
+    rounding: 255 * 128 < 2**15. All processors then compute the same.
+
+    Args:
+        weight: (O, I, H, W) filters.
+
+    Examples:
+        >>> filter_scales(torch.tensor([[127.0, -127.0, 127.0], [127.0, 127.0, 0.0]])[:, :, None, None])
+        tensor([1., 2.])
+    """
+    values = weight.permute(0, 2, 3, 1).flatten(1)  # in the order of kernels, in which channels are neighbours
+    sums = F.pad(values, (0, 1)) + F.pad(values, (1, 0))
+    return (torch.maximum(values.abs().amax(dim=1), sums.abs().amax(dim=1)) / MAX_FILTER_CODE).clamp(min=1e-12)
 
 
 def affine(values: Range) -> tuple[float, int]:

@@ -53,17 +53,17 @@ def test_a_convolution_is_that_of_the_values_rounded_to_its_codes(name, relu, ze
     conv = _as_conv(layer)
     with torch.no_grad():  # filters of which 8 bits are exact, so that only the result is rounded
         step = 0.01
-        layer.weight.copy_((layer.weight / layer.weight.abs().amax() * 100).round() * step)
+        layer.weight.copy_((layer.weight / layer.weight.abs().amax() * 60).round() * step)
         rebuilt = _as_conv(layer)
-        rebuilt.weight[:, 0, 0, 0] = 127 * step
+        rebuilt.weight[:, :2, 0, 0] = torch.tensor([127 * step, 0])
         if conv is layer:
             layer.weight.copy_(rebuilt.weight)
         else:  # the same change seen through the rearrangement
             probe = LAYERS[name]()
             index = torch.arange(probe.weight.numel(), dtype=torch.float32).reshape(probe.weight.shape)
             probe.weight.copy_(index)
-            moved = _as_conv(probe).weight[:, 0, 0, 0].long()
-            layer.weight.view(-1)[moved] = 127 * step
+            moved = _as_conv(probe).weight[:, :2, 0, 0].long()
+            layer.weight.view(-1)[moved] = torch.tensor([127 * step, 0])
     x = random_codes(2, layer.in_channels, 9, 11, zero_point=zero_point)
     with torch.inference_mode():
         expected = layer(x.values())
@@ -79,6 +79,31 @@ def test_a_convolution_is_that_of_the_values_rounded_to_its_codes(name, relu, ze
         assert float((result.values() - expected).abs().mean()) <= 0.3 * scale
         quantized.as_float = True
         torch.testing.assert_close(module(x), expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("pattern", ["equal", "alternating", "random"])
+@pytest.mark.parametrize(
+    ("channels", "kernel", "groups"), [(3, 3, 1), (16, 3, 1), (21, 3, 1), (64, 1, 1), (32, 7, 1), (8, 3, 2)]
+)
+def test_sums_of_the_largest_codes_are_exact(channels, kernel, groups, pattern):
+    # On processors without VNNI, pairs of products are added in 16 bits; see filter_scales.
+    random = torch.Generator().manual_seed(0)
+    conv = nn.Conv2d(channels, 8, kernel, padding=kernel // 2, groups=groups, bias=False)
+    with torch.no_grad():
+        if pattern == "random":
+            conv.weight.copy_(torch.randn(conv.weight.shape, generator=random))
+        else:
+            conv.weight.fill_(1.0)
+            conv.weight[:, ::2] *= -1 if pattern == "alternating" else 1
+    codes = torch.full((1, channels, 9, 11), 255, dtype=torch.uint8)
+    codes[:, :, 4:] = torch.randint(0, 256, codes[:, :, 4:].shape, dtype=torch.uint8, generator=random)
+    module = QuantizedConv(conv, {"input": [0, 255], "output": [0, 1]}, relu=False)
+    module.as_float = True
+    with torch.inference_mode():
+        result = module(Codes(codes.contiguous(memory_format=torch.channels_last), 1.0, 0, ()))
+        filters = module.filters.double() * module.filter_scale.double()[:, None, None, None]
+        expected = F.conv2d(codes.double(), filters, padding=kernel // 2, groups=groups)
+    torch.testing.assert_close(result.double(), expected, rtol=1e-6, atol=1e-3)
 
 
 @pytest.mark.parametrize("size", [(8, 10), (7, 9), (1, 3)])
@@ -133,18 +158,18 @@ def rounded(values, scale, zero_point):
 
 
 def simulated(network, quantized):
-    """Return the float network with the filters of a quantised one, whose maps are rounded after every convolution."""
-    network = copy.deepcopy(network)
+    """Return the network in float64 with the filters of a quantised one, and maps rounded after every convolution."""
+    network = copy.deepcopy(network).double()
     for name, conv in quantized.named_modules():
         if not isinstance(conv, QuantizedConv):
             continue
         if isinstance(quantized.get_submodule(name.rpartition(".")[0]), QuantizedEnlarge):
             layer = network.get_submodule(name.rpartition(".")[0])
-            filters = conv.filters[..., 0, 0].float() * conv.filter_scale[:, None]
+            filters = conv.filters[..., 0, 0] * conv.filter_scale.double()[:, None]
             layer.weight.data = filters.T.reshape(layer.weight.shape)
         else:
             layer = network.get_submodule(name)
-            layer.weight.data = conv.filters.float() * conv.filter_scale[:, None, None, None]
+            layer.weight.data = conv.filters * conv.filter_scale.double()[:, None, None, None]
 
         def after(module, inputs, output, conv=conv):
             output = output.relu() if conv.relu else output
@@ -167,7 +192,7 @@ def test_networks_compute_what_rounding_every_map_gives(name):
     quantized = quantize(network, measure_ranges(network, images))
     assert not any(isinstance(layer, nn.Conv2d) for layer in quantized.modules())
     with torch.inference_mode():
-        result, expected = quantized(images[0]), simulated(network, quantized)(images[0])
+        result, expected = quantized(images[0]), simulated(network, quantized)(images[0].double())
         differences = [(result - expected).norm() / expected.norm()]
         if not any(isinstance(layer, Unpool) for layer in network.modules()):
             differences.append((result - network(images[0])).norm() / expected.norm())
