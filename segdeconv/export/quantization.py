@@ -35,11 +35,6 @@ def quantize_file(path: Path, exported: Exported, images: Iterable[np.ndarray]) 
         def get_next(self) -> Any:
             return next(batches, None)
 
-    limits = {name: MAX_FILTER_CODE * filter_scales(weight) for name, weight in _filters(path).items()}
-    ranges = {
-        name: [{"axis": 0, "rmin": -limit, "rmax": limit} for limit in values.tolist()]
-        for name, values in limits.items()
-    }
     logger, before = logging.getLogger(), logging.getLogger().level
     logger.setLevel(logging.ERROR)  # it advises to run a preprocessing whose work torch's exporter has done
     try:
@@ -55,22 +50,26 @@ def quantize_file(path: Path, exported: Exported, images: Iterable[np.ndarray]) 
             extra_options={
                 "CalibMovingAverage": True,
                 "CalibMovingAverageConstant": 0.1,
-                "TensorQuantOverrides": ranges,
+                "TensorQuantOverrides": _filter_ranges(path),
             },
         )
     finally:
         logger.setLevel(before)
 
 
-def _filters(path: Path) -> dict[str, torch.Tensor]:
-    """Return the filters of the convolutions of an ONNX file by their names."""
+def _filter_ranges(path: Path) -> dict[str, list[dict[str, float]]]:
+    """Return the range of every filter of the convolutions of an ONNX file, as `quantize_static` takes them."""
     import onnx
     from onnx import numpy_helper
 
     graph = onnx.load(path).graph
     names = {node.input[1] for node in graph.node if node.op_type == "Conv"}
-    arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer if tensor.name in names}
-    return {name: torch.from_numpy(array.astype(np.float32)) for name, array in arrays.items()}
+    ranges = {}
+    for tensor in graph.initializer:
+        if tensor.name in names:
+            limits = MAX_FILTER_CODE * filter_scales(torch.from_numpy(numpy_helper.to_array(tensor).astype(np.float32)))
+            ranges[tensor.name] = [{"axis": 0, "rmin": -limit, "rmax": limit} for limit in limits.tolist()]
+    return ranges
 
 
 def as_input(exported: Exported, image: np.ndarray) -> np.ndarray:

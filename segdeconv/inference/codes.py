@@ -213,7 +213,7 @@ def filter_scales(weight: Tensor) -> Tensor:
 
     x86 processors without VNNI add the products of two neighbouring values in 16 bits (VPMADDUBSW), and cut off what
     does not fit: 2 * 255 * 127 does not. So the sum of two neighbours is limited like one value, to 127, or 128 after
-    rounding: 255 * 128 < 2**15. All processors then compute the same.
+    rounding: 255 * 128 < 2**15. Sums are then exact on all processors.
 
     Args:
         weight: (O, I, H, W) filters.
