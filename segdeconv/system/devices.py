@@ -2,7 +2,7 @@
 
 import torch
 
-from segdeconv.errors import UsageError
+from segdeconv.errors import UsageError, warn
 
 
 def best_device() -> torch.device:
@@ -36,9 +36,14 @@ def resolve_precision(precision: str, trained: str | None = None) -> str:
     """
     if precision not in ("auto", *PRECISIONS):
         raise UsageError(f"precision={precision} is unknown - use auto, {', '.join(PRECISIONS)}")
-    if precision != "auto":
-        return precision
     fast = fast_precision()
+    if precision != "auto":
+        if (precision, fast, best_device().type) == ("bf16-mixed", "32-true", "cpu"):
+            warn(
+                "precision=bf16-mixed: this CPU has no instructions for bfloat16; converting to float32 and back takes "
+                "many times longer than 32-true, and twice the memory that is estimated - leave precision out"
+            )
+        return precision
     return fast if trained in (None, fast) else "32-true"
 
 

@@ -24,7 +24,7 @@ from segdeconv.checkpoints.checkpoint import Checkpoint
 from segdeconv.config import TARGET, build
 from segdeconv.data.module import DataPipeline
 from segdeconv.errors import Interrupted, UsageError, error_from_traceback, warn
-from segdeconv.system.devices import fast_precision
+from segdeconv.system.devices import resolve_precision
 from segdeconv.system.interruption import INTERRUPTION, exit_at_once
 from segdeconv.training.checkpointing import Checkpoints, VerifiedCheckpoints
 from segdeconv.training.lightning_internals import TIMEOUT, Processes, quieten, spawning_launcher
@@ -84,7 +84,7 @@ def make_trainer(
             sync_batchnorm=settings.norm == "sync",
             devices=devices,
             num_nodes=num_nodes,
-            precision=fast_precision() if settings.precision == "auto" else settings.precision,  # type: ignore[arg-type]
+            precision=resolve_precision(settings.precision),  # type: ignore[arg-type]
             max_epochs=settings.max_epochs,
             max_steps=settings.max_steps,
             gradient_clip_val=settings.gradient_clip_val,

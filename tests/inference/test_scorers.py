@@ -10,7 +10,7 @@ from segdeconv.inference.network import prepare_for_inference
 from segdeconv.inference.scorers import labels, with_flip, with_oom_fallback, with_padding
 from segdeconv.models import DeconvNet, SegNet, SegNetBasic
 from segdeconv.models.layers import ConvBlock, DeconvBlock, fold_norms
-from segdeconv.system.devices import autocast, resolve_precision
+from segdeconv.system.devices import autocast, best_device, resolve_precision
 
 
 @pytest.fixture(autouse=True)
@@ -110,6 +110,15 @@ def test_a_requested_precision_is_used(monkeypatch):
 def test_a_precision_that_is_slow_here_is_not_chosen(monkeypatch):
     monkeypatch.setattr("segdeconv.system.devices.fast_precision", lambda: "32-true")
     assert resolve_precision("auto", trained="bf16-mixed") == "32-true"
+
+
+@pytest.mark.skipif(best_device().type != "cpu", reason="there is a GPU")
+@pytest.mark.parametrize(("fast", "warnings"), [("32-true", 1), ("bf16-mixed", 0)])
+def test_a_warning_says_that_bfloat16_is_emulated(fast, warnings, monkeypatch, capsys):
+    monkeypatch.setattr("segdeconv.system.devices.fast_precision", lambda: fast)
+    monkeypatch.setattr("segdeconv.errors._warned", set())
+    assert resolve_precision("bf16-mixed") == "bf16-mixed"
+    assert capsys.readouterr().err.count("no instructions for bfloat16") == warnings
 
 
 def test_unknown_precision_is_refused():

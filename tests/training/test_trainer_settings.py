@@ -23,6 +23,7 @@ from segdeconv.losses import CrossEntropy
 from segdeconv.models import SegNet, build_model
 from segdeconv.models.activation_checkpointing import checkpoint_activations
 from segdeconv.optimization import Restarts, adamw, average, sgd
+from segdeconv.system.devices import fast_precision
 from segdeconv.train import train
 from segdeconv.training import memory as training_memory
 from segdeconv.training.config_check import seconds
@@ -489,6 +490,8 @@ print(memory.total, memory.program, peak())
 @pytest.mark.slow
 @pytest.mark.parametrize(("precision", "checkpointing"), [("32-true", True), ("bf16-mixed", False)])
 def test_the_estimated_memory_is_within_a_fifth_of_what_is_measured(precision, checkpointing):
+    if precision not in ("32-true", fast_precision()):
+        pytest.skip(f"this CPU has no instructions for {precision}: torch converts to float32 and back, in more memory")
     environment = {**os.environ, "SEGDECONV_KEEP_FREED_MEMORY": "1"}
     command = [sys.executable, "-c", MEASURE, precision, str(checkpointing), "8"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
