@@ -39,7 +39,7 @@ test: $(VENV)/.installed
 	$(RUN) -m pytest -q -n $(JOBS)
 
 slow: $(VENV)/.installed
-	$(RUN) -m pytest -q -n $(JOBS) -m slow
+	$(RUN) -m pytest -q -n $(JOBS) -m slow --durations 20
 
 extras: $(VENV)-extras/.installed
 	$(RUN_EXTRAS) -m pytest -q -n $(JOBS) -m extras

@@ -80,7 +80,7 @@ async function refresh() {
 
 let outcome = null;
 const learnedText = () => outcome
-  ? `${outcome.steps} steps in ${outcome.seconds.toFixed(1)} s${outcome.loss === null ? "" : `, loss ${outcome.loss.toFixed(2)}`}`
+  ? `${outcome.steps} step${outcome.steps === 1 ? "" : "s"} in ${outcome.seconds.toFixed(1)} s${outcome.loss === null ? "" : `, loss ${outcome.loss.toFixed(2)}`}`
   : "";
 
 function showButtons() {
