@@ -1,10 +1,13 @@
-"""Fit a temperature on the val split that makes the probabilities of a checkpoint right, and write the result.
+"""Fit a temperature that makes the probabilities of a checkpoint right, or class offsets that raise its mean IoU.
 
-    python scripts/calibrate.py CHECKPOINT [--out FILE] [dataset.root=DIR]
+    python scripts/calibrate.py CHECKPOINT [--class-offsets] [--out FILE] [dataset.root=DIR]
 
 Divides the logits by the one number that minimises the negative log-likelihood of the labelled pixels of val, which
 leaves the masks as they are. Writes <name>_calibrated.ckpt next to the checkpoint, for use like any other: every
 command that reads or exports it has the calibrated probabilities.
+
+With --class-offsets, adds one number per class to the logits instead, with which the predicted classes have the highest
+mean IoU on train, prints the scores of val before and after, and writes <name>_offsets.ckpt.
 """
 
 from pathlib import Path
@@ -22,7 +25,11 @@ def main() -> None:
     parser = ArgumentParser("calibrate.py", description=__doc__.splitlines()[0])
     add_checkpoint(parser)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example dataset.root=DIR")
-    text = "file to write (default: <name>_calibrated.ckpt next to it; for a shipped network, in this folder)"
+    parser.add_argument(
+        "--class-offsets", action="store_true", help="raise mean IoU by one number per class, fitted on train"
+    )
+    text = "file to write (default: <name>_calibrated.ckpt or <name>_offsets.ckpt next to it; for a shipped network, "
+    text += "in this folder)"
     parser.add_argument("--out", type=local_path, help=text)
     parser.add_argument("--trust", action="append", default=[], help="allow a class of your own that the config names")
     arguments = parser.parse_intermixed_args()
@@ -32,16 +39,18 @@ def main() -> None:
     source = read_checkpoint(arguments.checkpoint, arguments.trust, arguments.overrides)
     elsewhere = cards.SHIPPED in source.path.parents or hub.is_address(arguments.checkpoint)
     folder = Path() if elsewhere else source.path.parent
-    out = arguments.out or folder / f"{source.path.stem}_calibrated{SUFFIX}"
+    ending = "offsets" if arguments.class_offsets else "calibrated"
+    out = arguments.out or folder / f"{source.path.stem}_{ending}{SUFFIX}"
     if out.suffix != SUFFIX:
         share = command("export", [f"{out.stem}{SUFFIX}", "--out", str(out)])
         raise UsageError(f"--out {out} does not end in {SUFFIX} - calibrate to such a file, and export that: {share}")
     if out.exists():
         raise UsageError(f"{out} exists - choose another --out, or remove it")
 
+    from segdeconv.evaluation.class_offsets import with_class_offsets
     from segdeconv.evaluation.temperature import calibrated
 
-    content = calibrated(source).content
+    content = (with_class_offsets if arguments.class_offsets else calibrated)(source).content
     if source.folder is not None:
         content[checkpoint.FOLDER] = checkpoint.relative_folder(source.folder, out.parent)
     checkpoint.write(content, out)

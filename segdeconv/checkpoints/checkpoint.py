@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,7 +96,11 @@ FOLDER = "working_folder"  # the current folder of training relative to that of 
 SIDECAR_LINES = 4  # the hash of the current file, and those of files that interrupted writes may have left
 SIDECAR_BYTES = 4096  # more than that many lines need; the rest of a longer file is not read
 # Metadata that holds for the weights of the checkpoint only.
-MEASURED = {"int8": "the range of 8-bit maps", "temperature": "the temperature, which calibrate fitted,"}
+MEASURED = {
+    "int8": "the range of 8-bit maps",
+    "temperature": "the temperature, which calibrate fitted,",
+    "class_offsets": "the record of the class offsets, which calibrate fitted,",
+}
 REQUIRED_TO_RESUME = frozenset({"global_step", "loops", "optimizer_states"})
 CONFIG_LIMITS = Limits(nodes=20_000)  # of config and metadata
 CONTENT_LIMITS = Limits(nodes=2_000_000)  # of the whole content, with the state of training
@@ -181,6 +185,15 @@ class Checkpoint:
         state = self.content["state_dict"]
         prefix = AVERAGED if any(name.startswith(AVERAGED) for name in state) else "model."
         return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+    def with_model(self, model: SegmentationModel, facts: Mapping[str, Any]) -> Checkpoint:
+        """Return a checkpoint of other weights and metadata, without the state of training and of averaged weights."""
+        content = {
+            "hyper_parameters": {**self.content["hyper_parameters"], "facts": dict(facts)},
+            "segdeconv": self.content["segdeconv"],
+            "state_dict": {f"model.{name}": value for name, value in model.state_dict().items()},
+        }
+        return replace(self, facts=dict(facts), content=content)
 
     def model(self) -> SegmentationModel:
         """Build the network from the config and load its weights, in evaluation mode.

@@ -87,6 +87,17 @@ class _Temperature(_Form):
     after: _Probabilities
 
 
+class _ClassOffsets(_Form):
+    """See `evaluation.class_offsets.ClassOffsets`."""
+
+    values: Sequence[Annotated[float, Field(ge=-1e3, le=1e3)]]
+    split: Name
+    images: int
+    checked_on: Name
+    before: Sequence[Annotated[float, Field(ge=0, le=1)] | None]
+    after: Sequence[Annotated[float, Field(ge=0, le=1)] | None]
+
+
 class _Metadata(_Form):
     classes: _Classes
     preprocessing: _Preprocessing
@@ -95,6 +106,7 @@ class _Metadata(_Form):
     precision: str
     int8: _Int8 | None = None
     temperature: _Temperature | None = None
+    class_offsets: _ClassOffsets | None = None
 
     @model_validator(mode="after")
     def _require_a_weight_for_each_class(self) -> Self:

@@ -229,6 +229,25 @@ def class_scores(
             yield scores.of_image(position, (mask.shape[0], mask.shape[1])), mask
 
 
+def finite_scores(
+    segmenter: Segmenter, dataset: SegmentationDataset
+) -> Generator[tuple[ClassScores, Tensor], None, None]:
+    """Yield the `class_scores` of every image with a progress bar, after a check that they are finite.
+
+    Raises:
+        DivergedError: They are not.
+    """
+    with explain_loader_errors(), progress_bar(dataset, len(dataset)) as bar:
+        for index, (predicted, mask) in enumerate(class_scores(segmenter, dataset)):
+            if not bool(torch.isfinite(predicted.values).all()):
+                raise DivergedError(
+                    f"the network's scores of {dataset.names[index]} are not finite, since its weights are too large - "
+                    "use an earlier checkpoint, or train again with a lower optimizer.lr"
+                )
+            yield predicted, mask
+            bar.update()
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """The evaluation of a network on a split, with the content of report.json and report.html.
@@ -320,6 +339,7 @@ class Evaluation:
             min_area=self.segmenter.settings.min_area,
             calibration=self.calibration.report(),
             temperature=self.segmenter.checkpoint.facts.get("temperature"),
+            class_offsets=self.segmenter.checkpoint.facts.get("class_offsets"),
             uncertainty_of_pixels=(
                 f"variance of {self.segmenter.settings.samples} samples, averaged over the classes"
                 if self.segmenter.settings.samples
@@ -336,8 +356,12 @@ class Evaluation:
     def score_table(self) -> str:
         """Return the scores as a text table."""
         table = report.score_table(self.confusion, self.dataset.classes, self.calibration, self.boundaries)
-        recorded = self.segmenter.checkpoint.facts.get("temperature")
-        return f"{table}\n{report.describe_temperature(recorded)}" if recorded else table
+        facts = self.segmenter.checkpoint.facts
+        if recorded := facts.get("temperature"):
+            table += f"\n{report.describe_temperature(recorded)}"
+        if recorded := facts.get("class_offsets"):
+            table += f"\n{report.describe_class_offsets(recorded, self.dataset.classes.names)}"
+        return table
 
 
 def largest_uncertainty(num_classes: int, samples: int) -> float:

@@ -5,7 +5,6 @@ by a temperature T, which minimises the negative log-likelihood (NLL) of labelle
 network less confident; the most probable class stays the same.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -17,16 +16,14 @@ from torch import Tensor
 from segdeconv.checkpoints.checkpoint import Checkpoint
 from segdeconv.classes import Classes
 from segdeconv.data.dataset import SegmentationDataset
-from segdeconv.data.loading import explain_loader_errors
-from segdeconv.errors import DivergedError, UsageError, warn
+from segdeconv.errors import UsageError, warn
 from segdeconv.evaluation.calibration import Calibration
-from segdeconv.evaluation.evaluate import class_scores, progress_bar, restore_dataset
+from segdeconv.evaluation.evaluate import finite_scores, restore_dataset
 from segdeconv.evaluation.report import describe_temperature
 from segdeconv.inference.predictors import PredictionSettings
 from segdeconv.inference.scorers import ClassScores, labels_and_confidence
 from segdeconv.inference.segmenter import Segmenter
-from segdeconv.models import SegmentationModel
-from segdeconv.models.temperature import divide_logits, logit_parameters
+from segdeconv.models.logits import divide_logits, logit_parameters
 
 SAMPLED_VALUES = 1 << 24  # logits of the sample that gives the first estimate, 64 MiB
 TOLERANCE = 1e-3  # relative; the standard error over the images of a data set is larger
@@ -118,7 +115,7 @@ def calibrated(
     for _ in range(MAX_PASSES):
         model = checkpoint.model()
         divide_logits(model, temperature, size=size)
-        network = dataclasses.replace(checkpoint, content={**checkpoint.content, "state_dict": _state(model)})
+        network = checkpoint.with_model(model, checkpoint.facts)
         after = _measure(Segmenter(network, PredictionSettings(), device=device), dataset)
         if abs(after.step) < TOLERANCE:
             break
@@ -146,14 +143,8 @@ def calibrated(
         after.probabilities,
     )
     facts = {name: value for name, value in checkpoint.facts.items() if name != "int8"}
-    facts["temperature"] = fitted.to_dict()
-    content = {
-        "hyper_parameters": {**checkpoint.content["hyper_parameters"], "facts": facts},
-        "segdeconv": checkpoint.content["segdeconv"],
-        "state_dict": _state(model),
-    }
     report(str(fitted))
-    return dataclasses.replace(checkpoint, facts=facts, content=content)
+    return checkpoint.with_model(model, {**facts, "temperature": fitted.to_dict()})
 
 
 class _Measured:
@@ -244,15 +235,9 @@ def _measure(segmenter: Segmenter, dataset: SegmentationDataset, *, sampled: int
     """Measure the probabilities of a network at the size of the masks; see `_Measured`."""
     measured, device = _Measured(dataset.classes, sampled), segmenter.network.device
     measured.calibration.to(device)
-    with torch.inference_mode(), explain_loader_errors(), progress_bar(dataset, len(dataset)) as bar:
-        for index, (scores, mask) in enumerate(class_scores(segmenter, dataset)):
-            if not bool(torch.isfinite(scores.values).all()):
-                raise DivergedError(
-                    f"the network's scores of {dataset.names[index]} are not finite, since its weights are too large - "
-                    "use an earlier checkpoint, or train again with a lower optimizer.lr"
-                )
+    with torch.inference_mode():
+        for scores, mask in finite_scores(segmenter, dataset):
             measured.update(scores, mask.to(device))
-            bar.update()
     return measured
 
 
@@ -294,8 +279,3 @@ def _optimum(measured: _Measured, checkpoint: Checkpoint) -> float:
             "train it first"
         )
     return math.exp(brentq(gradient, low, high, xtol=1e-9))
-
-
-def _state(model: SegmentationModel) -> dict[str, Tensor]:
-    """Return the weights of a network under the names that they have in a checkpoint."""
-    return {f"model.{name}": value for name, value in model.state_dict().items()}

@@ -1,14 +1,16 @@
-"""Temperature scaling of a network: its logits divided by one number, in the weights of the layers that compute them.
+"""Changes of a network's logits in the weights of the layers that compute them: a temperature, and class offsets.
 
-Guo et al. 2017, section 4.2, https://arxiv.org/abs/1706.04599. The last layer of a segmentation network is linear, and
-what follows it (sums, means and interpolation of its maps) is linear too, so that its weights and biases divided by T
-give the logits divided by T. The result is an ordinary network: everything that runs or exports one keeps T.
+The last layer of a segmentation network is linear, and what follows it (sums, means and interpolation of its maps) is
+linear too, so that its weights and biases divided by T give the logits divided by T (temperature scaling, Guo et al.
+2017, section 4.2, https://arxiv.org/abs/1706.04599), and a number added to its bias is added to the logits. The result
+is an ordinary network: everything that runs or exports one keeps the change.
 """
 
+import copy
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from segdeconv.errors import UsageError
 from segdeconv.models.base import SegmentationModel
@@ -28,6 +30,58 @@ def divide_logits(model: SegmentationModel, temperature: float, *, size: tuple[i
     """
     for parameter in logit_parameters(model, size=size):
         parameter.copy_(parameter.double() / temperature)
+
+
+@torch.no_grad()
+def shift_logits(model: SegmentationModel, offsets: Tensor, *, size: tuple[int, int]) -> None:
+    """Add a number to the logits of each class, in place.
+
+    Args:
+        model: The network, in evaluation mode.
+        offsets: (C,), one per class.
+        size: (H, W) of an image that the network takes, with which it is checked.
+
+    Raises:
+        UsageError: No bias shifts all logits of a class by the same amount.
+    """
+    bias, factor = logit_bias(model, size=size)
+    bias.copy_(bias.double() + offsets.to(bias.device).double() / factor)
+
+
+@torch.no_grad()
+def logit_bias(model: SegmentationModel, *, size: tuple[int, int]) -> tuple[nn.Parameter, float]:
+    """Return the bias that shifts all logits of a class by the same amount, and that amount per unit of the bias.
+
+    The last such bias is found by trial, on a random image in float64. The amount is not 1 where a head is used more
+    than once.
+
+    Args:
+        model: The network, in evaluation mode.
+        size: (H, W) of an image that the network takes.
+
+    Raises:
+        UsageError: There is none.
+    """
+    trial = copy.deepcopy(model).double()
+    generator = torch.Generator().manual_seed(0)
+    device = next(trial.parameters()).device
+    image = torch.randn(1, model.in_channels, *size, generator=generator, dtype=torch.double).to(device)
+    steps = 1 + torch.rand(model.num_classes, generator=generator, dtype=torch.double).to(device)
+    logits = trial(image)
+    tried = dict(trial.named_parameters())
+    for name, bias in reversed(list(model.named_parameters())):
+        if not name.endswith("bias") or bias.shape != steps.shape:
+            continue
+        tried[name].add_(steps)
+        shifts = (trial(image) - logits) / steps[:, None, None]
+        tried[name].sub_(steps)
+        factor = float(shifts.mean())
+        if abs(factor) > 1e-3 and bool(((shifts - factor).abs() < 1e-6 * abs(factor)).all()):
+            return bias, factor
+    raise UsageError(
+        f"no bias of {type(model).__name__} shifts all logits of a class by the same amount, so that it can hold no "
+        "class offsets - give the network a last convolution with one map per class and a bias"
+    )
 
 
 @torch.no_grad()

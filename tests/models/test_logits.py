@@ -1,4 +1,4 @@
-"""Temperature scaling in the weights of the last layers: all registered networks, and those of other libraries."""
+"""Temperatures and class offsets in the weights of the last layers: all networks, and those of other libraries."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from segdeconv.errors import UsageError
 from segdeconv.models import SegmentationModel, create_model, list_models
 from segdeconv.models.adapter import adapted
 from segdeconv.models.build import check_model
-from segdeconv.models.temperature import divide_logits, logit_parameters
+from segdeconv.models.logits import divide_logits, logit_bias, logit_parameters, shift_logits
 
 SLIM = {"width": 0.0625, "fc_width": 8, "depth": 11, "channels": 16, "pretrained": "none"}
 NUM_CLASSES = 5
@@ -58,6 +58,26 @@ def test_every_networks_logits_are_divided_and_nothing_else_changes(name, argume
         assert torch.equal(value, before[name] / 1.7 if id(value) in changed else before[name])
 
 
+UPSAMPLED_LAST = {"fcn", "fcn_basic", "fcn_basic_no_addition"}  # by a transposed convolution, which has no bias
+
+
+@pytest.mark.parametrize(("name", "arguments"), [each for each in VARIANTS if each[0] not in UPSAMPLED_LAST])
+def test_every_networks_logits_are_shifted_by_class_and_only_one_bias_changes(name, arguments):
+    model = slim(name, **arguments)
+    size = (max(model.minimum_size, 33), max(model.minimum_size, 40))
+    image = torch.randn(2, 3, *size, dtype=torch.double)
+    offsets = torch.tensor([0.5, -1.0, 0.0, 2.0, -0.25], dtype=torch.double)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        logits = model(image)
+        shift_logits(model, offsets, size=size)
+        expected = logits + offsets[:, None, None]
+        torch.testing.assert_close(model(image), expected, rtol=1e-11, atol=1e-11 * float(logits.abs().max()))
+    changed = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
+    assert len(changed) == 1
+    assert changed[0].endswith("bias")
+
+
 class Foreign(nn.Module):
     """A network with two maps of class scores, of which `use` makes one output."""
 
@@ -98,6 +118,28 @@ def test_a_network_without_a_linear_last_layer_is_refused_and_left_as_it_was():
     with pytest.raises(UsageError, match="logits of Adapter are not computed by a linear last layer"):
         divide_logits(model, 2.0, size=(32, 32))
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", sorted(UPSAMPLED_LAST))
+def test_a_network_without_a_bias_of_its_logits_is_refused(name):
+    model = slim(name)
+    with pytest.raises(UsageError, match=f"no bias of {type(model).__name__} shifts all logits of a class"):
+        shift_logits(model, torch.ones(NUM_CLASSES), size=(33, 40))
+
+
+def test_a_head_that_is_used_twice_counts_twice():
+    class Own(SegmentationModel):
+        def __init__(self, num_classes: int):
+            super().__init__(num_classes)
+            self.scores = nn.Conv2d(3, num_classes, 1)
+
+        def forward(self, image):
+            return self.scores(image) + self.scores(image.flip(-1))
+
+    model = Own(3).eval()
+    bias, factor = logit_bias(model, size=(8, 8))
+    assert bias is model.scores.bias
+    assert factor == pytest.approx(2)
 
 
 def test_a_network_of_ones_own_is_divided_by_its_heads():
