@@ -90,12 +90,12 @@ class _Temperature(_Form):
 class _ClassOffsets(_Form):
     """See `evaluation.class_offsets.ClassOffsets`."""
 
-    values: Sequence[Annotated[float, Field(ge=-1e3, le=1e3)]]
+    values: Mapping[str, Annotated[float, Field(ge=-1e3, le=1e3)]]
     split: Name
     images: int
     checked_on: Name
-    before: Sequence[Annotated[float, Field(ge=0, le=1)] | None]
-    after: Sequence[Annotated[float, Field(ge=0, le=1)] | None]
+    before: Mapping[str, Annotated[float, Field(ge=0, le=1)]]
+    after: Mapping[str, Annotated[float, Field(ge=0, le=1)]]
 
 
 class _Metadata(_Form):

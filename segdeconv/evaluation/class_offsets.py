@@ -7,11 +7,11 @@ are therefore missed. The offsets are post-hoc logit adjustment (Menon et al. 20
 https://arxiv.org/abs/2007.07314) with numbers that are fitted instead of computed from the classes' frequencies.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,20 +36,20 @@ class ClassOffsets:
     """The class offsets of a network, and what they do to its scores on images that they were not fitted on.
 
     Attributes:
-        values: One per class, added to its logits.
+        values: One per class, by its name, added to its logits.
         split: The split they were fitted on.
         images: Number of its images.
         checked_on: The split of the following scores.
-        before: IoU of each class before, 0..1; None for classes in neither ground truth nor prediction.
+        before: IoU of each class before, 0..1, without classes in neither ground truth nor prediction.
         after: The same with the offsets.
     """
 
-    values: tuple[float, ...]
+    values: dict[str, float]
     split: str
     images: int
     checked_on: str
-    before: tuple[float | None, ...]
-    after: tuple[float | None, ...]
+    before: dict[str, float]
+    after: dict[str, float]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content as plain data, as the metadata of a checkpoint holds it under `class_offsets`."""
@@ -106,10 +106,9 @@ def with_class_offsets(
         )
     offsets = fit_class_offsets(logits, labels)
     before, after = _ious(segmenter, check, offsets)
-    fitted = ClassOffsets(
-        tuple(round(value, 4) for value in offsets.tolist()), dataset.split, len(dataset), check.split, before, after
-    )
-    for line in describe_class_offsets(fitted.to_dict(), names).split("; "):
+    values = {name: round(value, 4) for name, value in zip(names, offsets.tolist(), strict=True)}
+    fitted = ClassOffsets(values, dataset.split, len(dataset), check.split, before, after)
+    for line in describe_class_offsets(fitted.to_dict()).split("; "):
         report(line)
     if mean_iou(after) < mean_iou(before):
         warn(
@@ -211,15 +210,21 @@ def _sampled(segmenter: Segmenter, dataset: SegmentationDataset) -> tuple[Tensor
 
 def _ious(
     segmenter: Segmenter, dataset: SegmentationDataset, offsets: Tensor
-) -> tuple[tuple[float | None, ...], tuple[float | None, ...]]:
-    """Return the IoU of each class before and after the offsets, None for classes that cannot be scored."""
-    matrices = [ConfusionMatrix(len(dataset.classes), dataset.classes.ignore_index) for _ in range(2)]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the IoU of each class before and after the offsets, without classes that cannot be scored."""
+    classes = dataset.classes
+    matrices = [ConfusionMatrix(len(classes), classes.ignore_index) for _ in range(2)]
     for predicted, mask in finite_scores(segmenter, dataset):
         values = predicted.values[0].float()
         shifted = values + offsets.to(values)[:, None, None]
         for matrix, logits in zip(matrices, (values, shifted), strict=True):
             matrix.update(logits.max(dim=0).indices.cpu(), mask)
     before, after = (
-        tuple(None if np.isnan(iou) else float(iou) for iou in scores(matrix.counts.numpy()).iou) for matrix in matrices
+        {
+            name: iou
+            for name, iou in zip(classes.names, scores(matrix.counts.numpy()).iou.tolist(), strict=True)
+            if not math.isnan(iou)
+        }
+        for matrix in matrices
     )
     return before, after

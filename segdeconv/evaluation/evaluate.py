@@ -360,7 +360,7 @@ class Evaluation:
         if recorded := facts.get("temperature"):
             table += f"\n{report.describe_temperature(recorded)}"
         if recorded := facts.get("class_offsets"):
-            table += f"\n{report.describe_class_offsets(recorded, self.dataset.classes.names)}"
+            table += f"\n{report.describe_class_offsets(recorded)}"
         return table
 
 

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -192,37 +192,32 @@ def describe_temperature(recorded: Mapping[str, Any]) -> str:
     )
 
 
-def describe_class_offsets(recorded: Mapping[str, Any], names: Sequence[str]) -> str:
+def describe_class_offsets(recorded: Mapping[str, Any]) -> str:
     """Return a line about the class offsets in a checkpoint's metadata; see `class_offsets.ClassOffsets.to_dict`.
 
-    Args:
-        recorded: The metadata.
-        names: The names of the classes.
-
     Examples:
-        >>> fitted = {"values": (0.0, 0.5), "split": "train", "images": 367, "checked_on": "val"}
-        >>> fitted |= {"before": (0.8, 0.2), "after": (0.79, 0.25)}
-        >>> print(describe_class_offsets(fitted, ["road", "pole"]).replace("; ", "\\n"))
+        >>> fitted = {"values": {"road": 0.0, "pole": 0.5}, "split": "train", "images": 367, "checked_on": "val"}
+        >>> fitted |= {"before": {"road": 0.8, "pole": 0.2}, "after": {"road": 0.79, "pole": 0.25}}
+        >>> print(describe_class_offsets(fitted).replace("; ", "\\n"))
         class offsets fitted on train (367 images): pole +0.50
         mean IoU on val 50.00 % before, 52.00 % after: pole +5.0, road -1.0
     """
     before, after = recorded["before"], recorded["after"]
-    moved = [f"{name} {value:+.2f}" for name, value in zip(names, recorded["values"], strict=True) if value]
-    pairs = [(old, new, name) for old, new, name in zip(before, after, names, strict=True) if None not in (old, new)]
-    pairs.sort(key=lambda each: each[0] - each[1])
-    changes = [f"{name} {100 * (new - old):+.1f}" for old, new, name in pairs if abs(new - old) >= 0.0005]
+    moved = ", ".join(f"{name} {value:+.2f}" for name, value in recorded["values"].items() if value)
+    changes = {name: 100 * (after[name] - before[name]) for name in before if name in after}
+    shown = [f"{name} {changes[name]:+.1f}" for name in sorted(changes, key=changes.__getitem__, reverse=True)]
+    shown = [change for change in shown if not change.endswith((" +0.0", " -0.0"))]
     means = [100 * mean_iou(ious) for ious in (before, after)]
     return (
-        f"class offsets fitted on {recorded['split']} ({recorded['images']} images): {', '.join(moved) or 'none'}; "
+        f"class offsets fitted on {recorded['split']} ({recorded['images']} images): {moved or 'none'}; "
         f"mean IoU on {recorded['checked_on']} {means[0]:.2f} % before, {means[1]:.2f} % after"
-        + (f": {', '.join(changes)}" if changes else "")
+        + (f": {', '.join(shown)}" if shown else "")
     )
 
 
-def mean_iou(ious: Sequence[float | None]) -> float:
-    """Return the mean of the IoUs that are not None, NaN if there is none."""
-    scored = [iou for iou in ious if iou is not None]
-    return sum(scored) / len(scored) if scored else float("nan")
+def mean_iou(ious: Mapping[str, float]) -> float:
+    """Return the mean of the IoUs of the classes, NaN if there are none."""
+    return sum(ious.values()) / len(ious) if ious else float("nan")
 
 
 def _percent(value: float) -> str:

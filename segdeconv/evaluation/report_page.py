@@ -97,8 +97,7 @@ def build_page(
         percentiles=_percentiles(first.report),
         temperatures=[describe_temperature(each["temperature"]) if each["temperature"] else None for each in reports],
         class_offsets=[
-            describe_class_offsets(each["class_offsets"], dataset.classes.names) if each["class_offsets"] else None
-            for each in reports
+            describe_class_offsets(each["class_offsets"]) if each["class_offsets"] else None for each in reports
         ],
         published=dataset.published,
         published_by_class=_published_by_class(dataset.published, classes),
