@@ -112,8 +112,8 @@ def with_class_offsets(
         report(line)
     if mean_iou(after) < mean_iou(before):
         warn(
-            f"the class offsets lower mean IoU on {check.split}: the network knows the images of {dataset.split} too "
-            "well for offsets that hold for others - keep the network without them"
+            f"the class offsets lower mean IoU on {check.split}: what holds for the images of "
+            f"{dataset.split} does not hold there - keep the network without them"
         )
     for name, what in (("temperature", "the temperature"), ("int8", "the ranges of 8-bit maps")):
         if checkpoint.facts.get(name):

@@ -36,10 +36,13 @@ def test_a_shipped_network_is_small_and_has_a_complete_card(name):
     assert checkpoint.read(name).path == path  # verified by its sha256
 
 
-def test_camvid_small_has_the_config_of_its_experiment():
-    loaded = checkpoint.read("camvid-small")
+@pytest.mark.parametrize(
+    ("name", "experiment"), [("camvid-small", "segnet_camvid_small"), ("camvid-basic", "segnet_basic_camvid_small")]
+)
+def test_a_shipped_network_has_the_config_of_its_experiment(name, experiment):
+    loaded = checkpoint.read(name)
     assert loaded.classes == CLASSES
-    composed, _ = compose(["experiment=segnet_camvid_small"], ROOT / "configs")
+    composed, _ = compose([f"experiment={experiment}"], ROOT / "configs")
     config = check_config(composed)
     written = with_new_keys(loaded.config, config)  # keys that are newer than the file have their defaults
     for part in ("model", "loss", "optimizer", "schedule", "augment"):
@@ -75,8 +78,9 @@ def test_camvid_small_is_accurate_on_val():
 
 @needs_camvid
 @pytest.mark.slow
-def test_camvid_small_reaches_the_scores_on_its_card():
-    loaded = checkpoint.read("camvid-small", overrides=[f"dataset.root={REAL_CAMVID}", "dataset.num_workers=0"])
+@pytest.mark.parametrize("name", ["camvid-small", "camvid-basic"])
+def test_a_shipped_network_reaches_the_scores_on_its_card(name):
+    loaded = checkpoint.read(name, overrides=[f"dataset.root={REAL_CAMVID}", "dataset.num_workers=0"])
     dataset = restore_dataset(loaded, "val")
     confusion = evaluate(Segmenter(loaded, device=torch.device("cpu")), dataset)
     stated = json.loads(cards.card_of(loaded.path).read_text())["scores"]["val"]
