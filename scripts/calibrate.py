@@ -28,9 +28,12 @@ def main() -> None:
     parser.add_argument(
         "--class-offsets", action="store_true", help="raise mean IoU by one number per class, fitted on train"
     )
-    text = "file to write (default: <name>_calibrated.ckpt or <name>_offsets.ckpt next to it; for a shipped network, "
-    text += "in this folder)"
-    parser.add_argument("--out", type=local_path, help=text)
+    parser.add_argument(
+        "--out",
+        type=local_path,
+        help="file to write (default: <name>_calibrated.ckpt or <name>_offsets.ckpt next to it; for a shipped network, "
+        "in this folder)",
+    )
     parser.add_argument("--trust", action="append", default=[], help="allow a class of your own that the config names")
     arguments = parser.parse_intermixed_args()
 

@@ -188,10 +188,14 @@ class Checkpoint:
 
     def with_model(self, model: SegmentationModel, facts: Mapping[str, Any]) -> Checkpoint:
         """Return a checkpoint of other weights and metadata, without the state of training and of averaged weights."""
+        return self.with_state({f"model.{name}": value for name, value in model.state_dict().items()}, facts)
+
+    def with_state(self, state: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> Checkpoint:
+        """Return a checkpoint of another state dict and other metadata, without the state of training."""
         content = {
             "hyper_parameters": {**self.content["hyper_parameters"], "facts": dict(facts)},
             "segdeconv": self.content["segdeconv"],
-            "state_dict": {f"model.{name}": value for name, value in model.state_dict().items()},
+            "state_dict": dict(state),
         }
         return replace(self, facts=dict(facts), content=content)
 

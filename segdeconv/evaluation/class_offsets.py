@@ -15,17 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from segdeconv.checkpoints.checkpoint import Checkpoint
+from segdeconv.checkpoints.checkpoint import Checkpoint, without_measurements
 from segdeconv.data.dataset import SegmentationDataset
 from segdeconv.errors import UsageError, warn
-from segdeconv.evaluation.evaluate import finite_scores, restore_dataset
+from segdeconv.evaluation.evaluate import finite_scores, restore_dataset, sampled_per_image
 from segdeconv.evaluation.metrics import ConfusionMatrix, scores
 from segdeconv.evaluation.report import describe_class_offsets, mean_iou
 from segdeconv.inference.predictors import PredictionSettings
 from segdeconv.inference.segmenter import Segmenter
 from segdeconv.models.logits import logit_bias, shift_logits
 
-SAMPLED_VALUES = 1 << 24  # logits of the sample, 64 MiB
 STEP, REACH, LIMIT = 0.05, 1.0, 3.0  # of the search: between offsets, around the current one, and of their size
 ROUNDS = 20
 GAIN = 1e-4  # of mean IoU; an offset moves for no less, and no further than it needs to be within this of the best
@@ -115,12 +114,8 @@ def with_class_offsets(
             f"the class offsets lower mean IoU on {check.split}: what holds for the images of "
             f"{dataset.split} does not hold there - keep the network without them"
         )
-    for name, what in (("temperature", "the temperature"), ("int8", "the ranges of 8-bit maps")):
-        if checkpoint.facts.get(name):
-            report(f"{what} of the network, measured without offsets, is left out: measure again")
     shift_logits(model, offsets, size=size)
-    facts = {name: value for name, value in checkpoint.facts.items() if name not in ("int8", "temperature")}
-    return checkpoint.with_model(model, {**facts, "class_offsets": fitted.to_dict()})
+    return checkpoint.with_model(model, {**without_measurements(checkpoint.facts), "class_offsets": fitted.to_dict()})
 
 
 def fit_class_offsets(logits: Tensor, labels: Tensor) -> Tensor:
@@ -194,7 +189,7 @@ def _miou_by_shift(logits: Tensor, labels: Tensor, index: int, reach: int) -> Te
 
 def _sampled(segmenter: Segmenter, dataset: SegmentationDataset) -> tuple[Tensor, Tensor]:
     """Return the logits, (C, P), and labels, (P,), of randomly chosen labelled pixels of each image."""
-    per_image = max(1, SAMPLED_VALUES // (len(dataset.classes) * max(1, len(dataset))))
+    per_image = sampled_per_image(dataset)
     logits: list[Tensor] = []
     labels: list[Tensor] = []
     for index, (predicted, mask) in enumerate(finite_scores(segmenter, dataset)):

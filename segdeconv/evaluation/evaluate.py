@@ -36,6 +36,7 @@ from segdeconv.system.devices import machine
 from segdeconv.system.installed import albumentations_version
 from segdeconv.system.interruption import raise_again
 
+SAMPLED_VALUES = 1 << 24  # logits of a sample of pixels that calibrate keeps, 64 MiB
 LIBRARIES = ("numpy", "opencv-python-headless", "pillow")  # versions that affect pixels
 
 
@@ -246,6 +247,11 @@ def finite_scores(
                 )
             yield predicted, mask
             bar.update()
+
+
+def sampled_per_image(dataset: SegmentationDataset) -> int:
+    """Return of how many pixels of each image `SAMPLED_VALUES` logits can be kept; at least 1."""
+    return max(1, SAMPLED_VALUES // (len(dataset.classes) * max(1, len(dataset))))
 
 
 @dataclass(frozen=True)

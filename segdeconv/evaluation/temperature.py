@@ -18,14 +18,13 @@ from segdeconv.classes import Classes
 from segdeconv.data.dataset import SegmentationDataset
 from segdeconv.errors import UsageError, warn
 from segdeconv.evaluation.calibration import Calibration
-from segdeconv.evaluation.evaluate import finite_scores, restore_dataset
+from segdeconv.evaluation.evaluate import finite_scores, restore_dataset, sampled_per_image
 from segdeconv.evaluation.report import describe_temperature
 from segdeconv.inference.predictors import PredictionSettings
 from segdeconv.inference.scorers import ClassScores, labels_and_confidence
 from segdeconv.inference.segmenter import Segmenter
 from segdeconv.models.logits import divide_logits, logit_parameters
 
-SAMPLED_VALUES = 1 << 24  # logits of the sample that gives the first estimate, 64 MiB
 TOLERANCE = 1e-3  # relative; the standard error over the images of a data set is larger
 MAX_PASSES = 5
 LIMIT = 100.0  # largest temperature, and the inverse of the smallest one
@@ -108,8 +107,7 @@ def calibrated(
     original, model = Segmenter(checkpoint, PredictionSettings(), device=device), checkpoint.model()
     size = checkpoint.preprocessing.size or (model.minimum_size, model.minimum_size)
     logit_parameters(model, size=size)  # raises an error before the first pass rather than after it
-    sampled = max(1, SAMPLED_VALUES // (len(checkpoint.classes) * max(1, len(dataset))))
-    before = _measure(original, dataset, sampled=sampled)
+    before = _measure(original, dataset, sampled=sampled_per_image(dataset))
     _require_labels(before, dataset)
     temperature = _optimum(before, checkpoint)
     for _ in range(MAX_PASSES):

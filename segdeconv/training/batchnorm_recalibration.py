@@ -1,6 +1,5 @@
 """Recomputation of batch norm's statistics over the training images, as the original authors do before testing."""
 
-import dataclasses
 from collections.abc import Callable, Collection, Iterable
 
 import torch
@@ -57,13 +56,7 @@ def recalibrated(checkpoint: Checkpoint, *, device: torch.device) -> Checkpoint:
     for name, norm in norms.items():
         for buffer, value in norm.named_buffers():
             state[f"{prefix}{name}.{buffer}"] = value.cpu()
-    facts = without_measurements(checkpoint.facts)
-    content = {
-        "hyper_parameters": {**checkpoint.content["hyper_parameters"], "facts": facts},
-        "segdeconv": checkpoint.content["segdeconv"],
-        "state_dict": state,
-    }
-    return dataclasses.replace(checkpoint, facts=facts, content=content)
+    return checkpoint.with_state(state, without_measurements(checkpoint.facts))
 
 
 @torch.no_grad()
