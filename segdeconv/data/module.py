@@ -22,6 +22,7 @@ from segdeconv.data.checksums import verify
 from segdeconv.data.crops import Crops
 from segdeconv.data.dataset import SegmentationDataset
 from segdeconv.data.inspection import Inspection
+from segdeconv.data.joined import Joined
 from segdeconv.data.loading import EvaluationSamples, TrainingBatches
 from segdeconv.data.mixing import Mix, Mixing
 from segdeconv.data.preprocessing import Order, Preprocessing, resize_image, resize_mask
@@ -43,6 +44,8 @@ class DataPipeline:
         val: The val split.
         transforms: The augmentation, by name.
         seed: Seed of the augmentation, the mixing and the order of samples.
+        train_on_val: Train on the val images too, which then say nothing about other images: for the last training,
+            after all choices, and scores on test.
         size: (H, W) of the network's input in training and prediction; None for the size of each image.
         crop: (H, W) of training batches, cropped at random after augmentation; None for `size`.
         mix: The part of another training image that is pasted into an image, see `Mixing`.
@@ -69,6 +72,7 @@ class DataPipeline:
         transforms: Mapping[str, Transform],
         seed: int,
         *,
+        train_on_val: bool = False,
         size: tuple[Side, Side] | None = None,
         crop: tuple[Side, Side] | None = None,
         mix: Literal["none"] | Mix = "none",
@@ -82,6 +86,10 @@ class DataPipeline:
         std: tuple[Positive, ...] | None = None,
         order: Order = "rgb",
     ) -> None:
+        if train_on_val:
+            if train.whole is not train:
+                raise UsageError("dataset.train_on_val=true needs whole images - use dataset.examples=images")
+            train = Joined(train, val)
         self.train, self.val, self.seed, self.batch_size = train, val, seed, batch_size
         mean, std = mean or IMAGENET_MEAN, std or IMAGENET_STD
         for name, values in (("mean", mean), ("std", std)):

@@ -56,6 +56,11 @@ def restore_dataset(checkpoint: Checkpoint, split_name: str) -> SegmentationData
     dataset = build_split(node, split_name)
     for line in dataset.warnings:
         warn(line)
+    if split_name == "val" and checkpoint.config["dataset"].get("train_on_val"):
+        warn(
+            f"{checkpoint.path} was trained on val too (dataset.train_on_val): its scores there say nothing about "
+            "other images - use --split test, if the data set has it"
+        )
     class_order(
         checkpoint,
         dataset,

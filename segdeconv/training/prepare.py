@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -88,7 +89,17 @@ def prepare(
             seconds=seconds(config["time_budget"]),
             start=None if start is None else start.config["model"],
         )
-    weights = compute_class_weights(config["loss"], statistics.pixels[:-1], statistics.image_pixels[:-1])
+    trained = inspections if config["dataset"]["train_on_val"] else inspections[:1]
+    weights = compute_class_weights(
+        config["loss"],
+        np.sum([inspection.pixels for inspection in trained], axis=0)[:-1].tolist(),
+        np.sum([inspection.image_pixels for inspection in trained], axis=0)[:-1].tolist(),
+    )
+    if trained is inspections:
+        warn(
+            f"dataset.train_on_val=true trains on the {len(val_split)} val images too, so their scores say nothing "
+            "about other images - use last.ckpt, which no score has chosen"
+        )
     for note in train_split.notes:
         print(note)
     print(class_table(statistics, classes, weights))
