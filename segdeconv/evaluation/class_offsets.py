@@ -18,7 +18,7 @@ from torch import Tensor
 from segdeconv.checkpoints.checkpoint import Checkpoint, without_measurements
 from segdeconv.data.dataset import SegmentationDataset
 from segdeconv.errors import UsageError, warn
-from segdeconv.evaluation.evaluate import finite_scores, restore_dataset, sampled_per_image
+from segdeconv.evaluation.evaluate import finite_scores, restore_dataset, sampled_per_image, trained_on
 from segdeconv.evaluation.metrics import ConfusionMatrix, scores
 from segdeconv.evaluation.report import describe_class_offsets, mean_iou
 from segdeconv.inference.predictors import PredictionSettings
@@ -109,6 +109,8 @@ def with_class_offsets(
     fitted = ClassOffsets(values, dataset.split, len(dataset), check.split, before, after)
     for line in describe_class_offsets(fitted.to_dict()).split("; "):
         report(line)
+    if trained_on(checkpoint, check.split):
+        warn(f"the network was trained on {check.split}, so mean IoU there does not show whether the offsets help")
     if mean_iou(after) < mean_iou(before):
         warn(
             f"the class offsets lower mean IoU on {check.split}: what holds for the images of "

@@ -56,11 +56,6 @@ def restore_dataset(checkpoint: Checkpoint, split_name: str) -> SegmentationData
     dataset = build_split(node, split_name)
     for line in dataset.warnings:
         warn(line)
-    if split_name == "val" and checkpoint.config["dataset"].get("train_on_val"):
-        warn(
-            f"{checkpoint.path} was trained on val too (dataset.train_on_val): its scores there say nothing about "
-            "other images - use --split test, if the data set has it"
-        )
     class_order(
         checkpoint,
         dataset,
@@ -78,6 +73,11 @@ def restore_dataset(checkpoint: Checkpoint, split_name: str) -> SegmentationData
             f"{dataset.channels} - keep dataset.channels as in training"
         )
     return dataset
+
+
+def trained_on(checkpoint: Checkpoint, split_name: str) -> bool:
+    """Return whether a network was trained on a split of its data set."""
+    return split_name == "train" or (split_name == "val" and bool(checkpoint.config["dataset"].get("train_on_val")))
 
 
 def class_order(
@@ -346,6 +346,7 @@ class Evaluation:
             config=self.segmenter.checkpoint.config,
             versions=versions(self.segmenter.network.device),
             split=self.dataset.split,
+            trained_on=trained_on(self.segmenter.checkpoint, self.dataset.split),
             samples=self.segmenter.settings.samples,
             min_area=self.segmenter.settings.min_area,
             calibration=self.calibration.report(),
@@ -361,8 +362,14 @@ class Evaluation:
 
     def verdict(self) -> Verdict:
         """Return the scores beside those of a constant prediction, in sentences."""
-        images = len(self.dataset)
-        return verdict(self.confusion, self.dataset.classes, num_images=images, split=self.dataset.split)
+        split = self.dataset.split
+        return verdict(
+            self.confusion,
+            self.dataset.classes,
+            num_images=len(self.dataset),
+            split=split,
+            trained_on=trained_on(self.segmenter.checkpoint, split),
+        )
 
     def score_table(self) -> str:
         """Return the scores as a text table."""

@@ -12,7 +12,8 @@ from segdeconv.evaluation import report
 from segdeconv.evaluation.breakdown import Breakdown, ImageCounts
 from segdeconv.evaluation.metrics import scores
 
-NOT_DERIVED = ("truth_sha256", "by_boundary_distance")  # of the breakdown: they need the masks
+# They need the masks or the config, or are missing in reports of earlier versions.
+NOT_DERIVED = ("truth_sha256", "by_boundary_distance", "trained_on")
 CALIBRATION_TOLERANCE = 1e-9  # of a sum of 15 products
 
 
@@ -64,8 +65,14 @@ def inconsistency(content: Mapping[str, Any], classes: Classes) -> str:
     try:
         breakdown = counts_of(content, len(classes), classes.ignore_index)
         confusion = confusion_of(breakdown.images, len(classes))
+        split = content.get("split")
         derived = report.report(
-            confusion, len(breakdown.images), classes, breakdown=breakdown, split=content.get("split")
+            confusion,
+            len(breakdown.images),
+            classes,
+            breakdown=breakdown,
+            split=split,
+            trained_on=content.get("trained_on", split == "train"),
         )
         for name in NOT_DERIVED:
             del derived[name]

@@ -43,6 +43,7 @@ def report(
     boundaries: Boundaries | None = None,
     breakdown: Breakdown | None = None,
     split: str | None = None,
+    trained_on: bool = False,
     **facts: Any,
 ) -> dict[str, Any]:
     """Return the content of report.json: fractions in 0..1, null where there is nothing to score.
@@ -54,11 +55,12 @@ def report(
         boundaries: The boundary counts, None to leave out boundary scores.
         breakdown: The counts by image and distance, None to leave them out.
         split: The name of the split.
+        trained_on: Whether the network was trained on it.
         facts: Further entries: the command, the checkpoint, versions.
     """
     result = scores(confusion)
     boundary = boundaries.compute() if boundaries is not None else None
-    better, sentence, details = verdict(confusion, classes, num_images=num_images, split=split)
+    better, sentence, details = verdict(confusion, classes, num_images=num_images, split=split, trained_on=trained_on)
     commonest, baseline = constant_prediction(confusion)
     images = breakdown.images_by_class if breakdown is not None else [None] * len(classes)
     return {
@@ -69,6 +71,7 @@ def report(
         "boundary_f1_dilated": number(boundary.f1_dilated) if boundary else None,
         "boundary_iou": number(boundary.iou) if boundary else None,
         "split": split,
+        "trained_on": trained_on,
         "num_images": num_images,
         "num_pixels": int(confusion.sum()),
         "classes": [

@@ -53,7 +53,9 @@ def foreground(classes: Classes) -> int | None:
     return 0 if classes.names[1].casefold() == BACKGROUND else 1
 
 
-def verdict(confusion: np.ndarray, classes: Classes, *, num_images: int, split: str | None = None) -> Verdict:
+def verdict(
+    confusion: np.ndarray, classes: Classes, *, num_images: int, split: str | None = None, trained_on: bool = False
+) -> Verdict:
     """Compare a network with the constant prediction of the most frequent class.
 
     Args:
@@ -61,8 +63,9 @@ def verdict(confusion: np.ndarray, classes: Classes, *, num_images: int, split: 
         classes: The classes of the confusion matrix.
         num_images: The number of images.
         split: The split they are from, if known.
+        trained_on: Whether the network was trained on it.
     """
-    measured = _measured(num_images, split)
+    measured = _measured(num_images, split, trained_on)
     if not confusion.any():
         return Verdict(None, "Nothing could be scored: every pixel of the masks is ignored.", measured)
     result = scores(confusion)
@@ -102,13 +105,13 @@ def _of_classes(result: Scores, classes: Classes) -> tuple[str, ...]:
     return (f"Worst class: '{classes.names[worst]}', IoU {_percent(result.iou[worst])}.",)
 
 
-def _measured(num_images: int, split: str | None) -> tuple[str, ...]:
+def _measured(num_images: int, split: str | None, trained_on: bool) -> tuple[str, ...]:
     images = f"{num_images} image{'' if num_images == 1 else 's'}{f' of {split}' if split else ''}"
     few = num_images < FEW_IMAGES
     sentences = [f"Measured on only {images}, so the scores are rough." if few else f"Measured on {images}."]
-    if split == "train":
+    if trained_on:
         sentences.append("The network was trained on them, so new images score lower.")
-    if split == "val":
+    elif split == "val":
         sentences.append("val also selects the best checkpoint of a run, so new images tend to score lower.")
     return tuple(sentences)
 

@@ -12,7 +12,7 @@ import inspect
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -136,6 +136,8 @@ def choose(
         The checked config with the choices, and the choices.
     """
     measured = measure(splits[0], inspections[0])
+    if config["dataset"]["train_on_val"]:
+        measured = replace(measured, num_images=sum(map(len, splits)))
     draft = _Draft(copy.deepcopy(dict(config)), {})
     accelerator = config["trainer"]["accelerator"]
     device = best_device() if accelerator == "auto" else torch.device({"gpu": "cuda"}.get(accelerator, accelerator))

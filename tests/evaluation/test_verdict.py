@@ -125,15 +125,17 @@ def test_the_foreground_is_the_class_that_is_not_called_background(names, expect
 
 
 @pytest.mark.parametrize(
-    ("split", "num", "sentences"),
+    ("split", "num", "trained_on", "sentences"),
     [
-        ("test", 100, ["Measured on 100 images of test."]),
-        ("test", 1, ["Measured on only 1 image of test, so the scores are rough."]),
-        ("val", 100, ["Measured on 100 images of val.", "val also selects the best checkpoint"]),
-        ("train", 100, ["Measured on 100 images of train.", "The network was trained on them"]),
+        ("test", 100, False, ["Measured on 100 images of test."]),
+        ("test", 1, False, ["Measured on only 1 image of test, so the scores are rough."]),
+        ("val", 100, False, ["Measured on 100 images of val.", "val also selects the best checkpoint"]),
+        ("val", 100, True, ["Measured on 100 images of val.", "The network was trained on them"]),
+        ("train", 100, True, ["Measured on 100 images of train.", "The network was trained on them"]),
     ],
 )
-def test_the_verdict_states_what_it_was_measured_on(split, num, sentences):
-    measured = verdict(np.array([[3, 1], [1, 3]]), TWO, num_images=num, split=split).details[1:]
+def test_the_verdict_states_what_it_was_measured_on(split, num, trained_on, sentences):
+    matrix = np.array([[3, 1], [1, 3]])
+    measured = verdict(matrix, TWO, num_images=num, split=split, trained_on=trained_on).details[1:]
     assert len(measured) == len(sentences)
     assert all(sentence.startswith(expected) for sentence, expected in zip(measured, sentences, strict=True))
