@@ -37,18 +37,26 @@ def test_a_shipped_network_is_small_and_has_a_complete_card(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "experiment"), [("camvid-small", "segnet_camvid_small"), ("camvid-basic", "segnet_basic_camvid_small")]
+    ("name", "words"),
+    [
+        ("camvid-small", ["experiment=segnet_camvid_small"]),
+        (
+            "camvid-small-trainval",
+            ["experiment=segnet_camvid_small", "dataset.train_on_val=true", "trainer.max_epochs=46"],
+        ),
+        ("camvid-basic", ["experiment=segnet_basic_camvid_small"]),
+    ],
 )
-def test_a_shipped_network_has_the_config_of_its_experiment(name, experiment):
+def test_a_shipped_network_has_the_config_of_its_experiment(name, words):
     loaded = checkpoint.read(name)
     assert loaded.classes == CLASSES
-    composed, _ = compose([f"experiment={experiment}"], ROOT / "configs")
+    composed, _ = compose(words, ROOT / "configs")
     config = check_config(composed)
     written = with_new_keys(loaded.config, config)  # keys that are newer than the file have their defaults
     for part in ("model", "loss", "optimizer", "schedule", "augment"):
         assert written[part] == config[part], part
-    for key in ("size", "crop", "batch_size"):
-        assert loaded.config["dataset"][key] == config["dataset"][key]
+    for key in ("size", "crop", "batch_size", "train_on_val"):
+        assert written["dataset"][key] == config["dataset"][key]
     assert loaded.config["trainer"]["max_epochs"] == config["trainer"]["max_epochs"]
 
 
