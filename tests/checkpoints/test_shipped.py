@@ -44,6 +44,16 @@ def test_a_shipped_network_is_small_and_has_a_complete_card(name):
             "camvid-small-trainval",
             ["experiment=segnet_camvid_small", "dataset.train_on_val=true", "trainer.max_epochs=46"],
         ),
+        (
+            "camvid-bayesian",
+            [
+                "experiment=segnet_camvid_small",
+                "model.dropout_at=central",
+                "model.dropout=0.5",
+                "optimizer.lr=0.001",
+                "trainer.max_epochs=15",
+            ],
+        ),
         ("camvid-basic", ["experiment=segnet_basic_camvid_small"]),
     ],
 )
