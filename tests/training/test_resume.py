@@ -322,7 +322,10 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "config-before-packages.yaml"
 
 
 # Since that version.
-NEW_KEYS = {"auto", "time_budget", "callbacks", "trainer.recalibration_batches", "model.encoder_addition"} | {
+NEW_KEYS = {
+    "auto", "time_budget", "callbacks",
+    "trainer.recalibration_batches", "model.encoder_addition", "dataset.train_on_val",
+} | {
     f"trainer.{name}"
     for name in (
         "limit_train_batches", "limit_val_batches", "limit_test_batches", "overfit_batches", "fast_dev_run",
