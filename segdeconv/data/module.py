@@ -86,11 +86,9 @@ class DataPipeline:
         std: tuple[Positive, ...] | None = None,
         order: Order = "rgb",
     ) -> None:
-        if train_on_val:
-            if train.whole is not train:
-                raise UsageError("dataset.train_on_val=true needs whole images - use dataset.examples=images")
-            train = Joined(train, val)
-        self.train, self.val, self.seed, self.batch_size = train, val, seed, batch_size
+        if train_on_val and train.whole is not train:
+            raise UsageError("dataset.train_on_val=true needs whole images - use dataset.examples=images")
+        self.seed, self.batch_size = seed, batch_size
         mean, std = mean or IMAGENET_MEAN, std or IMAGENET_STD
         for name, values in (("mean", mean), ("std", std)):
             if len(values) != train.channels:
@@ -124,6 +122,8 @@ class DataPipeline:
         if store is not None:
             train = train.wrap(lambda whole: Cached(whole, store, size=sizes[0]))
             val = val.wrap(lambda whole: Cached(whole, store, first=len(splits[0]), size=sizes[1], resize_masks=False))
+        if train_on_val:
+            train = Joined(train, val)
         if mix != "none" and train.locality is not None and train.locality.window <= train.locality.groups.max():
             raise UsageError(
                 f"dataset.mix={mix} pastes from any image, but only dataset.window={train.locality.window} of the "
@@ -131,6 +131,7 @@ class DataPipeline:
                 "if the disk holds them all, or dataset.mix=none"
             )
         mixing = None if mix == "none" else Mixing(mix, mix_probability, ignore_index=ignore_index, seed=seed)
+        self.train, self.val = train, val
         self.samples = TrainingBatches(train, self.preprocessing, augmentation, mixing)
         self.val_samples = EvaluationSamples(val, self.preprocessing)
 

@@ -89,13 +89,14 @@ def prepare(
             seconds=seconds(config["time_budget"]),
             start=None if start is None else start.config["model"],
         )
-    trained = inspections if config["dataset"]["train_on_val"] else inspections[:1]
+    train_on_val = config["dataset"]["train_on_val"]
+    trained = inspections if train_on_val else [statistics]
     weights = compute_class_weights(
         config["loss"],
         np.sum([inspection.pixels for inspection in trained], axis=0)[:-1].tolist(),
         np.sum([inspection.image_pixels for inspection in trained], axis=0)[:-1].tolist(),
     )
-    if trained is inspections:
+    if train_on_val:
         warn(
             f"dataset.train_on_val=true trains on the {len(val_split)} val images too, so their scores say nothing "
             "about other images - use last.ckpt, which no score has chosen"

@@ -29,12 +29,15 @@ def test_the_samples_are_those_of_both_splits_in_order(tmp_path, keys):
     root = str(fakes.camvid(tmp_path))
     data = pipeline(_target_="segdeconv.data.CamVid", root=root, **keys)
     splits = [CamVid("train", root), CamVid("val", root)]
+    uncached = pipeline(_target_="segdeconv.data.CamVid", root=root, **{**keys, "cache": "none"})
     stored = [split[index] for split in splits for index in range(len(split))]
     assert len(data.samples) == len(data.train) == len(stored) == 2 * fakes.NUM
     for _ in range(2):  # the second time from the cache
         for index, (image, mask, name) in enumerate(stored):
             sample = data.samples[0, index]
             assert (sample["name"], sample["image"].shape[:2]) == (name, sample["mask"].shape)
+            for part in ("image", "mask"):
+                np.testing.assert_array_equal(sample[part], uncached.samples[0, index][part])
             if "size" not in keys:
                 np.testing.assert_array_equal(sample["image"], image)
                 np.testing.assert_array_equal(sample["mask"], mask)
