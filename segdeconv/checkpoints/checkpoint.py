@@ -28,6 +28,7 @@ from segdeconv.losses.adapter import TORCH_LOSSES
 from segdeconv.models import SegmentationModel, build_model, check_model
 from segdeconv.models.adapter import network_stand_in
 from segdeconv.models.base import WithoutMemory
+from segdeconv.models.instance_batch_norm import set_instance_statistics
 from segdeconv.optimization import TORCH_OPTIMIZERS
 from segdeconv.system.files import hash_file, replace_text, replacing_path
 from segdeconv.system.plain_data import Limits, PlainDataError, check_plain
@@ -186,6 +187,10 @@ class Checkpoint:
         prefix = AVERAGED if any(name.startswith(AVERAGED) for name in state) else "model."
         return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
+    def without_instance_statistics(self) -> Checkpoint:
+        """Return the checkpoint with plain batch norm, as 8-bit networks have it, whose maps have fixed ranges."""
+        return replace(self, facts={key: value for key, value in self.facts.items() if key != "instance_statistics"})
+
     def with_model(self, model: SegmentationModel, facts: Mapping[str, Any]) -> Checkpoint:
         """Return a checkpoint of other weights and metadata, without the state of training and of averaged weights."""
         return self.with_state({f"model.{name}": value for name, value in model.state_dict().items()}, facts)
@@ -218,6 +223,8 @@ class Checkpoint:
             self._require_fitting_weights(node)
             model = self._build(node)
             model.load_state_dict(self.weights)
+            if instance := self.facts.get("instance_statistics"):
+                set_instance_statistics(model, instance["weights"])
         except (UsageError, RuntimeError, OverflowError, MemoryError) as error:
             if isinstance(error, UsageError) and self.config["model"] != trained_node:
                 raise

@@ -98,6 +98,15 @@ class _ClassOffsets(_Form):
     after: Mapping[str, Annotated[float, Field(ge=0, le=1)]]
 
 
+class _InstanceStatistics(_Form):
+    """See `evaluation.instance_statistics.InstanceStatistics`."""
+
+    weights: Annotated[Mapping[str, Annotated[float, Field(ge=0, le=1)]], Field(min_length=1, max_length=10_000)]
+    checked_on: Name
+    before: Annotated[float, Field(ge=0, le=1)]
+    after: Annotated[float, Field(ge=0, le=1)]
+
+
 class _Metadata(_Form):
     classes: _Classes
     preprocessing: _Preprocessing
@@ -107,6 +116,7 @@ class _Metadata(_Form):
     int8: _Int8 | None = None
     temperature: _Temperature | None = None
     class_offsets: _ClassOffsets | None = None
+    instance_statistics: _InstanceStatistics | None = None
 
     @model_validator(mode="after")
     def _require_a_weight_for_each_class(self) -> Self:

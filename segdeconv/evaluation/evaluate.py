@@ -352,6 +352,7 @@ class Evaluation:
             calibration=self.calibration.report(),
             temperature=self.segmenter.checkpoint.facts.get("temperature"),
             class_offsets=self.segmenter.checkpoint.facts.get("class_offsets"),
+            instance_statistics=self.segmenter.checkpoint.facts.get("instance_statistics"),
             uncertainty_of_pixels=(
                 f"variance of {self.segmenter.settings.samples} samples, averaged over the classes"
                 if self.segmenter.settings.samples
@@ -379,6 +380,8 @@ class Evaluation:
             table += f"\n{report.describe_temperature(recorded)}"
         if recorded := facts.get("class_offsets"):
             table += f"\n{report.describe_class_offsets(recorded)}"
+        if recorded := facts.get("instance_statistics"):
+            table += f"\n{report.describe_instance_statistics(recorded)}"
         return table
 
 

@@ -129,14 +129,15 @@ def _from_cache_or_data(checkpoint: Checkpoint, report: Callable[[str], None]) -
     except (OSError, PlainDataError, TypeError):
         pass  # measured again
     report(f"int8: measuring ranges on {min(NUM_IMAGES, len(train))} images of train, and scores on val, once")
-    network = prepare_for_inference(checkpoint.model(), torch.device("cpu"), "32-true")
+    plain = checkpoint.without_instance_statistics()
+    network = prepare_for_inference(plain.model(), torch.device("cpu"), "32-true")
     forward = with_padding(network, network.minimum_size)
     size, normalised = checkpoint.preprocessing.size, checkpoint.preprocessing.normalised
     images = (image if size is None else resize_image(image, size) for image in calibration_images(train))
     ranges = measure_ranges(network, (normalised(stacked([image])) for image in images), forward=forward)
     found = []
     for settings in (PredictionSettings(precision="32-true"), PredictionSettings(precision=INT8, ranges=ranges)):
-        segmenter = Segmenter(checkpoint, settings, device=torch.device("cpu"))
+        segmenter = Segmenter(plain, settings, device=torch.device("cpu"))
         found.append(float(scores(evaluate(segmenter, val)).miou))
     quantization = Quantization(ranges, val.split, len(val), *found)
     replace_text(path, json.dumps(quantization.to_dict()))

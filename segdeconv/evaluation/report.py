@@ -218,6 +218,23 @@ def describe_class_offsets(recorded: Mapping[str, Any]) -> str:
     )
 
 
+def describe_instance_statistics(recorded: Mapping[str, Any]) -> str:
+    """Return a line about the instance statistics in a checkpoint's metadata; see `InstanceStatistics.to_dict`.
+
+    Examples:
+        >>> measured = {"weights": {"encoder": 0.2}, "checked_on": "val", "before": 0.777, "after": 0.78}
+        >>> print(describe_instance_statistics(measured).replace("; ", "\\n"))
+        instance statistics: encoder 0.2
+        mean IoU on val 77.70 % without, 78.00 % with them
+    """
+    weights = ", ".join(f"{part or 'whole network'} {weight:g}" for part, weight in recorded["weights"].items())
+    without, with_them = 100 * recorded["before"], 100 * recorded["after"]
+    return (
+        f"instance statistics: {weights}; "
+        f"mean IoU on {recorded['checked_on']} {without:.2f} % without, {with_them:.2f} % with them"
+    )
+
+
 def mean_iou(ious: Mapping[str, float]) -> float:
     """Return the mean of the IoUs of the classes, NaN if there are none."""
     return sum(ious.values()) / len(ious) if ious else float("nan")

@@ -13,7 +13,7 @@ from segdeconv.data.dataset import PublishedScores, SegmentationDataset
 from segdeconv.drawing import draw, html, thumbnails
 from segdeconv.drawing.thumbnails import Gallery
 from segdeconv.evaluation.learning_curve import HEIGHT, WIDTH, LearningCurve, charts
-from segdeconv.evaluation.report import describe_class_offsets, describe_temperature
+from segdeconv.evaluation.report import describe_class_offsets, describe_instance_statistics, describe_temperature
 from segdeconv.evaluation.verdict import foreground
 
 MAX_CELL_CLASSES = 40  # a confusion matrix of more classes is shown as a map
@@ -98,6 +98,10 @@ def build_page(
         temperatures=[describe_temperature(each["temperature"]) if each["temperature"] else None for each in reports],
         class_offsets=[
             describe_class_offsets(each["class_offsets"]) if each["class_offsets"] else None for each in reports
+        ],
+        instance_statistics=[
+            describe_instance_statistics(each["instance_statistics"]) if each["instance_statistics"] else None
+            for each in reports
         ],
         published=dataset.published,
         published_by_class=_published_by_class(dataset.published, classes),

@@ -22,6 +22,7 @@ from segdeconv.data.preprocessing import resize_image, stacked
 from segdeconv.errors import UsageError
 from segdeconv.export import onnx, quantization
 from segdeconv.export.module import Exported, Layout
+from segdeconv.inference.network import for_int8
 from segdeconv.inference.scorers import labels, resized, with_padding
 from segdeconv.models import SegmentationModel
 from segdeconv.models.layers import fold_norms
@@ -106,6 +107,8 @@ def export(
         raise UsageError(f"--int8 applies only to {ONNX} and {SUFFIX}, without --half - leave it out")
     require_own_card(path)
     run_file, versions = (onnx.runner, onnx.require_libraries()) if path.suffix == ONNX else (_pt2_runner, {})
+    if int8:
+        checkpoint = for_int8(checkpoint)
     network, full = checkpoint.model(), None
     folded = fold_norms(network)
     if half:

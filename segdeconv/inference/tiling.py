@@ -7,9 +7,9 @@ other pixels. It ends at such a multiple or at the end of the image; otherwise c
 whole image continues. Crops are zero-padded like the image, but at an edge inside the image the padding affects only
 scores that are discarded.
 
-Exact tiling is impossible for a network that normalises by statistics of its input (FPN's group norm), or resizes a
-feature map by a ratio that depends on the image's size. Its scores in tiles approximate those of the whole image, and
-`Geometry.exact` is False.
+Exact tiling is impossible for a network that normalises by statistics of its input (FPN's group norm, instance
+statistics), or resizes a feature map by a ratio that depends on the image's size. Its scores in tiles approximate those
+of the whole image, and `Geometry.exact` is False.
 """
 
 import math
@@ -20,6 +20,7 @@ import numpy as np
 from torch import nn
 
 from segdeconv.errors import UsageError
+from segdeconv.models.instance_batch_norm import InstanceBatchNorm2d
 from segdeconv.summary.receptive_field import Span
 from segdeconv.summary.tracing import Trace
 
@@ -28,7 +29,7 @@ from segdeconv.summary.tracing import Trace
 SIDES = (2048, 8192)
 
 # Layers whose outputs depend on statistics of the whole input, which receptive fields do not include.
-STATISTICS = (nn.GroupNorm, nn.InstanceNorm2d, nn.LayerNorm)
+STATISTICS = (nn.GroupNorm, nn.InstanceNorm2d, nn.LayerNorm, InstanceBatchNorm2d)
 
 Extent = tuple[int, int]  # [start, stop) along an axis
 Part = tuple[Extent, Extent]  # rows, columns

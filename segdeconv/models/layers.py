@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from segdeconv.models.activation_checkpointing import Checkpointable
+from segdeconv.models.instance_batch_norm import InstanceBatchNorm2d
 from segdeconv.switches.modules import Unpool
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -208,7 +209,7 @@ def fold_norms(network: Module) -> Module:
 
     The weights become W * scale / sqrt(var + eps) and the biases (b - mean) * scale / sqrt(var + eps) + shift. The
     authors' scripts do the same before testing. Results differ by rounding only, which changes a switch where the two
-    largest values of its window are almost equal.
+    largest values of its window are almost equal. Norms with statistics of each image stay.
     """
     folded = copy.deepcopy(network).eval()
     for block in folded.modules():
@@ -224,7 +225,7 @@ def fold_norms(network: Module) -> Module:
 
 def _folded(layer: nn.Conv2d | nn.ConvTranspose2d, norm: nn.BatchNorm2d | nn.Identity) -> nn.BatchNorm2d | nn.Identity:
     """Fold a norm into the layer before it and return its replacement."""
-    if isinstance(norm, nn.Identity) or norm.running_mean is None or norm.running_var is None:
+    if isinstance(norm, nn.Identity | InstanceBatchNorm2d) or norm.running_mean is None or norm.running_var is None:
         return norm
     layer.weight, layer.bias = fuse_conv_bn_weights(
         layer.weight, layer.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias,
