@@ -59,7 +59,7 @@ class Tiler:
         if self.tile is not None:
             if size[0] <= self.tile[0] and size[1] <= self.tile[1]:
                 return None
-            return self.geometry.steps(self.tile, size)
+            return self._steps(self.tile, size)
         if size[0] * size[1] * MAX_BYTES_PER_PIXEL <= self.memory or self.whole_only:
             return None
         try:
@@ -70,13 +70,17 @@ class Tiler:
             return None
         if tile is None:
             return None
+        return self._steps(tile, size)
+
+    def _steps(self, tile: Size, size: Size) -> Size:
+        steps = self.geometry.steps(tile, size)
         if not (self.geometry.exact or self.inexact_reported):
             self.inexact_reported = True
             self.report(
                 f"warning: {self.geometry.network} cannot be tiled exactly: scores in tiles differ slightly from those "
                 "of the whole image"
             )
-        return self.geometry.steps(tile, size)
+        return steps
 
     def shrink(self, size: Size) -> None:
         """Halve the tiles after memory ran out on images of this size.

@@ -9,7 +9,9 @@ from torch import nn
 
 from segdeconv.errors import UsageError
 from segdeconv.inference.tiling import Axis, geometry_of, parts
+from segdeconv.inference.views import Tiler
 from segdeconv.models import FCN, FPN, DeconvNet, DeepLabLargeFOV, FCNBasic, SegNet, SegNetBasic, UNet
+from segdeconv.models.instance_batch_norm import set_instance_statistics
 
 SMALL = {"width": 0.0625}
 NETWORKS = {
@@ -183,3 +185,13 @@ def test_a_network_that_normalises_by_statistics_of_its_input_is_not_exact():
 
 def test_a_network_that_resizes_by_a_ratio_of_the_image_size_is_not_exact():
     assert not geometry_of(Resized(), 1).exact
+
+
+@pytest.mark.parametrize("limit", [{"memory": 1}, {"memory": 1, "tile": (64, 64)}], ids=["memory", "tile"])
+def test_one_warning_says_that_tiles_are_not_exact(limit):
+    network, said = skeleton(NETWORKS["segnet of two stages"]), []
+    set_instance_statistics(network, {"encoder": 0.2})
+    tiler = Tiler(network, **limit, report=said.append)
+    assert all(tiler.step(size) is not None for size in [(100, 90), (200, 70)])
+    assert len(said) == 1
+    assert "SegNet cannot be tiled exactly" in said[0]
