@@ -78,6 +78,8 @@ def transfer_weights(model: SegmentationModel, classes: Classes, source: Checkpo
         lines.append(f"  new classes: {', '.join(fresh)}")
     if temperature := source.facts.get("temperature"):
         lines.append(f"  its temperature of {temperature['value']:.3f} does not hold after training: calibrate again")
+    if source.facts.get("instance_statistics"):
+        lines.append("  its instance statistics are left out: add them after training with calibrate")
     if len(not_copied) > head + body:
         lines.append(f"  the other {len(not_copied)} have other shapes or names{_way_out(source.config['model'])}")
     elif words := _other_arguments(model, source.config["model"]):
