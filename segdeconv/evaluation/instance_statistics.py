@@ -122,4 +122,9 @@ def with_instance_statistics(
         report(line)
     if trained_on(checkpoint, check.split):
         warn(f"the network was trained on {check.split}, so mean IoU there does not show whether they help")
+    elif measured.after < measured.before:
+        warn(
+            f"the instance statistics lower mean IoU on {check.split} - keep the network without them, or give a "
+            "smaller weight, unless your images are of other light than those"
+        )
     return checkpoint.with_model(model, {**plain.facts, "instance_statistics": measured.to_dict()})

@@ -58,7 +58,7 @@ class InstanceBatchNorm2d(nn.BatchNorm2d):
         return self._of_image(x) if len(x) == 1 else torch.cat([self._of_image(image[None]) for image in x])
 
     def _of_image(self, x: Tensor) -> Tensor:
-        """Normalise one image, (1, C, H, W), with torch's own kernels: 20 times as fast as the formula on a CPU."""
+        """Normalise one image, (1, C, H, W), with torch's kernels: 3 ms of a core for 32x360x480, the formula 120."""
         # The buffers are not needed afterwards; they make torch return statistics of 16-bit maps in 32 bits.
         unused = torch.empty_like(self.weight), torch.empty_like(self.weight)
         mean, variance = torch.batch_norm_update_stats(x.detach(), *unused, 0.0)
@@ -85,7 +85,7 @@ def set_instance_statistics(network: nn.Module, weights: Mapping[str, float]) ->
     """
     norms = {
         name: norm
-        for name, norm in network.named_modules()
+        for name, norm in network.named_modules(remove_duplicate=False)
         if type(norm) in (nn.BatchNorm2d, InstanceBatchNorm2d) and norm.track_running_stats and norm.affine
     }
     for part in weights:
@@ -105,6 +105,11 @@ def set_instance_statistics(network: nn.Module, weights: Mapping[str, float]) ->
         new._parameters, new._buffers = norm._parameters, norm._buffers
         parent, _, own = name.rpartition(".")
         setattr(network.get_submodule(parent), own, new.train(norm.training))
+
+
+def has_instance_statistics(network: nn.Module) -> bool:
+    """Return whether a norm of a network mixes in the statistics of each image."""
+    return any(isinstance(module, InstanceBatchNorm2d) for module in network.modules())
 
 
 def _within(name: str, part: str) -> bool:

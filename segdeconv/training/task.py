@@ -31,6 +31,7 @@ from segdeconv.inference.scorers import labels, resized
 from segdeconv.losses import build_loss, loss_sums
 from segdeconv.models import SegmentationModel, build_model
 from segdeconv.models.activation_checkpointing import checkpoint_activations
+from segdeconv.models.instance_batch_norm import has_instance_statistics, set_instance_statistics
 from segdeconv.optimization import Schedule, average, build_optimizer
 from segdeconv.switches.modules import SoftMaxPool
 from segdeconv.switches.ops import load_triton_kernels
@@ -150,6 +151,10 @@ class SegmentationTask(LightningModule):
         named = _as_classes(classes)
         if len(named) != model.num_classes:
             raise UsageError(f"{len(named)} classes are given, but the network has {model.num_classes} - give all")
+        facts = (metadata or {}).get("facts", {})
+        if has_instance_statistics(model) and not facts.get("instance_statistics"):  # its checkpoints would lack them
+            set_instance_statistics(model, {})
+            warn("the instance statistics of the network are left out: add them after training with calibrate")
         for group in optimizer.param_groups:
             group.setdefault("base_lr", group["lr"])
         if settings.compile is True and settings.activation_checkpointing:

@@ -3,6 +3,7 @@
 import shutil
 
 import fakes
+import numpy as np
 import pytest
 import torch
 from tiny_runs import config
@@ -14,10 +15,13 @@ from segdeconv.evaluation.evaluate import evaluate, restore_dataset
 from segdeconv.evaluation.instance_statistics import SHALLOW, read_weights, with_instance_statistics
 from segdeconv.evaluation.metrics import scores
 from segdeconv.inference.segmenter import Segmenter
+from segdeconv.losses import CrossEntropy
 from segdeconv.models import SegNet, SegNetBasic
 from segdeconv.models.instance_batch_norm import InstanceBatchNorm2d
+from segdeconv.optimization import Constant
 from segdeconv.train import train
 from segdeconv.training.batchnorm_recalibration import recalibrated
+from segdeconv.training.task import SegmentationTask
 
 CPU = torch.device("cpu")
 TRUST = ("fakes.Uneven",)
@@ -54,6 +58,27 @@ def test_the_record_has_the_scores_of_evaluate_without_and_with_them(original, m
     assert recorded["after"] == pytest.approx(miou(mixed))
     assert recorded["before"] != recorded["after"]
     assert all(torch.equal(value, original.weights[name]) for name, value in mixed.weights.items())
+
+
+def test_a_warning_says_that_they_do_not_help_on_val(original, monkeypatch, capsys):
+    classes = len(original.classes)
+    matrices = iter([np.eye(classes, dtype=np.int64), np.ones((classes, classes), dtype=np.int64)])
+    monkeypatch.setattr("segdeconv.evaluation.instance_statistics.evaluate", lambda *_: next(matrices))
+    with_instance_statistics(original, WEIGHTS, device=CPU, report=lambda _: None)
+    assert "the instance statistics lower mean IoU on val - keep the network without" in capsys.readouterr().err
+
+
+def test_a_task_without_their_record_trains_without_them(mixed, capsys):
+    network = mixed.model()
+    task = SegmentationTask(
+        network, CrossEntropy(), torch.optim.SGD(network.parameters(), 0.1), Constant(), mixed.classes
+    )
+    assert not instance_weights(task.model)
+    assert "the instance statistics of the network are left out" in capsys.readouterr().err
+    again = SegmentationTask.load_from_checkpoint(mixed.path, trust=TRUST)
+    assert instance_weights(again.model) == {0.3}
+    assert again.metadata["facts"]["instance_statistics"]["weights"] == WEIGHTS
+    assert not capsys.readouterr().err
 
 
 def test_other_weights_replace_them(original, mixed):

@@ -95,6 +95,13 @@ def test_parts_are_named_and_the_longest_name_counts():
     assert network.state_dict().keys() == segnet().state_dict().keys()
 
 
+def test_a_norm_with_two_names_mixes_under_both():
+    network = nn.Sequential(norm(0.0), nn.ReLU())
+    network.append(network[0])
+    set_instance_statistics(network, {"": 0.3})
+    assert [module.instance_weight for module in network if isinstance(module, InstanceBatchNorm2d)] == [0.3, 0.3]
+
+
 def test_setting_them_again_replaces_them_and_no_weight_gives_plain_batch_norm():
     network, x = segnet({"": 0.5}), torch.randn(1, 3, 33, 40)
     set_instance_statistics(network, {"decoder": 0.1})
