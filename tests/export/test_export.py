@@ -37,7 +37,7 @@ SLIM = {"width": 0.0625, "fc_width": 8, "depth": 11, "channels": 16, "pretrained
 NAMES = ("sky", "road", "car")
 
 
-def write_checkpoint(folder, node, *, size=None, name="best.ckpt", channels=3, **preprocessing):
+def write_checkpoint(folder, node, *, size=None, name="best.ckpt", channels=3, instance_weights=None, **preprocessing):
     """Return a checkpoint of a network with random weights and nontrivial batch norms and scores."""
     node = check_model(node)
     torch.manual_seed(0)
@@ -55,6 +55,8 @@ def write_checkpoint(folder, node, *, size=None, name="best.ckpt", channels=3, *
         "size": size, "mean": [120.0, 110.0, 100.0][:channels], "std": [60.0, 61.0, 62.0][:channels], "bits": 8,
         "as_stored": False, "order": "rgb", **preprocessing,
     }  # fmt: skip
+    if instance_weights:
+        facts["instance_statistics"] = {"weights": instance_weights, "checked_on": "val", "before": 0.5, "after": 0.6}
     config["model"], config["dataset"] = node, {"size": size, "crop": None, "batch_size": 1, "num_workers": 0}
     facts.setdefault("precision", "32-true")
     data["state_dict"] = {f"model.{part}": value for part, value in model.state_dict().items()}
@@ -82,10 +84,11 @@ def run(path, image):
 
 @pytest.fixture(scope="module")
 def segnet(tmp_path_factory):
-    """Export a slim SegNet with input size 40x56 as plain.onnx, and a U-Net with preprocessing and argmax."""
+    """Export a slim SegNet with input size 40x56 and instance statistics, and a U-Net with preprocessing and argmax."""
     folder = tmp_path_factory.mktemp("exported")
     stages = {"stages": [[4], [8]]}
-    source = write_checkpoint(folder, {"_target_": "segdeconv.models.SegNet", **stages}, size=[40, 56], order="bgr")
+    node, weights = {"_target_": "segdeconv.models.SegNet", **stages}, {"encoder": 0.5}
+    source = write_checkpoint(folder, node, size=[40, 56], order="bgr", instance_weights=weights)
     unet = write_checkpoint(folder, {"_target_": "segdeconv.models.UNet", **stages}, size=[40, 56], name="unet.ckpt")
     ends = export(unet, folder / "ends.onnx", pixels="nhwc", argmax=True)
     return folder, source, export(source, folder / "plain.onnx"), ends
@@ -96,7 +99,8 @@ def test_an_onnx_file_equals_the_network_at_any_size_and_batch_size(segnet, shap
     folder, source, *_ = segnet
     image = torch.randn(shape[0], 3, *shape[1:])
     with torch.no_grad():
-        expected = source.model()(image)
+        expected, plain = source.model()(image), source.without_instance_statistics().model()(image)
+    assert not torch.allclose(expected, plain, atol=0.01)
     result = torch.from_numpy(run(folder / "plain.onnx", image.numpy()))
     assert expected.std() > 0.05  # so that the tolerance is meaningful
     torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
