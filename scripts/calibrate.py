@@ -52,9 +52,12 @@ def main() -> None:
     source = read_checkpoint(arguments.checkpoint, arguments.trust, arguments.overrides)
     elsewhere = cards.SHIPPED in source.path.parents or hub.is_address(arguments.checkpoint)
     folder = Path() if elsewhere else source.path.parent
-    ending = (
-        "offsets" if arguments.class_offsets else "calibrated" if arguments.instance_statistics is None else "instance"
-    )
+    if arguments.class_offsets:
+        ending = "offsets"
+    elif arguments.instance_statistics is not None:
+        ending = "instance"
+    else:
+        ending = "calibrated"
     out = arguments.out or folder / f"{source.path.stem}_{ending}{SUFFIX}"
     if out.suffix != SUFFIX:
         share = command("export", [f"{out.stem}{SUFFIX}", "--out", str(out)])
@@ -66,11 +69,13 @@ def main() -> None:
     from segdeconv.evaluation.instance_statistics import read_weights, with_instance_statistics
     from segdeconv.evaluation.temperature import calibrated
 
-    if arguments.instance_statistics is not None:
+    if arguments.class_offsets:
+        content = with_class_offsets(source).content
+    elif arguments.instance_statistics is not None:
         weights = read_weights(arguments.instance_statistics, source.model())
         content = with_instance_statistics(source, weights).content
     else:
-        content = (with_class_offsets if arguments.class_offsets else calibrated)(source).content
+        content = calibrated(source).content
     if source.folder is not None:
         content[checkpoint.FOLDER] = checkpoint.relative_folder(source.folder, out.parent)
     checkpoint.write(content, out)

@@ -59,12 +59,13 @@ def read_weights(text: str, network: nn.Module) -> dict[str, float]:
     """
     weights = {}
     for item in text.split(","):
-        part, equals, number = item.rpartition("=")
+        name, equals, number = item.rpartition("=")
+        part = name.strip()
         try:
-            weights[part.strip()] = float(number)
+            weights[part] = float(number)
         except ValueError:
-            weights[part.strip()] = math.nan
-        if not 0 <= weights[part.strip()] <= 1 or (equals and not part.strip()):
+            weights[part] = math.nan
+        if not 0 <= weights[part] <= 1 or (equals and not part):
             raise UsageError(
                 f"instance weight '{item}' - give a number from 0 to 1, such as 0.2, or one for each part, such as "
                 "encoder=0.2"
@@ -105,19 +106,20 @@ def with_instance_statistics(
     """
     if not weights and not checkpoint.facts.get("instance_statistics"):
         raise UsageError(f"{checkpoint.path} has no instance statistics to remove - use it as it is, or give a weight")
-    plain, model = checkpoint.without_instance_statistics(), checkpoint.model()
-    set_instance_statistics(model, weights)  # raises an error before the first pass rather than after it
+    plain = checkpoint.without_instance_statistics()
+    model = plain.model()
     if not weights:
         report("instance statistics: removed")
         return plain.with_model(model, plain.facts)
+    set_instance_statistics(model, weights)  # raises an error before the first pass rather than after it
     check = check or restore_dataset(checkpoint, "val")
     draft = InstanceStatistics(dict(weights), check.split, 0.0, 0.0)
     after = checkpoint.with_model(model, {**plain.facts, "instance_statistics": draft.to_dict()})
-    found = [
+    mious = [
         float(scores(evaluate(Segmenter(each, PredictionSettings(), device=device), check)).miou)
         for each in (plain, after)
     ]
-    measured = InstanceStatistics(draft.weights, check.split, *found)
+    measured = InstanceStatistics(draft.weights, check.split, *mious)
     for line in describe_instance_statistics(measured.to_dict()).split("; "):
         report(line)
     if trained_on(checkpoint, check.split):

@@ -40,9 +40,9 @@ def norm(weight, channels=5):
     return used(nn.Sequential(InstanceBatchNorm2d(channels, instance_weight=weight)))[0]
 
 
-def images(count=3, channels=5, height=7, width=6, dtype=torch.float32):
+def images(count=3, channels=5, height=7, width=6):
     scale = torch.arange(1, count + 1)[:, None, None, None]  # each image has statistics of its own
-    return (torch.randn(count, channels, height, width, generator=torch.Generator().manual_seed(1)) * scale).to(dtype)
+    return torch.randn(count, channels, height, width, generator=torch.Generator().manual_seed(1)) * scale
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.2, 1.0])
