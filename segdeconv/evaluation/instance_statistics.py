@@ -51,7 +51,7 @@ def read_weights(text: str, network: nn.Module) -> dict[str, float]:
         network: The network.
 
     Raises:
-        UsageError: A weight is not a number from 0 to 1.
+        UsageError: A weight is not a number from 0 to 1, or a part has two.
 
     Examples:
         >>> read_weights("encoder=0.2,encoder.stages.4=0", nn.Module()), read_weights("0.1", nn.Module())
@@ -61,6 +61,8 @@ def read_weights(text: str, network: nn.Module) -> dict[str, float]:
     for item in text.split(","):
         name, equals, number = item.rpartition("=")
         part = name.strip()
+        if part in weights:
+            raise UsageError(f"the instance weight of {part or 'the network'} is given twice - give it once")
         try:
             weights[part] = float(number)
         except ValueError:

@@ -122,6 +122,12 @@ def test_what_is_no_weight_is_refused(text):
         read_weights(text, torch.nn.Module())
 
 
+@pytest.mark.parametrize("text", ["0.1,0.2", "encoder=0.1,decoder=0.2,encoder=0.3"])
+def test_two_weights_of_a_part_are_refused(text):
+    with pytest.raises(UsageError, match=r"the instance weight of (the network|encoder) is given twice"):
+        read_weights(text, torch.nn.Module())
+
+
 def test_the_command_writes_a_checkpoint_whose_report_names_them(original, commands, tmp_path):
     trusted = [f"--trust={TRUST[0]}"]
     shutil.copy(fakes.__file__, tmp_path)  # a class of the user's own
