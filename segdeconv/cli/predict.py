@@ -365,7 +365,9 @@ def verify(segmenter: Segmenter, images: dict[str, Path], missing: list[str]) ->
         print(comparison.summary)
         wrong += not comparison.same
     if wrong:
-        raise UsageError(f"{wrong} of {len(images)} images have other predictions in tiles - give more --memory")
+        raise UsageError(
+            f"{wrong} of {len(images)} images have other predictions in tiles - give more --memory or a larger --tile"
+        )
 
 
 def polygon_formats(text: str | bool) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from segdeconv.inference.predictors import TiledPredictor
 from segdeconv.inference.scorers import ClassScores
 from segdeconv.inference.segmenter import Segmenter
 from segdeconv.inference.tiling import parts
-from segdeconv.inference.views import ImageView, Tiler
+from segdeconv.inference.views import ImageView
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,15 @@ def compare_tiling(segmenter: Segmenter, path: Path) -> Comparison:
 
     If the settings give no tile smaller than the image, a tile of twice the overlap plus one stride is used. The
     probabilities of both predictions are held in memory as a whole.
+
+    Args:
+        segmenter: Its predictor is a `TiledPredictor`, so without regions, a second network or a CRF.
+        path: The image.
     """
     image = segmenter.open(path).image
-    network, settings = segmenter.network, segmenter.settings
-    tiler = TiledPredictor(network, segmenter.preprocessing, memory=settings.memory, tile=settings.tile).tiler
+    network = segmenter.network
+    assert isinstance(segmenter.predictor, TiledPredictor)
+    tiler = segmenter.predictor.tiler
     size = segmenter.preprocessing.size or (image.shape[0], image.shape[1])
     tile, geometry = tiler.tile, tiler.geometry
     if tiler.step(size) is None:
@@ -58,11 +63,12 @@ def compare_tiling(segmenter: Segmenter, path: Path) -> Comparison:
     if size[0] <= tile[0] and size[1] <= tile[1]:
         summary = f"{path}: {size[0]}x{size[1]} fits into one tile of {tile[0]}x{tile[1]}, so the predictions are equal"
         return Comparison(1.0, 1.0, 0.0, summary)
-    probabilities = []
+    probabilities, given = [], tiler.tile
     for limit in (size, tile):
-        limited = Tiler(tiler.model, memory=tiler.memory, tile=limit)
-        view = ImageView(image, size, network, segmenter.preprocessing, limited, str(path))
+        tiler.tile = limit
+        view = ImageView(image, size, network, segmenter.preprocessing, tiler, str(path))
         probabilities.append(ClassScores(view.scores().float(), network.flip).probabilities())
+    tiler.tile = given
     whole, tiled = probabilities
     count = len(list(parts(size, geometry.steps(tile, size))))
     equal = float((whole.argmax(dim=1) == tiled.argmax(dim=1)).double().mean())

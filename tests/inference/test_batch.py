@@ -365,6 +365,7 @@ def test_verify_tiling_reports_the_agreement_and_detects_wrong_tiles(place, comm
     assert not compare_tiling(segmenter, place / "photos" / "a.png").same
     monkeypatch.setattr(type(segmenter.predictor.tiler.geometry), "window", original)
     assert compare_tiling(segmenter, place / "photos" / "a.png").same
+    assert segmenter.predictor.tiler.tile == (72, 72)  # as given, for the next image
 
 
 # The command.
