@@ -27,10 +27,12 @@ class Encoding(NamedTuple):
     Attributes:
         features: The last pooled map of n stages, (N, C, ceil(H/2^n), ceil(W/2^n)).
         pooled: One Pooling per stage, the first stage first.
+        copies: With `Encoder.keep_copies`, the map before each pool, rectified, (N, C, H, W) for the first stage.
     """
 
     features: Tensor
     pooled: tuple[Pooling, ...]
+    copies: tuple[Tensor, ...] = ()
 
 
 class Encoder(nn.Module):
@@ -54,7 +56,10 @@ class Encoder(nn.Module):
     Attributes:
         dropouts: Dropout at `stage3`, before the pool of the third stage, at `pool3`, after it, and so on. It is empty
             until a network with dropout replaces it. Switches are never dropped.
+        keep_copies: Whether `Encoding.copies` are kept, for networks that copy them to their decoder.
     """
+
+    keep_copies = False
 
     def __init__(
         self,
@@ -92,17 +97,20 @@ class Encoder(nn.Module):
         init_he(self)
 
     def forward(self, x: Tensor) -> Encoding:  # (N, 3, H, W)
-        pooled = []
+        pooled, copies = [], []
         for number, (stage, pool) in enumerate(zip(self.stages, self.pools, strict=True), start=1):
-            if f"stage{number}" not in self.dropouts and fuses(stage, pool, x):
+            if not self.keep_copies and f"stage{number}" not in self.dropouts and fuses(stage, pool, x):
                 pooling = self.fused(stage, pool, x)
             else:
-                pooling = pool(self.dropouts.at(f"stage{number}", stage(x)))
+                before = self.dropouts.at(f"stage{number}", stage(x))
+                pooling = pool(before)
                 if self.switch_source != "post_relu":
                     pooling = pooling._replace(features=torch.relu(pooling.features))
+                if self.keep_copies:
+                    copies.append(before if self.switch_source == "post_relu" else torch.relu(before))
             pooled.append(pooling)
             x = self.dropouts.at(f"pool{number}", pooling.features)
-        return Encoding(x, tuple(pooled))
+        return Encoding(x, tuple(pooled), tuple(copies))
 
 
 class FusedStage(Checkpointable):

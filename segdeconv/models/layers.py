@@ -101,7 +101,7 @@ class Blocks(Checkpointable, nn.Sequential):
 
 
 class UnpoolStage(Checkpointable, nn.Sequential):
-    """Stage of a decoder: unpooling, then a sequence of blocks, named by their numbers.
+    """Stage of a decoder: unpooling, perhaps a copy of the encoder's map, then blocks, named by their numbers.
 
     Args:
         level: See `Unpool`.
@@ -112,9 +112,16 @@ class UnpoolStage(Checkpointable, nn.Sequential):
         super().__init__(*blocks)
         self.unpool = Unpool(level)
 
-    def forward(self, x: Tensor, switches: Tensor, size: tuple[int, int]) -> Tensor:  # type: ignore[override]
-        """Decode x, (N, C, h, w), to (N, C', H, W), with the switches of the pool from size (H, W) to (h, w)."""
+    def forward(  # type: ignore[override]
+        self, x: Tensor, switches: Tensor, size: tuple[int, int], copy: Tensor | None = None
+    ) -> Tensor:
+        """Decode x, (N, C, h, w), to (N, C', H, W), with the switches of the pool from size (H, W) to (h, w).
+
+        A copy, (N, C, H, W), is concatenated to the unpooled map.
+        """
         x = self.unpool(x, switches, size)
+        if copy is not None:
+            x = torch.cat([x, copy], dim=1)
         *blocks, _ = self  # the last module is the unpooling
         for block in blocks:
             x = block(x)

@@ -41,6 +41,9 @@ class SegNet(SegmentationModel):
         encoder_addition: Add each pooled map of the encoder to the decoder's map of its size, as in the paper's
             SegNet-Basic-EncoderAddition (section 3.1 and figure 3): for thin structures and few images, at the price
             of keeping these maps in inference.
+        encoder_concatenation: Concatenate the map before each pool of the encoder, rectified, to the unpooled map of
+            its size, as U-Net does (Ronneberger et al. 2015, section 2, https://arxiv.org/abs/1505.04597), so that the
+            first convolution of each decoder stage sees the values that were no maxima too.
         packed_switches: See `vgg_encoder`.
 
     Examples:
@@ -63,6 +66,7 @@ class SegNet(SegmentationModel):
         dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5,
         dropout_at: DropoutAt = "none",
         encoder_addition: bool = False,
+        encoder_concatenation: bool = False,
         packed_switches: bool = False,
     ) -> None:
         super().__init__(num_classes, in_channels=in_channels)
@@ -70,7 +74,11 @@ class SegNet(SegmentationModel):
             depth, in_channels=in_channels, norm=norm, width=width, pretrained=pretrained, stages=stages,
             switch_source=switch_source, packed_switches=packed_switches,
         )  # fmt: skip
-        self.decoder = SegNetDecoder(self.encoder.channels, num_classes, norm=norm, encoder_addition=encoder_addition)
+        self.encoder.keep_copies = encoder_concatenation
+        self.decoder = SegNetDecoder(
+            self.encoder.channels, num_classes, norm=norm, encoder_addition=encoder_addition,
+            encoder_concatenation=encoder_concatenation,
+        )  # fmt: skip
         dropouts = Dropouts(dropout_places(dropout_at, len(self.encoder.channels)), dropout)
         self.encoder.dropouts = self.decoder.dropouts = dropouts
 
@@ -90,26 +98,36 @@ class SegNetDecoder(nn.Module):
         num_classes: Number of output channels.
         norm: Use batch norm.
         encoder_addition: See `SegNet`.
+        encoder_concatenation: See `SegNet`.
     """
 
-    def __init__(self, stages: Stages, num_classes: int, *, norm: bool = True, encoder_addition: bool = False) -> None:
+    def __init__(
+        self,
+        stages: Stages,
+        num_classes: int,
+        *,
+        norm: bool = True,
+        encoder_addition: bool = False,
+        encoder_concatenation: bool = False,
+    ) -> None:
         super().__init__()
-        self.encoder_addition = encoder_addition
+        self.encoder_addition, self.encoder_concatenation = encoder_addition, encoder_concatenation
         self.dropouts = Dropouts()
         self.stages = nn.ModuleList()
         for position in reversed(range(len(stages))):
-            channels = stages[position][::-1]
+            first, *others = stages[position][::-1]
+            above = [stages[position - 1][-1]] if position > 0 else []
+            channels = [2 * first if encoder_concatenation else first, *others, *above]
             blocks = [ConvBlock(before, after, norm=norm) for before, after in pairwise(channels)]
-            if position > 0:
-                blocks.append(ConvBlock(channels[-1], stages[position - 1][-1], norm=norm))
             self.stages.append(UnpoolStage(position + 1, blocks))
-        self.classifier = nn.Conv2d(stages[0][0], num_classes, 3, padding=1)
+        self.classifier = nn.Conv2d(channels[-1], num_classes, 3, padding=1)
         init_he(self)
 
     def forward(self, encoding: Encoding) -> Tensor:
         x = encoding.features
         for index, (stage, pooling) in enumerate(zip(self.stages, reversed(encoding.pooled), strict=True)):
-            x = stage(x, pooling.switches, pooling.size)
+            copy = encoding.copies[-index - 1] if self.encoder_concatenation else None
+            x = stage(x, pooling.switches, pooling.size, copy)
             if self.encoder_addition and index + 1 < len(self.stages):
                 x = x + encoding.pooled[-index - 2].features
             x = self.dropouts.at(f"decoder{len(self.stages) - index}", x)

@@ -146,6 +146,7 @@ def test_functions_get_codes_or_values(name):
 NETWORKS = {
     "SegNet": lambda: models.SegNet(5, width=0.125),
     "SegNet with addition": lambda: models.SegNet(5, width=0.125, encoder_addition=True),
+    "SegNet with concatenation": lambda: models.SegNet(5, width=0.125, encoder_concatenation=True),
     "SegNet-Basic": lambda: models.SegNetBasic(5),
     "U-Net": lambda: models.UNet(5, width=0.125),
     "FCN": lambda: models.FCN(5, width=0.125, fc_width=32),

@@ -16,6 +16,7 @@ NETWORKS = {
         3, stages=((4,), (6,)), switch_source="post_relu", packed_switches=True
     ),
     "SegNet with soft switches": lambda: SegNet(3, stages=((4, 4), (6, 6)), switch_source="soft"),
+    "SegNet with concatenation": lambda: SegNet(3, stages=((4, 4), (6, 6)), encoder_concatenation=True),
     "SegNetBasic": lambda: SegNetBasic(3, width=4, encoder_addition=True, dropout_at="central"),
     "FCNBasic": lambda: FCNBasic(3, width=4),
     "DeconvNet": lambda: DeconvNet(3, width=0.0625, fc_width=8, depth=11),

@@ -219,20 +219,27 @@ def test_decoder_mirrors_an_encoder_of_any_depth(depth, norm):
     assert calls[-1][2] == (1, 3, 33, 47)
 
 
-def test_segnet_with_encoder_addition_equals_torchs_layers_and_sums():
-    model = SegNet(3, stages=((4,), (6, 6), (8,)), encoder_addition=True, switch_source="post_relu").eval()
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("options", ["addition", "concatenation", "addition concatenation"])
+def test_segnet_with_maps_of_the_encoder_equals_torchs_layers(options, source):
+    stages = ((4, 4), (6, 6), (8,))
+    options = {f"encoder_{option}": True for option in options.split()}
+    model = SegNet(3, stages=stages, switch_source=source, **options).eval()
     image = x = torch.rand(2, 3, 37, 50)
     pooled = []
     for stage in model.encoder.stages:
         before = stage(x)
-        x, indices = F.max_pool2d(before, 2, ceil_mode=True, return_indices=True)
-        pooled.append((x, indices, before.shape[-2:]))
+        _, indices = F.max_pool2d(before, 2, ceil_mode=True, return_indices=True)
+        x = F.max_pool2d(before.relu(), 2, ceil_mode=True)
+        pooled.append((x, indices, before.relu()))
     for number, stage in enumerate(model.decoder.stages):
-        _, indices, size = pooled[2 - number]
-        x = F.max_unpool2d(x, indices, 2, output_size=size)
+        _, indices, copy = pooled[2 - number]
+        x = F.max_unpool2d(x, indices, 2, output_size=copy.shape[-2:])
+        if "encoder_concatenation" in options:
+            x = torch.cat([x, copy], dim=1)
         for block in list(stage)[:-1]:
             x = block(x)
-        if number < 2:
+        if "encoder_addition" in options and number < 2:
             x = x + pooled[1 - number][0]
     torch.testing.assert_close(model(image), model.decoder.classifier(x))
 

@@ -305,21 +305,23 @@ def test_ten_thousand_photos_are_listed_without_reading_one(tmp_path, monkeypatc
     [
         ("nowhere.pth", "nowhere.pth not found - give the path of a torchvision VGG file"),
         ("other.pth", "other.pth is not a torchvision VGG: it has 1 convolutions named features"),
-        ("added.ckpt", "label needs a SegNet without encoder_addition"),
+        ("encoder_addition.ckpt", "is a SegNet with encoder_addition, and label needs a SegNet whose decoder learns"),
+        ("encoder_concatenation.ckpt", "is a SegNet with encoder_concatenation, and label needs a SegNet whose"),
     ],
 )
 def test_a_start_that_cannot_learn_from_strokes_is_refused(tmp_path, monkeypatch, start, message):
     monkeypatch.chdir(tmp_path)
     torch.save({"features.0.weight": torch.zeros(4, 3, 3, 3)}, "other.pth")
     written = checkpoint_files.content()
+    options = {Path(start).stem: True} if start.endswith(".ckpt") else {}
     written["hyper_parameters"]["config"]["model"] = {
-        "_target_": "segdeconv.models.SegNet", "stages": [[4], [8]], "encoder_addition": True,
+        "_target_": "segdeconv.models.SegNet", "stages": [[4], [8]], **options,
     }  # fmt: skip
-    network = SegNet(len(written["hyper_parameters"]["facts"]["classes"]["names"]), stages=((4,), (8,)),
-                     encoder_addition=True)  # fmt: skip
+    names = written["hyper_parameters"]["facts"]["classes"]["names"]
+    network = SegNet(len(names), stages=((4,), (8,)), **options)
     written["hyper_parameters"]["config"]["dataset"] = {"size": [32, 32]}
     written["state_dict"] = {f"model.{name}": value for name, value in network.state_dict().items()}
-    checkpoint.write(written, Path("added.ckpt"))
+    checkpoint.write(written, Path(f"{Path(start).stem}.ckpt"))
     with pytest.raises((UsageError, CheckpointError), match=message):
         open_network(tmp_path / "session", start)
 

@@ -23,6 +23,7 @@ SIZE = (360, 480)
 SLIM = {
     "SegNet": lambda: models.SegNet(2, width=1 / 64),
     "SegNet, VGG11": lambda: models.SegNet(2, width=1 / 64, depth=11),
+    "SegNet, concatenated": lambda: models.SegNet(2, width=1 / 64, depth=11, encoder_concatenation=True),
     "SegNetBasic": lambda: models.SegNetBasic(2, width=1),
     "SegNetBasic, added": lambda: models.SegNetBasic(2, width=1, encoder_addition=True),
     "FCNBasic": lambda: models.FCNBasic(2, width=1),

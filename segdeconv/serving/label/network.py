@@ -60,11 +60,12 @@ def open_network(
         return learner, None
     source = checkpoint.read(saved if saved is not None else start, trust=trust)
     network, preprocessing = source.model(), source.preprocessing
-    if not isinstance(network, SegNet) or network.decoder.encoder_addition:
-        added = " with encoder_addition" if isinstance(network, SegNet) else ""
+    options = ("encoder_addition", "encoder_concatenation")
+    maps = [option for option in options if isinstance(network, SegNet) and getattr(network.decoder, option)]
+    if not isinstance(network, SegNet) or maps:
         raise UsageError(
-            f"{source.path} is a {type(network).__name__}{added}, and label needs a SegNet without encoder_addition, "
-            f"whose decoder learns from switches alone - train one with model=segnet, or leave the checkpoint out for "
+            f"{source.path} is a {' with '.join([type(network).__name__, *maps])}, and label needs a SegNet whose "
+            "decoder learns from switches alone - train one with model=segnet, or leave the checkpoint out for "
             f"{SMALL}"
         )
     if preprocessing.as_stored or preprocessing.channels != 3 or preprocessing.bits != 8:
