@@ -38,8 +38,8 @@ from segdeconv.training.processes import launched_from_outside
 # The keys that can be chosen, in the order of the table. A group, such as augment, is chosen whole.
 KEYS = (
     "dataset.size", "dataset.crop", "dataset.batch_size", "augment", "loss.class_weighting",
-    "loss.class_weighting_power", "model.encoder_addition", "optimizer", "schedule", "trainer.gradient_clip_val",
-    "model.width", "trainer.recalibration_batches", "trainer.max_epochs", "trainer.check_val_every_n_epoch",
+    "loss.class_weighting_power", "model.encoder_addition", "model.encoder_concatenation", "optimizer", "schedule",
+    "trainer.gradient_clip_val", "model.width", "trainer.recalibration_batches", "trainer.max_epochs", "trainer.check_val_every_n_epoch",
 )  # fmt: skip
 
 NUM_MASKS = 40  # masks that are measured, evenly spaced in the train split
@@ -143,11 +143,14 @@ def choose(
     device = best_device() if accelerator == "auto" else torch.device({"gpu": "cuda"}.get(accelerator, accelerator))
     _choose_augmentation(draft, measured, coloured=splits[0].channels == 3 and not splits[0].as_stored)
     _choose_loss(draft, measured)
-    if "encoder_addition" in inspect.signature(locate(config["model"], "model")).parameters:
-        added, reason = True, "keeps thin structures; for two classes, model=unet may score higher"
-        if start is not None and start[TARGET] == config["model"][TARGET]:
-            added, reason = bool(start.get("encoder_addition")), "as the network that the weights come from"
-        draft.set("model.encoder_addition", added, reason)
+    options = inspect.signature(locate(config["model"], "model")).parameters
+    if start is not None and start[TARGET] == config["model"][TARGET]:
+        for option in ("encoder_addition", "encoder_concatenation"):
+            if option in options:
+                draft.set(f"model.{option}", bool(start.get(option)), "as the network that the weights come from")
+    elif "encoder_addition" in options:
+        reason = "keeps thin structures; for two classes, model=unet may score higher"
+        draft.set("model.encoder_addition", True, reason)
     _choose_optimizer(draft)
     with torch.device("meta"):
         least = build_model(config["model"], len(splits[0].classes), splits[0].channels, fresh=True).minimum_size

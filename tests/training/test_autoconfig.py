@@ -11,7 +11,7 @@ from segdeconv.cli.own_code import compose
 from segdeconv.data.datasets.folder import Folder
 from segdeconv.data.inspection import inspect
 from segdeconv.errors import UsageError
-from segdeconv.models import UNet
+from segdeconv.models import SegNet, UNet
 from segdeconv.system import CONFIGS
 from segdeconv.train import train
 from segdeconv.training import autoconfig
@@ -149,6 +149,15 @@ def test_a_network_that_starts_from_weights_adds_what_they_were_trained_with(own
     monkeypatch.setattr(autoconfig, "launched_from_outside", lambda: True)
     _, config = own
     assert prepare({**config, "init_from": start}).config["model"]["encoder_addition"] is added
+
+
+def test_a_network_that_starts_from_weights_concatenates_what_they_were_trained_with(own, monkeypatch, tmp_path):
+    monkeypatch.setattr(autoconfig, "launched_from_outside", lambda: True)
+    _, config = own
+    start = SegNet(2, stages=((4,), (8,)), encoder_concatenation=True)
+    start.save_pretrained(tmp_path / "start", classes=["a", "b"])
+    chosen = prepare({**config, "init_from": str(tmp_path / "start")}).config["model"]
+    assert (chosen["encoder_addition"], chosen["encoder_concatenation"]) == (False, True)
 
 
 def test_weights_of_another_kind_of_network_do_not_choose_the_addition(own, monkeypatch, tmp_path):

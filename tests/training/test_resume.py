@@ -324,7 +324,7 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "config-before-packages.yaml"
 # Since that version.
 NEW_KEYS = {
     "auto", "time_budget", "callbacks",
-    "trainer.recalibration_batches", "model.encoder_addition", "dataset.train_on_val",
+    "trainer.recalibration_batches", "model.encoder_addition", "model.encoder_concatenation", "dataset.train_on_val",
 } | {
     f"trainer.{name}"
     for name in (
