@@ -151,7 +151,7 @@ class SegNetBasic(BasicModel):
         init_he(self)
 
     def encode(self, image: Tensor) -> tuple[Tensor, list[Level]]:
-        x, pooled = self.encoder(self.normalise(image))
+        x, pooled, _ = self.encoder(self.normalise(image))
         added = [pooling.features for pooling in pooled[-2::-1]] if self.encoder_addition else []
         return x, [Level(p.size, p.switches, features) for p, features in zip_longest(reversed(pooled), added)]
 
@@ -226,7 +226,7 @@ class FCNBasic(BasicModel):
         )
 
     def encode(self, image: Tensor) -> tuple[Tensor, list[Level]]:
-        x, pooled = self.encoder(self.normalise(image))
+        x, pooled, _ = self.encoder(self.normalise(image))
         deepest, *others = self.reduction
         added = [reduce(pooling.features) for reduce, pooling in zip(others, pooled[-2::-1], strict=False)]
         return deepest(x), [Level(p.size, features=features) for p, features in zip_longest(reversed(pooled), added)]
@@ -271,7 +271,7 @@ class BilinearBasic(BasicModel):
         init_he(self)
 
     def encode(self, image: Tensor) -> tuple[Tensor, list[Level]]:
-        x, pooled = self.encoder(self.normalise(image))
+        x, pooled, _ = self.encoder(self.normalise(image))
         return self.classifier(x), [Level(pooling.size) for pooling in reversed(pooled)]
 
     def decode(self, x: Tensor, levels: list[Level]) -> Tensor:

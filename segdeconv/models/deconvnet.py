@@ -121,7 +121,7 @@ class DeconvNet(SegmentationModel):
     def forward(self, image: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():
             self.check_input(image)
-        x, pooled = self.encoder(image)  # at 224x224: 7x7
+        x, pooled, _ = self.encoder(image)  # at 224x224: 7x7
         x = self.fc7(self.fc6(x))  # 1x1
         x = self.fc6_deconv(x)  # 7x7
         for stage, pooling in zip(self.decoder, reversed(pooled), strict=True):

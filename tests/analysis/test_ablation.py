@@ -20,7 +20,7 @@ def network(*, packed=False):
 def by_hand(model, image, upsample):
     """Run a SegNet with `upsample(x, switches, size, level)` in place of unpooling."""
     with torch.no_grad():
-        x, pooled = model.encoder(image)
+        x, pooled, _ = model.encoder(image)
         for level, stage in zip((3, 2, 1), model.decoder.stages, strict=True):
             pooling = pooled[level - 1]
             *blocks, _ = stage

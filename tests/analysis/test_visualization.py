@@ -119,7 +119,7 @@ def test_a_trace_equals_a_decoder_written_out_by_hand():
     torch.manual_seed(0)
     network, image = SegNet(3, stages=((4, 4), (6,), (8,))).eval(), torch.randn(1, 3, 21, 30)
     with torch.no_grad():
-        x, pooled = network.encoder(image)
+        x, pooled, _ = network.encoder(image)
         maps = [x]
         sparse = []
         for stage, pooling in zip(network.decoder.stages, reversed(pooled), strict=True):
