@@ -168,8 +168,8 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, commands):
     assert done.code == 2
     assert done.err.splitlines() == [
         "segdeconv: error: unknown key model.widht - did you mean 'width'? Available: depth, dropout, "
-        "dropout_at, encoder_addition, encoder_concatenation, norm, packed_switches, pretrained, stages, switch_source, "
-            "width"
+        "dropout_at, encoder_addition, encoder_concatenation, norm, packed_switches, pretrained, stages, "
+        "switch_source, width"
     ]
     assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").rglob("config.yaml"))
     done = commands("train", "dataset=camvid", "dataset.root=/nope", cwd=tmp_path)
