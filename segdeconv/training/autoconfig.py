@@ -39,7 +39,8 @@ from segdeconv.training.processes import launched_from_outside
 KEYS = (
     "dataset.size", "dataset.crop", "dataset.batch_size", "augment", "loss.class_weighting",
     "loss.class_weighting_power", "model.encoder_addition", "model.encoder_concatenation", "optimizer", "schedule",
-    "trainer.gradient_clip_val", "model.width", "trainer.recalibration_batches", "trainer.max_epochs", "trainer.check_val_every_n_epoch",
+    "trainer.gradient_clip_val", "model.width", "trainer.recalibration_batches", "trainer.max_epochs",
+    "trainer.check_val_every_n_epoch",
 )  # fmt: skip
 
 NUM_MASKS = 40  # masks that are measured, evenly spaced in the train split
