@@ -64,11 +64,13 @@ def compare_tiling(segmenter: Segmenter, path: Path) -> Comparison:
         summary = f"{path}: {size[0]}x{size[1]} fits into one tile of {tile[0]}x{tile[1]}, so the predictions are equal"
         return Comparison(1.0, 1.0, 0.0, summary)
     probabilities, given = [], tiler.tile
-    for limit in (size, tile):
-        tiler.tile = limit
-        view = ImageView(image, size, network, segmenter.preprocessing, tiler, str(path))
-        probabilities.append(ClassScores(view.scores().float(), network.flip).probabilities())
-    tiler.tile = given
+    try:
+        for limit in (size, tile):
+            tiler.tile = limit
+            view = ImageView(image, size, network, segmenter.preprocessing, tiler, str(path))
+            probabilities.append(ClassScores(view.scores().float(), network.flip).probabilities())
+    finally:
+        tiler.tile = given
     whole, tiled = probabilities
     count = len(list(parts(size, geometry.steps(tile, size))))
     equal = float((whole.argmax(dim=1) == tiled.argmax(dim=1)).double().mean())

@@ -60,8 +60,8 @@ def open_network(
         return learner, None
     source = checkpoint.read(saved if saved is not None else start, trust=trust)
     network, preprocessing = source.model(), source.preprocessing
-    options = ("encoder_addition", "encoder_concatenation")
-    maps = [option for option in options if isinstance(network, SegNet) and getattr(network.decoder, option)]
+    decoder = network.decoder if isinstance(network, SegNet) else None
+    maps = [option for option in ("encoder_addition", "encoder_concatenation") if getattr(decoder, option, False)]
     if not isinstance(network, SegNet) or maps:
         raise UsageError(
             f"{source.path} is a {' with '.join([type(network).__name__, *maps])}, and label needs a SegNet whose "
