@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +16,7 @@ Colour = tuple[int, int, int]
 
 BLACK: Colour = (0, 0, 0)
 BACKGROUND = "background"
+UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")  # Unicode categories: controls, halves of characters, ends of lines
 FOUND_BACKGROUNDS = ("class_0", "colour_000000")  # the names that label 0 and black get where no table names classes
 # Each is as far as possible from those before it and from black, by CIEDE2000, for eyes of any colour vision: the least
 # distance between any two of the first 3, 5, 8, 12, 16 and 24 is 38, 15.8, 15.3, 14.5, 10.3 and 8.4, for normal vision
@@ -103,7 +105,8 @@ class Classes:
             the labels of grey and palette files, and the colours of RGB files.
 
     Raises:
-        UsageError: There are fewer than two classes, the lists differ in length, or entries are not unique.
+        UsageError: There are fewer than two classes, the lists differ in length, entries are not unique, or a name has
+            a control character, such as the end of a line or the start of a terminal's command.
     """
 
     names: tuple[str, ...]
@@ -137,6 +140,9 @@ class Classes:
         for kind, values in (("name", self.names), ("label", self.labels), ("colour", self.colours)):
             if len(set(values)) != len(values):
                 raise UsageError(f"the class {kind}s {list(values)} are not all different - give each class its own")
+        for name in self.names:
+            if any(unicodedata.category(letter) in UNPRINTABLE for letter in name):
+                raise UsageError(f"the class name {name!r} has a control character - use one line of text")
 
     def __len__(self) -> int:
         return len(self.names)

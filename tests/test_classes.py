@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from segdeconv.classes import BLACK, DISTINCT, Classes, default_colours, distinct_colours, voc_colours
+from segdeconv.errors import UsageError
 
 # Viénot, Brettel and Mollon 1999, "Digital video colourmaps for checking the legibility of displays by dichromats";
 # `DISTINCT` was chosen with another simulation.
@@ -135,3 +136,14 @@ def test_the_background_and_the_colours_in_pictures(names, labels, colours, by_c
     assert classes.display_colours == (shown or colours)
     assert classes.palette[: len(names)].tolist() == [list(colour) for colour in colours]  # of mask files
     assert classes.display_palette[: len(names)].tolist() == [list(colour) for colour in shown or colours]
+
+
+@pytest.mark.parametrize("letter", ["\n", "\r", "\t", "\x1b[31m", "\x1f", "\x7f", "\x85", "\u2028", "\ud800"])
+def test_a_name_is_one_line_of_text(letter):
+    with pytest.raises(UsageError, match=r"the class name 'a.+b' has a control character - use one line"):
+        Classes(("road", f"a{letter}b"), voc_colours(2))
+
+
+@pytest.mark.parametrize("name", ["Straße", "empty\u00a0space", "道路", "👩🏽‍🌾", "a/b: c#"])
+def test_a_name_may_have_letters_of_any_language(name):
+    assert Classes(("road", name), voc_colours(2)).names == ("road", name)

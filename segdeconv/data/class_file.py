@@ -133,7 +133,9 @@ def _integer(value: Any) -> int | None:
     """Return an integer, or text of one, as an int, and None for anything else."""
     if isinstance(value, int) and not isinstance(value, bool):
         return value
-    return int(value) if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]{1,18}", value.strip()) else None
+    # int() does not strip all that str.strip() does: separators such as \x1f remain.
+    text = value.strip() if isinstance(value, str) else ""
+    return int(text) if re.fullmatch(r"[+-]?[0-9]{1,18}", text) else None
 
 
 def class_file(classes: Classes, comments: Mapping[str, str]) -> str:
@@ -158,4 +160,4 @@ def class_file(classes: Classes, comments: Mapping[str, str]) -> str:
 
 def yaml_name(name: str) -> str:
     """Return a name as it can be written before a colon in YAML."""
-    return name if re.fullmatch(r"[\w][\w ./-]*", name) else "'" + name.replace("'", "''") + "'"
+    return name if re.fullmatch(r"\w([\w ./-]*[\w./-])?", name) else "'" + name.replace("'", "''") + "'"

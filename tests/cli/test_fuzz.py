@@ -5,6 +5,7 @@ import io
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from fresh_commands import child_environment
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import Image
@@ -21,7 +22,7 @@ from PIL import Image
 from segdeconv.classes import Classes, voc_colours
 from segdeconv.config import override
 from segdeconv.data.augmentation import Augmentation
-from segdeconv.data.class_file import parse_classes
+from segdeconv.data.class_file import class_file, parse_classes, read_class_file
 from segdeconv.data.files.reading import read_image, read_labels, read_list, read_mask, turn_back, turn_upright
 from segdeconv.data.module import build_transforms
 from segdeconv.data.preprocessing import resize_mask
@@ -106,7 +107,8 @@ def test_scores_of_any_masks_in_any_batches_equal_direct_counts(num_classes, pix
 @st.composite
 def tables(draw):
     count = draw(st.integers(2, 8))
-    names = draw(st.lists(st.text(min_size=1, max_size=8), min_size=count, max_size=count, unique=True))
+    text = st.text(st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"]), min_size=1, max_size=8)
+    names = draw(st.lists(text, min_size=count, max_size=count, unique=True))
     labels = draw(st.lists(st.integers(0, 254), min_size=count, max_size=count, unique=True))
     return Classes(tuple(names), voc_colours(count), labels=tuple(labels))
 
@@ -138,9 +140,19 @@ VALUES = st.recursive(
 
 
 @given(VALUES)
+@example({"0\x1f": None})
 def test_any_class_table_is_accepted_or_refused_with_an_error_message(value):
     with contextlib.suppress(UsageError):
         assert len(parse_classes(value, "classes.yaml")) >= 2
+
+
+@given(tables())
+def test_a_class_table_that_is_written_is_read_as_the_same(classes):
+    with tempfile.TemporaryDirectory() as folder:
+        written = Path(folder, "classes.yaml")
+        written.write_text(class_file(classes, {}), encoding="utf-8")
+        read = read_class_file(written)
+    assert (read.names, read.labels) == (classes.names, classes.labels)
 
 
 @given(tables(), st.data())
