@@ -55,6 +55,7 @@ def test_a_shipped_network_is_small_and_has_a_complete_card(name):
             ],
         ),
         ("camvid-basic", ["experiment=segnet_basic_camvid_small"]),
+        ("camvid-unet-small", ["experiment=unet_camvid_small"]),
     ],
 )
 def test_a_shipped_network_has_the_config_of_its_experiment(name, words):
@@ -96,7 +97,7 @@ def test_camvid_small_is_accurate_on_val():
 
 @needs_camvid
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["camvid-small", "camvid-basic"])
+@pytest.mark.parametrize("name", ["camvid-small", "camvid-basic", "camvid-unet-small"])
 def test_a_shipped_network_reaches_the_scores_on_its_card(name):
     loaded = checkpoint.read(name, overrides=[f"dataset.root={REAL_CAMVID}", "dataset.num_workers=0"])
     dataset = restore_dataset(loaded, "val")
