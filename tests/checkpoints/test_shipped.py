@@ -56,6 +56,10 @@ def test_a_shipped_network_is_small_and_has_a_complete_card(name):
         ),
         ("camvid-basic", ["experiment=segnet_basic_camvid_small"]),
         ("camvid-unet-small", ["experiment=unet_camvid_small"]),
+        (
+            "camvid-unet-small-trainval",
+            ["experiment=unet_camvid_small", "dataset.train_on_val=true", "trainer.max_epochs=86"],
+        ),
     ],
 )
 def test_a_shipped_network_has_the_config_of_its_experiment(name, words):
