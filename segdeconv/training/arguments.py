@@ -57,19 +57,18 @@ def read_arguments(config: Mapping[str, Any], keywords: Mapping[str, Any]) -> Ar
             raise UsageError(f"{name} is given twice, in the config and as a keyword - give it once")
     network = values.get("model")
     composed: dict[str, Any] = {}
+    given: dict[str, Any] = {}  # without the keys that a file in configs/ sets
     for group, value in values.items():
         if group not in DEFAULTS:
             composed[group] = _plain(value)
             continue
         composed[group] = _node(group, value, network if isinstance(network, nn.Module) else None)
+        given[group] = None if isinstance(value, str) else composed[group]
     for key, value in keys.items():
         group, *inner = key.split(".")
         composed[group] = _with_key(composed.get(group, DEFAULTS.get(group, {})), inner, _plain(value), key)
     if values.get("dataset") == "folder" and "auto" not in composed:
-        chosen = {*(group for group, value in values.items() if isinstance(value, str)), *keys}
-        composed["auto"] = unset_keys(
-            {*chosen, *leaves({name: node for name, node in config.items() if name not in chosen})}
-        )
+        composed["auto"] = unset_keys({*keys, *leaves(given)})
     dataset, model = (_name(group, values, composed, default) for group, default in NAMES.items())
     return Arguments(composed, f"{dataset}-{model}", _note(composed))
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,8 @@ from segdeconv.training.autoconfig import KEYS
 from segdeconv.training.config_check import check_config
 
 QUICK = {"trainer__max_epochs": 1, "trainer__precision": "32-true", "logger": None, "dataset__num_workers": 0}
+
+ADDITION, CLIPPING = "model.encoder_addition", "trainer.gradient_clip_val"
 
 
 class Squares(torch.utils.data.Dataset):
@@ -191,6 +194,28 @@ def test_the_folder_data_set_is_configured_automatically_as_on_the_command_line(
     left_out = {key for key in KEYS if key not in auto.config["auto"]}
     assert {"dataset.size", "trainer.max_epochs", "model.width"} <= left_out
     assert "augment" in auto.config["auto"]
+
+
+FLIP = {"flip": {"_target_": "albumentations.VerticalFlip"}}
+GIVEN = {
+    "nodes": ("augment", FLIP, ["augment"]),
+    "no nodes": ("augment", {}, ["augment"]),
+    "a class": ("optimizer", torch.optim.RMSprop, ["optimizer"]),
+    "a partial class": ("model", partial(SegNet, width=0.5, encoder_addition=False), [ADDITION, "model.width"]),
+    "a node": ("schedule", {"_target_": "segdeconv.optimization.Constant"}, ["schedule"]),
+    "keys": ("trainer", {"max_steps": 5, "gradient_clip_val": None}, [CLIPPING, "trainer.max_epochs"]),
+    "a name": ("optimizer", "adamw", ["optimizer"]),
+    "a network by name": ("model", "unet", []),
+}
+
+
+@pytest.mark.parametrize("how", ["a keyword", "the config"])
+@pytest.mark.parametrize("form", GIVEN)
+def test_what_is_given_for_the_folder_data_set_is_not_chosen_again(form, how):
+    group, value, keys = GIVEN[form]
+    given = {"dataset": "folder", group: value}
+    arguments = read_arguments(*((given, {}) if how == "the config" else ({}, given)))
+    assert [key for key in KEYS if key not in arguments.config["auto"]] == keys
 
 
 def pair(change=lambda item: item):
