@@ -33,7 +33,8 @@ def main() -> None:
     """Compose the config, inspect each split and write the page."""
     words = sys.argv[1:]
     from segdeconv.data import inspection_page
-    from segdeconv.data.module import build_splits, check_augment, check_dataset
+    from segdeconv.data.module import build_splits, check_dataset
+    from segdeconv.data.transforms import check_augment
     from segdeconv.drawing import html
 
     out = Path(pop_path(words, "--out") or "inspection")

@@ -53,6 +53,7 @@ def train(
     - a class or `functools.partial` of one: `model=MyNetwork`, with `model__width=8` for its arguments;
     - a mapping with `_target_` and arguments;
     - for `callbacks`, one or a list of these, or of objects;
+    - for `augment`, one or a list of these, or of transforms of albumentations, such as an `A.Compose`;
     - an object: `dataset=(train_set, val_set)`, data sets of pairs (image, mask), or one of which a fifth becomes val;
       `model=network`, any torch.nn.Module; `loss=function`, of logits (N, C, H, W) and masks (N, H, W);
       `optimizer=optimizer`, of the parameters of `model`. Network, loss and optimizer are copied, so that the same call

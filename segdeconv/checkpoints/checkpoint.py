@@ -39,6 +39,23 @@ if TYPE_CHECKING:
 FORMAT = 1
 AVERAGED = "averaged."  # prefix of the names of averaged weights
 
+# Transforms of albumentations that take an image and a mask alone: no function, no file, no other images.
+TRANSFORMS = (
+    "AdditiveNoise", "AdvancedBlur", "Affine", "AutoContrast", "Blur", "CLAHE", "CenterCrop", "ChannelDropout",
+    "ChannelShuffle", "ChromaticAberration", "CoarseDropout", "ColorJitter", "Compose", "ConstrainedCoarseDropout",
+    "Crop", "CropAndPad", "CropNonEmptyMaskIfExists", "D4", "Defocus", "Downscale", "ElasticTransform", "Emboss",
+    "Equalize", "Erasing", "FancyPCA", "GaussNoise", "GaussianBlur", "GlassBlur", "GridDistortion", "GridDropout",
+    "HEStain", "HorizontalFlip", "HueSaturationValue", "ISONoise", "Illumination", "ImageCompression", "InvertImg",
+    "LongestMaxSize", "MedianBlur", "MotionBlur", "MultiplicativeNoise", "NoOp", "OneOf", "OneOrOther",
+    "OpticalDistortion", "Pad", "PadIfNeeded", "Perspective", "PixelDropout", "PlanckianJitter",
+    "PlasmaBrightnessContrast", "PlasmaShadow", "Posterize", "RGBShift", "RandomBrightnessContrast", "RandomCrop",
+    "RandomCropFromBorders", "RandomFog", "RandomGamma", "RandomGravel", "RandomGridShuffle", "RandomOrder",
+    "RandomRain", "RandomResizedCrop", "RandomRotate90", "RandomScale", "RandomShadow", "RandomSizedCrop", "RandomSnow",
+    "RandomSunFlare", "RandomToneCurve", "Resize", "RingingOvershoot", "Rotate", "SafeRotate", "SaltAndPepper",
+    "SelectiveChannelTransform", "Sequential", "Sharpen", "ShiftScaleRotate", "ShotNoise", "SmallestMaxSize",
+    "Solarize", "SomeOf", "Spatter", "SquareSymmetry", "Superpixels", "ThinPlateSpline", "ToGray", "ToSepia",
+    "Transpose", "UnsharpMask", "VerticalFlip", "XYMasking", "ZoomBlur",
+)  # fmt: skip
 # The targets that a config in a checkpoint may name. Exact names: a prefix such as `torch.` would admit torch.load.
 ADMITTED = frozenset(
     {
@@ -78,18 +95,8 @@ ADMITTED = frozenset(
     }
     | {f"torch.nn.{name}" for name in TORCH_LOSSES}
     | {f"torch.optim.{name}" for name in TORCH_OPTIMIZERS}
-    | {
-        f"albumentations.{name}"
-        for name in (
-            "Affine", "Blur", "CLAHE", "ChannelShuffle", "CoarseDropout", "ColorJitter", "ElasticTransform",
-            "Equalize", "GaussNoise", "GaussianBlur", "GridDistortion", "HorizontalFlip", "HueSaturationValue",
-            "ImageCompression", "MedianBlur", "MotionBlur", "OpticalDistortion", "Perspective", "PlanckianJitter",
-            "RGBShift", "RandomBrightnessContrast", "RandomCrop", "RandomGamma", "RandomResizedCrop", "RandomRotate90",
-            "RandomScale", "RandomShadow", "RandomToneCurve", "Rotate", "Sharpen", "ShiftScaleRotate", "ToGray",
-            "Transpose", "VerticalFlip",
-        )
-    }
-)  # fmt: skip
+    | {f"albumentations.{name}" for name in TRANSFORMS}
+)
 
 HASH_LINE = re.compile(r"[0-9a-f]{64}")
 PARTS = ("hyper_parameters", "segdeconv", "state_dict")

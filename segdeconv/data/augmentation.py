@@ -1,15 +1,13 @@
 """Augmentation with albumentations: reproducible draws, ignored borders, and labels that are never interpolated."""
 
 import copy
-import inspect
 import random
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, get_args
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
-import cv2
 import numpy as np
 
-from segdeconv.data.preprocessing import OPENCV_CHANNELS, Size
+from segdeconv.data.preprocessing import Size
 from segdeconv.errors import UsageError
 from segdeconv.system.installed import albumentations_version
 from segdeconv.system.seeding import key
@@ -17,7 +15,9 @@ from segdeconv.system.seeding import key
 albumentations_version()  # of two that are mixed, the import below would fail with anything
 import albumentations  # noqa: E402
 
-NEAREST = (cv2.INTER_NEAREST, cv2.INTER_NEAREST_EXACT)
+GENERATED = frozenset(vars(albumentations.NoOp())) - {"p"}  # attributes of every transform that are no arguments
+# Two labels that no transform takes for the background, and that differ from their means.
+LABELS = (40, 200)
 
 
 class Transform(Protocol):
@@ -29,6 +29,18 @@ class Transform(Protocol):
 def is_transform(value: object) -> bool:
     """Return whether an object is an albumentations transform."""
     return isinstance(value, albumentations.BasicTransform | albumentations.BaseCompose)
+
+
+def is_composition(target: object) -> bool:
+    """Return whether a class is one of albumentations' compositions, such as OneOf."""
+    return isinstance(target, type) and issubclass(target, albumentations.BaseCompose)
+
+
+def _moves(transform: Any) -> bool:
+    """Return whether a transform may move pixels."""
+    if is_composition(type(transform)):
+        return any(_moves(inner) for inner in transform.transforms)
+    return not isinstance(transform, albumentations.ImageOnlyTransform)
 
 
 class Augmentation:
@@ -59,10 +71,9 @@ class Augmentation:
         steps = list(transforms.values())
         if crop is not None:
             # Trailing transforms of colour and noise come after the crop, so that they only process what is left.
-            moving = [not isinstance(step, albumentations.ImageOnlyTransform) for step in steps]
-            position = max((number for number, moves in enumerate(moving, start=1) if moves), default=0)
+            position = max((number for number, step in enumerate(steps, start=1) if _moves(step)), default=0)
             steps[position:position] = [
-                _Pad(*crop, fill=_rounded(fill), fill_mask=ignore_index),
+                _Pad(*crop, fill=rounded(fill), fill_mask=ignore_index),
                 albumentations.RandomCrop(*crop),
             ]
         self.compose = albumentations.Compose(steps)
@@ -75,30 +86,65 @@ class Augmentation:
             mask: (H, W) uint8.
 
         Raises:
-            UsageError: A transform fails, or changes the dtype or the number of channels; the message names it.
+            UsageError: A transform fails, changes the dtype or the number of channels, or does not keep labels, as
+                interpolation and morphology; the message names it.
         """
-        channels, dtype = image.shape[2], image.dtype
         for name, transform in self.transforms.items():
-            where = f"augment.{name} ({type(transform).__name__})"
-            way_out = f"leave it out with augment.{name}=null, or choose another"
-            once: Any = copy.deepcopy(transform)
-            once.p = 1.0
-            compose = albumentations.Compose([once])
+            image, mask = self._try(transform, image, mask, f"augment.{name}", name)
+
+    def _try(
+        self, transform: Any, image: np.ndarray, mask: np.ndarray, where: str, name: str
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Apply a transform, and each one inside it, and return the last result."""
+        if is_composition(type(transform)):
+            result = image, mask
+            for index, inner in enumerate(transform.transforms):
+                # Compose and Sequential apply all; of OneOf, SomeOf and RandomOrder, any may be the first.
+                chained = isinstance(transform, albumentations.Compose | albumentations.Sequential)
+                before = result if chained else (image, mask)
+                result = self._try(inner, *before, f"{where}.transforms[{index}]", name)
+            return result
+        where = f"{where} ({type(transform).__name__})"
+        way_out = f"leave it out with augment.{name}=null, or choose another"
+        channels, dtype = image.shape[2], image.dtype
+        once = copy.deepcopy(transform)
+        once.p = 1.0
+        compose = albumentations.Compose([once])
+
+        def apply(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             compose.set_random_state(np.random.default_rng(self.seed), random.Random(self.seed))
-            try:
-                result = compose(image=image, mask=mask)
-            except Exception as error:  # OpenCV and albumentations raise many types
-                reason = " ".join(str(error).split())[:160]
-                raise UsageError(
-                    f"{where} cannot process images of {channels} channel(s) of {8 * dtype.itemsize} bit and size "
-                    f"{image.shape[:2]} ({reason}) - {way_out}"
-                ) from error
-            image, mask = result["image"], result["mask"]
-            if image.dtype != dtype or image.shape[2:] != (channels,):
-                raise UsageError(
-                    f"{where} changes {dtype} images of {channels} channels to {image.dtype} of shape {image.shape}, "
-                    f"but normalisation comes after it - {way_out}"
-                )
+            result = compose(image=image, mask=mask)
+            return result["image"], result["mask"]
+
+        try:
+            moved, moved_mask = apply(mask)
+        except Exception as error:  # OpenCV and albumentations raise many types
+            reason = " ".join(str(error).split())[:160]
+            raise UsageError(
+                f"{where} cannot process images of {channels} channel(s) of {8 * dtype.itemsize} bit and size "
+                f"{image.shape[:2]} ({reason}) - {way_out}"
+            ) from error
+        if moved.dtype != dtype or moved.shape[2:] != (channels,):
+            raise UsageError(
+                f"{where} changes {dtype} images of {channels} channels to {moved.dtype} of shape {moved.shape}, "
+                f"but dataset.mean and dataset.std normalise them after it - {way_out}"
+            )
+        if not self._keeps_labels(apply, mask.shape):
+            raise UsageError(
+                f"{where} does not keep the labels of masks: it computes with them, or fills borders with a class - "
+                f"{way_out}"
+            )
+        return moved, moved_mask
+
+    def _keeps_labels(self, apply: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]], shape: Size) -> bool:
+        """Return whether a transform of a mask commutes with an exchange of two labels, and invents none."""
+        first, second = (label if label != self.ignore_index else label + 1 for label in LABELS)
+        exchange = np.arange(256, dtype=np.uint8)
+        exchange[[first, second]] = second, first
+        rows, columns = np.ogrid[: shape[0], : shape[1]]
+        blocks = np.where((rows // 8 + columns // 8) % 2 == 0, first, second).astype(np.uint8)
+        (_, one), (_, other) = apply(blocks), apply(exchange[blocks])
+        return np.array_equal(exchange[one], other) and set(np.unique(one)) <= {first, second, self.ignore_index}
 
     def __call__(self, image: np.ndarray, mask: np.ndarray, epoch: int, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Augment a sample.
@@ -137,46 +183,5 @@ class _Pad(albumentations.PadIfNeeded):  # type: ignore[misc]  # albumentations 
         return padded
 
 
-def _rounded(fill: Sequence[float]) -> tuple[float, ...]:
+def rounded(fill: Sequence[float]) -> tuple[float, ...]:
     return tuple(float(round(value)) for value in fill)
-
-
-def mask_arguments(
-    transform: Any, node: Mapping[str, Any], *, ignore_index: int, fill: Sequence[float]
-) -> dict[str, Any]:
-    """Return the arguments to add to a transform's config, so that borders are ignored and masks stay aligned.
-
-    By default, albumentations fills masks with 0, which is a class, and resizes them with OpenCV's INTER_NEAREST, which
-    takes the pixel before the nearest, so that masks are shifted by 0.4 pixels to the lower right of their images.
-
-    Args:
-        transform: The class of the transform.
-        node: Its node in the config.
-        ignore_index: Index of ignored pixels.
-        fill: Fill value of each channel. More than four channels, which OpenCV cannot fill separately, are filled with
-            their mean.
-
-    Raises:
-        UsageError: The node fills masks with a class, or interpolates them.
-    """
-    parameters = inspect.signature(transform).parameters
-    arguments: dict[str, Any] = {}
-    if "fill_mask" in parameters:
-        if node.get("fill_mask", ignore_index) != ignore_index:
-            raise UsageError(
-                f"augment: {node['_target_']} has fill_mask={node['fill_mask']}; borders must be ignored pixels, "
-                f"{ignore_index} - leave out fill_mask"
-            )
-        arguments["fill_mask"] = ignore_index
-        if "fill" in parameters and "fill" not in node:
-            arguments["fill"] = _rounded(fill) if len(fill) <= OPENCV_CHANNELS else float(round(np.mean(fill)))
-    if node.get("mask_interpolation", cv2.INTER_NEAREST) not in NEAREST:
-        raise UsageError(
-            f"augment: {node['_target_']} interpolates masks; labels cannot be interpolated - "
-            "leave out mask_interpolation"
-        )
-    schema = getattr(transform, "InitSchema", None)
-    choice = schema.model_fields.get("mask_interpolation") if schema else None
-    if choice and "mask_interpolation" not in node and cv2.INTER_NEAREST_EXACT in get_args(choice.annotation):
-        arguments["mask_interpolation"] = cv2.INTER_NEAREST_EXACT
-    return arguments

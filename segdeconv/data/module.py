@@ -14,9 +14,8 @@ from segdeconv.config import (
     parameters_of,
     split_arguments,
     suggest_key,
-    without_defaults,
 )
-from segdeconv.data.augmentation import Augmentation, Transform, is_transform, mask_arguments
+from segdeconv.data.augmentation import Augmentation, Transform
 from segdeconv.data.cache import Cached, Kind, open_store, plan_cache
 from segdeconv.data.checksums import verify
 from segdeconv.data.crops import Crops
@@ -27,6 +26,7 @@ from segdeconv.data.loading import EvaluationSamples, TrainingBatches
 from segdeconv.data.mixing import Mix, Mixing
 from segdeconv.data.preprocessing import Order, Preprocessing, resize_image, resize_mask
 from segdeconv.data.relabelled import Relabelled
+from segdeconv.data.transforms import build_transforms
 from segdeconv.errors import UsageError
 
 Side = Annotated[int, Field(ge=1)]
@@ -231,22 +231,6 @@ def build_splits(node: Mapping[str, Any]) -> tuple[list[SegmentationDataset], st
     return splits, ""
 
 
-def check_augment(nodes: dict[str, Any]) -> dict[str, Any]:
-    """Check the `augment` node of a config: transforms by name, in order; a name set to null is left out.
-
-    Raises:
-        UsageError: A transform or key is unknown, or a value is invalid.
-    """
-    checked = {}
-    for name, node in nodes.items():
-        if node is not None:
-            where = f"augment.{name}"
-            # Checked against the signature, since albumentations only warns about unknown arguments.
-            target = locate(node, where)
-            checked[name] = without_defaults(check(node, where, [target]), node, target)
-    return checked
-
-
 def build_pipeline(
     node: Mapping[str, Any],
     augment: dict[str, Any],
@@ -267,21 +251,3 @@ def build_pipeline(
     transforms = build_transforms(augment, ignore_index=train.classes.ignore_index, mean=node["mean"])
     _, _, _, settings, _ = split_arguments(node, SCHEMAS)
     return DataPipeline(train, val, transforms, seed, **settings)
-
-
-def build_transforms(nodes: dict[str, Any], *, ignore_index: int, mean: Sequence[float]) -> dict[str, Transform]:
-    """Build the transforms of a checked `augment` node, which fill the borders of masks with ignore_index.
-
-    Args:
-        nodes: An `augment` node.
-        ignore_index: Index of ignored pixels.
-        mean: Mean of each channel, with which the borders of images are filled.
-    """
-    transforms = {}
-    for name, node in nodes.items():
-        where = f"augment.{name}"
-        extra = mask_arguments(locate(node, where), node, ignore_index=ignore_index, fill=mean)
-        transforms[name] = build({key: node[key] for key in node if key not in extra}, where, **extra)
-        if not is_transform(transforms[name]):
-            raise UsageError(f"{where} ({node[TARGET]}) is not an albumentations transform - leave it out, or name one")
-    return transforms

@@ -13,12 +13,14 @@ from torch.optim import Optimizer
 
 from segdeconv.config import OBJECT, TARGET, choice, leaves, public_name, stand_in, type_name
 from segdeconv.data.adapter import dataset_node
+from segdeconv.data.augmentation import is_transform
+from segdeconv.data.transforms import transform_node
 from segdeconv.errors import UsageError
 from segdeconv.losses.adapter import loss_node
 from segdeconv.models.adapter import network_node
 from segdeconv.optimization import optimizer_node
 from segdeconv.training.autoconfig import unset_keys
-from segdeconv.training.config_check import DEFAULTS, callbacks_by_name
+from segdeconv.training.config_check import DEFAULTS, nodes_by_name
 
 SEPARATOR = "__"  # stands for the dot of a key
 NAMES = {"dataset": "shapes", "model": "segnet"}  # the files that configs/train.yaml chooses
@@ -87,7 +89,9 @@ def _name(group: str, values: Mapping[str, Any], composed: Mapping[str, Any], de
 def _node(group: str, value: Any, network: nn.Module | None) -> dict[str, Any]:
     """Return the node of a group for a name, a mapping, a class, or an object."""
     if group == "callbacks":
-        return _callbacks(value)
+        return _nodes(group, value, _callback)
+    if group == "augment":
+        return _augment(value)
     if isinstance(value, str):
         return choice(group, value)
     if isinstance(value, Mapping):
@@ -116,20 +120,38 @@ def _node(group: str, value: Any, network: nn.Module | None) -> dict[str, Any]:
     raise UsageError(f"{group} is {kind} - give the name of a file in configs/{group}{further}")
 
 
-def _callbacks(value: Any) -> dict[str, Any]:
-    """Return the nodes of callbacks by name, for one or several names, nodes, classes or objects."""
+def _nodes(group: str, value: Any, node: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+    """Return the nodes of a group of several parts by name, for one or several names, nodes, classes or objects."""
     if value is None:
         return {}
     if isinstance(value, Mapping) and TARGET not in value:
-        return {name: _callback(item) if item is not None else None for name, item in value.items()}
+        return {name: node(item) if item is not None else None for name, item in value.items()}
+    items = value if isinstance(value, list | tuple) else [value]
     nodes: dict[str, Any] = {}
-    given = []
-    for item in value if isinstance(value, list | tuple) else [value]:
-        if isinstance(item, str):
-            nodes |= choice("callbacks", item)
-        else:
-            given.append(_callback(item))
-    return {**nodes, **callbacks_by_name(given)}
+    for name, item in nodes_by_name([item if isinstance(item, str) else node(item) for item in items]).items():
+        nodes |= choice(group, item) if isinstance(item, str) else {name: item}
+    return nodes
+
+
+def _augment(value: Any) -> dict[str, Any]:
+    """Return the nodes of transforms by name; those of a single Compose that only joins them become the group's own."""
+    nodes = _nodes("augment", value, _transform)
+    match list(nodes.values()):
+        case [{"_target_": "albumentations.Compose", "transforms": [*transforms], **others}] if not others:
+            return nodes_by_name(transforms)
+    return nodes
+
+
+def _transform(value: Any) -> dict[str, Any]:
+    """Return the node of a transform of albumentations."""
+    if is_transform(value):
+        return transform_node(value)
+    if isinstance(value, Mapping | partial) or inspect.isclass(value):
+        return _node("transform", value, None)
+    raise UsageError(
+        f"augment is of type {type_name(value)} - give transforms of albumentations, or the name of a file in "
+        "configs/augment"
+    )
 
 
 def _callback(value: Any) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from pydantic import Field
 from segdeconv.config import OBJECT, TARGET, check, locate, rename_keys, suggest_key, without_defaults, written
 from segdeconv.data.module import SCHEMAS as DATASET_SCHEMAS
 from segdeconv.data.module import SUPPLIED as DATASET_SUPPLIED
-from segdeconv.data.module import check_augment, check_dataset
+from segdeconv.data.module import check_dataset
+from segdeconv.data.transforms import check_augment
 from segdeconv.errors import UsageError
 from segdeconv.losses import check_loss
 from segdeconv.losses.adapter import TORCH_SUPPLIED
@@ -98,7 +99,7 @@ def check_callbacks(group: Any) -> dict[str, Any]:
     if isinstance(group, Mapping) and TARGET in group:
         group = [group]
     if isinstance(group, list):
-        group = callbacks_by_name(group)
+        group = nodes_by_name(group)
     if not isinstance(group, Mapping):
         raise UsageError(f"callbacks={group} - give the name of a file in configs/callbacks, or several in brackets")
     for name, node in group.items():
@@ -111,7 +112,7 @@ def check_callbacks(group: Any) -> dict[str, Any]:
     return {name: check_lightning(node, f"callbacks.{name}") for name, node in group.items() if node is not None}
 
 
-def callbacks_by_name(nodes: Sequence[Any]) -> dict[str, Any]:
+def nodes_by_name(nodes: Sequence[Any]) -> dict[str, Any]:
     """Return nodes by the names of their classes; a second one of a class has its index in the list too."""
     named: dict[str, Any] = {}
     for index, node in enumerate(nodes):

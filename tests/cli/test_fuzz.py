@@ -24,10 +24,10 @@ from segdeconv.config import override
 from segdeconv.data.augmentation import Augmentation
 from segdeconv.data.class_file import class_file, parse_classes, read_class_file
 from segdeconv.data.files.reading import read_image, read_labels, read_list, read_mask, turn_back, turn_upright
-from segdeconv.data.module import build_transforms
 from segdeconv.data.preprocessing import resize_mask
 from segdeconv.data.relabelled import relabel
 from segdeconv.data.splits import choose_val
+from segdeconv.data.transforms import build_transforms
 from segdeconv.errors import SegdeconvError, UsageError
 from segdeconv.evaluation.metrics import ConfusionMatrix, scores
 from segdeconv.switches.ops import max_pool, unpool

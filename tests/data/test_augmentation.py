@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import random
 import re
@@ -19,35 +20,66 @@ from segdeconv.checkpoints.checkpoint import ADMITTED
 from segdeconv.data import Shapes
 from segdeconv.data.augmentation import Augmentation
 from segdeconv.data.loading import TrainingBatches, for_network, training_loader, worker_settings
-from segdeconv.data.module import IMAGENET_MEAN, IMAGENET_STD, build_transforms, check_augment
+from segdeconv.data.module import IMAGENET_MEAN, IMAGENET_STD
 from segdeconv.data.preprocessing import Preprocessing, resize_image, resize_mask, stacked
 from segdeconv.data.sampler import StatelessBatches
+from segdeconv.data.transforms import build_transforms, check_augment, transform_node
 from segdeconv.errors import UsageError
 
 IMAGE = np.random.default_rng(0).integers(0, 256, size=(48, 64, 3), dtype=np.uint8)
 SEVEN = np.full((48, 64), 7, dtype=np.uint8)
 BLOCKS = (np.add.outer(np.arange(48) // 6, np.arange(64) // 6) % 2 * 200).astype(np.uint8)  # labels 0 and 200
 
+INNER = {
+    "transforms": [
+        {"_target_": "albumentations.Rotate", "limit": [40, 90], "p": 1.0},
+        {"_target_": "albumentations.RandomScale", "scale_limit": [-0.6, -0.4], "p": 1.0},
+    ]
+}
+
 # Arguments that move pixels far enough to create a border; the other admitted transforms use their defaults.
 FAR: dict[str, dict[str, Any]] = {
     "Affine": {"rotate": [-90, 90], "scale": [0.5, 0.7], "translate_percent": [-0.3, 0.3], "shear": [-20, 20]},
+    "CenterCrop": {"height": 30, "width": 50},
     "CoarseDropout": {},
+    "ConstrainedCoarseDropout": {"mask_indices": [7, 200]},
+    "Crop": {"x_min": 5, "y_min": 3, "x_max": 60, "y_max": 44},
+    "CropAndPad": {"percent": [-0.3, 0.4]},
+    "CropNonEmptyMaskIfExists": {"height": 30, "width": 50},
     "ElasticTransform": {"alpha": 300, "sigma": 8},
     "GridDistortion": {"distort_limit": [-0.9, 0.9], "normalized": False},
+    "LongestMaxSize": {"max_size": 50},
+    "OneOf": INNER,
+    "OneOrOther": INNER,
     "OpticalDistortion": {"distort_limit": [-0.9, 0.9]},
+    "Pad": {"padding": [3, 5]},
+    "PadIfNeeded": {"min_height": 60, "min_width": 90},
     "Perspective": {"scale": [0.2, 0.3], "fit_output": True},
     "RandomCrop": {"height": 70, "width": 30, "pad_if_needed": True},
+    "RandomOrder": INNER,
     "RandomResizedCrop": {"size": [40, 56]},
     "RandomScale": {"scale_limit": [-0.7, 0.7]},
+    "RandomSizedCrop": {"min_max_height": [20, 40], "size": [40, 56]},
+    "Resize": {"height": 37, "width": 61},
     "Rotate": {"limit": [-90, 90]},
+    "SafeRotate": {"limit": [-90, 90]},
+    "SelectiveChannelTransform": {"transforms": [{"_target_": "albumentations.Blur"}]},
+    "Sequential": INNER,
     "ShiftScaleRotate": {"scale_limit": [-0.5, 0], "rotate_limit": [-45, 45]},
+    "SmallestMaxSize": {"max_size": 40},
+    "SomeOf": {**INNER, "n": 2},
+    "XYMasking": {"num_masks_x": 2, "num_masks_y": 2, "mask_x_length": 5, "mask_y_length": 5},
 }
+FAR["Compose"] = INNER
 NAMES = sorted(name.removeprefix("albumentations.") for name in ADMITTED if name.startswith("albumentations."))
 BORDERED = (
     "Affine",
+    "CropAndPad",
     "OpticalDistortion",
+    "PadIfNeeded",
     "Perspective",
     "Rotate",
+    "SafeRotate",
     "ShiftScaleRotate",
     "ElasticTransform",
     "RandomCrop",
@@ -286,13 +318,19 @@ def test_geometric_transforms_support_any_number_of_channels(channels: int, dtyp
         ("GaussNoise", 1, np.uint16, "cannot process images of 1 channel(s) of 16 bit"),
         ("RandomCrop", 3, np.uint8, "cannot process images of 3 channel(s) of 8 bit and size (48, 64)"),
         ("ToFloat", 3, np.uint8, "changes uint8 images of 3 channels to float32"),
+        ("Normalize", 3, np.uint8, "changes uint8 images of 3 channels to float32"),
+        ("Morphological", 3, np.uint8, "does not keep the labels of masks"),
+        ("GridElasticDeform", 3, np.uint8, "does not keep the labels of masks"),
     ],
 )
 def test_a_transform_that_cannot_process_the_images_is_named_before_training(
     name: str, channels: int, dtype: Any, message: str
 ) -> None:
-    arguments = {"height": 70, "width": 30} if name == "RandomCrop" else {}
-    node = {"_target_": f"albumentations.{name}", "p": 0.01, **arguments}
+    arguments = {
+        "GridElasticDeform": {"num_grid_xy": [4, 4], "magnitude": 9},
+        "RandomCrop": {"height": 70, "width": 30},
+    }
+    node = {"_target_": f"albumentations.{name}", "p": 0.01, **arguments.get(name, {})}
     flip = {"_target_": "albumentations.HorizontalFlip"}
     transforms = build_transforms(check_augment({"flip": flip, "it": node}), ignore_index=255, mean=[0.0] * channels)
     augment = Augmentation(transforms, crop=None, ignore_index=255, fill=[0.0] * channels, seed=0)
@@ -335,7 +373,7 @@ def test_the_preprocessing_of_an_older_checkpoint_is_8_bit_rgb() -> None:
 
 
 INTERPOLATING = [
-    name for name in NAMES if "mask_interpolation" in getattr(albumentations, name).InitSchema.model_fields
+    name for name in NAMES if "mask_interpolation" in inspect.signature(getattr(albumentations, name)).parameters
 ]
 
 
@@ -477,3 +515,109 @@ def test_ranks_split_the_global_batch_in_the_order_of_one_process(world_size: in
     ranks = [order(batch=2, num=43, rank=rank, world_size=world_size) for rank in range(world_size)]
     together = [list(itertools.chain(*shares)) for shares in zip(*ranks, strict=True)]
     assert together == order(batch=2 * world_size, num=43)
+
+
+# Compositions and objects
+
+# Transforms that no checkpoint may name without the user's consent, and why.
+NOT_ADMITTED = {
+    "a function": {"Lambda"},
+    "a font's file": {"TextImage"},
+    "other images": {"FDA", "HistogramMatching", "Mosaic", "OverlayElements", "PixelDistributionAdaptation"},
+    "boxes": {"AtLeastOneBBoxRandomCrop", "BBoxSafeRandomCrop", "RandomCropNearBBox", "RandomSizedBBoxSafeCrop"},
+    "another type of image": {"FromFloat", "Normalize", "ToFloat", "ToRGB", "ToTensorV2"},
+    "labels as numbers": {"Morphological"},
+    "borders of class 0": {"GridElasticDeform"},
+    "volumes": {
+        "CenterCrop3D", "CoarseDropout3D", "CubicSymmetry", "Pad3D", "PadIfNeeded3D", "RandomCrop3D", "ToTensor3D",
+        "Transform3D",
+    },
+    "spectrograms": {"FrequencyMasking", "TimeMasking", "TimeReverse"},
+    "fails with its defaults": {"MaskDropout"},
+    "warns that it is slow": {"PiecewiseAffine"},
+    "abstract": {"BaseCompose", "BasicTransform", "DualTransform", "ImageOnlyTransform"},
+    "keeps what it draws": {"ReplayCompose"},
+}  # fmt: skip
+
+
+def test_every_transform_of_an_image_and_its_mask_is_admitted() -> None:
+    kinds = (albumentations.BasicTransform, albumentations.BaseCompose)
+    exported = {name for name, value in vars(albumentations).items() if isinstance(value, type)}
+    transforms = {name for name in exported if issubclass(getattr(albumentations, name), kinds)}
+    assert transforms - set(NAMES) == set().union(*NOT_ADMITTED.values()) & transforms
+
+
+def one_of(*nodes: Any, name: str = "OneOf", **arguments: Any) -> dict[str, Any]:
+    return {"it": {"_target_": f"albumentations.{name}", "transforms": list(nodes), "p": 1.0, **arguments}}
+
+
+BLUR = {"_target_": "albumentations.Blur"}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "message"),
+    [
+        (one_of(), "augment.it.transforms=[] is not a list of transforms with a _target_ each - give at least one"),
+        ({"it": {"_target_": "albumentations.OneOf"}}, "augment.it.transforms=None is not a list of transforms"),
+        (one_of("Blur"), "augment.it.transforms[0]=Blur is not a transform, which has a _target_"),
+        (one_of(BLUR, {**BLUR, "blur": 3}), "unknown key augment.it.transforms[1].blur - did you mean 'blur_limit'"),
+        (one_of(BLUR, chance=0.5), "unknown key augment.it.chance"),
+        (one_of({"_target_": "torch.nn.Conv2d", "in_channels": 1, "out_channels": 1, "kernel_size": 1}),
+         "augment.it.transforms[0] (torch.nn.Conv2d) is not an albumentations transform"),
+        (one_of(one_of({"_target_": "albumentations.RandomScale", "mask_interpolation": 1})["it"]),
+         "albumentations.RandomScale interpolates masks"),
+        (one_of(BLUR, {"_target_": "albumentations.Affine", "fill_mask": 0}), "albumentations.Affine has fill_mask=0"),
+        (one_of(BLUR, name="Compose", seed=3), "augment.it.seed has no effect: the seed of the run determines"),
+        (one_of(BLUR, {"_target_": "albumentations.ToFloat", "p": 0.01}),
+         "augment.it.transforms[1] (ToFloat) changes uint8 images of 3 channels to float32"),
+        (one_of(BLUR, {"_target_": "albumentations.Morphological"}, name="SomeOf", n=1),
+         "augment.it.transforms[1] (Morphological) does not keep the labels of masks"),
+        ({"it": 3}, "augment.it=3 is not a transform, which has a _target_ - give one, or null to leave it out"),
+    ],
+)  # fmt: skip
+def test_a_mistake_inside_a_composition_is_named_with_its_place(nodes: dict[str, Any], message: str) -> None:
+    def prepare() -> None:
+        transforms = build_transforms(check_augment(nodes), ignore_index=255, mean=IMAGENET_MEAN)
+        Augmentation(transforms, crop=None, ignore_index=255, fill=IMAGENET_MEAN, seed=0).dry_run(IMAGE, BLOCKS)
+
+    with pytest.raises(UsageError, match=re.escape(message)):
+        prepare()
+
+
+def test_a_dry_run_tries_each_alternative_on_the_image_itself() -> None:
+    """The second crop would not fit into the result of the first."""
+    crops = [{"_target_": "albumentations.RandomCrop", "height": side, "width": side} for side in (20, 40)]
+    alternatives = build_transforms(check_augment(one_of(*crops)), ignore_index=255, mean=IMAGENET_MEAN)
+    augmentation(*alternatives.values()).dry_run(IMAGE, BLOCKS)
+
+
+def test_one_of_several_transforms_is_drawn_for_each_sample() -> None:
+    flips = [{"_target_": f"albumentations.{name}Flip", "p": 1.0} for name in ("Horizontal", "Vertical")]
+    augment = augmentation(*build_transforms(check_augment(one_of(*flips)), ignore_index=255, mean=(0,)).values(),
+                           crop=None)  # fmt: skip
+    corner = np.arange(16, dtype=np.uint8).reshape(4, 4)
+    results = [augment(np.dstack([corner] * 3), corner, 0, index)[1] for index in range(400)]
+    horizontal = sum(np.array_equal(result, corner[:, ::-1]) for result in results)
+    assert horizontal + sum(np.array_equal(result, corner[::-1]) for result in results) == 400
+    assert 160 < horizontal < 240  # expected 200, standard deviation 10
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_object_and_the_node_that_describes_it_give_the_same_bits(name: str) -> None:
+    (transform,) = built(name)
+    node = transform_node(transform)
+    (again,) = build_transforms(
+        check_augment({"it": without_mask(node)}), ignore_index=255, mean=IMAGENET_MEAN
+    ).values()
+    for index in range(6):
+        expected = augmentation(transform)(IMAGE, BLOCKS, 0, index)
+        assert as_bytes(augmentation(again)(IMAGE, BLOCKS, 0, index)) == as_bytes(expected)
+
+
+def without_mask(node: Any) -> Any:
+    """Remove what `built` adds, which an object of the user does not have."""
+    if isinstance(node, list):
+        return [without_mask(one) for one in node]
+    if isinstance(node, dict):
+        return {key: without_mask(value) for key, value in node.items() if key != "mask_interpolation"}
+    return node

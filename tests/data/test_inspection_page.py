@@ -88,7 +88,8 @@ def test_the_images_with_most_pixels_of_a_class_equal_a_brute_force_count(tmp_pa
 
 
 def test_the_augmented_images_of_training_are_shown_with_the_rarest_class_first(tmp_path, monkeypatch):
-    from segdeconv.data.module import DataPipeline, build_transforms
+    from segdeconv.data.module import DataPipeline
+    from segdeconv.data.transforms import build_transforms
 
     dataset = CamVid("train", str(fakes.camvid(tmp_path / "camvid")))
     for index, pair in enumerate(dataset.pairs):  # road everywhere, and four pixels of another class in one image

@@ -272,7 +272,7 @@ def test_a_program_gives_objects_classes_and_names_and_reads_the_objects_afterwa
     assert Path(best.best_model_path).is_file()
     assert "not in the checkpoint" not in capsys.readouterr().out  # which needs none of them
     group = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["callbacks"]
-    assert list(group) == ["learning_rate_monitor", "EarlyStopping", "ModelCheckpoint", "Timer"]
+    assert list(group) == ["EarlyStopping", "ModelCheckpoint", "Timer", "learning_rate_monitor"]  # as given
     assert group["EarlyStopping"]["object"] == "pytorch_lightning.callbacks.early_stopping.EarlyStopping"
     (tmp_path / "run" / "report.json").unlink()
     train({**nodes, "resume": "auto"}, tmp_path / "run", callbacks=given)

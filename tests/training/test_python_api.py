@@ -5,12 +5,14 @@ import json
 from functools import partial
 from pathlib import Path
 
+import albumentations as A
 import numpy as np
 import pytest
 import torch
 import torchvision
 from PIL import Image
 from torch import nn
+from torchvision.transforms import v2
 
 import segdeconv
 from segdeconv.checkpoints import checkpoint
@@ -161,9 +163,12 @@ def test_a_checkpoint_of_a_network_object_needs_such_a_network(trained):
 
 def test_a_network_of_segdeconv_is_described_by_the_config(tmp_path, capsys):
     network = SegNet(2, stages=[[4], [8]])
-    result = train(dataset=Squares(), model=network, run=tmp_path / "run", dataset__batch_size=2, **QUICK)
-    node = checkpoint.read(result.best_checkpoint).config["model"]
+    given = {"dataset": Squares(), "dataset__batch_size": 2, "augment": PIPELINE, **QUICK}
+    result = train(model=network, run=tmp_path / "run", **given)
+    config = checkpoint.read(result.best_checkpoint).config
+    node = config["model"]
     assert (node["_target_"], node["stages"]) == ("segdeconv.models.SegNet", [[4], [8]])
+    assert config["augment"] == PIPELINE_NODES
     assert segdeconv.load(result.folder).classes.names == ("class_0", "class_1")
     out = capsys.readouterr().out
     assert "model" not in out.splitlines()[0]
@@ -194,6 +199,69 @@ def test_the_folder_data_set_is_configured_automatically_as_on_the_command_line(
     left_out = {key for key in KEYS if key not in auto.config["auto"]}
     assert {"dataset.size", "trainer.max_epochs", "model.width"} <= left_out
     assert "augment" in auto.config["auto"]
+
+
+PIPELINE = A.Compose(
+    [A.HorizontalFlip(p=0.3), A.OneOf([A.RandomGamma(gamma_limit=(60, 150)), A.Blur(p=1)]), A.HorizontalFlip()]
+)
+PIPELINE_NODES = {
+    "HorizontalFlip": {"_target_": "albumentations.HorizontalFlip", "p": 0.3},
+    "OneOf": {
+        "_target_": "albumentations.OneOf",
+        "transforms": [
+            {"_target_": "albumentations.RandomGamma", "gamma_limit": [60, 150]},
+            {"_target_": "albumentations.Blur", "p": 1},
+        ],
+    },
+    "HorizontalFlip_2": {"_target_": "albumentations.HorizontalFlip"},
+}
+BLUR = {"_target_": "albumentations.Blur"}
+
+
+class Darker(A.ImageOnlyTransform):
+    def __init__(self, factor=0.5, p=1.0):
+        super().__init__(p=p)
+        self.factor = factor
+
+    def apply(self, img, **_):
+        return (img * self.factor).astype(img.dtype)
+
+
+class Hiding(Darker):
+    def __init__(self, factor=0.5, p=1.0):
+        super().__init__(factor=factor, p=p)
+        self.hidden = self.__dict__.pop("factor")
+
+
+@pytest.mark.parametrize(
+    ("given", "nodes"),
+    [
+        (PIPELINE, PIPELINE_NODES),
+        (list(PIPELINE.transforms), PIPELINE_NODES),
+        (
+            A.Compose([A.Blur()], p=0.5),
+            {"Compose": {"_target_": "albumentations.Compose", "p": 0.5, "transforms": [BLUR]}},
+        ),
+        (A.Blur(), {"Blur": BLUR}),
+        (A.Blur, {"Blur": BLUR}),
+        (BLUR, {"Blur": BLUR}),
+        (partial(A.Blur, blur_limit=5), {"Blur": {**BLUR, "blur_limit": 5}}),
+        ({"soft": A.Blur(), "none": None}, {"soft": BLUR}),
+        ([A.Blur(), "flip"], {"Blur": BLUR, **choice("augment", "flip")}),
+        (["flip", A.Blur()], {**choice("augment", "flip"), "Blur": BLUR}),
+        (Darker(0.25), {"Darker": {"_target_": "test_python_api.Darker", "factor": 0.25}}),
+        ("none", {}),
+        (None, {}),
+    ],
+)  # fmt: skip
+def test_transforms_of_albumentations_are_described_by_the_config(given, nodes):
+    checked = check_config(read_arguments({}, {"augment": given}).config)["augment"]
+    assert (checked, list(checked)) == (nodes, list(nodes))
+
+
+def test_an_argument_that_a_transform_does_not_describe_is_refused():
+    with pytest.raises(UsageError, match=r"no config can describe test_python_api\.Hiding, because of its attribute"):
+        read_arguments({}, {"augment": A.OneOf([A.Blur(), Hiding(0.25)])})
 
 
 FLIP = {"flip": {"_target_": "albumentations.VerticalFlip"}}
@@ -238,6 +306,11 @@ MISTAKES = {
     "class of a torch data set in a pair": ({"dataset": (Squares, Squares)}, "train is the class Squares"),
     "endless data set": ({"dataset": Endless()}, "train is of type test_python_api.Endless, which has no length"),
     "three data sets": ({"dataset": (Squares(), Squares(), Squares())}, "dataset has 3 data sets"),
+    "transforms of torchvision": ({"augment": v2.Compose([v2.RandomHorizontalFlip()])}, "augment is of type torchvi"),
+    "a number as a transform": ({"augment": {"flip": 3}}, "give transforms of albumentations, or the name of a file"),
+    "normalised twice": ({**pair(), "augment": A.Compose([A.Normalize()])}, "dataset.std normalise them after it - l"),
+    "a function as a transform": ({"augment": A.Lambda(name="f", image=len)}, "no config can describe albumentations"),
+    "seeded transforms": ({"augment": A.Compose([A.Blur()], seed=3)}, "seed has no effect: the seed of the run"),
     "text": ({"dataset": ("train", "val")}, "is of type str, not a pair (image, mask)"),
     "empty": ({"dataset": (Squares(0), Squares())}, "the train data set has no items"),
     "no pairs": (pair(lambda item: item[0]), "train_0 is of type Tensor, not a pair (image, mask)"),

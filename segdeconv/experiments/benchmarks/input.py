@@ -18,9 +18,10 @@ from segdeconv.data.datasets.folder import Folder
 from segdeconv.data.datasets.shapes import Shapes
 from segdeconv.data.datasets.shards import Shards
 from segdeconv.data.loading import TrainingBatches, collate_training, for_network, training_loader
-from segdeconv.data.module import IMAGENET_MEAN, IMAGENET_STD, build_transforms
+from segdeconv.data.module import IMAGENET_MEAN, IMAGENET_STD
 from segdeconv.data.preprocessing import Preprocessing, Size
 from segdeconv.data.shard_writer import write_shards
+from segdeconv.data.transforms import build_transforms
 
 SHARD_SIZE = 16 << 20  # bytes; CamVid's train images are 93 MiB
 EPOCHS = 4  # of the loaders of files and of shards, the first of which is not timed
