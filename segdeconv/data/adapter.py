@@ -45,6 +45,7 @@ class Adapter(SegmentationDataset):
             raise UsageError(f"dataset: the {split} data set has no items - give at least one")
         digest = hashlib.sha256()
         self.labels: set[int] = set()
+        self.ignores = False
         first = self._read(0)
         if any(not np.array_equal(a, b) for a, b in zip(first, self._read(0), strict=True)):
             warn(
@@ -54,7 +55,9 @@ class Adapter(SegmentationDataset):
         for position in range(len(self)):
             image, mask = self._read(position)
             digest.update(f"{image.shape} {image.dtype}".encode() + image.tobytes() + mask.tobytes())
-            self.labels |= {int(label) for label in np.unique(mask)} - {IGNORED}
+            labels = {int(label) for label in np.unique(mask)}
+            self.labels |= labels - {IGNORED}
+            self.ignores |= IGNORED in labels
         self.channels = first[0].shape[2]
         self.as_stored = self.channels != 3 or first[0].dtype != np.uint8
         self.digest = digest.hexdigest()
@@ -70,6 +73,11 @@ class Adapter(SegmentationDataset):
         Raises:
             UsageError: A mask has a label without a name.
         """
+        if labels <= {0} and self.ignores:
+            raise UsageError(
+                "dataset: the masks have no labels but 0 and 255, and 255 marks pixels to ignore - give 0 and 1, such "
+                "as mask // 255"
+            )
         own = getattr(self.dataset, "classes", None) if names is None else names
         if isinstance(own, Classes):
             self.classes = own
@@ -96,9 +104,10 @@ class Adapter(SegmentationDataset):
         if isinstance(item, Mapping) and {"image", "mask"} <= set(item):
             item = item["image"], item["mask"]
         if not isinstance(item, tuple | list) or len(item) < 2:
+            keys = f" with the keys {', '.join(map(str, item))}" if isinstance(item, Mapping) else ""
             raise UsageError(
-                f"dataset: {name} is of type {type(item).__name__}, not a pair (image, mask) - give pairs, or "
-                "mappings with image and mask"
+                f"dataset: {name} is of type {type(item).__name__}{keys}, not a pair (image, mask) - give pairs, or "
+                "mappings with image and mask (of Hugging Face: data.rename_column('label', 'mask'))"
             )
         image, mask = as_image(item[0], name), _mask(item[1], name)
         if image.shape[:2] != mask.shape:
@@ -141,6 +150,8 @@ def _mask(value: Any, name: str) -> np.ndarray:
         raise UsageError(f"dataset: the mask of {name} is a {value.mode} image - give class indices, (H, W)")
     if array.ndim == 3 and 1 in (array.shape[0], array.shape[2]):
         array = array[0] if array.shape[0] == 1 else array[:, :, 0]
+    if array.ndim == 2 and array.dtype.kind == "f" and np.isfinite(array).all() and not np.mod(array, 1).any():
+        array = array.astype(np.int64)  # whole numbers, as losses of two classes take them
     if array.ndim != 2 or array.dtype.kind not in "iub":
         raise UsageError(
             f"dataset: the mask of {name} has shape {array.shape} and {array.dtype} values - give class indices, "

@@ -95,6 +95,12 @@ def _node(group: str, value: Any, network: nn.Module | None) -> dict[str, Any]:
     if isinstance(value, str):
         return choice(group, value)
     if isinstance(value, Mapping):
+        splits = [name for name, part in value.items() if hasattr(part, "__len__") and not isinstance(part, str)]
+        if group == "dataset" and TARGET not in value and "train" in splits:
+            raise UsageError(
+                f"dataset has the data sets {', '.join(splits)} - give two of them, such as "
+                f"(data['train'], data[{splits[-1]!r}]), or one of which a fifth becomes val"
+            )
         return {name: _plain(inner) for name, inner in value.items()}
     if value is None and group == "logger":
         return {}

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 from torchvision.transforms import v2
 
 import segdeconv
@@ -201,6 +201,15 @@ def test_the_folder_data_set_is_configured_automatically_as_on_the_command_line(
     assert "augment" in auto.config["auto"]
 
 
+@pytest.mark.parametrize(
+    "change", [Tensor.float, lambda mask: mask[None].double(), lambda mask: mask[..., None].numpy()]
+)
+def test_masks_of_whole_numbers_have_the_labels_of_integers(change):
+    expected = [sample.mask for sample in Adapter(Squares(2), "val")]
+    changed = Adapter(Squares(2, change=lambda item: (item[0], change(item[1]))), "val")
+    assert all(np.array_equal(sample.mask, mask) for sample, mask in zip(changed, expected, strict=True))
+
+
 PIPELINE = A.Compose(
     [A.HorizontalFlip(p=0.3), A.OneOf([A.RandomGamma(gamma_limit=(60, 150)), A.Blur(p=1)]), A.HorizontalFlip()]
 )
@@ -314,6 +323,16 @@ MISTAKES = {
     "text": ({"dataset": ("train", "val")}, "is of type str, not a pair (image, mask)"),
     "empty": ({"dataset": (Squares(0), Squares())}, "the train data set has no items"),
     "no pairs": (pair(lambda item: item[0]), "train_0 is of type Tensor, not a pair (image, mask)"),
+    "other keys": (
+        pair(lambda item: {"image": item[0], "label": item[1]}),
+        "train_0 is of type dict with the keys image, label, not a pair (image, mask)",
+    ),
+    "splits by name": (
+        {"dataset": {"train": Squares(), "validation": Squares(2)}},
+        "dataset has the data sets train, validation - give two of them, such as (data['train'], data['validation'])",
+    ),
+    "0 and 255": (pair(lambda item: (item[0], (item[1] > 0) * 255)), "no labels but 0 and 255, and 255 marks pixels"),
+    "fractions": (pair(lambda item: (item[0], item[1] / 255)), "has shape (32, 32) and float32 values"),
     "normalised": (pair(lambda item: (item[0] - 0.5, item[1])), "but floats must be in 0..1"),
     "one-hot masks": (pair(lambda item: (item[0], torch.zeros(2, 32, 32))), "has shape (2, 32, 32) and float32 values"),
     "other size": (pair(lambda item: (item[0], item[1][:9])), "the mask of train_0 has shape (9, 32)"),
