@@ -23,7 +23,7 @@ from typing import Any
 
 from pydantic import ConfigDict, PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
-from segdeconv.errors import SegdeconvError, UsageError, command, did_you_mean, first_line, warn
+from segdeconv.errors import SegdeconvError, UsageError, command, did_you_mean, first_line, for_caller, warn
 from segdeconv.system import CONFIGS
 from segdeconv.system.plain_data import PlainDataError, check_plain, parse_yaml, read_yaml, require_mapping
 
@@ -102,8 +102,14 @@ def suggest_key(name: str, options: Iterable[str], group: str = "") -> str:
         "did you mean 'optimizer.lr'? All keys: python scripts/train.py --keys"
         >>> suggest_key("epochs", ["max_epochs", "max_steps"], "trainer")
         "did you mean 'max_epochs'? Available: max_epochs, max_steps"
+        >>> suggest_key("warmup_steps", ["power"], "schedule").partition(". ")[0]
+        'schedule=constant, cosine, poly, restarts and step have it'
     """
     names = list(options)
+    others = choices_with(group, name)
+    if others:
+        listed = " and ".join(part for part in (", ".join(others[:-1]), others[-1]) if part)
+        return f"{group}={listed} {'have' if len(others) > 1 else 'has'} it. Available here: {', '.join(sorted(names))}"
     key = OTHER_NAMES.get(name.lower().replace("-", "_"))
     if key is None or (group and difflib.get_close_matches(name, names, n=1, cutoff=0.8)):
         return did_you_mean(name, names)
@@ -220,13 +226,38 @@ def choice(group: str, name: str) -> Node:
     """
     names = list_groups(CONFIGS)[group]
     if name not in names:
-        raise UsageError(f"unknown {group} '{name}' - {did_you_mean(name, names)}")
+        raise unknown_choice(group, name, names)
     node = require_mapping(read_yaml(CONFIGS / group / f"{name}.yaml") or {})
     return {key: value for key, value in node.items() if value != "???"}  # Hydra's mark of a value that has to be given
 
 
 # Objects in a config. A config is plain data, which a run folder and a checkpoint keep. An object of a Python program
 # stands in it as a function, which returns the object when the node is built; what is written has `absent` instead.
+
+
+def choices_with(group: str, key: str) -> list[str]:
+    """Return the shipped config files of a group whose classes take a key."""
+    names = []
+    for name in list_groups(CONFIGS).get(group, []):
+        node = choice(group, name)
+        with suppress(UsageError):  # a logger whose package is not installed
+            if TARGET in node and key in parameters_of([locate(node, group)], group)[0]:
+                names.append(name)
+    return names
+
+
+def unknown_choice(group: str, name: str, names: Iterable[str]) -> UsageError:
+    """Return the error for a name that is no config file of a group.
+
+    Args:
+        group: The name of the folder below configs/.
+        name: What was given.
+        names: The files.
+    """
+    if group == "dataset" and os.path.isdir(name):
+        way_out = for_caller(f"dataset='folder', dataset__root={name!r}", f"dataset=folder dataset.root={name}")
+        return UsageError(f"dataset={name} is a folder - for your own images and masks in it, {way_out}")
+    return UsageError(f"unknown {group} '{name}' - {did_you_mean(name, names)}")
 
 
 def stand_in(function: Callable[..., Any], target: str | None = None) -> Callable[..., Any]:

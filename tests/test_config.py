@@ -73,6 +73,24 @@ def test_an_argument_that_no_yaml_file_has_can_be_set():
         (["model.lr=1"], "unknown key model.lr - did you mean 'optimizer.lr'?"),
         (["gpus=2"], "unknown key gpus - did you mean 'trainer.devices'?"),
         (["dataset=canvid"], "unknown dataset 'canvid' - did you mean 'camvid'? Available: ade20k, camvid, city"),
+        (
+            ["dataset.root=mine"],
+            "unknown key dataset.root - dataset=ade20k, camvid, cityscapes, folder, oxford_pets, sh",
+        ),
+        (
+            ["optimizer.momentum=0.9"],
+            "unknown key optimizer.momentum - optimizer=muon and sgd have it. Available here: b",
+        ),
+        (
+            ["model=unet", "model.switch_source=soft"],
+            "unknown key model.switch_source - model=bayesian_segnet, bayesian",
+        ),
+        (["schedule=cosine", "schedule.power=2"], "unknown key schedule.power - schedule=poly has it"),
+        (["loss.gamma=2"], "unknown key loss.gamma - loss=focal has it. Available here: class_weighting"),
+        (
+            [f"dataset={CONFIGS}"],
+            f"is a folder - for your own images and masks in it, dataset='folder', dataset__root='{CONFIGS}'",
+        ),
         (["model=segnt"], "unknown model 'segnt' - did you mean 'segnet'?"),
         (["model.widht=0.5"], "unknown key model.widht - did you mean 'width'?"),
         (["trainer.device=2"], "unknown key trainer.device - did you mean 'devices'?"),

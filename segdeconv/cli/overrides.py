@@ -21,8 +21,9 @@ from segdeconv.config import (
     parse_override,
     rename_keys,
     require_one_line,
+    unknown_choice,
 )
-from segdeconv.errors import UsageError, command, did_you_mean
+from segdeconv.errors import UsageError, command
 from segdeconv.system.plain_data import read_yaml, require_mapping
 
 
@@ -294,7 +295,7 @@ def hydra_overrides(arguments: Sequence[str], folder: Path) -> list[str]:
             several = chosen if isinstance(chosen, list) and key in SEVERAL else [chosen]
             for choice in override.sweep_string_iterator() if sweep else map(str, several):
                 if choice not in groups[key] and choice != "None":
-                    raise UsageError(f"unknown {key} '{choice}' - {did_you_mean(choice, groups[key])}")
+                    raise unknown_choice(key, choice, groups[key])
             # Every group has a default, experiment=null among them, so +experiment=NAME replaces one too.
             overrides.append(argument.lstrip("+"))
         elif key.startswith("hydra") or argument[0] == "~":

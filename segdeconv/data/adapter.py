@@ -126,6 +126,14 @@ class Adapter(SegmentationDataset):
         return f"{self.digest} {self.classes}"
 
 
+def _is_item(value: Any) -> bool:
+    """Return whether a value is a pair of an image and a mask, or a mapping of them."""
+    if isinstance(value, Mapping):
+        return {"image", "mask"} <= set(value)
+    first = value[0] if isinstance(value, tuple | list) and len(value) == 2 else None
+    return isinstance(first, np.ndarray | Tensor | Image.Image)
+
+
 def length_of(dataset: Any, name: str) -> int:
     """Return the number of items of a data set.
 
@@ -135,7 +143,7 @@ def length_of(dataset: Any, name: str) -> int:
     if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
         raise UsageError(
             f"dataset: {name} is of type {type_name(dataset)}, which has no length or no items - give a data set with "
-            "__len__ and __getitem__, or the name of one"
+            "__len__ and __getitem__ (of a DataLoader, its .dataset), or the name of one"
         )
     try:
         return len(dataset)
@@ -166,12 +174,13 @@ def dataset_node(data: Any) -> dict[str, Any]:
     """Return the `dataset` node of data sets of a program.
 
     Args:
-        data: The train and the val data set; or one, of which a fifth becomes val.
+        data: The train and the val data set; or one, of which a fifth becomes val, such as a list of items.
 
     Raises:
         UsageError: It is not a data set.
     """
-    pair = tuple(data) if isinstance(data, tuple | list) else (data, data)
+    single = not isinstance(data, tuple | list) or (len(data) != len(SPLITS) and all(map(_is_item, data)))
+    pair = (data, data) if single else tuple(data)
     if len(pair) != 2:
         raise UsageError(f"dataset has {len(pair)} data sets - give (train, val), or one to split")
     for name, dataset in zip(SPLITS, pair, strict=True):

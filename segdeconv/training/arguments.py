@@ -92,8 +92,8 @@ def _node(group: str, value: Any, network: nn.Module | None) -> dict[str, Any]:
         return _nodes(group, value, _callback)
     if group == "augment":
         return _augment(value)
-    if isinstance(value, str):
-        return choice(group, value)
+    if isinstance(value, str | os.PathLike):
+        return choice(group, os.fspath(value))
     if isinstance(value, Mapping):
         splits = [name for name, part in value.items() if hasattr(part, "__len__") and not isinstance(part, str)]
         if group == "dataset" and TARGET not in value and "train" in splits:

@@ -219,6 +219,7 @@ def test_lists_can_have_blank_lines_crlf_and_a_byte_order_mark_and_a_last_batch_
 
 
 ROOTS = {
+    "95 a folder": (("dataset=empty",), "for your own images and masks in it, dataset=folder dataset.root=empty"),
     "95 unknown data set": (("dataset=camvit",), "unknown dataset 'camvit' - did you mean 'camvid'?"),
     "96 missing root": (("dataset=folder", "dataset.root=nope"), "nope is not a folder; it should hold images/"),
     "96 no root": (("dataset=folder",), "dataset.root: missing mandatory value"),

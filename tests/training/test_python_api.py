@@ -18,7 +18,7 @@ import segdeconv
 from segdeconv.checkpoints import checkpoint
 from segdeconv.cli.own_code import compose
 from segdeconv.config import choice
-from segdeconv.data.adapter import Adapter
+from segdeconv.data.adapter import Adapter, dataset_node
 from segdeconv.errors import CheckpointError, SegdeconvError, UsageError
 from segdeconv.evaluation.evaluate import restore_dataset
 from segdeconv.losses.adapter import loss_node
@@ -210,6 +210,15 @@ def test_masks_of_whole_numbers_have_the_labels_of_integers(change):
     assert all(np.array_equal(sample.mask, mask) for sample, mask in zip(changed, expected, strict=True))
 
 
+@pytest.mark.parametrize("form", [tuple, list, lambda item: {"image": item[0], "mask": item[1]}])
+def test_a_list_of_items_is_one_data_set(form):
+    given = [form(item) for item in map(Squares(8).__getitem__, range(8))]
+    node = dataset_node(given)
+    train, val = (node["_target_"](split=split) for split in ("train", "val"))
+    assert len(train) + len(val) == 8
+    assert len(val) in (1, 2)
+
+
 PIPELINE = A.Compose(
     [A.HorizontalFlip(p=0.3), A.OneOf([A.RandomGamma(gamma_limit=(60, 150)), A.Blur(p=1)]), A.HorizontalFlip()]
 )
@@ -304,6 +313,8 @@ MISTAKES = {
     "module": ({"model": torchvision.models}, "model is the module torchvision.models - give the name of a file in"),
     "name of a module": ({"model": {"_target_": "torchvision.models"}}, "is not a class or function"),
     "unknown name": ({"model": "segnt"}, "unknown model 'segnt' - did you mean 'segnet'?"),
+    "a folder": ({"dataset": Path(__file__).parent}, "in it, dataset='folder', dataset__root="),
+    "a loader": ({"dataset": torch.utils.data.DataLoader(Squares())}, "(of a DataLoader, its .dataset)"),
     "unknown key": ({"model__widht": 1}, "unknown key model.widht - did you mean 'width'?"),
     "unknown group": ({"modle": "unet"}, "unknown key modle - did you mean 'model'?"),
     "twice": ({"config": {"model": "unet"}, "model": "fcn"}, "model is given twice"),
