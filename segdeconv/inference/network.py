@@ -88,7 +88,7 @@ class Network:
             device, ranges = _cpu(device), ranges or stored_ranges(checkpoint)
             checkpoint = for_int8(checkpoint)
         else:
-            precision = resolve_precision(precision, checkpoint.facts["precision"])
+            precision = resolve_precision(precision, checkpoint.facts["precision"], device)
         device = device or best_device()
         network = cls(checkpoint.model(), device, precision, ranges=ranges, flip=flip, samples=samples)
         network.source.to("meta")

@@ -29,12 +29,14 @@ from segdeconv.inference.scorers import entropy_of, labels, labels_and_confidenc
 from segdeconv.inference.small_regions import merge_small_regions
 from segdeconv.inference.tiling import Part
 from segdeconv.models import SegmentationModel
+from segdeconv.system.devices import named_device
 from segdeconv.system.files import scratch_array
 from segdeconv.system.memory import keep_freed, release_memory
 
 LARGE_IMAGE = 1 << 24  # pixels; for larger images, freed memory is returned to the system at once
 MEMORY_MAPPED = 1 << 26  # pixels; the maps of larger rasters are kept in files
 GEOTIFF = (".tif", ".tiff")
+LOSSY = (".jpg", ".jpeg", ".webp", ".gif")
 
 ImageLike = str | Path | Image.Image | np.ndarray | Tensor
 
@@ -130,7 +132,12 @@ class Prediction:
         Args:
             path: The file; that of a georeferenced image is a GeoTIFF if it ends in .tif or .tiff.
             labels: See `draw.save_mask`.
+
+        Raises:
+            UsageError: The file's name is that of a format with losses.
         """
+        if Path(path).suffix.lower() in LOSSY:
+            raise UsageError(f"{path}: masks are PNGs, since this format would change labels - name it .png")
         mask = turn_back(self.mask, self.orientation)
         if self.reference is not None and Path(path).suffix.lower() in GEOTIFF:
             rasters.save_mask(mask, self.classes, Path(path), self.reference, labels=labels)
@@ -361,6 +368,7 @@ def load(
     trust: Collection[str] = (),
     overrides: Iterable[str] = (),
     model: nn.Module | None = None,
+    device: str | torch.device | None = None,
     **settings: Any,
 ) -> Segmenter:
     """Load a trained network for prediction; available as `segdeconv.load`.
@@ -371,11 +379,13 @@ def load(
         trust: See `checkpoint.read`.
         overrides: See `checkpoint.read`; `["dataset.size=null"]` keeps every image at its own size.
         model: A network to load the weights into, for a checkpoint of a network that was given to `train` as an object.
+        device: The device, such as `cpu` or `cuda:1`; None for the best one available.
         **settings: See `PredictionSettings`, for example `precision="32-true"`, `flip=True` or `tile=(512, 512)`.
 
     Raises:
         CheckpointError: The checkpoint cannot be read.
-        UsageError: A setting is invalid.
+        UsageError: A setting is invalid, or the device is not available.
     """
+    chosen = None if device is None else named_device(device)
     loaded = checkpoint.read(path, trust=trust, overrides=overrides, model=model)
-    return Segmenter(loaded, PredictionSettings(**settings), at_once=True)
+    return Segmenter(loaded, PredictionSettings(**settings), device=chosen, at_once=True)

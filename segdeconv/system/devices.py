@@ -2,7 +2,7 @@
 
 import torch
 
-from segdeconv.errors import UsageError, warn
+from segdeconv.errors import UsageError, first_line, warn
 
 
 def best_device() -> torch.device:
@@ -12,33 +12,50 @@ def best_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+def named_device(name: str | torch.device) -> torch.device:
+    """Return the device of a name such as `cpu` or `cuda:1`.
+
+    Raises:
+        UsageError: There is no such device here.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:  # AssertionError: torch without CUDA
+        raise UsageError(
+            f"device={name} is not available here ({first_line(error)}) - leave it out for {best_device()}, or give cpu"
+        ) from error
+    return device
+
+
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 
 
-def fast_precision() -> str:
-    """Return `bf16-mixed` where this machine multiplies bfloat16 faster than float32, else `32-true`."""
-    if torch.cuda.is_available():
+def fast_precision(device: torch.device | None = None) -> str:
+    """Return `bf16-mixed` where a device, by default the best, is faster with bfloat16 than float32, else `32-true`."""
+    if (device or best_device()).type == "cuda":
         return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
     fast = any(getattr(torch.cpu, probe, bool)() for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     return "bf16-mixed" if fast else "32-true"
 
 
-def resolve_precision(precision: str, trained: str | None = None) -> str:
+def resolve_precision(precision: str, trained: str | None = None, device: torch.device | None = None) -> str:
     """Return the precision to use, resolving `auto` for this machine.
 
     Args:
         precision: `auto` or one of PRECISIONS.
         trained: The precision that the network was trained with. `auto` uses it if it is fast here, else `32-true`.
             None resolves `auto` to the fast precision of this machine.
+        device: The device of the network; None for the best one.
 
     Raises:
         UsageError: The precision is unknown.
     """
     if precision not in ("auto", *PRECISIONS):
         raise UsageError(f"precision={precision} is unknown - use auto, {', '.join(PRECISIONS)}")
-    fast = fast_precision()
+    fast = fast_precision(device)
     if precision != "auto":
-        if (precision, fast, best_device().type) == ("bf16-mixed", "32-true", "cpu"):
+        if (precision, fast, (device or best_device()).type) == ("bf16-mixed", "32-true", "cpu"):
             warn(
                 "precision=bf16-mixed: this CPU has no instructions for bfloat16; converting to float32 and back takes "
                 "many times longer than 32-true, and twice the memory that is estimated - leave precision out"

@@ -102,7 +102,7 @@ def _node(group: str, value: Any, network: nn.Module | None) -> dict[str, Any]:
                 f"(data['train'], data[{splits[-1]!r}]), or one of which a fifth becomes val"
             )
         return {name: _plain(inner) for name, inner in value.items()}
-    if value is None and group == "logger":
+    if group == "logger" and (value is None or value is False):  # False as for Lightning's Trainer
         return {}
     if isinstance(value, partial):
         return {TARGET: _target(group, value.func), **{name: _plain(inner) for name, inner in value.keywords.items()}}

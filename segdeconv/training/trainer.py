@@ -76,6 +76,8 @@ def make_trainer(
     plugins = build_plugins(settings)
     try:
         several = count_processes(accelerator, devices, num_nodes) > 1
+        device = torch.device("cpu") if accelerator == "cpu" else None
+        precision = resolve_precision(settings.precision, device=device)
         return Trainer(
             default_root_dir=run,
             accelerator=accelerator,
@@ -84,7 +86,7 @@ def make_trainer(
             sync_batchnorm=settings.norm == "sync",
             devices=devices,
             num_nodes=num_nodes,
-            precision=resolve_precision(settings.precision),  # type: ignore[arg-type]
+            precision=precision,  # type: ignore[arg-type]
             max_epochs=settings.max_epochs,
             max_steps=settings.max_steps,
             gradient_clip_val=settings.gradient_clip_val,

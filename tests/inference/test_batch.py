@@ -46,6 +46,7 @@ from segdeconv.inference.video import open_video
 from segdeconv.inference.video_writer import video_suffix
 from segdeconv.inference.views import Tiler
 from segdeconv.models import SegNet
+from segdeconv.system.devices import resolve_precision
 
 ROOT = Path(__file__).parents[2]
 CLASSES = Classes(("ground", "thing", "sky, high"), voc_colours(3))
@@ -123,6 +124,35 @@ def test_prediction_from_python_changes_no_process_wide_state(place, tmp_path):
     environment = child_environment(ROOT, NO_ALBUMENTATIONS_UPDATE="1")
     done = subprocess.run([*words, str(tmp_path / "mask.png")], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_device_is_chosen_by_name(place):
+    assert segdeconv.load(place / "best.ckpt", device="cpu").network.device == torch.device("cpu")
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu", "cpux", ""])
+def test_a_device_that_is_not_there_is_named(place, device):
+    with pytest.raises(UsageError, match=rf"device={device} is not available here \(.*\) - leave it out for c"):
+        segdeconv.load(place / "best.ckpt", device=device)
+
+
+@pytest.mark.parametrize("name", ["mask.jpg", "mask.JPEG", "mask.webp"])
+def test_a_mask_is_not_saved_in_a_format_that_changes_labels(place, tmp_path, name):
+    prediction = segdeconv.load(place / "best.ckpt").predict(place / "photos" / "a.png")
+    with pytest.raises(UsageError, match=rf"{name}: masks are PNGs"):
+        prediction.save(tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_fast_precision_is_that_of_the_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, probe, lambda: False, raising=False)
+    assert [resolve_precision("auto", device=torch.device(name)) for name in ("cuda", "cpu")] == [
+        "bf16-mixed",
+        "32-true",
+    ]
 
 
 def test_an_unknown_setting_is_a_type_error(place):

@@ -28,7 +28,7 @@ from segdeconv.training.arguments import read_arguments
 from segdeconv.training.autoconfig import KEYS
 from segdeconv.training.config_check import check_config
 
-QUICK = {"trainer__max_epochs": 1, "trainer__precision": "32-true", "logger": None, "dataset__num_workers": 0}
+QUICK = {"trainer__max_epochs": 1, "trainer__precision": "32-true", "logger": False, "dataset__num_workers": 0}
 
 ADDITION, CLIPPING = "model.encoder_addition", "trainer.gradient_clip_val"
 
