@@ -225,6 +225,25 @@ def test_a_renamed_option_is_read_under_both_names(former, option, capsys):
         ArgumentParser("predict.py").parse_args([former, "1"])
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "the following arguments are required: checkpoint - see python scripts/evaluate.py --help"),
+        (["a", "--output", "x"], "unrecognized arguments: --output x - did you mean --out? - see"),
+        (["a", "--outt=x"], "unrecognized arguments: --outt=x - did you mean --out? - see"),
+        (["a", "--gpu"], "unrecognized arguments: --gpu - see"),
+    ],
+)
+def test_a_wrong_command_line_names_what_is_meant(words, message):
+    parser = ArgumentParser("evaluate.py")
+    parser.add_argument("checkpoint")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--out")
+    with pytest.raises(UsageError) as caught:
+        parser.parse_intermixed_args(words)
+    assert str(caught.value).startswith(message)
+
+
 NAMES = (
     "café", "李明", "my set (final)", "it's", 'a "b"', "fold=1", "#1", "no #2", "[a]", "{x}", "{x: 1}", "100%", "a,b",
     "a;b", "$HOME", "${seed", "it's ${seed}", "~tilde", " lead", "trail ", "20", "007", "1e3", "1_0", "inf", "null",

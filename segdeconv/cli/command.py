@@ -1,6 +1,7 @@
 """The frame of every command: its argument parser, its exit code, and one line on stderr for an error."""
 
 import argparse
+import difflib
 import errno
 import multiprocessing
 import os
@@ -67,6 +68,14 @@ class ArgumentParser(argparse.ArgumentParser):
         return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
+        reason, _, names = message.partition(": ")
+        if reason == "the following arguments are required":  # parse_intermixed_args lists optional ones too
+            optional = {action.metavar or action.dest for action in self._actions if action.nargs == "*"}
+            message = f"{reason}: {', '.join(name for name in names.split(', ') if name not in optional)}"
+        elif reason == "unrecognized arguments":
+            options = {option.lstrip("-"): option for option in self._option_string_actions}
+            close = difflib.get_close_matches(names.split()[0].partition("=")[0].lstrip("-"), options, n=1)
+            message += f" - did you mean {options[close[0]]}?" if close else ""
         raise UsageError(f"{message} - see {self.prog} --help")
 
 

@@ -37,11 +37,13 @@ def run() -> None:
     Raises:
         UsageError: The command is unknown.
     """
+    if sys.argv[1:2] == ["help"]:  # segdeconv help COMMAND
+        sys.argv[1:] = [*sys.argv[2:3], "--help"]
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
         print(overview())
         return
-    if name == "--version":
+    if name in ("-V", "--version"):
         print(f"segdeconv {__version__}")
         return
     scripts = commands()

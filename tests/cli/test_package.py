@@ -39,7 +39,7 @@ def segdeconv(*words, cwd, code=0):
     return run(sys.executable, "-m", "segdeconv", *words, cwd=cwd, code=code)
 
 
-@pytest.mark.parametrize("words", [(), ("--help",), ("-h",)])
+@pytest.mark.parametrize("words", [(), ("--help",), ("-h",), ("help",)])
 def test_the_overview_lists_every_script_with_its_first_line(tmp_path, words):
     shown = segdeconv(*words, cwd=tmp_path).stdout
     for script in SCRIPTS:
@@ -55,7 +55,7 @@ def test_a_misspelt_command_is_one_line(tmp_path):
 
 def test_a_command_calls_itself_as_it_was_typed(tmp_path):
     assert "see segdeconv evaluate --help" in segdeconv("evaluate", cwd=tmp_path, code=2).stderr
-    assert segdeconv("predict", "--help", cwd=tmp_path).stdout.startswith("usage: segdeconv predict ")
+    assert segdeconv("help", "predict", cwd=tmp_path).stdout.startswith("usage: segdeconv predict ")
     for name in ("train", "inspect_data"):
         shown = segdeconv(name, "--help", cwd=tmp_path).stdout
         assert f"    segdeconv {name} [dataset=NAME]" in shown
