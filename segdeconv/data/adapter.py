@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from segdeconv.classes import Classes, default_colours
 from segdeconv.config import OBJECT, TARGET, stand_in, type_name
+from segdeconv.data.class_file import given_classes
 from segdeconv.data.dataset import Sample, SegmentationDataset
 from segdeconv.data.pixels import as_image
 from segdeconv.data.splits import choose_val
@@ -19,7 +21,7 @@ SPLITS = ("train", "val")
 VAL_SHARE = 0.2
 IGNORED = 255
 
-ClassNames = Sequence[str] | dict[str, Any] | None
+ClassNames = str | list[str] | dict[str | int, Any] | None
 
 
 class Adapter(SegmentationDataset):
@@ -66,12 +68,11 @@ class Adapter(SegmentationDataset):
         """Set the classes.
 
         Args:
-            names: The names, or the classes as `Classes.to_dict` writes them; None for those of the data set's own
-                `classes`, or numbers.
+            names: See `given_classes`; None for those of the data set's own `classes`, or numbers.
             labels: The labels of the masks.
 
         Raises:
-            UsageError: A mask has a label without a name.
+            UsageError: A mask has a label without a name, or the labels of the classes are not 0, 1, 2, ...
         """
         if labels <= {0} and self.ignores:
             raise UsageError(
@@ -81,14 +82,12 @@ class Adapter(SegmentationDataset):
         own = getattr(self.dataset, "classes", None) if names is None else names
         if isinstance(own, Classes):
             self.classes = own
-        elif isinstance(own, Mapping):
-            self.classes = Classes.from_dict(own)
-        else:
-            named = [f"class_{label}" for label in range(max(labels, default=0) + 1)] if own is None else map(str, own)
-            texts = tuple(named)
+        elif own is None:
+            texts = tuple(f"class_{label}" for label in range(max(labels, default=0) + 1))
             self.classes = Classes(texts, default_colours(texts, range(len(texts))))
-            if own is None:
-                self.notes = (f"classes: labels 0..{len(texts) - 1} of the masks - name them with dataset.classes",)
+            self.notes = (f"classes: labels 0..{len(texts) - 1} of the masks - name them with dataset.classes",)
+        else:
+            self.classes = _by_index(given_classes(own if isinstance(own, str | Mapping) else list(map(str, own))))
         if labels and max(labels) >= len(self.classes):
             raise UsageError(
                 f"dataset: a mask has label {max(labels)}, but there are {len(self.classes)} classes, "
@@ -124,6 +123,25 @@ class Adapter(SegmentationDataset):
     @property
     def fingerprint(self) -> str:
         return f"{self.digest} {self.classes}"
+
+
+def _by_index(classes: Classes) -> Classes:
+    """Return classes in the order of their labels, which are those of the masks.
+
+    Raises:
+        UsageError: The labels are not 0, 1, 2, ...
+    """
+    order = sorted(range(len(classes)), key=lambda index: classes.labels[index])
+    in_order = [classes.labels[index] for index in order] == list(range(len(classes)))
+    if classes.by_colour or not in_order or classes.ignore_index != IGNORED:
+        raise UsageError(
+            f"dataset.classes: {', '.join(classes.names)} must have the labels 0..{len(classes) - 1}, and ignore "
+            f"{IGNORED} - masks are class indices; change them, or leave out dataset.classes"
+        )
+    names = tuple(classes.names[index] for index in order)
+    return replace(
+        classes, names=names, colours=tuple(classes.colours[index] for index in order), labels=tuple(range(len(names)))
+    )
 
 
 def _is_item(value: Any) -> bool:

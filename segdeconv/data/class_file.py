@@ -1,5 +1,6 @@
 """Tables of classes that a person writes: classes.yaml, or a text file of names."""
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +25,25 @@ def find_class_file(folder: Path) -> tuple[Path | None, list[str]]:
         f"{path}: not read, since {present[0].name} names the classes - remove one of them" for path in present[1:]
     ]
     return (present[0] if present else None), unread
+
+
+def given_classes(value: str | Mapping[Any, Any] | list[str]) -> Classes:
+    """Return the classes that the key `dataset.classes` gives.
+
+    Args:
+        value: A file, the content of one, or `Classes.to_dict` of a checkpoint.
+
+    Raises:
+        UsageError: It does not describe classes.
+    """
+    if isinstance(value, Mapping) and {"names", "colours", "labels"} <= set(value):
+        return Classes.from_dict(value)
+    if not isinstance(value, str):
+        return parse_classes(value, "dataset.classes")
+    path = Path(os.path.expanduser(value))
+    if not path.is_file():
+        raise UsageError(f"dataset.classes={value} is not a file - give a YAML file of class names")
+    return read_class_file(path)
 
 
 def read_class_file(path: Path) -> Classes:

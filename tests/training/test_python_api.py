@@ -210,6 +210,24 @@ def test_masks_of_whole_numbers_have_the_labels_of_integers(change):
     assert all(np.array_equal(sample.mask, mask) for sample, mask in zip(changed, expected, strict=True))
 
 
+@pytest.mark.parametrize(
+    "classes",
+    [
+        ["sky", "road"],
+        {0: "sky", 1: "road"},
+        {"1": "road", "0": "sky"},
+        {"road": 1, "sky": 0, "ignore": 255},
+        "names.txt",
+    ],
+)
+def test_classes_of_a_data_set_are_named_in_every_form(classes, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("names.txt").write_text("sky\nroad\n")
+    node = check_config(read_arguments({}, {"dataset": Squares(), "dataset__classes": classes}).config)["dataset"]
+    given = dataset_node(Squares())["_target_"](split="train", classes=node["classes"]).classes
+    assert (given.names, given.labels, given.ignore_index) == (("sky", "road"), (0, 1), 255)
+
+
 @pytest.mark.parametrize("form", [tuple, list, lambda item: {"image": item[0], "mask": item[1]}])
 def test_a_list_of_items_is_one_data_set(form):
     given = [form(item) for item in map(Squares(8).__getitem__, range(8))]
@@ -341,6 +359,12 @@ MISTAKES = {
     "splits by name": (
         {"dataset": {"train": Squares(), "validation": Squares(2)}},
         "dataset has the data sets train, validation - give two of them, such as (data['train'], data['validation'])",
+    ),
+    "a gap in the classes": (
+        {**pair(), "dataset__classes": {0: "sky", 2: "road"}}, "sky, road must have the labels 0..1, and ignore 255",
+    ),
+    "another ignored label": (
+        {**pair(), "dataset__classes": {"sky": 0, "road": 1, "ignore": 2}}, "must have the labels 0..1, and ignore 255",
     ),
     "0 and 255": (pair(lambda item: (item[0], (item[1] > 0) * 255)), "no labels but 0 and 255, and 255 marks pixels"),
     "fractions": (pair(lambda item: (item[0], item[1] / 255)), "has shape (32, 32) and float32 values"),

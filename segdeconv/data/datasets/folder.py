@@ -14,7 +14,7 @@ from segdeconv.data.annotations import AnnotatedFolder, classes_of, find_annotat
 from segdeconv.data.annotations.class_labels import Labels, Unlabelled
 from segdeconv.data.annotations.shapes import malformed
 from segdeconv.data.class_file import NAMES as CLASS_FILES
-from segdeconv.data.class_file import find_class_file, parse_classes, read_class_file
+from segdeconv.data.class_file import find_class_file, given_classes, read_class_file
 from segdeconv.data.class_inference import infer_classes
 from segdeconv.data.dataset import FileDataset, Pair, require_root, require_split
 from segdeconv.data.files.finding import find_files
@@ -84,7 +84,7 @@ class Folder(FileDataset):
         split: str,
         root: str,
         *,
-        classes: str | dict[str, Any] | list[str] | None = None,
+        classes: str | dict[str | int, Any] | list[str] | None = None,
         val_share: Annotated[float, Field(gt=0, lt=1)] = 0.2,
         split_seed: int = 0,
         folds: Annotated[int, Field(ge=2)] | None = None,
@@ -336,19 +336,12 @@ def _count_files(folders: list[Folders], used: list[Pair]) -> tuple[tuple[str, i
 
 
 def _read_classes(
-    folder: Path, classes: str | Mapping[str, Any] | list[str] | None, tool_files: Set[Path]
+    folder: Path, classes: str | Mapping[Any, Any] | list[str] | None, tool_files: Set[Path]
 ) -> tuple[Classes | None, tuple[str, ...]]:
     """Return the classes of a checkpoint, of `dataset.classes` or of a file in the folder, and lines about them."""
-    if isinstance(classes, Mapping) and {"names", "colours", "labels"} <= set(classes):
-        return Classes.from_dict(classes), ()  # the classes of a checkpoint
-    if classes is None:
-        path, unread = find_class_file(folder)
-        if path in tool_files:
-            return None, tuple(unread)
-        return (read_class_file(path) if path else None), tuple(unread)
-    if not isinstance(classes, str):
-        return parse_classes(classes, "dataset.classes"), ()
-    path = Path(os.path.expanduser(classes))
-    if not path.is_file():
-        raise UsageError(f"dataset.classes={classes} is not a file - give a YAML file of class names")
-    return read_class_file(path), ()
+    if classes is not None:
+        return given_classes(classes), ()
+    path, unread = find_class_file(folder)
+    if path in tool_files:
+        return None, tuple(unread)
+    return (read_class_file(path) if path else None), tuple(unread)
