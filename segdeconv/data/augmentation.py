@@ -2,6 +2,7 @@
 
 import copy
 import random
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -118,6 +119,7 @@ class Augmentation:
 
         try:
             moved, moved_mask = apply(mask)
+            keeps_labels = self._keeps_labels(apply, mask.shape)
         except Exception as error:  # OpenCV and albumentations raise many types
             reason = " ".join(str(error).split())[:160]
             raise UsageError(
@@ -129,7 +131,7 @@ class Augmentation:
                 f"{where} changes {dtype} images of {channels} channels to {moved.dtype} of shape {moved.shape}, "
                 f"but dataset.mean and dataset.std normalise them after it - {way_out}"
             )
-        if not self._keeps_labels(apply, mask.shape):
+        if not keeps_labels:
             raise UsageError(
                 f"{where} does not keep the labels of masks: it computes with them, or fills borders with a class - "
                 f"{way_out}"
@@ -143,7 +145,9 @@ class Augmentation:
         exchange[[first, second]] = second, first
         rows, columns = np.ogrid[: shape[0], : shape[1]]
         blocks = np.where((rows // 8 + columns // 8) % 2 == 0, first, second).astype(np.uint8)
-        (_, one), (_, other) = apply(blocks), apply(exchange[blocks])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # such as that of a transform for labels that are not among these
+            (_, one), (_, other) = apply(blocks), apply(exchange[blocks])
         return np.array_equal(exchange[one], other) and set(np.unique(one)) <= {first, second, self.ignore_index}
 
     def __call__(self, image: np.ndarray, mask: np.ndarray, epoch: int, index: int) -> tuple[np.ndarray, np.ndarray]:
