@@ -363,7 +363,7 @@ def test_predict_and_export_print_that_their_precisions_differ(tmp_path, monkeyp
     commands = {"predict": lambda: predict.run(""), "export": export_command}
     words = {"predict": ("image.png", "--overwrite"), "export": ("--out", "small.pt2")}
     for fast, name, said in (("bf16-mixed", "export", 1), ("bf16-mixed", "predict", 1), ("32-true", "predict", 0)):
-        monkeypatch.setattr("segdeconv.system.devices.fast_precision", lambda fast=fast: fast)
+        monkeypatch.setattr("segdeconv.system.devices.fast_precision", lambda _, fast=fast: fast)
         monkeypatch.setattr("sys.argv", [name, str(path), *words[name]])
         commands[name]()
         out = capsys.readouterr().out

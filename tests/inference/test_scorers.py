@@ -100,7 +100,7 @@ def test_autocast_runs_convolutions_in_the_precision(precision, dtype):
 
 
 def test_a_requested_precision_is_used(monkeypatch):
-    monkeypatch.setattr("segdeconv.system.devices.fast_precision", lambda: "bf16-mixed")
+    monkeypatch.setattr("segdeconv.system.devices.fast_precision", lambda _: "bf16-mixed")
     assert resolve_precision("16-mixed", trained="bf16-mixed") == "16-mixed"
     assert resolve_precision("auto") == "bf16-mixed"
     assert resolve_precision("auto", trained="bf16-mixed") == "bf16-mixed"
@@ -108,14 +108,14 @@ def test_a_requested_precision_is_used(monkeypatch):
 
 
 def test_a_precision_that_is_slow_here_is_not_chosen(monkeypatch):
-    monkeypatch.setattr("segdeconv.system.devices.fast_precision", lambda: "32-true")
+    monkeypatch.setattr("segdeconv.system.devices.fast_precision", lambda _: "32-true")
     assert resolve_precision("auto", trained="bf16-mixed") == "32-true"
 
 
 @pytest.mark.skipif(best_device().type != "cpu", reason="there is a GPU")
 @pytest.mark.parametrize(("fast", "warnings"), [("32-true", 1), ("bf16-mixed", 0)])
 def test_a_warning_says_that_bfloat16_is_emulated(fast, warnings, monkeypatch, capsys):
-    monkeypatch.setattr("segdeconv.system.devices.fast_precision", lambda: fast)
+    monkeypatch.setattr("segdeconv.system.devices.fast_precision", lambda _: fast)
     monkeypatch.setattr("segdeconv.errors._warned", set())
     assert resolve_precision("bf16-mixed") == "bf16-mixed"
     assert capsys.readouterr().err.count("no instructions for bfloat16") == warnings
