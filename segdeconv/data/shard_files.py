@@ -127,14 +127,19 @@ class ShardFolder:
                 found.append((status.st_mtime_ns, status.st_size, path))
         return sorted(found)
 
+    def _make_room(self, size: int) -> None:
+        """Remove the least recently used shards until there is room for a number of bytes."""
+        with waiting_for_lock(self.cache / ".lock-room"):
+            cached = self._cached()
+            total = sum(stored for _, stored, _ in cached)
+            for _, stored, old in cached:
+                if total + size <= self.limit:
+                    break
+                old.unlink(missing_ok=True)  # a process that reads from it can do so until it closes it
+                total -= stored
+
     def _fetch(self, file: str, size: int, sha256: str, path: Path) -> None:
-        cached = self._cached()
-        total = sum(stored for _, stored, _ in cached)
-        for _, stored, old in cached:
-            if total + size <= self.limit:
-                break
-            old.unlink(missing_ok=True)  # a process that reads from it can do so until it closes it
-            total -= stored
+        self._make_room(size)
         for tries_left in reversed(range(TRIES)):
             try:
                 with replacing_path(path) as partial:
@@ -144,6 +149,7 @@ class ShardFolder:
                         raise _WrongBytesError(f"has {found} of {size} bytes")
                     if hash_file(partial) != sha256:
                         raise _WrongBytesError("does not have the hash in the index")
+                self._make_room(0)  # again, since others may have been fetched at the same time
                 return
             except _WrongBytesError as error:
                 if not tries_left:

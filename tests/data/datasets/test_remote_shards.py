@@ -1,5 +1,6 @@
 """Shards in a local stand-in of S3: training that is killed, and a storage that cuts, hangs, lies and refuses."""
 
+import hashlib
 import os
 import signal
 import subprocess
@@ -189,6 +190,27 @@ def test_processes_fetch_a_shard_once(own, storage, tmp_path):
 
 
 # Killed and resumed
+
+
+def test_shards_that_are_fetched_at_once_stay_below_the_limit(tmp_path):
+    contents = {f"train-{number}.tar": bytes([number]) * 10 for number in range(4)}
+    together = threading.Barrier(len(contents))
+
+    class AtOnce(files.ShardFolder):
+        def _download(self, file, path):
+            together.wait(20)
+            path.write_bytes(contents[file])
+
+    folder = AtOnce("https://localhost/set", str(tmp_path), 20 / 2**30)
+    fetches = [
+        threading.Thread(target=folder.path, args=(name, 10, hashlib.sha256(content).hexdigest()))
+        for name, content in contents.items()
+    ]
+    for fetch in fetches:
+        fetch.start()
+    for fetch in fetches:
+        fetch.join()
+    assert sorted(path.stat().st_size for path in tmp_path.glob("*.tar")) == [10, 10]
 
 
 def _command(address, run, cache):
