@@ -388,7 +388,7 @@ def step_seconds(
     train, seed = splits[0], config["seed"]
     node = {**normalisation(config["dataset"], train, inspections[0]), "cache": "none"}
     pipeline = build_pipeline(node, config["augment"], *splits, seed=seed)
-    precision = resolve_precision(config["trainer"]["precision"])
+    precision = resolve_precision(config["trainer"]["precision"], device=device)
     model = build_model(config["model"], len(train.classes), pipeline.preprocessing.channels, fresh=True)
     loss = build_loss(config["loss"], class_weights=[1.0] * len(train.classes), ignore_index=train.classes.ignore_index)
     optimizer = build_optimizer(config["optimizer"], model)
