@@ -131,6 +131,7 @@ class Checkpoint:
         folder: The folder in which training was started, to which a relative `dataset.root` of the config refers; None
             if that is unknown, or `dataset.root` was overridden.
         objects: The functions that stand in the config for objects of a program, by group; see `config.stand_in`.
+        overridden: The keys of the config that were overridden, such as `dataset.root`.
     """
 
     path: Path
@@ -139,6 +140,7 @@ class Checkpoint:
     content: dict[str, Any]
     folder: Path | None = None
     objects: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    overridden: frozenset[str] = frozenset()
 
     @property
     def classes(self) -> Classes:
@@ -459,13 +461,13 @@ def read(
         raise CheckpointError(str(error)) from error
     _require_usable_weights(path, weights)
     overrides = list(overrides)
-    typed = any(override.partition("=")[0] == "dataset.root" for override in overrides)
+    overridden = frozenset(current_key(override.partition("=")[0]) for override in overrides)
     recorded = content.get(FOLDER)
     folder = None
-    if isinstance(recorded, str) and not typed:
+    if isinstance(recorded, str) and "dataset.root" not in overridden:
         folder = Path(os.path.normpath(os.path.join(os.path.realpath(path.parent), recorded)))
     objects = {} if model is None else {"model": network_stand_in(model)}
-    return Checkpoint(path, _override(config, overrides), facts, content, folder, objects)
+    return Checkpoint(path, _override(config, overrides), facts, content, folder, objects, overridden)
 
 
 def _override(config: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from segdeconv.data.dataset import SegmentationDataset
-from segdeconv.data.inspection import DIGEST, Inspection, count_image, map_with_progress
+from segdeconv.data.inspection import DIGEST, Inspection, count_image, hash_pixels, map_with_progress
 from segdeconv.errors import UsageError
 from segdeconv.system.files import encode, replace_text
 from segdeconv.system.plain_data import Limits, PlainDataError, read_bytes
@@ -37,6 +37,16 @@ def digests_of(inspection: Inspection, dataset: SegmentationDataset) -> list[Sam
     whole = dataset.whole
     triples = zip(whole.names, inspection.digests, inspection.mask_digests, strict=True)
     return [SampleDigest(_as_text(name), _current(image), _current(mask)) for name, image, mask in triples]
+
+
+def image_hashes(dataset: SegmentationDataset) -> list[str]:
+    """Return the hash of the pixels of every image of a split, as in `SampleDigest`; images are read as needed."""
+
+    def hashed(index: int) -> str:
+        contents = dataset.contents(index)
+        return hash_pixels(dataset[index].image) if contents is None else contents.digest
+
+    return map_with_progress(len(dataset), hashed, f"hashing {dataset.split}")
 
 
 def _as_text(name: str) -> str:

@@ -18,8 +18,9 @@ from torch import Tensor
 from segdeconv.checkpoints.checkpoint import Checkpoint, without_measurements
 from segdeconv.data.dataset import SegmentationDataset
 from segdeconv.errors import UsageError, warn
-from segdeconv.evaluation.evaluate import finite_scores, restore_dataset, sampled_per_image, trained_on
+from segdeconv.evaluation.evaluate import finite_scores, restore_dataset, sampled_per_image
 from segdeconv.evaluation.metrics import ConfusionMatrix, scores
+from segdeconv.evaluation.overlap import overlap
 from segdeconv.evaluation.report import describe_class_offsets, mean_iou
 from segdeconv.inference.predictors import PredictionSettings
 from segdeconv.inference.segmenter import Segmenter
@@ -109,8 +110,10 @@ def with_class_offsets(
     fitted = ClassOffsets(values, dataset.split, len(dataset), check.split, before, after)
     for line in describe_class_offsets(fitted.to_dict()).split("; "):
         report(line)
-    if trained_on(checkpoint, check.split):
-        warn(f"the network was trained on {check.split}, so mean IoU there does not show whether the offsets help")
+    used = overlap(checkpoint, check)
+    if used.trained_on:
+        part = used.part_of(check.split)
+        warn(f"the network was trained on {part}, so mean IoU there does not show whether the offsets help")
     if mean_iou(after) < mean_iou(before):
         warn(
             f"the class offsets lower mean IoU on {check.split}: what holds for the images of "

@@ -4,6 +4,7 @@ import math
 import platform
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import metadata
 from itertools import islice
 from typing import Any, NamedTuple, Self
@@ -27,7 +28,8 @@ from segdeconv.evaluation.boundary import Boundaries
 from segdeconv.evaluation.breakdown import Breakdown
 from segdeconv.evaluation.calibration import Calibration
 from segdeconv.evaluation.metrics import ConfusionMatrix
-from segdeconv.evaluation.verdict import Verdict, verdict
+from segdeconv.evaluation.overlap import overlap
+from segdeconv.evaluation.verdict import Overlap, Verdict, verdict
 from segdeconv.inference.predictors import whole_image
 from segdeconv.inference.scorers import ClassScores, entropy, labels_and_confidence
 from segdeconv.inference.segmenter import Segmenter
@@ -73,11 +75,6 @@ def restore_dataset(checkpoint: Checkpoint, split_name: str) -> SegmentationData
             f"{dataset.channels} - keep dataset.channels as in training"
         )
     return dataset
-
-
-def trained_on(checkpoint: Checkpoint, split_name: str) -> bool:
-    """Return whether a network was trained on a split of its data set."""
-    return split_name == "train" or (split_name == "val" and bool(checkpoint.config["dataset"].get("train_on_val")))
 
 
 def class_order(
@@ -333,6 +330,11 @@ class Evaluation:
         )
         return cls(segmenter, dataset, confusion, calibration, boundaries, breakdown, gallery)
 
+    @cached_property
+    def overlap(self) -> Overlap:
+        """Which of the images training has used."""
+        return overlap(self.segmenter.checkpoint, self.dataset)
+
     def report(self, **facts: Any) -> dict[str, Any]:
         """Return the content of report.json; `facts` are further entries."""
         return report.report(
@@ -346,7 +348,7 @@ class Evaluation:
             config=self.segmenter.checkpoint.config,
             versions=versions(self.segmenter.network.device),
             split=self.dataset.split,
-            trained_on=trained_on(self.segmenter.checkpoint, self.dataset.split),
+            overlap=self.overlap,
             samples=self.segmenter.settings.samples,
             min_area=self.segmenter.settings.min_area,
             calibration=self.calibration.report(),
@@ -363,13 +365,12 @@ class Evaluation:
 
     def verdict(self) -> Verdict:
         """Return the scores beside those of a constant prediction, in sentences."""
-        split = self.dataset.split
         return verdict(
             self.confusion,
             self.dataset.classes,
             num_images=len(self.dataset),
-            split=split,
-            trained_on=trained_on(self.segmenter.checkpoint, split),
+            split=self.dataset.split,
+            overlap=self.overlap,
         )
 
     def score_table(self) -> str:

@@ -11,8 +11,9 @@ from torch import nn
 from segdeconv.checkpoints.checkpoint import Checkpoint
 from segdeconv.data.dataset import SegmentationDataset
 from segdeconv.errors import UsageError, warn
-from segdeconv.evaluation.evaluate import evaluate, restore_dataset, trained_on
+from segdeconv.evaluation.evaluate import evaluate, restore_dataset
 from segdeconv.evaluation.metrics import scores
+from segdeconv.evaluation.overlap import overlap
 from segdeconv.evaluation.report import describe_instance_statistics
 from segdeconv.inference.predictors import PredictionSettings
 from segdeconv.inference.segmenter import Segmenter
@@ -124,8 +125,11 @@ def with_instance_statistics(
     measured = InstanceStatistics(draft.weights, check.split, *mious)
     for line in describe_instance_statistics(measured.to_dict()).split("; "):
         report(line)
-    if trained_on(checkpoint, check.split):
-        warn(f"the network was trained on {check.split}, so mean IoU there does not show whether they help")
+    used = overlap(checkpoint, check)
+    if used.trained_on:
+        warn(
+            f"the network was trained on {used.part_of(check.split)}, so mean IoU there does not show whether they help"
+        )
     elif measured.after < measured.before:
         warn(
             f"the instance statistics lower mean IoU on {check.split} - keep the network without them, or give a "

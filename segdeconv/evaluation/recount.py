@@ -11,9 +11,10 @@ from segdeconv.classes import Classes
 from segdeconv.evaluation import report
 from segdeconv.evaluation.breakdown import Breakdown, ImageCounts
 from segdeconv.evaluation.metrics import scores
+from segdeconv.evaluation.verdict import Overlap
 
 # They need the masks or the config, or are missing in reports of earlier versions.
-NOT_DERIVED = ("truth_sha256", "by_boundary_distance", "trained_on")
+NOT_DERIVED = ("truth_sha256", "by_boundary_distance", "trained_on", "images_trained_on", "selected_on")
 CALIBRATION_TOLERANCE = 1e-9  # of a sum of 15 products
 
 
@@ -65,14 +66,13 @@ def inconsistency(content: Mapping[str, Any], classes: Classes) -> str:
     try:
         breakdown = counts_of(content, len(classes), classes.ignore_index)
         confusion = confusion_of(breakdown.images, len(classes))
-        split = content.get("split")
         derived = report.report(
             confusion,
             len(breakdown.images),
             classes,
             breakdown=breakdown,
-            split=split,
-            trained_on=content.get("trained_on", split == "train"),
+            split=content.get("split"),
+            overlap=_overlap(content, len(breakdown.images)),
         )
         for name in NOT_DERIVED:
             del derived[name]
@@ -85,6 +85,15 @@ def inconsistency(content: Mapping[str, Any], classes: Classes) -> str:
         return _inconsistent_sums(content, int(confusion.sum()))
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
         return f"it does not have the form of a report ({type(error).__name__}: {error})"
+
+
+def _overlap(content: Mapping[str, Any], num_images: int) -> Overlap:
+    """Return which images training has used; reports of earlier versions say so of the whole split, or not at all."""
+    if "images_trained_on" in content:
+        return Overlap(num_images, content["images_trained_on"], content["selected_on"])
+    split = content.get("split")
+    trained = content.get("trained_on", split == "train")
+    return Overlap(num_images, num_images if trained else 0, split == "val" and not trained)
 
 
 def _inconsistent_sums(content: Mapping[str, Any], num_pixels: int) -> str:

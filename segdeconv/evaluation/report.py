@@ -14,7 +14,7 @@ from segdeconv.evaluation.boundary import Boundaries
 from segdeconv.evaluation.breakdown import Breakdown
 from segdeconv.evaluation.calibration import Calibration
 from segdeconv.evaluation.metrics import Scores, number, scores
-from segdeconv.evaluation.verdict import constant_prediction, verdict
+from segdeconv.evaluation.verdict import Overlap, constant_prediction, verdict
 from segdeconv.system.files import replace_text
 from segdeconv.system.plain_data import Limits, PlainDataError, read_json
 
@@ -43,7 +43,7 @@ def report(
     boundaries: Boundaries | None = None,
     breakdown: Breakdown | None = None,
     split: str | None = None,
-    trained_on: bool = False,
+    overlap: Overlap | None = None,
     **facts: Any,
 ) -> dict[str, Any]:
     """Return the content of report.json: fractions in 0..1, null where there is nothing to score.
@@ -55,12 +55,12 @@ def report(
         boundaries: The boundary counts, None to leave out boundary scores.
         breakdown: The counts by image and distance, None to leave them out.
         split: The name of the split.
-        trained_on: Whether the network was trained on it.
+        overlap: Which of the images training has used, if known.
         facts: Further entries: the command, the checkpoint, versions.
     """
     result = scores(confusion)
     boundary = boundaries.compute() if boundaries is not None else None
-    better, sentence, details = verdict(confusion, classes, num_images=num_images, split=split, trained_on=trained_on)
+    better, sentence, details = verdict(confusion, classes, num_images=num_images, split=split, overlap=overlap)
     commonest, baseline = constant_prediction(confusion)
     images = breakdown.images_by_class if breakdown is not None else [None] * len(classes)
     return {
@@ -71,7 +71,7 @@ def report(
         "boundary_f1_dilated": number(boundary.f1_dilated) if boundary else None,
         "boundary_iou": number(boundary.iou) if boundary else None,
         "split": split,
-        "trained_on": trained_on,
+        **_used_in_training(overlap),
         "num_images": num_images,
         "num_pixels": int(confusion.sum()),
         "classes": [
@@ -94,6 +94,15 @@ def report(
         "confusion": confusion.tolist(),
         **(breakdown.report() if breakdown is not None else {}),
         **facts,
+    }
+
+
+def _used_in_training(overlap: Overlap | None) -> dict[str, Any]:
+    number = None if overlap is None else overlap.trained_on
+    return {
+        "trained_on": None if number is None else number > 0,
+        "images_trained_on": number,
+        "selected_on": None if overlap is None else overlap.selected,
     }
 
 

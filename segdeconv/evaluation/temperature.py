@@ -18,7 +18,8 @@ from segdeconv.classes import Classes
 from segdeconv.data.dataset import SegmentationDataset
 from segdeconv.errors import UsageError, warn
 from segdeconv.evaluation.calibration import Calibration
-from segdeconv.evaluation.evaluate import finite_scores, restore_dataset, sampled_per_image, trained_on
+from segdeconv.evaluation.evaluate import finite_scores, restore_dataset, sampled_per_image
+from segdeconv.evaluation.overlap import overlap
 from segdeconv.evaluation.report import describe_temperature
 from segdeconv.inference.predictors import PredictionSettings
 from segdeconv.inference.scorers import ClassScores, labels_and_confidence
@@ -127,8 +128,10 @@ def calibrated(
     total = temperature * (recorded["value"] if recorded else 1)
     if recorded:
         report(f"{checkpoint.path} was calibrated before, by {recorded['value']:.4f}; on top of that {temperature:.4f}")
-    if trained_on(checkpoint, dataset.split):
-        warn(f"the network was trained on {dataset.split}, so for other images it stays too certain of its predictions")
+    used = overlap(checkpoint, dataset)
+    if used.trained_on:
+        part = used.part_of(dataset.split)
+        warn(f"the network was trained on {part}, so for other images it stays too certain of its predictions")
     if len(dataset) < FEW_IMAGES:
         warn(f"{dataset.split} has {len(dataset)} images, too few for a temperature that holds for others")
     if checkpoint.facts.get("int8"):

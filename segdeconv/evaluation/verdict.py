@@ -1,5 +1,6 @@
 """The verdict on a network: its scores beside those of a constant prediction, in plain sentences."""
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -29,6 +30,34 @@ class Verdict(NamedTuple):
         return f"{self.sentence}\n{' '.join(self.details)}".rstrip()
 
 
+@dataclass(frozen=True)
+class Overlap:
+    """The images of an evaluation that training has used.
+
+    Attributes:
+        num_images: The number of images or crops that were scored.
+        trained_on: How many of them the network was trained on; None if that is unknown.
+        selected: Whether all of them selected the best checkpoint of the run.
+    """
+
+    num_images: int
+    trained_on: int | None = None
+    selected: bool = False
+
+    def sentence(self, split: str | None) -> str:
+        """Return what this means for new images as a sentence; empty if it means nothing."""
+        if self.trained_on:
+            part = "them" if self.trained_on == self.num_images else f"{self.trained_on} of them"
+            return f"The network was trained on {part}, so new images score lower."
+        if self.selected:
+            return f"{split} also selects the best checkpoint of a run, so new images tend to score lower."
+        return ""
+
+    def part_of(self, split: str) -> str:
+        """Return the images that the network was trained on in words."""
+        return split if self.trained_on == self.num_images else f"{self.trained_on} images of {split}"
+
+
 def constant_prediction(confusion: np.ndarray) -> tuple[int, Scores]:
     """Return the most frequent class of the ground truth, and the scores of predicting it for every pixel.
 
@@ -54,7 +83,12 @@ def foreground(classes: Classes) -> int | None:
 
 
 def verdict(
-    confusion: np.ndarray, classes: Classes, *, num_images: int, split: str | None = None, trained_on: bool = False
+    confusion: np.ndarray,
+    classes: Classes,
+    *,
+    num_images: int,
+    split: str | None = None,
+    overlap: Overlap | None = None,
 ) -> Verdict:
     """Compare a network with the constant prediction of the most frequent class.
 
@@ -63,9 +97,9 @@ def verdict(
         classes: The classes of the confusion matrix.
         num_images: The number of images.
         split: The split they are from, if known.
-        trained_on: Whether the network was trained on it.
+        overlap: Which of them training has used, if known.
     """
-    measured = _measured(num_images, split, trained_on)
+    measured = _measured(num_images, split, overlap)
     if not confusion.any():
         return Verdict(None, "Nothing could be scored: every pixel of the masks is ignored.", measured)
     result = scores(confusion)
@@ -105,15 +139,11 @@ def _of_classes(result: Scores, classes: Classes) -> tuple[str, ...]:
     return (f"Worst class: '{classes.names[worst]}', IoU {_percent(result.iou[worst])}.",)
 
 
-def _measured(num_images: int, split: str | None, trained_on: bool) -> tuple[str, ...]:
+def _measured(num_images: int, split: str | None, overlap: Overlap | None) -> tuple[str, ...]:
     images = f"{num_images} image{'' if num_images == 1 else 's'}{f' of {split}' if split else ''}"
     few = num_images < FEW_IMAGES
-    sentences = [f"Measured on only {images}, so the scores are rough." if few else f"Measured on {images}."]
-    if trained_on:
-        sentences.append("The network was trained on them, so new images score lower.")
-    elif split == "val":
-        sentences.append("val also selects the best checkpoint of a run, so new images tend to score lower.")
-    return tuple(sentences)
+    size = f"Measured on only {images}, so the scores are rough." if few else f"Measured on {images}."
+    return tuple(filter(None, (size, overlap.sentence(split) if overlap else "")))
 
 
 def _percent(value: float) -> str:

@@ -7,7 +7,7 @@ import torch
 from segdeconv.classes import Classes, voc_colours
 from segdeconv.evaluation.metrics import ConfusionMatrix, scores
 from segdeconv.evaluation.report import report
-from segdeconv.evaluation.verdict import constant_prediction, verdict
+from segdeconv.evaluation.verdict import Overlap, constant_prediction, verdict
 
 
 def named(*names):
@@ -125,17 +125,21 @@ def test_the_foreground_is_the_class_that_is_not_called_background(names, expect
 
 
 @pytest.mark.parametrize(
-    ("split", "num", "trained_on", "sentences"),
+    ("split", "num", "trained_on", "selected", "sentences"),
     [
-        ("test", 100, False, ["Measured on 100 images of test."]),
-        ("test", 1, False, ["Measured on only 1 image of test, so the scores are rough."]),
-        ("val", 100, False, ["Measured on 100 images of val.", "val also selects the best checkpoint"]),
-        ("val", 100, True, ["Measured on 100 images of val.", "The network was trained on them"]),
-        ("train", 100, True, ["Measured on 100 images of train.", "The network was trained on them"]),
+        ("test", 100, 0, False, ["Measured on 100 images of test."]),
+        ("test", 1, 0, False, ["Measured on only 1 image of test, so the scores are rough."]),
+        ("val", 100, 0, True, ["Measured on 100 images of val.", "val also selects the best checkpoint"]),
+        ("val", 100, 0, False, ["Measured on 100 images of val."]),
+        ("val", 100, None, False, ["Measured on 100 images of val."]),
+        ("val", 100, 100, False, ["Measured on 100 images of val.", "The network was trained on them"]),
+        ("train", 100, 100, False, ["Measured on 100 images of train.", "The network was trained on them"]),
+        ("test", 100, 7, False, ["Measured on 100 images of test.", "The network was trained on 7 of them"]),
     ],
 )
-def test_the_verdict_states_what_it_was_measured_on(split, num, trained_on, sentences):
+def test_the_verdict_states_what_it_was_measured_on(split, num, trained_on, selected, sentences):
     matrix = np.array([[3, 1], [1, 3]])
-    measured = verdict(matrix, TWO, num_images=num, split=split, trained_on=trained_on).details[1:]
+    used = Overlap(num, trained_on, selected)
+    measured = verdict(matrix, TWO, num_images=num, split=split, overlap=used).details[1:]
     assert len(measured) == len(sentences)
     assert all(sentence.startswith(expected) for sentence, expected in zip(measured, sentences, strict=True))
