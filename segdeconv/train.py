@@ -81,7 +81,7 @@ def train(
     objects, config = configs.objects_in(checked), configs.written(checked)
     run = resume.find_run(config, Path(run), runs)
     result = TrainingResult(run, objects)
-    config, resumed, finished, new_length = resume.open_run(run, config)
+    config, resumed, finished, new_length, changed = resume.open_run(run, config)
     resumed_path = None if resumed is None else resumed.path
     if finished:
         longer = ", after no fewer epochs and steps than these, and left as it is" if new_length else ""
@@ -153,21 +153,24 @@ def train(
             settings=settings,
             log_to_loggers=False,  # the Recorder does
         )
+        if resumed is not None and changed:
+            resume.require_compatible(resumed, task, run, changed)
+            task.restores_options = not any(key.startswith("optimizer") for key in changed)
         if resumed is not None and new_length:
             steps = resumed.content["global_step"]
             resume.require_more_steps(run, steps, task.total_steps, resume.finished(run))
             before = TrainerSettings(**split_arguments(resumed.config.get("trainer", {}), [TrainerSettings])[0])
             old_total = count_steps(prepared.data, trainer.world_size, before)
-            resume.warn_of_schedule(task.schedule, config["optimizer"]["lr"], steps, old_total, task.total_steps)
+            lr = [node["optimizer"]["lr"] for node in (resumed.config, config)]
+            resume.warn_of_schedule(task.schedule, lr, steps, old_total, task.total_steps)
         loggers.log_config(logger, config, run, new_length=new_length)
         run_folder.require_space(run, task, kept_count(settings.keep, task))
         print(header(config, prepared.data, task, trainer, run, resumed_path), flush=True)
         if resumed is not None:
             resume.compare_machines(resumed, device)
+            resume.record_config(run, config)
         del resumed  # the trainer loads and releases its content
 
-        if new_length:
-            resume.record_length(run, config)
         if not trial and trainer.is_global_zero:
             sample_digests.write(prepared.digests, run / sample_digests.NAME)
         complete = True

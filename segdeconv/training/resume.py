@@ -1,12 +1,14 @@
 """Resuming: finding the run folder and its checkpoint, and comparing config, data and machine."""
 
+from __future__ import annotations
+
 import inspect
 import json
 import math
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import yaml
@@ -24,6 +26,9 @@ from segdeconv.training.config_check import DEFAULTS, SCHEMAS
 from segdeconv.training.processes import rank_from_outside
 from segdeconv.training.run_folder import lock_run
 from segdeconv.training.settings import TrainerSettings
+
+if TYPE_CHECKING:
+    from segdeconv.training.task import SegmentationTask
 
 # Keys that may change when a run resumes, since they do not affect the result of training.
 CHANGEABLE_KEYS = (
@@ -48,13 +53,15 @@ class Opened(NamedTuple):
         config: The config; that of a run which has begun has the values that were chosen then.
         checkpoint: The checkpoint to resume from, or None for a new run.
         finished: The run is complete, and the config asks for no more.
-        new_length: The config gives the run another length; `record_length` has to record it.
+        new_length: The config gives the run another length; `record_config` has to record it.
+        changed: The other keys with new values, which `resume_force` admits.
     """
 
     config: dict[str, Any]
     checkpoint: Checkpoint | None
     finished: bool
     new_length: bool = False
+    changed: Sequence[str] = ()
 
 
 def find_run(config: Mapping[str, Any], run: Path, runs: Path | None) -> Path:
@@ -129,7 +136,7 @@ def read_config(run: Path) -> dict[str, Any]:
 
 
 def open_run(run: Path, config: Mapping[str, Any]) -> Opened:
-    """Lock the run folder and write config.yaml, unless the run is finished or gets another length.
+    """Lock the run folder; write config.yaml into a new one.
 
     Args:
         run: The run folder, which is created if needed.
@@ -155,8 +162,13 @@ def open_run(run: Path, config: Mapping[str, Any]) -> Opened:
     differing = differing_keys(before, config)
     new_length = any(key in LENGTH_KEYS for key in differing)
     others = [key for key in differing if key not in LENGTH_KEYS]
+    force = "to train further with these, set resume_force=true and more trainer.max_epochs"
+    if others and config["resume_force"] and complete and not is_longer(before, config):
+        raise UsageError(
+            f"{run} is finished, so other values of {', '.join(others)} have no effect - give more "
+            f"trainer.max_epochs, or choose another {run_folder_argument()}"
+        )
     if others and not config["resume_force"]:
-        force = "to train further with these, set resume_force=true and more trainer.max_epochs"
         raise UsageError(
             f"{run} was started with other values of {', '.join(others)} - use those, or "
             + (
@@ -167,9 +179,9 @@ def open_run(run: Path, config: Mapping[str, Any]) -> Opened:
         )
     resumed = usable_checkpoint(run)
     complete = complete and not (new_length and is_longer(before, config))
-    if not complete and not new_length:
+    if resumed is None and not complete:
         write_config(run, config)
-    return Opened(config, resumed, complete, new_length)
+    return Opened(config, resumed, complete, new_length, others)
 
 
 def adopt(before: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
@@ -217,15 +229,54 @@ def write_config(run: Path, config: Mapping[str, Any]) -> None:
         replace_text(run / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
 
 
-def record_length(run: Path, config: Mapping[str, Any]) -> None:
-    """Record the new length of a run: it is unfinished, and config.yaml has the config.
+def record_config(run: Path, config: Mapping[str, Any]) -> None:
+    """Record that a resumed run is unfinished, and its config.
 
-    Called right before training, so that an error before it leaves a finished run finished.
+    Called right before training, so that an error before it leaves the run as it was.
     """
     if finished(run) and rank_from_outside() == 0:
         report = read_report(run / "report.json")
         replace_text(run / "report.json", json.dumps({**report, "complete": False}, indent=1) + "\n")
     write_config(run, config)
+
+
+def require_compatible(resumed: Checkpoint, task: SegmentationTask, run: Path, changed: Sequence[str]) -> None:
+    """Check that a task with new values of some keys can take over the state of a checkpoint.
+
+    Args:
+        resumed: The checkpoint.
+        task: The task, before training.
+        run: The run folder.
+        changed: The keys with new values.
+
+    Raises:
+        UsageError: The weights of the checkpoint, or the state of its optimizer, have another form.
+    """
+    (saved,), optimizer = resumed.content["optimizer_states"], task.optimizer.state_dict()
+    fits = {
+        "weights": _shapes(resumed.content["state_dict"]) == _shapes(task.state_dict()),
+        "optimizer": "optimizer._target_" not in changed and _has_form(saved, optimizer),
+    }
+    for part in [part for part, fitting in fits.items() if not fitting]:
+        keys = [key for key in changed if key.startswith("optimizer.") == (part == "optimizer")] or changed
+        raise UsageError(
+            f"{run}: its {part} cannot be continued with other values of {', '.join(keys)}, and nothing was changed - "
+            f"use the values of the run, or start a new run from its weights with init_from={resumed.path}"
+        )
+
+
+def _shapes(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: getattr(value, "shape", None) for name, value in state.items()}
+
+
+def _has_form(saved: Mapping[str, Any], state: Mapping[str, Any]) -> bool:
+    """Return whether an optimizer can take over a state: the same groups, and no option switched on or off."""
+    groups, others = saved["param_groups"], state["param_groups"]
+    return [group["params"] for group in groups] == [group["params"] for group in others] and all(
+        bool(group[name]) == bool(other[name])
+        for group, other in zip(groups, others, strict=True)
+        for name in (group.keys() & other.keys()) - {"params", "lr", "base_lr", "weight_decay"}
+    )
 
 
 def require_more_steps(run: Path, steps: int, total_steps: int, complete: bool) -> None:
@@ -248,24 +299,25 @@ def require_more_steps(run: Path, steps: int, total_steps: int, complete: bool) 
 
 
 def warn_of_schedule(
-    schedule: Callable[[int, int], float], lr: float, steps: int, old_total: int, new_total: int
+    schedule: Callable[[int, int], float], lr: Sequence[float], steps: int, old_total: int, new_total: int
 ) -> None:
     """Print by how much the learning rate jumps where a run of a new length resumes, if it does.
 
     Args:
         schedule: The factor on the learning rate by step and total steps.
-        lr: The learning rate of the config.
+        lr: The learning rates of the old config and of the new one.
         steps: Steps that the run has trained.
         old_total: Steps of the old length.
         new_total: Steps of the new length.
     """
     last = max(0, steps - 1)
     before, after = schedule(last, old_total), schedule(last, new_total)
+    jump = f"{lr[0] * before:.3g} to {lr[1] * schedule(steps, new_total):.3g}"
     if not math.isclose(before, after, rel_tol=1e-6):
         warn(
             f"trainer.max_epochs: the run ends at step {new_total} instead of {old_total}, and the "
             f"schedule now covers all {new_total} steps, so the learning rate at the restart jumps from "
-            f"{lr * before:.3g} to {lr * schedule(steps, new_total):.3g} - start a new run for an unbroken schedule"
+            f"{jump} - start a new run for an unbroken schedule"
         )
 
 

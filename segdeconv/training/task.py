@@ -123,6 +123,7 @@ class SegmentationTask(LightningModule):
     """
 
     averaged: SegmentationModel | None
+    restores_options = True  # of the optimizer, such as weight_decay; else those of a checkpoint are left out
     validation_network: Network | None = None  # during a validation
 
     def __init__(
@@ -633,3 +634,7 @@ class SegmentationTask(LightningModule):
         counts = checkpoint["segdeconv"]["train_counts"]  # summed over all processes
         self.train_matrix.counts = counts if self.global_rank == 0 else torch.zeros_like(counts)
         self.step_loss.sums = list(checkpoint["segdeconv"]["train_loss"])
+        if not self.restores_options:
+            (state,) = checkpoint["optimizer_states"]
+            for saved, group in zip(state["param_groups"], self.optimizer.param_groups, strict=True):
+                saved.update({name: value for name, value in group.items() if name != "params"})
