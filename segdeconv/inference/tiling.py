@@ -175,7 +175,8 @@ def geometry_of(skeleton: nn.Module, minimum_size: int) -> Geometry:
                 "leave out --tile, or set a smaller dataset.size"
             )
         layers = [[spans[axis] for spans in trace.spans if spans is not None] for axis in (0, 1)]
-        axes = [_axis(field.spans[axis], layers[axis], side, minimum_size) for axis in (0, 1)]
+        multiple = getattr(skeleton, "size_multiple", 1)
+        axes = [_axis(field.spans[axis], layers[axis], side, minimum_size, multiple) for axis in (0, 1)]
         if axes[0] is not None and axes[1] is not None:
             (rows, exact_rows), (columns, exact_columns) = axes[0], axes[1]
             local = not any(isinstance(module, STATISTICS) for module in skeleton.modules())
@@ -186,12 +187,12 @@ def geometry_of(skeleton: nn.Module, minimum_size: int) -> Geometry:
     )
 
 
-def _axis(span: Span, layers: list[Span], side: int, min_window: int) -> tuple[Axis, bool] | None:
+def _axis(span: Span, layers: list[Span], side: int, min_window: int, multiple: int) -> tuple[Axis, bool] | None:
     """Derive an axis, and True if its windows are exact, from the receptive fields of the scores and of all layers.
 
-    None if every receptive field reaches the border of the image.
+    Windows start at multiples of `multiple` too. None if every receptive field reaches the border of the image.
     """
-    stride = math.lcm(*(_stride(layer, side) for layer in layers))
+    stride = math.lcm(multiple, *(_stride(layer, side) for layer in layers))
     interior = np.flatnonzero((span.first > 0) & (span.last < side - 1))
     if len(interior) < 3 * stride:
         return None

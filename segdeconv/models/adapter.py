@@ -32,6 +32,7 @@ class Adapter(SegmentationModel):
     """
 
     heads = ()
+    size_multiple = MULTIPLE
 
     def __init__(self, network: nn.Module, num_classes: int, *, in_channels: int = 3) -> None:
         super().__init__(num_classes, in_channels=in_channels)

@@ -33,6 +33,7 @@ class SegmentationModel(nn.Module, ABC):
         heads: Names of the modules whose first dimension is the classes, which are replaced for other classes.
         square_heads: Names of the modules whose first two dimensions are the classes.
         minimum_size: Smallest side in pixels that the network accepts; inference pads smaller images to it.
+        size_multiple: The network extends images to multiples of it, so tiles have to start at multiples of it.
     """
 
     _arguments: dict[str, Any] | None = None  # of the constructor, if they are plain data
@@ -40,6 +41,7 @@ class SegmentationModel(nn.Module, ABC):
     heads: tuple[str, ...] = ("classifier",)
     square_heads: tuple[str, ...] = ()
     minimum_size: int = 32
+    size_multiple: int = 1
 
     def __init_subclass__(cls, **named: Any) -> None:
         super().__init_subclass__(**named)

@@ -11,6 +11,7 @@ from segdeconv.errors import UsageError
 from segdeconv.inference.tiling import Axis, geometry_of, parts
 from segdeconv.inference.views import Tiler
 from segdeconv.models import FCN, FPN, DeconvNet, DeepLabLargeFOV, FCNBasic, SegNet, SegNetBasic, UNet
+from segdeconv.models.adapter import Adapter
 from segdeconv.models.instance_batch_norm import set_instance_statistics
 
 SMALL = {"width": 0.0625}
@@ -100,17 +101,37 @@ def in_use(network):
     return network.eval().double()  # in float64, rounding changes no switch
 
 
+def another_librarys():
+    layers = [
+        nn.Conv2d(3, 4, 7, padding=3),
+        nn.MaxPool2d(2),
+        nn.Conv2d(4, 4, 7, padding=3),
+        nn.Upsample(scale_factor=2),
+    ]
+    return Adapter(nn.Sequential(*layers, nn.Conv2d(4, 3, 7, padding=3)), 3)
+
+
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in NETWORKS]
 )
 def test_scores_in_tiles_equal_those_of_the_whole_image(name):
-    network = in_use(NETWORKS[name]())
-    geometry = geometry_of(skeleton(NETWORKS[name]), network.minimum_size)
+    check_tiles(NETWORKS[name], (71, 103))  # odd, and no multiple of any stride
+
+
+@pytest.mark.parametrize("more", [(36, 36), (33, 66), (96, 64), (71, 103)])
+def test_tiles_of_a_network_that_extends_images_start_where_its_extension_would(more):
+    check_tiles(another_librarys, more, tile=lambda smallest, size: smallest)
+
+
+def check_tiles(build, more, tile=lambda smallest, size: (size[0] - 1, size[1] - 1)):
+    """Compare tiles with the whole of an image that is this much larger than the smallest tile."""
+    network = in_use(build())
+    geometry = geometry_of(skeleton(build), network.minimum_size)
     assert geometry.exact
     rows, columns = geometry.smallest
-    size = (rows + 71, columns + 103)  # odd, and no multiple of any stride
+    size = (rows + more[0], columns + more[1])
     image = torch.randn(1, 3, *size, dtype=torch.float64)
-    step = geometry.steps((size[0] - 1, size[1] - 1), size)
+    step = geometry.steps(tile(geometry.smallest, size), size)
     assert len(list(parts(size, step))) >= 4
     with torch.no_grad():
         whole = network(image)
