@@ -36,6 +36,7 @@ from segdeconv.training.result import TrainingResult
 from segdeconv.training.settings import TrainerSettings
 
 
+@torch.random.fork_rng(devices=[])  # a run sets seeds of its own, after which the caller's random numbers go on
 def train(
     config: Mapping[str, Any] | None = None,
     run: str | Path | None = None,

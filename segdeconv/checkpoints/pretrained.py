@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from segdeconv.checkpoints import cards, checkpoint, hub
-from segdeconv.classes import Classes, default_colours
+from segdeconv.classes import Classes
 from segdeconv.config import ABSENT, TARGET
 from segdeconv.errors import UsageError
 from segdeconv.models import SegmentationModel
@@ -23,7 +23,7 @@ def save_network(
     network: SegmentationModel,
     folder: Path,
     *,
-    classes: Sequence[str] | Classes | None,
+    classes: Sequence[str] | Mapping[Any, Any] | Classes | None,
     half: bool,
     about: Mapping[str, Any] | None,
 ) -> Path:
@@ -44,7 +44,7 @@ def push_network(
     network: SegmentationModel,
     name: str,
     *,
-    classes: Sequence[str] | Classes | None,
+    classes: Sequence[str] | Mapping[Any, Any] | Classes | None,
     half: bool,
     about: Mapping[str, Any] | None,
     private: bool | None,
@@ -58,13 +58,12 @@ def push_network(
         return hub.push(path, name, private=private, revision=revision, message=message, token=token)
 
 
-def _new_card(network: SegmentationModel, classes: Sequence[str] | Classes) -> dict[str, Any]:
+def _new_card(network: SegmentationModel, classes: Sequence[str] | Mapping[Any, Any] | Classes) -> dict[str, Any]:
     """Return the card of a network that has none: normalised like ImageNet, images at their own size."""
+    from segdeconv.data.class_file import indexed_classes
     from segdeconv.data.preprocessing import Preprocessing
 
-    if not isinstance(classes, Classes):
-        names = tuple(map(str, classes))
-        classes = Classes(names, default_colours(names, range(len(names))))
+    classes = indexed_classes(classes)
     name = type(network).__name__
     if len(classes) != network.num_classes:
         raise UsageError(f"this {name} has {network.num_classes} classes, and classes names {len(classes)} - name all")

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,30 @@ def given_classes(value: str | Mapping[Any, Any] | list[str]) -> Classes:
     if not path.is_file():
         raise UsageError(f"dataset.classes={value} is not a file - give a YAML file of class names")
     return read_class_file(path)
+
+
+def indexed_classes(value: Classes | Sequence[str] | Mapping[Any, Any]) -> Classes:
+    """Return the classes of a network, whose masks hold class indices.
+
+    Args:
+        value: The classes, their names in the order of their indices, or a mapping between names and indices.
+
+    Raises:
+        UsageError: It is not one of these, or the indices are not 0, 1, 2, ...
+    """
+    if isinstance(value, Classes):
+        return value
+    ignore_index = IGNORE
+    if isinstance(value, Mapping):
+        parsed = parse_classes(value, "classes")
+        if parsed.by_colour or sorted(parsed.labels) != list(range(len(parsed))):
+            raise UsageError(f"classes is {dict(value)} - give each name its index in the masks, 0, 1, 2, ...")
+        value = [name for _, name in sorted(zip(parsed.labels, parsed.names, strict=True))]
+        ignore_index = parsed.ignore_index
+    if isinstance(value, str | bytes) or not isinstance(value, Sequence):
+        raise UsageError(f"classes is {value!r} - give the names in the order of their indices, or {{index: name}}")
+    names = tuple(map(str, value))
+    return Classes(names, default_colours(names, range(len(names))), ignore_index)
 
 
 def read_class_file(path: Path) -> Classes:

@@ -93,7 +93,7 @@ class SegmentationModel(nn.Module, ABC):
         self,
         folder: str | Path,
         *,
-        classes: Sequence[str] | Classes | None = None,
+        classes: Sequence[str] | Mapping[Any, Any] | Classes | None = None,
         half: bool = False,
         about: Mapping[str, Any] | None = None,
     ) -> Path:
@@ -101,8 +101,9 @@ class SegmentationModel(nn.Module, ABC):
 
         Args:
             folder: The folder, which is created.
-            classes: The names of the classes, for a network that was neither loaded nor trained by segdeconv. It is
-                then taken to be fed images that are normalised as `train` does, with ImageNet's mean and deviation.
+            classes: The names of the classes, or a mapping between names and class indices, for a network that was
+                neither loaded nor trained by segdeconv. It is then taken to be fed images that are normalised as
+                `train` does, with ImageNet's mean and deviation.
             half: Store filters in 16 bits, for half the size.
             about: Further entries of the card, such as scores and licence; plain data.
 
@@ -120,7 +121,7 @@ class SegmentationModel(nn.Module, ABC):
         self,
         name: str,
         *,
-        classes: Sequence[str] | Classes | None = None,
+        classes: Sequence[str] | Mapping[Any, Any] | Classes | None = None,
         half: bool = False,
         about: Mapping[str, Any] | None = None,
         private: bool | None = None,

@@ -68,6 +68,11 @@ def read_arguments(config: Mapping[str, Any], keywords: Mapping[str, Any]) -> Ar
         given[group] = None if isinstance(value, str) else composed[group]
     for key, value in keys.items():
         group, *inner = key.split(".")
+        if group == "model" and isinstance(network, nn.Module):
+            raise UsageError(
+                f"{key} has no effect on the {type(network).__name__} object that is given as model - build it with "
+                "this value, or give its class"
+            )
         composed[group] = _with_key(composed.get(group, DEFAULTS.get(group, {})), inner, _plain(value), key)
     if values.get("dataset") == "folder" and "auto" not in composed:
         composed["auto"] = unset_keys({*keys, *leaves(given)})
@@ -105,6 +110,8 @@ def _node(group: str, value: Any, network: nn.Module | None) -> dict[str, Any]:
     if group == "logger" and (value is None or value is False):  # False as for Lightning's Trainer
         return {}
     if isinstance(value, partial):
+        if value.args:
+            raise UsageError(f"{group} is a partial with arguments that have no name - give them by name")
         return {TARGET: _target(group, value.func), **{name: _plain(inner) for name, inner in value.keywords.items()}}
     if inspect.isclass(value):
         return {TARGET: _target(group, value)}

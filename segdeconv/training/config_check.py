@@ -140,6 +140,11 @@ def require_known(names: Iterable[str]) -> None:
     """Raise UsageError if a name is neither a group nor a key without a group."""
     known = {*DEFAULTS, *inspect.signature(_scalars).parameters}
     for name in names:
+        if name == "experiment":
+            raise UsageError(
+                "experiment is a key of the command line, where Hydra puts its file together with the others - give "
+                "the groups and keys of configs/experiment/NAME.yaml"
+            )
         if name not in known:
             raise UsageError(f"unknown key {name} - {suggest_key(str(name), known | {'experiment'})}")
 

@@ -18,8 +18,9 @@ from torch.optim import Optimizer
 from segdeconv import __version__
 from segdeconv.checkpoints import checkpoint as checkpoints
 from segdeconv.checkpoints.checkpoint import FORMAT, without_measurements
-from segdeconv.classes import Classes, default_colours
+from segdeconv.classes import Classes
 from segdeconv.config import ABSENT, TARGET, build, written
+from segdeconv.data.class_file import indexed_classes
 from segdeconv.data.loading import collate_training
 from segdeconv.data.module import IMAGENET_MEAN, IMAGENET_STD, DataPipeline
 from segdeconv.data.preprocessing import Preprocessing
@@ -89,12 +90,6 @@ def scalars(split: str, results: Results | None, classes: Classes) -> dict[str, 
     } | {f"{split}/iou/{name}": float(values.iou[index]) for index, name in enumerate(classes.names)}
 
 
-def _as_classes(classes: Classes | Sequence[str]) -> Classes:
-    if isinstance(classes, Classes):
-        return classes
-    return Classes(tuple(classes), default_colours(tuple(classes), range(len(classes))))
-
-
 class SegmentationTask(LightningModule):
     """Trains a network with a loss and an optimizer, in a run of `train` or in a Trainer of the user.
 
@@ -107,7 +102,7 @@ class SegmentationTask(LightningModule):
         loss: A `PixelLoss`, or a module from (logits, mask) to a scalar.
         optimizer: An optimizer of the network's parameters.
         schedule: Factor on the learning rate by step.
-        classes: The classes of the data set, or their names.
+        classes: The classes of the data set, their names, or a mapping between names and class indices.
         seed: Seed of dropout and other random operations, together with the step.
         total_steps: Optimizer steps of the whole run, for the schedule; None for those of the Trainer.
         metadata: Config and metadata of the data, as plain data for checkpoints; None for checkpoints that only
@@ -132,7 +127,7 @@ class SegmentationTask(LightningModule):
         loss: nn.Module,
         optimizer: Optimizer,
         schedule: Schedule,
-        classes: Classes | Sequence[str],
+        classes: Classes | Sequence[str] | Mapping[Any, Any],
         *,
         seed: int = 0,
         total_steps: int | None = None,
@@ -149,7 +144,7 @@ class SegmentationTask(LightningModule):
             )
         if not isinstance(optimizer, Optimizer):
             raise UsageError(f"optimizer is a {type(optimizer).__name__} - give an optimizer of model.parameters()")
-        named = _as_classes(classes)
+        named = indexed_classes(classes)
         if len(named) != model.num_classes:
             raise UsageError(f"{len(named)} classes are given, but the network has {model.num_classes} - give all")
         facts = (metadata or {}).get("facts", {})
@@ -189,7 +184,7 @@ class SegmentationTask(LightningModule):
     def from_config(
         cls,
         config: Mapping[str, Any],
-        classes: Classes | Sequence[str],
+        classes: Classes | Sequence[str] | Mapping[Any, Any],
         *,
         preprocessing: Preprocessing | None = None,
         total_steps: int | None = None,
@@ -202,7 +197,7 @@ class SegmentationTask(LightningModule):
             config: Any of the groups model, loss, optimizer, schedule and trainer (of which `TrainerSettings` names
                 the keys that a task takes), and `seed`. A group is the name of a file in configs/, a class, a mapping
                 or an object, as in `segdeconv.train.train`.
-            classes: The classes of the data set, or their names.
+            classes: The classes of the data set, their names, or a mapping between names and class indices.
             preprocessing: How images of the data set are normalised; by default as 8-bit RGB with the mean and standard
                 deviation of ImageNet.
             total_steps: Optimizer steps of the whole run, for the schedule; None for those of the Trainer.
@@ -213,7 +208,7 @@ class SegmentationTask(LightningModule):
         for name in config:
             if name not in TASK_KEYS:
                 raise UsageError(f"unknown key {name} of a task - {did_you_mean(str(name), TASK_KEYS)}")
-        named = _as_classes(classes)
+        named = indexed_classes(classes)
         checked = check_config(read_arguments(config, {}).config)
         preprocessing = preprocessing or Preprocessing(None, IMAGENET_MEAN, IMAGENET_STD)
         kept = {name: checked[name] for name in TASK_KEYS}

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from segdeconv.data.class_file import class_file, find_class_file, read_class_file
+from segdeconv.data.class_file import class_file, find_class_file, indexed_classes, read_class_file
 from segdeconv.errors import UsageError
 
 
@@ -31,6 +31,33 @@ def test_a_table_from_labels_to_names_is_read_too(tmp_path: Path) -> None:
     assert (classes.names, classes.labels, classes.ignored_labels) == (("road", "sky"), (0, 7), (255,))
     with pytest.raises(UsageError, match="the class names are not all different"):
         read(tmp_path, "0: road\n1: road\n")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        ["sky", "road"], ("sky", "road"), {"sky": 0, "road": 1}, {"road": 1, "sky": 0}, {0: "sky", 1: "road"},
+        {1: "road", 0: "sky"}, {"1": "road", "0": "sky"}, indexed_classes(["sky", "road"]),
+    ],
+)  # fmt: skip
+def test_classes_of_a_network_are_named_in_every_form(value) -> None:
+    classes = indexed_classes(value)
+    assert (classes.names, classes.labels, classes.ignore_index) == (("sky", "road"), (0, 1), 255)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("ab", "classes is 'ab' - give the names in the order of their indices"),
+        ({"sky", "road"}, r"- give the names in the order of their indices, or \{index: name\}"),
+        (2, "classes is 2 - give the names"),
+        ({"sky": 0, "road": 2}, "give each name its index in the masks, 0, 1, 2, ..."),
+        ({"sky": "#0000ff", "road": "#ff0000"}, "give each name its index in the masks"),
+    ],
+)
+def test_what_does_not_name_the_classes_of_a_network_is_refused(value, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        indexed_classes(value)
 
 
 @pytest.mark.parametrize("name", ["ignore", "Ignore", "IGNORE"])

@@ -87,10 +87,13 @@ class Own(SegmentationModel):
         (lambda: FCN.from_pretrained("hf://owner"), "not an address of the Hub - write hf://OWNER/NAME"),
         (lambda: FCN.from_pretrained("hf://owner/../name"), "not an address of the Hub"),
         (lambda: SegNet(3, stages=[[4]]).save_pretrained("x"), "its classes are unknown - give classes="),
-        (lambda: SegNet(3, stages=[[4]]).save_pretrained("x", classes="ab"), "has 3 classes, and classes names 2"),
-        (lambda: SegNet(2, in_channels=4, stages=[[4]]).save_pretrained("x", classes="ab"), "takes 4 channels"),
-        (lambda: Own(2, layer=nn.Tanh()).save_pretrained("x", classes="ab"), "arguments that are not plain data"),
-        (lambda: Adapter(nn.Conv2d(3, 2, 1), 2).save_pretrained("x", classes="ab"), "not plain data"),
+        (
+            lambda: SegNet(3, stages=[[4]]).save_pretrained("x", classes=["a", "b"]),
+            "has 3 classes, and classes names 2",
+        ),
+        (lambda: SegNet(2, in_channels=4, stages=[[4]]).save_pretrained("x", classes=["a", "b"]), "takes 4 channels"),
+        (lambda: Own(2, layer=nn.Tanh()).save_pretrained("x", classes=["a", "b"]), "arguments that are not plain data"),
+        (lambda: Adapter(nn.Conv2d(3, 2, 1), 2).save_pretrained("x", classes=["a", "b"]), "not plain data"),
     ],
 )
 def test_a_mistake_gets_one_line(call, message, tmp_path, monkeypatch):

@@ -116,6 +116,15 @@ def test_objects_are_copied_and_the_same_call_gives_the_same_bits(trained, tmp_p
     assert "hydra" not in first_line
 
 
+def test_the_random_numbers_of_the_program_go_on(tmp_path):
+    torch.manual_seed(5)
+    expected = torch.rand(2)
+    torch.manual_seed(5)
+    first = torch.rand(1)
+    train(run=tmp_path / "run", **pair(), **NARROW, **QUICK)
+    assert torch.equal(torch.cat([first, torch.rand(1)]), expected)
+
+
 def test_a_run_of_objects_resumes_to_the_bit(trained, tmp_path):
     result, given, _ = trained
     run = tmp_path / "run"
@@ -333,6 +342,16 @@ MISTAKES = {
     "unknown name": ({"model": "segnt"}, "unknown model 'segnt' - did you mean 'segnet'?"),
     "a folder": ({"dataset": Path(__file__).parent}, "in it, dataset='folder', dataset__root="),
     "a loader": ({"dataset": torch.utils.data.DataLoader(Squares())}, "(of a DataLoader, its .dataset)"),
+    "key of a network object": (
+        {"model": Net(), "model__key": "logits"}, "model.key has no effect on the Net object that is given as model",
+    ),
+    "key of a network object of segdeconv": (
+        {"model": SegNet(2, stages=[[4]]), "model__stages": [[8]]}, "build it with this value, or give its class",
+    ),
+    "arguments without names": (
+        {"optimizer": partial(torch.optim.SGD, None, 0.1)}, "optimizer is a partial with arguments that have no name",
+    ),
+    "an experiment": ({"experiment": "demo"}, "experiment is a key of the command line, where Hydra puts its file"),
     "unknown key": ({"model__widht": 1}, "unknown key model.widht - did you mean 'width'?"),
     "unknown group": ({"modle": "unet"}, "unknown key modle - did you mean 'model'?"),
     "twice": ({"config": {"model": "unet"}, "model": "fcn"}, "model is given twice"),
