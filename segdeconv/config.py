@@ -353,7 +353,9 @@ def check(
     for name in node:
         if name in reserved or (name != TARGET and name not in parameters and not takes_any):
             way_out = suggest_key(str(name), parameters, where)
-            if not str(node.get(TARGET, "segdeconv.")).startswith("segdeconv."):
+            if callable(node.get(TARGET)):
+                way_out += f". {where} is an object of {node.get(OBJECT, 'the program')}, which has been built"
+            elif not str(node.get(TARGET, "segdeconv.")).startswith("segdeconv."):
                 way_out += f". {node[TARGET]} takes no {name}: if a YAML file sets it, remove it with ~{prefix}{name}"
             raise UsageError(f"unknown key {prefix}{name} - {way_out}")
     checked = {name: current_name(value) for name, value in node.items() if name not in parameters}
@@ -478,6 +480,8 @@ def build(node: Mapping[str, Any], where: str, **supplied: Any) -> Any:
     except SegdeconvError:
         raise
     except (TypeError, ValueError) as error:
+        if callable(node[TARGET]):  # an object of the program, whose own traceback says more
+            raise
         raise UsageError(f"{where} ({node[TARGET]}) rejects its arguments: {error} - correct them") from error
     except ModuleNotFoundError as error:
         package = missing_package(error)

@@ -352,6 +352,9 @@ MISTAKES = {
         {"optimizer": partial(torch.optim.SGD, None, 0.1)}, "optimizer is a partial with arguments that have no name",
     ),
     "an experiment": ({"experiment": "demo"}, "experiment is a key of the command line, where Hydra puts its file"),
+    "unknown key of an object": (
+        {**pair(), "dataset__num_classes": 2}, "dataset is an object of test_python_api.Squares, which has been built",
+    ),
     "unknown key": ({"model__widht": 1}, "unknown key model.widht - did you mean 'width'?"),
     "unknown group": ({"modle": "unet"}, "unknown key modle - did you mean 'model'?"),
     "twice": ({"config": {"model": "unet"}, "model": "fcn"}, "model is given twice"),
@@ -419,6 +422,15 @@ def test_a_mistake_gets_one_line(mistake, tmp_path):
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert "hydra" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [TypeError, ValueError, RuntimeError])
+def test_an_error_in_the_programs_own_data_set_is_raised_as_it_is(kind, tmp_path):
+    def fail(item):
+        raise kind("a mistake of the program")
+
+    with pytest.raises(kind, match=r"^a mistake of the program$"):
+        train(run=tmp_path / "run", **pair(fail), **QUICK)
 
 
 def test_messages_of_a_run_folder_name_no_key_of_the_command_line(trained):
