@@ -109,6 +109,7 @@ MEASURED = {
     "temperature": "the temperature, which calibrate fitted,",
     "class_offsets": "the record of the class offsets, which calibrate fitted,",
 }
+NORMALISATION = ("dataset.mean", "dataset.std", "dataset.order")  # which the metadata holds
 REQUIRED_TO_RESUME = frozenset({"global_step", "loops", "optimizer_states"})
 CONFIG_LIMITS = Limits(nodes=20_000)  # of config and metadata
 CONTENT_LIMITS = Limits(nodes=2_000_000)  # of the whole content, with the state of training
@@ -460,7 +461,7 @@ def read(
     except UsageError as error:
         raise CheckpointError(str(error)) from error
     _require_usable_weights(path, weights)
-    overrides = list(overrides)
+    overrides = [overrides] if isinstance(overrides, str) else list(overrides)
     overridden = frozenset(current_key(override.partition("=")[0]) for override in overrides)
     recorded = content.get(FOLDER)
     folder = None
@@ -473,15 +474,21 @@ def read(
 def _override(config: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     if not overrides:
         return config
-    from segdeconv.data.module import SCHEMAS, require_key  # imported late: albumentations takes a second
+    from segdeconv.data.module import (
+        SCHEMAS,
+        check_pipeline,
+        require_key,
+    )  # imported late: albumentations takes a second
 
     for path in (current_key(word.partition("=")[0]) for word in overrides):
         group, _, name = path.partition(".")
-        if group in config and group not in ("dataset", "model"):
-            raise UsageError(f"{path} has no effect on a trained network - only keys of dataset and model have")
+        if (group in config and group not in ("dataset", "model")) or path == "model" or path in NORMALISATION:
+            raise UsageError(f"{path} has no effect on a trained network - only other keys of dataset and model have")
         if group == "dataset" and name and TARGET in config.get("dataset", {}):
             require_key(config["dataset"], name.partition(".")[0])
-    return override(config, overrides, {"dataset": SCHEMAS})
+    config = override(config, overrides, {"dataset": SCHEMAS})
+    check_pipeline(config["dataset"])
+    return config
 
 
 def _has_parts(hyper_parameters: Any, versions: Any, weights: Any) -> bool:

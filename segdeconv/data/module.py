@@ -179,6 +179,12 @@ def check_dataset(node: dict[str, Any]) -> dict[str, Any]:
     return check(node, "dataset", [schema, *SCHEMAS], supplied=SUPPLIED)
 
 
+def check_pipeline(node: Mapping[str, Any]) -> None:
+    """Raise UsageError if a `dataset` node has a value of the pipeline, such as `size`, that is invalid."""
+    names = inspect.signature(DataPipeline).parameters.keys() - set(SUPPLIED)
+    check({name: node[name] for name in names & node.keys()}, "dataset", [DataPipeline], supplied=SUPPLIED)
+
+
 def require_key(node: Mapping[str, Any], name: str) -> None:
     """Raise UsageError if neither the data set of a `dataset` node nor its views and pipeline take a key."""
     parameters, _, takes_any = parameters_of([locate(node, "dataset"), *SCHEMAS], "dataset", supplied=SUPPLIED)

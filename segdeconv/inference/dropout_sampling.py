@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from segdeconv.errors import UsageError
+from segdeconv.errors import UsageError, for_caller
 from segdeconv.inference.scorers import entropy_of
 from segdeconv.system.seeding import key
 
@@ -59,7 +59,7 @@ def sampled(
         UsageError: `samples` is less than 1, or the network has no dropout.
     """
     if samples < 1:
-        raise UsageError(f"--samples={samples} is not a valid number of passes - give 1 or more, or leave it out")
+        raise UsageError(f"{for_caller('samples', '--samples')}={samples} is not a valid number of passes - give 1 or more, or leave it out")
     dropouts = [module for module in network.modules() if isinstance(module, _DropoutNd) and module.p > 0]
     if not dropouts:
         raise UsageError(

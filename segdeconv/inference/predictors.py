@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -12,11 +12,12 @@ from torch import Tensor
 
 from segdeconv.checkpoints.checkpoint import Checkpoint
 from segdeconv.classes import match_classes
+from segdeconv.config import check
 from segdeconv.data.files.geo import BLOCK
 from segdeconv.data.preprocessing import Preprocessing
 from segdeconv.data.proposals import source
 from segdeconv.drawing import draw
-from segdeconv.errors import UsageError
+from segdeconv.errors import UsageError, for_caller
 from segdeconv.inference.crf import CRF, refine
 from segdeconv.inference.dropout_sampling import sampled
 from segdeconv.inference.network import Network
@@ -33,6 +34,8 @@ MIN_MEMORY = 1 << 28  # a lower bound, since smaller tiles consist mostly of ove
 MAX_MEMORY = 4 << 30  # bytes of feature maps, unless `memory` asks for more
 AVAILABLE_MEMORY_DIVISOR = 4  # feature maps may take a quarter of the available memory
 BYTES_PER_SCORE = 16  # of the result, for each class and pixel: scores, their softmax, and copies
+
+SIMPLE = ("flip", "scales", "samples", "memory", "tile", "ensemble_mode", "min_area")  # settings that are plain values
 
 EnsembleMode = Literal["paper", "released"]
 
@@ -56,6 +59,12 @@ class RegionSettings:
     min_side: int | None = None
     with_whole: bool = False
     save_to: Path | None = None
+
+
+def _option(name: str) -> str:
+    """Return how a setting is called by the caller."""
+    option = "ensemble" if name == "second" else name.replace("_", "-")
+    return for_caller(name, f"--{option}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,36 +106,68 @@ class PredictionSettings:
     min_area: int = 1
 
     def __post_init__(self) -> None:
+        for name, value in check_settings(self).items():
+            object.__setattr__(self, name, value)
         several = self.regions is not None or self.second is not None
         if self.precision == INT8 and (self.samples or self.second is not None):
-            option = "--samples" if self.samples else "--ensemble"
-            raise UsageError(f"{option} is not supported in --precision {INT8} - leave out one of them")
+            option = _option("samples") if self.samples else _option("second")
+            raise UsageError(f"{option} is not supported in {_option('precision')} {INT8} - leave out one of them")
         if not self.scales or any(not 0 < scale <= 16 for scale in self.scales):
             raise UsageError(
                 f"scales={list(self.scales)} are not valid scales; each must be above 0 and at most 16 - "
                 "give numbers such as 0.75,1,1.25"
             )
         if self.samples and len(self.scales) > 1:
-            raise UsageError("--samples and --scales cannot be combined: both average forward passes - leave one out")
+            raise UsageError(
+                f"{_option('samples')} and {_option('scales')} cannot be combined: both average forward passes - leave "
+                "one out"
+            )
         if (several or self.crf) and (self.samples or (self.flip and several)):
             raise UsageError(
-                "--samples and --flip average probabilities, but --regions and --ensemble need scores before the "
-                "softmax - leave one of them out (--crf can be combined with --flip)"
+                f"{_option('samples')} and {_option('flip')} average probabilities, but {_option('regions')} and "
+                f"{_option('second')} need scores before the softmax - leave one of them out ({_option('crf')} can be "
+                f"combined with {_option('flip')})"
             )
         if (several or self.crf) and (self.tile or tuple(self.scales) != (1.0,)):
             raise UsageError(
-                "--regions, --ensemble and --crf cannot be combined with --scales or --tile - leave out --scales and "
-                "--tile"
+                f"{_option('regions')}, {_option('second')} and {_option('crf')} cannot be combined with "
+                f"{_option('scales')} or {_option('tile')} - leave out {_option('scales')} and {_option('tile')}"
             )
         if self.regions and self.regions.num < 1:
-            raise UsageError(f"--regions={self.regions.num} is not a valid number of regions - give 1 or more")
+            raise UsageError(
+                f"{_option('regions')}={self.regions.num} is not a valid number of regions - give 1 or more"
+            )
         if self.min_area < 1:
-            raise UsageError(f"--min-area={self.min_area} is not a valid number of pixels - give 1 or more")
+            raise UsageError(f"{_option('min_area')}={self.min_area} is not a valid number of pixels - give 1 or more")
 
     @property
     def single_pass(self) -> bool:
         """True if one forward pass over the whole image gives its prediction, so that images can be batched."""
         return not (self.regions or self.second or self.crf or self.tile) and tuple(self.scales) == (1.0,)
+
+
+def check_settings(settings: PredictionSettings) -> dict[str, Any]:
+    """Return the settings that have a simple value, with lists as tuples; one number serves as `scales` and `tile`.
+
+    Raises:
+        UsageError: A value has the wrong type.
+    """
+    values = {name: getattr(settings, name) for name in SIMPLE}
+    values["scales"], values["tile"] = (
+        value.tolist() if isinstance(value, np.ndarray) else value for value in (values["scales"], values["tile"])
+    )
+    if isinstance(values["scales"], int | float):
+        values["scales"] = (values["scales"],)
+    if isinstance(values["tile"], int):
+        values["tile"] = (values["tile"], values["tile"])
+    checked = check(values, "", [PredictionSettings])
+    for name, kind in (("regions", RegionSettings), ("second", Checkpoint), ("crf", CRF)):
+        value = getattr(settings, name)
+        if value is not None and not isinstance(value, kind):
+            raise UsageError(f"{name} is of type {type(value).__name__} - give a {kind.__name__}")
+    return {
+        name: tuple(value) if isinstance(value, list) else value for name, value in checked.items() if name in SIMPLE
+    }
 
 
 def build_predictor(

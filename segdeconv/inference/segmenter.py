@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, overload
@@ -21,7 +21,7 @@ from segdeconv.data.files.reading import MAX_PIXELS, read_upright, turn_back, tu
 from segdeconv.data.pixels import as_image
 from segdeconv.data.resizing import ResizedImages
 from segdeconv.drawing import draw, notebook
-from segdeconv.errors import UsageError
+from segdeconv.errors import UsageError, did_you_mean
 from segdeconv.inference import rasters
 from segdeconv.inference.network import Network
 from segdeconv.inference.predictors import PredictionSettings, build_predictor
@@ -380,12 +380,19 @@ def load(
         overrides: See `checkpoint.read`; `["dataset.size=null"]` keeps every image at its own size.
         model: A network to load the weights into, for a checkpoint of a network that was given to `train` as an object.
         device: The device, such as `cpu` or `cuda:1`; None for the best one available.
-        **settings: See `PredictionSettings`, for example `precision="32-true"`, `flip=True` or `tile=(512, 512)`.
+        **settings: See `PredictionSettings`, for example `precision="32-true"`, `flip=True` or `tile=(512, 512)`;
+            `second` may be the path of a checkpoint.
 
     Raises:
         CheckpointError: The checkpoint cannot be read.
         UsageError: A setting is invalid, or the device is not available.
     """
     chosen = None if device is None else named_device(device)
+    names = [field.name for field in fields(PredictionSettings)]
+    for name in settings:
+        if name not in names:
+            raise UsageError(f"unknown setting {name} - {did_you_mean(name, names)}")
     loaded = checkpoint.read(path, trust=trust, overrides=overrides, model=model)
+    if isinstance(settings.get("second"), str | Path):
+        settings["second"] = checkpoint.read(settings["second"], trust=trust)
     return Segmenter(loaded, PredictionSettings(**settings), device=chosen, at_once=True)

@@ -228,6 +228,11 @@ def test_overrides_cannot_change_the_classes_that_a_checkpoint_builds():
         ("dataset.rot=x", "unknown key dataset.rot - did you mean 'root'?"),
         ("trainer.max_epochs=3", "trainer.max_epochs has no effect on a trained network"),
         ("datset.root=x", "unknown key datset.root - did you mean 'dataset'?"),
+        ("dataset.mean=[1,2,3]", "dataset.mean has no effect on a trained network"),
+        ("model=unet", "model has no effect on a trained network"),
+        ("dataset.size=None", "dataset.size=None: input should be a valid tuple"),
+        ("dataset.size=[0,0]", "dataset.size=[0, 0]: input should be greater than or equal to 1"),
+        ("dataset.batch_size=two", "dataset.batch_size=two: input should be a valid integer"),
     ],
 )
 def test_overrides_of_keys_that_nothing_reads_are_refused(word, message):

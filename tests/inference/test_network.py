@@ -1,6 +1,7 @@
 """The network prepared for inference, compared with direct computation, and settings that exclude each other."""
 
 import copy
+import re
 
 import fakes
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import segdeconv
 from segdeconv.checkpoints import checkpoint
 from segdeconv.errors import UsageError
 from segdeconv.inference.crf import CRF
@@ -106,10 +108,10 @@ def test_the_source_model_of_a_checkpoint_keeps_no_weights(trained):
     ("settings", "message"),
     [
         ({"scales": (0, 1)}, "are not valid scales"),
-        ({"samples": 3, "scales": (1, 2)}, "--samples and --scales"),
-        ({"crf": CRF(), "samples": 3}, "--samples and --flip average probabilities"),
-        ({"regions": RegionSettings(num=3), "flip": True}, "--samples and --flip average probabilities"),
-        ({"crf": CRF(), "tile": (64, 64)}, "leave out --scales and --tile"),
+        ({"samples": 3, "scales": (1, 2)}, "samples and scales"),
+        ({"crf": CRF(), "samples": 3}, "samples and flip average probabilities"),
+        ({"regions": RegionSettings(num=3), "flip": True}, "samples and flip average probabilities"),
+        ({"crf": CRF(), "tile": (64, 64)}, "leave out scales and tile"),
         ({"regions": RegionSettings(num=-3)}, "is not a valid number of regions"),
     ],
 )
@@ -130,3 +132,42 @@ def test_weights_that_become_infinite_in_half_precision_are_refused(model, numbe
     with pytest.raises(UsageError, match=r"precision=16-mixed: the weights of .* exceed .*float16 - use precision="):
         Network(large, CPU, "16-mixed")
     Network(large, CPU, "bf16-mixed")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"tile": 128}, {"tile": (128, 128)}),
+        ({"tile": [64, 128]}, {"tile": (64, 128)}),
+        ({"scales": 1}, {"scales": (1.0,)}),
+        ({"scales": np.array([0.5, 1])}, {"scales": (0.5, 1.0)}),
+        ({"min_area": np.int64(3)}, {"min_area": 3}),
+        ({"flip": "no"}, {"flip": False}),
+    ],
+)
+def test_settings_are_what_their_types_declare(given, expected):
+    settings = PredictionSettings(**given)
+    assert {name: getattr(settings, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"flipp": True}, "unknown setting flipp - did you mean 'flip'?"),
+        ({"flip": "maybe"}, "flip=maybe: input should be a valid boolean"),
+        ({"scales": "0.5,1"}, "scales=0.5,1: "),
+        ({"memory": "1GB"}, "memory=1GB: input should be a valid integer"),
+        ({"tile": (64,)}, "tile=(64,): "),
+        ({"min_area": 1.5}, "min_area=1.5: input should be a valid integer"),
+        ({"ensemble_mode": "mean"}, "ensemble_mode=mean: input should be 'paper' or 'released'"),
+        ({"crf": True}, "crf is of type bool - give a CRF"),
+        ({"regions": 5}, "regions is of type int - give a RegionSettings"),
+        ({"samples": -1}, "samples=-1 is not a valid number of passes"),
+        ({"samples": 2, "scales": (0.5, 1)}, "samples and scales cannot be combined"),
+        ({"precision": "int8", "samples": 2}, "samples is not supported in precision int8"),
+        ({"second": "nothing.ckpt"}, "nothing.ckpt"),
+    ],
+)
+def test_a_setting_of_another_form_gets_one_line(given, message):
+    with pytest.raises(UsageError, match=re.escape(message)):
+        segdeconv.load("camvid-basic", **given)

@@ -327,8 +327,9 @@ def test_classes_of_an_ensemble_are_matched_by_name(trained: Path, tmp_path: Pat
     ],
 )
 def test_settings_that_cannot_be_combined_are_an_error_message(
-    trained: Path, words: tuple[str, ...], overrides: tuple[str, ...], message: str
+    trained: Path, words: tuple[str, ...], overrides: tuple[str, ...], message: str, monkeypatch
 ) -> None:
+    monkeypatch.setattr("segdeconv.errors._in_command", True)
     with pytest.raises(UsageError) as caught:
         probabilities_of(trained, *words, overrides=overrides)
     assert message in str(caught.value)
