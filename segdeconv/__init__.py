@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
 
 __version__ = "0.1.0"
+__all__ = ["load"]
 
 
 def __getattr__(name: str) -> Any:
@@ -25,3 +26,7 @@ def __getattr__(name: str) -> Any:
 
         return load
     raise AttributeError(f"module 'segdeconv' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})  # for tab completion before the first use

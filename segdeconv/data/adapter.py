@@ -64,7 +64,7 @@ class Adapter(SegmentationDataset):
         self.as_stored = self.channels != 3 or first[0].dtype != np.uint8
         self.digest = digest.hexdigest()
 
-    def name_classes(self, names: ClassNames, labels: set[int]) -> None:
+    def name_classes(self, names: ClassNames | Classes, labels: set[int]) -> None:
         """Set the classes.
 
         Args:

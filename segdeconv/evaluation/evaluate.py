@@ -16,8 +16,9 @@ from tqdm import tqdm
 
 from segdeconv import __version__
 from segdeconv.checkpoints.checkpoint import Checkpoint
-from segdeconv.classes import match_classes
+from segdeconv.classes import Classes, match_classes
 from segdeconv.config import TARGET
+from segdeconv.data.adapter import Adapter
 from segdeconv.data.dataset import SegmentationDataset
 from segdeconv.data.loading import EvaluationSamples, evaluation_loader, explain_loader_errors, for_network
 from segdeconv.data.relabelled import in_order_of
@@ -68,13 +69,36 @@ def restore_dataset(checkpoint: Checkpoint, split_name: str) -> SegmentationData
     classes = checkpoint.classes
     if (dataset.classes.names, dataset.classes.ignore_index) != (classes.names, classes.ignore_index):
         dataset = in_order_of(dataset, classes)
+    _require_channels(checkpoint, dataset, node[TARGET], "keep dataset.channels as in training")
+    return dataset
+
+
+def given_dataset(data: Any, checkpoint: Checkpoint, split_name: str = "test") -> SegmentationDataset:
+    """Return a data set of a program, such as a list of pairs (image, mask), as a split with the network's classes.
+
+    Args:
+        data: A data set that `train` takes, of which masks hold the class indices of the network.
+        checkpoint: The checkpoint of the network.
+        split_name: The name of the split.
+
+    Raises:
+        UsageError: It is not such a data set, or has other labels or channels than the network.
+    """
+    if isinstance(data, SegmentationDataset):
+        return data
+    dataset, classes = Adapter(data, split_name), checkpoint.classes
+    dataset.name_classes(Classes(classes.names, classes.colours), dataset.labels)
+    _require_channels(checkpoint, dataset, "the data set", "give images like those of training")
+    return dataset
+
+
+def _require_channels(checkpoint: Checkpoint, dataset: SegmentationDataset, owner: str, way_out: str) -> None:
     channels = len(checkpoint.facts["preprocessing"]["mean"])
     if dataset.channels != channels:
         raise UsageError(
-            f"{checkpoint.path} was trained on images with {channels} channel(s), but {node[TARGET]} has "
-            f"{dataset.channels} - keep dataset.channels as in training"
+            f"{checkpoint.path} was trained on images with {channels} channel(s), but {owner} has "
+            f"{dataset.channels} - {way_out}"
         )
-    return dataset
 
 
 def class_order(
@@ -282,7 +306,7 @@ class Evaluation:
     def of(
         cls,
         segmenter: Segmenter,
-        dataset: SegmentationDataset,
+        dataset: Any,
         *,
         outlines: bool = True,
         on_prediction: OnPrediction | None = None,
@@ -294,7 +318,7 @@ class Evaluation:
 
         Args:
             segmenter: The network with its prediction settings.
-            dataset: A split with the classes of the network, in any order.
+            dataset: A split with the classes of the network, in any order, or what `given_dataset` takes.
             outlines: Whether to compute boundary scores.
             on_prediction: Called with the prediction of each image.
             places: The indices of the images, whole `batches` in order; None for all.
@@ -304,6 +328,7 @@ class Evaluation:
         Raises:
             UsageError: The data set has other classes.
         """
+        dataset = given_dataset(dataset, segmenter.checkpoint)
         classes = dataset.classes
         calibration = Calibration(classes.ignore_index)
         boundaries = Boundaries(len(classes), classes.ignore_index) if outlines else None

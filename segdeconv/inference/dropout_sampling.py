@@ -59,7 +59,8 @@ def sampled(
         UsageError: `samples` is less than 1, or the network has no dropout.
     """
     if samples < 1:
-        raise UsageError(f"{for_caller('samples', '--samples')}={samples} is not a valid number of passes - give 1 or more, or leave it out")
+        name = for_caller("samples", "--samples")
+        raise UsageError(f"{name}={samples} is not a valid number of passes - give 1 or more, or leave it out")
     dropouts = [module for module in network.modules() if isinstance(module, _DropoutNd) and module.p > 0]
     if not dropouts:
         raise UsageError(

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from segdeconv.cli.own_code import compose
 from segdeconv.config import choice
 from segdeconv.data.adapter import Adapter, dataset_node
 from segdeconv.errors import CheckpointError, SegdeconvError, UsageError
-from segdeconv.evaluation.evaluate import restore_dataset
+from segdeconv.evaluation.evaluate import Evaluation, restore_dataset
 from segdeconv.losses.adapter import loss_node
 from segdeconv.models import SegNet
 from segdeconv.train import train
@@ -100,6 +101,35 @@ def test_the_result_has_the_scores_and_files_of_the_run(trained):
     shown = repr(result)
     assert f"mIoU {100 * report['miou']:.1f} %" in shown
     assert str(result.best_checkpoint) in shown
+
+
+def test_a_data_set_of_the_program_is_scored_and_its_training_images_are_counted(trained):
+    result, given, _ = trained
+    train_set, val_set = given["dataset"]
+    assert Evaluation.of(result.segmenter, val_set).report()["miou"] == result.scores["miou"]
+    items = [train_set[0], *(Squares(5, seed=9)[index] for index in range(5))]
+    evaluation = Evaluation.of(result.segmenter, items)
+    expected = np.zeros((2, 2), np.int64)
+    for image, mask in items:
+        predicted = result.segmenter.predict(image).mask
+        np.add.at(expected, (mask[mask >= 0], predicted[mask >= 0]), 1)
+    assert np.array_equal(evaluation.confusion, expected)
+    assert evaluation.report()["images_trained_on"] == 1
+    assert "6 images of test, so the scores are rough. The network was trained on 1 of them" in str(
+        evaluation.verdict()
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda image, mask: (image, mask + 1), "a mask has label 2, but there are 2 classes"),
+        (lambda image, mask: (image[:1], mask), "trained on images with 3 channel(s), but the data set has 1 - give"),
+    ],
+)
+def test_a_data_set_that_does_not_fit_the_network_is_refused(trained, change, message):
+    with pytest.raises(UsageError, match=re.escape(message)):
+        Evaluation.of(trained[0].segmenter, [change(*Squares()[0])])
 
 
 def test_objects_are_copied_and_the_same_call_gives_the_same_bits(trained, tmp_path, capsys):
