@@ -136,7 +136,16 @@ class DataPipeline:
         self.val_samples = EvaluationSamples(val, self.preprocessing)
 
     def batches_per_epoch(self, world_size: int) -> int:
-        """Return the number of training batches of one epoch in each of `world_size` processes."""
+        """Return the number of training batches of one epoch in each of `world_size` processes.
+
+        Raises:
+            UsageError: There are fewer val images than processes.
+        """
+        if len(self.val) < world_size:
+            raise UsageError(
+                f"the val split has {len(self.val)} images, fewer than the {world_size} processes that share them - "
+                f"set trainer.devices={len(self.val)} or less, or make val larger"
+            )
         return len(self.train) // (self.batch_size * world_size)
 
 

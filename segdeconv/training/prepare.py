@@ -18,6 +18,7 @@ from segdeconv.data.module import DataPipeline, build_pipeline, build_split, nor
 from segdeconv.data.sample_digests import SampleDigest
 from segdeconv.errors import command, warn
 from segdeconv.losses import build_loss, compute_class_weights
+from segdeconv.losses.class_weights import FORMULAS
 from segdeconv.models import SegmentationModel, build_model
 from segdeconv.optimization import build_optimizer
 from segdeconv.system.files import hash_text
@@ -96,6 +97,11 @@ def prepare(
         np.sum([inspection.pixels for inspection in trained], axis=0)[:-1].tolist(),
         np.sum([inspection.image_pixels for inspection in trained], axis=0)[:-1].tolist(),
     )
+    if config["loss"].get("class_weighting") in FORMULAS and train_split.whole is not train_split:
+        warn(
+            "class weights count the pixels of whole images, in which objects are rarer than in the crops that are "
+            "trained on - leave out loss.class_weighting, or train on whole images"
+        )
     if train_on_val:
         warn(
             f"dataset.train_on_val=true trains on the {len(val_split)} val images too, so their scores say nothing "

@@ -9,6 +9,7 @@ import fakes
 import numpy as np
 import pytest
 from real_data import SHARED
+from tiny_runs import config
 
 from segdeconv.classes import Classes
 from segdeconv.data import VOC, CamVid, Sample, SegmentationDataset, Shapes
@@ -18,6 +19,8 @@ from segdeconv.data.inspection import inspect
 from segdeconv.data.module import build_split, check_dataset
 from segdeconv.data.relabelled import Relabelled
 from segdeconv.errors import UsageError
+from segdeconv.training.config_check import check_config
+from segdeconv.training.prepare import prepare
 
 REAL = SHARED / "VOCdevkit" / "VOC2012"
 needs_voc = pytest.mark.skipif(not REAL.is_dir(), reason=f"no real VOC images in {REAL}")
@@ -362,3 +365,14 @@ def test_windows_overlap_most_objects_in_real_photographs() -> None:
         overlapped += (iou(np.array(parts), windows(image)) >= 0.5).any(axis=1).tolist()
     assert len(overlapped) == 12
     assert np.mean(overlapped) >= 0.9
+
+
+@pytest.mark.parametrize(
+    ("examples", "weighting"), [("objects", "median_frequency"), ("objects", "none"), ("images", "median_frequency")]
+)
+def test_class_weights_of_whole_images_are_reported_for_crops(examples, weighting, capsys):
+    data = {"_target_": "segdeconv.data.Shapes", "num_train": 4, "num_val": 2, "side": 32, "size": [32, 32]}
+    loss = {"_target_": "segdeconv.losses.CrossEntropy", "class_weighting": weighting}
+    prepare(check_config(config(dataset={**data, "examples": examples, "num_workers": 0}, loss=loss)))
+    warned = "class weights count the pixels of whole images" in capsys.readouterr().err
+    assert warned == (examples == "objects" and weighting != "none")

@@ -433,6 +433,13 @@ def test_fewer_images_than_a_batch_give_an_error_message(tmp_path):
         run(tmp_path, "dataset.batch_size=16")
 
 
+def test_fewer_val_images_than_processes_give_an_error_message_before_they_start(tmp_path):
+    with pytest.raises(
+        UsageError, match=r"val split has 1 images, fewer than the 2 processes .* trainer\.devices=1 or l"
+    ):
+        run(tmp_path, "dataset.num_val=1", "trainer.accelerator=cpu", "trainer.devices=2")
+
+
 def test_loop_counters_are_a_function_of_the_step_alone():
     epoch, loops = canonical_loops({"fit_loop": {"epoch_progress": "anything"}}, 7, 5, 2)  # 3 steps an epoch
     assert epoch == 2
