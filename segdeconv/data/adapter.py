@@ -1,7 +1,7 @@
 """Data sets of Python programs, such as torch's, as splits of a `SegmentationDataset`."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from segdeconv.errors import UsageError, warn
 SPLITS = ("train", "val")
 VAL_SHARE = 0.2
 IGNORED = 255
+VISION_DATASET = "torchvision.datasets.vision"  # the base class alone, which has no classes of its own
 
 ClassNames = str | list[str] | dict[str | int, Any] | None
 
@@ -68,7 +69,7 @@ class Adapter(SegmentationDataset):
         """Set the classes.
 
         Args:
-            names: See `given_classes`; None for those of the data set's own `classes`, or numbers.
+            names: See `given_classes`; None for those of `_own_classes`, or numbers.
             labels: The labels of the masks.
 
         Raises:
@@ -79,7 +80,7 @@ class Adapter(SegmentationDataset):
                 "dataset: the masks have no labels but 0 and 255, and 255 marks pixels to ignore - give 0 and 1, such "
                 "as mask // 255"
             )
-        own = getattr(self.dataset, "classes", None) if names is None else names
+        own = _own_classes(self.dataset) if names is None else names
         if isinstance(own, Classes):
             self.classes = own
         elif own is None:
@@ -88,6 +89,9 @@ class Adapter(SegmentationDataset):
             self.notes = (f"classes: labels 0..{len(texts) - 1} of the masks - name them with dataset.classes",)
         else:
             self.classes = _by_index(given_classes(own if isinstance(own, str | Mapping) else list(map(str, own))))
+            if names is None and isinstance(own, Mapping):
+                note = f"classes: by the labels in {self.kind}.classes - if masks have others, set dataset.classes"
+                self.notes = (note,)
         if labels and max(labels) >= len(self.classes):
             raise UsageError(
                 f"dataset: a mask has label {max(labels)}, but there are {len(self.classes)} classes, "
@@ -123,6 +127,27 @@ class Adapter(SegmentationDataset):
     @property
     def fingerprint(self) -> str:
         return f"{self.digest} {self.classes}"
+
+
+def _own_classes(dataset: Any) -> Classes | str | Mapping[Any, Any] | list[str] | None:
+    """Return what a data set's attribute `classes` says of the labels of its masks, or None.
+
+    It may be a list of names, in the order of the labels, or of objects with a `name` and an `id`, the label, as
+    torchvision's Cityscapes has. Names in the other data sets of torchvision are those of whole images, such as breeds.
+    """
+    own = getattr(dataset, "classes", None)
+    if own is None or isinstance(own, Classes | str | Mapping):
+        return own
+    items = list(own) if isinstance(own, Iterable) else []
+    ids = [getattr(item, "id", None) for item in items]
+    if items and all(isinstance(number, int) for number in ids) and all(hasattr(item, "name") for item in items):
+        return {item.name: item.id for item in items if item.id >= 0}  # Cityscapes: -1 for a mask without this label
+    in_class = "classes" not in getattr(dataset, "__dict__", ())
+    definers = [base for base in type(dataset).__mro__ if in_class and "classes" in vars(base)]
+    modules = [base.__module__ for base in (definers[:1] or type(dataset).__mro__)]
+    of_images = any(module.startswith("torchvision.datasets.") and module != VISION_DATASET for module in modules)
+    names = items and not of_images and all(isinstance(item, str) for item in items)
+    return list(map(str, items)) if names else None
 
 
 def _by_index(classes: Classes) -> Classes:

@@ -267,6 +267,66 @@ def test_classes_of_a_data_set_are_named_in_every_form(classes, tmp_path, monkey
     assert (given.names, given.labels, given.ignore_index) == (("sky", "road"), (0, 1), 255)
 
 
+class WithoutFiles(Squares):
+    """The items of Squares in place of the files of a data set of torchvision."""
+
+    __init__ = Squares.__init__
+
+
+class Pets(WithoutFiles, torchvision.datasets.OxfordIIITPet):
+    """torchvision sets the breeds, as its own constructor does."""
+
+    def __init__(self):
+        super().__init__()
+        self.classes = ["Bombay", "Beagle", "Pug"]
+
+
+class Streets(WithoutFiles, torchvision.datasets.Cityscapes):
+    pass
+
+
+class Digits(WithoutFiles, torchvision.datasets.MNIST):
+    pass
+
+
+class OwnStreets(Streets):
+    classes = ("road", "car")
+
+
+class OwnVision(WithoutFiles, torchvision.datasets.VisionDataset):
+    classes = np.array(["road", "car"])
+
+
+class Numbered(Squares):
+    classes = 2
+
+
+class Pairs(Squares):
+    classes = (("road", 0), ("car", 1))
+
+
+NUMBERED = ("class_0", "class_1")
+ROAD = ("road", "car")
+
+
+@pytest.mark.parametrize(
+    ("dataset", "names"),
+    [(Pets(), NUMBERED), (Digits(), NUMBERED), (OwnStreets(), ROAD), (OwnVision(), ROAD), (Numbered(), NUMBERED),
+     (Pairs(), NUMBERED)],
+    ids=lambda value: type(value).__name__,
+)  # fmt: skip
+def test_only_names_of_pixels_in_a_data_set_become_its_classes(dataset, names):
+    classes = dataset_node(dataset)["_target_"](split="train").classes
+    assert (classes.names, classes.labels) == (names, (0, 1))
+
+
+def test_classes_with_ids_are_named_by_these():
+    classes = dataset_node(Streets())["_target_"](split="train").classes
+    assert classes.labels == tuple(range(34))
+    assert [classes.names[label] for label in (0, 7, 26, 33)] == ["unlabeled", "road", "car", "bicycle"]
+    assert "license plate" not in classes.names
+
+
 @pytest.mark.parametrize("form", [tuple, list, lambda item: {"image": item[0], "mask": item[1]}])
 def test_a_list_of_items_is_one_data_set(form):
     given = [form(item) for item in map(Squares(8).__getitem__, range(8))]
