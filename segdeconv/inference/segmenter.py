@@ -311,12 +311,11 @@ class Segmenter:
             image, name = self.open(Path(image)), str(image)
         if not isinstance(image, OpenedImage):
             expected = self.preprocessing
-            image = OpenedImage(
-                as_image(
-                    image, name, channels=expected.channels, bits=expected.bits, grey_as_rgb=not expected.as_stored
-                ),
-                orientation,
+            pixels = as_image(
+                image, name, channels=expected.channels, bits=expected.bits, grey_as_rgb=not expected.as_stored
             )
+            # A copy, since the prediction keeps the image, and a camera's buffer gets the next one.
+            image = OpenedImage(pixels.copy(), orientation)
         array, nodata, scratch = image.image, image.nodata, image.scratch
         size = (array.shape[0], array.shape[1])
         self.preprocessing.checked(array, name)
@@ -359,7 +358,7 @@ class Segmenter:
         )
 
     def _predict_to_sink(self, image: np.ndarray, name: str, sink: Sink) -> None:
-        self.predict(image, name=name, sink=sink)
+        self.predict(OpenedImage(image, 1), name=name, sink=sink)
 
 
 def load(

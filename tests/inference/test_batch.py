@@ -208,6 +208,18 @@ def test_the_forms_of_an_image_give_the_same_prediction(place, form):
     assert np.abs(predicted.image.astype(int) - image).max() <= 1
 
 
+@pytest.mark.parametrize("form", [np.asarray, torch.from_numpy, lambda image: torch.from_numpy(image).permute(2, 0, 1)])
+def test_a_prediction_keeps_its_image_when_the_buffer_gets_the_next_one(place, form):
+    segmenter = segdeconv.load(place / "best.ckpt")
+    image = np.array(fakes.opened(place / "photos" / "a.png"))
+    expected = segmenter.predict(image.copy())
+    buffer = image.copy()
+    prediction = segmenter.predict(form(buffer))
+    buffer[:] = 0
+    assert np.array_equal(prediction.probabilities(), expected.probabilities())
+    assert np.array_equal(prediction.overlay(), expected.overlay())
+
+
 @pytest.mark.parametrize("form", GREY_FORMS)
 def test_a_grey_image_is_predicted_as_the_rgb_image_with_equal_channels(place, form):
     segmenter = segdeconv.load(place / "best.ckpt")
