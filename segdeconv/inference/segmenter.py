@@ -185,7 +185,7 @@ class Segmenter:
         self.predictor = build_predictor(checkpoint, self.network, self.settings, report=report)
         # Regions are meant to be resized.
         self.resized = ResizedImages(None if self.settings.regions else self.preprocessing.size, at_once=at_once)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a sink may predict too
 
     def __repr__(self) -> str:
         network = type(self.network.source).__name__

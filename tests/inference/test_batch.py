@@ -220,6 +220,22 @@ def test_a_prediction_keeps_its_image_when_the_buffer_gets_the_next_one(place, f
     assert np.array_equal(prediction.overlay(), expected.overlay())
 
 
+def test_a_sink_can_predict_with_the_same_segmenter(place):
+    segmenter = segdeconv.load(place / "best.ckpt", tile=(64, 64))
+    image = np.array(fakes.opened(place / "photos" / "a.png"))
+    parts, other = [], segmenter.predict(image[:40, :50]).mask
+
+    def sink(part, values):
+        parts.append((part, values))
+        assert np.array_equal(segmenter.predict(image[:40, :50]).mask, other)
+
+    expected, prediction = segmenter.predict(image).probabilities(), segmenter.predict(image, sink=sink)
+    assert len(parts) > 1
+    for part, values in parts:
+        assert np.array_equal(values, expected[:, slice(*part[0]), slice(*part[1])])
+    assert np.array_equal(prediction.mask, expected.argmax(axis=0))
+
+
 @pytest.mark.parametrize("form", GREY_FORMS)
 def test_a_grey_image_is_predicted_as_the_rgb_image_with_equal_channels(place, form):
     segmenter = segdeconv.load(place / "best.ckpt")
