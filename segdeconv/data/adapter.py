@@ -13,7 +13,7 @@ from segdeconv.classes import Classes, default_colours
 from segdeconv.config import OBJECT, TARGET, stand_in, type_name
 from segdeconv.data.class_file import given_classes
 from segdeconv.data.dataset import Sample, SegmentationDataset
-from segdeconv.data.pixels import as_image
+from segdeconv.data.pixels import as_image, from_tensor
 from segdeconv.data.splits import choose_val
 from segdeconv.errors import UsageError, warn
 
@@ -196,7 +196,7 @@ def length_of(dataset: Any, name: str) -> int:
 
 def _mask(value: Any, name: str) -> np.ndarray:
     """Return a mask as (H, W) uint8 class indices or IGNORED."""
-    array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+    array = from_tensor(value) if isinstance(value, Tensor) else np.asarray(value)
     if isinstance(value, Image.Image) and value.mode not in ("L", "P", "1", "I", "I;16"):
         raise UsageError(f"dataset: the mask of {name} is a {value.mode} image - give class indices, (H, W)")
     if array.ndim == 3 and 1 in (array.shape[0], array.shape[2]):

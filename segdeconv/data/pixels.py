@@ -35,9 +35,9 @@ def as_image(
         UsageError: The value is not an image.
     """
     if isinstance(value, Image.Image):
-        pixels = rgb(value, name) if channels in (None, 3) or value.mode == "P" else np.asarray(value)
+        pixels = _from_pillow(value, name, channels, bits)
     elif isinstance(value, Tensor):
-        pixels = _channels_last(value.detach().cpu(), channels).numpy()
+        pixels = _channels_last(from_tensor(value), channels)
     elif isinstance(value, np.ndarray):
         pixels = value
     else:
@@ -51,6 +51,7 @@ def as_image(
         raise UsageError(f"{name} has shape {pixels.shape} - give (H, W), (H, W, C) or a tensor (C, H, W)")
     if pixels.dtype.kind == "f":
         pixels = _from_fractions(pixels, name, bits)
+    pixels = pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
     if pixels.dtype not in (np.uint8, np.uint16):
         raise UsageError(
             f"{name} has {pixels.dtype} values - give pixels as uint8, or as uint16 to a network of 16 bit, or floats "
@@ -63,12 +64,33 @@ def as_image(
     return pixels
 
 
-def _channels_last(image: Tensor, channels: int | None) -> Tensor:
+def from_tensor(value: Tensor) -> np.ndarray:
+    """Return a tensor as an array; floats of 8 and 16 bits, some of which NumPy lacks, as float32."""
+    value = value.detach().cpu()
+    return (value.float() if value.is_floating_point() and value.element_size() < 4 else value).numpy()
+
+
+def _from_pillow(image: Image.Image, name: str, channels: int | None, bits: int) -> np.ndarray:
+    if image.mode != "I" or image.format == "PPM":  # the only format whose 16 bits Pillow opens as I
+        is_rgb = channels in (None, 3) or image.mode == "P"
+        pixels = rgb(image, name) if is_rgb else np.asarray(image)
+        return pixels.astype(np.uint16) if pixels.dtype == np.int32 else pixels
+    pixels = np.asarray(image)
+    if bits != 16 or not ((pixels >= 0) & (pixels <= 65535)).all():
+        raise UsageError(
+            f"{name} is a PIL image of mode I, whose range is unknown - give its array as uint8 if its values are "
+            "0..255, or as uint16 if they are 0..65535: np.asarray(image).astype(np.uint8)"
+        )
+    return pixels.astype(np.uint16)
+
+
+def _channels_last(image: np.ndarray, channels: int | None) -> np.ndarray:
     counts = FEW if channels is None else (channels, GREY)
-    return image.permute(1, 2, 0) if image.ndim == 3 and image.shape[0] in counts else image
+    return image.transpose(1, 2, 0) if image.ndim == 3 and image.shape[0] in counts else image
 
 
 def _from_fractions(values: np.ndarray, name: str, bits: int) -> np.ndarray:
+    values = values.astype(np.result_type(values, np.float32), copy=False)  # float16 cannot hold 65535
     low, high = float(values.min()), float(values.max())
     if not (low >= 0 and high <= 1):  # not finite ones either
         raise UsageError(

@@ -30,6 +30,7 @@ from segdeconv.checkpoints import checkpoint
 from segdeconv.classes import Classes, voc_colours
 from segdeconv.cli import predict
 from segdeconv.data.annotations.polygons import regions, signed_area
+from segdeconv.data.pixels import as_image
 from segdeconv.drawing import draw
 from segdeconv.drawing.png import Png
 from segdeconv.errors import UsageError
@@ -194,7 +195,49 @@ GREY_FORMS = {
     "tensor (H, W)": torch.tensor,
     "tensor (1, H, W)": lambda image: torch.tensor(image)[None],
     "16 bit Pillow": lambda image: Image.fromarray(image.astype(np.uint16) * 257),
+    "16 bit PGM": lambda image: opened_again(Image.fromarray(image.astype(np.uint16) * 257).convert("I"), "PPM"),
 }
+SIXTEEN_BIT_FORMS = {
+    "array": lambda pixels: pixels,
+    "big-endian": lambda pixels: pixels.astype(">u2"),
+    "tensor": torch.from_numpy,
+    "fractions of 32 bits": lambda pixels: pixels / np.float32(65535),
+    "big-endian fractions": lambda pixels: (pixels / 65535).astype(">f8"),
+    "Pillow": Image.fromarray,
+    "Pillow, I": lambda pixels: Image.fromarray(pixels.astype(np.int32)),
+    "PNG": lambda pixels: opened_again(Image.fromarray(pixels), "PNG"),
+    "TIFF": lambda pixels: opened_again(Image.fromarray(pixels), "TIFF"),
+    "PGM": lambda pixels: opened_again(Image.fromarray(pixels.astype(np.int32)), "PPM"),
+}
+# Powers of two are exact in these.
+HALVES = {
+    "float16": lambda pixels: (pixels / 65536).astype(np.float16),
+    "float16 tensor": lambda pixels: (torch.from_numpy(pixels.astype(np.float32)) / 65536).half(),
+    "bfloat16 tensor": lambda pixels: (torch.from_numpy(pixels.astype(np.float32)) / 65536).bfloat16(),
+}
+
+
+def opened_again(image, form):
+    buffer = io.BytesIO()
+    image.save(buffer, form)
+    return Image.open(buffer)
+
+
+@pytest.mark.parametrize("form", SIXTEEN_BIT_FORMS)
+def test_the_forms_of_a_16_bit_image_are_the_same_pixels(form):
+    pixels = np.random.default_rng(0).integers(0, 65536, (5, 7)).astype(np.uint16)
+    pixels[0, :3] = 0, 255, 65535
+    image = as_image(SIXTEEN_BIT_FORMS[form](pixels), "the image", channels=1, bits=16)
+    assert image.dtype == np.uint16
+    assert np.array_equal(image[:, :, 0], pixels)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("form", HALVES)
+def test_floats_of_16_bits_are_fractions_of_the_largest_pixel(form, bits):
+    powers = 2 ** np.arange(17)[:, None]
+    image = as_image(HALVES[form](powers), "the image", channels=1, bits=bits)
+    assert np.array_equal(image[:, :, 0], np.rint(powers * ((2**bits - 1) / 65536)))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -286,6 +329,7 @@ WRONG_IMAGES = {
     "normalised": (np.full((4, 4, 3), -1.5, np.float32), "float values in -1.5..-1.5, but floats must be in 0..1"),
     "0..255 as float": (np.full((4, 4, 3), 200.0), "or 0..255 as uint8"),
     "not finite": (np.full((4, 4, 3), np.nan), "floats must be in 0..1"),
+    "32-bit Pillow": (Image.fromarray(np.full((4, 4), 200, np.int32)), "is a PIL image of mode I, whose range is unkn"),
     "integers": (np.zeros((4, 4, 3), np.int64), "has int64 values - give pixels as uint8"),
     "batch": (torch.zeros(2, 3, 8, 8), "has shape (2, 3, 8, 8), a batch - give a list of its images"),
     "row": (np.zeros(9, np.uint8), "has shape (9,) - give (H, W), (H, W, C) or a tensor (C, H, W)"),

@@ -537,8 +537,10 @@ def test_messages_of_a_run_folder_name_no_key_of_the_command_line(trained):
         lambda image, mask: (Image.fromarray(np.asarray(image)), Image.fromarray(np.asarray(mask).astype(np.uint8))),
         lambda image, mask: (torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(mask)[None]),
         lambda image, mask: ((image / 255).astype(np.float32), mask.astype(np.uint8)),
+        lambda image, mask: (image, torch.from_numpy(mask).bfloat16()),
+        lambda image, mask: (image, mask.astype(">u2")),
     ],
-    ids=["arrays", "mapping", "Pillow", "tensors", "fractions"],
+    ids=["arrays", "mapping", "Pillow", "tensors", "fractions", "bfloat16 mask", "big-endian mask"],
 )
 def test_the_forms_of_items_are_the_same_sample(change):
     random = np.random.default_rng(0)
