@@ -112,11 +112,13 @@ class Adapter(SegmentationDataset):
                 f"dataset: {name} is of type {type(item).__name__}{keys}, not a pair (image, mask) - give pairs, or "
                 "mappings with image and mask (of Hugging Face: data.rename_column('label', 'mask'))"
             )
-        image, mask = as_image(item[0], name), _mask(item[1], name)
+        mask = _mask(item[1], name)
+        image = as_image(item[0], name, size=mask.shape)
         if image.shape[:2] != mask.shape:
+            shape = tuple(getattr(item[0], "shape", image.shape))
             raise UsageError(
-                f"dataset: the mask of {name} has shape {mask.shape} and its image {image.shape[:2]} (H, W) - give one "
-                "label for each pixel"
+                f"dataset: the mask of {name} has shape {mask.shape} (H, W) and its image {shape} - give one label for "
+                "each pixel"
             )
         return image, mask
 

@@ -13,18 +13,26 @@ GREY, FEW = 1, (1, 2, 3, 4)  # channels
 
 
 def as_image(
-    value: Any, name: str, *, channels: int | None = None, bits: int = 8, grey_as_rgb: bool = False
+    value: Any,
+    name: str,
+    *,
+    channels: int | None = None,
+    size: tuple[int, ...] | None = None,
+    bits: int = 8,
+    grey_as_rgb: bool = False,
 ) -> np.ndarray:
     """Return an image as an array of pixels.
 
-    An array is (H, W) or (H, W, C). A tensor may also be (C, H, W): it is taken so if its first side is `channels` or
-    1, or without `channels` 1 to 4. Pixels are uint8, or uint16 for 16 bits; floats are fractions of the largest pixel,
-    in 0..1, and rounded.
+    An array or tensor is (H, W), (H, W, C) or (C, H, W); `size` decides which, or the side that is `channels` or 1.
+    If both fit or neither, an array is (H, W, C), and a tensor (C, H, W) if its first side is `channels` or 1, or if
+    that is not given or no side fits, 1 to 4. Pixels are uint8, or uint16 for 16 bits; floats are fractions of the
+    largest pixel, in 0..1, and rounded.
 
     Args:
         value: A PIL image, an array or a tensor.
         name: The name of the image, for messages.
         channels: The number of channels that are needed; None for those that the image has.
+        size: (H, W) of the image, as its mask has it; None if it is unknown.
         bits: Bits of the channels that floats become, 8 or 16.
         grey_as_rgb: Repeat the channel of a grey image three times.
 
@@ -37,9 +45,9 @@ def as_image(
     if isinstance(value, Image.Image):
         pixels = _from_pillow(value, name, channels, bits)
     elif isinstance(value, Tensor):
-        pixels = _channels_last(from_tensor(value), channels)
+        pixels = _channels_last(from_tensor(value), channels, size, first=True)
     elif isinstance(value, np.ndarray):
-        pixels = value
+        pixels = _channels_last(value, channels, size, first=False)
     else:
         raise UsageError(
             f"{name} is of type {type(value).__name__}, not an image - give a path, a PIL image, an array (H, W, C) "
@@ -84,9 +92,17 @@ def _from_pillow(image: Image.Image, name: str, channels: int | None, bits: int)
     return pixels.astype(np.uint16)
 
 
-def _channels_last(image: np.ndarray, channels: int | None) -> np.ndarray:
+def _channels_last(image: np.ndarray, channels: int | None, size: tuple[int, ...] | None, *, first: bool) -> np.ndarray:
+    """Return an image as (H, W, C) if it is (C, H, W). If its shape has both meanings, `first` prefers (C, H, W)."""
+    if image.ndim != 3:
+        return image
     counts = FEW if channels is None else (channels, GREY)
-    return image.transpose(1, 2, 0) if image.ndim == 3 and image.shape[0] in counts else image
+    is_first, is_last = image.shape[0] in counts, image.shape[2] in (counts if first else (*counts, *FEW))
+    if size is not None:
+        is_first, is_last = image.shape[1:] == size, image.shape[:2] == size
+    if is_first == is_last:
+        is_first = first and image.shape[0] in (counts if is_last else FEW)
+    return image.transpose(1, 2, 0) if is_first else image
 
 
 def _from_fractions(values: np.ndarray, name: str, bits: int) -> np.ndarray:

@@ -280,10 +280,10 @@ class Segmenter:
 
         Args:
             image: A file; what `open` returned; a PIL image, whose EXIF orientation is ignored; an array, (H, W, 3),
-                (H, W, 1) or (H, W); or a tensor, which may also be (3, H, W) or (1, H, W): it is taken so if its first
-                side is 3 or 1. Values are uint8, or floats in 0..1; RGB, not normalised. A grey image is predicted as
-                the RGB image with three equal channels. A network that was trained on other channels or 16 bits takes
-                those.
+                (H, W, 1), (H, W), (3, H, W) or (1, H, W), the first that fits; or a tensor of such a shape, where the
+                last two come first. Values are uint8, or floats in 0..1; RGB, not normalised. A grey image is predicted
+                as the RGB image with three equal channels. A network that was trained on other channels or 16 bits
+                takes those.
             name: Name of the image, for messages and for files that belong to it.
             orientation: EXIF orientation of the file of an array or tensor, 1 to 8, which `Prediction.save` restores.
             uncertainty: Compute the uncertainty of each pixel.
@@ -309,16 +309,19 @@ class Segmenter:
             if "://" in str(image):
                 raise UsageError(f"{image} is a URL - download it first: urllib.request.urlretrieve(URL, 'image.jpg')")
             image, name = self.open(Path(image)), str(image)
-        if not isinstance(image, OpenedImage):
+        if isinstance(image, OpenedImage):
+            self.preprocessing.checked(image.image, name)
+        else:
             expected = self.preprocessing
             pixels = as_image(
                 image, name, channels=expected.channels, bits=expected.bits, grey_as_rgb=not expected.as_stored
             )
+            shape = "" if isinstance(image, Image.Image) else f" of shape {tuple(image.shape)}"
+            expected.checked(pixels, f"{name}{shape}")
             # A copy, since the prediction keeps the image, and a camera's buffer gets the next one.
             image = OpenedImage(pixels.copy(), orientation)
         array, nodata, scratch = image.image, image.nodata, image.scratch
         size = (array.shape[0], array.shape[1])
-        self.preprocessing.checked(array, name)
         self.resized.add(name, size)
         if size[0] * size[1] < LARGE_IMAGE:
             keep_freed(self.network.device)

@@ -180,6 +180,7 @@ def test_prediction_from_python_gives_the_networks_result(place):
 FORMS = {
     "Pillow": Image.fromarray,
     "array": np.asarray,
+    "array, channels first": lambda image: image.transpose(2, 0, 1),
     "Fortran order": np.asfortranarray,
     "read only": lambda image: np.frombuffer(image.tobytes(), np.uint8).reshape(image.shape),
     "fractions": lambda image: image / 255,
@@ -192,6 +193,7 @@ GREY_FORMS = {
     "Pillow": Image.fromarray,
     "(H, W)": np.asarray,
     "(H, W, 1)": lambda image: image[:, :, None],
+    "(1, H, W)": lambda image: image[None],
     "tensor (H, W)": torch.tensor,
     "tensor (1, H, W)": lambda image: torch.tensor(image)[None],
     "16 bit Pillow": lambda image: Image.fromarray(image.astype(np.uint16) * 257),
@@ -230,6 +232,23 @@ def test_the_forms_of_a_16_bit_image_are_the_same_pixels(form):
     image = as_image(SIXTEEN_BIT_FORMS[form](pixels), "the image", channels=1, bits=16)
     assert image.dtype == np.uint16
     assert np.array_equal(image[:, :, 0], pixels)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5, 9])
+@pytest.mark.parametrize("known", ["channels", "size"])
+@pytest.mark.parametrize("form", [np.asarray, torch.from_numpy])
+def test_what_is_known_of_an_image_decides_between_channels_first_and_last(form, known, channels):
+    pixels = np.random.default_rng(0).integers(0, 256, (7, 11, channels), np.uint8)
+    expected = {"channels": channels} if known == "channels" else {"size": (7, 11)}
+    for stored in (pixels, pixels.transpose(2, 0, 1)):
+        assert np.array_equal(as_image(form(stored), "the image", **expected), pixels)
+
+
+@pytest.mark.parametrize("known", [{"channels": 3}, {"size": (3, 3)}])
+def test_of_two_possible_layouts_a_tensor_has_its_channels_first_and_an_array_last(known):
+    pixels = np.arange(27, dtype=np.uint8).reshape(3, 3, 3)
+    assert np.array_equal(as_image(pixels, "the image", **known), pixels)
+    assert np.array_equal(as_image(torch.from_numpy(pixels), "the image", **known), pixels.transpose(1, 2, 0))
 
 
 @pytest.mark.parametrize("bits", [8, 16])
@@ -334,7 +353,12 @@ WRONG_IMAGES = {
     "batch": (torch.zeros(2, 3, 8, 8), "has shape (2, 3, 8, 8), a batch - give a list of its images"),
     "row": (np.zeros(9, np.uint8), "has shape (9,) - give (H, W), (H, W, C) or a tensor (C, H, W)"),
     "empty": (np.zeros((0, 4, 3), np.uint8), "has shape (0, 4, 3)"),
-    "channels first": (np.zeros((3, 8, 9), np.uint8), "has 9 channel(s) of 8 bit, but the network needs 3"),
+    "channels in the middle": (np.zeros((8, 3, 9), np.uint8), "has 9 channel(s) of 8 bit, but the network needs 3"),
+    "four channels first": (
+        torch.zeros(4, 8, 9),
+        "the image of shape (4, 8, 9) has 4 channel(s) of 8 bit, but the net",
+    ),
+    "four channels of three rows": (np.zeros((3, 9, 4), np.uint8), "the image of shape (3, 9, 4) has 4 channel(s)"),
     "four channels": (np.zeros((8, 9, 4), np.uint8), "has 4 channel(s) of 8 bit"),
     "16 bit": (np.zeros((8, 9, 3), np.uint16), "has 3 channel(s) of 16 bit"),
     "URL": ("https://host/photo.jpg", "https://host/photo.jpg is a URL - download it first: urllib.request.urlretr"),

@@ -551,6 +551,17 @@ def test_the_forms_of_items_are_the_same_sample(change):
     assert sample.mask.dtype == np.uint8
 
 
+@pytest.mark.parametrize("form", [np.asarray, torch.from_numpy])
+@pytest.mark.parametrize("channels", [1, 2, 5, 32])
+def test_the_mask_decides_whether_the_channels_of_an_image_are_first(channels, form):
+    image = np.random.default_rng(0).integers(0, 256, (9, 12, channels), np.uint8)
+    mask = np.zeros((9, 12), np.int64)
+    for stored in (image, image.transpose(2, 0, 1)):
+        assert np.array_equal(Adapter([(form(stored), mask)], "train")[0].image, image)
+    with pytest.raises(UsageError, match=rf"has shape \(9, 12\) \(H, W\) and its image \({channels}, 10, 12\) - give"):
+        Adapter([(form(np.zeros((channels, 10, 12), np.uint8)), mask)], "train")
+
+
 def test_a_data_set_that_gives_other_pixels_each_time_is_reported(capsys):
     class Random:
         classes = ("a", "b")
