@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, fields
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, get_args, overload
 
 import numpy as np
 import torch
@@ -35,8 +35,8 @@ from segdeconv.system.memory import keep_freed, release_memory
 
 LARGE_IMAGE = 1 << 24  # pixels; for larger images, freed memory is returned to the system at once
 MEMORY_MAPPED = 1 << 26  # pixels; the maps of larger rasters are kept in files
+ORIENTATIONS = range(1, 9)  # of EXIF
 GEOTIFF = (".tif", ".tiff")
-LOSSY = (".jpg", ".jpeg", ".webp", ".gif")
 
 ImageLike = str | Path | Image.Image | np.ndarray | Tensor
 
@@ -130,16 +130,22 @@ class Prediction:
         """Write the mask as a PNG, or as a GeoTIFF, in the orientation of the image's file.
 
         Args:
-            path: The file; that of a georeferenced image is a GeoTIFF if it ends in .tif or .tiff.
+            path: The file, which ends in .png; that of a georeferenced image is a GeoTIFF if it ends in .tif or .tiff.
             labels: See `draw.save_mask`.
 
         Raises:
-            UsageError: The file's name is that of a format with losses.
+            UsageError: The file's name has another ending, or `labels` is unknown.
         """
-        if Path(path).suffix.lower() in LOSSY:
-            raise UsageError(f"{path}: masks are PNGs, since this format would change labels - name it .png")
+        suffix, kinds = Path(path).suffix.lower(), get_args(draw.Labels)
+        if labels not in kinds:
+            raise UsageError(f"labels={labels!r} is unknown - give {' or '.join(map(repr, kinds))}")
+        if suffix != ".png" and (self.reference is None or suffix not in GEOTIFF):
+            raise UsageError(
+                f"{str(path) or repr('')}: masks are PNGs, or GeoTIFFs of georeferenced images, since many formats "
+                "would change labels - give a name that ends in .png, such as mask.png"
+            )
         mask = turn_back(self.mask, self.orientation)
-        if self.reference is not None and Path(path).suffix.lower() in GEOTIFF:
+        if self.reference is not None and suffix in GEOTIFF:
             rasters.save_mask(mask, self.classes, Path(path), self.reference, labels=labels)
         else:
             draw.save_mask(mask, self.classes, Path(path), labels=labels)
@@ -291,8 +297,11 @@ class Segmenter:
             sink: Called with the probabilities part by part, so that they are never held in memory as a whole.
 
         Raises:
-            UsageError: The image cannot be read, or is of another kind than the network expects.
+            UsageError: The image cannot be read, or is of another kind than the network expects, or there is no such
+                orientation.
         """
+        if orientation not in ORIENTATIONS:
+            raise UsageError(f"orientation={orientation!r} is not an EXIF orientation - give 1 to 8; 1 is upright")
         if isinstance(image, list | tuple):
             return [
                 self.predict(

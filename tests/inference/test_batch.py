@@ -137,12 +137,38 @@ def test_a_device_that_is_not_there_is_named(place, device):
         segdeconv.load(place / "best.ckpt", device=device)
 
 
-@pytest.mark.parametrize("name", ["mask.jpg", "mask.JPEG", "mask.webp"])
+@pytest.mark.parametrize(
+    "name",
+    ["mask.jpg", "mask.JPEG", "mask.webp", "mask.npy", "mask.tif", "mask.bmp", "mask.pdf", "mask.txt", "mask", ".png"],
+)
 def test_a_mask_is_not_saved_in_a_format_that_changes_labels(place, tmp_path, name):
     prediction = segdeconv.load(place / "best.ckpt").predict(place / "photos" / "a.png")
     with pytest.raises(UsageError, match=rf"{name}: masks are PNGs"):
         prediction.save(tmp_path / name)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mask_is_not_saved_without_a_name(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prediction = segdeconv.load(place / "best.ckpt").predict(place / "photos" / "a.png")
+    with pytest.raises(UsageError, match="'': masks are PNGs"):
+        prediction.save("")
+
+
+@pytest.mark.parametrize("labels", ["colour", "Index", "", None, 5, ["index"]])
+def test_unknown_labels_of_a_saved_mask_are_refused(place, tmp_path, labels):
+    prediction = segdeconv.load(place / "best.ckpt").predict(place / "photos" / "a.png")
+    with pytest.raises(UsageError, match=re.escape(f"labels={labels!r} is unknown - give 'index' or 'dataset'")):
+        prediction.save(tmp_path / "mask.png", labels=labels)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("orientation", [0, 9, -1, 1.5, "6", None])
+@pytest.mark.parametrize("several", [False, True])
+def test_an_orientation_that_exif_lacks_is_refused_before_the_prediction(place, orientation, several):
+    image = np.zeros((8, 9, 3), np.uint8)
+    with pytest.raises(UsageError, match=re.escape(f"orientation={orientation!r} is not an EXIF orientation - give 1")):
+        segdeconv.load(place / "best.ckpt").predict([image] if several else image, orientation=orientation)
 
 
 def test_the_fast_precision_is_that_of_the_device(monkeypatch):
