@@ -225,10 +225,10 @@ def dataset_node(data: Any) -> dict[str, Any]:
         UsageError: It is not a data set.
     """
     single = not isinstance(data, tuple | list) or (len(data) != len(SPLITS) and all(map(_is_item, data)))
-    pair = (data, data) if single else tuple(data)
-    if len(pair) != 2:
-        raise UsageError(f"dataset has {len(pair)} data sets - give (train, val), or one to split")
-    for name, dataset in zip(SPLITS, pair, strict=True):
+    given = (data,) if single else tuple(data)
+    if not single and len(given) != len(SPLITS):
+        raise UsageError(f"dataset has {len(given)} data sets - give (train, val), or one to split")
+    for name, dataset in zip(SPLITS, given, strict=False):
         if isinstance(dataset, type):
             raise UsageError(f"dataset: {name} is the class {dataset.__name__} - give an instance of it")
         length_of(dataset, name)
@@ -236,25 +236,30 @@ def dataset_node(data: Any) -> dict[str, Any]:
 
     def dataset_given(*, split: str, classes: ClassNames = None, object: str = "") -> SegmentationDataset:
         if not splits:
-            splits.update(_build_splits(pair, classes))
+            splits.update(_build_splits(given, classes))
         if split not in splits:
             raise UsageError(f"split {split} was not given to train() - it has the splits {', '.join(SPLITS)}")
         return splits[split]
 
-    return {TARGET: stand_in(dataset_given), OBJECT: type_name(pair[0])}
+    return {TARGET: stand_in(dataset_given), OBJECT: type_name(given[0])}
 
 
-def _build_splits(pair: tuple[Any, ...], classes: ClassNames) -> dict[str, SegmentationDataset]:
-    if all(isinstance(dataset, SegmentationDataset) for dataset in pair) and pair[0] is not pair[1]:
-        return dict(zip(SPLITS, pair, strict=True))
-    train, val = pair
+def _build_splits(given: tuple[Any, ...], classes: ClassNames) -> dict[str, SegmentationDataset]:
+    if len(given) == len(SPLITS) and given[0] is given[1]:
+        warn(
+            "dataset: train and val are the same data set, so scores on val show how well the training images are "
+            "remembered - give other images as val for scores that hold for new ones"
+        )
+    if len(given) == len(SPLITS) and all(isinstance(dataset, SegmentationDataset) for dataset in given):
+        return dict(zip(SPLITS, given, strict=True))
     parts: list[Sequence[int] | None] = [None, None]
     note: tuple[str, ...] = ()
-    if train is val:
-        names = [str(index) for index in range(length_of(train, SPLITS[0]))]
+    if len(given) == 1:
+        names = [str(index) for index in range(length_of(given[0], SPLITS[0]))]
         drawn, _ = choose_val(names, VAL_SHARE, None, 0, pattern=None, seed=0)
         parts = [[index for index in range(len(names)) if (str(index) in drawn) == is_val] for is_val in (False, True)]
         note = (f"val: {len(parts[1] or [])} of the {len(names)} items, drawn at random - give (train, val) to choose",)
+    pair = (given[0], given[-1])
     adapters = [Adapter(dataset, split, part) for dataset, split, part in zip(pair, SPLITS, parts, strict=True)]
     labels = adapters[0].labels | adapters[1].labels
     for adapter in adapters:

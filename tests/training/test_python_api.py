@@ -31,6 +31,7 @@ from segdeconv.training.config_check import check_config
 
 QUICK = {"trainer__max_epochs": 1, "trainer__precision": "32-true", "logger": False, "dataset__num_workers": 0}
 
+NARROW = {"model": SegNet, "model__stages": [[4], [8]]}
 ADDITION, CLIPPING = "model.encoder_addition", "trainer.gradient_clip_val"
 
 
@@ -267,6 +268,20 @@ def test_classes_of_a_data_set_are_named_in_every_form(classes, tmp_path, monkey
     assert (given.names, given.labels, given.ignore_index) == (("sky", "road"), (0, 1), 255)
 
 
+@pytest.mark.parametrize("form", [tuple, list])
+def test_the_same_data_set_twice_is_not_split(form, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("segdeconv.errors._warned", set())
+    squares = Squares(5)
+    result = train(dataset=form([squares, squares]), run=tmp_path / "run", **NARROW, dataset__batch_size=5, **QUICK)
+    printed, warned = capsys.readouterr()
+    assert "train and val are the same data set, so scores on val show" in warned
+    assert "drawn at random" not in printed
+    node = dataset_node(form([squares, squares]))["_target_"]
+    samples = [[node(split=split)[index].image for index in range(5)] for split in ("train", "val")]
+    assert all(np.array_equal(*pair) for pair in zip(*samples, strict=True))
+    assert result.scores["miou"] > 0
+
+
 class WithoutFiles(Squares):
     """The items of Squares in place of the files of a data set of torchvision."""
 
@@ -425,7 +440,6 @@ def pair(change=lambda item: item):
     return {"dataset": (Squares(change=change), Squares(2, change=change)), "dataset__batch_size": 2}
 
 
-NARROW = {"model": SegNet, "model__stages": [[4], [8]]}
 MISTAKES = {
     "module": ({"model": torchvision.models}, "model is the module torchvision.models - give the name of a file in"),
     "name of a module": ({"model": {"_target_": "torchvision.models"}}, "is not a class or function"),
