@@ -1,11 +1,15 @@
 """The segmenter, which predicts the masks of images of any size with a trained network."""
 
+import io
+import os
+import tempfile
 import threading
 from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, get_args, overload
+from typing import IO, Any, get_args, overload
 
 import numpy as np
 import torch
@@ -21,7 +25,7 @@ from segdeconv.data.files.reading import MAX_PIXELS, read_upright, turn_back, tu
 from segdeconv.data.pixels import as_image
 from segdeconv.data.resizing import ResizedImages
 from segdeconv.drawing import draw, notebook
-from segdeconv.errors import UsageError, did_you_mean
+from segdeconv.errors import UsageError, did_you_mean, first_line
 from segdeconv.inference import rasters
 from segdeconv.inference.network import Network
 from segdeconv.inference.predictors import PredictionSettings, build_predictor
@@ -38,7 +42,7 @@ MEMORY_MAPPED = 1 << 26  # pixels; the maps of larger rasters are kept in files
 ORIENTATIONS = range(1, 9)  # of EXIF
 GEOTIFF = (".tif", ".tiff")
 
-ImageLike = str | Path | Image.Image | np.ndarray | Tensor
+ImageLike = str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes] | Image.Image | np.ndarray | Tensor
 
 # Called with a part of the image and its (C, h, w) float32 probabilities.
 Sink = Callable[[Part, np.ndarray], None]
@@ -248,6 +252,17 @@ class Segmenter:
             nodata = turn_upright(nodata, orientation)
         return OpenedImage(image, orientation, reference, nodata, used)
 
+    def open_bytes(self, content: bytes, name: str = "the image") -> OpenedImage:
+        """Read the bytes of an image file, like `open`; messages call it `name`."""
+        # In a file, since some formats are read by libraries that take nothing else.
+        with tempfile.TemporaryDirectory(prefix="segdeconv-") as folder:
+            path = Path(folder) / "image"
+            path.write_bytes(content)
+            try:
+                return self.open(path)
+            except UsageError as error:
+                raise UsageError(str(error).replace(str(path), name)) from None
+
     @overload
     def predict(
         self,
@@ -285,11 +300,11 @@ class Segmenter:
         """Predict the mask of one image, or of each image of a list.
 
         Args:
-            image: A file; what `open` returned; a PIL image, whose EXIF orientation is ignored; an array, (H, W, 3),
-                (H, W, 1), (H, W), (3, H, W) or (1, H, W), the first that fits; or a tensor of such a shape, where the
-                last two come first. Values are uint8, or floats in 0..1; RGB, not normalised. A grey image is predicted
-                as the RGB image with three equal channels. A network that was trained on other channels or 16 bits
-                takes those.
+            image: The path of a file; a binary file, which is read from its start, or its bytes; what `open` returned;
+                a PIL image, whose EXIF orientation is ignored; an array, (H, W, 3), (H, W, 1), (H, W), (3, H, W) or
+                (1, H, W), the first that fits; or a tensor of such a shape, where the last two come first. Values are
+                uint8, or floats in 0..1; RGB, not normalised. A grey image is predicted as the RGB image with three
+                equal channels. A network that was trained on other channels or 16 bits takes those.
             name: Name of the image, for messages and for files that belong to it.
             orientation: EXIF orientation of the file of an array or tensor, 1 to 8, which `Prediction.save` restores.
             uncertainty: Compute the uncertainty of each pixel.
@@ -314,10 +329,11 @@ class Segmenter:
                 )
                 for index, item in enumerate(image)
             ]
-        if isinstance(image, str | Path):
-            if "://" in str(image):
-                raise UsageError(f"{image} is a URL - download it first: urllib.request.urlretrieve(URL, 'image.jpg')")
-            image, name = self.open(Path(image)), str(image)
+        if isinstance(image, str | os.PathLike):
+            name = os.fsdecode(image)
+            image = self.open(_existing(name))
+        elif isinstance(image, bytes | bytearray | memoryview) or hasattr(image, "read"):
+            image = self.open_bytes(_content(image, name), name)
         if isinstance(image, OpenedImage):
             self.preprocessing.checked(image.image, name)
         else:
@@ -371,6 +387,44 @@ class Segmenter:
 
     def _predict_to_sink(self, image: np.ndarray, name: str, sink: Sink) -> None:
         self.predict(OpenedImage(image, 1), name=name, sink=sink)
+
+
+def _existing(name: str) -> Path:
+    """Return the path of a file that was given for an image.
+
+    Raises:
+        UsageError: It is not a file.
+    """
+    if "://" in name:
+        raise UsageError(f"{name} is a URL - download it first: urllib.request.urlretrieve(URL, 'image.jpg')")
+    if not os.path.isfile(name):
+        kind = "a folder" if os.path.isdir(name) else "not a file"
+        raise UsageError(
+            f"{name!r} is {kind} - give the path of an image, or a list of paths, such as "
+            "sorted(pathlib.Path('photos').glob('*.jpg'))"
+        )
+    return Path(name)
+
+
+def _content(file: Any, name: str) -> bytes:
+    """Return the bytes of a file given as bytes or as a file object.
+
+    Raises:
+        UsageError: The file object is closed, or gives text.
+    """
+    if isinstance(file, bytes | bytearray | memoryview):
+        return bytes(file)
+    try:
+        with suppress(AttributeError, io.UnsupportedOperation):  # a response of a server, for one, has only one pass
+            file.seek(0)
+        content = file.read()
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{name}: {type(file).__name__} cannot be read ({first_line(error)}) - give a path") from error
+    if not isinstance(content, bytes | bytearray):
+        raise UsageError(
+            f"{name}: {type(file).__name__} gives no bytes - open the file with mode 'rb', or give its path"
+        )
+    return bytes(content)
 
 
 def load(

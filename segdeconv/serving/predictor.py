@@ -1,10 +1,8 @@
 """The prediction of one image, with everything that the page needs to explain its pixels."""
 
-import tempfile
 import time
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -101,13 +99,7 @@ class ImagePredictor:
         Raises:
             UsageError: The image cannot be read; the message calls it `this file`.
         """
-        with tempfile.TemporaryDirectory(prefix="segdeconv-") as folder:
-            path = Path(folder) / "image"
-            path.write_bytes(content)
-            try:
-                image = self.segmenter.open(path).image
-            except UsageError as error:
-                raise UsageError(str(error).replace(str(path), "this file")) from None
+        image = self.segmenter.open_bytes(content, "this file").image
         started = time.monotonic()
         original = (image.shape[0], image.shape[1])
         scale = (MAX_PIXELS / (original[0] * original[1])) ** 0.5

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -330,6 +331,103 @@ def test_a_grey_image_is_predicted_as_the_rgb_image_with_equal_channels(place, f
     grey = np.asarray(fakes.opened(place / "photos" / "a.png"))[:, :, 1]
     expected = segmenter.predict(np.dstack([grey] * 3)).mask
     assert np.array_equal(segmenter.predict(GREY_FORMS[form](grey)).mask, expected)
+
+
+class FileName:
+    def __init__(self, path):
+        self.path = path
+
+    def __fspath__(self):
+        return str(self.path)
+
+
+class OnePass(io.RawIOBase):
+    """A file that cannot be read again, like the response of a server."""
+
+    def __init__(self, path):
+        self.file = path.open("rb")
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        return self.file.readinto(buffer)
+
+    def close(self):
+        self.file.close()
+        super().close()
+
+
+def written(path):
+    buffer = io.BytesIO()
+    buffer.write(path.read_bytes())  # its position is the end
+    return buffer
+
+
+FILE_FORMS = {
+    "str": str,
+    "path-like": FileName,
+    "bytes": lambda path: path.read_bytes(),
+    "bytearray": lambda path: bytearray(path.read_bytes()),
+    "memoryview": lambda path: memoryview(path.read_bytes()),
+    "buffer": written,
+    "one pass": OnePass,
+    "open file": lambda path: path.open("rb"),
+}
+
+
+@pytest.mark.parametrize("form", FILE_FORMS)
+@pytest.mark.parametrize("kind", ["png", "tif", "jpg"])
+def test_the_forms_of_a_file_give_the_same_prediction(place, tmp_path, form, kind):
+    path = tmp_path / f"a.{kind}"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    fakes.opened(place / "photos" / "a.png").save(path, exif=exif)
+    segmenter = segdeconv.load(place / "best.ckpt")
+    expected = segmenter.predict(path)
+    given = FILE_FORMS[form](path)
+    with given if isinstance(given, io.IOBase) else nullcontext():
+        predicted = segmenter.predict(given)
+    assert np.array_equal(predicted.mask, expected.mask)
+    assert predicted.orientation == expected.orientation == 6
+
+
+def closed(path):
+    file = written(path)
+    file.close()
+    return file
+
+
+WRONG_FILES = {
+    "text": (
+        lambda path: path.open(encoding="latin-1"),
+        "the image: TextIOWrapper gives no bytes - open the file with",
+    ),
+    "UTF-8": (lambda path: path.open(encoding="utf-8"), "the image: TextIOWrapper cannot be read ("),
+    "text in memory": (lambda _: io.StringIO("x"), "the image: StringIO gives no bytes"),
+    "closed": (closed, "the image: BytesIO cannot be read (I/O operation on closed file.) - give a path"),
+    "no bytes": (lambda _: b"", "the image is not an image (empty, truncated or another format)"),
+    "half": (lambda path: path.read_bytes()[:1000], "the image is damaged and cannot be decoded"),
+    "too large": (lambda path: path.read_bytes(), "the image has 171x130 pixels, more than 20000"),
+    "missing": (lambda _: "nope.png", "'nope.png' is not a file - give the path of an image, or a list of paths, such"),
+    "empty name": (lambda _: "", "'' is not a file - give the path"),
+    "pattern": (lambda path: str(path.parent / "*.png"), "*.png' is not a file - give the path of an image, or a list"),
+    "folder": (lambda path: path.parent, "photos' is a folder - give the path of an image, or a list of paths"),
+    "device": (lambda _: os.devnull, "is not a file - give the path"),
+    "odd name": (lambda _: "a\0.png", "'a\\x00.png' is not a file"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_FILES)
+def test_what_is_not_the_file_of_an_image_gets_one_line(place, wrong):
+    form, message = WRONG_FILES[wrong]
+    given = form(place / "photos" / "a.png")
+    overrides = ["dataset.max_pixels=20000"] if wrong == "too large" else []
+    opened = isinstance(given, io.IOBase) and not given.closed
+    with given if opened else nullcontext(), pytest.raises(UsageError) as caught:
+        segdeconv.load(place / "best.ckpt", overrides=overrides).predict(given)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_list_of_images_gives_a_list_of_predictions(place):
