@@ -1,8 +1,10 @@
 """Data sets of Python programs, such as torch's, as splits of a `SegmentationDataset`."""
 
 import hashlib
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,8 @@ from segdeconv.classes import Classes, default_colours
 from segdeconv.config import OBJECT, TARGET, stand_in, type_name
 from segdeconv.data.class_file import given_classes
 from segdeconv.data.dataset import Sample, SegmentationDataset
+from segdeconv.data.files.decoding import is_array, read_array
+from segdeconv.data.files.reading import MAX_PIXELS, read_stored_mask, read_upright, require_opaque
 from segdeconv.data.pixels import as_image, from_tensor
 from segdeconv.data.splits import choose_val
 from segdeconv.errors import UsageError, warn
@@ -31,7 +35,7 @@ class Adapter(SegmentationDataset):
     Args:
         dataset: Has a length. An item is a pair (image, mask), or a mapping with `image` and `mask`: an image as
             `as_image` takes it, not normalised, and a mask of (H, W) integers: class indices, and 255 or a negative
-            number for ignored pixels.
+            number for ignored pixels. Both may be paths of files.
         split: The name of the split.
         indices: The indices of the items that belong to the split; None for all.
 
@@ -113,9 +117,10 @@ class Adapter(SegmentationDataset):
                 "mappings with image and mask (of Hugging Face: data.rename_column('label', 'mask'))"
             )
         mask = _mask(item[1], name)
-        image = as_image(item[0], name, size=mask.shape)
+        given = _image_file(Path(os.fsdecode(item[0]))) if isinstance(item[0], str | os.PathLike) else item[0]
+        image = as_image(given, name, size=mask.shape)
         if image.shape[:2] != mask.shape:
-            shape = tuple(getattr(item[0], "shape", image.shape))
+            shape = tuple(getattr(given, "shape", image.shape))
             raise UsageError(
                 f"dataset: the mask of {name} has shape {mask.shape} (H, W) and its image {shape} - give one label for "
                 "each pixel"
@@ -176,7 +181,7 @@ def _is_item(value: Any) -> bool:
     if isinstance(value, Mapping):
         return {"image", "mask"} <= set(value)
     first = value[0] if isinstance(value, tuple | list) and len(value) == 2 else None
-    return isinstance(first, np.ndarray | Tensor | Image.Image)
+    return isinstance(first, np.ndarray | Tensor | Image.Image | str | os.PathLike)
 
 
 def length_of(dataset: Any, name: str) -> int:
@@ -196,8 +201,40 @@ def length_of(dataset: Any, name: str) -> int:
         raise UsageError(f"dataset: {name} ({type_name(dataset)}) has no length - give one with a length") from error
 
 
+def _image_file(path: Path) -> np.ndarray:
+    """Read an image as RGB, or an array of a .npy file as it is.
+
+    Raises:
+        UsageError: The file cannot be read, or is stored rotated.
+    """
+    if is_array(path):
+        return read_array(path, MAX_PIXELS)
+    image, orientation = read_upright(path)
+    if orientation != 1:
+        raise UsageError(
+            f"{path} is stored rotated (EXIF orientation {orientation}) and its mask may or may not be - give images "
+            "instead of paths, such as PIL.ImageOps.exif_transpose(image)"
+        )
+    return image
+
+
+def _mask_file(path: Path) -> np.ndarray:
+    """Read the labels of a mask file, with IGNORED where a GeoTIFF has no data and says so by what is no class index.
+
+    Raises:
+        UsageError: The file cannot be read, or cannot hold labels.
+    """
+    stored = read_stored_mask(path)
+    require_opaque(path, stored)
+    if stored.nodata is None or 0 <= stored.nodata <= IGNORED:
+        return stored.values
+    return np.where(stored.values == stored.nodata, IGNORED, stored.values)
+
+
 def _mask(value: Any, name: str) -> np.ndarray:
     """Return a mask as (H, W) uint8 class indices or IGNORED."""
+    if isinstance(value, str | os.PathLike):
+        value = _mask_file(Path(os.fsdecode(value)))
     array = from_tensor(value) if isinstance(value, Tensor) else np.asarray(value)
     if isinstance(value, Image.Image) and value.mode not in ("L", "P", "1", "I", "I;16"):
         raise UsageError(f"dataset: the mask of {name} is a {value.mode} image - give class indices, (H, W)")

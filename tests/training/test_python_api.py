@@ -565,6 +565,90 @@ def test_the_forms_of_items_are_the_same_sample(change):
     assert sample.mask.dtype == np.uint8
 
 
+def palette_image(mask):
+    image = Image.fromarray(mask.astype(np.uint8))
+    image.putpalette([200, 0, 0, 0, 200, 0, 0, 0, 200])
+    return image
+
+
+MASK_FILES = {
+    "grey.png": lambda mask, path: Image.fromarray(mask.astype(np.uint8)).save(path),
+    "palette.png": lambda mask, path: palette_image(mask).save(path),
+    "16-bit.png": lambda mask, path: Image.fromarray(mask.astype(np.uint16)).save(path),
+    "float.tif": lambda mask, path: Image.fromarray(mask.astype(np.float32)).save(path),
+    "int.npy": lambda mask, path: np.save(path, mask),
+}
+IMAGE_FILES = {
+    "rgb.png": lambda image, path: Image.fromarray(image).save(path),
+    "rgb.tif": lambda image, path: Image.fromarray(image).save(path),
+    "rgb.npy": lambda image, path: np.save(path, image),
+}
+
+
+@pytest.mark.parametrize("path_type", [str, Path])
+@pytest.mark.parametrize(
+    ("image_name", "mask_name"), [*((name, "grey.png") for name in IMAGE_FILES), *(("rgb.png", m) for m in MASK_FILES)]
+)
+def test_items_of_paths_are_the_samples_of_their_files(path_type, image_name, mask_name, tmp_path):
+    random, items, expected = np.random.default_rng(0), [], []
+    for index in range(3):
+        image, mask = random.integers(0, 256, (9, 12, 3), np.uint8), random.integers(0, 3, (9, 12))
+        mask[0, :3] = 0, 1, 2
+        paths = tmp_path / f"{index}_{image_name}", tmp_path / f"{index}_mask_{mask_name}"
+        IMAGE_FILES[image_name](image, paths[0])
+        MASK_FILES[mask_name](mask, paths[1])
+        items.append(tuple(map(path_type, paths)))
+        expected.append((image, mask))
+    node = dataset_node(items)["_target_"]
+    splits = {split: node(split=split) for split in ("train", "val")}
+    for dataset in splits.values():
+        for index, sample in zip(dataset.indices, dataset, strict=True):
+            assert np.array_equal(sample.image, expected[index][0])
+            assert np.array_equal(sample.mask, expected[index][1])
+    assert sorted(index for dataset in splits.values() for index in dataset.indices) == [0, 1, 2]
+
+
+def test_the_nodata_value_of_a_mask_file_is_ignored(tmp_path):
+    import tifffile
+
+    mask = np.array([[0, 1, 65535], [65535, 1, 0]], np.uint16)
+    tifffile.imwrite(tmp_path / "mask.tif", mask, extratags=[(42113, "s", 0, "65535", True)])
+    Image.fromarray(np.zeros((2, 3, 3), np.uint8)).save(tmp_path / "image.png")
+    sample = Adapter([(tmp_path / "image.png", tmp_path / "mask.tif")], "train")[0]
+    assert sample.mask.tolist() == [[0, 1, 255], [255, 1, 0]]
+
+
+def rotated(image, path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(path, exif=exif)
+
+
+WRONG_PATHS = {
+    "missing": (lambda image, path: None, "a.png is missing - restore the file"),
+    "rotated": (rotated, "a.png is stored rotated (EXIF orientation 6) and its mask may or may not be - give images"),
+    "another size": (
+        lambda image, path: image.crop((0, 0, 5, 5)).save(path),
+        "train_0 has shape (9, 9) (H, W) and its",
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_PATHS)
+def test_a_path_without_a_fitting_image_gets_one_line(wrong, tmp_path):
+    write, message = WRONG_PATHS[wrong]
+    write(Image.new("RGB", (9, 9)), tmp_path / "a.png")
+    with pytest.raises(UsageError) as caught:
+        Adapter([(str(tmp_path / "a.png"), np.zeros((9, 9), np.uint8))], "train")
+    assert message in str(caught.value)
+
+
+def test_a_mask_file_of_colours_is_refused(tmp_path):
+    Image.new("RGB", (9, 9)).save(tmp_path / "mask.png")
+    with pytest.raises(UsageError, match=r"the mask of train_0 has shape \(9, 9, 3\) and uint8 values - give class in"):
+        Adapter([(np.zeros((9, 9, 3), np.uint8), tmp_path / "mask.png")], "train")
+
+
 @pytest.mark.parametrize("form", [np.asarray, torch.from_numpy])
 @pytest.mark.parametrize("channels", [1, 2, 5, 32])
 def test_the_mask_decides_whether_the_channels_of_an_image_are_first(channels, form):
