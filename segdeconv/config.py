@@ -291,8 +291,9 @@ def objects_in(config: Mapping[str, Any]) -> dict[str, Callable[..., Any]]:
 
 
 def with_objects(config: Mapping[str, Any], objects: Mapping[str, Callable[..., Any]]) -> Node:
-    """Return a written config in which functions stand for objects again, by group."""
-    return {**config, **{group: {**config[group], TARGET: function} for group, function in objects.items()}}
+    """Return a written config in which functions stand for objects again, by group; checkpoints lack the logger's."""
+    nodes = {group: {**config[group], TARGET: function} for group, function in objects.items() if group in config}
+    return {**config, **nodes}
 
 
 def written(config: Mapping[str, Any]) -> Node:

@@ -53,7 +53,7 @@ def train(
     - the name of a file in configs/GROUP, as on the command line: `dataset="camvid"`, `model="unet"`;
     - a class or `functools.partial` of one: `model=MyNetwork`, with `model__width=8` for its arguments;
     - a mapping with `_target_` and arguments;
-    - for `callbacks`, one or a list of these, or of objects;
+    - for `callbacks`, one or a list of these, or of objects; for `logger`, a logger of Lightning, or False;
     - for `augment`, one or a list of these, or of transforms of albumentations, such as an `A.Compose`;
     - an object: `dataset=(train_set, val_set)`, data sets of pairs (image, mask), or one of which a fifth becomes val;
       `model=network`, any torch.nn.Module; `loss=function`, of logits (N, C, H, W) and masks (N, H, W);
@@ -107,7 +107,7 @@ def train(
         from segdeconv.training.task import SegmentationTask, scalars
         from segdeconv.training.trainer import count_steps, fit, has_progress_bar, make_trainer
 
-        logger = loggers.build_logger({} if trial else config["logger"], run)
+        logger = loggers.build_logger({} if trial else checked["logger"], run)
         prepared = prepare(config, objects, fresh=resumed is not None)
         if resumed is None and config["auto"]:
             config = prepared.config

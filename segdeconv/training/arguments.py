@@ -115,6 +115,8 @@ def _node(group: str, value: Any, network: nn.Module | None) -> dict[str, Any]:
         return {TARGET: _target(group, value.func), **{name: _plain(inner) for name, inner in value.keywords.items()}}
     if inspect.isclass(value):
         return {TARGET: _target(group, value)}
+    if group == "logger" and _is_logger(value):
+        return _itself(value)
     if group == "dataset" and value is not None:
         return dataset_node(value)
     if group == "model" and isinstance(value, nn.Module):
@@ -127,6 +129,7 @@ def _node(group: str, value: Any, network: nn.Module | None) -> dict[str, Any]:
         "model": ", a class or a torch.nn.Module",
         "loss": ", a class, a torch.nn.Module or a function of logits and mask",
         "optimizer": ", a class or a torch.optim.Optimizer",
+        "logger": ", a class, one logger of Lightning, or False",
     }
     kind = f"the module {value.__name__}" if inspect.ismodule(value) else f"of type {type(value).__name__}"
     further = kinds.get(group, " or a mapping with its keys")
@@ -170,11 +173,21 @@ def _transform(value: Any) -> dict[str, Any]:
 def _callback(value: Any) -> dict[str, Any]:
     if isinstance(value, Mapping | partial) or inspect.isclass(value):
         return _node("callback", value, None)
+    return _itself(value)
 
-    def callback_given(*, object: str = "") -> Any:
-        return value  # the object itself, whose attributes a program reads after training
 
-    return {TARGET: stand_in(callback_given), OBJECT: type_name(value)}
+def _is_logger(value: Any) -> bool:
+    """Return whether a value is a logger of Lightning, without importing Lightning."""
+    return any(base.__name__ == "Logger" and ".loggers." in base.__module__ for base in type(value).__mro__)
+
+
+def _itself(value: Any) -> dict[str, Any]:
+    """Return the node of an object that is used itself, since a program reads its attributes after training."""
+
+    def object_given(*, object: str = "") -> Any:
+        return value
+
+    return {TARGET: stand_in(object_given), OBJECT: type_name(value)}
 
 
 def _target(group: str, value: Callable[..., Any]) -> str:

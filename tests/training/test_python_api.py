@@ -12,6 +12,7 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+from pytorch_lightning.loggers import CSVLogger
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
@@ -145,6 +146,14 @@ def test_objects_are_copied_and_the_same_call_gives_the_same_bits(trained, tmp_p
     assert first_line.startswith("dataset (test_python_api.Squares), model (test_python_api.Net), loss (torch.nn.")
     assert first_line.endswith("to load the checkpoint, segdeconv.load(CHECKPOINT, model=NETWORK)")
     assert "hydra" not in first_line
+
+
+def test_a_logger_of_the_program_gets_the_scores(tmp_path):
+    logger = CSVLogger(tmp_path / "logs")
+    result = train(run=tmp_path / "run", **pair(), **NARROW, **{**QUICK, "logger": logger})
+    with (Path(logger.log_dir) / "metrics.csv").open() as file:
+        logged = [float(row["val/miou"]) for row in csv.DictReader(file) if row["val/miou"]]
+    assert logged == pytest.approx([row["val/miou"] for row in result.history])
 
 
 def test_the_random_numbers_of_the_program_go_on(tmp_path):
@@ -455,6 +464,7 @@ MISTAKES = {
     "arguments without names": (
         {"optimizer": partial(torch.optim.SGD, None, 0.1)}, "optimizer is a partial with arguments that have no name",
     ),
+    "two loggers": ({"logger": [CSVLogger("a"), CSVLogger("b")]}, "logger is of type list - give the name of a file"),
     "an experiment": ({"experiment": "demo"}, "experiment is a key of the command line, where Hydra puts its file"),
     "unknown key of an object": (
         {**pair(), "dataset__num_classes": 2}, "dataset is an object of test_python_api.Squares, which has been built",
@@ -522,7 +532,7 @@ MISTAKES = {
 def test_a_mistake_gets_one_line(mistake, tmp_path):
     arguments, message = MISTAKES[mistake]
     with pytest.raises(SegdeconvError) as caught:
-        train(run=tmp_path / "run", **arguments, **QUICK)
+        train(run=tmp_path / "run", **{**QUICK, **arguments})
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert "hydra" not in str(caught.value)
