@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from segdeconv.config import OBJECT, TARGET, build, is_foreign, locate, stand_in, type_name
 from segdeconv.errors import UsageError, first_line
-from segdeconv.losses.base import PixelLoss, weights_buffer
+from segdeconv.losses.base import PixelLoss, check_input, weights_buffer
 
 
 class _Form(NamedTuple):
@@ -83,6 +83,7 @@ class TorchLoss(PixelLoss):
             loss.register_buffer("weight", weights_buffer(class_weights), persistent=False)
 
     def sums(self, logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        check_input(logits, mask, class_weights=self.class_weights, ignore_index=self.ignore_index)
         counted = mask != self.ignore_index
         labels = mask[counted]
         values = self.form.values(logits.movedim(1, -1)[counted].float())

@@ -14,6 +14,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from segdeconv.errors import UsageError
+
 
 class PixelLoss(nn.Module, ABC):
     """Loss that is a sum over pixels divided by a normaliser. Subclasses define both in `sums`.
@@ -88,6 +90,52 @@ def loss_sums(loss: nn.Module, logits: Tensor | Sequence[Tensor], mask: Tensor) 
     if isinstance(loss, PixelLoss):
         return loss.sums(logits, mask)
     return loss(logits, mask) * mask.numel(), torch.tensor(float(mask.numel()), device=mask.device)
+
+
+def check_input(logits: Tensor, mask: Tensor, *, class_weights: Tensor | None, ignore_index: int) -> None:
+    """Check the input of a loss, which would otherwise be broadcast, or compared with classes that do not exist.
+
+    Args:
+        logits: (N, C, H, W).
+        mask: Class indices or ignore_index, (N, H, W) int64.
+        class_weights: One per class; None for equal weights.
+        ignore_index: The value of ignored pixels in masks.
+
+    Raises:
+        UsageError: Shapes, labels or the number of class weights do not fit the logits.
+    """
+    num_classes = logits.shape[1] if logits.ndim == 4 else 0
+    if not num_classes or mask.shape != (len(logits), *logits.shape[2:]) or mask.is_floating_point():
+        raise UsageError(
+            f"a loss compares logits of shape {tuple(logits.shape)} with a {mask.dtype} mask of shape "
+            f"{tuple(mask.shape)} - give logits (N, C, H, W) and class indices (N, H, W), integers"
+        )
+    if class_weights is not None and len(class_weights) != num_classes:
+        raise UsageError(
+            f"a loss has {len(class_weights)} class weights, but the logits have {num_classes} classes - give one "
+            "weight per class"
+        )
+    if mask.device.type == "cpu":  # reading the values would wait for a GPU
+        check_labels(mask, num_classes, ignore_index)
+
+
+def check_labels(mask: Tensor, num_classes: int, ignore_index: int) -> None:
+    """Check the values of a mask.
+
+    Args:
+        mask: Class indices or ignore_index, integers.
+        num_classes: The number of classes.
+        ignore_index: The value of ignored pixels.
+
+    Raises:
+        UsageError: A label is neither a class nor the ignored one.
+    """
+    wrong = ((mask < 0) | (mask >= num_classes)) & (mask != ignore_index)
+    if bool(wrong.any()):
+        raise UsageError(
+            f"a mask has label {int(mask[wrong][0])}, but there are classes 0..{num_classes - 1} and the ignored "
+            f"label {ignore_index} - map the labels in the data set, or set ignore_index"
+        )
 
 
 def weights_buffer(class_weights: Sequence[float] | None) -> Tensor | None:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from segdeconv.losses.base import PixelLoss, weights_buffer
+from segdeconv.losses.base import PixelLoss, check_input, weights_buffer
 
 
 class CrossEntropy(PixelLoss):
@@ -47,6 +47,7 @@ class CrossEntropy(PixelLoss):
         self.register_buffer("weights", weights_buffer(class_weights), persistent=False)
 
     def sums(self, logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        check_input(logits, mask, class_weights=self.weights, ignore_index=self.ignore_index)
         total = F.cross_entropy(
             logits.float(),  # bfloat16 cannot hold the sum over the pixels of a batch
             mask,
@@ -89,6 +90,7 @@ class Focal(PixelLoss):
         self.register_buffer("weights", weights_buffer(class_weights), persistent=False)
 
     def sums(self, logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        check_input(logits, mask, class_weights=self.weights, ignore_index=self.ignore_index)
         valid = mask != self.ignore_index
         losses = F.cross_entropy(logits.float(), mask, ignore_index=self.ignore_index, reduction="none")
         # 1 - p without cancellation. The clamp blocks the infinite gradient of a power below 1 where p rounds to 1.
@@ -129,6 +131,7 @@ class OHEM(PixelLoss):
         self.register_buffer("weights", weights_buffer(class_weights), persistent=False)
 
     def sums(self, logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        check_input(logits, mask, class_weights=self.weights, ignore_index=self.ignore_index)
         valid = mask != self.ignore_index
         losses = F.cross_entropy(logits.float(), mask, ignore_index=self.ignore_index, reduction="none")
         candidates = losses.detach()[valid]

@@ -7,7 +7,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from segdeconv.losses.base import weights_buffer
+from segdeconv.losses.base import check_input, weights_buffer
 
 
 class Dice(nn.Module):
@@ -49,6 +49,7 @@ class Dice(nn.Module):
             logits: (N, C, H, W).
             mask: Class indices or ignore_index, (N, H, W) int64.
         """
+        check_input(logits, mask, class_weights=self.weights, ignore_index=self.ignore_index)
         valid = (mask != self.ignore_index)[:, None]
         labels = torch.arange(logits.shape[1], device=logits.device)[:, None, None]
         truth = (mask[:, None] == labels) & valid  # (N, C, H, W)
@@ -89,6 +90,7 @@ class LovaszSoftmax(nn.Module):
             logits: (N, C, H, W).
             mask: Class indices or ignore_index, (N, H, W) int64.
         """
+        check_input(logits, mask, class_weights=self.weights, ignore_index=self.ignore_index)
         counted = (mask != self.ignore_index).flatten().nonzero().squeeze(1)
         probabilities = logits.float().movedim(1, 0).flatten(1).index_select(1, counted).softmax(dim=0)  # (C, pixels)
         truth = mask.flatten().index_select(0, counted)

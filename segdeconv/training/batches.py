@@ -9,6 +9,7 @@ from torch import Tensor
 from segdeconv.classes import Classes
 from segdeconv.data.preprocessing import Preprocessing
 from segdeconv.errors import UsageError
+from segdeconv.losses.base import check_labels
 
 FORM = (
     "SegmentationTask takes batches (image, mask), or mappings with image and mask: image (N, C, H, W), normalised "
@@ -93,11 +94,5 @@ def check_batch(
         raise UsageError(
             f"a mask has dtype {mask.dtype}, not an integer type - return its class indices, without scaling"
         )
-    if not values:
-        return
-    wrong = ((mask < 0) | (mask >= len(classes))) & (mask != classes.ignore_index)
-    if bool(wrong.any()):
-        raise UsageError(
-            f"a mask has label {int(mask[wrong][0])}, but there are classes 0..{len(classes) - 1} and the ignored "
-            f"label {classes.ignore_index} - map the labels in the data set, or set ignore_index"
-        )
+    if values:
+        check_labels(mask, len(classes), classes.ignore_index)

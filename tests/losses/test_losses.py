@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 from pathlib import Path
 
 import kornia.losses
@@ -225,6 +226,43 @@ def test_confident_and_correct_costs_nothing_and_confident_and_wrong_is_finite(m
         value.backward()
         assert low <= value.item() <= (high + 14 if smoothed else high)  # 0.1 / 3 * 2 * 200 = 13.3
         assert logits.grad.isfinite().all()
+
+
+SHAPES = {
+    "a dimension of channels": lambda mask: mask[:, None],
+    "one-hot": lambda mask: F.one_hot(mask, 3).movedim(-1, 1),
+    "one mask for two images": lambda mask: mask[:1],
+    "half the size": lambda mask: mask[:, ::2, ::2],
+    "a single row": lambda mask: mask[:, :1],
+    "no dimension of images": lambda mask: mask[0],
+    "floating point": lambda mask: mask.float(),
+}
+
+
+@every
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_mask_of_another_shape_is_refused_with_both_shapes(make, shape):
+    mask = SHAPES[shape](torch.zeros(2, 8, 8, dtype=torch.int64))
+    message = rf"logits of shape (2, 3, 8, 8) with a {mask.dtype} mask of shape {tuple(mask.shape)} - give logits"
+    with pytest.raises(UsageError, match=re.escape(message)):
+        make()(torch.randn(2, 3, 8, 8), mask)
+
+
+@every
+@pytest.mark.parametrize("label", [3, 7, 254, -1, -100])
+def test_a_label_that_is_not_a_class_is_refused(make, label):
+    mask = torch.full((2, 8, 8), 255)
+    mask[1, 7, 7] = label
+    message = f"a mask has label {label}, but there are classes 0..2 and the ignored label 255 - map the labels"
+    with pytest.raises(UsageError, match=re.escape(message)):
+        make()(torch.randn(2, 3, 8, 8), mask)
+
+
+@pytest.mark.parametrize("loss", [CrossEntropy, Focal, OHEM, Dice, LovaszSoftmax])
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_another_number_of_class_weights_than_classes_is_refused(loss, count, batch):
+    with pytest.raises(UsageError, match=rf"a loss has {count} class weights, but the logits have 3 classes - give"):
+        loss(class_weights=[1.0] * count)(*batch)
 
 
 @pytest.mark.parametrize("name", [name for name in EVERY if name != "ohem_threshold"])  # it jumps at its threshold
