@@ -107,6 +107,17 @@ def test_a_loss_of_torch_is_the_mean_over_the_pixels_that_are_not_ignored(name, 
     assert (float(total.detach()), float(normaliser), float(logits.grad.abs().sum())) == (0, 0, 0)
 
 
+@pytest.mark.parametrize("name", ["CrossEntropyLoss", "NLLLoss", "MultiMarginLoss"])
+def test_pixels_of_weight_zero_alone_give_a_loss_and_a_gradient_of_zero(name):
+    logits, mask = torch.randn(1, 3, 2, 2, requires_grad=True), torch.zeros(1, 2, 2, dtype=torch.int64)
+    node = check_loss({"_target_": f"torch.nn.{name}"})
+    loss = build_loss(node, class_weights=[0.0, 1.0, 1.0], ignore_index=255)
+    value = loss(logits, mask)
+    value.backward()
+    assert value.item() == 0
+    assert torch.equal(logits.grad, torch.zeros_like(logits))
+
+
 def test_a_network_of_torchvision_gives_its_own_scores_at_any_size():
     torch.manual_seed(0)
     node = check_model({"_target_": LRASPP})

@@ -81,6 +81,8 @@ class TorchLoss(PixelLoss):
         self.register_buffer("class_weights", weights_buffer(class_weights), persistent=False)
         if class_weights is not None:
             loss.register_buffer("weight", weights_buffer(class_weights), persistent=False)
+        if self.form.weighted:  # torch's mean is 0 / 0 where all weights are 0, and so is its gradient
+            loss.reduction = "sum"
 
     def sums(self, logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         check_input(logits, mask, class_weights=self.class_weights, ignore_index=self.ignore_index)
@@ -93,8 +95,8 @@ class TorchLoss(PixelLoss):
         normaliser = torch.tensor(float(len(labels)), device=logits.device)
         if self.form.weighted and self.class_weights is not None:
             normaliser = self.class_weights[labels].sum()
-        mean = self.loss(values, target)
-        return torch.where(normaliser > 0, mean, 0.0) * normaliser, normaliser
+        value = self.loss(values, target)
+        return value if self.form.weighted else value * normaliser, normaliser
 
 
 class Adapter(nn.Module):
