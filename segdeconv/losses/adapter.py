@@ -82,7 +82,7 @@ class TorchLoss(PixelLoss):
         if class_weights is not None:
             loss.register_buffer("weight", weights_buffer(class_weights), persistent=False)
         if self.form.weighted:  # torch's mean is 0 / 0 where all weights are 0, and so is its gradient
-            loss.reduction = "sum"
+            loss.reduction = "sum"  # type: ignore[assignment]
 
     def sums(self, logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         check_input(logits, mask, class_weights=self.class_weights, ignore_index=self.ignore_index)
@@ -112,12 +112,9 @@ class Adapter(nn.Module):
         self.loss, self.ignore_index = loss, ignore_index
 
     def forward(self, logits: Tensor, mask: Tensor) -> Tensor:
-        own = getattr(self.loss, "ignore_index", None)
-        if isinstance(own, int) and own != self.ignore_index:
-            mask = mask.masked_fill(mask == self.ignore_index, own)
         try:
-            value = self.loss(logits, mask)
-        except torch.OutOfMemoryError:
+            value = self.loss(logits, _ignored_as(self.loss, mask, self.ignore_index))
+        except (torch.OutOfMemoryError, UsageError):
             raise
         except Exception as error:  # another library may raise anything
             raise UsageError(
@@ -128,6 +125,28 @@ class Adapter(nn.Module):
             shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise UsageError(f"loss ({type(self.loss).__name__}) returns {shape}, not a scalar - let it average")
         return value
+
+
+class PixelAdapter(PixelLoss):
+    """A `PixelLoss` of a program. Ignored pixels have the index that the loss itself ignores, see `Adapter`.
+
+    Args:
+        loss: The loss.
+        ignore_index: The value of ignored pixels in masks.
+    """
+
+    def __init__(self, loss: PixelLoss, ignore_index: int) -> None:
+        super().__init__()
+        self.loss, self.ignore_index = loss, ignore_index
+
+    def sums(self, logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        return self.loss.sums(logits, _ignored_as(self.loss, mask, self.ignore_index))
+
+
+def _ignored_as(loss: Callable[..., Tensor], mask: Tensor, ignore_index: int) -> Tensor:
+    """Return a mask in which ignored pixels have the ignore_index of a loss, if it has one."""
+    own = getattr(loss, "ignore_index", None)
+    return mask.masked_fill(mask == ignore_index, own) if isinstance(own, int) and own != ignore_index else mask
 
 
 def check_target(target: Callable[..., Any], name: str, where: str) -> bool:
@@ -195,6 +214,6 @@ def loss_node(loss: Callable[..., Tensor]) -> dict[str, Any]:
         if class_weights is not None:
             raise UsageError("loss is an object, which has its own weights - leave out loss.class_weighting")
         own = copy.deepcopy(loss)
-        return own if isinstance(own, PixelLoss) else Adapter(own, ignore_index)
+        return PixelAdapter(own, ignore_index) if isinstance(own, PixelLoss) else Adapter(own, ignore_index)
 
     return {TARGET: stand_in(loss_given), OBJECT: type_name(loss)}

@@ -7,8 +7,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from segdeconv.config import TARGET, Node, check, locate, split_arguments, without_defaults
-from segdeconv.errors import UsageError
+from segdeconv.config import OBJECT, TARGET, Node, check, locate, split_arguments, without_defaults
+from segdeconv.errors import UsageError, warn
 from segdeconv.losses.adapter import TORCH_SUPPLIED, build_target, check_target
 from segdeconv.losses.base import LogitAdjusted, PixelLoss
 from segdeconv.losses.class_weights import class_weights as compute_weights
@@ -80,9 +80,17 @@ def compute_class_weights(
 
 
 def build_loss(node: Mapping[str, Any], *, class_weights: Sequence[float] | None, ignore_index: int) -> nn.Module:
-    """Build the loss of a checked `loss` node, with the class weights of `compute_class_weights`."""
+    """Build the loss of a checked `loss` node, with the class weights of `compute_class_weights`.
+
+    The program warns of learnable parameters, because optimizers have those of the network only.
+    """
     _, settings, own = split_arguments(node, SCHEMAS)
     loss = build_target(own, "loss", class_weights=class_weights, ignore_index=ignore_index)
+    if count := sum(parameter.numel() for parameter in loss.parameters() if parameter.requires_grad):
+        warn(
+            f"loss ({node.get(OBJECT, node[TARGET])}) has {count} learnable parameters, which keep their values: only "
+            "those of the network are trained - move them into the network, or set requires_grad=False"
+        )
     return LogitAdjusted(loss, class_weights=class_weights, **settings) if settings["logit_adjustment"] else loss
 
 

@@ -19,10 +19,11 @@ from torchvision.transforms import v2
 import segdeconv
 from segdeconv.checkpoints import checkpoint
 from segdeconv.cli.own_code import compose
-from segdeconv.config import choice
+from segdeconv.config import choice, public_name
 from segdeconv.data.adapter import Adapter, dataset_node
 from segdeconv.errors import CheckpointError, SegdeconvError, UsageError
 from segdeconv.evaluation.evaluate import Evaluation, restore_dataset
+from segdeconv.losses import CrossEntropy, Dice, Focal, LovaszSoftmax, Sum, build_loss, check_loss, loss_sums
 from segdeconv.losses.adapter import loss_node
 from segdeconv.models import SegNet
 from segdeconv.train import train
@@ -684,9 +685,37 @@ def test_a_data_set_that_gives_other_pixels_each_time_is_reported(capsys):
     assert "gives other pixels each time it is read, so no run can be reproduced" in capsys.readouterr().err
 
 
-def test_ignored_pixels_get_the_index_that_a_loss_ignores():
+CE = {"ce": {"_target_": "segdeconv.losses.CrossEntropy"}}
+
+
+@pytest.mark.parametrize("own", [-100, 3, 255])
+@pytest.mark.parametrize(
+    "kind", [nn.CrossEntropyLoss, CrossEntropy, Focal, Dice, LovaszSoftmax, partial(Sum, parts=CE)]
+)
+def test_ignored_pixels_get_the_index_that_a_loss_ignores(kind, own):
     logits, mask = torch.randn(2, 3, 4, 4), torch.randint(3, (2, 4, 4))
     mask[:, 0] = 255
-    loss = loss_node(nn.CrossEntropyLoss())["_target_"](ignore_index=255)
-    expected = nn.functional.cross_entropy(logits, mask, ignore_index=255)
-    assert torch.equal(loss(logits, mask), expected)
+    loss = loss_node(kind(ignore_index=own))["_target_"](ignore_index=255)
+    assert torch.equal(loss(logits, mask), kind(ignore_index=255)(logits, mask))
+    total, normaliser = loss_sums(loss, logits, mask)
+    assert (total / normaliser).item() == pytest.approx(loss(logits, mask).item())
+
+
+class Tempered(CrossEntropy):
+    """A loss with learnable parameters."""
+
+    def __init__(self, *, trained: bool = True, ignore_index: int = 255) -> None:
+        super().__init__(ignore_index=ignore_index)
+        self.temperature = nn.Parameter(torch.ones(2), requires_grad=trained)
+
+
+@pytest.mark.parametrize("as_object", [False, True])
+@pytest.mark.parametrize("trained", [False, True])
+def test_learnable_parameters_of_a_loss_are_reported_as_untrained(as_object, trained, capsys, monkeypatch):
+    monkeypatch.setattr("segdeconv.errors._warned", set())
+    node = (
+        loss_node(Tempered(trained=trained)) if as_object else {"_target_": public_name(Tempered), "trained": trained}
+    )
+    build_loss(check_loss(node), class_weights=None, ignore_index=255)
+    message = "Tempered) has 2 learnable parameters, which keep their values: only those of the network are trained"
+    assert (message in capsys.readouterr().err) == trained
