@@ -8,6 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from segdeconv.errors import UsageError
+from segdeconv.losses.base import check_labels
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -139,14 +142,43 @@ class ConfusionMatrix:
         """Add pixels.
 
         Args:
-            prediction: Class indices, integers.
+            prediction: Class indices, integers. The masks that predictors return have ignore_index where an image has
+                no data; set the mask to ignore_index there, because such pixels have no prediction to count.
             mask: Class indices or ignore_index, integers of the same shape.
+
+        Raises:
+            UsageError: The shapes differ, or on a CPU a value is not a class. A GPU would have to be waited for.
         """
+        if prediction.shape != mask.shape or prediction.is_floating_point() or mask.is_floating_point():
+            raise UsageError(
+                f"a {prediction.dtype} prediction of shape {tuple(prediction.shape)} cannot be compared with a "
+                f"{mask.dtype} mask of shape {tuple(mask.shape)} - give class indices, integers of the same shape"
+            )
         size = self.num_classes**2
+        ignored = mask == self.ignore_index
         # Ignored pixels get a count of their own: selecting the other pixels takes 5 times as long.
-        pairs = torch.where(mask == self.ignore_index, size, mask.long() * self.num_classes + prediction)
+        pairs = (mask.long() * self.num_classes).add_(prediction).masked_fill_(ignored, size)
+        checked = pairs.device.type == "cpu" and pairs.numel() > 0
+        if checked:
+            self._check_predictions(prediction, ignored)
+            if pairs.min() < 0:
+                check_labels(mask, self.num_classes, self.ignore_index)
         count = _bincount_without_sync if pairs.is_cuda else torch.bincount
-        self.counts += count(pairs.flatten(), minlength=size + 1)[:size].view(self.num_classes, self.num_classes)
+        counts = count(pairs.flatten(), minlength=size + 1)[:size]
+        if checked and counts.sum() + ignored.count_nonzero() < pairs.numel():
+            check_labels(mask, self.num_classes, self.ignore_index)
+        self.counts += counts.view(self.num_classes, self.num_classes)
+
+    def _check_predictions(self, prediction: Tensor, ignored: Tensor) -> None:
+        low, high = prediction.aminmax()
+        if low >= 0 and high < self.num_classes:
+            return
+        wrong = prediction[~ignored & ((prediction < 0) | (prediction >= self.num_classes))]
+        if len(wrong):
+            raise UsageError(
+                f"a prediction has label {int(wrong[0])}, but there are classes 0..{self.num_classes - 1} - where an "
+                f"image has no data, set the mask to {self.ignore_index}"
+            )
 
     def compute(self) -> np.ndarray:
         """Return a copy of the counts: (C, C) int64, rows = ground truth, columns = prediction."""

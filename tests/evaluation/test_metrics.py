@@ -1,6 +1,7 @@
 """Scores, checked against torchmetrics and values computed by hand."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from torchmetrics.classification import (
     MulticlassPrecision,
 )
 
+from segdeconv.errors import UsageError
 from segdeconv.evaluation.metrics import ConfusionMatrix, _bincount_without_sync, scores
 from segdeconv.losses import CrossEntropy
 from segdeconv.models import SegNet
@@ -151,6 +153,49 @@ def test_reset_clears_the_counts_and_compute_returns_a_copy(batch):
     matrix.reset()
     assert matrix.compute().sum() == 0
     assert first.sum() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64])
+@pytest.mark.parametrize(("prediction", "mask", "message"), [
+    (3, 1, "a prediction has label 3, but there are classes 0..2 - where an image has no data, set the mask to 255"),
+    (255, 0, "a prediction has label 255"),
+    (-1, 2, "a prediction has label -1"),
+    (0, 3, "a mask has label 3, but there are classes 0..2 and the ignored label 255 - map the labels"),
+    (2, 3, "a mask has label 3"),
+    (1, 254, "a mask has label 254"),
+    (0, -1, "a mask has label -1"),
+    (2, -1, "a mask has label -1"),
+])  # fmt: skip
+def test_values_that_are_no_classes_are_refused_and_not_counted(prediction, mask, message, dtype):
+    if dtype == torch.uint8 and min(prediction, mask) < 0:
+        pytest.skip("uint8 has no negative values")
+    matrix = ConfusionMatrix(3, 255)
+    with pytest.raises(UsageError, match=re.escape(message)):
+        matrix.update(torch.tensor([0, 1, prediction], dtype=dtype), torch.tensor([0, 255, mask], dtype=dtype))
+    assert matrix.compute().sum() == 0
+
+
+def test_pixels_without_prediction_may_be_ignored():
+    assert confusion_of(torch.tensor([2, 255, -1]), torch.tensor([2, 255, 255]), num_classes=3).tolist() == [
+        [0, 0, 0], [0, 0, 0], [0, 0, 1]
+    ]  # fmt: skip
+    assert confusion_of(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)).sum() == 0
+
+
+@pytest.mark.parametrize(("prediction", "mask"), [
+    (torch.zeros(2, 8, 8, dtype=torch.uint8), torch.zeros(8, 8, dtype=torch.uint8)),
+    (torch.zeros(8, 8, dtype=torch.int64), torch.zeros(2, 8, 8, dtype=torch.int64)),
+    (torch.zeros(2, 1, 8, 8, dtype=torch.int64), torch.zeros(2, 8, 8, dtype=torch.int64)),
+    (torch.zeros(8, 8), torch.zeros(8, 8, dtype=torch.int64)),
+    (torch.zeros(8, 8, dtype=torch.int64), torch.zeros(8, 8)),
+])  # fmt: skip
+def test_predictions_and_masks_of_different_forms_are_refused(prediction, mask):
+    message = (
+        f"a {prediction.dtype} prediction of shape {tuple(prediction.shape)} cannot be compared with a {mask.dtype} "
+        f"mask of shape {tuple(mask.shape)} - give class indices, integers of the same shape"
+    )
+    with pytest.raises(UsageError, match=re.escape(message)):
+        confusion_of(prediction, mask)
 
 
 @pytest.mark.parametrize("lanes", [1, 64])
