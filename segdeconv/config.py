@@ -9,6 +9,7 @@ checkpoint.py decides which classes a checkpoint may name.
 import copy
 import difflib
 import enum
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -423,12 +424,46 @@ def _adapter(annotation: Any) -> TypeAdapter[Any] | None:
         return None
 
 
+def checked_arguments(constructor: Callable[..., None]) -> Callable[..., None]:
+    """Return a constructor that checks its arguments against its annotations, as `check` does those of a config.
+
+    Raises:
+        UsageError: A value has the wrong type or range.
+    """
+
+    @functools.wraps(constructor)
+    def construct(self: Any, *arguments: Any, **named: Any) -> None:
+        signature, adapters = _declared(constructor)
+        bound = None
+        with suppress(TypeError):  # a wrong call, which the constructor itself reports
+            bound = signature.bind(self, *arguments, **named)
+        if bound is None:
+            constructor(self, *arguments, **named)
+            return
+        for name, value in bound.arguments.items():
+            if name in adapters:
+                bound.arguments[name] = _validated(value, *adapters[name], f"{type(self).__name__}.{name}")
+        constructor(*bound.args, **bound.kwargs)
+
+    return construct
+
+
+@functools.cache
+def _declared(constructor: Callable[..., None]) -> tuple[inspect.Signature, dict[str, tuple[Any, TypeAdapter[Any]]]]:
+    """Return the signature of a constructor, and the annotations that can be checked with their validators."""
+    validators = {name: (annotation, _adapter(annotation)) for name, annotation in _hints(constructor).items()}
+    adapters = {name: (annotation, adapter) for name, (annotation, adapter) in validators.items() if adapter}
+    return inspect.signature(constructor), adapters
+
+
 def _typed(value: Any, annotation: Any, where: str) -> Any:
     adapter = _adapter(annotation)
-    if adapter is None:
-        return value
+    return value if adapter is None else _jsonable(_validated(value, annotation, adapter, where))
+
+
+def _validated(value: Any, annotation: Any, adapter: TypeAdapter[Any], where: str) -> Any:
     try:
-        return _jsonable(adapter.validate_python(value))
+        return adapter.validate_python(value)
     except ValidationError as error:
         members = [member for kind in (annotation, *typing.get_args(annotation)) for member in _members(kind)]
         if value in members:  # of an enumeration of another library, which accepts the names

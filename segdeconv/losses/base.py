@@ -8,16 +8,34 @@ the mean of the parts' means differs from it where the parts have different numb
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
+import numpy as np
 import torch
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
 
+from segdeconv.config import checked_arguments, is_foreign
 from segdeconv.errors import UsageError
 
 
-class PixelLoss(nn.Module, ABC):
+def _as_list(value: Any) -> Any:
+    return value.tolist() if isinstance(value, Tensor | np.ndarray) else value
+
+
+ClassWeights = Annotated[Sequence[float] | None, BeforeValidator(_as_list)]
+
+
+class Loss(nn.Module):
+    """Base class of segdeconv's losses, whose constructors check their arguments against their annotations."""
+
+    def __init_subclass__(cls, **named: Any) -> None:
+        super().__init_subclass__(**named)
+        if "__init__" in vars(cls) and not is_foreign(cls):
+            cls.__init__ = checked_arguments(cls.__init__)  # type: ignore[method-assign]
+
+
+class PixelLoss(Loss, ABC):
     """Loss that is a sum over pixels divided by a normaliser. Subclasses define both in `sums`.
 
     A loss that is computed from a whole map can be any other module that maps (logits, mask) to a scalar. The parts of
@@ -65,7 +83,7 @@ class LogitAdjusted(PixelLoss):
         loss: nn.Module,
         *,
         logit_adjustment: Annotated[float, Field(ge=0, le=1)] = 0.0,
-        class_weights: Sequence[float] | None = None,
+        class_weights: ClassWeights = None,
     ) -> None:
         super().__init__()
         self.loss = loss

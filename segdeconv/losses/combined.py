@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from segdeconv.config import OBJECT, TARGET, Node, check, locate, split_arguments, without_defaults
 from segdeconv.errors import UsageError, warn
 from segdeconv.losses.adapter import TORCH_SUPPLIED, build_target, check_target
-from segdeconv.losses.base import LogitAdjusted, PixelLoss
+from segdeconv.losses.base import ClassWeights, LogitAdjusted, PixelLoss
 from segdeconv.losses.class_weights import class_weights as compute_weights
 
 
@@ -36,7 +36,7 @@ class Sum(PixelLoss):
         self,
         *,
         parts: dict[str, dict[str, Any]],
-        class_weights: Sequence[float] | None = None,
+        class_weights: ClassWeights = None,
         ignore_index: int = 255,
     ) -> None:
         super().__init__()

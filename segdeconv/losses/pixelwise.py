@@ -1,7 +1,6 @@
 """Losses that are a sum over pixels: cross entropy, focal loss and online hard example mining."""
 
 import math
-from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
@@ -9,7 +8,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from segdeconv.losses.base import PixelLoss, check_input, weights_buffer
+from segdeconv.losses.base import ClassWeights, PixelLoss, check_input, weights_buffer
 
 
 class CrossEntropy(PixelLoss):
@@ -39,7 +38,7 @@ class CrossEntropy(PixelLoss):
         *,
         normalisation: Literal["pixels", "weights"] = "pixels",
         label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0,
-        class_weights: Sequence[float] | None = None,
+        class_weights: ClassWeights = None,
         ignore_index: int = 255,
     ) -> None:
         super().__init__()
@@ -82,7 +81,7 @@ class Focal(PixelLoss):
         self,
         *,
         gamma: Annotated[float, Field(ge=0)] = 2.0,
-        class_weights: Sequence[float] | None = None,
+        class_weights: ClassWeights = None,
         ignore_index: int = 255,
     ) -> None:
         super().__init__()
@@ -123,7 +122,7 @@ class OHEM(PixelLoss):
         *,
         share: Annotated[float, Field(gt=0, le=1)] = 0.25,
         threshold: Annotated[float, Field(gt=0, lt=1)] | None = None,
-        class_weights: Sequence[float] | None = None,
+        class_weights: ClassWeights = None,
         ignore_index: int = 255,
     ) -> None:
         super().__init__()

@@ -1,16 +1,15 @@
 """Losses that measure the overlap of each class's predicted region with its true region."""
 
-from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
-from segdeconv.losses.base import check_input, weights_buffer
+from segdeconv.losses.base import ClassWeights, Loss, check_input, weights_buffer
 
 
-class Dice(nn.Module):
+class Dice(Loss):
     """Dice loss: mean over classes of 1 - (2 sum(p y) + smooth) / (sum(p) + sum(y) + smooth).
 
     p is the softmax and y the truth, 0 or 1. Milletari, Navab, Ahmadi 2016, section 3,
@@ -35,7 +34,7 @@ class Dice(nn.Module):
         classes: Literal["present", "all"] = "present",
         per_image: bool = False,
         smooth: Annotated[float, Field(ge=0)] = 1.0,
-        class_weights: Sequence[float] | None = None,
+        class_weights: ClassWeights = None,
         ignore_index: int = 255,
     ) -> None:
         super().__init__()
@@ -62,7 +61,7 @@ class Dice(nn.Module):
         return _mean_over_classes(cost, counted, self.weights)
 
 
-class LovaszSoftmax(nn.Module):
+class LovaszSoftmax(Loss):
     """Lovász-softmax loss: mean over the classes in the mask of the Lovász extension of 1 - IoU.
 
     It is a surrogate of the IoU that can be trained on. Berman, Triki, Blaschko 2018, section 3,
@@ -78,7 +77,7 @@ class LovaszSoftmax(nn.Module):
 
     weights: Tensor | None
 
-    def __init__(self, *, class_weights: Sequence[float] | None = None, ignore_index: int = 255) -> None:
+    def __init__(self, *, class_weights: ClassWeights = None, ignore_index: int = 255) -> None:
         super().__init__()
         self.ignore_index = ignore_index
         self.register_buffer("weights", weights_buffer(class_weights), persistent=False)

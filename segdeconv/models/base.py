@@ -9,11 +9,21 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from pydantic import PositiveInt
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from segdeconv.classes import Classes
-from segdeconv.config import TARGET, check, is_foreign, locate, parameters_of, public_name, without_defaults
+from segdeconv.config import (
+    TARGET,
+    check,
+    checked_arguments,
+    is_foreign,
+    locate,
+    parameters_of,
+    public_name,
+    without_defaults,
+)
 from segdeconv.errors import UsageError
 from segdeconv.system.plain_data import PlainDataError, check_plain
 
@@ -46,9 +56,11 @@ class SegmentationModel(nn.Module, ABC):
     def __init_subclass__(cls, **named: Any) -> None:
         super().__init_subclass__(**named)
         if "__init__" in vars(cls):
-            cls.__init__ = _recorded(cls.__init__)  # type: ignore[method-assign]
+            constructor = cls.__init__ if is_foreign(cls) else checked_arguments(cls.__init__)
+            cls.__init__ = _recorded(constructor)  # type: ignore[method-assign]
 
-    def __init__(self, num_classes: int, *, in_channels: int = 3) -> None:
+    @checked_arguments
+    def __init__(self, num_classes: PositiveInt, *, in_channels: PositiveInt = 3) -> None:
         super().__init__()
         self.num_classes, self.in_channels = num_classes, in_channels
 

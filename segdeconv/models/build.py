@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from segdeconv.config import TARGET, build, choice, list_groups, locate
+from segdeconv.config import TARGET, build, check, choice, list_groups, locate
 from segdeconv.errors import UsageError
 from segdeconv.models.adapter import adapted
 from segdeconv.models.base import CHANNELS, CLASSES, SegmentationModel, check_model, is_own
@@ -45,7 +45,8 @@ def create_model(name: str, num_classes: int, *, in_channels: int = 3, **argumen
     Raises:
         UsageError: The name or an argument is unknown, or an argument is invalid.
     """
-    return build_model(check_model({**choice("model", name), **arguments}), num_classes, in_channels)
+    sizes = check({"num_classes": num_classes, "in_channels": in_channels}, "", [SegmentationModel])
+    return build_model(check_model({**choice("model", name), **arguments}), **sizes)
 
 
 def build_model(

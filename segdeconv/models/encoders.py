@@ -3,9 +3,10 @@
 Their tables of channels, such as VGG's, follow Simonyan & Zisserman 2015, table 1, https://arxiv.org/abs/1409.1556.
 """
 
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
+from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from segdeconv.models.activation_checkpointing import Checkpointable
@@ -15,6 +16,8 @@ from segdeconv.switches.modules import MaxPool, SoftMaxPool
 from segdeconv.switches.ops import Pooling
 
 Stages = tuple[tuple[int, ...], ...]
+# As an argument of a network: at least one stage, and at least one convolution in each.
+StagesArgument = Annotated[tuple[Annotated[tuple[PositiveInt, ...], Field(min_length=1)], ...], Field(min_length=1)]
 
 
 HardSource = Literal["pre_relu", "post_relu"]

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from segdeconv.errors import UsageError
 from segdeconv.models.base import SegmentationModel
+from segdeconv.models.encoders import StagesArgument
 from segdeconv.models.layers import cut, init_he
 from segdeconv.models.vgg import vgg_encoder
 
@@ -75,7 +76,7 @@ class FPN(SegmentationModel):
         num_levels: PositiveInt = 4,
         supervise_levels: bool = False,
         pretrained: str = "none",
-        stages: tuple[tuple[PositiveInt, ...], ...] | None = None,
+        stages: StagesArgument | None = None,
     ) -> None:
         super().__init__(num_classes, in_channels=in_channels)
         self.supervise_levels = supervise_levels

@@ -11,12 +11,12 @@ authors' training files.
 from itertools import pairwise
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field
 from torch import Tensor, nn
 
 from segdeconv.models.base import SegmentationModel
 from segdeconv.models.dropout import DropoutAt, dropout_places
-from segdeconv.models.encoders import Encoding, Stages, SwitchSource
+from segdeconv.models.encoders import Encoding, Stages, StagesArgument, SwitchSource
 from segdeconv.models.layers import ConvBlock, Dropouts, UnpoolStage, init_he
 from segdeconv.models.vgg import vgg_encoder
 
@@ -62,7 +62,7 @@ class SegNet(SegmentationModel):
         width: Annotated[float, Field(gt=0, le=4)] = 1.0,
         pretrained: str = "none",
         switch_source: SwitchSource = "pre_relu",
-        stages: tuple[tuple[PositiveInt, ...], ...] | None = None,
+        stages: StagesArgument | None = None,
         dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5,
         dropout_at: DropoutAt = "none",
         encoder_addition: bool = False,

@@ -17,11 +17,12 @@ from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, PositiveInt
+from pydantic import Field
 from torch import Tensor, nn
 
 from segdeconv.models.activation_checkpointing import Checkpointable
 from segdeconv.models.base import SegmentationModel
+from segdeconv.models.encoders import StagesArgument
 from segdeconv.models.layers import ConvBlock, cut, init_he
 from segdeconv.models.vgg import vgg_encoder
 
@@ -59,7 +60,7 @@ class UNet(SegmentationModel):
         width: Annotated[float, Field(gt=0, le=4)] = 1.0,
         dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5,
         pretrained: str = "none",
-        stages: tuple[tuple[PositiveInt, ...], ...] | None = None,
+        stages: StagesArgument | None = None,
     ) -> None:
         super().__init__(num_classes, in_channels=in_channels)
         # The stages end with the ReLU, because the maps before the pools are copied.

@@ -258,6 +258,25 @@ def test_a_label_that_is_not_a_class_is_refused(make, label):
         make()(torch.randn(2, 3, 8, 8), mask)
 
 
+@pytest.mark.parametrize(("loss", "arguments", "message"), [
+    (Dice, {"classes": "alll"}, "Dice.classes=alll: input should be 'present' or 'all'"),
+    (CrossEntropy, {"normalisation": "foo"}, "CrossEntropy.normalisation=foo: input should be 'pixels' or 'weights'"),
+    (CrossEntropy, {"label_smoothing": 1}, "CrossEntropy.label_smoothing=1: input should be less than 1"),
+    (CrossEntropy, {"class_weights": ["a"]}, "CrossEntropy.class_weights=['a']: input should be a valid number"),
+    (Focal, {"gamma": -1}, "Focal.gamma=-1: input should be greater than or equal to 0"),
+    (OHEM, {"threshold": 2}, "OHEM.threshold=2: input should be less than 1"),
+    (LovaszSoftmax, {"ignore_index": "void"}, "LovaszSoftmax.ignore_index=void: input should be a valid integer"),
+])  # fmt: skip
+def test_constructors_refuse_values_of_another_type_or_range(loss, arguments, message):
+    with pytest.raises(UsageError, match=re.escape(message)):
+        loss(**arguments)
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.asarray, torch.tensor])
+def test_class_weights_may_be_any_sequence_or_array(kind, batch):
+    assert torch.equal(Dice(class_weights=kind(WEIGHTS))(*batch), Dice(class_weights=WEIGHTS)(*batch))
+
+
 @pytest.mark.parametrize("loss", [CrossEntropy, Focal, OHEM, Dice, LovaszSoftmax])
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_another_number_of_class_weights_than_classes_is_refused(loss, count, batch):

@@ -1,5 +1,9 @@
 """SegNet compared with the original tables, properties of all networks, and export."""
 
+import copy
+import inspect
+import pickle
+import re
 from collections import Counter
 
 import pytest
@@ -7,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from segdeconv.models import FCN, FPN, DeepLabLargeFOV, SegNet, SegNetBasic, UNet
+from segdeconv.errors import UsageError
+from segdeconv.models import FCN, FPN, DeepLabLargeFOV, SegNet, SegNetBasic, UNet, create_model
 from segdeconv.models.vgg import VGG_STAGES
 from segdeconv.switches import MaxPool
 
@@ -291,3 +296,52 @@ def test_every_baseline_exports_with_dynamic_sizes(name):
         image = torch.randn(1, 3, *size)
         with torch.no_grad():
             torch.testing.assert_close(exported(image), model(image))
+
+
+# Arguments of constructors.
+
+
+@pytest.mark.parametrize(("construct", "message"), [
+    (lambda: SegNet(2, switch_source="post-relu"), "SegNet.switch_source=post-relu: input should be 'pre_relu'"),
+    (lambda: SegNetBasic(2, switch_source="post-relu"), "SegNetBasic.switch_source=post-relu: input should be"),
+    (lambda: SegNet(2, depth=12), "SegNet.depth=12: input should be 11, 13, 16 or 19"),
+    (lambda: SegNet(2, dropout_at="foo"), "SegNet.dropout_at=foo: input should be 'none', 'central'"),
+    (lambda: SegNet(2, stages=[]), "SegNet.stages=[]: tuple should have at least 1 item"),
+    (lambda: UNet(2, stages=[[8], []]), "UNet.stages=[[8], []]: tuple should have at least 1 item"),
+    (lambda: UNet(2, width=-1), "UNet.width=-1: input should be greater than 0"),
+    (lambda: FCN(2, learnt="some"), "FCN.learnt=some: input should be 'none', 'inner' or 'all'"),
+    (lambda: UNet(0), "UNet.num_classes=0: input should be greater than 0"),
+    (lambda: FPN("five"), "FPN.num_classes=five: input should be a valid integer"),
+    (lambda: create_model("unet", num_classes=0), "num_classes=0: input should be greater than 0"),
+    (lambda: create_model("unet", num_classes=-1), "num_classes=-1: input should be greater than 0"),
+    (lambda: create_model("unet", num_classes=2, in_channels=0), "in_channels=0: input should be greater than 0"),
+    (lambda: create_model("unet", num_classes=2, width=-1), "model.width=-1: input should be greater than 0"),
+])  # fmt: skip
+def test_constructors_refuse_values_of_another_type_or_range(construct, message):
+    with pytest.raises(UsageError, match=re.escape(message)):
+        construct()
+
+
+def test_a_number_in_quotes_is_read_as_in_a_config():
+    network = create_model("unet", num_classes="5", width="0.0625")
+    assert (network.num_classes, network.classifier.out_channels) == (5, 5)
+
+
+def test_a_checked_constructor_keeps_its_signature_and_its_own_errors():
+    names = list(inspect.signature(SegNet).parameters)
+    assert names[:4] == ["num_classes", "in_channels", "depth", "norm"]
+    with pytest.raises(TypeError, match=re.escape("SegNet.__init__() missing 1 required positional argument")):
+        SegNet()
+    network = SegNet(2, width=SLIM, stages=((8,), [16]))
+    for copy_ in (copy.deepcopy(network), pickle.loads(pickle.dumps(network))):
+        assert copy_.node == network.node
+
+
+def test_a_network_of_a_user_takes_what_its_own_constructor_takes():
+    class Own(SegNet):
+        def __init__(self, num_classes: int, *, width: int = 3) -> None:
+            super().__init__(num_classes, width=width / 16)
+
+    assert Own(2, width=0.5).num_classes == 2
+    with pytest.raises(UsageError, match=r"Own\.width=-1\.0: input should be greater than 0"):
+        Own(2, width=-16)
