@@ -18,6 +18,7 @@ from torch.nn.modules import module as torch_module
 
 from segdeconv.switches.modules import MaxPool
 from segdeconv.switches.ops import Pooling, load_triton_kernels
+from segdeconv.switches.packing import is_tracing
 
 
 def fuses(stage: nn.Module, pool: nn.Module, x: Tensor) -> bool:
@@ -112,4 +113,5 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 def _runs_on_its_device(x: Tensor) -> bool:
-    return x.is_cuda and not torch.compiler.is_compiling() and load_triton_kernels(x.device) is not None
+    traced = torch.compiler.is_compiling() or is_tracing()
+    return x.is_cuda and not traced and load_triton_kernels(x.device) is not None

@@ -11,7 +11,8 @@ and `max_unpool2d(..., output_size=size)` bit for bit, in values, positions, tie
 but the switches take 1 byte instead of 8 and unpooling works under `torch.use_deterministic_algorithms(True)`.
 
 Each operation has three implementations. *Eager* is the fastest that torch's own kernels allow. *Plain* is one tensor
-expression without indices or scatter, for torch.compile and torch.export with dynamic sizes. On a GPU with Triton,
+expression without indices or scatter, for torch.compile, torch.export with dynamic sizes, and
+torch.jit.trace. On a GPU with Triton,
 *triton_kernels.py* needs one pass over memory. Pooling, unpooling and picking the cells that the switches select are
 each other's gradients, so three small autograd functions suffice and no input is kept for the backward pass.
 
@@ -28,7 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from segdeconv.switches.packing import pack, unpack_if_packed
+from segdeconv.switches.packing import is_tracing, pack, unpack_if_packed
 from segdeconv.switches.torch_kernels import pick_eager, pick_plain, place_eager, place_plain, pool_eager, pool_plain
 
 
@@ -64,7 +65,11 @@ def max_pool(x: Tensor, *, packed: bool = False) -> Pooling:
         tensor([[[[1, 2],
                   [0, 0]]]], dtype=torch.uint8)
     """
-    features, switches = _MaxPool.apply(x, packed)
+    if is_tracing():  # a trace cannot record autograd functions
+        features, switches = pool_plain(x)
+        switches = pack(switches) if packed else switches
+    else:
+        features, switches = _MaxPool.apply(x, packed)
     return Pooling(features, switches, (x.shape[-2], x.shape[-1]))
 
 
@@ -87,6 +92,8 @@ def unpool(x: Tensor, switches: Tensor, size: tuple[int, int]) -> Tensor:
         tensor([[[[0., 0.],
                   [0., 7.]]]])
     """
+    if is_tracing():
+        return place_plain(x, unpack_if_packed(switches, x.shape[1]), size[0], size[1])
     if not torch.compiler.is_compiling():
         _check(x, switches, size)
     return _Unpool.apply(x, switches, size[0], size[1], False)

@@ -44,7 +44,7 @@ def unpack(packed: Tensor, channels: int) -> Tensor:
         [3, 2, 1, 0, 3]
     """
     codes = [(packed >> 2 * position) & 3 for position in range(4)]
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or is_tracing():
         return torch.stack(codes, dim=2).flatten(1, 2)[:, :channels]
     # Copied into place, because stacking would lose the memory format.
     shape = (packed.shape[0], channels, *packed.shape[2:])
@@ -53,6 +53,11 @@ def unpack(packed: Tensor, channels: int) -> Tensor:
         part = switches[:, position::4]
         part.copy_(code[:, : part.shape[1]])
     return switches
+
+
+def is_tracing() -> bool:
+    """Return whether torch.jit.trace records the operations."""
+    return not torch.compiler.is_compiling() and bool(torch.jit.is_tracing())  # type: ignore[no-untyped-call, attr-defined]
 
 
 def unpack_if_packed(switches: Tensor, channels: int) -> Tensor:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from segdeconv.errors import UsageError
-from segdeconv.models import FCN, FPN, DeepLabLargeFOV, SegNet, SegNetBasic, UNet, create_model
+from segdeconv.models import FCN, FPN, DeconvNet, DeepLabLargeFOV, FCNBasic, SegNet, SegNetBasic, UNet, create_model
 from segdeconv.models.vgg import VGG_STAGES
 from segdeconv.switches import MaxPool
 
@@ -296,6 +296,28 @@ def test_every_baseline_exports_with_dynamic_sizes(name):
         image = torch.randn(1, 3, *size)
         with torch.no_grad():
             torch.testing.assert_close(exported(image), model(image))
+
+
+# Traces, which TensorBoard's add_graph records too.
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace", "ignore:Converting a tensor to a Python")
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("make", [
+    lambda: SegNet(3, width=SLIM, switch_source="soft"),
+    lambda: SegNet(3, width=SLIM, packed_switches=True),
+    lambda: SegNetBasic(3, width=6, packed_switches=True),
+    lambda: FCNBasic(3, width=4),
+    lambda: DeconvNet(3, width=SLIM, fc_width=16),
+])  # fmt: skip
+def test_a_trace_computes_what_the_network_computes(make, train):
+    network = make().train(train)
+    sizes = [(224, 224)] if isinstance(network, DeconvNet) else [(37, 50), (64, 48)]  # the second is not the traced one
+    images = [torch.randn(2, 3, *size) for size in sizes]
+    with torch.no_grad():
+        traced = torch.jit.trace(network, images[0], check_trace=False)
+        for image in images:
+            assert torch.equal(traced(image), network(image))
 
 
 # Arguments of constructors.
