@@ -95,7 +95,7 @@ class TorchLoss(PixelLoss):
         normaliser = torch.tensor(float(len(labels)), device=logits.device)
         if self.form.weighted and self.class_weights is not None:
             normaliser = self.class_weights[labels].sum()
-        value = self.loss(values, target)
+        value = self.loss.float()(values, target)  # in true half or double precision its weights are cast
         return value if self.form.weighted else value * normaliser, normaliser
 
 

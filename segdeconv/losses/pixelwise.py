@@ -50,7 +50,7 @@ class CrossEntropy(PixelLoss):
         total = F.cross_entropy(
             logits.float(),  # bfloat16 cannot hold the sum over the pixels of a batch
             mask,
-            self.weights,
+            None if self.weights is None else self.weights.float(),  # in true half or double precision they are cast
             ignore_index=self.ignore_index,
             reduction="sum",
             label_smoothing=self.label_smoothing,

@@ -401,7 +401,9 @@ class SegmentationTask(LightningModule):
             check_batch(parts, self.classes, self.model.in_channels, self.preprocessing, values=not waits)
         image, mask = parts["image"], parts.get("mask")
         if image.dtype == torch.uint8 and (preprocessing := self.preprocessing) is not None:
-            parts["image"] = preprocessing.normalised(image)
+            image = preprocessing.normalised(image)
+        # Lightning casts neither what is normalised here, nor batches of other types than those of the precision.
+        parts["image"] = image.to(next(self.model.parameters()).dtype)
         if isinstance(mask, Tensor):
             parts["mask"] = mask.long()
         return parts

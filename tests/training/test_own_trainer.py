@@ -1,6 +1,7 @@
 """SegmentationTask in a Trainer of the user: fit, validate, test, predict, checkpoints, and messages about data."""
 
 import csv
+import math
 import re
 import shutil
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import segdeconv
 from segdeconv.checkpoints import checkpoint
 from segdeconv.errors import CheckpointError, SegdeconvError, UsageError
-from segdeconv.losses import Dice
+from segdeconv.losses import Dice, build_loss, check_loss
 from segdeconv.models import SegNet
 from segdeconv.optimization import Constant, Poly
 from segdeconv.train import train
@@ -33,6 +34,7 @@ from segdeconv.training.task import SegmentationTask
 # Lightning advises on workers, loggers and devices that these tests choose on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore")
 MODEL = {"_target_": "segdeconv.models.SegNet", "stages": [[4], [8]]}
+CE = "segdeconv.losses.CrossEntropy"
 NAMES = Uneven.classes.names
 QUIET = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False, "logger": False}
 
@@ -270,6 +272,27 @@ def test_a_batch_of_another_form_is_one_line(tmp_path, batch, message, method):
         getattr(trainer(tmp_path), method)(task(), DataLoader(range(4), batch_size=4, collate_fn=lambda _: batch))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("precision", "dtype", "loss"), [
+    ("bf16-true", torch.uint8, CE),
+    ("16-true", torch.uint8, CE),
+    ("64-true", torch.uint8, CE),
+    ("bf16-true", torch.uint8, "torch.nn.CrossEntropyLoss"),
+    ("32-true", torch.float64, CE),
+    ("32-true", torch.float16, CE),
+])  # fmt: skip
+def test_images_have_the_type_of_the_network(tmp_path, precision, dtype, loss):
+    images, masks = tensors("train", 4)
+    images = images if dtype == torch.uint8 else (images / 255).to(dtype)
+    data = DataLoader(TensorDataset(images, masks), batch_size=4)
+    own = task()
+    own.loss = build_loss(check_loss({"_target_": loss}), class_weights=[1.0] * len(NAMES), ignore_index=255)
+    fit = trainer(tmp_path, precision=precision, max_steps=1)
+    fit.fit(own, data, data)
+    loss_value = fit.validate(own, data, verbose=False)[0]["val/loss"]
+    assert math.isfinite(loss_value) or precision == "16-true"  # float16 overflows
+    assert fit.predict(own, data)[0].shape == masks.shape
 
 
 def test_a_data_set_in_place_of_a_loader_is_one_line(tmp_path):
