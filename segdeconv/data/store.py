@@ -4,6 +4,7 @@ import errno
 import multiprocessing.context
 import os
 import struct
+import threading
 import weakref
 import zlib
 from collections.abc import Iterator
@@ -16,6 +17,12 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
+
+# Locks of a file are those of a process and do not exclude its threads. A fork waits for the thread that is writing, so
+# that a child never inherits a lock that nobody releases.
+_THREADS = threading.Lock()
+if fcntl is not None:
+    os.register_at_fork(before=_THREADS.acquire, after_in_parent=_THREADS.release, after_in_child=_THREADS.release)
 
 STAMP = 16  # bytes of a stamp
 
@@ -49,9 +56,9 @@ class _Entry(NamedTuple):
 class Store:
     """Store of byte strings by number, shared between forked and spawned processes.
 
-    Writers hold a lock, which the system releases if the process dies. Readers need no lock: a checksum detects
-    incomplete or damaged entries, which are treated as missing. Entries are never evicted: since training reads in
-    random order, the first ones are as useful as later ones.
+    Writers, threads and processes, hold a lock, which the system releases if the process dies. Readers need no lock: a
+    checksum detects incomplete or damaged entries, which are treated as missing. Entries are never evicted: since
+    training reads in random order, the first ones are as useful as later ones.
 
     Args:
         count: Number of entries.
@@ -162,11 +169,12 @@ class Store:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        fcntl.lockf(self._file, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            fcntl.lockf(self._file, fcntl.LOCK_UN)
+        with _THREADS:
+            fcntl.lockf(self._file, fcntl.LOCK_EX)
+            try:
+                yield
+            finally:
+                fcntl.lockf(self._file, fcntl.LOCK_UN)
 
 
 def _open_file(path: Path) -> int:

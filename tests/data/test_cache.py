@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fakes
@@ -58,6 +59,29 @@ def record_decoding(dataset, monkeypatch):
 
 
 # The store
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork")
+@pytest.mark.parametrize(
+    "in_memory", [False, pytest.param(True, marks=pytest.mark.skipif(not IN_MEMORY, reason="Linux"))]
+)
+def test_threads_of_one_process_do_not_overwrite_each_others_entries(in_memory, tmp_path):
+    content = [number.to_bytes(2, "little") * (1 + number % 40) for number in range(1000)]
+    shared = Store(len(content), 1 << 20, None if in_memory else tmp_path / "x.images")
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda number: shared.put(number, ONE, content[number]), range(len(content))))
+    finally:
+        sys.setswitchinterval(interval)
+    assert [shared.get(number, ONE) for number in range(len(content))] == content
+    child = os.fork()  # inherits a lock that is released
+    if child == 0:
+        shared.put(0, ONE, b"x")
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert shared.get(0, ONE) == b"x"
 
 
 def test_an_entry_is_returned_only_under_the_same_stamp(store):
