@@ -485,8 +485,9 @@ class Restarts(Schedule):
     def factor(self, progress: float, step: int) -> float:
         lengths = [self.growth**cycle for cycle in range(self.cycles)]
         position = progress * sum(lengths)
+        rounding = 1e-12 * sum(lengths)  # of the position, which is just below the end of a cycle at some restarts
         for length in lengths[:-1]:
-            if position < length:
+            if position < length - rounding:
                 return half_cosine(position / length, self.floor)
             position -= length
         return half_cosine(position / lengths[-1], self.floor)

@@ -6,7 +6,18 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from segdeconv.models import SegNetBasic
-from segdeconv.optimization import Constant, Cosine, Poly, Step, adamw, muon, orthogonal, parameter_groups, sgd
+from segdeconv.optimization import (
+    Constant,
+    Cosine,
+    Poly,
+    Restarts,
+    Step,
+    adamw,
+    muon,
+    orthogonal,
+    parameter_groups,
+    sgd,
+)
 
 TOTAL = 40
 
@@ -243,3 +254,10 @@ def test_muon_resumed_from_its_state_gives_the_same_bits():
     step_through(resumed, second, range(2, 4))
     for ours, theirs in zip(resumed.parameters(), uninterrupted.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(("cycles", "growth"), [(13, 3), (10, 2), (20, 1), (7, 5)])
+def test_the_factor_is_one_at_every_restart_however_many_cycles(cycles, growth):
+    starts = [sum(growth**cycle for cycle in range(count)) for count in range(cycles + 1)]
+    schedule = Restarts(cycles=cycles, growth=growth)
+    assert [schedule(start, starts[-1]) for start in starts[:-1]] == [1.0] * cycles
