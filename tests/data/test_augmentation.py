@@ -588,7 +588,9 @@ def test_a_dry_run_tries_each_alternative_on_the_image_itself() -> None:
     """The second crop would not fit into the result of the first."""
     crops = [{"_target_": "albumentations.RandomCrop", "height": side, "width": side} for side in (20, 40)]
     alternatives = build_transforms(check_augment(one_of(*crops)), ignore_index=255, mean=IMAGENET_MEAN)
-    augmentation(*alternatives.values()).dry_run(IMAGE, BLOCKS)
+    augment = augmentation(*alternatives.values(), crop=None)
+    augment.dry_run(IMAGE, BLOCKS)
+    assert {augment(IMAGE, BLOCKS, 0, index)[1].shape for index in range(20)} == {(20, 20), (40, 40)}
 
 
 def test_one_of_several_transforms_is_drawn_for_each_sample() -> None:
