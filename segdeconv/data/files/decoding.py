@@ -84,6 +84,11 @@ def is_medical(path: Path) -> bool:
     return path.name.lower().endswith(MEDICAL)
 
 
+def is_array(path: Path) -> bool:
+    """Return True if the content of a file, not its name, is NumPy's .npy format."""
+    return first_bytes(path).startswith(NPY)
+
+
 def require_size(path: Path, width: int, height: int, max_pixels: int) -> None:
     """Check the size in a header against `dataset.max_pixels` before the pixels are decoded.
 
