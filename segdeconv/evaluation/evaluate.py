@@ -1,12 +1,14 @@
 """Evaluation of a network on a split: every image is predicted, every pixel that is not ignored counted."""
 
 import math
+import os
 import platform
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
 from itertools import islice
+from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -19,6 +21,7 @@ from segdeconv.checkpoints.checkpoint import Checkpoint
 from segdeconv.classes import Classes, match_classes
 from segdeconv.config import TARGET
 from segdeconv.data.adapter import Adapter
+from segdeconv.data.class_file import find_class_file
 from segdeconv.data.dataset import SegmentationDataset
 from segdeconv.data.loading import EvaluationSamples, evaluation_loader, explain_loader_errors, for_network
 from segdeconv.data.relabelled import in_order_of
@@ -55,7 +58,7 @@ def restore_dataset(checkpoint: Checkpoint, split_name: str) -> SegmentationData
     """
     from segdeconv.data.module import build_split, check_dataset  # imported late: albumentations takes a second
 
-    node = check_dataset(checkpoint.dataset_node())
+    node = check_dataset(_with_own_classes(checkpoint.dataset_node(), checkpoint.overridden))
     dataset = build_split(node, split_name)
     for line in dataset.warnings:
         warn(line)
@@ -71,6 +74,17 @@ def restore_dataset(checkpoint: Checkpoint, split_name: str) -> SegmentationData
         dataset = in_order_of(dataset, classes)
     _require_channels(checkpoint, dataset, node[TARGET], "keep dataset.channels as in training")
     return dataset
+
+
+def _with_own_classes(node: dict[str, Any], overridden: Collection[str]) -> dict[str, Any]:
+    """Return a `dataset` node without the classes of training if another folder is evaluated that names its own."""
+    if "dataset.root" not in overridden or "dataset.classes" in overridden or not node.get("classes"):
+        return node
+    path, _ = find_class_file(Path(os.path.expanduser(str(node["root"]))))
+    if path is None:
+        return node
+    print(f"classes:    those of {path}, matched with the network's by name")
+    return {**node, "classes": None}
 
 
 def given_dataset(data: Any, checkpoint: Checkpoint, split_name: str = "test") -> SegmentationDataset:

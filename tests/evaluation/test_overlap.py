@@ -1,14 +1,16 @@
-"""A report says which of its images the network was trained on, wherever they lie and whatever their split is."""
+"""Evaluations of other folders: which images training has used, and whose class names count."""
 
 import shutil
 
 import fakes
+import numpy as np
 import pytest
 
 from segdeconv.checkpoints import checkpoint
 from segdeconv.data import sample_digests
 from segdeconv.data.inspection import inspect
 from segdeconv.data.module import build_split, check_dataset
+from segdeconv.errors import UsageError
 from segdeconv.evaluation.evaluate import restore_dataset
 from segdeconv.evaluation.overlap import overlap
 
@@ -94,3 +96,44 @@ def test_a_published_data_set_may_lie_anywhere(tmp_path):
     )
     read = checkpoint.read(path, overrides=[f"dataset.root={tmp_path}"])
     assert overlap(read, restore_dataset(read, "train")).trained_on == fakes.NUM
+
+
+def with_classes(root, table):
+    (root / "classes.yaml").write_text(table)
+    return root
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_the_classes_of_another_folder_are_those_of_its_own_table(tmp_path, swapped, capsys):
+    """Masks and table of the other folder have labels 0 and 2 exchanged, which is the same truth."""
+    (tmp_path / "run").mkdir()
+    root = with_classes(fakes.folder(tmp_path / "mine", layout="subfolders"), "a: 0\nb: 1\nc: 2\n")
+    other = tmp_path / "other"
+    shutil.copytree(root, other)
+    if swapped:
+        with_classes(other, "a: 2\nb: 1\nc: 0\n")
+        for path in other.glob("*/masks/*.png"):
+            mask = np.asarray(fakes.Image.open(path))
+            fakes.Image.fromarray(np.where(mask < 3, 2 - mask, mask).astype(np.uint8)).save(path)
+    path = run_of(tmp_path / "run", root)
+    classes = build_split(check_dataset({"_target_": "segdeconv.data.Folder", "root": str(root)}), "val").stored_classes
+    content = checkpoint.load_plain(path)
+    config = content["hyper_parameters"]["config"]
+    config["dataset"]["classes"] = classes.to_dict()  # as training writes it
+    checkpoint.write(content, path)
+    first, second = (
+        restore_dataset(checkpoint.read(path, overrides=overrides), "val")
+        for overrides in ([], [f"dataset.root={other}"])
+    )
+    assert all(np.array_equal(first[index].mask, second[index].mask) for index in range(len(first)))
+    assert f"classes:    those of {other / 'classes.yaml'}, matched" in capsys.readouterr().out
+
+
+def test_other_classes_of_another_folder_are_refused(tmp_path):
+    (tmp_path / "run").mkdir()
+    root = fakes.folder(tmp_path / "mine", layout="subfolders")
+    path = run_of(tmp_path / "run", root, classes={"a": 0, "b": 1, "c": 2})
+    with_classes(root, "a: 0\nb: 1\nd: 2\n")
+    restore_dataset(checkpoint.read(path), "val")
+    with pytest.raises(UsageError, match=r"'c' is in only one of them|'d' is in only one of them"):
+        restore_dataset(checkpoint.read(path, overrides=[f"dataset.root={root}"]), "val")
