@@ -95,7 +95,7 @@ def train(
     with run_folder.discard_if_unused(run, trial=bool(trial)):
         # Imported late, so that config errors are reported at once: Lightning takes 2 s to import.
         from segdeconv.training import loggers
-        from segdeconv.training.callbacks import ImageLogging, Progress, Recorder
+        from segdeconv.training.callbacks import ImageLogging, LastValidation, Progress, Recorder
         from segdeconv.training.checkpointing import Checkpoints, kept_count
         from segdeconv.training.data_module import DataModule
         from segdeconv.training.diagnostics import LoaderWait, TrainingDiagnostics
@@ -133,7 +133,7 @@ def train(
         if settings.enable_progress_bar and not has_progress_bar(own_callbacks):
             logging.append(Progress(recorder, wait))
         step_record = StepRecord(checkpoints)
-        callbacks = [wait, *own_callbacks, *logging, step_record, stopping, checkpoints, recorder]
+        callbacks = [LastValidation(), wait, *own_callbacks, *logging, step_record, stopping, checkpoints, recorder]
         trainer = make_trainer(run, callbacks, logger, settings, resumed)
         saved = {**resume.without_keys(config, resume.NOT_IN_CHECKPOINTS), "dataset": prepared.dataset}
         device = torch.device(trainer.strategy.root_device)

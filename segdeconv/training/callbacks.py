@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 import os
 import re
 import sys
@@ -126,6 +127,18 @@ class Recorder(Checkpoint):  # Lightning calls callbacks of this base class last
             self.checkpoints.keep(trainer, self.miou)
             self.checkpoints.keep_spaced(trainer, self.checkpoints.last_path)
         self.stopping.at_epoch_end(trainer, task.total_steps, saved=saved)
+
+
+class LastValidation(Callback):
+    """Lets a run validate after its last epoch, whatever `trainer.check_val_every_n_epoch` is.
+
+    The weights at the end of a schedule are usually the best ones, and must not go without a score.
+    """
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        steps = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+        if (trainer.current_epoch + 1) * steps >= pl_module.total_steps:
+            trainer.check_val_every_n_epoch = 1
 
 
 class ImageLogging(Callback):

@@ -37,7 +37,7 @@ class TrainerSettings:
         accumulate_grad_batches: Batches of dataset.batch_size images per optimizer step.
         precision: auto uses bf16-mixed where the machine supports it well, else 32-true.
         gradient_clip_val: Maximum norm of the gradient; None for no clipping.
-        check_val_every_n_epoch: Epochs between validations.
+        check_val_every_n_epoch: Epochs between validations; the last epoch has one in any case.
         limit_train_batches, limit_val_batches: Batches of an epoch and of a validation in each process, or a fraction
             of them; 1 is one batch, 1.0 all, and 0 leaves validation out. The scores after training are those of all
             images.

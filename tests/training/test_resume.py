@@ -1,5 +1,6 @@
 """Training runs and their resumption after an interruption at any step, with bitwise equal results."""
 
+import csv
 import gc
 import hashlib
 import os
@@ -426,6 +427,23 @@ def test_max_steps_stops_in_the_middle_of_an_epoch_and_still_validates(tmp_path)
     rows = (tmp_path / "metrics.csv").read_text().splitlines()
     assert [int(row.split(",")[0]) for row in rows[1:]] == [3, 4]
     assert (tmp_path / "best.ckpt").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("trainer.check_val_every_n_epoch=2",), [6, 9]),
+        (("trainer.check_val_every_n_epoch=9",), [9]),
+        (("trainer.check_val_every_n_epoch=2", "trainer.max_steps=8"), [6, 8]),
+        (("trainer.check_val_every_n_epoch=2", "trainer.accumulate_grad_batches=2"), [4, 6]),
+        (("trainer.check_val_every_n_epoch=3",), [9]),
+    ],
+)
+def test_the_last_epoch_is_validated(tmp_path, words, expected):
+    run(tmp_path, *words)
+    with (tmp_path / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows if row["val/miou"] not in ("", "nan")] == expected
 
 
 def test_fewer_images_than_a_batch_give_an_error_message(tmp_path):
