@@ -11,7 +11,7 @@ discarded.
 import sys
 
 from segdeconv.cli.command import run_command
-from segdeconv.cli.own_code import compose
+from segdeconv.cli.own_code import compose, with_chosen_keys
 from segdeconv.errors import UsageError, did_you_mean
 
 SETTINGS = ("lr", "batch_size")
@@ -25,17 +25,21 @@ def main() -> None:
 
     import torch
 
+    from segdeconv.cli.overrides import hydra_overrides
+    from segdeconv.system import CONFIGS
     from segdeconv.system.devices import best_device, resolve_precision
     from segdeconv.system.memory import readable
     from segdeconv.training import tuning
     from segdeconv.training.config_check import check_config
     from segdeconv.training.prepare import prepare
 
-    config = check_config(compose(arguments)[0])
+    config, choices = compose(arguments)
+    config = check_config(with_chosen_keys(config, choices, hydra_overrides(arguments, CONFIGS)))
     accelerator = config["trainer"]["accelerator"]
     device = best_device() if accelerator == "auto" else torch.device({"gpu": "cuda"}.get(accelerator, accelerator))
     precision = resolve_precision(config["trainer"]["precision"])
     prepared = prepare(config)
+    config = prepared.config
     if setting == "lr":
         rates = tuning.try_rates(prepared, device, precision, num_workers=config["dataset"]["num_workers"] or 0)
         highest = max(rate.smoothed for rate in rates)

@@ -24,7 +24,7 @@ from typing import Any
 from segdeconv.cli import completion
 from segdeconv.cli.command import run_command
 from segdeconv.cli.main import commands
-from segdeconv.cli.own_code import compose, declared, print_keys
+from segdeconv.cli.own_code import compose, declared, print_keys, with_chosen_keys
 from segdeconv.errors import DiskError, Interrupted, SegdeconvError, UsageError, command
 from segdeconv.system import CONFIGS
 
@@ -43,7 +43,6 @@ def main() -> None:
         fixed_overrides,
         hydra_arguments,
         hydra_overrides,
-        keys_set,
         parse_flags,
         to_plain,
     )
@@ -61,7 +60,6 @@ def main() -> None:
         from hydra.core.hydra_config import HydraConfig
 
         from segdeconv.train import train
-        from segdeconv.training.autoconfig import unset_keys
         from segdeconv.training.config_check import check_config
         from segdeconv.training.processes import launched_from_outside, rank_from_outside
         from segdeconv.training.resume import find_run
@@ -81,8 +79,7 @@ def main() -> None:
             if not first:
                 sys.stdout = open(os.devnull, "w", encoding="utf-8", errors="replace")  # noqa: SIM115 - only rank 0 prints; open until exit
             config = declared(to_plain(composed, words), hydra_config.overrides.task)
-            if hydra_config.runtime.choices["dataset"] == "folder" and "auto" not in config:
-                config["auto"] = unset_keys(keys_set([*words, *hydra_config.overrides.task], CONFIGS))
+            config = with_chosen_keys(config, hydra_config.runtime.choices, [*words, *hydra_config.overrides.task])
             run = find_run(check_config(config), run, None if named else runs)
             train(config, run, typed=typed)
             score = sweeps.best_score(run) if first else None

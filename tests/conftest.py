@@ -40,6 +40,7 @@ def _environment(tmp_path_factory, monkeypatch):
     """Give every test the cache folder of this session, and undo what a command run in this process sets."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
     monkeypatch.setattr("segdeconv.errors._in_command", False)
+    monkeypatch.setattr("segdeconv.errors._warned", set())  # a warning is printed once per process
     yield
     os.environ.pop(KEEP_FREED, None)
 

@@ -474,12 +474,12 @@ def read(
 def _override(config: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     if not overrides:
         return config
-    from segdeconv.data.module import (
-        SCHEMAS,
-        check_pipeline,
-        require_key,
-    )  # imported late: albumentations takes a second
+    # Imported late: albumentations takes a second.
+    from segdeconv.data.module import SCHEMAS, check_pipeline, require_key, with_dataset
 
+    for name in [word.partition("=")[2] for word in overrides if word.startswith("dataset=")]:
+        config = {**config, "dataset": with_dataset(config["dataset"], name)}
+    overrides = [word for word in overrides if not word.startswith("dataset=")]
     for path in (current_key(word.partition("=")[0]) for word in overrides):
         group, _, name = path.partition(".")
         if (group in config and group not in ("dataset", "model")) or path == "model" or path in NORMALISATION:

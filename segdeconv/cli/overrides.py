@@ -26,6 +26,8 @@ from segdeconv.config import (
 from segdeconv.errors import UsageError, command
 from segdeconv.system.plain_data import read_yaml, require_mapping
 
+REQUIRED = ("dataset", "model", "loss", "optimizer", "schedule", "trainer")  # groups that have no file `none`
+
 
 def to_plain(composed: Any, arguments: Sequence[str], *, incomplete: bool = False) -> dict[str, Any]:
     """Convert a composed config to plain data, with interpolations resolved and keys under their current names.
@@ -289,7 +291,15 @@ def hydra_overrides(arguments: Sequence[str], folder: Path) -> list[str]:
         if key in set_keys:
             raise UsageError(f"{key} is given twice - give it once")
         set_keys.add(key)
-        if key in groups:
+        value = override.value()
+        if (key == "hydra.job.chdir" and value) or (key == "hydra.run.dir" and not value):
+            way_out = "leave it out, since paths are those of this folder" if value else "give the folder of the run"
+            raise UsageError(f"'{typed}' is not supported - {way_out}")
+        if override.is_delete() and key in REQUIRED:
+            raise UsageError(f"{typed} leaves a run without its {key} - choose another one with {key}=NAME")
+        if override.is_delete() and "none" in groups.get(key, ()):
+            overrides.append(f"{key}=none")  # without a node, the default would apply
+        elif key in groups:
             sweep = override.is_sweep_override()
             chosen = override.value()
             several = chosen if isinstance(chosen, list) and key in SEVERAL else [chosen]

@@ -57,6 +57,23 @@ def declared(config: Mapping[str, Any], arguments: Sequence[str]) -> dict[str, A
     return read_as_declared(config, arguments, SCHEMAS)
 
 
+def with_chosen_keys(config: Mapping[str, Any], choices: Mapping[str, str], arguments: Sequence[str]) -> dict[str, Any]:
+    """Return a composed config whose `auto` lists the keys that training chooses for images of the user.
+
+    Args:
+        config: The composed config.
+        choices: The chosen file of each config group.
+        arguments: The arguments it was composed from, in the form of `hydra_overrides`.
+    """
+    if choices["dataset"] != "folder" or "auto" in config:
+        return dict(config)
+
+    from segdeconv.cli.overrides import keys_set
+    from segdeconv.training.autoconfig import unset_keys
+
+    return {**config, "auto": unset_keys(keys_set(arguments, CONFIGS))}
+
+
 def print_keys(group: str, arguments: Sequence[str]) -> None:
     """Print the keys of a config group, or of all groups for an empty name, for the classes that a config names."""
     from segdeconv.cli.overrides import compose

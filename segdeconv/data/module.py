@@ -10,6 +10,7 @@ from segdeconv.config import (
     TARGET,
     build,
     check,
+    choice,
     locate,
     parameters_of,
     split_arguments,
@@ -188,10 +189,22 @@ def check_dataset(node: dict[str, Any]) -> dict[str, Any]:
     return check(node, "dataset", [schema, *SCHEMAS], supplied=SUPPLIED)
 
 
+def with_dataset(node: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return a `dataset` node of another data set, a file in configs/dataset, with the pipeline's keys of this one."""
+    chosen = choice("dataset", name)
+    keys, _, _ = parameters_of([locate(chosen, "dataset")], "dataset", supplied=SUPPLIED)
+    own = {key: value for key, value in chosen.items() if key == TARGET or key in keys}
+    return {**own, **{key: node[key] for key in _pipeline_keys() & node.keys()}}
+
+
+def _pipeline_keys() -> set[str]:
+    return inspect.signature(DataPipeline).parameters.keys() - set(SUPPLIED)
+
+
 def check_pipeline(node: Mapping[str, Any]) -> None:
     """Raise UsageError if a `dataset` node has a value of the pipeline, such as `size`, that is invalid."""
-    names = inspect.signature(DataPipeline).parameters.keys() - set(SUPPLIED)
-    check({name: node[name] for name in names & node.keys()}, "dataset", [DataPipeline], supplied=SUPPLIED)
+    given = {name: node[name] for name in _pipeline_keys() & node.keys()}
+    check(given, "dataset", [DataPipeline], supplied=SUPPLIED)
 
 
 def require_key(node: Mapping[str, Any], name: str) -> None:

@@ -25,6 +25,8 @@ from segdeconv.system.plain_data import PlainDataError, check_plain
 from segdeconv.training.autoconfig import check_keys
 from segdeconv.training.settings import INSTEAD, TrainerSettings
 
+TIME_BUDGET = "8m"
+
 # The default of each group, as in configs/train.yaml, for configs from Python.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "dataset": {TARGET: "segdeconv.data.Shapes", "batch_size": 16, "size": [64, 64]},
@@ -188,7 +190,7 @@ def _scalars(
     init_from: str | None = None,
     max_time: str | int | None = None,
     auto: list[str] = [],  # noqa: B006 - a schema, which is never called
-    time_budget: str | int = "8m",
+    time_budget: str | int = TIME_BUDGET,
 ) -> None:
     """Schema of the keys that belong to no group.
 

@@ -23,7 +23,7 @@ from segdeconv.models import SegmentationModel, build_model
 from segdeconv.optimization import build_optimizer
 from segdeconv.system.files import hash_text
 from segdeconv.training import autoconfig, resume
-from segdeconv.training.config_check import check_config, seconds
+from segdeconv.training.config_check import TIME_BUDGET, check_config, seconds
 
 
 class Prepared(NamedTuple):
@@ -74,6 +74,11 @@ def prepare(
     inspections = inspect_all([train_split, val_split])
     statistics = inspections[0]
     choosing = config["auto"] and not fresh
+    if config["time_budget"] != TIME_BUDGET and not {"trainer.max_epochs", "model.width"} & set(config["auto"]):
+        warn(
+            "time_budget has no effect, since nothing is chosen by it: steps and width are given, or have the defaults "
+            "of this data set - leave it out, set auto=[trainer.max_epochs], or stop after a time with max_time"
+        )
     # A chosen size is printed with its reason; only a typed one can be a mistake.
     size = None if choosing and "dataset.size" in config["auto"] else config["dataset"]["size"]
     findings = checks.review([train_split, val_split], inspections, size)

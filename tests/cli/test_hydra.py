@@ -32,6 +32,8 @@ ROOT = Path(__file__).parents[2]
         (["--config-name=mine"], ["--config-name=mine"]),
         (["-cd", str(ROOT / "docs")], [f"--config-dir={ROOT / 'docs'}"]),
         (["~model.stages", "-cd=docs"], ["--config-dir=docs", "~model.stages"]),
+        (["~logger", "~callbacks", "~augment"], ["logger=none", "callbacks=none", "augment=none"]),
+        (["hydra.job.chdir=false", "hydra.run.dir=a"], ["hydra.job.chdir=false", "hydra.run.dir=a"]),
         (["--keys"], ["--keys="]),
         (["--keys", "model=unet"], ["--keys=", "model=unet"]),
         (["--keys", "model", "model=unet"], ["--keys=model", "model=unet"]),
@@ -68,6 +70,19 @@ def test_a_wrong_flag_is_one_line_with_the_right_key(words, message):
         hydra_overrides(words, CONFIGS)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        *((f"~{group}", f"~{group} leaves a run without its {group}") for group in ("dataset", "model", "optimizer")),
+        ("hydra.run.dir=", "'hydra.run.dir=' is not supported - give the folder of the run"),
+        ("hydra.job.chdir=true", "paths are those of this folder"),
+    ],
+)
+def test_what_would_train_something_else_or_elsewhere_is_refused(word, message):
+    with pytest.raises(UsageError, match=message):
+        hydra_overrides([word], CONFIGS)
 
 
 def test_only_train_takes_flags_that_run_or_show_jobs():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from segdeconv.checkpoints import checkpoint
-from segdeconv.data import sample_digests
+from segdeconv.data import Shapes, sample_digests
 from segdeconv.data.inspection import inspect
 from segdeconv.data.module import build_split, check_dataset
 from segdeconv.errors import UsageError
@@ -137,3 +137,18 @@ def test_other_classes_of_another_folder_are_refused(tmp_path):
     restore_dataset(checkpoint.read(path), "val")
     with pytest.raises(UsageError, match=r"'c' is in only one of them|'d' is in only one of them"):
         restore_dataset(checkpoint.read(path, overrides=[f"dataset.root={root}"]), "val")
+
+
+def test_a_network_is_scored_on_another_data_set_by_the_names_of_its_classes(tmp_path):
+    (tmp_path / "run").mkdir()
+    root = with_classes(fakes.folder(tmp_path / "mine", layout="subfolders"), "c: 2\nb: 1\na: 0\n")
+    node = {"_target_": "segdeconv.data.Shapes", "num_train": 2, "num_val": 2, "side": 32, "size": [24, 32]}
+    names = {name: name for name in Shapes("train", num_train=1, num_val=1, side=32).classes.names}
+    merged = {**dict.fromkeys(list(names)[2:], "c"), **dict(zip(names, "ab", strict=False))}
+    path = fakes.untrained(tmp_path / "run" / "best.ckpt", {**node, "label_map": merged})
+    read = checkpoint.read(path, overrides=["dataset=folder", f"dataset.root={root}", "dataset.num_workers=0"])
+    dataset = restore_dataset(read, "val")
+    assert dataset.classes.names == read.classes.names
+    assert len(dataset) == fakes.NUM
+    assert read.preprocessing.size == (24, 32)
+    assert overlap(read, dataset).trained_on is None

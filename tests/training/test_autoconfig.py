@@ -217,3 +217,28 @@ def test_an_unknown_key_is_refused(own):
     _, config = own
     with pytest.raises(UsageError, match=r"auto: model.widht cannot be chosen from the data - did you mean"):
         check_config({**config, "auto": ["model.widht"]})
+
+
+@pytest.mark.parametrize(
+    ("changes", "warned"),
+    [
+        ({"time_budget": "5m"}, True),
+        ({"time_budget": "5m", "auto": ["dataset.batch_size"]}, True),
+        ({"time_budget": "5m", "auto": ["trainer.max_epochs"]}, False),
+        ({}, False),
+    ],
+)
+def test_a_time_budget_without_effect_is_reported(changes, warned, capsys):
+    data = {"_target_": "segdeconv.data.Shapes", "num_train": 4, "num_val": 2, "side": 32, "size": [32, 32]}
+    model = {"_target_": "segdeconv.models.SegNet", "stages": [[4], [8]]}
+    prepare(check_config({"dataset": {**data, "num_workers": 0}, "model": model, **changes}))
+    assert ("time_budget has no effect" in capsys.readouterr().err) == warned
+
+
+def test_find_measures_the_training_of_train(tmp_path, commands):
+    write_folder(tmp_path / "mine", [disc(20)] * 8)
+    words = ("dataset=folder", "dataset.root=mine", "model=segnet_small", "model.width=0.125", "time_budget=5")
+    done = commands("find", "batch_size", *words, cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert "optimizer=muon" in done.out
+    assert "the largest batch that fits is dataset.batch_size=" in done.out
