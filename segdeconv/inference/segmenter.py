@@ -67,7 +67,7 @@ class OpenedImage:
     scratch: Path | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Prediction:
     """The prediction for one image; image and maps are upright.
 
@@ -195,7 +195,13 @@ class Segmenter:
         self.predictor = build_predictor(checkpoint, self.network, self.settings, report=report)
         # Regions are meant to be resized.
         self.resized = ResizedImages(None if self.settings.regions else self.preprocessing.size, at_once=at_once)
+        self._report = report
         self._lock = threading.RLock()  # a sink may predict too
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Rebuild the segmenter in another process, or as a copy: it holds a lock and a prepared network."""
+        rebuild = partial(Segmenter, device=self.network.device, report=self._report, at_once=self.resized.at_once)
+        return rebuild, (self.checkpoint, self.settings)
 
     def __repr__(self) -> str:
         network = type(self.network.source).__name__

@@ -1,6 +1,7 @@
 """The network prepared for inference, compared with direct computation, and settings that exclude each other."""
 
 import copy
+import pickle
 import re
 
 import fakes
@@ -171,3 +172,16 @@ def test_settings_are_what_their_types_declare(given, expected):
 def test_a_setting_of_another_form_gets_one_line(given, message):
     with pytest.raises(UsageError, match=re.escape(message)):
         segdeconv.load("camvid-basic", **given)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])
+def test_segmenters_and_predictions_can_be_sent_to_other_processes(trained, duplicate):
+    image = np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8)
+    segmenter = segdeconv.load(trained, flip=True)
+    prediction = segmenter.predict(image)
+    other, sent = duplicate(segmenter), duplicate(prediction)
+    assert other.settings == segmenter.settings
+    np.testing.assert_array_equal(other.predict(image).mask, prediction.mask)
+    np.testing.assert_array_equal(sent.probabilities(), prediction.probabilities())
+    assert prediction == prediction
+    assert len({prediction, sent}) == 2
