@@ -63,6 +63,7 @@ def main() -> None:
         from segdeconv.training.config_check import check_config
         from segdeconv.training.processes import launched_from_outside, rank_from_outside
         from segdeconv.training.resume import find_run
+        from segdeconv.training.run_folder import claim_folder
 
         hydra_config = HydraConfig.get()
         folder = Path(hydra_config.runtime.output_dir)
@@ -80,7 +81,10 @@ def main() -> None:
                 sys.stdout = open(os.devnull, "w", encoding="utf-8", errors="replace")  # noqa: SIM115 - only rank 0 prints; open until exit
             config = declared(to_plain(composed, words), hydra_config.overrides.task)
             config = with_chosen_keys(config, hydra_config.runtime.choices, [*words, *hydra_config.overrides.task])
-            run = find_run(check_config(config), run, None if named else runs)
+            checked = check_config(config)
+            run = find_run(checked, run, None if named else runs)
+            if first and not named and not flags.multirun and checked["resume"] is None:
+                run = claim_folder(run)
             train(config, run, typed=typed)
             score = sweeps.best_score(run) if first else None
             if recorder is not None:

@@ -75,12 +75,15 @@ def train(
     """
     started = time.time()
     arguments = read_arguments(config or {}, keywords)
+    unnamed = run is None
     if run is None:
         runs = Path("runs") / arguments.name
         run = run_folder.new_folder(runs)
     checked = config_check.check_config(arguments.config)
     objects, config = configs.objects_in(checked), configs.written(checked)
     run = resume.find_run(config, Path(run), runs)
+    if unnamed and config["resume"] is None:
+        run = run_folder.claim_folder(run)
     result = TrainingResult(run, objects)
     config, resumed, finished, new_length, changed = resume.open_run(run, config)
     resumed_path = None if resumed is None else resumed.path

@@ -34,6 +34,18 @@ def new_folder(runs: Path) -> Path:
     return next(path for path in paths if not path.exists())
 
 
+def claim_folder(run: Path) -> Path:
+    """Create and lock the folder of a new run; one with a number if a run that began in the same second has it."""
+    for path in (run, *(run.with_name(f"{run.name}-{number}") for number in range(1, 100))):
+        try:
+            lock_run(path)
+        except UsageError:  # another process has it
+            continue
+        if not (path / "config.yaml").exists():
+            return path
+    return run
+
+
 def lock_run(run: Path) -> None:
     """Create the run folder and lock it until this process ends, so that no two runs share it.
 

@@ -24,12 +24,14 @@ from segdeconv.models import SegNet, build_model
 from segdeconv.models.activation_checkpointing import checkpoint_activations
 from segdeconv.optimization import Restarts, adamw, average, sgd
 from segdeconv.system.devices import fast_precision
+from segdeconv.system.files import lock_folder
 from segdeconv.train import train
 from segdeconv.training import memory as training_memory
 from segdeconv.training.config_check import seconds
 from segdeconv.training.diagnostics import collapse
 from segdeconv.training.memory import estimate
 from segdeconv.training.resume import AnyName, find_run, finished
+from segdeconv.training.run_folder import claim_folder
 from segdeconv.training.stopping import Stopping
 
 TRUST = AnyName()
@@ -515,3 +517,13 @@ def test_the_estimated_memory_is_within_a_fifth_of_what_is_measured(precision, c
 def test_a_missing_accelerator_gives_an_error_message(tmp_path):
     with pytest.raises(UsageError, match=r"trainer: .* - change trainer.accelerator or trainer.devices"):
         train(config(trainer__accelerator="gpu"), tmp_path)
+
+
+def test_runs_that_begin_in_the_same_second_get_folders_of_their_own(tmp_path):
+    run = tmp_path / "2026-01-01_00-00-00"
+    other = lock_folder(run, "another folder")  # as another process holds it
+    assert claim_folder(run) == tmp_path / "2026-01-01_00-00-00-1"
+    (run / "config.yaml").touch()
+    other.release()
+    assert claim_folder(run) == tmp_path / "2026-01-01_00-00-00-1"
+    assert claim_folder(tmp_path / "new") == tmp_path / "new"
