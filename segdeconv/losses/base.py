@@ -133,7 +133,8 @@ def check_input(logits: Tensor, mask: Tensor, *, class_weights: Tensor | None, i
             f"a loss has {len(class_weights)} class weights, but the logits have {num_classes} classes - give one "
             "weight per class"
         )
-    if mask.device.type == "cpu":  # reading the values would wait for a GPU
+    # Reading the values would wait for a GPU; tensors of the estimate of memory, a subclass, have none.
+    if mask.device.type == "cpu" and type(mask) is Tensor and not torch.compiler.is_compiling():
         check_labels(mask, num_classes, ignore_index)
 
 
