@@ -312,6 +312,46 @@ def test_folders_of_splits_are_honoured_in_both_orders(tmp_path: Path, inside: b
         assert unused in Folder("train", root).warnings[0]
 
 
+def in_splits(root: Path, layout: str, splits: tuple[str, ...] = ("train", "val", "test")) -> str:
+    """Write two images of each split and their masks, with {kind} and {split} for the folders."""
+    for number, split in enumerate(splits):
+        for index in (2 * number, 2 * number + 1):
+            for kind, pixels in zip(("images", "masks"), scene(index), strict=True):
+                path = root / layout.format(kind=kind, split=split) / f"s{index:02d}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(path)
+    return str(root)
+
+
+@pytest.mark.parametrize("emptied", [True, False])
+@pytest.mark.parametrize("layout", ["{split}/{kind}", "{kind}/{split}"])
+def test_test_images_without_masks_are_not_scored_and_counted(tmp_path: Path, layout: str, emptied: bool) -> None:
+    root = in_splits(tmp_path, layout)
+    masks = tmp_path / layout.format(kind="masks", split="test")
+    for path in masks.iterdir():
+        path.unlink()
+    if not emptied:
+        masks.rmdir()
+    for split, names in (("train", ["s00", "s01"]), ("val", ["s02", "s03"])):
+        data = Folder(split, root)
+        assert (data.names, data.split_names) == (names, ("train", "val"))
+        assert [line.partition(": ")[2] for line in data.warnings] == [
+            f"test has 2 images (s04.png, s05.png) without masks, so it is not scored - add {masks}"
+        ]
+    with pytest.raises(UsageError, match=f"{masks} holds no masks of the test images, so .* - add the masks"):
+        Folder("test", root)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("layout", ["{split}/{kind}", "{kind}/{split}"])
+def test_train_and_val_need_masks(tmp_path: Path, layout: str, split: str) -> None:
+    root = in_splits(tmp_path, layout)
+    masks = tmp_path / layout.format(kind="masks", split=split)
+    masks.rename(tmp_path / "elsewhere")
+    with pytest.raises(UsageError, match=f"{masks} is not a folder"):
+        Folder("train", root)
+
+
 PATHS = ["{0}", "{0}.png", "images/{0}.png", "{root}/images/{0}.png", "/SegNet/set/images/{0}.png", "images\\{0}.png"]
 PAIRS = ["images/{0}.png masks/{0}.png", "images/{0}.png,masks/{0}.png", "/other/images/{0}.png /other/masks/{0}.png"]
 LINES = [*PATHS, *PAIRS]

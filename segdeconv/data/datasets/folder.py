@@ -38,7 +38,7 @@ class Folder(FileDataset):
     * `DIR/images`, `DIR/masks` and lists `DIR/train.txt`, `DIR/val.txt` (and `test.txt`), one image per line: its name,
       its path, or its path and that of its mask;
     * `DIR/{train,val,test}/{images,masks}`;
-    * `DIR/{images,masks}/{train,val,test}`;
+    * `DIR/{images,masks}/{train,val,test}`; the images of test may have no masks, and are not scored then;
     * images anywhere in DIR and the annotations of a labelling tool instead of masks, see `annotations`;
     * `DIR/images` and `DIR/masks` alone: a fraction `val_share` becomes val, or the images are split into `folds`
       folds, of which number `fold` is val and the rest train. Both depend on `split_seed`.
@@ -122,6 +122,11 @@ class Folder(FileDataset):
             )
         elif group:
             require_kept_together({name: [pair.name for pair in pairs] for name, pairs in splits.items()}, group)
+        if split == "test" and layout.without_masks is not None:
+            raise UsageError(
+                f"{layout.without_masks} holds no masks of the test images, so they cannot be scored - add the masks, "
+                "evaluate val, or use predict"
+            )
         require_split(split, tuple(splits))
         used = [pair for pairs in splits.values() for pair in pairs]
         tool_files = annotated.sources if annotated else frozenset()
@@ -174,11 +179,13 @@ class _Layout(NamedTuple):
         folders: The folders of images and masks; none if lists name both files of every pair.
         splits: The pairs of each split that sub-folders or lists define; None without either.
         warnings: A line for each folder that is left out.
+        without_masks: The missing or empty folder of the masks of test, which is no split then.
     """
 
     folders: list[Folders]
     splits: dict[str, list[Pair]] | None
     warnings: list[str]
+    without_masks: Path | None = None
 
 
 def _find_layout(root: Path, mask_name: str | None) -> _Layout:
@@ -195,13 +202,8 @@ def _find_layout(root: Path, mask_name: str | None) -> _Layout:
                 f"{root} has {', '.join(outer.values())} but no {name}/images - add {root / name}/images and masks"
             )
         left_out = [f"{images}: left out, since {' and '.join(outer.values())} have images - move it into one of them"]
-        return _in_folders(
-            {
-                split: find_folders(root / name / "images", root / name / "masks", mask_name)
-                for split, name in outer.items()
-            },
-            left_out if images.is_dir() else [],
-        )
+        places = {split: (root / name / "images", root / name / "masks") for split, name in outer.items()}
+        return _in_folders(places, mask_name, left_out if images.is_dir() else [])
     if lists := _stated_lists(root):
         if missing := {"train", "val"} - set(lists):
             name = min(missing)
@@ -214,13 +216,13 @@ def _find_layout(root: Path, mask_name: str | None) -> _Layout:
         return _Layout([] if whole is None else [whole], splits, [])
     inner = _stated(root, lambda name: (images / name).is_dir())
     if {"train", "val"} <= set(inner):
-        folders = {split: find_folders(images / name, masks / name, mask_name) for split, name in inner.items()}
-        beside = set(find_files(images).files).difference(*(folder.images.values() for folder in folders.values()))
+        places = {split: (images / name, masks / name) for split, name in inner.items()}
+        beside = set(find_files(images).files).difference(*(find_files(place).files for place, _ in places.values()))
         line = (
             f"{images}: left out {count(beside, 'image')} in none of the folders {', '.join(inner.values())} - move "
             "them into one of these"
         )
-        return _in_folders(folders, [line] if beside else [])
+        return _in_folders(places, mask_name, [line] if beside else [])
     return _Layout([find_folders(images, masks, mask_name)], None, [])
 
 
@@ -308,8 +310,21 @@ def _stated(root: Path, exists: Callable[[str], bool]) -> dict[str, str]:
     return stated
 
 
-def _in_folders(folders: Mapping[str, Folders], warnings: list[str]) -> _Layout:
-    return _Layout(list(folders.values()), {split: folder.pairs for split, folder in folders.items()}, warnings)
+def _in_folders(places: Mapping[str, tuple[Path, Path]], mask_name: str | None, warnings: list[str]) -> _Layout:
+    """Return the splits whose images and masks are in two folders each; test is left out if it has no masks."""
+    without_masks = None
+    folders = {}
+    for split, (images, masks) in places.items():
+        if split == "test" and not (masks.is_dir() and find_files(masks).files):  # challenges keep these masks
+            without_masks = masks
+            unscored = find_files(images).files
+            warnings.append(
+                f"{images}: test has {count(unscored, 'image')} without masks, so it is not scored - add {masks}"
+            )
+        else:
+            folders[split] = find_folders(images, masks, mask_name)
+    splits = {split: folder.pairs for split, folder in folders.items()}
+    return _Layout(list(folders.values()), splits, warnings, without_masks)
 
 
 def _describe_unused(folders: list[Folders], used: list[Pair]) -> list[str]:
