@@ -4,7 +4,7 @@ import difflib
 import itertools
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -69,7 +69,7 @@ class Pairing(NamedTuple):
 
 
 def find_folders(images: Path, masks: Path, mask_name: str | None) -> Folders:
-    """Find the images and masks in two folders and their sub-folders.
+    """Find the images and masks in two folders and their sub-folders, or beside each other in one.
 
     Raises:
         UsageError: One of them is not a folder or holds no image, two files have one name, or `mask_name` has no {}.
@@ -79,8 +79,31 @@ def find_folders(images: Path, masks: Path, mask_name: str | None) -> Folders:
             f"dataset.mask_name={mask_name} has no single {{}} - write {{}} for the image's name: '{{}}_L'"
         )
     image_files, skipped = _files(images)
+    if images == masks:
+        beside = _masks_beside(image_files, mask_name)
+        mask_files = {name: path for name, path in image_files.items() if name in beside}
+        image_files = {name: path for name, path in image_files.items() if name not in beside}
+        return Folders(image_files, mask_files, mask_name, (images, masks), tuple(skipped))
     mask_files, also_skipped = _files(masks)
     return Folders(image_files, mask_files, mask_name, (images, masks), (*skipped, *also_skipped))
+
+
+def has_masks_beside(folder: Path, mask_name: str | None) -> bool:
+    """Return whether a folder has masks beside their images, such as a.jpg and a_mask.png."""
+    names = [path.relative_to(folder).with_suffix("").as_posix() for path in find_files(folder).files]
+    return bool(_masks_beside(names, mask_name))
+
+
+def _masks_beside(files: Iterable[str], mask_name: str | None) -> set[str]:
+    names = set(files)
+    if mask_name is not None:
+        return {mask for name in names if (mask := _name_of_mask(name, mask_name)) in names and mask != name}
+    return {name for name in names if (stem := MASK_ENDINGS.sub("", name)) != name and stem in names}
+
+
+def _name_of_mask(name: str, mask_name: str) -> str:
+    path = PurePosixPath(name)
+    return (path.parent / mask_name.replace("{}", path.name)).as_posix()
 
 
 def _files(folder: Path) -> tuple[Files, list[str]]:
@@ -127,8 +150,7 @@ def _match(images: Files, masks: Files, mask_name: str | None, folder: Path) -> 
     matches: dict[str, str] = {}
     for name, path in images.items():
         if mask_name is not None:
-            parent = PurePosixPath(name).parent
-            candidates = [(parent / mask_name.replace("{}", PurePosixPath(name).name)).as_posix()]
+            candidates = [_name_of_mask(name, mask_name)]
         else:
             candidates = [name, by_stem.get(name, ""), f"{name}{path.suffix}"]  # image.jpg.png is a mask of image.jpg
         match = next((candidate for candidate in candidates if candidate in masks), None)
@@ -246,7 +268,7 @@ def read_split_list(listing: Path, root: Path, folders: Folders | None) -> list[
 
 
 def _listed_pair(entry: str, root: Path, folders: Folders | None) -> Pair | None:
-    if folders is not None and (name := _image_name(entry, folders.images)) is not None:
+    if folders is not None and (name := _image_name(entry, folders)) is not None:
         return Pair(folders.images[name], folders.masks[folders.pairing.masks[name]], name)
     for separator in (r"[,;\t]", r"\s+"):
         parts = [part.strip().strip("\"'") for part in re.split(separator, entry)]
@@ -254,7 +276,7 @@ def _listed_pair(entry: str, root: Path, folders: Folders | None) -> Pair | None
             mask = _file(parts[1], root, None if folders is None else folders.where[1])
             if mask is None:
                 continue
-            if folders is not None and (name := _image_name(parts[0], folders.images)) is not None:
+            if folders is not None and (name := _image_name(parts[0], folders)) is not None:
                 return Pair(folders.images[name], mask, name)
             if (image := _file(parts[0], root, None)) is not None:
                 inside = image.relative_to(root) if image.is_relative_to(root) else Path(image.name)
@@ -262,12 +284,12 @@ def _listed_pair(entry: str, root: Path, folders: Folders | None) -> Pair | None
     return None
 
 
-def _image_name(entry: str, images: Mapping[str, Path]) -> str | None:
+def _image_name(entry: str, folders: Folders) -> str | None:
     """Return the name of the image that an entry of a list means, or None."""
+    images = folders.images
     path = PurePosixPath(entry.replace("\\", "/"))
     # A path of another machine means the file below images/.
-    tail = _below("images", path)
-    for candidate in (path, tail):
+    for candidate in (path, *(_below(name, path) for name in dict.fromkeys(["images", folders.where[0].name]))):
         if candidate.name:
             for name in (candidate.as_posix(), candidate.with_suffix("").as_posix()):
                 if name in images:
@@ -289,7 +311,9 @@ def _below(folder: str, path: PurePosixPath) -> PurePosixPath:
 def _file(entry: str, root: Path, folder: Path | None) -> Path | None:
     """Return the file in the root that an entry of a list means, or None."""
     path = PurePosixPath(entry.replace("\\", "/"))
-    candidates = [root / path, *([folder / path, folder / _below("masks", path)] if folder else [])]
+    candidates = [root / path]
+    if folder is not None:
+        candidates += [folder / path, folder / _below("masks", path), folder / _below(folder.name, path)]
     for candidate in candidates:
         file = Path(os.path.normpath(candidate))
         if file.is_file() and Path(os.path.abspath(file)).is_relative_to(os.path.abspath(root)):

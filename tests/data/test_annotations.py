@@ -508,6 +508,14 @@ def test_images_and_entries_without_each_other_are_counted(tmp_path: Path) -> No
     assert "1 images that the annotations do not list are left out, such as images/photo 0.png" in lines
 
 
+def test_masks_of_other_names_beside_annotations_are_said_not_to_be_read(tmp_path: Path) -> None:
+    fakes.folder(tmp_path, "binary")
+    as_coco(tmp_path, [path.name for path in sorted((tmp_path / "images").iterdir())])
+    (tmp_path / "masks").rename(tmp_path / "labels")
+    (line,) = (line for line in Folder("train", str(tmp_path)).warnings if "not read" in line)
+    assert line == f"{tmp_path / 'labels'}: not read, since there are annotations (COCO JSON) - remove one of them"
+
+
 def test_masks_are_used_if_there_are_both_and_annotations_if_they_are_given(tmp_path: Path) -> None:
     fakes.folder(tmp_path, "binary")
     as_coco(tmp_path, [path.name for path in sorted((tmp_path / "images").iterdir())])

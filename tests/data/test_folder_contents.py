@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -312,12 +313,19 @@ def test_folders_of_splits_are_honoured_in_both_orders(tmp_path: Path, inside: b
         assert unused in Folder("train", root).warnings[0]
 
 
-def in_splits(root: Path, layout: str, splits: tuple[str, ...] = ("train", "val", "test")) -> str:
-    """Write two images of each split and their masks, with {kind} and {split} for the folders."""
+def in_splits(
+    root: Path,
+    layout: str,
+    splits: tuple[str, ...] = ("train", "val", "test"),
+    *,
+    kinds: dict[str, str] | None = None,
+    only: str | None = None,
+) -> str:
+    """Write two images of each split, or of one only, and their masks; {kind} and {split} stand for the folders."""
     for number, split in enumerate(splits):
-        for index in (2 * number, 2 * number + 1):
+        for index in (2 * number, 2 * number + 1) if only in (None, split) else ():
             for kind, pixels in zip(("images", "masks"), scene(index), strict=True):
-                path = root / layout.format(kind=kind, split=split) / f"s{index:02d}.png"
+                path = root / layout.format(kind=(kinds or {}).get(kind, kind), split=split) / f"s{index:02d}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(pixels).save(path)
     return str(root)
@@ -350,6 +358,115 @@ def test_train_and_val_need_masks(tmp_path: Path, layout: str, split: str) -> No
     masks.rename(tmp_path / "elsewhere")
     with pytest.raises(UsageError, match=f"{masks} is not a folder"):
         Folder("train", root)
+
+
+KINDS = [
+    ("Images", "Masks"), ("image", "mask"), ("img", "label"), ("imgs", "labels"), ("JPEGImages", "SegmentationClass"),
+    ("JPEGImages", "SegmentationClassPNG"), ("img_dir", "ann_dir"), ("leftImg8bit", "gt"), ("X", "Y"),
+    ("frames", "Ground truth"), ("photos", "annotations"), ("images", "labels"), ("Image", "masks"),
+]  # fmt: skip
+LAYOUTS = ["{kind}", "{split}/{kind}", "{kind}/{split}", "{split}_{kind}"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("images", "masks"), KINDS)
+def test_folders_of_other_names_are_read_with_a_note(tmp_path: Path, layout: str, images: str, masks: str) -> None:
+    kinds = {"images": images, "masks": masks}
+    root = in_splits(tmp_path, layout, kinds=kinds)
+    splits = {
+        name: Folder(name, root) for name in (("train", "val") if layout == "{kind}" else ("train", "val", "test"))
+    }
+    names = {name: data.names for name, data in splits.items()}
+    if layout == "{kind}":
+        assert sorted(name for names_ in names.values() for name in names_) == [f"s{index:02d}" for index in range(NUM)]
+    else:
+        assert names == {"train": ["s00", "s01"], "val": ["s02", "s03"], "test": ["s04", "s05"]}
+    for data in splits.values():
+        for pair, sample in zip(data.pairs, data, strict=True):
+            np.testing.assert_array_equal(sample.mask, scene(int(pair.name[1:]))[1])
+        assert not data.warnings
+        (note,) = data.notes
+        assert f"{tmp_path / layout.format(kind=images, split='train')} and " in note
+        assert str(tmp_path / layout.format(kind=masks, split="train")) in note
+
+
+def test_folders_of_exact_names_are_read_without_a_note_and_others_beside_them_are_not(tmp_path: Path) -> None:
+    root = in_splits(tmp_path, "{kind}")
+    in_splits(tmp_path, "{kind}", ("train",), kinds={"images": "imgs", "masks": "labels"})
+    assert len(Folder("train", root)) + len(Folder("val", root)) == NUM
+    assert not Folder("train", root).notes
+
+
+@pytest.mark.parametrize("images", ["{x}", "images (1)", ".images", "my_images"])
+def test_folders_that_only_resemble_the_names_are_not_read(tmp_path: Path, images: str) -> None:
+    root = folder(tmp_path, image_name=f"{images.replace('{', '{{').replace('}', '}}')}/{{}}.png")
+    with pytest.raises(UsageError, match=f"{tmp_path / 'images'} is not a folder; dataset.root should hold images/"):
+        Folder("train", root)
+
+
+@pytest.mark.parametrize(("one", "other"), [("img", "photos"), ("labels", "SegmentationClass")])
+@pytest.mark.parametrize("layout", ["{kind}", "{split}/{kind}", "{kind}/{split}"])
+def test_two_folders_that_may_be_meant_are_refused(tmp_path: Path, layout: str, one: str, other: str) -> None:
+    kind, rest = ("images", {"masks": "mask"}) if one == "img" else ("masks", {"images": "image"})
+    for name in (one, other):
+        root = in_splits(tmp_path, layout, kinds={kind: name, **rest})
+    with pytest.raises(
+        UsageError, match=f"has both .*, and each may hold the {kind} - name the one to use {kind}"
+    ) as error:
+        Folder("train", root)
+    assert one in str(error.value)
+    assert other in str(error.value)
+
+
+@pytest.mark.parametrize("masks", ["train_masks", "train_labels", "trainannot", "Train Masks"])
+@pytest.mark.parametrize("images", ["train", "train_images", "Train"])
+def test_images_and_masks_of_a_split_may_be_neighbours(tmp_path: Path, images: str, masks: str) -> None:
+    kinds = {"images": images, "masks": masks}
+    for split in ("train", "val", "test"):
+        swapped = {kind: name.replace("train", split).replace("Train", split.title()) for kind, name in kinds.items()}
+        in_splits(tmp_path, "{kind}", ("train", "val", "test"), kinds=swapped, only=split)
+    root = str(tmp_path)
+    assert [Folder(split, root).names[0] for split in ("train", "val", "test")] == ["s00", "s02", "s04"]
+    (tmp_path / masks.replace("train", "val").replace("Train", "Val")).rename(tmp_path / "elsewhere")
+    with pytest.raises(UsageError, match=r"val_masks is not a folder"):
+        Folder("train", root)
+
+
+def test_train_and_its_masks_alone_are_split_and_other_folders_are_counted(tmp_path: Path) -> None:
+    root = in_splits(tmp_path, "{kind}", kinds={"images": "train", "masks": "train_masks"})
+    in_splits(tmp_path, "{kind}", ("train",), kinds={"images": "test", "masks": "train_hq"})
+    data = Folder("train", root)
+    assert len(data) + len(Folder("val", root)) == NUM
+    assert [line.removeprefix(str(tmp_path)) for line in data.warnings] == [
+        f"/test: test has 2 images (s00.png, s01.png) without masks, so it is not scored - add {tmp_path}/test_masks",
+        ": left out the images in train_hq, which are not read - move them elsewhere",
+    ]
+
+
+@pytest.mark.parametrize("layout", ["", "{split}"])
+def test_masks_may_lie_beside_their_images(tmp_path: Path, layout: str) -> None:
+    for kind in ("images", "masks"):
+        in_splits(tmp_path, f"{kind}/{layout}")
+    for path in sorted((tmp_path / "masks").rglob("*.png")):
+        target = tmp_path / path.relative_to(tmp_path / "masks")
+        target.parent.mkdir(exist_ok=True)
+        path.rename(target.with_name(f"{path.stem}_mask.png"))
+        (tmp_path / "images" / path.relative_to(tmp_path / "masks")).rename(target.with_suffix(".png"))
+    shutil.rmtree(tmp_path / "masks")
+    shutil.rmtree(tmp_path / "images")
+    masks = by_name(str(tmp_path))
+    assert len(masks) == (4 if layout else NUM)
+    for name, mask in masks.items():
+        np.testing.assert_array_equal(mask, scene(int(name[-2:]))[1])
+    assert not Folder("train", str(tmp_path)).warnings
+
+
+def test_lists_name_images_in_folders_of_other_names(tmp_path: Path) -> None:
+    root = folder(tmp_path, image_name="JPEGImages/{}.png", mask_name="SegmentationClass/{}.png")
+    (tmp_path / "train.txt").write_text("s00\nJPEGImages/s01.png\n/other/JPEGImages/s02.png\n")
+    (tmp_path / "val.txt").write_text("/other/JPEGImages/s03.png /other/SegmentationClass/s03.png\ns04\n")
+    assert Folder("train", root).names == ["s00", "s01", "s02"]
+    assert Folder("val", root).names == ["s03", "s04"]
 
 
 PATHS = ["{0}", "{0}.png", "images/{0}.png", "{root}/images/{0}.png", "/SegNet/set/images/{0}.png", "images\\{0}.png"]

@@ -19,7 +19,8 @@ from segdeconv.data.class_inference import infer_classes
 from segdeconv.data.dataset import FileDataset, Pair, require_root, require_split
 from segdeconv.data.files.finding import find_files
 from segdeconv.data.files.reading import MAX_PIXELS, Exif, StoredMask, image_size
-from segdeconv.data.pairing import Folders, count, find_folders, read_split_list
+from segdeconv.data.folder_names import IMAGES, MASKS, candidates, find_folder
+from segdeconv.data.pairing import Folders, count, find_folders, has_masks_beside, read_split_list
 from segdeconv.data.splits import SPLITS, choose_val, require_kept_together
 from segdeconv.errors import UsageError
 
@@ -39,9 +40,14 @@ class Folder(FileDataset):
       its path, or its path and that of its mask;
     * `DIR/{train,val,test}/{images,masks}`;
     * `DIR/{images,masks}/{train,val,test}`; the images of test may have no masks, and are not scored then;
+    * images in `DIR/{train,val,test}` and masks in `DIR/{train,val,test}_masks`, val being optional;
+    * images with their masks beside them, `NAME.jpg` and `NAME_mask.png`, in DIR or in `DIR/{train,val,test}`;
     * images anywhere in DIR and the annotations of a labelling tool instead of masks, see `annotations`;
     * `DIR/images` and `DIR/masks` alone: a fraction `val_share` becomes val, or the images are split into `folds`
       folds, of which number `fold` is val and the rest train. Both depend on `split_seed`.
+
+    Folders may have other usual names for images (`img`, `JPEGImages`, ...) and masks (`labels`, `SegmentationClass`,
+    ...), which `segdeconv.data.folder_names` lists; a note names those that are read.
 
     **Classes**: inferred from the masks of all splits, or named in a file, `DIR/classes.yaml` or `classes=FILE`: a list
     of names for the labels 0, 1, 2, ..., or a mapping from names to labels or colours, where the name `ignore` stands
@@ -102,12 +108,15 @@ class Folder(FileDataset):
         annotated = None
         if annotations is not None or not _has_masks(folder):
             annotated = find_annotations(folder, annotations)
-        layout = _find_layout(folder, mask_name) if annotated is None else _annotated_layout(folder, annotated)
+        if annotated is None:
+            layout = _find_layout(folder, mask_name)
+        else:
+            layout = _annotated_layout(folder, annotated, given=annotations is not None)
         splits = layout.splits
         if splits is None:
             pairs = layout.folders[0].pairs
             if len(pairs) < 2:
-                where = f"{folder}/images holds" if annotated is None else f"{folder} holds"
+                where = f"{layout.folders[0].where[0]} holds" if annotated is None else f"{folder} holds"
                 raise UsageError(f"{where} {len(pairs)} image with a mask - train and val need at least one each")
             names = [pair.name for pair in pairs]
             val, self.notes = choose_val(names, val_share, folds, fold, pattern=group, seed=split_seed)
@@ -122,13 +131,17 @@ class Folder(FileDataset):
             )
         elif group:
             require_kept_together({name: [pair.name for pair in pairs] for name, pairs in splits.items()}, group)
-        if split == "test" and layout.without_masks is not None:
+        if split == "test" and layout.unscored is not None:
             raise UsageError(
-                f"{layout.without_masks} holds no masks of the test images, so they cannot be scored - add the masks, "
+                f"{layout.unscored[1]} holds no masks of the test images, so they cannot be scored - add the masks, "
                 "evaluate val, or use predict"
             )
         require_split(split, tuple(splits))
         used = [pair for pairs in splits.values() for pair in pairs]
+        if annotated is None:
+            names_read, unread_folders = _describe_names(folder, layout)
+            self.notes = (*self.notes, *names_read)
+            layout.warnings.extend(unread_folders)
         tool_files = annotated.sources if annotated else frozenset()
         parsed, lines = _read_classes(folder, classes, tool_files)
         self.labels: Labels | None = None
@@ -179,13 +192,13 @@ class _Layout(NamedTuple):
         folders: The folders of images and masks; none if lists name both files of every pair.
         splits: The pairs of each split that sub-folders or lists define; None without either.
         warnings: A line for each folder that is left out.
-        without_masks: The missing or empty folder of the masks of test, which is no split then.
+        unscored: The images of test and the missing or empty folder of their masks; test is not a split then.
     """
 
     folders: list[Folders]
     splits: dict[str, list[Pair]] | None
     warnings: list[str]
-    without_masks: Path | None = None
+    unscored: tuple[Path, Path] | None = None
 
 
 def _find_layout(root: Path, mask_name: str | None) -> _Layout:
@@ -194,36 +207,85 @@ def _find_layout(root: Path, mask_name: str | None) -> _Layout:
     Raises:
         UsageError: The folder has none of the layouts of `Folder`, or an image has no mask.
     """
-    images, masks = root / "images", root / "masks"
-    if outer := _stated(root, lambda name: (root / name / "images").is_dir()):
-        if missing := {"train", "val"} - set(outer):
+    images = root / "images"
+    ours = _stated(root, lambda name: (root / name / "images").is_dir())
+    lists = _stated_lists(root)
+    # A synonym of images/ states no splits where images/ or lists exist, so that exact names win.
+    if ours or not (lists or images.is_dir()):
+        inside = {name: find_folder(root, [name]) for names in SPLITS.values() for name in names}
+        outer = _stated(root, lambda name: find_folder(inside[name], IMAGES) is not None)
+        if outer and (missing := {"train", "val"} - set(outer)):
             name = min(missing)
             raise UsageError(
                 f"{root} has {', '.join(outer.values())} but no {name}/images - add {root / name}/images and masks"
             )
         left_out = [f"{images}: left out, since {' and '.join(outer.values())} have images - move it into one of them"]
-        places = {split: (root / name / "images", root / name / "masks") for split, name in outer.items()}
-        return _in_folders(places, mask_name, left_out if images.is_dir() else [])
-    if lists := _stated_lists(root):
+        if outer:
+            places = {split: _place(inside[name] or root / name) for split, name in outer.items()}
+            return _in_folders(places, mask_name, left_out if images.is_dir() else [])
+    if lists:
         if missing := {"train", "val"} - set(lists):
             name = min(missing)
             raise UsageError(
                 f"{root} has {', '.join(lists.values())} but no {name}.txt - add it, or remove all lists for a random "
                 "split"
             )
-        whole = find_folders(images, masks, mask_name) if images.is_dir() else None
+        known = images.is_dir() or len(candidates(root, IMAGES)) == len(candidates(root, MASKS)) == 1
+        whole = find_folders(*_place(root), mask_name) if known else None
         splits = {split: read_split_list(root / name, root, whole) for split, name in lists.items()}
         return _Layout([] if whole is None else [whole], splits, [])
-    inner = _stated(root, lambda name: (images / name).is_dir())
+    images, masks = _place(root)
+    inner = _stated(images, lambda name: find_folder(images, [name]) is not None)
     if {"train", "val"} <= set(inner):
-        places = {split: (images / name, masks / name) for split, name in inner.items()}
+        places = {
+            split: (find_folder(images, [name]) or images / name, find_folder(masks, [name]) or masks / name)
+            for split, name in inner.items()
+        }
         beside = set(find_files(images).files).difference(*(find_files(place).files for place, _ in places.values()))
         line = (
             f"{images}: left out {count(beside, 'image')} in none of the folders {', '.join(inner.values())} - move "
             "them into one of these"
         )
         return _in_folders(places, mask_name, [line] if beside else [])
+    if not (images.is_dir() or masks.is_dir()) and (places := _neighbours(root) or _side_by_side(root, mask_name)):
+        return _in_folders(places, mask_name, [])
+    if not masks.is_dir() and has_masks_beside(root, mask_name):
+        images = masks = root
     return _Layout([find_folders(images, masks, mask_name)], None, [])
+
+
+def _place(parent: Path) -> tuple[Path, Path]:
+    """Return the folders of images and of masks in a folder, images/ and masks/ if it has none."""
+    return find_folder(parent, IMAGES) or parent / "images", find_folder(parent, MASKS) or parent / "masks"
+
+
+def _neighbours(root: Path) -> dict[str, tuple[Path, Path]]:
+    """Return the folders of each split that lie beside each other: train and train_masks, train_images and trainannot.
+
+    There are none unless train has a folder of masks.
+    """
+    images = {
+        name: find_folder(root, [name + word for word in IMAGES]) or find_folder(root, [name])
+        for names in SPLITS.values()
+        for name in names
+    }
+    masks = {name: find_folder(root, [name + word for word in MASKS]) for name in images}
+    stated = _stated(root, lambda name: images[name] is not None)
+    if masks.get(stated.get("train", "")) is None:
+        return {}
+    return {
+        split: (images[name] or root / name, masks[name] or root / f"{name}_masks") for split, name in stated.items()
+    }
+
+
+def _side_by_side(root: Path, mask_name: str | None) -> dict[str, tuple[Path, Path]]:
+    """Return the folder of each split that holds masks beside their images."""
+    inside = {name: find_folder(root, [name]) for names in SPLITS.values() for name in names}
+    places = {}
+    for split, name in _stated(root, lambda name: inside[name] is not None).items():
+        folder = inside[name] or root / name
+        places[split] = folder, folder if has_masks_beside(folder, mask_name) else folder / "masks"
+    return {} if "train" not in places or len(set(places["train"])) > 1 else places
 
 
 def _has_masks(root: Path) -> bool:
@@ -232,14 +294,16 @@ def _has_masks(root: Path) -> bool:
     )
 
 
-def _annotated_layout(root: Path, annotated: AnnotatedFolder) -> _Layout:
+def _annotated_layout(root: Path, annotated: AnnotatedFolder, *, given: bool) -> _Layout:
     """Return the splits that the annotations, or lists in the root, state."""
     masks = {name: entry.source for name, entry in annotated.entries.items()}
     common = Path(os.path.commonpath([path.parent for path in annotated.images.values()]))
     whole = Folders(annotated.images, masks, None, (common, root), ())
     warnings = list(annotated.warnings)
-    if (root / "masks").is_dir():
-        warnings.append(f"{root / 'masks'}: not read, since dataset.annotations is set - remove one of them")
+    reason = "dataset.annotations is set" if given else f"there are annotations ({annotated.tool})"
+    for folder in candidates(root, MASKS):
+        if not any(image.is_relative_to(folder) for image in annotated.images.values()):
+            warnings.append(f"{folder}: not read, since {reason} - remove one of them")
     if lists := _stated_lists(root):
         if missing := {"train", "val"} - set(lists):
             raise UsageError(
@@ -311,20 +375,52 @@ def _stated(root: Path, exists: Callable[[str], bool]) -> dict[str, str]:
 
 
 def _in_folders(places: Mapping[str, tuple[Path, Path]], mask_name: str | None, warnings: list[str]) -> _Layout:
-    """Return the splits whose images and masks are in two folders each; test is left out if it has no masks."""
-    without_masks = None
+    """Return the splits whose images and masks are in two folders each; test is left out if it has no masks.
+
+    Without a folder of val, the images of train are split.
+    """
+    unscored = None
     folders = {}
     for split, (images, masks) in places.items():
         if split == "test" and not (masks.is_dir() and find_files(masks).files):  # challenges keep these masks
-            without_masks = masks
-            unscored = find_files(images).files
-            warnings.append(
-                f"{images}: test has {count(unscored, 'image')} without masks, so it is not scored - add {masks}"
-            )
+            unscored = images, masks
+            present = count(find_files(images).files, "image")
+            warnings.append(f"{images}: test has {present} without masks, so it is not scored - add {masks}")
         else:
             folders[split] = find_folders(images, masks, mask_name)
+    if set(folders) == {"train"}:
+        return _Layout([folders["train"]], None, warnings, unscored)
+    if missing := {"train", "val"} - set(folders):
+        raise UsageError(
+            f"{places['train'][0].parent} has images and masks of {' and '.join(folders)} but not of {min(missing)} - "
+            f"add those of {min(missing)}"
+        )
     splits = {split: folder.pairs for split, folder in folders.items()}
-    return _Layout(list(folders.values()), splits, warnings, without_masks)
+    return _Layout(list(folders.values()), splits, warnings, unscored)
+
+
+def _describe_names(root: Path, layout: _Layout) -> tuple[tuple[str, ...], list[str]]:
+    """Return lines about folders that are read although they are not named images and masks, and about the others.
+
+    Returns:
+        A note, and a warning if other folders hold images.
+    """
+    where = [folder.where for folder in layout.folders]
+    inside = [tuple(folder.relative_to(root).parts for folder in place) for place in where]
+    if all("images" in images and "masks" in masks for images, masks in inside):
+        return (), []
+    pairs = [f"{images} and {masks}" if images != masks else f"{images} for both" for images, masks in where]
+    read = [folder for place in (*where, *([layout.unscored] if layout.unscored else [])) for folder in place]
+    others = [
+        path.name
+        for path in sorted(root.iterdir())
+        if path.is_dir()
+        and not path.name.startswith(".")
+        and not any(folder.is_relative_to(path) or path.is_relative_to(folder) for folder in read)
+        and find_files(path).files
+    ]
+    left_out = f"{root}: left out the images in {', '.join(others)}, which are not read - move them elsewhere"
+    return (f"folders of images and masks: {', '.join(pairs)}",), [left_out] if others else []
 
 
 def _describe_unused(folders: list[Folders], used: list[Pair]) -> list[str]:
@@ -335,8 +431,8 @@ def _describe_unused(folders: list[Folders], used: list[Pair]) -> list[str]:
         lines += folder.skipped
         if unlisted := sorted(set(folder.images.values()) - in_use):
             lines.append(f"{folder.where[0]}: left out {count(unlisted, 'image')} in no list - add them to a list")
-        elif folder.pairing.assumption:
-            lines.append(folder.pairing.assumption)
+        elif (pairing := vars(folder).get("pairing")) and pairing.assumption:  # cached if names were matched
+            lines.append(pairing.assumption)
         if unused := sorted(set(folder.masks.values()) - {pair.mask for pair in used}):
             lines.append(
                 f"{folder.where[1]}: left out {count(unused, 'mask')} without an image - add the images, or remove them"
