@@ -1,4 +1,4 @@
-"""Tables of classes that a person writes: classes.yaml, or a text file of names."""
+"""Tables of classes: the classes.yaml or text file of names that a person writes, and tables of colours of others."""
 
 import os
 import re
@@ -12,6 +12,13 @@ from segdeconv.errors import UsageError
 from segdeconv.system.plain_data import PlainDataError, read_yaml
 
 NAMES = ("classes.yaml", "classes.yml", "classes.txt")  # in this order
+COLOUR_TABLES = ("class_dict.csv", "class_dict_seg.csv", "label_colors.txt", "labelmap.txt")  # of other programs
+CSV_HEADER = re.compile(r"\W*name\W*,\W*r\W*,\W*g\W*,\W*b\W*", re.IGNORECASE)
+COLOUR_LINES = (
+    re.compile(r"\"?(?P<name>[^,]*[^,\s\"])\"?\s*,\s*(?P<r>\d+)\s*,\s*(?P<g>\d+)\s*,\s*(?P<b>\d+)"),  # class_dict.csv
+    re.compile(r"(?P<r>\d+)\s+(?P<g>\d+)\s+(?P<b>\d+)\s+(?P<name>.+)"),  # label_colors.txt of CamVid
+    re.compile(r"(?P<name>[^:]+):(?P<r>\d+),(?P<g>\d+),(?P<b>\d+)(:[^:]*){0,2}"),  # labelmap.txt of CVAT
+)
 IGNORE = 255
 IGNORED = "ignore"  # the name that stands for ignored pixels
 MAX_CLASSES = 255
@@ -20,11 +27,35 @@ WAY_OUT = "write one class per line: 'name: label' or 'name: [red, green, blue]'
 
 def find_class_file(folder: Path) -> tuple[Path | None, list[str]]:
     """Return the table of classes in a folder, or None, and a warning for each further one, which is not read."""
-    present = [folder / name for name in NAMES if (folder / name).is_file()]
+    present = [*(folder / name for name in NAMES if (folder / name).is_file()), *find_colour_tables(folder)]
     unread = [
         f"{path}: not read, since {present[0].name} names the classes - remove one of them" for path in present[1:]
     ]
     return (present[0] if present else None), unread
+
+
+def find_colour_tables(folder: Path) -> list[Path]:
+    """Return the files in a folder that have the name and the form of a table of colours of another program."""
+    return [
+        folder / name
+        for name in COLOUR_TABLES
+        if (folder / name).is_file() and _read_colours(folder / name) is not None
+    ]
+
+
+def _read_colours(path: Path) -> list[tuple[str, list[int]]] | None:
+    """Return the names and colours of a text file of lines such as `name,r,g,b`, or None if it has another form."""
+    try:
+        lines = [line for _, line in read_list(path) if not line.startswith("#")]
+    except UsageError:
+        return None
+    if lines and CSV_HEADER.fullmatch(lines[0]):
+        del lines[0]
+    for form in COLOUR_LINES:
+        matches = [match for line in lines if (match := form.fullmatch(line))]
+        if lines and len(matches) == len(lines):
+            return [(match["name"].strip(), [int(match[channel]) for channel in "rgb"]) for match in matches]
+    return None
 
 
 def given_classes(value: str | Mapping[Any, Any] | list[str]) -> Classes:
@@ -71,12 +102,18 @@ def indexed_classes(value: Classes | Sequence[str] | Mapping[Any, Any]) -> Class
 
 
 def read_class_file(path: Path) -> Classes:
-    """Read a YAML file of classes, or a text file with one name per line for the labels 0, 1, 2, ...
+    """Read a YAML file of classes, or a text file with one name per line for the labels 0, 1, 2, ... or with colours.
 
     Raises:
         UsageError: The file cannot be read, or does not describe classes; the message names the file.
     """
-    if path.suffix.lower() == ".txt":
+    ending = path.suffix.lower()
+    if ending in (".txt", ".csv") and (colours := _read_colours(path)) is not None:
+        if len(dict(colours)) < len(colours):
+            names = [name for name, _ in colours]
+            raise UsageError(f"{path}: the class names {names} are not all different - rename the duplicates")
+        return parse_classes(dict(colours), str(path))
+    if ending == ".txt":
         return parse_classes([line for _, line in read_list(path) if not line.startswith("#")], str(path))
     try:
         # As text, since YAML reads no and off as booleans and 010 as 8, but a class can have any name.

@@ -119,3 +119,25 @@ def test_a_text_file_has_one_name_per_line_and_a_second_table_is_not_read_in_sil
 def test_a_written_table_is_read_as_the_same_classes(tmp_path: Path, text: str) -> None:
     classes = read(tmp_path, text)
     assert read(tmp_path, class_file(classes, {classes.names[0]: "12 pixels"})) == classes
+
+
+COLOUR_TABLES = [
+    ("class_dict.csv", 'name,r,g,b\nRoad, 0,0,0\n"Sky",255,0,0\nTree top,0,255,0\n'),
+    ("class_dict_seg.csv", "name, r, g, b\r\nRoad, 0, 0, 0\r\nSky, 255, 0, 0\r\nTree top, 0, 255, 0\r\n"),
+    ("label_colors.txt", "0 0 0\tRoad\n255 0 0\t\tSky\n0 255 0 Tree top\n"),
+    ("labelmap.txt", "# label:color_rgb:parts:actions\nRoad:0,0,0::\nSky:255,0,0::\nTree top:0,255,0::\n"),
+]
+
+
+@pytest.mark.parametrize(("name", "text"), COLOUR_TABLES)
+def test_tables_of_colours_of_other_programs_are_read(tmp_path: Path, name: str, text: str) -> None:
+    classes = read(tmp_path, text, name)
+    assert classes.names == ("Road", "Sky", "Tree top")
+    assert (classes.colours, classes.by_colour) == (((0, 0, 0), (255, 0, 0), (0, 255, 0)), True)
+    assert find_class_file(tmp_path) == (tmp_path / name, [])
+    with pytest.raises(UsageError, match=f"{name}: the class names .* are not all different"):
+        read(tmp_path, text.replace("Sky", "Road"), name)
+    with pytest.raises(UsageError, match=f"{name}: class 'Sky' is .* - give a label"):
+        read(tmp_path, text.replace("255", "256"), name)
+    (tmp_path / name).write_text("Road\nSky\n")
+    assert find_class_file(tmp_path) == (None, [])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -186,6 +187,42 @@ def test_the_colours_of_a_table_decide_for_palette_masks(tmp_path: Path) -> None
     (tmp_path / "classes.yaml").write_text("ground: 0\nred: 1\ngreen: 2\n")  # labels decide if the table has labels
     for name, mask in by_name(root).items():
         np.testing.assert_array_equal(mask, scene(int(name[1:]))[1])
+
+
+TABLES = [
+    ("class_dict.csv", "name,r,g,b\nground,0,0,0\ngreen,0,255,0\nred,255,0,0\n"),
+    ("label_colors.txt", "0 0 0 ground\n0 255 0 green\n255 0 0 red\n"),
+    ("labelmap.txt", "# label:color_rgb:parts:actions\nground:0,0,0::\ngreen:0,255,0::\nred:255,0,0::\n"),
+]
+
+
+@pytest.mark.parametrize("kind", ["colours", "palette", "labels"])
+@pytest.mark.parametrize(("name", "text"), TABLES)
+def test_tables_of_other_programs_are_read_where_the_masks_have_their_colours(
+    tmp_path: Path, name: str, text: str, kind: str
+) -> None:
+    def coloured(mask: np.ndarray, _: int) -> Image.Image:
+        return Image.fromarray(np.array([BLACK, RED, GREEN], np.uint8)[mask])
+
+    writers = {"colours": coloured, "palette": with_palette((BLACK, RED, GREEN)), "labels": levels(0, 1, 2)}
+    root = folder(tmp_path, writers[kind])
+    (tmp_path / name).write_text(text)
+    data = Folder("train", root)
+    if kind == "labels":
+        assert data.classes.names == ("class_0", "class_1", "class_2")
+        (line,) = data.warnings
+        assert re.match(f"{tmp_path / name}: not read, since mask .* has label 1, but .* - write a classes.yaml", line)
+    else:
+        assert data.classes.names == ("ground", "green", "red")
+        assert not data.warnings
+        for number, mask in by_name(root).items():
+            np.testing.assert_array_equal(mask, np.array([0, 2, 1])[scene(int(number[1:]))[1]])
+    (tmp_path / "classes.yaml").write_text(
+        "[a, b, c]" if kind == "labels" else "a: [0, 0, 0]\nb: '#00ff00'\nc: '#ff0000'"
+    )
+    data = Folder("train", root)
+    assert data.classes.names == ("a", "b", "c")
+    assert data.warnings == (f"{tmp_path / name}: not read, since classes.yaml names the classes - remove one of them",)
 
 
 def test_labels_are_not_called_colours_where_the_table_has_colours(tmp_path: Path) -> None:

@@ -13,12 +13,18 @@ from segdeconv.classes import Classes
 from segdeconv.data.annotations import AnnotatedFolder, classes_of, find_annotations
 from segdeconv.data.annotations.class_labels import Labels, Unlabelled
 from segdeconv.data.annotations.shapes import malformed
+from segdeconv.data.class_file import (
+    COLOUR_TABLES,
+    find_class_file,
+    find_colour_tables,
+    given_classes,
+    read_class_file,
+)
 from segdeconv.data.class_file import NAMES as CLASS_FILES
-from segdeconv.data.class_file import find_class_file, given_classes, read_class_file
 from segdeconv.data.class_inference import infer_classes
 from segdeconv.data.dataset import FileDataset, Pair, require_root, require_split
 from segdeconv.data.files.finding import find_files
-from segdeconv.data.files.reading import MAX_PIXELS, Exif, StoredMask, image_size
+from segdeconv.data.files.reading import MAX_PIXELS, Exif, StoredMask, image_size, read_mask
 from segdeconv.data.folder_names import IMAGES, MASKS, candidates, find_folder
 from segdeconv.data.pairing import Folders, count, find_folders, has_masks_beside, read_split_list
 from segdeconv.data.splits import SPLITS, choose_val, require_kept_together
@@ -52,6 +58,8 @@ class Folder(FileDataset):
     **Classes**: inferred from the masks of all splits, or named in a file, `DIR/classes.yaml` or `classes=FILE`: a list
     of names for the labels 0, 1, 2, ..., or a mapping from names to labels or colours, where the name `ignore` stands
     for ignored pixels (any integer, such as -9999, or several). A text file `DIR/classes.txt` has one name per line.
+    Tables of colours of other programs are read if the masks have these colours: `class_dict.csv` (name,r,g,b),
+    `label_colors.txt` (r g b name) and `labelmap.txt` (name:r,g,b::).
     Where the table gives colours, they decide for palette images too. Inferred classes are one per label, except that
     255 is ignored unless all labels are levels of grey; background and foreground for masks of 0 and 255 only; and one
     per colour for RGB masks and for palettes that differ between files.
@@ -143,7 +151,7 @@ class Folder(FileDataset):
             self.notes = (*self.notes, *names_read)
             layout.warnings.extend(unread_folders)
         tool_files = annotated.sources if annotated else frozenset()
-        parsed, lines = _read_classes(folder, classes, tool_files)
+        parsed, lines = _read_classes(folder, classes, tool_files, None if annotated else used[0].mask)
         self.labels: Labels | None = None
         if annotated is not None:
             self.labels = classes_of(annotated, parsed, unlabelled)
@@ -151,7 +159,8 @@ class Folder(FileDataset):
             parsed = self.labels.classes
             self.notes = (*self.notes, _describe_annotations(annotated))
         elif parsed is None:
-            parsed, lines = infer_classes([pair.mask for pair in used])
+            parsed, assumptions = infer_classes([pair.mask for pair in used])
+            lines = (*lines, *assumptions)
             self.inferred_classes = True
         super().__init__(split, parsed, splits[split], channels=channels, exif=exif, max_pixels=max_pixels)
         self.split_names = tuple(splits)
@@ -346,7 +355,8 @@ def _stated_lists(root: Path) -> dict[str, str]:
 
 def _describe_unread(root: Path, table: Path | None, tool_files: Set[Path]) -> list[str]:
     """Return a line for files that look like lists of a split or tables of classes, but are not read."""
-    read = {*_stated_lists(root).values(), *CLASS_FILES, *([table.name] if table else [])}
+    tables = [path.name for path in (*find_colour_tables(root), *([table] if table else []))]
+    read = {*_stated_lists(root).values(), *CLASS_FILES, *tables}
     files = [path for path in sorted(root.iterdir()) if path.name not in read and path.is_file()]
     files = [path for path in files if path not in tool_files]
     unread = [path for path in files if LIST_LIKE.search(path.name)]
@@ -354,7 +364,8 @@ def _describe_unread(root: Path, table: Path | None, tool_files: Set[Path]) -> l
         return []
     return [
         f"{root}: left out {count(unread, 'file')}, since lists are named train.txt, val.txt and test.txt, and tables "
-        "of classes classes.yaml or classes.txt - rename them to use them"
+        "of classes classes.yaml or classes.txt - to use them, rename them, and write a table as 'name: label' or "
+        "'name: [red, green, blue]' in each line"
     ]
 
 
@@ -447,12 +458,29 @@ def _count_files(folders: list[Folders], used: list[Pair]) -> tuple[tuple[str, i
 
 
 def _read_classes(
-    folder: Path, classes: str | Mapping[Any, Any] | list[str] | None, tool_files: Set[Path]
+    folder: Path, classes: str | Mapping[Any, Any] | list[str] | None, tool_files: Set[Path], mask: Path | None
 ) -> tuple[Classes | None, tuple[str, ...]]:
-    """Return the classes of a checkpoint, of `dataset.classes` or of a file in the folder, and lines about them."""
+    """Return the classes of a checkpoint, of `dataset.classes` or of a file in the folder, and lines about them.
+
+    Args:
+        folder: The folder.
+        classes: `dataset.classes`.
+        tool_files: The files of the annotations.
+        mask: A mask, which decides whether a table of colours of another program is meant; None for annotations.
+    """
     if classes is not None:
         return given_classes(classes), ()
     path, unread = find_class_file(folder)
-    if path in tool_files:
+    if path is None or path in tool_files:
         return None, tuple(unread)
-    return (read_class_file(path) if path else None), tuple(unread)
+    parsed = read_class_file(path)
+    if path.name in COLOUR_TABLES:
+        reason = "annotations name the classes"
+        try:
+            if mask is not None:
+                read_mask(mask, parsed)
+                return parsed, tuple(unread)
+        except UsageError as error:
+            reason, _, _ = str(error).partition(" - ")
+        return None, (f"{path}: not read, since {reason} - write a classes.yaml to name the classes", *unread)
+    return parsed, tuple(unread)
