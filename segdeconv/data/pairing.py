@@ -113,7 +113,8 @@ def _files(folder: Path) -> tuple[Files, list[str]]:
         raise UsageError(
             f"{folder} is not a folder; dataset.root should hold images/ and masks/, or images and annotations of "
             f"{FORMATS}, and {parent} holds "
-            f"{', '.join(beside[:10]) or 'no folder'}{', ...' if beside[10:] else ''} - rename or move them"
+            f"{', '.join(beside[:10]) or 'no folder'}{', ...' if beside[10:] else ''} - rename or move them, "
+            "or set dataset.images and dataset.masks"
         )
     listing = find_files(folder)
     files: Files = {}

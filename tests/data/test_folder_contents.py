@@ -506,6 +506,62 @@ def test_lists_name_images_in_folders_of_other_names(tmp_path: Path) -> None:
     assert Folder("val", root).names == ["s03", "s04"]
 
 
+@pytest.mark.parametrize(
+    ("layout", "images", "masks"),
+    [
+        ("data/{kind}", "data/rgb", "data/truth"),
+        ("data/{kind}/{split}", "data/rgb", "data/truth"),
+        ("{split}/{kind}/x", "{}/rgb/x", "{}/truth/x"),
+        ("{kind}-of-{split}", "rgb-of-{}", "truth-of-{}"),
+    ],
+)
+def test_keys_name_the_folders_of_any_other_layout(tmp_path: Path, layout: str, images: str, masks: str) -> None:
+    root = in_splits(tmp_path, layout, kinds={"images": "rgb", "masks": "truth"})
+    with pytest.raises(UsageError, match=r"rename or move them, or set dataset\.images and dataset\.masks"):
+        Folder("train", root)
+    for name, mask in by_name(root, images=images, masks=masks).items():
+        np.testing.assert_array_equal(mask, scene(int(name[1:]))[1])
+    data = Folder("train", root, images=images, masks=masks)
+    assert ("test" in data.split_names) == ("{split}" in layout)
+    if "{split}" in layout:
+        assert data.names == ["s00", "s01"]
+    assert not data.warnings
+
+
+def test_keys_win_over_folders_of_exact_names_and_one_may_suffice(tmp_path: Path) -> None:
+    root = in_splits(tmp_path, "{kind}", ("train",))
+    in_splits(tmp_path, "{kind}", kinds={"images": "images", "masks": "truth"})
+    assert len(by_name(root, masks="truth")) == NUM
+    in_splits(tmp_path, "{split}/{kind}", kinds={"images": "images", "masks": "masks"})
+    assert len(by_name(root, images="images", masks="truth")) == NUM
+    (line,) = Folder("train", root, masks="truth").warnings
+    assert line == f"{root}: left out the images in masks, test, train, val, which are not read - move them elsewhere"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"images": "rgb"},
+            r"dataset\.images=rgb is not a folder in .*, which holds images, masks - give a folder below",
+        ),
+        ({"masks": "../masks"}, r"dataset\.masks=\.\./masks is not a folder in .* - give a folder below dataset\.root"),
+        (
+            {"images": "{}/a"},
+            r"dataset\.images={}/a and dataset\.masks=None do not both have {}, .* - write it in both",
+        ),
+        ({"images": "{}/a", "masks": "b"}, r"dataset\.masks=b do not both have {}"),
+        ({"images": "{}/a", "masks": "{}/b"}, r"dataset\.images=train/a is not a folder in"),
+        ({"images": "images", "annotations": "x.json"}, r"dataset\.images has no effect with dataset\.annotations"),
+    ],
+)
+def test_keys_that_name_no_folder_are_refused(tmp_path: Path, settings: dict[str, str], message: str) -> None:
+    root = folder(tmp_path / "mine")
+    (tmp_path / "masks").mkdir()
+    with pytest.raises(UsageError, match=message):
+        Folder("train", root, **settings)
+
+
 PATHS = ["{0}", "{0}.png", "images/{0}.png", "{root}/images/{0}.png", "/SegNet/set/images/{0}.png", "images\\{0}.png"]
 PAIRS = ["images/{0}.png masks/{0}.png", "images/{0}.png,masks/{0}.png", "/other/images/{0}.png /other/masks/{0}.png"]
 LINES = [*PATHS, *PAIRS]

@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Set
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
@@ -77,6 +78,9 @@ class Folder(FileDataset):
         annotations: Polygons and masks of a labelling tool instead of mask files: the annotation file, a folder of
             them, or a mapping from splits to files. None finds them if DIR has no masks.
         unlabelled: What pixels without any annotation are: background, or ignored.
+        images: The folder of the images, below DIR, if its name is not recognised; `{}` stands for the name of the
+            split, as in `{}/rgb`.
+        masks: The folder of the masks in the same way; that of the images if masks lie beside them.
         mask_name: The name of an image's mask, with `{}` for the name of the image, such as `mask_{}`; None recognises
             it.
         absent_classes: Whether training is refused if a class of the table has no pixel in any mask while other pixels
@@ -105,6 +109,8 @@ class Folder(FileDataset):
         fold: Annotated[int, Field(ge=0)] = 0,
         annotations: str | dict[str, str] | None = None,
         unlabelled: Unlabelled = "background",
+        images: str | None = None,
+        masks: str | None = None,
         mask_name: str | None = None,
         absent_classes: Literal["refuse", "allow"] = "refuse",
         group: str | None = None,
@@ -114,10 +120,15 @@ class Folder(FileDataset):
     ) -> None:
         folder = require_root(root, "images/ and masks/, or train/ and val/ with images/ and masks/ in each")
         annotated = None
-        if annotations is not None or not _has_masks(folder):
+        given = {key: value for key, value in (("images", images), ("masks", masks)) if value is not None}
+        if given and annotations is not None:
+            raise UsageError(
+                f"dataset.{min(given)} has no effect with dataset.annotations, which name the images - set one of them"
+            )
+        if annotations is not None or not (given or _has_masks(folder)):
             annotated = find_annotations(folder, annotations)
         if annotated is None:
-            layout = _find_layout(folder, mask_name)
+            layout = _find_layout(folder, mask_name, given)
         else:
             layout = _annotated_layout(folder, annotated, given=annotations is not None)
         splits = layout.splits
@@ -210,17 +221,24 @@ class _Layout(NamedTuple):
     unscored: tuple[Path, Path] | None = None
 
 
-def _find_layout(root: Path, mask_name: str | None) -> _Layout:
+def _find_layout(root: Path, mask_name: str | None, given: Mapping[str, str]) -> _Layout:
     """Find the splits, images and masks of a folder.
+
+    Args:
+        root: The folder.
+        mask_name: `dataset.mask_name`.
+        given: `dataset.images` and `dataset.masks`, if they are set.
 
     Raises:
         UsageError: The folder has none of the layouts of `Folder`, or an image has no mask.
     """
+    if any("{}" in name for name in given.values()):
+        return _in_folders(_given_splits(root, given), mask_name, [])
     images = root / "images"
     ours = _stated(root, lambda name: (root / name / "images").is_dir())
     lists = _stated_lists(root)
     # A synonym of images/ states no splits where images/ or lists exist, so that exact names win.
-    if ours or not (lists or images.is_dir()):
+    if not given and (ours or not (lists or images.is_dir())):
         inside = {name: find_folder(root, [name]) for names in SPLITS.values() for name in names}
         outer = _stated(root, lambda name: find_folder(inside[name], IMAGES) is not None)
         if outer and (missing := {"train", "val"} - set(outer)):
@@ -239,11 +257,11 @@ def _find_layout(root: Path, mask_name: str | None) -> _Layout:
                 f"{root} has {', '.join(lists.values())} but no {name}.txt - add it, or remove all lists for a random "
                 "split"
             )
-        known = images.is_dir() or len(candidates(root, IMAGES)) == len(candidates(root, MASKS)) == 1
-        whole = find_folders(*_place(root), mask_name) if known else None
+        known = given or images.is_dir() or len(candidates(root, IMAGES)) == len(candidates(root, MASKS)) == 1
+        whole = find_folders(*_place(root, given), mask_name) if known else None
         splits = {split: read_split_list(root / name, root, whole) for split, name in lists.items()}
         return _Layout([] if whole is None else [whole], splits, [])
-    images, masks = _place(root)
+    images, masks = _place(root, given)
     inner = _stated(images, lambda name: find_folder(images, [name]) is not None)
     if {"train", "val"} <= set(inner):
         places = {
@@ -263,9 +281,43 @@ def _find_layout(root: Path, mask_name: str | None) -> _Layout:
     return _Layout([find_folders(images, masks, mask_name)], None, [])
 
 
-def _place(parent: Path) -> tuple[Path, Path]:
+def _place(parent: Path, given: Mapping[str, str] = MappingProxyType({})) -> tuple[Path, Path]:
     """Return the folders of images and of masks in a folder, images/ and masks/ if it has none."""
-    return find_folder(parent, IMAGES) or parent / "images", find_folder(parent, MASKS) or parent / "masks"
+    images, masks = (
+        _given_folder(parent, kind, given[kind]) if kind in given else find_folder(parent, names) or parent / kind
+        for kind, names in (("images", IMAGES), ("masks", MASKS))
+    )
+    return images, masks
+
+
+def _given_folder(root: Path, kind: str, name: str) -> Path:
+    folder = root / name
+    if not folder.is_dir() or not Path(os.path.abspath(folder)).is_relative_to(os.path.abspath(root)):
+        present = [path.name for path in sorted(root.iterdir()) if path.is_dir()]
+        raise UsageError(
+            f"dataset.{kind}={name} is not a folder in {root}, which holds {', '.join(present[:10]) or 'no folder'}"
+            f"{', ...' if present[10:] else ''} - give a folder below dataset.root"
+        )
+    return folder
+
+
+def _given_splits(root: Path, given: Mapping[str, str]) -> dict[str, tuple[Path, Path]]:
+    """Return the folders of each split that `dataset.images` and `dataset.masks` with {} for the split name."""
+    if len(given) < 2 or not all("{}" in name for name in given.values()):
+        raise UsageError(
+            f"dataset.images={given.get('images')} and dataset.masks={given.get('masks')} do not both have {{}}, which "
+            "stands for the split - write it in both or in neither"
+        )
+    images, masks = given["images"], given["masks"]
+    stated = _stated(root, lambda name: (root / images.replace("{}", name)).is_dir())
+    for split in ("train", *stated):
+        name = stated.get(split, split)
+        _given_folder(root, "images", images.replace("{}", name))
+        if split != "test":
+            _given_folder(root, "masks", masks.replace("{}", name))
+    return {
+        split: (root / images.replace("{}", name), root / masks.replace("{}", name)) for split, name in stated.items()
+    }
 
 
 def _neighbours(root: Path) -> dict[str, tuple[Path, Path]]:
