@@ -21,7 +21,7 @@ from segdeconv.checkpoints.checkpoint import Checkpoint
 from segdeconv.classes import Classes, match_classes
 from segdeconv.config import TARGET
 from segdeconv.data.adapter import Adapter
-from segdeconv.data.class_file import find_class_file
+from segdeconv.data.class_file import COLOUR_TABLES, find_class_file
 from segdeconv.data.dataset import SegmentationDataset
 from segdeconv.data.loading import EvaluationSamples, evaluation_loader, explain_loader_errors, for_network
 from segdeconv.data.relabelled import in_order_of
@@ -81,7 +81,7 @@ def _with_own_classes(node: dict[str, Any], overridden: Collection[str]) -> dict
     if "dataset.root" not in overridden or "dataset.classes" in overridden or not node.get("classes"):
         return node
     path, _ = find_class_file(Path(os.path.expanduser(str(node["root"]))))
-    if path is None:
+    if path is None or path.name in COLOUR_TABLES:  # of which training may have read none
         return node
     print(f"classes:    those of {path}, matched with the network's by name")
     return {**node, "classes": None}
