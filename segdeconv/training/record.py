@@ -11,11 +11,14 @@ from pytorch_lightning import Callback, Trainer
 from torch import Tensor
 
 from segdeconv.system.files import hash_file, hash_text, replace_text
-from segdeconv.training.checkpointing import Checkpoints, steps_per_epoch
+from segdeconv.training.checkpointing import KEPT, Checkpoints, steps_per_epoch
 from segdeconv.training.resume import CHANGEABLE_KEYS, LENGTH_KEYS, without_keys
 
 SUMS = "SHA256SUMS"
-FILES = ("config.yaml", "data.csv", "metrics.csv", "report.html", "report.json", "*.ckpt")
+FILES = (
+    "config.yaml", "data.csv", "metrics.csv", "report.html", "report.json",
+    "best.ckpt", "last.ckpt", "previous.ckpt", KEPT.format("*"),
+)  # fmt: skip
 STATE = "StepRecord"  # the key of the state in checkpoints: the name of the class
 LENGTH = 100  # steps that are recorded after a checkpoint
 DISTANCES = (0, 1, 2, 5, 10, 20, 50, 100)  # steps after a checkpoint at which the weights are hashed

@@ -212,8 +212,9 @@ def _device(recorded: Mapping[str, str]) -> torch.device:
 def _check_files(result: Verification, published: str | None) -> None:
     """Compare the files of the run with the hashes in SHA256SUMS."""
     run, path = result.run, result.run / record.SUMS
-    paths = sorted({file for pattern in record.FILES for file in run.glob(pattern)})
-    result.files = {file.name: hash_file(file) for file in paths}
+    own = {file.name for pattern in record.FILES for file in run.glob(pattern)}
+    names = sorted(own | {file.name for file in run.glob("*.ckpt")})
+    result.files = {name: hash_file(run / name) for name in names}
     if not path.is_file():
         result.add("files", "not checked", f"the run has no {record.SUMS}; an earlier version trained it")
         return
@@ -229,7 +230,7 @@ def _check_files(result: Verification, published: str | None) -> None:
     listed = {name: digest for digest, name in re.findall(r"^([0-9a-f]{64})  (.+)$", text, re.MULTILINE)}
     changed = [name for name, digest in listed.items() if result.files.get(name) not in (None, digest)]
     missing = [name for name in listed if name not in result.files]
-    added = [name for name in result.files if name not in (*listed, record.SUMS)]
+    added = [name for name in sorted(own) if name not in listed]
     if changed or missing or added or not listed:
         parts = [
             f"{_listed(names)} {text}"
@@ -244,6 +245,8 @@ def _check_files(result: Verification, published: str | None) -> None:
     else:
         against = f", and {record.SUMS} the published hash" if published else ""
         result.add("files", "passed", f"all {len(listed)} have the sha256 in {record.SUMS}{against}")
+    if beside := [name for name in names if name not in own and name not in listed]:
+        result.add("added files", "note", f"{_listed(beside)} not written by the training, and not checked")
 
 
 def _read(result: Verification, path: Path, trust: Collection[str], overrides: Sequence[str]) -> Checkpoint | None:

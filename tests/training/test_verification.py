@@ -88,6 +88,29 @@ def test_a_run_that_nobody_touched_has_the_same_bits(run):
     assert failures(checked(run, steps=0, images=0, sums="0" * 64))["files"].startswith("SHA256SUMS has the sha256")
 
 
+@pytest.mark.parametrize("names", [("best_recalibrated.ckpt",), ("best_calibrated.ckpt", "last_offsets.ckpt")])
+def test_a_checkpoint_that_training_does_not_write_is_a_note(run, names):
+    for name in names:
+        shutil.copy(run / "best.ckpt", run / name)
+    result = checked(run, steps=0, images=0)
+    assert result.of("failed") == []
+    (note,) = result.of("note")
+    assert (note.name, note.detail) == (
+        "added files",
+        f"{', '.join(names)} not written by the training, and not checked",
+    )
+    record.write_sums(run, {})
+    assert not set(names) & {line.split()[1] for line in (run / "SHA256SUMS").read_text().splitlines()}
+
+
+@pytest.mark.parametrize("name", ["kept-99.ckpt", "previous.ckpt"])
+def test_a_checkpoint_with_a_name_of_training_must_be_in_the_list(run, name):
+    path = run / "SHA256SUMS"
+    path.write_text("".join(line for line in path.read_text().splitlines(True) if name not in line))
+    shutil.copy(run / "best.ckpt", run / name)
+    assert failures(checked(run, steps=0, images=0))["files"] == f"{name} not in the list"
+
+
 def numbers(content, where=()):
     """Yield the path of every number of a report that is not about its config, its versions or a file."""
     for key, value in content.items() if isinstance(content, dict) else enumerate(content):
