@@ -24,6 +24,7 @@ from segdeconv.cli.options import display_window, pop_option, pop_path
 from segdeconv.cli.own_code import compose
 from segdeconv.errors import UsageError, command, warn
 from segdeconv.system.files import replace_text
+from segdeconv.system.own_files import OwnFiles
 
 if TYPE_CHECKING:
     from segdeconv.data.dataset import SegmentationDataset
@@ -42,6 +43,9 @@ def main() -> None:
     config, choices = compose(words)
     node, augment = check_dataset(config["dataset"]), check_augment(config["augment"])
     page = out / "inspect.html"
+    own_files = OwnFiles(out, "--out")
+    own_files.add([page])
+    own_files.record()
     shown: dict[str, Any] = {
         "command": command("inspect_data", sys.argv[1:]),
         "config": {"dataset": node, "augment": augment},
@@ -101,12 +105,8 @@ def _inspect(
         print(f"test:    not inspected, since {missing}")
     print(f"page:    {page}")
     if splits[0].unwrapped.inferred_classes:
-        table = page.with_name("classes.yaml")
-        replace_text(
-            table, class_file.class_file(splits[0].stored_classes, checks.describe_classes(inspections, splits))
-        )
-        move = shlex.join(["mv", str(table), os.path.join(os.path.expanduser(node["root"]), "")])
-        print(f"classes: {table} lists the classes that the masks have - name them there, then: {move}")
+        content = class_file.class_file(splits[0].stored_classes, checks.describe_classes(inspections, splits))
+        write_table(page.with_name("classes.yaml"), content, Path(os.path.expanduser(node["root"])))
     for finding in findings:
         warn(f"{'prevents training: ' if finding.refused else ''}{finding.message}")
     for problem in problems[:MAX_SHOWN]:
@@ -116,6 +116,20 @@ def _inspect(
     if problems:
         more = f", of which {MAX_SHOWN} are shown" if len(problems) > MAX_SHOWN else ""
         raise UsageError(f"{name} has {len(problems)} problems{more} - repair the files named above")
+
+
+def write_table(table: Path, content: str, root: Path) -> None:
+    """Write the table of the inferred classes, unless one with other content exists, and print what to do with it."""
+    move = shlex.join(["mv", str(table), os.path.join(root, "")])
+    if not os.path.lexists(table):
+        replace_text(table, content)
+    elif not (table.is_file() and table.read_bytes() == content.encode()):
+        print(
+            f"classes: {table} exists and is kept, since it was edited or is of other masks - if it names these "
+            f"classes: {move}; otherwise remove it and inspect again"
+        )
+        return
+    print(f"classes: {table} lists the classes that the masks have - name them there, then: {move}")
 
 
 if __name__ == "__main__":

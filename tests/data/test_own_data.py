@@ -432,3 +432,41 @@ def test_settings_that_do_not_fit_the_channels_are_refused_before_training(
     dataset = {"_target_": "segdeconv.data.Folder", "root": str(root), "channels": 2, "batch_size": 2, "num_workers": 0}
     with raises(message):
         train({**SLIM, "dataset": {**dataset, **settings}}, tmp_path / "run")
+
+
+@pytest.mark.parametrize("kind", ["edited", "of another data set", "of a stranger", "binary"])
+def test_inspect_data_keeps_a_table_of_classes_that_it_would_not_write(
+    kind: str, tmp_path: Path, commands: Any
+) -> None:
+    fakes.folder(tmp_path / "mine", "labels")
+    fakes.folder(tmp_path / "other", "binary")
+    words = ("inspect_data", "dataset=folder", "dataset.root=mine", "--out", "ins")
+    table = tmp_path / "ins" / "classes.yaml"
+    if kind == "of another data set":
+        assert commands(*words[:2], "dataset.root=other", *words[3:], cwd=tmp_path).code == 0
+    elif kind == "of a stranger":
+        table.parent.mkdir()
+        table.write_text("[MINE]")
+    else:
+        for _ in range(2):  # the second writes the same
+            done = commands(*words, cwd=tmp_path)
+            assert (done.code, "name them there, then: mv ins/classes.yaml mine/" in done.out) == (0, True)
+        table.write_bytes(table.read_bytes() + b"road: 77\n" if kind == "edited" else b"\xff")
+    content = table.read_bytes()
+    done = commands(*words, cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert table.read_bytes() == content
+    assert f"classes: {Path('ins/classes.yaml')} exists and is kept" in done.out
+    assert "name them there" not in done.out
+
+
+@pytest.mark.parametrize("root", ["mine", "absent"])
+def test_inspect_data_does_not_write_over_a_page_of_others(root: str, tmp_path: Path, commands: Any) -> None:
+    fakes.folder(tmp_path / "mine", "labels")
+    (tmp_path / "ins").mkdir()
+    (tmp_path / "ins" / "inspect.html").write_text("MINE")
+    done = commands("inspect_data", "dataset=folder", f"dataset.root={root}", "--out", "ins", cwd=tmp_path)
+    assert done.code == 2
+    message = "ins/inspect.html exists and was not written by segdeconv; it would be overwritten - choose another --out"
+    assert message in done.error_message
+    assert (tmp_path / "ins" / "inspect.html").read_text() == "MINE"
