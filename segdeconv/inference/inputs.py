@@ -6,9 +6,9 @@ import hashlib
 import os
 import sys
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from segdeconv.data.datasets.shards import packed_images
 from segdeconv.data.files.finding import Listing, count_endings, describe_skipped, find_files, find_objects
@@ -17,6 +17,8 @@ from segdeconv.data.files.reading import SUFFIXES, read_list
 from segdeconv.data.files.stored_file import StoredFile
 from segdeconv.data.shard_index import INDEX, is_index
 from segdeconv.errors import UsageError, warn
+from segdeconv.inference.output_folder import PROGRESS_LOG
+from segdeconv.system.own_files import RECORD, RecordedOutputs
 
 VIDEOS = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpg", ".mpeg", ".webm"})
 MAX_NAME_LENGTH = 255  # bytes of a file name
@@ -210,7 +212,12 @@ def _resolve_address(address: str) -> Iterator[tuple[Path, str]]:
         root = StoredFile(folder.address)
         root.address = folder.address
         way_out = "copy them to this machine, where each can be named"
-        for path in _require_images(find_objects(folder, objects), root, way_out):
+        records: defaultdict[PurePosixPath, list[bytes]] = defaultdict(list)
+        for name in map(PurePosixPath, objects):
+            if name.name.startswith(RECORD):
+                records[name.parent].append(folder.read(str(name)))
+        outputs = RecordedOutputs(lambda inner: records.get(inner, []), unrecorded={PROGRESS_LOG})
+        for path in _require_images(find_objects(folder, objects), root, outputs, way_out):
             yield path, path.relative_to(root).with_suffix("").as_posix()
     elif found := _Listings().find(address):
         yield found, found.stem
@@ -257,15 +264,31 @@ def _images_in(folder: Path, out_folder: Path) -> list[Path]:
         for paths in (listing.files, listing.hidden, listing.others)
     )
     listing = listing._replace(files=files, hidden=hidden, others=others)
-    return _require_images(listing, folder, "name each video to predict it")
+
+    def read_records(inner: PurePosixPath) -> list[bytes]:
+        return [path.read_bytes() for path in sorted((folder / inner).glob(f"{RECORD}*"))]
+
+    outputs = RecordedOutputs(read_records, unrecorded={PROGRESS_LOG})
+    return _require_images(listing, folder, outputs, "name each video to predict it")
 
 
-def _require_images(listing: Listing, folder: Path, way_out: str) -> list[Path]:
-    """Return the images of a listing, and warn of what else is left out; `way_out` is what to do with videos.
+def _require_images(listing: Listing, folder: Path, outputs: RecordedOutputs, way_out: str) -> list[Path]:
+    """Return the images of a listing that are not outputs of segdeconv, and warn of what else is left out.
+
+    Args:
+        listing: The files of the folder.
+        folder: The folder.
+        outputs: The outputs of segdeconv in it.
+        way_out: What to do with videos.
 
     Raises:
         UsageError: There are none.
     """
+    listing, counts = _without_outputs(listing, folder, outputs)
+    if counts:
+        folders = ", ".join(str(folder / inner) for inner in counts)
+        number = f"{counts.total()} outputs of segdeconv are" if counts.total() > 1 else "1 output of segdeconv is"
+        warn(f"{folder}: {number} left out ({folders}) - name the files, or give a quoted pattern, to use them")
     videos = [path for path in listing.others if is_video(path)]
     if videos:
         count = f"{len(videos)} video{'s are' if len(videos) > 1 else ' is'}"
@@ -276,6 +299,24 @@ def _require_images(listing: Listing, folder: Path, way_out: str) -> list[Path]:
     if not listing.files:
         raise UsageError(f"{folder} contains no images - supported suffixes: {', '.join(sorted(SUFFIXES))}")
     return listing.files
+
+
+def _without_outputs(
+    listing: Listing, folder: Path, outputs: RecordedOutputs
+) -> tuple[Listing, Counter[PurePosixPath]]:
+    """Return a listing without the outputs of segdeconv, and their number by the folder of their record."""
+    counts: Counter[PurePosixPath] = Counter()
+
+    def keep(path: Path) -> bool:
+        recorded_in = outputs.folder_of(PurePosixPath(path.relative_to(folder).as_posix()))
+        if recorded_in is not None:
+            counts[recorded_in] += 1
+        return recorded_in is None
+
+    files, hidden, others = (
+        [path for path in paths if keep(path)] for paths in (listing.files, listing.hidden, listing.others)
+    )
+    return listing._replace(files=files, hidden=hidden, others=others), counts
 
 
 def _resolve_list(lines: list[tuple[int, str]], where: str, missing: list[str]) -> Iterator[tuple[Path, str]]:

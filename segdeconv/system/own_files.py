@@ -4,13 +4,57 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from segdeconv.errors import UsageError
 from segdeconv.system.files import create_folder
 
 RECORD = ".segdeconv-files"
 FRAME = re.compile(r"\d{6,}\.png")  # in a folder of numbered files
+
+
+def recorded_names(records: Iterable[bytes]) -> set[str]:
+    """Return the paths in records, given by their contents; a line that was cut off is left out."""
+    names = set()
+    for line in (line for content in records for line in content.splitlines()):
+        try:
+            name = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(name, str):
+            names.add(name)
+    return names
+
+
+class RecordedOutputs:
+    """The files in a folder and its sub-folders that segdeconv wrote, by the records in these folders.
+
+    Args:
+        read_records: Returns the contents of the records in a folder, given by its path in the folder.
+        unrecorded: Names of further files that segdeconv writes beside a record.
+    """
+
+    def __init__(
+        self, read_records: Callable[[PurePosixPath], Iterable[bytes]], *, unrecorded: Iterable[str] = ()
+    ) -> None:
+        self.read_records, self.unrecorded = read_records, frozenset(unrecorded)
+        self.known: dict[PurePosixPath, list[tuple[PurePosixPath, set[str]]]] = {}
+
+    def folder_of(self, file: PurePosixPath) -> PurePosixPath | None:
+        """Return the folder whose record lists a file, both by their paths in the folder; None if there is none."""
+        for folder, names in self._records(file.parent):
+            inside = file.relative_to(folder)
+            if inside.as_posix() in names or (FRAME.fullmatch(file.name) and f"{inside.parent}/" in names):
+                return folder
+        return None
+
+    def _records(self, folder: PurePosixPath) -> list[tuple[PurePosixPath, set[str]]]:
+        """Return the records in a folder and those that contain it, as the folder of each and the paths in it."""
+        if folder not in self.known:
+            above = self._records(folder.parent) if folder.parts else []
+            names = recorded_names(self.read_records(folder))
+            self.known[folder] = [(folder, names | self.unrecorded), *above] if names else above
+        return self.known[folder]
 
 
 class OwnFiles:
@@ -49,20 +93,9 @@ class OwnFiles:
         self.added: dict[str, None] = {}
 
     def _read(self) -> set[str] | None:
-        """Return the paths in all records, or None without a record; a line that was cut off is left out."""
+        """Return the paths in all records, or None without a record."""
         records = sorted(self.folder.glob(f"{RECORD}*")) if self.folder.is_dir() else []
-        if not records:
-            return None
-        lines = [line for path in records for line in path.read_bytes().splitlines()]
-        names = set()
-        for line in lines:
-            try:
-                name = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(name, str):
-                names.add(name)
-        return names
+        return recorded_names(path.read_bytes() for path in records) if records else None
 
     def add(self, files: Iterable[Path], *, frame_folders: Iterable[Path] = (), inputs: Iterable[Path] = ()) -> None:
         """Check that none of the output files exists, unless it is recorded, and remember them for `record`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ import pytest
 from segdeconv import errors
 from segdeconv.data.files.finding import find_files
 from segdeconv.errors import UsageError
-from segdeconv.inference.inputs import find_images
+from segdeconv.inference.inputs import find_image_files, find_images
+from segdeconv.system.own_files import RECORD
 
 ENDINGS = (".png", "_overlay.png")
 
@@ -74,6 +76,49 @@ def test_the_output_folder_is_left_out_without_a_warning(out: str, capsys: pytes
     Path("photos/sub").mkdir()
     assert list(find_images(["photos"], Path(out), ENDINGS)) == ["a"]
     assert warnings(capsys) == []
+
+
+def record(folder: str, *names: str, owner: str = "") -> None:
+    """Write the record of output files of an earlier command."""
+    Path(folder, f"{RECORD}{owner}").write_text("".join(f"{json.dumps(name)}\n" for name in names))
+
+
+@pytest.mark.parametrize("command", ["predict", "rank"])
+@pytest.mark.parametrize("argument", ["photos", "."])
+def test_outputs_of_earlier_commands_are_left_out_with_one_line(
+    argument: str, command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create(
+        "photos/a.png", "photos/sub/b.png", "photos/000001.png",
+        "photos/p1/a.png", "photos/p1/a_overlay.png", "photos/p1/sub/b.png", "photos/p1/photo.png",
+        "photos/p1/film/000001.png", "photos/p1/film/mine.png", "photos/p1/statistics.csv",
+        "photos/p1/predictions.jsonl", "photos/sub/masks/b.png", "photos/out/a.png",
+    )  # fmt: skip
+    if argument == ".":
+        monkeypatch.chdir("photos")
+    place = "" if argument == "." else "photos/"
+    record(f"{place}p1", "a.png", "a_overlay.png", "sub/b.png", "film/", "statistics.csv")
+    record(f"{place}sub/masks", "b.png", owner="-1-of-2")
+    find = find_image_files if command == "rank" else lambda paths, out: list(find_images(paths, out, ENDINGS).values())
+    names = [path.as_posix().removeprefix(place) for path in find([argument], Path(f"{place}out"))]
+    assert sorted(names) == ["000001.png", "a.png", "p1/film/mine.png", "p1/photo.png", "sub/b.png"]
+    folders = ", ".join(str(Path(f"{place}{folder}")) for folder in ("p1", "sub/masks"))
+    assert warnings(capsys) == [
+        f"segdeconv: warning: {argument}: 7 outputs of segdeconv are left out ({folders}) - name the files, or give a "
+        "quoted pattern, to use them"
+    ]
+
+
+def test_outputs_of_earlier_commands_are_used_if_they_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    create("p1/a.png", "p1/b.png")
+    record("p1", "a.png", "b.png")
+    Path("list.txt").write_text("p1/b.png\n")
+    assert list(find_images(["p1/a.png", "list.txt"], Path("out"), ENDINGS)) == ["a", "p1/b"]
+    assert list(find_images(["p1/*.png"], Path("out"), ENDINGS)) == ["a", "b"]
+    assert warnings(capsys) == []
+    with pytest.raises(UsageError, match="p1 contains no images"):
+        find_images(["p1"], Path("out"), ENDINGS)
+    assert "p1: 2 outputs of segdeconv are left out (p1)" in warnings(capsys)[0]
 
 
 def test_a_folder_without_images_is_an_error_that_counts_what_it_holds(capsys: pytest.CaptureFixture[str]) -> None:
