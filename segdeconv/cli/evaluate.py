@@ -151,6 +151,7 @@ def merge(out: Path, summaries: Mapping[Part, Mapping[str, Any]], trust: Sequenc
 
     Args:
         out: The folder of the report.
+        replaced: The content of a report.json that is there; empty if there is none.
         summaries: The summary of each part.
         trust: Classes of the user's own that the config may name.
 
@@ -251,6 +252,7 @@ def evaluate(
     boundary = not arguments.no_boundary
     beside = Path() if cards.SHIPPED in checkpoint.path.parents else checkpoint.path.parent
     out = output_folder(arguments.out or str(beside / "evaluation"))
+    replaced = read_replaced(out)
     networks = {PACKED: segmenter}
     if other:
         networks[COMPARED] = Segmenter(other, calibrated(arguments, other, settings))
@@ -260,7 +262,7 @@ def evaluate(
         "checkpoint": [network.checkpoint.sha256 for network in networks.values()],
         "data": parts.fingerprint(dataset.names),
     }
-    report = Report(arguments, words, out, outputs.folders, dataset, segmenter, other or None, window)
+    report = Report(arguments, words, out, replaced, outputs.folders, dataset, segmenter, other or None, window)
 
     if merged is not None:
         for one, of_one in merged.items():
@@ -321,6 +323,25 @@ def evaluate(
         else:
             report.write(list(evaluations.values()))
         log.remove()
+
+
+def read_replaced(out: OutputFolder) -> dict[str, Any]:
+    """Return the content of the report.json that the report of an evaluation replaces, empty if there is none.
+
+    Raises:
+        UsageError: The report would be written over a file that segdeconv did not write.
+    """
+    from segdeconv.evaluation.report import parse_report
+    from segdeconv.system.own_files import foreign_files
+
+    data, page = out.path / "report.json", out.path / "report.html"
+    try:
+        replaced = parse_report(out.read(data)) if out.exists(data) else None
+    except OSError:  # a folder, or a dangling link
+        replaced = None
+    if replaced is None and (foreign := [path for path in (data, page) if out.exists(path)]):
+        raise foreign_files(out.shown(foreign[0]), len(foreign) - 1, "--out")
+    return replaced or {}
 
 
 def _require_effect(arguments: argparse.Namespace, settings: PredictionSettings, *, whole: bool) -> None:
@@ -416,6 +437,7 @@ class Report:
     arguments: argparse.Namespace
     words: Sequence[str]
     out: OutputFolder
+    replaced: Mapping[str, Any]
     folders: Mapping[str, OutputFolder]
     dataset: SegmentationDataset
     segmenter: Segmenter
@@ -461,6 +483,8 @@ class Report:
         if self.arguments.uncertainty:
             print(f"\n{uncertainty.uncertainty_table(metadata['uncertainty'])}")
         print(f"\nreport:   {self.out.shown(page)} (and report.json)")
+        if self.replaced and any(self.replaced.get(key) != content.get(key) for key in ("checkpoint_sha256", "split")):
+            print(f"replaced: the report of {self.replaced.get('checkpoint')}, split {self.replaced['split']}")
         for option in ("masks", "pictures"):
             if option in self.folders:
                 print(f"{option + ':':<10}{self.folders[option]}")

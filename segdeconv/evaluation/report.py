@@ -16,7 +16,7 @@ from segdeconv.evaluation.calibration import Calibration
 from segdeconv.evaluation.metrics import Scores, number, scores
 from segdeconv.evaluation.verdict import Overlap, constant_prediction, verdict
 from segdeconv.system.files import replace_text
-from segdeconv.system.plain_data import Limits, PlainDataError, read_json
+from segdeconv.system.plain_data import Limits, PlainDataError, parse_json, read_json
 
 REPORT_LIMITS = Limits(size=1 << 28, nodes=4_000_000)  # a report may have rows for every image
 
@@ -140,6 +140,15 @@ def read_report(path: Path) -> dict[str, Any]:
         first = error.errors(include_url=False)[0]
         raise PlainDataError(f"is not a report ({'.'.join(map(str, first['loc']))}: {first['msg']})") from error
     return report
+
+
+def parse_report(content: bytes) -> dict[str, Any] | None:
+    """Return the content of a report.json as plain data, or None if it is not a report."""
+    try:
+        report = parse_json(content, REPORT_LIMITS, finite=False)
+    except PlainDataError:
+        return None
+    return report if isinstance(report, dict) and report.keys() >= {"classes", "confusion", "miou", "split"} else None
 
 
 def score_table(

@@ -53,6 +53,10 @@ class OutputFolder(ABC):
         """Return the bytes of an output, given by its path in `path`; None if it is not in the folder."""
 
     @abstractmethod
+    def read(self, file: Path) -> bytes:
+        """Return the content of an output, given by its path in `path`."""
+
+    @abstractmethod
     def note(self, sizes: Mapping[str, int]) -> None:
         """Note the bytes of outputs that another process has delivered, by their names relative to the folder."""
 
@@ -126,6 +130,9 @@ class LocalFolder(OutputFolder):
     def size(self, file: Path) -> int | None:
         return file.stat().st_size if file.exists() else None
 
+    def read(self, file: Path) -> bytes:
+        return file.read_bytes()
+
     def note(self, sizes: Mapping[str, int]) -> None: ...
 
     def delivered(self, files: Iterable[Path]) -> AbstractContextManager[None]:
@@ -184,6 +191,9 @@ class StoredFolder(OutputFolder):
 
     def size(self, file: Path) -> int | None:
         return self._sizes.get(self._name(file))
+
+    def read(self, file: Path) -> bytes:
+        return self.folder.read(self._name(file))
 
     def note(self, sizes: Mapping[str, int]) -> None:
         self._sizes.update(sizes)

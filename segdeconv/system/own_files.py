@@ -13,6 +13,21 @@ RECORD = ".segdeconv-files"
 FRAME = re.compile(r"\d{6,}\.png")  # in a folder of numbered files
 
 
+def foreign_files(first: object, others: int, way_out: str) -> UsageError:
+    """Return the error for outputs that exist and were not written by segdeconv.
+
+    Args:
+        first: The first of them.
+        others: The number of others.
+        way_out: The option that chooses another place.
+    """
+    more = f", nor were {others} more output files" if others else ""
+    return UsageError(
+        f"{first} exists and was not written by segdeconv{more}; it would be overwritten - choose another {way_out}, "
+        "or move it away"
+    )
+
+
 def recorded_names(records: Iterable[bytes]) -> set[str]:
     """Return the paths in records, given by their contents; a line that was cut off is left out."""
     names = set()
@@ -120,11 +135,7 @@ class OwnFiles:
                 foreign += sorted(path for path in folder.iterdir() if FRAME.fullmatch(path.name))
         if foreign and not self.trusted:
             first = f"{self.address}/{foreign[0].relative_to(self.folder).as_posix()}"
-            others = f", nor were {len(foreign) - 1} more output files" if len(foreign) > 1 else ""
-            raise UsageError(
-                f"{first} exists and was not written by segdeconv{others}; it would be overwritten - choose another "
-                f"{self.way_out}, or move it away"
-            )
+            raise foreign_files(first, len(foreign) - 1, self.way_out)
 
     def _remember(self, path: Path, ending: str) -> bool:
         """Return whether a path is recorded; otherwise it is going to be."""

@@ -437,6 +437,31 @@ def test_evaluate_writes_over_no_file_of_someone_else(place, commands, option, f
     assert commands("evaluate", "run/best.ckpt", "--masks", "ours", "--no-boundary", cwd=place).code == 0
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("report.html", "MINE"), ("report.json", "MINE"), ("report.json", '{"miou": 1}'), ("report.json", "[]")],
+)
+def test_evaluate_writes_over_no_report_of_someone_else(place, commands, name, content):
+    (place / "ow").mkdir()
+    (place / "ow" / name).write_text(content)
+    done = commands("evaluate", "run/best.ckpt", "--no-boundary", "--out", "ow", cwd=place)
+    assert done.code == 2
+    assert f"ow/{name} exists and was not written by segdeconv; it would be overwritten - choose another --out" in (
+        done.error_message
+    )
+    assert [(path.name, path.read_text()) for path in (place / "ow").iterdir()] == [(name, content)]
+
+
+def test_evaluate_replaces_its_report_and_names_that_of_another_split(place, commands):
+    words = ("evaluate", "run/best.ckpt", "--no-boundary", "--out", "ow")
+    for split, line in [("val", ""), ("val", ""), ("train", "replaced: the report of run/best.ckpt, split val")]:
+        done = commands(*words, "--split", split, cwd=place)
+        assert done.code == 0, done.err
+        assert [text for text in done.out.splitlines() if text.startswith("replaced")] == [line] * bool(line)
+    (place / "ow" / "report.html").unlink()
+    assert commands(*words, cwd=place).code == 0
+
+
 @pytest.mark.parametrize("option", ["--out", "--masks", "--pictures"])
 @pytest.mark.parametrize("folder", ["/proc/x", "/dev/null/x", "mine/train.txt"])
 def test_a_folder_that_evaluate_cannot_create_is_one_line(place, commands, option, folder):
