@@ -51,7 +51,7 @@ def main() -> None:
         raise UsageError("--max-loss has no effect without --int8 - add it")
 
     from segdeconv.checkpoints import cards, checkpoint
-    from segdeconv.export.export import export, require_own_card
+    from segdeconv.export.export import describe_replaced, export, read_replaced, require_own_card
 
     if arguments.about and arguments.out.suffix != cards.SUFFIX:
         raise UsageError(f"--about is only for {cards.SUFFIX} files - leave it out")
@@ -59,6 +59,7 @@ def main() -> None:
     source = read_checkpoint(arguments.checkpoint, arguments.trust, arguments.overrides)
     out: Path = arguments.out
     require_own_card(out)
+    replaced = read_replaced(out)
     quantization = None
     if arguments.int8:
         from segdeconv.evaluation.quantization import MAX_LOSS, calibrate
@@ -72,6 +73,8 @@ def main() -> None:
             source = dataclasses.replace(source, facts={**source.facts, "int8": quantization.to_dict()})
         checkpoint.write_weights(source, out, half=arguments.half, about=about)
         print(f"{out}: {out.stat().st_size / 1e6:.1f} MB; config, classes and preprocessing in {cards.card_of(out)}")
+        if line := describe_replaced(replaced, out):
+            print(line)
         return
 
     from segdeconv.export.module import Layout
@@ -83,6 +86,8 @@ def main() -> None:
     agreement = card["verified"]
     shapes = " and ".join("x".join(map(str, shape)) for shape in agreement["shapes"])
     print(f"{out}: {out.stat().st_size / 1e6:.1f} MB; usage is described in {cards.card_of(out)}")
+    if line := describe_replaced(replaced, out):
+        print(line)
     for side in ("input", "output"):
         print(f"{side}: {card[side]['name']}, {card[side]['dtype']}, ({', '.join(map(str, card[side]['shape']))})")
     print(f"scale: {describe_scale(source.preprocessing.size, in_graph=arguments.preprocess)}")

@@ -4,7 +4,9 @@ An exported file is written only after its outputs were compared with those of t
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,8 @@ from segdeconv.inference.scorers import labels, resized, with_padding
 from segdeconv.models import SegmentationModel
 from segdeconv.models.layers import fold_norms
 from segdeconv.system.files import hash_file, replace_text, replacing_path
+from segdeconv.system.own_files import foreign_files
+from segdeconv.system.plain_data import PlainDataError, read_json
 from segdeconv.system.seeding import key
 
 ONNX, PT2 = ".onnx", ".pt2"
@@ -163,6 +167,42 @@ def require_own_card(path: Path) -> None:
                 f"{path.with_suffix(suffix)} already exists, and {card_of(path).name} describes it - choose "
                 "another name"
             )
+
+
+def read_replaced(path: Path) -> dict[str, Any]:
+    """Return the card of the exported file that an export replaces, empty if there is none.
+
+    Raises:
+        UsageError: The export would be written over a file, or a card, that segdeconv did not export.
+    """
+    card = {}
+    with suppress(PlainDataError, OSError):
+        card = read_json(card_of(path))
+    if not (isinstance(card, dict) and isinstance(card.get("sha256"), str)):
+        card = {}
+    if os.path.lexists(path) and not (card and path.is_file() and hash_file(path) == card["sha256"]):
+        raise foreign_files(path, 0, "--out")
+    if os.path.lexists(card_of(path)) and not card:
+        raise foreign_files(card_of(path), 0, "--out")
+    return card
+
+
+def describe_replaced(replaced: Mapping[str, Any], path: Path) -> str:
+    """Return a line that names the entries in which the card of an exported file differs from the previous one.
+
+    Args:
+        replaced: The previous card, see `read_replaced`.
+        path: The exported file.
+
+    Returns:
+        The line, empty if no entry differs.
+    """
+    card = read_json(card_of(path))
+    measured = {"sha256", "verified", "versions"}
+    differing = sorted(key for key in {*replaced, *card} - measured if replaced.get(key) != card.get(key))
+    if path.suffix == SUFFIX and replaced.get("sha256") != card["sha256"]:
+        differing.append("weights")
+    return f"replaced: {path}, which differed in {', '.join(differing)}" if replaced and differing else ""
 
 
 def _interface(exported: Exported, classes: Classes, min_size: int) -> dict[str, Any]:

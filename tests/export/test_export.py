@@ -249,6 +249,45 @@ def test_a_file_with_other_outputs_is_not_written(segnet, tmp_path, monkeypatch)
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2", ".safetensors"])
+@pytest.mark.parametrize("kind", ["file", "card", "changed file", "folder"])
+def test_the_command_exports_over_no_file_of_others(segnet, tmp_path, commands, suffix, kind):
+    _, source, *_ = segnet
+    path, card = tmp_path / f"x{suffix}", tmp_path / "x.json"
+    if kind == "folder":
+        path.mkdir()
+    elif kind != "card":
+        path.write_text("MINE")
+    if kind == "card":
+        card.write_text('{"mine": 1}')
+    elif kind == "changed file":
+        card.write_text(json.dumps({"file": path.name, "sha256": "0" * 64}))
+    files = {file.name: file.read_text() for file in tmp_path.iterdir() if file.is_file()}
+    done = commands("export", source.path, "--out", path.name, cwd=tmp_path)
+    assert done.code == 2
+    name = card.name if kind == "card" else path.name
+    assert f"{name} exists and was not written by segdeconv; it would be overwritten - choose another --out" in (
+        done.error_message
+    )
+    assert {file.name: file.read_text() for file in tmp_path.iterdir() if file.is_file()} == files
+
+
+@pytest.mark.parametrize(
+    ("suffix", "options", "differing"),
+    [
+        (".pt2", ("--argmax",), "output"),
+        (".pt2", ("--preprocess",), "input, output, preprocessing"),
+        (".safetensors", ("--half",), "weights"),
+    ],
+)
+def test_an_export_is_replaced_with_a_line_if_it_differs(segnet, tmp_path, commands, suffix, options, differing):
+    _, source, *_ = segnet
+    for words, line in [(options, ""), (options, ""), ((), f"replaced: x{suffix}, which differed in {differing}")]:
+        done = commands("export", source.path, "--out", f"x{suffix}", *words, cwd=tmp_path)
+        assert done.code == 0, done.err
+        assert [text for text in done.out.splitlines() if text.startswith("replaced")] == [line] * bool(line)
+
+
 def test_invalid_options_are_reported(segnet, tmp_path, commands, monkeypatch):
     _, source, *_ = segnet
     (tmp_path / "there.safetensors").write_bytes(b"")
