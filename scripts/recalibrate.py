@@ -7,6 +7,8 @@ training. Writes <name>_recalibrated.ckpt next to the checkpoint, for use like a
 batch size (default: that of training).
 """
 
+import os
+
 from segdeconv.cli.command import ArgumentParser, local_path, run_command
 from segdeconv.cli.options import add_checkpoint
 from segdeconv.cli.own_code import read_checkpoint
@@ -30,6 +32,8 @@ def main() -> None:
     out = arguments.out or source.path.with_name(f"{source.path.stem}_recalibrated.ckpt")
     if out.resolve() == source.path.resolve():
         raise UsageError(f"--out {out} is the checkpoint itself - give it another name")
+    if os.path.lexists(out):
+        raise UsageError(f"{out} exists - choose another --out, or remove it")
     content = recalibrated(source, device=best_device()).content
     if source.folder is not None:
         content[checkpoint.FOLDER] = checkpoint.relative_folder(source.folder, out.parent)

@@ -372,6 +372,8 @@ def test_recalibrate_writes_a_checkpoint_that_evaluate_uses(trained, run_script,
     assert json.loads(Path("again/report.json").read_text())["num_images"] == 5
     assert run_script("recalibrate", "run/best.ckpt", "--out", "run/best.ckpt") == 2
     assert "is the checkpoint itself" in capsys.readouterr().err
+    assert run_script("recalibrate", "run/best.ckpt") == 2
+    assert "run/best_recalibrated.ckpt exists - choose another --out, or remove it" in capsys.readouterr().err
 
 
 def test_evaluate_with_samples_scores_their_mean(trained, run_script, capsys):
