@@ -6,8 +6,11 @@ The network is traced without computing anything, so any size is fast and needs 
 channels is that of the data set (dataset=NAME), the size its input size (dataset.crop or dataset.size), or 360x480.
 """
 
+import os
 import shutil
 import sys
+from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from segdeconv.cli.options import pop_option, pop_path
 from segdeconv.cli.own_code import compose
 from segdeconv.errors import UsageError, did_you_mean
 from segdeconv.system import CONFIGS
-from segdeconv.system.plain_data import PlainDataError, parse_yaml
+from segdeconv.system.plain_data import PlainDataError, parse_yaml, read_json
 
 
 def main() -> None:
@@ -28,6 +31,8 @@ def main() -> None:
     from segdeconv.summary.summary import describe, layer_table
 
     path = pop_path(words, "--json")
+    if path:
+        require_own_summary(Path(path))
     size, num_classes = _value(pop_option(words, "size")), _value(pop_option(words, "classes"))
     config, _ = compose(words)
     known = {*list_groups(CONFIGS), "size", "classes"}
@@ -47,6 +52,19 @@ def main() -> None:
     if path:
         report.write_json(summary.to_dict(), Path(path))
         print(f"\nfull summary: {path}")
+
+
+def require_own_summary(path: Path) -> None:
+    """Raise UsageError if a file exists and is not the summary of a network."""
+    from segdeconv.summary.summary import Description
+    from segdeconv.system.own_files import foreign_files
+
+    summary = None
+    with suppress(PlainDataError, OSError):
+        summary = read_json(path)
+    names = {field.name for field in fields(Description)}
+    if os.path.lexists(path) and not (isinstance(summary, dict) and summary.keys() >= names):
+        raise foreign_files(path, 0, "--json")
 
 
 def class_count(dataset: dict[str, Any]) -> int:

@@ -366,6 +366,18 @@ def test_the_command_takes_classes_and_size_from_the_data_set_without_its_files(
     assert content["layers"][1]["kernel"] == [7, 7]
     assert content["paper"]["name"] == "SegNet-Basic"
     assert [path.name for path in tmp_path.iterdir()] == ["basic.json"]  # nothing was downloaded
+    assert commands("describe", "dataset=camvid", "model=unet", "--json", "basic.json", cwd=tmp_path).code == 0
+    assert json.loads((tmp_path / "basic.json").read_text())["network"] == "UNet"
+
+
+@pytest.mark.parametrize("content", ["MINE", "[]", '{"layers": []}', ""])
+def test_a_file_that_is_not_a_summary_is_not_replaced(tmp_path, commands, content):
+    (tmp_path / "mine.json").write_text(content)
+    done = commands("describe", "dataset=camvid", "--json", "mine.json", cwd=tmp_path)
+    assert done.code == 2
+    message = "mine.json exists and was not written by segdeconv; it would be overwritten - choose another --json"
+    assert message in done.error_message
+    assert (tmp_path / "mine.json").read_text() == content
 
 
 @pytest.mark.parametrize(
