@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from segdeconv.data.datasets.shards import packed_images
-from segdeconv.data.files.finding import Listing, count_endings, describe_skipped, find_files, find_objects
+from segdeconv.data.files.finding import Listing, count_endings, describe_skipped, find_files, find_objects, listed
 from segdeconv.data.files.object_folder import ObjectFolder, StoredObject, is_object_storage
 from segdeconv.data.files.reading import SUFFIXES, read_list
 from segdeconv.data.files.stored_file import StoredFile
@@ -286,9 +286,8 @@ def _require_images(listing: Listing, folder: Path, outputs: RecordedOutputs, wa
     """
     listing, counts = _without_outputs(listing, folder, outputs)
     if counts:
-        folders = ", ".join(str(folder / inner) for inner in counts)
         number = f"{counts.total()} outputs of segdeconv are" if counts.total() > 1 else "1 output of segdeconv is"
-        warn(f"{folder}: {number} left out ({folders}) - name the files, or give a quoted pattern, to use them")
+        warn(f"{folder}: {number} left out ({listed(counts)}) - name the files to use them")
     videos = [path for path in listing.others if is_video(path)]
     if videos:
         count = f"{len(videos)} video{'s are' if len(videos) > 1 else ' is'}"
@@ -301,16 +300,14 @@ def _require_images(listing: Listing, folder: Path, outputs: RecordedOutputs, wa
     return listing.files
 
 
-def _without_outputs(
-    listing: Listing, folder: Path, outputs: RecordedOutputs
-) -> tuple[Listing, Counter[PurePosixPath]]:
+def _without_outputs(listing: Listing, folder: Path, outputs: RecordedOutputs) -> tuple[Listing, Counter[str]]:
     """Return a listing without the outputs of segdeconv, and their number by the folder of their record."""
-    counts: Counter[PurePosixPath] = Counter()
+    counts: Counter[str] = Counter()
 
     def keep(path: Path) -> bool:
         recorded_in = outputs.folder_of(PurePosixPath(path.relative_to(folder).as_posix()))
         if recorded_in is not None:
-            counts[recorded_in] += 1
+            counts[str(recorded_in)] += 1
         return recorded_in is None
 
     files, hidden, others = (

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 from segdeconv import errors
 from segdeconv.data.files.finding import find_files
+from segdeconv.data.files.object_folder import ObjectFile, StoredObject
 from segdeconv.errors import UsageError
 from segdeconv.inference.inputs import find_image_files, find_images
 from segdeconv.system.own_files import RECORD
@@ -102,10 +104,9 @@ def test_outputs_of_earlier_commands_are_left_out_with_one_line(
     find = find_image_files if command == "rank" else lambda paths, out: list(find_images(paths, out, ENDINGS).values())
     names = [path.as_posix().removeprefix(place) for path in find([argument], Path(f"{place}out"))]
     assert sorted(names) == ["000001.png", "a.png", "p1/film/mine.png", "p1/photo.png", "sub/b.png"]
-    folders = ", ".join(str(Path(f"{place}{folder}")) for folder in ("p1", "sub/masks"))
     assert warnings(capsys) == [
-        f"segdeconv: warning: {argument}: 7 outputs of segdeconv are left out ({folders}) - name the files, or give a "
-        "quoted pattern, to use them"
+        f"segdeconv: warning: {argument}: 7 outputs of segdeconv are left out (p1: 6, sub/masks: 1) - name the files "
+        "to use them"
     ]
 
 
@@ -118,7 +119,42 @@ def test_outputs_of_earlier_commands_are_used_if_they_are_named(capsys: pytest.C
     assert warnings(capsys) == []
     with pytest.raises(UsageError, match="p1 contains no images"):
         find_images(["p1"], Path("out"), ENDINGS)
-    assert "p1: 2 outputs of segdeconv are left out (p1)" in warnings(capsys)[0]
+    assert "p1: 2 outputs of segdeconv are left out (.: 2)" in warnings(capsys)[0]
+
+
+class FakeObjectFolder:
+    """A folder of an object storage."""
+
+    objects: ClassVar = {
+        "a.png": b"", "p1/a.png": b"", "p1/mine.png": b"", "p1/film/000001.png": b"", "p1/statistics.csv": b"",
+        f"p1/{RECORD}": b'"a.png"\n"film/"\n"statistics.csv"\n',
+    }  # fmt: skip
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+
+    def list(self) -> dict[str, StoredObject]:
+        return {name: StoredObject(len(content), 0) for name, content in self.objects.items()}
+
+    def read(self, name: str) -> bytes:
+        return self.objects[name]
+
+    def url(self, name: str) -> str:
+        return f"{self.address}/{name}"
+
+    def file(self, name: str, stored: StoredObject) -> ObjectFile:
+        return ObjectFile.of(self, name, stored)  # type: ignore[arg-type]
+
+
+def test_outputs_in_an_object_storage_are_left_out(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("segdeconv.inference.inputs.ObjectFolder", FakeObjectFolder)
+    assert list(find_images(["s3://bucket/photos"], Path("out"), ENDINGS)) == ["a", "p1/mine"]
+    assert warnings(capsys) == [
+        "segdeconv: warning: s3://bucket/photos: 3 outputs of segdeconv are left out (p1: 3) - name the files to use "
+        "them"
+    ]
 
 
 def test_a_folder_without_images_is_an_error_that_counts_what_it_holds(capsys: pytest.CaptureFixture[str]) -> None:

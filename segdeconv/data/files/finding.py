@@ -181,7 +181,7 @@ def describe_skipped(listing: Listing, folder: Path) -> list[str]:
         counts = Counter(_hidden_part(path.relative_to(folder)) for path in listing.hidden)
         lines.append(
             f"{folder}: {_files(listing.hidden)} with hidden names or in hidden or system folders "
-            f"{_are(listing.hidden)} left out ({_listed(counts)}) - rename or move them to use them"
+            f"{_are(listing.hidden)} left out ({listed(counts)}) - rename or move them to use them"
         )
     medical = [path for path in listing.others if is_medical(path)]
     if medical:
@@ -206,7 +206,7 @@ def count_endings(paths: list[Path]) -> str:
         '.heic: 2, without ending: 1'
     """
     endings = (".nii.gz" if path.name.lower().endswith(".nii.gz") else path.suffix.lower() for path in paths)
-    return _listed(Counter(ending or "without ending" for ending in endings))
+    return listed(Counter(ending or "without ending" for ending in endings))
 
 
 def _hidden_part(path: Path) -> str:
@@ -225,7 +225,8 @@ def _are(paths: list[Path]) -> str:
     return "are" if len(paths) != 1 else "is"
 
 
-def _listed(counts: Counter[str]) -> str:
+def listed(counts: Counter[str]) -> str:
+    """Return names with their numbers, the most frequent first, for a message."""
     names = sorted(counts, key=lambda name: (-counts[name], name))
     more = f", {len(names) - MAX_KINDS} more" if len(names) > MAX_KINDS else ""
     return ", ".join(f"{name}: {counts[name]}" for name in names[:MAX_KINDS]) + more
