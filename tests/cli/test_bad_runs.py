@@ -1,5 +1,6 @@
 """Bad checkpoints, keys, disks and workers through the real commands: one line, the documented exit code, no damage."""
 
+import json
 import shutil
 import signal
 import subprocess
@@ -450,6 +451,13 @@ def test_evaluate_writes_over_no_report_of_someone_else(place, commands, name, c
         done.error_message
     )
     assert [(path.name, path.read_text()) for path in (place / "ow").iterdir()] == [(name, content)]
+
+
+def test_evaluate_replaces_the_report_of_a_run(place, trained, commands):
+    shutil.copy(trained / "run" / "report.json", place / "run")
+    done = commands("evaluate", "run/best.ckpt", "--no-boundary", "--out", "run", cwd=place)
+    assert done.code == 0, done.err
+    assert "evaluate" in json.loads((place / "run" / "report.json").read_text())["command"]
 
 
 def test_evaluate_replaces_its_report_and_names_that_of_another_split(place, commands):
