@@ -21,18 +21,22 @@ from typing import TYPE_CHECKING, Any
 
 from segdeconv.cli.command import run_command
 from segdeconv.cli.options import display_window, pop_option, pop_path
-from segdeconv.cli.own_code import compose
+from segdeconv.cli.own_code import compose, with_chosen_keys
 from segdeconv.errors import UsageError, command, warn
+from segdeconv.system import CONFIGS
 from segdeconv.system.files import replace_text
 from segdeconv.system.own_files import OwnFiles
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from segdeconv.data.dataset import SegmentationDataset
 
 
 def main() -> None:
     """Compose the config, inspect each split and write the page."""
     words = sys.argv[1:]
+    from segdeconv.cli.overrides import hydra_overrides
     from segdeconv.data import inspection_page
     from segdeconv.data.module import build_splits, check_dataset
     from segdeconv.data.transforms import check_augment
@@ -41,6 +45,7 @@ def main() -> None:
     out = Path(pop_path(words, "--out") or "inspection")
     window = display_window(pop_option(words, "--window"))
     config, choices = compose(words)
+    chosen = with_chosen_keys(config, choices, hydra_overrides(words, CONFIGS)).get("auto", [])
     node, augment = check_dataset(config["dataset"]), check_augment(config["augment"])
     page = out / "inspect.html"
     own_files = OwnFiles(out, "--out")
@@ -57,13 +62,16 @@ def main() -> None:
         print(f"page:   {page}")
         raise
     shown["window"] = window
-    _inspect(splits, missing, node, augment, config["seed"], page, choices["dataset"], shown)
+    # A chosen size keeps the scale of most images, and only a typed one can be a mistake.
+    size = None if "dataset.size" in chosen else node["size"]
+    _inspect(splits, missing, node, size, augment, config["seed"], page, choices["dataset"], shown)
 
 
 def _inspect(
     splits: list[SegmentationDataset],
     missing: str,
     node: dict[str, Any],
+    size: Sequence[int] | None,
     augment: dict[str, Any],
     seed: int,
     page: Path,
@@ -86,7 +94,7 @@ def _inspect(
         print(note)
     inspections = [inspect(dataset) for dataset in splits]
     problems = [*overlaps(splits), *(problem for inspection in inspections for problem in inspection.problems)]
-    findings = checks.review(splits, inspections, node["size"])
+    findings = checks.review(splits, inspections, size)
     weights = class_weights.median_frequency(inspections[0].pixels[:-1], inspections[0].image_pixels[:-1])
     for inspection in inspections:
         print(class_table(inspection, classes, weights if inspection.split == "train" else None), end="\n\n")

@@ -151,7 +151,6 @@ def merge(out: Path, summaries: Mapping[Part, Mapping[str, Any]], trust: Sequenc
 
     Args:
         out: The folder of the report.
-        replaced: The content of a report.json that is there; empty if there is none.
         summaries: The summary of each part.
         trust: Classes of the user's own that the config may name.
 
@@ -427,6 +426,7 @@ class Report:
         arguments: The command line.
         words: The command line as a list of strings, for the report.
         out: The folder of the report.
+        replaced: The content of the report.json that is there; empty if there is none.
         folders: The other output folders by option.
         dataset: The data set.
         segmenter: The network.

@@ -457,12 +457,13 @@ def load(
     Raises:
         CheckpointError: The checkpoint cannot be read.
         UsageError: A setting is invalid, or the device is not available.
+        TypeError: There is no such setting.
     """
     chosen = None if device is None else named_device(device)
     names = [field.name for field in fields(PredictionSettings)]
     for name in settings:
         if name not in names:
-            raise UsageError(f"unknown setting {name} - {did_you_mean(name, names)}")
+            raise TypeError(f"load() has no setting {name} - {did_you_mean(name, names)}")
     loaded = checkpoint.read(path, trust=trust, overrides=overrides, model=model)
     if isinstance(settings.get("second"), str | Path):
         settings["second"] = checkpoint.read(settings["second"], trust=trust)

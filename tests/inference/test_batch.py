@@ -184,7 +184,7 @@ def test_the_fast_precision_is_that_of_the_device(monkeypatch):
 
 
 def test_an_unknown_setting_is_a_type_error(place):
-    with pytest.raises(TypeError, match="flips"):
+    with pytest.raises(TypeError, match=r"has no setting flips - did you mean 'flip'\?"):
         segdeconv.load(place / "best.ckpt", flips=True)
 
 

@@ -208,7 +208,7 @@ def test_sampling_a_network_without_dropout_is_refused():
         ):
             sampled(probabilities_of(model), model, 5)
     model = SegNet(3, width=SLIM, dropout_at="central")
-    with pytest.raises(UsageError, match=r"--samples=-1 is not a valid number of passes"):
+    with pytest.raises(UsageError, match=r"samples=-1 is not a valid number of passes"):
         sampled(probabilities_of(model), model, -1)
 
 
