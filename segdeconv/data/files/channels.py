@@ -286,6 +286,8 @@ def _layout(path: Path, series: Any, channels: int) -> tuple[tuple[int, ...], tu
     axes, lengths = series.get_axes(squeeze=False), series.get_shape(squeeze=False)
     long = [axis for axis, name in enumerate(axes) if name not in "YX" and lengths[axis] > 1]
     flat = axes.count("Y") == axes.count("X") == 1
+    if len(long) > 1 and (pages := lengths[axes.index("I")] if "I" in axes else 1) > 1:
+        raise several_images(path, pages)
     if not flat or len(long) > 1 or not {axes[axis] for axis in long} <= set(STACKED):
         raise UsageError(f"{path} has axes {axes} of lengths {lengths} - save it as rows, columns and channels")
     row, column = axes.index("Y"), axes.index("X")

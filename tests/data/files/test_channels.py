@@ -241,6 +241,10 @@ def test_several_images_and_other_axes_are_refused(tmp_path: Path) -> None:
     tifffile.imwrite(tmp_path / "two.tif", image[:9], append=True)
     with refused(tmp_path / "two.tif", "holds 2 images - save the intended one as a file of its own"):
         read_image(tmp_path / "two.tif", channels=1)
+    pages = [Image.fromarray(image_of(3, np.uint8)) for _ in range(3)]
+    pages[0].save(tmp_path / "pages.tif", save_all=True, append_images=pages[1:])
+    with refused(tmp_path / "pages.tif", "holds 3 images - save the intended one as a file of its own"):
+        read_image(tmp_path / "pages.tif", channels=3)
     for axes in ("ZYX", "TYX"):
         path = tmp_path / f"{axes}.tif"
         tifffile.imwrite(path, np.stack([image] * 3), photometric="minisblack", metadata={"axes": axes})
