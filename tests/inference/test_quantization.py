@@ -246,9 +246,10 @@ def test_ranges_of_another_network_are_refused():
         quantize(network, {})
 
 
-@pytest.mark.parametrize(("name", "value"), [("samples", 4), ("second", "other")])
-def test_settings_that_need_floats_are_refused(name, value):
-    with pytest.raises(UsageError, match="not supported in --precision int8"):
+@pytest.mark.parametrize("name", ["samples", "second"])
+def test_settings_that_need_floats_are_refused(name):
+    value = 4 if name == "samples" else checkpoint.read("camvid-basic")
+    with pytest.raises(UsageError, match=f"^{name} is not supported in precision int8"):
         PredictionSettings(precision="int8", **{name: value})
 
 
