@@ -381,7 +381,7 @@ def test_mistakes_are_error_messages(trained, address, monkeypatch):
         server.Server(predictor, "127.0.0.1", port)
     with pytest.raises(UsageError, match=r"cannot listen on --host 192.0.2.1 \(.*\) - give an address of this machine"):
         server.Server(predictor, "192.0.2.1", 0)
-    with pytest.raises(UsageError, match="^samples=-1 is not a valid number of passes"):
+    with pytest.raises(UsageError, match=r"^samples=-1 is not a valid number of passes"):
         ImagePredictor(Segmenter(trained, PredictionSettings(samples=-1)))
 
 
