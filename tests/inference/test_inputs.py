@@ -105,8 +105,8 @@ def test_outputs_of_earlier_commands_are_left_out_with_one_line(
     names = [path.as_posix().removeprefix(place) for path in find([argument], Path(f"{place}out"))]
     assert sorted(names) == ["000001.png", "a.png", "p1/film/mine.png", "p1/photo.png", "sub/b.png"]
     assert warnings(capsys) == [
-        f"segdeconv: warning: {argument}: 7 outputs of segdeconv are left out (p1: 6, sub/masks: 1) - name the files "
-        "to use them"
+        f"segdeconv: warning: {argument}: 7 outputs of segdeconv are left out (p1: 6, sub/masks: 1) - name them or "
+        "their folder to use them"
     ]
 
 
@@ -116,10 +116,8 @@ def test_outputs_of_earlier_commands_are_used_if_they_are_named(capsys: pytest.C
     Path("list.txt").write_text("p1/b.png\n")
     assert list(find_images(["p1/a.png", "list.txt"], Path("out"), ENDINGS)) == ["a", "p1/b"]
     assert list(find_images(["p1/*.png"], Path("out"), ENDINGS)) == ["a", "b"]
+    assert list(find_images(["p1"], Path("out"), ENDINGS)) == ["a", "b"]
     assert warnings(capsys) == []
-    with pytest.raises(UsageError, match="p1 contains no images"):
-        find_images(["p1"], Path("out"), ENDINGS)
-    assert "p1: 2 outputs of segdeconv are left out (.: 2)" in warnings(capsys)[0]
 
 
 class FakeObjectFolder:
@@ -152,8 +150,8 @@ def test_outputs_in_an_object_storage_are_left_out(
     monkeypatch.setattr("segdeconv.inference.inputs.ObjectFolder", FakeObjectFolder)
     assert list(find_images(["s3://bucket/photos"], Path("out"), ENDINGS)) == ["a", "p1/mine"]
     assert warnings(capsys) == [
-        "segdeconv: warning: s3://bucket/photos: 3 outputs of segdeconv are left out (p1: 3) - name the files to use "
-        "them"
+        "segdeconv: warning: s3://bucket/photos: 3 outputs of segdeconv are left out (p1: 3) - name them or their "
+        "folder to use them"
     ]
 
 
