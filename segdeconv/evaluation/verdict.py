@@ -54,7 +54,7 @@ class Overlap:
         return ""
 
     def part_of(self, split: str) -> str:
-        """Return the images that the network was trained on in words."""
+        """Return the images that the network was trained on as text."""
         return split if self.trained_on == self.num_images else f"{self.trained_on} images of {split}"
 
 

@@ -216,10 +216,7 @@ def _resolve_address(address: str) -> Iterator[tuple[Path, str]]:
         for name in map(PurePosixPath, objects):
             if name.name.startswith(RECORD):
                 records[name.parent].append(folder.read(str(name)))
-        # Whoever names a folder of outputs itself means them, so its own record does not count.
-        outputs = RecordedOutputs(
-            lambda inner: records.get(inner, []) if inner.parts else [], unrecorded={PROGRESS_LOG}
-        )
+        outputs = RecordedOutputs(lambda inner: records.get(inner, []), unrecorded={PROGRESS_LOG})
         for path in _require_images(find_objects(folder, objects), root, outputs, way_out):
             yield path, path.relative_to(root).with_suffix("").as_posix()
     elif found := _Listings().find(address):
@@ -269,8 +266,6 @@ def _images_in(folder: Path, out_folder: Path) -> list[Path]:
     listing = listing._replace(files=files, hidden=hidden, others=others)
 
     def read_records(inner: PurePosixPath) -> list[bytes]:
-        if not inner.parts:  # whoever names a folder of outputs itself means them
-            return []
         return [path.read_bytes() for path in sorted((folder / inner).glob(f"{RECORD}*"))]
 
     outputs = RecordedOutputs(read_records, unrecorded={PROGRESS_LOG})

@@ -42,7 +42,9 @@ def recorded_names(records: Iterable[bytes]) -> set[str]:
 
 
 class RecordedOutputs:
-    """The files in a folder and its sub-folders that segdeconv wrote, by the records in these folders.
+    """The files in the sub-folders of a folder that segdeconv wrote, by the records in these sub-folders.
+
+    The record of the folder itself does not count: whoever names a folder of outputs means them.
 
     Args:
         read_records: Returns the contents of the records in a folder, given by its path in the folder.
@@ -65,8 +67,10 @@ class RecordedOutputs:
 
     def _records(self, folder: PurePosixPath) -> list[tuple[PurePosixPath, set[str]]]:
         """Return the records in a folder and those that contain it, as the folder of each and the paths in it."""
+        if not folder.parts:
+            return []
         if folder not in self.known:
-            above = self._records(folder.parent) if folder.parts else []
+            above = self._records(folder.parent)
             names = recorded_names(self.read_records(folder))
             self.known[folder] = [(folder, names | self.unrecorded), *above] if names else above
         return self.known[folder]

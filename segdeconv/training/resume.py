@@ -312,8 +312,8 @@ def warn_of_schedule(
     """
     last = max(0, steps - 1)
     before, after = schedule(last, old_total), schedule(last, new_total)
-    jump = f"{lr[0] * before:.3g} to {lr[1] * schedule(steps, new_total):.3g}"
     if not math.isclose(before, after, rel_tol=1e-6):
+        jump = f"{lr[0] * before:.3g} to {lr[1] * schedule(steps, new_total):.3g}"
         warn(
             f"trainer.max_epochs: the run ends at step {new_total} instead of {old_total}, and the "
             f"schedule now covers all {new_total} steps, so the learning rate at the restart jumps from "
